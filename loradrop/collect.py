@@ -1,0 +1,164 @@
+"""Collecting Σ w_t ‖s·B·h_t‖² per target, while the model runs or trains.
+
+Online, every target has a leaf: a 0-dim float64 tensor outside the model whose gradient the op's backward
+supplies as the norm. Autograd then counts each backward pass once, under activation checkpointing,
+accumulation and compilation alike, and `close_row` reads the leaves without waiting for the device.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.utils.hooks import RemovableHandle
+
+from loradrop.bank import AdapterBank
+from loradrop.selection import Scores
+
+MaskFn = Callable[[str, Tensor, Tensor | None], Tensor | None]
+
+
+class Collector:
+    """Statistics of one run; `bank.collector` while it is attached.
+
+    mask      the name of the model's input that marks real tokens, or None to count every token
+    mask_fn   (target name, x, that input) -> weights of the shape of x without its last axis, or None for all
+    online    True: norms of the backward passes; False: of the forward passes
+    """
+
+    def __init__(
+        self, model: nn.Module, bank: AdapterBank, *, online: bool, mask: str | None = "attention_mask", mask_fn: MaskFn | None = None
+    ) -> None:
+        self.bank, self.online, self.mask, self.mask_fn = bank, online, mask, mask_fn
+        self.rows: list[Tensor] = []
+        self._tokens = torch.zeros((), dtype=torch.int64)
+        self._input: Tensor | None = None
+        self._inside = self._recomputed = False
+        self._pending = 0  # forward passes whose backward may still come
+        self._values: list[Tensor | None] = [None] * len(bank.targets)
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+        self._signature = list(inspect.signature(model.forward).parameters)
+        if online:
+            self._values = [_leaf(pair[0].device) if (pair := bank.factors(i)) else None for i in range(len(self._values))]
+        bank.collector = self
+
+    def detach(self) -> None:
+        """Stop collecting; the rows stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        if self.bank.collector is self:
+            self.bank.collector = None
+
+    def arguments(self, i: int, x: Tensor) -> dict[str, Any]:
+        """The op's arguments that make target i report the norm of its input x (..., K)."""
+        weights = self._weights(i, x)
+        if not self.online:
+            return {"token_weights": weights, "return_sqnorm": True}
+        if not torch.is_grad_enabled():
+            return {}
+        leaf = self._values[i]
+        assert leaf is not None
+        if leaf.device != x.device:
+            leaf = self._values[i] = _leaf(x.device)
+        return {"token_weights": weights, "statistic": leaf}
+
+    def add(self, i: int, norm: Tensor) -> None:
+        """Adds an offline norm of target i to the open row."""
+        before = self._values[i]
+        self._values[i] = norm.double() if before is None else before + norm
+
+    def close_row(self) -> None:
+        """Ends a batch (offline) or an optimiser step (online). Raises RuntimeError naming targets never called."""
+        values = [v.grad if self.online and v is not None else v for v in self._values]
+        used = [i for i in range(len(values)) if self.bank.slots[i] is not None]
+        silent = [self.bank.targets[i].name for i in used if values[i] is None]
+        if silent:
+            raise RuntimeError(
+                f"the forward of {', '.join(silent)} was never called: its module reads the weight directly (as "
+                "nn.MultiheadAttention does with out_proj, and fused inference paths do), or this input does not "
+                "reach it. Take it out of target_modules"
+            )
+        device = next((v.device for v in values if v is not None), torch.device("cpu"))
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        self.rows.append(torch.stack([zero if v is None else v.detach().to(device) for v in values]))
+        self._pending = 0
+        for i, value in enumerate(self._values):
+            if self.online and value is not None:
+                value.grad = None
+            else:
+                self._values[i] = None
+
+    def scores(self) -> Scores:
+        """The rows so far, summed over the ranks of `torch.distributed` where it runs."""
+        rows = torch.stack(self.rows).cpu() if self.rows else torch.zeros(0, len(self.bank.targets), dtype=torch.float64)
+        tokens = int(self._tokens)
+        if distributed.is_available() and distributed.is_initialized():
+            rows, tokens = _sum_over_ranks(rows, tokens)
+        return Scores(self.bank.targets, rows, tokens, "online" if self.online else "offline")
+
+    def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self.mask is not None:
+            given = dict(zip(self._signature, args, strict=False)) | dict(kwargs)
+            self._input = given.get(self.mask)
+            if self._input is not None and not isinstance(self._input, Tensor):
+                raise ValueError(f"the model's input {self.mask!r} is a {type(self._input).__name__}, no tensor: pass mask=None or mask_fn=")
+        if self.online and not torch.is_grad_enabled():
+            return
+        if not torch.compiler.is_compiling():
+            self._inside, self._pending = True, 1 if self._recomputed else self._pending + 1
+            self._recomputed = False
+        self._count(args, kwargs)
+
+    def _leave(self, *_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._inside = False
+
+    def _count(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._input is not None:
+            count = (self._input > 0).sum()
+            self._tokens = self._tokens.to(count.device) + count
+            return
+        first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        if first is not None:  # ids (B, S), or embeddings (B, S, K)
+            self._tokens = self._tokens + (first.shape[:-1] if first.is_floating_point() else first.shape).numel()
+
+    def _weights(self, i: int, x: Tensor) -> Tensor | None:
+        if self._input is not None and not self._inside and not torch.compiler.is_compiling():
+            if self._pending > 1:
+                raise RuntimeError(
+                    "activations are recomputed after several forward passes, so loradrop cannot tell whose "
+                    f"{self.mask!r} belongs to {self.bank.targets[i].name}: pass mask=None, or run backward after each"
+                )
+            self._recomputed = True
+        name = self.bank.targets[i].name
+        weights = self._input if self.mask_fn is None else self.mask_fn(name, x, self._input)
+        if weights is None:
+            return None
+        if weights.shape != x.shape[:-1]:
+            source = repr(self.mask) if self.mask_fn is None else "what mask_fn returned"
+            raise ValueError(
+                f"{source} is {tuple(weights.shape)}, but the input of {name} is {tuple(x.shape)}: its tokens are not "
+                "those of the mask (packed, pooled or cross-attended). Pass mask=None to count all of them, or mask_fn="
+            )
+        return weights.to(x.device)
+
+
+def _leaf(device: torch.device) -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device=device, requires_grad=True)
+
+
+def _sum_over_ranks(rows: Tensor, tokens: int) -> tuple[Tensor, int]:
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    longest = torch.tensor(len(rows), device=device)
+    distributed.all_reduce(longest, distributed.ReduceOp.MAX)
+    padded = torch.zeros(int(longest), rows.shape[1], dtype=torch.float64, device=device)
+    padded[: len(rows)] = rows
+    count = torch.tensor(tokens, device=device)
+    distributed.all_reduce(padded)
+    distributed.all_reduce(count)
+    return padded.cpu(), int(count)

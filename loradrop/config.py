@@ -1,0 +1,116 @@
+"""What a user says about the adapters: `LoRAConfig`, and the method that shares them."""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loradrop import methods
+from loradrop.methods import LoRA, LoRADrop, Method
+from loradrop.philox import quantize
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """LoRA's options in PEFT's spelling, and `method`: what A and B are and when that changes.
+
+    r                 rank; `rank_pattern` overrides it for the targets whose name a key (a regex) matches
+    lora_alpha        the delta is scaled by s = lora_alpha / r, by lora_alpha / sqrt(r) with `use_rslora`
+    lora_dropout      probability of dropping an element of a target's input on its way into A
+    target_modules    names or suffixes of names; a string is a regex for the whole name; "all-linear" is every
+                      linear layer but the head; None is the query and value projections
+    exclude_modules   removes from these, with the same matching
+    modules_to_save   modules trained and saved whole; None is a freshly made head (classifier, score, qa_outputs)
+    adapter_dtype     "float32", or "base" for the dtype of each target's weight
+    strict            False allows `target_modules` entries that match nothing, or only some of the layers
+
+    Raises ValueError naming the field, its value and the remedy.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    adapter_dtype: str = "float32"
+    strict: bool = True
+    method: Method = field(default_factory=LoRA)
+
+    def __post_init__(self) -> None:
+        for name, rank in {"r": self.r, **self.rank_pattern}.items():
+            if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
+                raise ValueError(f"{name}={rank!r}: the rank of an adapter is a whole number of at least 1")
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
+            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha <= 0:
+                raise ValueError(f"{name}={alpha!r}: choose a positive number; the delta is scaled by it over r")
+        try:
+            quantize(self.lora_dropout)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"lora_{error}") from error
+        if self.adapter_dtype not in ("float32", "base"):
+            raise ValueError(f'adapter_dtype={self.adapter_dtype!r}: choose "float32" or "base"')
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        if isinstance(self.modules_to_save, str):
+            raise ValueError(f"modules_to_save={self.modules_to_save!r}: give a list of module names")
+        if not isinstance(self.method, Method):
+            raise ValueError(f"method={self.method!r}: give a loradrop.methods.Method such as LoRADrop()")
+
+    def rank(self, name: str) -> int:
+        """The rank of the adapter of the target `name`."""
+        return int(_first_match(self.rank_pattern, name, self.r))
+
+    def scaling(self, name: str) -> float:
+        """The factor s of the delta of the target `name`."""
+        alpha, r = float(_first_match(self.alpha_pattern, name, self.lora_alpha)), self.rank(name)
+        return alpha / math.sqrt(r) if self.use_rslora else alpha / r
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a JSON or YAML file; `from_dict` reads it."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["method"] = {"name": self.method.name, **dataclasses.asdict(self.method)}
+        return {k: dict(v) if isinstance(v, Mapping) else list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "LoRAConfig":
+        """The configuration that `to_dict` wrote. Unknown keys are an error that names the nearest known one."""
+        data = dict(data)
+        given = dict(data.pop("method", {"name": "lora"}))
+        method_class = methods.get(given.pop("name", "lora"))
+        check_keys(data, [f.name for f in dataclasses.fields(cls)], "LoRAConfig")
+        check_keys(given, [f.name for f in dataclasses.fields(method_class)], method_class.__name__)
+        return cls(method=method_class(**given), **data)
+
+
+def LoraDropConfig(**options: Any) -> LoRAConfig:  # noqa: N802 - it is spelled like the class it makes
+    """`LoRAConfig(..., method=LoRADrop(...))` with the options of both in one call.
+
+    Raises ValueError for an option that neither has, with the nearest one that exists.
+    """
+    of_method = {f.name for f in dataclasses.fields(LoRADrop)}
+    of_config = {f.name for f in dataclasses.fields(LoRAConfig)} - {"method"}
+    check_keys(options, [*of_config, *of_method], "LoraDropConfig")
+    method = LoRADrop(**{k: v for k, v in options.items() if k in of_method})
+    return LoRAConfig(method=method, **{k: v for k, v in options.items() if k not in of_method})
+
+
+def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Raises ValueError for the first key of `given` that `where` does not know."""
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+            raise ValueError(f"{where} has no option {key!r}: {hint}")
+
+
+def _first_match(pattern: Mapping[str, float], name: str, default: float) -> float:
+    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)

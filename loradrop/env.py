@@ -1,0 +1,98 @@
+"""What this machine offers: versions, processors, and which backends of the op run here."""
+
+import importlib.metadata
+import importlib.util
+import platform
+from typing import Any
+
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "datasets",
+)
+
+
+def _version(package: str) -> str | None:
+    """The installed version, read without importing the package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        # oneDNN also says yes to AVX-512 without bf16 instructions, where it converts at every use.
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return {
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "native_bf16": bool(native),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cuda() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        {
+            "name": device.name,
+            "capability": f"{device.major}.{device.minor}",
+            "memory_gib": round(device.total_memory / 2**30, 1),
+        }
+        for device in devices
+    ]
+
+
+def report() -> dict[str, Any]:
+    """The facts, ready for JSON. None: a package that is not installed, a backend that can run."""
+    import loradrop
+    from loradrop import dispatch
+
+    return {
+        "loradrop": loradrop.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "cpu": _cpu(),
+        "cuda": _cuda(),
+        "extension": importlib.util.find_spec("loradrop._C") is not None,
+        "backends": {backend.name: backend.available() for backend in dispatch.backends()},
+    }
+
+
+def format_report() -> str:
+    """`report` as a page to read, or to paste into an issue."""
+    facts = report()
+    cpu = facts["cpu"]
+    rows = [
+        ("loradrop", facts["loradrop"]),
+        ("Python", f"{facts['python']} on {facts['platform']}"),
+        *((name, version or "not installed") for name, version in facts["packages"].items()),
+        (
+            "CPU",
+            f"{cpu['capability']}, bf16 {'native' if cpu['native_bf16'] else 'not native'}, "
+            f"{cpu['threads']} threads",
+        ),
+        *(
+            (f"CUDA {i}", f"{gpu['name']}, sm {gpu['capability']}, {gpu['memory_gib']} GiB")
+            for i, gpu in enumerate(facts["cuda"])
+        ),
+        *([] if facts["cuda"] else [("CUDA", "no device")]),
+        ("loradrop._C", "built" if facts["extension"] else "not built"),
+        *((f"backend {name}", why or "available") for name, why in facts["backends"].items()),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

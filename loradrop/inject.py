@@ -1,0 +1,138 @@
+"""Model surgery: `inject` puts the adapters in, `merge` folds them into the weights, `remove` restores the model."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from loradrop.bank import AdapterBank, Target, bank_of
+from loradrop.config import LoRAConfig
+from loradrop.layers import adapt, is_conv1d, restore, shape_of, weight_of
+from loradrop.store import SavePretrained
+from loradrop.targets import Matched, find_targets, saved_modules
+
+_log = logging.getLogger(__name__)
+
+
+def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
+    """Adapt the linear layers that `config` names, in place, and freeze the rest. Returns the bank.
+
+    The model computes what it did before, since B starts at zero. Modules of `modules_to_save` stay trainable.
+    Raises ValueError for targets that cannot be adapted (a table of what matched), ranks beyond
+    min(in_features, out_features), and models that already carry adapters.
+    """
+    if getattr(model, "peft_config", None) is not None or any(hasattr(m, "lora_A") for m in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} carries PEFT adapters: merge or unload them first. loradrop's own layers and PEFT's do not mix"
+        )
+    if any(isinstance(module, AdapterBank) for module in model.modules()):
+        raise ValueError(f"{type(model).__name__} is injected already: call loradrop.remove(model) first")
+    found = find_targets(model, config)
+    saved = saved_modules(model, config)
+    bank = attach(model, config, found, saved)
+    kinds: dict[str, int] = {}
+    for target in bank.targets:
+        kinds[target.kind] = kinds.get(target.kind, 0) + 1
+    _log.info("adapted %s; trained whole: %s", ", ".join(f"{k} ({n})" for k, n in kinds.items()), ", ".join(saved) or "nothing")
+    return bank
+
+
+def attach(model: nn.Module, config: LoRAConfig, found: Matched, saved: list[str] | None = None) -> AdapterBank:
+    """`inject` for modules already found: `found` as (name, module), `saved` names to train whole."""
+    targets = [_target(name, module, config) for name, module in found]
+    bank = AdapterBank(targets, config, [weight_of(module) for _, module in found])
+    for name, parameter in model.named_parameters():
+        bank.surgery.requires_grad[name] = parameter.requires_grad
+        parameter.requires_grad_(False)
+    for prefix in saved or []:
+        part = model.get_submodule(prefix)
+        for name, tensor in part.state_dict(prefix=prefix + ".").items():
+            bank.surgery.saved[name] = tensor.detach().clone()
+        part.requires_grad_(True)
+    for i, (_, module) in enumerate(found):
+        adapt(module, bank, i)
+    model.lora_bank = bank
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = SavePretrained(model)
+    return bank
+
+
+def _target(name: str, module: nn.Module, config: LoRAConfig) -> Target:
+    shape = shape_of(module)
+    assert shape is not None
+    r = config.rank(name)
+    if r > min(shape):
+        raise ValueError(f"r={r} for {name} ({shape[0]} -> {shape[1]}): a rank beyond {min(shape)} adds nothing. Choose r <= {min(shape)}, or a rank_pattern")
+    return Target(name, name.rpartition(".")[2], *shape, r)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes without its adapters. Raises ValueError while they are merged."""
+    bank = bank_of(model)
+    if bank.surgery.merged is not None:
+        raise ValueError("the adapters are merged into the weights: call loradrop.remove(model) for the base model")
+    before, bank.enabled = bank.enabled, False
+    try:
+        yield
+    finally:
+        bank.enabled = before
+
+
+@torch.no_grad()
+def merge(model: nn.Module, *, keep_original: bool = False) -> None:
+    """Fold every delta into its weight: W <- W + s·B·A in float32, rounded once.
+
+    The adapters are gone afterwards and the layers are what they were before `inject`. With `keep_original`
+    the original weights are kept beside the adapters, and `remove` restores them bit for bit.
+    Raises ValueError for a base whose weight is no plain matrix (a quantised layer).
+    """
+    bank = bank_of(model)
+    if bank.surgery.merged is not None:
+        raise ValueError("the adapters are merged already")
+    modules = [model.get_submodule(target.name) for target in bank.targets]
+    for target, module in zip(bank.targets, modules, strict=True):
+        weight = module.weight
+        if not (isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.numel() == target.in_features * target.out_features):
+            raise ValueError(f"{target.name} is a {type(module).__name__} without a plain weight: dequantise the model before merging")
+    originals = {target.name: module.weight.detach().clone() for target, module in zip(bank.targets, modules, strict=True)} if keep_original else None  # type: ignore[operator,union-attr]
+    for i, module in enumerate(modules):
+        delta = bank.delta(i)
+        if delta is not None:
+            weight = module.weight
+            assert isinstance(weight, torch.Tensor)
+            delta = (delta.T if is_conv1d(module) else delta).to(weight.device)
+            weight.copy_(weight.to(delta.dtype) + delta)
+    if originals is not None:
+        bank.surgery.merged, bank.enabled = originals, False
+        return
+    _strip(model, bank)
+    model._loradrop_merged = True  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def remove(model: nn.Module) -> None:
+    """Restore the model that `inject` was given, bit for bit, and forget the adapters.
+
+    Raises ValueError for a model without adapters, or whose adapters were merged without `keep_original`.
+    """
+    if getattr(model, "_loradrop_merged", False) and not isinstance(getattr(model, "lora_bank", None), AdapterBank):
+        raise ValueError("the adapters were merged without keep_original=True, so the original weights are gone: load the base model anew")
+    bank = bank_of(model)
+    for name, weight in (bank.surgery.merged or {}).items():
+        model.get_submodule(name).weight.copy_(weight)  # type: ignore[operator,union-attr]
+    tensors = model.state_dict(keep_vars=True)
+    for name, original in bank.surgery.saved.items():
+        tensors[name].copy_(original)
+    _strip(model, bank)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(bank.surgery.requires_grad[name])
+
+
+def _strip(model: nn.Module, bank: AdapterBank) -> None:
+    for target in bank.targets:
+        restore(model.get_submodule(target.name))
+    del model.lora_bank
+    model.__dict__.pop("save_pretrained", None)

@@ -1,0 +1,161 @@
+"""The layers: a frozen base plus an index into the bank. One mixin, three faces.
+
+`LoRALinear` is an `nn.Linear` with the very same weight and bias Parameters, `LoRAConv1D` the same for GPT-2's
+transposed layout, and `LoRAOver` adds the delta to the output of any other base module. An adapted module
+keeps its identity, hooks and state-dict keys: `adapt` changes its class, `restore` changes it back.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loradrop import ops
+from loradrop.bank import AdapterBank
+
+
+class LoRAMixin(nn.Module):
+    """What the three faces share: from the bank and the index to the arguments of the op."""
+
+    _lora: tuple[AdapterBank, int]  # a tuple, so that the bank is referred to and not registered
+
+    def _adapter(self, x: Tensor) -> dict[str, Any] | None:
+        """The op's arguments for the input x (..., K), None where this layer is its base alone."""
+        bank, i = self._lora
+        factors = bank.factors(i) if bank.enabled else None
+        if factors is None:
+            return None
+        A, B = factors
+        if x.device != A.device:  # a model spread over devices
+            A, B = A.to(x.device), B.to(x.device)
+        call: dict[str, Any] = {"A": A, "B": B, "scaling": bank.scaling[i]}
+        if self.training and bank.config.lora_dropout > 0.0:
+            call["dropout"] = bank.config.lora_dropout
+            call["seed"] = torch.randint(0, 1 << 62, (), device=x.device)
+        if bank.collector is not None:
+            call |= bank.collector.arguments(i, x)
+        return call
+
+    def _collect(self, result: Any) -> Any:
+        """Passes an offline probe's norm on and returns y alone."""
+        if not isinstance(result, tuple):
+            return result
+        bank, i = self._lora
+        assert bank.collector is not None
+        bank.collector.add(i, result[1])
+        return result[0]
+
+
+class LoRALinear(LoRAMixin, nn.Linear):
+    """y = xWᵀ + b + s·(x Aᵀ)Bᵀ in place of `nn.Linear`; `inject` makes them.
+
+    `LoRALinear(in_features, out_features, r=8, ...)` is one on its own, with a bank of its own: the arguments
+    of `nn.Linear`, then those of `LoRAConfig`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        from loradrop.config import LoRAConfig
+        from loradrop.inject import attach
+
+        super().__init__(in_features, out_features, bias, device, dtype)
+        attach(self, LoRAConfig(**options), [("", self)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K)  ->  (..., N)"""
+        call = self._adapter(x)
+        if call is None:
+            return super().forward(x)
+        result: Tensor = self._collect(ops.lora_linear(x, self.weight, self.bias, **call))
+        return result
+
+
+class LoRAConv1D(LoRAMixin):
+    """GPT-2's `Conv1D`, whose weight is stored (K, N): the op reads it through its strides."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K)  ->  (..., N)"""
+        call = self._adapter(x)
+        if call is None:
+            return super().forward(x)  # type: ignore[no-any-return,misc]
+        result: Tensor = self._collect(ops.lora_linear(x, self.weight.T, self.bias, **call))
+        return result
+
+
+class LoRAOver(LoRAMixin):
+    """Any base module that maps (..., K) to (..., N): quantised layers and subclasses of `nn.Linear`."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., K)  ->  (..., N); further arguments go to the base"""
+        y0 = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        call = self._adapter(x)
+        result: Tensor = y0 if call is None else self._collect(ops.lora_add(y0, x, **call))
+        return result
+
+
+class _Picklable:
+    """Pickles an instance of a class that `_adapted_class` made by what it was made from."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        face, base = type(self).__bases__[1:]
+        return _blank, (face, base), self.__dict__
+
+
+def _blank(face: type, base: type) -> nn.Module:
+    cls = _adapted_class(face, base)
+    module: nn.Module = cls.__new__(cls)
+    return module
+
+
+@functools.cache
+def _adapted_class(face: type, base: type) -> type:
+    return type(f"{face.__name__}[{base.__name__}]", (_Picklable, face, base), {"__module__": face.__module__})
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' `Conv1D`, told without importing transformers."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def shape_of(module: nn.Module) -> tuple[int, int] | None:
+    """(in_features, out_features) of a module that can be adapted, None for any other."""
+    if is_conv1d(module):
+        k, n = module.weight.shape  # type: ignore[misc,union-attr]
+        return int(k), int(n)  # type: ignore[arg-type]
+    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return features if all(isinstance(f, int) for f in features) else None  # type: ignore[return-value]
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The tensor whose device and dtype an adapter of `module` takes after: its weight, or any other it has."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight
+    return next((*module.parameters(), *module.buffers(), torch.empty(0)).__iter__())
+
+
+def adapt(module: nn.Module, bank: AdapterBank, index: int) -> None:
+    """Give `module` the class that adds target `index` of `bank` to it."""
+    module._lora = (bank, index)  # type: ignore[assignment]
+    base = type(module)
+    if base is nn.Linear:
+        module.__class__ = LoRALinear
+    elif base is not LoRALinear:
+        module.__class__ = _adapted_class(LoRAConv1D if is_conv1d(module) else LoRAOver, base)
+
+
+def restore(module: nn.Module) -> None:
+    """Give `module` back the class it had before `adapt`."""
+    del module.__dict__["_lora"]
+    module.__class__ = nn.Linear if type(module) is LoRALinear else type(module).__bases__[2]

@@ -1,0 +1,112 @@
+"""LoRA-drop (Zhou et al., COLING 2025, arXiv:2402.07721): keep LoRA where its output matters, share one elsewhere.
+
+The warm-up trains LoRA on every target, the squared norm of each target's output ranks them, those that make up
+`threshold` of it keep an adapter of their own, and all others of a group share one. From the paper: the squared
+norm, the threshold on the normalised sum, the one shared LoRA, the stratified sample. Ours, because the paper's
+text leaves them open or we could not read it there: the scope, the length of the warm-up, what follows it.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from loradrop.bank import AdapterBank
+from loradrop.methods.base import Method
+from loradrop.selection import IMPORTANCES, SCOPES, SHARES, Scores, keep_frequency, select
+from loradrop.share import AFTER, INITS, apply
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRADrop(Method):
+    """The options of LoRA-drop; those of `select` and `share` mean the same as there.
+
+    threshold, keep, keep_ratio, budget    at most one; none is threshold=0.9
+    scope, importance                      of `select`
+    share, share_init, after_select        of `share`
+    probe_steps      length of the warm-up: optimiser steps, or below 1 a part of all steps
+    sample_ratio     the part of the training set, drawn by class, that the warm-up trains on
+    source           "online": norms of the warm-up's own passes, at no cost; "offline": a pass in eval mode
+                     over that sample when the warm-up ends
+    settle_margin    None, or end the warm-up early once a bootstrap over its steps keeps every target in at
+                     most this part of the draws, or in all but it; checked every `settle_every` steps
+
+    Raises ValueError naming the field, its value and the remedy.
+    """
+
+    name: ClassVar[str] = "lora_drop"
+    statistic: ClassVar[str | None] = "sqnorm"
+
+    threshold: float | None = None
+    keep: int | None = None
+    keep_ratio: float | None = None
+    budget: float | None = None
+    scope: str = "per_module"
+    importance: str = "sqnorm"
+    share: str = "group"
+    share_init: str = "fresh"
+    after_select: str = "reinit"
+    probe_steps: float = 0.1
+    sample_ratio: float = 1.0
+    source: str = "online"
+    settle_margin: float | None = None
+    settle_every: int = 10
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("threshold", "keep", "keep_ratio", "budget") if getattr(self, n) is not None]
+        if not given:
+            object.__setattr__(self, "threshold", 0.9)
+        elif len(given) > 1:
+            raise ValueError(f"give one of {' and '.join(given)}, not both")
+        for name in ("threshold", "keep_ratio", "budget"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name}={value}: choose a number in [0, 1]")
+        if self.keep is not None and self.keep < 0:
+            raise ValueError(f"keep={self.keep}: choose a whole number of at least 0")
+        known = {"scope": SCOPES, "importance": IMPORTANCES, "share": SHARES, "share_init": INITS}
+        for name, values in (known | {"after_select": AFTER, "source": ("online", "offline")}).items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(values)}")
+        if self.probe_steps <= 0 or (self.probe_steps >= 1 and self.probe_steps != int(self.probe_steps)):
+            raise ValueError(f"probe_steps={self.probe_steps}: choose a part of all steps in (0, 1), or a whole number of steps")
+        if not 0.0 < self.sample_ratio <= 1.0:
+            raise ValueError(f"sample_ratio={self.sample_ratio}: choose a number in (0, 1]")
+        if self.settle_margin is not None and not 0.0 <= self.settle_margin < 0.5:
+            raise ValueError(f"settle_margin={self.settle_margin}: choose a number in [0, 0.5), or None")
+        if self.settle_every < 1:
+            raise ValueError(f"settle_every={self.settle_every}: choose a whole number of at least 1")
+
+    def decide(self, scores: Scores) -> list[str]:
+        """The names that keep their own adapter."""
+        return select(
+            scores,
+            self.threshold,
+            keep=self.keep,
+            keep_ratio=self.keep_ratio,
+            budget=self.budget,
+            scope=self.scope,
+            importance=self.importance,
+        )
+
+    def warmup_steps(self, total: int) -> int:
+        steps = round(self.probe_steps * total) if self.probe_steps < 1 else int(self.probe_steps)
+        if steps >= total:
+            raise ValueError(f"probe_steps={self.probe_steps:g} leaves none of the {total} steps to train the shared adapters: choose fewer")
+        return max(1, steps)
+
+    def sample_ratio_of_warmup(self) -> float:
+        return self.sample_ratio
+
+    def settled(self, scores: Scores) -> bool:
+        if self.settle_margin is None or len(scores.rows) % self.settle_every or len(scores.rows) < 2:
+            return False
+        low, high = self.settle_margin, 1.0 - self.settle_margin
+        return all(f <= low or f >= high for f in keep_frequency(scores, self.decide).values())
+
+    def update(self, bank: AdapterBank, scores: Scores | None) -> list[str] | None:
+        if scores is None:
+            raise ValueError("sharing needs scores: call loradrop.probe(model, batches) after some training, or pass kept")
+        kept = self.decide(scores)
+        apply(
+            bank, kept, scores, share=self.share, init=self.share_init, after_select=self.after_select
+        )
+        return kept

@@ -1,0 +1,327 @@
+"""The op: a frozen linear map plus its LoRA delta, and the squared norm of that delta from the same call.
+
+    y = xWᵀ + b + s·hBᵀ       h = (mask∘x)Aᵀ/(1−p)       sqnorm = Σ_t w_t ‖s·B·h_t‖²
+
+`reference.py` is the specification. One autograd Function serves the library; under `torch.compile` the same
+forward and backward are the custom ops `loradrop::lora_linear` and `loradrop::lora_linear_backward`.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from loradrop import dispatch, philox
+
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class _Call(NamedTuple):
+    """The inputs of the op in their order, x already (M, K)."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    y0: Tensor | None
+    A: Tensor
+    B: Tensor
+    seed: Tensor | None
+    token_weights: Tensor | None
+    statistic: Tensor | None
+    scaling: float
+    dropout: float
+    norm: bool
+    backend: str
+
+
+def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(y (M, N), h (M, r), sqnorm 0-dim; sqnorm has no element where nobody asks for it)."""
+    call = _Call(*inputs)
+    backend = dispatch.get(call.backend)
+    y, h = backend.forward(
+        call.x, call.weight, call.bias, call.y0, call.A, call.B, call.scaling, call.dropout, call.seed
+    )
+    if not call.norm:
+        return y, h, _nothing(call.x)
+    return y, h, backend.sqnorm(h, call.B, call.scaling, call.token_weights)
+
+
+def _nothing(like: Tensor) -> Tensor:
+    return like.new_empty(0, dtype=torch.float32)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    call, (_, h, norm) = _Call(*inputs), output
+    ctx.mark_non_differentiable(h, norm)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(call.x, call.weight, call.A, call.B, h, call.seed, norm)
+    ctx.scaling, ctx.dropout, ctx.backend = call.scaling, call.dropout, call.backend
+
+
+def _gradients(run: Callable[..., Grads], ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    """One gradient per input of `_Call`. That of `statistic` is the norm: autograd sums it over the passes."""
+    x, weight, A, B, h, seed, norm = ctx.saved_tensors
+    statistic = norm.double() if ctx.needs_input_grad[8] else None
+    dx = dA = dB = None
+    if dy is not None:
+        needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[4], ctx.needs_input_grad[5])
+        dx, dA, dB = run(
+            ctx.backend, dy, x, weight, A, B, h, ctx.scaling, ctx.dropout, seed, needs
+        )
+    dy0 = dy if ctx.needs_input_grad[3] else None
+    return dx, None, None, dy0, dA, dB, None, None, statistic, None, None, None, None
+
+
+def _run(backend: str, *args: Any) -> Grads:
+    return dispatch.get(backend).backward(*args)
+
+
+class LoRAFunction(torch.autograd.Function):
+    """The op with its gradients. W and b are frozen; sqnorm is not differentiable; once differentiable."""
+
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _gradients(_run, ctx, dy)
+
+
+@torch.library.custom_op("loradrop::lora_linear", mutates_args=())
+def _forward_op(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y0: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    seed: Tensor | None,
+    token_weights: Tensor | None,
+    statistic: Tensor | None,
+    scaling: float,
+    dropout: float,
+    norm: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(
+        x, weight, bias, y0, A, B, seed, token_weights, statistic, scaling, dropout, norm, backend
+    )
+
+
+@_forward_op.register_fake
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = _Call(*inputs)
+    m, r, n = call.x.shape[0], call.A.shape[0], call.B.shape[0]
+    norm = call.x.new_empty((), dtype=torch.float32) if call.norm else _nothing(call.x)
+    return call.x.new_empty((m, n)), call.x.new_empty((m, r)), norm
+
+
+@torch.library.custom_op("loradrop::lora_linear_backward", mutates_args=())
+def _backward_op(
+    backend: str,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    h: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    grads = _run(backend, dy, x, weight, A, B, h, scaling, dropout, seed, tuple(needs))
+    dx, dA, dB = (_nothing(x) if grad is None else grad for grad in grads)
+    return dx, dA, dB
+
+
+@_backward_op.register_fake
+def _(
+    backend: str,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    h: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dA, dB = (
+        like.new_empty(like.shape) if need else _nothing(x)
+        for like, need in zip((x, A, B), needs, strict=True)
+    )
+    return dx, dA, dB
+
+
+def _run_op(backend: str, *args: Any) -> Grads:
+    *tensors, needs = args
+    grads = _backward_op(backend, *tensors, list(needs))
+    dx, dA, dB = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return dx, dA, dB
+
+
+_forward_op.register_autograd(
+    lambda ctx, dy, *_: _gradients(_run_op, ctx, dy),
+    setup_context=lambda ctx, inputs, output: _setup_context(ctx, inputs, output),
+)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    return_sqnorm: bool = False,
+    statistic: Tensor | None = None,
+    backend: str | None = None,
+) -> Any:
+    """y = xWᵀ + b + s·(x Aᵀ)Bᵀ with W and b frozen (Hu et al., arXiv:2106.09685).
+
+    x (..., K)   weight (N, K), any strides   bias (N,) or None   A (r, K)   B (N, r)   ->   y (..., N)
+
+    With `return_sqnorm`, (y, sqnorm): sqnorm = Σ_t w_t ‖s·B·h_t‖² over the rows t of x, a 0-dim float32 tensor
+    without gradient (Zhou et al., COLING 2025). `token_weights`, of x's shape without its last axis and not
+    negative, are the w_t; rows of weight 0 are left out whatever they hold. `dropout` is the probability p of
+    dropping an element of x on its way into A; the mask is a function of `seed`, a 0-dim int64 tensor on x's
+    device (`philox.keep_mask`). `statistic`, a 0-dim float64 leaf, receives sqnorm as its gradient in every
+    backward pass. A and B may be of a wider type than x; they are rounded to it. A weight that requires a
+    gradient gets it, through `lora_add`. `backend` names one of `dispatch.backends()`.
+
+    Raises ValueError for shapes or values that do not fit, TypeError for dtypes, RuntimeError with its reason
+    where a named backend cannot serve.
+    """
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        _check(x, weight, bias, A, B)
+        y0 = F.linear(x, weight, bias)
+        return _call(x, None, None, y0, A, B, scaling, dropout, seed, token_weights, return_sqnorm, statistic, backend)  # fmt: skip
+    return _call(x, weight, bias, None, A, B, scaling, dropout, seed, token_weights, return_sqnorm, statistic, backend)  # fmt: skip
+
+
+def lora_add(
+    y0: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    return_sqnorm: bool = False,
+    statistic: Tensor | None = None,
+    backend: str | None = None,
+) -> Any:
+    """y = y0 + s·(x Aᵀ)Bᵀ, for a base y0 (..., N) of x (..., K) that is no plain matrix product.
+
+    Everything else as in `lora_linear`. y0 keeps its gradient and is not changed.
+    """
+    return _call(x, None, None, y0, A, B, scaling, dropout, seed, token_weights, return_sqnorm, statistic, backend)  # fmt: skip
+
+
+def _call(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y0: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    dropout: float,
+    seed: Tensor | None,
+    token_weights: Tensor | None,
+    return_sqnorm: bool,
+    statistic: Tensor | None,
+    backend: str | None,
+) -> Any:
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    if autocast:
+        dtype = torch.get_autocast_dtype(device)
+        x, weight, bias, y0 = (_autocast(tensor, dtype) for tensor in (x, weight, bias, y0))  # type: ignore[assignment]
+    _check(x, weight, bias, A, B, y0)
+    dropout = philox.quantize(dropout)
+    _check_options(x, dropout, seed, token_weights, statistic)
+    rows, n = x.shape[:-1], B.shape[0]
+    flat = x.reshape(-1, x.shape[-1])
+    problem = dispatch.Problem(device, x.dtype, *flat.shape, n, A.shape[0], dropout)
+    inputs = _Call(
+        flat,
+        weight,
+        bias,
+        None if y0 is None else y0.reshape(-1, n),
+        A,
+        B,
+        seed if dropout > 0.0 else None,
+        None if token_weights is None else token_weights.reshape(-1),
+        statistic,
+        float(scaling),
+        dropout,
+        return_sqnorm or statistic is not None,
+        dispatch.resolve(backend, problem).name,
+    )
+    run = _forward_op if torch.compiler.is_compiling() else LoRAFunction.apply
+    if autocast:
+        with torch.autocast(device, enabled=False):
+            y, _, norm = run(*inputs)
+    else:
+        y, _, norm = run(*inputs)
+    y = y.reshape(*rows, n)
+    return (y, norm.detach()) if return_sqnorm else y
+
+
+def _autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if tensor is None or tensor.dtype in (dtype, torch.float64):
+        return tensor
+    return tensor.to(dtype)
+
+
+def _check(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, y0: Tensor | None = None
+) -> None:
+    """Shapes and dtypes of the operands against each other."""
+    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
+        raise ValueError(f"A (r, K) is {_shape(A)} and B (N, r) is {_shape(B)}: their r must agree and be > 0")
+    if x.ndim == 0 or x.shape[-1] != A.shape[1]:
+        raise ValueError(f"x (..., K) is {_shape(x)} and A (r, K) is {_shape(A)}: their K must agree")
+    n, k = B.shape[0], A.shape[1]
+    for name, tensor, want in (("weight", weight, (n, k)), ("bias", bias, (n,)), ("y0", y0, (*x.shape[:-1], n))):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != tuple(want):
+            raise ValueError(f"{name} is {_shape(tensor)}; x {_shape(x)}, A {_shape(A)} and B {_shape(B)} need {tuple(want)}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}: cast one, or run under torch.autocast")
+    for name, tensor in (("x", x), ("A", A), ("B", B)):
+        if tensor.dtype not in _FLOATS:
+            raise TypeError(f"{name} is {tensor.dtype}: float64, float32, bfloat16 or float16 is needed")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
+
+
+def _check_options(
+    x: Tensor, dropout: float, seed: Tensor | None, token_weights: Tensor | None, statistic: Tensor | None
+) -> None:
+    if dropout > 0.0 and (seed is None or seed.ndim != 0 or seed.dtype != torch.int64 or seed.device != x.device):
+        raise ValueError(f"dropout={dropout:g} needs a seed: a 0-dim int64 tensor on {x.device}, got {seed!r}")
+    if token_weights is not None and token_weights.shape != x.shape[:-1]:
+        raise ValueError(f"token_weights is {_shape(token_weights)} and x is {_shape(x)}: {tuple(x.shape[:-1])} is needed")
+    if statistic is not None and (statistic.ndim != 0 or statistic.dtype != torch.float64):
+        raise ValueError(f"statistic must be a 0-dim float64 leaf, got {_shape(statistic)} of {statistic.dtype}")
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

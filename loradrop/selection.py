@@ -1,0 +1,221 @@
+"""The decision: which targets keep their own adapter, and which share. Pure functions on plain data."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loradrop.bank import Target
+
+IMPORTANCES = ("sqnorm", "norm")
+SCOPES = ("per_module", "joint")
+SHARES = ("group", "none")
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(Mapping[str, float]):
+    """Name -> Σ over real tokens of ‖s·B·A·x‖², in float64, and where it came from.
+
+    rows    (batches or steps, targets) float64 on the CPU: the score is the sum of its column
+    source  "offline": fixed weights in eval mode; "online": the passes of training itself
+    tokens  rows of x counted, per target
+    """
+
+    targets: tuple[Target, ...]
+    rows: Tensor
+    tokens: int
+    source: str
+
+    @property
+    def values_by_target(self) -> list[float]:
+        """The scores in the order of `targets`."""
+        return [float(v) for v in self.rows.sum(0)]
+
+    def __getitem__(self, name: str) -> float:
+        for target, value in zip(self.targets, self.values_by_target, strict=True):
+            if target.name == name:
+                return value
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (target.name for target in self.targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __repr__(self) -> str:
+        return f"Scores({len(self)} targets, {len(self.rows)} rows, {self.tokens} tokens, {self.source})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the plan: the sums, not the rows."""
+        return {"source": self.source, "tokens": self.tokens, "rows": len(self.rows), "values": dict(self)}
+
+
+def select(
+    scores: Scores,
+    threshold: float | None = None,
+    *,
+    keep: int | None = None,
+    keep_ratio: float | None = None,
+    budget: float | None = None,
+    scope: str = "per_module",
+    importance: str = "sqnorm",
+) -> list[str]:
+    """The names of the targets that keep their own adapter, in layer order (Zhou et al., COLING 2025).
+
+    Exactly one of
+      threshold    in [0, 1]: in every group, the fewest targets whose importances sum to that part of the
+                   group's; 0 keeps none and 1 keeps all
+      keep         a count in total, split over the groups by largest remainder of their size
+      keep_ratio   in [0, 1]: the same with keep = ratio · targets, rounded half up
+      budget       in [0, 1]: the largest `keep` whose own and shared adapters together have at most that part
+                   of the parameters of LoRA on all targets
+    scope          "per_module": a group is a module type and shape; "joint": all targets are one group
+    importance     "sqnorm": the score; "norm": its square root
+    Ties go to the earlier target. Raises ValueError for options out of range, for NaN or infinite scores and,
+    where the decision depends on them, for scores that are all zero.
+    """
+    _check(scores, threshold, keep, keep_ratio, budget, scope, importance)
+    values = scores.values_by_target
+    if importance == "norm":
+        values = [math.sqrt(value) for value in values]
+    groups = _groups(scores.targets, scope)
+    if threshold is not None:
+        picked = {i for members in groups for i in _prefix(scores.targets, values, members, threshold)}
+    else:
+        n = len(scores)
+        if keep is None and keep_ratio is not None:
+            keep = math.floor(keep_ratio * n + 0.5)
+        counts = range(n, -1, -1) if keep is None else [keep]
+        for count in counts:
+            picked = _quota(scores.targets, values, groups, count)
+            if budget is None or adapter_parameters(scores.targets, _names(scores, picked)) <= budget * sum(
+                target.parameters for target in scores.targets
+            ):
+                break
+        else:
+            raise ValueError(f"budget={budget}: one shared adapter per group alone takes more; choose a larger budget")
+    return _names(scores, picked)
+
+
+def _names(scores: Scores, picked: set[int]) -> list[str]:
+    return [target.name for i, target in enumerate(scores.targets) if i in picked]
+
+
+def _groups(targets: Sequence[Target], scope: str) -> list[list[int]]:
+    groups: dict[Any, list[int]] = {}
+    for i, target in enumerate(targets):
+        groups.setdefault(target.group if scope == "per_module" else None, []).append(i)
+    return list(groups.values())
+
+
+def _ranking(targets: Sequence[Target], values: Sequence[float], members: list[int]) -> list[int]:
+    if all(values[i] == 0.0 for i in members):
+        raise ValueError(
+            f"the scores of {', '.join(targets[i].name for i in members[:3])}{', ...' * (len(members) > 3)} are all "
+            "zero: B is still zero, so the LoRA outputs say nothing yet. Train before probing"
+        )
+    return sorted(members, key=lambda i: -values[i])
+
+
+def _prefix(targets: Sequence[Target], values: Sequence[float], members: list[int], threshold: float) -> list[int]:
+    if threshold in (0.0, 1.0):
+        return members if threshold == 1.0 else []
+    order, total, mass = _ranking(targets, values, members), sum(values[i] for i in members), 0.0
+    for count, i in enumerate(order, 1):
+        mass += values[i]
+        if mass >= threshold * total * (1 - 1e-12):
+            return order[:count]
+    return order
+
+
+def _quota(
+    targets: Sequence[Target], values: Sequence[float], groups: list[list[int]], keep: int
+) -> set[int]:
+    n = len(targets)
+    shares = [keep * len(members) / n for members in groups]
+    counts = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(groups)), key=lambda g: counts[g] - shares[g])
+    for g in by_remainder[: keep - sum(counts)]:
+        counts[g] += 1
+    picked: set[int] = set()
+    for members, count in zip(groups, counts, strict=True):
+        all_or_none = count in (0, len(members))
+        picked.update(members[:count] if all_or_none else _ranking(targets, values, members)[:count])
+    return picked
+
+
+def _check(
+    scores: Scores,
+    threshold: float | None,
+    keep: int | None,
+    keep_ratio: float | None,
+    budget: float | None,
+    scope: str,
+    importance: str,
+) -> None:
+    given = {"threshold": threshold, "keep": keep, "keep_ratio": keep_ratio, "budget": budget}
+    named = [f"{name}={value}" for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise ValueError(f"give exactly one of {', '.join(given)}; got {', '.join(named) or 'none'}")
+    for name in ("threshold", "keep_ratio", "budget"):
+        value = given[name]
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise ValueError(f"{name}={value}: choose a number in [0, 1]")
+    if keep is not None and not 0 <= keep <= len(scores):
+        raise ValueError(f"keep={keep}: choose a whole number from 0 to the {len(scores)} targets")
+    for name, value, known in (("scope", scope, SCOPES), ("importance", importance, IMPORTANCES)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
+    for target, value in zip(scores.targets, scores.values_by_target, strict=True):
+        if not math.isfinite(value):
+            raise ValueError(f"the score of {target.name} is {value}: its LoRA output overflowed or met NaN. Lower the learning rate, or train in float32")
+
+
+def assign(targets: Sequence[Target], kept: Sequence[str], share: str = "group") -> list[int | None]:
+    """The slot of every target: kept ones alone, the others one per group of equal (type, K, N, r).
+
+    With share="none" the others get None: no adapter. Raises ValueError for a name that is no target.
+    """
+    if share not in SHARES:
+        raise ValueError(f"share={share!r}: choose one of {', '.join(SHARES)}")
+    names = {target.name for target in targets}
+    for name in kept:
+        if name not in names:
+            raise ValueError(f"kept has {name!r}, which is no target; there are {', '.join(sorted(names))}")
+    chosen, numbers = set(kept), dict[Any, int]()
+    slots: list[int | None] = []
+    for target in targets:
+        if target.name in chosen:
+            slots.append(numbers.setdefault(target.name, len(numbers)))
+        else:
+            slots.append(None if share == "none" else numbers.setdefault(target.group, len(numbers)))
+    return slots
+
+
+def adapter_parameters(targets: Sequence[Target], kept: Sequence[str], share: str = "group") -> int:
+    """Elements of all adapters after `assign`: kept ones and shared ones, each once."""
+    sizes = dict(zip(assign(targets, kept, share), (t.parameters for t in targets), strict=True))
+    return sum(size for slot, size in sizes.items() if slot is not None)
+
+
+def keep_frequency(
+    scores: Scores, decide: Callable[[Scores], list[str]], samples: int = 100, seed: int = 0
+) -> dict[str, float]:
+    """How often `decide` keeps each target when the rows of `scores` are drawn anew with replacement.
+
+    The bootstrap (Efron, 1979) over batches. Rows without any output (B still zero) say nothing and are left out.
+    """
+    rows = scores.rows[scores.rows.any(1)]
+    generator, n = torch.Generator().manual_seed(seed), len(rows)
+    if n == 0:
+        raise ValueError("every row of the scores is zero: B is still zero. Train before asking what is stable")
+    counts = dict.fromkeys(scores, 0)
+    for _ in range(samples):
+        drawn = rows[torch.randint(0, n, (n,), generator=generator)]
+        for name in decide(Scores(scores.targets, drawn, scores.tokens, scores.source)):
+            counts[name] += 1
+    return {name: count / samples for name, count in counts.items()}

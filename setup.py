@@ -1,0 +1,63 @@
+"""Metadata and packages. A plain install is pure Python: no compiler, no torch while it builds."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+TRITON = "triton>=3.6; platform_system == 'Linux'"
+PEFT = "peft>=0.18"
+
+
+def read(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def refuse_cuda() -> None:
+    """What is asked for and cannot be built is an error, never a silent pure-Python wheel."""
+    missing = ["this version has no CUDA kernels yet (csrc/README.md)"]
+    if shutil.which("nvcc") is None:
+        missing.append("nvcc is not on PATH")
+    raise SystemExit(
+        f"LORADROP_BUILD_CUDA=1 asks for loradrop._C, which cannot be built: {'; '.join(missing)}. "
+        "Unset the variable to install loradrop as pure Python."
+    )
+
+
+if os.environ.get("LORADROP_BUILD_CUDA") == "1":
+    refuse_cuda()
+
+setup(
+    name="loradrop",
+    version=re.search(r'^__version__ = "(.+)"$', read("loradrop/__init__.py"), re.M)[1],
+    description="LoRA-drop: keep LoRA where its output matters, share one LoRA elsewhere",
+    long_description=read("README.md"),
+    long_description_content_type="text/markdown",
+    author="The loradrop contributors",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["LoRA", "LoRA-drop", "fine-tuning", "PEFT", "PyTorch", "transformers"],
+    python_requires=">=3.11",
+    packages=["loradrop", "loradrop.methods", "loradrop.integrations", "loradrop.kernels"],
+    package_data={"loradrop": ["py.typed", "assets/*"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.13",
+        "accelerate>=1.1",
+        *("safetensors", "numpy", "pyyaml", "tqdm", "matplotlib"),
+    ],
+    extras_require={
+        "triton": [TRITON],
+        "peft": [PEFT],
+        "data": ["datasets"],
+        "cuda": ["ninja", "pybind11"],
+        "dev": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"),
+            *("build", "setuptools", "wheel", "pre-commit", TRITON, PEFT, "datasets"),
+        ],
+    },
+    entry_points={"console_scripts": ["loradrop = loradrop.cli:main"]},
+)

@@ -1,0 +1,122 @@
+"""Importing does nothing: no heavy library, output, random number or environment variable."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import loradrop
+
+ROOT = Path(__file__).resolve().parent.parent
+
+EVERY_MODULE = """
+import importlib, pkgutil
+import loradrop
+names = [module.name for module in pkgutil.walk_packages(loradrop.__path__, "loradrop.")]
+names = [name for name in names if not name.endswith("__main__")]
+assert "loradrop.ops" in names, names
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    """`code` in an interpreter of its own, which does not look into the current folder."""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_import_loads_nothing_heavy() -> None:
+    run(
+        "import sys, loradrop\n"
+        "heavy = {'torch', 'triton', 'peft', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+
+
+def test_the_api_loads_no_optional_library() -> None:
+    run(
+        "import sys, loradrop\n"
+        "loradrop.lora_linear, loradrop.inject, loradrop.probe, loradrop.select, loradrop.share\n"
+        "heavy = {'triton', 'peft', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+
+
+def test_import_prints_nothing() -> None:
+    done = run(EVERY_MODULE + "for name in names: importlib.import_module(name)")
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_import_draws_no_random_number() -> None:
+    run(
+        """
+import random, numpy, torch
+def states():
+    return random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()
+before = states()
+"""
+        + EVERY_MODULE
+        + """
+for name in names:
+    importlib.import_module(name)
+    assert states() == before, name
+"""
+    )
+
+
+def test_import_neither_reads_nor_changes_the_environment() -> None:
+    run(
+        """
+import os, sys
+import peft, transformers, torch
+readers = set()
+def spy(method):
+    def spied(self, *args):
+        frame = sys._getframe(1)
+        while frame.f_globals["__name__"] in ("os", "collections.abc", "_collections_abc"):
+            frame = frame.f_back
+        if frame.f_globals["__name__"].partition(".")[0] == "loradrop":
+            readers.add((frame.f_globals["__name__"], args[0]))
+        return method(self, *args)
+    return spied
+before = dict(os.environ)
+for name in ("__getitem__", "__setitem__", "__delitem__"):
+    setattr(type(os.environ), name, spy(getattr(type(os.environ), name)))
+"""
+        + EVERY_MODULE
+        + """
+for name in names:
+    importlib.import_module(name)
+assert not readers, readers
+assert dict(os.environ) == before
+"""
+    )
+
+
+@pytest.mark.parametrize("name", loradrop.__all__)
+def test_public_name(name: str) -> None:
+    assert getattr(loradrop, name) is not None
+    assert name in dir(loradrop)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = loradrop.no_such_name
+
+
+def test_help_is_instant() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "loradrop.cli", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not {"torch", "transformers", "matplotlib"} & imported
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.6  # seconds

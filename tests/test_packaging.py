@@ -1,0 +1,169 @@
+"""Only `loradrop` gets installed, and the folder kernels/ hides nobody's package."""
+
+import email
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "loradrop", "kernels", "csrc")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy to build in, links kept as links."""
+    copy = tmp_path / "source"
+    copy.mkdir()
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            ignore = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
+        else:
+            shutil.copy(ROOT / name, copy)
+    return copy
+
+
+def build(source: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=source,
+        env=os.environ | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wheel(folder: Path) -> zipfile.ZipFile:
+    (path,) = folder.glob("*.whl")
+    assert path.name.endswith("-py3-none-any.whl")
+    return zipfile.ZipFile(path)
+
+
+def modules() -> set[str]:
+    """Every module of the checkout, those behind the link loradrop/kernels too."""
+    folders = os.walk(ROOT / "loradrop", followlinks=True)
+    paths = (Path(folder, name) for folder, _, names in folders for name in names)
+    return {str(path.relative_to(ROOT)) for path in paths if path.suffix == ".py"}
+
+
+def test_wheel(source: Path, tmp_path: Path) -> None:
+    (source / "kernels" / "a_kernel.py").write_text("")
+    done = build(
+        source, "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), "."
+    )
+    assert done.returncode == 0, done.stdout
+    files = set(wheel(tmp_path).namelist())
+    (info,) = {name.split("/")[0] for name in files} - {"loradrop"}
+    assert info.startswith("loradrop-") and info.endswith(".dist-info")
+    assert {name for name in files if name.endswith(".py")} == {
+        *modules(),
+        "loradrop/kernels/a_kernel.py",
+    }
+    assets = {f"loradrop/assets/{path.name}" for path in (ROOT / "loradrop/assets").iterdir()}
+    assert {"loradrop/py.typed", *assets} <= files
+
+    metadata = email.message_from_bytes(wheel(tmp_path).read(f"{info}/METADATA"))
+    needs = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+    assert {"torch", "transformers"} <= {need.name for need in needs if need.marker is None}
+    bounds = {bound.operator for need in needs for bound in need.specifier}
+    assert bounds == {">="}, "upper bounds belong into constraints.txt"
+    assert metadata["Requires-Python"] == ">=3.11"
+    scripts = wheel(tmp_path).read(f"{info}/entry_points.txt").decode()
+    assert "loradrop = loradrop.cli:main" in scripts
+
+
+def test_sdist_builds_the_same_modules(source: Path, tmp_path: Path) -> None:
+    (source / "kernels" / "a_kernel.py").write_text("")
+    done = build(source, "build", "--no-isolation", "--outdir", str(tmp_path / "dist"))
+    assert done.returncode == 0, done.stdout
+    built = {name for name in wheel(tmp_path / "dist").namelist() if name.endswith(".py")}
+    assert built == {*modules(), "loradrop/kernels/a_kernel.py"}
+
+
+def test_cuda_build_is_refused_with_its_reason(source: Path, tmp_path: Path) -> None:
+    done = build(
+        source,
+        *("pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), "."),
+        LORADROP_BUILD_CUDA="1",
+        PATH="",
+    )
+    assert done.returncode != 0
+    assert "this version has no CUDA kernels yet" in done.stdout
+    assert "nvcc is not on PATH" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_setup_imports_no_torch() -> None:
+    code = "import runpy, sys; runpy.run_path('setup.py'); assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--name"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, "loradrop\n"), done.stderr
+
+
+LLAMA = """
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.utils.import_utils import is_kernels_available
+import sys
+found = sys.modules.get("kernels")
+print(is_kernels_available(), found and found.__file__)
+"""
+
+
+def import_llama(*path: Path) -> str:
+    """What transformers makes of `kernels` with the repository's root first on sys.path."""
+    done = subprocess.run(
+        [sys.executable, "-c", LLAMA],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_llama_imports_from_the_root_without_kernels_of_hugging_face() -> None:
+    assert import_llama() == "False None"
+
+
+STAND_IN = '''
+def __getattr__(name):
+    """A class that takes any arguments and, as a decorator, changes nothing."""
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {"__new__": lambda cls, *args, **kwargs: lambda wrapped: wrapped})
+'''
+
+
+def test_llama_imports_from_the_root_beside_an_installed_kernels(tmp_path: Path) -> None:
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text(STAND_IN)
+    info = tmp_path / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n"
+    )
+    assert import_llama(tmp_path) == f"True {package / '__init__.py'}"
+
+
+@pytest.mark.slow
+def test_llama_imports_from_the_root_beside_the_real_kernels(tmp_path: Path) -> None:
+    needed = f"kernels>={KERNELS_MIN_VERSION},<{KERNELS_MAX_VERSION}"
+    done = build(
+        ROOT,
+        *("pip", "install", "--quiet", "--only-binary", ":all:", "--retries", "0"),
+        *("--timeout", "20", "--target", str(tmp_path), "-c", "constraints.txt", needed),
+    )
+    if done.returncode != 0:
+        pytest.skip(f"{needed} cannot be had here")
+    assert import_llama(tmp_path) == f"True {tmp_path / 'kernels/__init__.py'}"
