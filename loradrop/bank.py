@@ -45,7 +45,9 @@ class Surgery:
     """What `inject` changed, so that `remove` can restore it bit for bit."""
 
     requires_grad: dict[str, bool] = field(default_factory=dict)
-    saved: dict[str, Tensor] = field(default_factory=dict)  # trained base tensors -> their original values
+    saved: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # trained base tensors -> their original values
     merged: dict[str, Tensor] | None = None  # weights before a reversible merge
 
 
@@ -83,7 +85,9 @@ class AdapterBank(nn.Module):
         for i, target in enumerate(self.targets):
             if target.name == name:
                 return i
-        raise KeyError(f"{name!r} is no target; there are {', '.join(t.name for t in self.targets)}")
+        raise KeyError(
+            f"{name!r} is no target; there are {', '.join(t.name for t in self.targets)}"
+        )
 
     @torch.no_grad()
     def delta(self, i: int) -> Tensor | None:
@@ -101,7 +105,9 @@ class AdapterBank(nn.Module):
                 continue
             A, B = pairs[slot]
             if A.shape[1] != target.in_features or B.shape[0] != target.out_features:
-                raise ValueError(f"slot {slot} holds A {tuple(A.shape)} and B {tuple(B.shape)}: too unlike {target}")
+                raise ValueError(
+                    f"slot {slot} holds A {tuple(A.shape)} and B {tuple(B.shape)}: too unlike {target}"
+                )
         self.slots = list(slots)
         self.A = nn.ParameterList(_parameter(A) for A, _ in pairs)
         self.B = nn.ParameterList(_parameter(B) for _, B in pairs)
@@ -122,7 +128,9 @@ class AdapterBank(nn.Module):
         return f"targets={len(self.targets)}, adapters={adapters}, method={self.config.method.name}"
 
 
-def fresh(target: Target, device: torch.device, dtype: torch.dtype) -> tuple[nn.Parameter, nn.Parameter]:
+def fresh(
+    target: Target, device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Parameter, nn.Parameter]:
     """LoRA's initial pair: A Kaiming-uniform, B zero, so that the model is unchanged."""
     A = torch.empty(target.r, target.in_features, device=device, dtype=dtype)
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
@@ -138,5 +146,7 @@ def bank_of(model: nn.Module) -> AdapterBank:
     """The bank of an injected model. Raises ValueError where there is none."""
     bank = getattr(model, "lora_bank", None)
     if not isinstance(bank, AdapterBank):
-        raise ValueError(f"{type(model).__name__} has no loradrop adapters: call loradrop.inject(model, config) first")
+        raise ValueError(
+            f"{type(model).__name__} has no loradrop adapters: call loradrop.inject(model, config) first"
+        )
     return bank

@@ -28,7 +28,13 @@ class Collector:
     """
 
     def __init__(
-        self, model: nn.Module, bank: AdapterBank, *, online: bool, mask: str | None = "attention_mask", mask_fn: MaskFn | None = None
+        self,
+        model: nn.Module,
+        bank: AdapterBank,
+        *,
+        online: bool,
+        mask: str | None = "attention_mask",
+        mask_fn: MaskFn | None = None,
     ) -> None:
         self.bank, self.online, self.mask, self.mask_fn = bank, online, mask, mask_fn
         self.rows: list[Tensor] = []
@@ -43,7 +49,10 @@ class Collector:
         ]
         self._signature = list(inspect.signature(model.forward).parameters)
         if online:
-            self._values = [_leaf(pair[0].device) if (pair := bank.factors(i)) else None for i in range(len(self._values))]
+            self._values = [
+                _leaf(pair[0].device) if (pair := bank.factors(i)) else None
+                for i in range(len(self._values))
+            ]
         bank.collector = self
 
     def detach(self) -> None:
@@ -85,7 +94,9 @@ class Collector:
             )
         device = next((v.device for v in values if v is not None), torch.device("cpu"))
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        self.rows.append(torch.stack([zero if v is None else v.detach().to(device) for v in values]))
+        self.rows.append(
+            torch.stack([zero if v is None else v.detach().to(device) for v in values])
+        )
         self._pending = 0
         for i, value in enumerate(self._values):
             if self.online and value is not None:
@@ -93,11 +104,26 @@ class Collector:
             else:
                 self._values[i] = None
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The rows and the token count so far, summed over ranks, for a checkpoint."""
+        scores = self.scores()
+        return {"rows": scores.rows, "tokens": torch.tensor(scores.tokens)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave; the sums count on the first rank alone."""
+        first = not _distributed() or distributed.get_rank() == 0
+        self.rows = [row if first else torch.zeros_like(row) for row in state["rows"]]
+        self._tokens = state["tokens"].clone() if first else torch.zeros_like(state["tokens"])
+
     def scores(self) -> Scores:
         """The rows so far, summed over the ranks of `torch.distributed` where it runs."""
-        rows = torch.stack(self.rows).cpu() if self.rows else torch.zeros(0, len(self.bank.targets), dtype=torch.float64)
+        rows = (
+            torch.stack([row.cpu() for row in self.rows])
+            if self.rows
+            else torch.zeros(0, len(self.bank.targets), dtype=torch.float64)
+        )
         tokens = int(self._tokens)
-        if distributed.is_available() and distributed.is_initialized():
+        if _distributed():
             rows, tokens = _sum_over_ranks(rows, tokens)
         return Scores(self.bank.targets, rows, tokens, "online" if self.online else "offline")
 
@@ -106,7 +132,9 @@ class Collector:
             given = dict(zip(self._signature, args, strict=False)) | dict(kwargs)
             self._input = given.get(self.mask)
             if self._input is not None and not isinstance(self._input, Tensor):
-                raise ValueError(f"the model's input {self.mask!r} is a {type(self._input).__name__}, no tensor: pass mask=None or mask_fn=")
+                raise ValueError(
+                    f"the model's input {self.mask!r} is a {type(self._input).__name__}, no tensor: pass mask=None or mask_fn="
+                )
         if self.online and not torch.is_grad_enabled():
             return
         if not torch.compiler.is_compiling():
@@ -125,7 +153,10 @@ class Collector:
             return
         first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
         if first is not None:  # ids (B, S), or embeddings (B, S, K)
-            self._tokens = self._tokens + (first.shape[:-1] if first.is_floating_point() else first.shape).numel()
+            self._tokens = (
+                self._tokens
+                + (first.shape[:-1] if first.is_floating_point() else first.shape).numel()
+            )
 
     def _weights(self, i: int, x: Tensor) -> Tensor | None:
         if self._input is not None and not self._inside and not torch.compiler.is_compiling():
@@ -146,6 +177,10 @@ class Collector:
                 "those of the mask (packed, pooled or cross-attended). Pass mask=None to count all of them, or mask_fn="
             )
         return weights.to(x.device)
+
+
+def _distributed() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
 
 
 def _leaf(device: torch.device) -> Tensor:

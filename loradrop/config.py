@@ -46,10 +46,14 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
-                raise ValueError(f"{name}={rank!r}: the rank of an adapter is a whole number of at least 1")
+                raise ValueError(
+                    f"{name}={rank!r}: the rank of an adapter is a whole number of at least 1"
+                )
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha <= 0:
-                raise ValueError(f"{name}={alpha!r}: choose a positive number; the delta is scaled by it over r")
+                raise ValueError(
+                    f"{name}={alpha!r}: choose a positive number; the delta is scaled by it over r"
+                )
         try:
             quantize(self.lora_dropout)
         except (ValueError, TypeError) as error:
@@ -61,9 +65,13 @@ class LoRAConfig:
             if value is not None and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
         if isinstance(self.modules_to_save, str):
-            raise ValueError(f"modules_to_save={self.modules_to_save!r}: give a list of module names")
+            raise ValueError(
+                f"modules_to_save={self.modules_to_save!r}: give a list of module names"
+            )
         if not isinstance(self.method, Method):
-            raise ValueError(f"method={self.method!r}: give a loradrop.methods.Method such as LoRADrop()")
+            raise ValueError(
+                f"method={self.method!r}: give a loradrop.methods.Method such as LoRADrop()"
+            )
 
     def rank(self, name: str) -> int:
         """The rank of the adapter of the target `name`."""
@@ -78,7 +86,10 @@ class LoRAConfig:
         """Plain data for a JSON or YAML file; `from_dict` reads it."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["method"] = {"name": self.method.name, **dataclasses.asdict(self.method)}
-        return {k: dict(v) if isinstance(v, Mapping) else list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+        return {
+            k: dict(v) if isinstance(v, Mapping) else list(v) if isinstance(v, tuple) else v
+            for k, v in fields.items()
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LoRAConfig":

@@ -98,5 +98,7 @@ def resolve(name: str | None, problem: Problem) -> Backend:
     backend = _BACKENDS[name]
     reason = backend.available() or backend.supports(problem)
     if reason is not None:
-        raise RuntimeError(f"backend={name!r} cannot serve this call: {reason}. Pass backend=None to let loradrop choose")
+        raise RuntimeError(
+            f"backend={name!r} cannot serve this call: {reason}. Pass backend=None to let loradrop choose"
+        )
     return backend

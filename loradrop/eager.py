@@ -30,7 +30,7 @@ def forward(
     if dropout == 0.0 or seed is None:
         h = F.linear(x, a)
     else:
-        h = F.linear(x * keep_mask(seed, *x.shape, dropout), a).div_(1.0 - dropout)
+        h = F.linear(x * keep_mask(seed, x.shape[0], x.shape[1], dropout), a).div_(1.0 - dropout)
     if weight is None:
         assert y0 is not None
         return torch.addmm(y0, h, b.T, alpha=scaling), h
@@ -52,7 +52,7 @@ def backward(
     """As `reference.backward`."""
     keep = None
     if dropout > 0.0 and seed is not None and (needs[0] or needs[1]):
-        keep = keep_mask(seed, *x.shape, dropout)
+        keep = keep_mask(seed, x.shape[0], x.shape[1], dropout)
     dx = dA = dB = None
     if needs[0] or needs[1]:
         dh = dy @ (B.to(dy.dtype) * (scaling / (1.0 - dropout)))

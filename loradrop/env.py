@@ -25,17 +25,22 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> dict[str, Any]:
+def native_bf16() -> bool:
+    """Whether the CPU multiplies in bfloat16, rather than converting at every use."""
     import torch
 
     if platform.machine().lower() in ("x86_64", "amd64"):
-        # oneDNN also says yes to AVX-512 without bf16 instructions, where it converts at every use.
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        # oneDNN's own answer is also yes for AVX-512 without bf16 instructions.
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
     return {
         "capability": torch.backends.cpu.get_cpu_capability(),
-        "native_bf16": bool(native),
+        "native_bf16": native_bf16(),
         "threads": torch.get_num_threads(),
     }
 

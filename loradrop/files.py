@@ -42,4 +42,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged or half-written ({error}): restore it from a copy, or run the step that writes it again") from error
+        raise ValueError(
+            f"{path} is damaged or half-written ({error}): restore it from a copy, or run the step that writes it again"
+        ) from error

@@ -23,23 +23,33 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     Raises ValueError for targets that cannot be adapted (a table of what matched), ranks beyond
     min(in_features, out_features), and models that already carry adapters.
     """
-    if getattr(model, "peft_config", None) is not None or any(hasattr(m, "lora_A") for m in model.modules()):
+    if getattr(model, "peft_config", None) is not None or any(
+        hasattr(m, "lora_A") for m in model.modules()
+    ):
         raise ValueError(
             f"{type(model).__name__} carries PEFT adapters: merge or unload them first. loradrop's own layers and PEFT's do not mix"
         )
     if any(isinstance(module, AdapterBank) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} is injected already: call loradrop.remove(model) first")
+        raise ValueError(
+            f"{type(model).__name__} is injected already: call loradrop.remove(model) first"
+        )
     found = find_targets(model, config)
     saved = saved_modules(model, config)
     bank = attach(model, config, found, saved)
     kinds: dict[str, int] = {}
     for target in bank.targets:
         kinds[target.kind] = kinds.get(target.kind, 0) + 1
-    _log.info("adapted %s; trained whole: %s", ", ".join(f"{k} ({n})" for k, n in kinds.items()), ", ".join(saved) or "nothing")
+    _log.info(
+        "adapted %s; trained whole: %s",
+        ", ".join(f"{k} ({n})" for k, n in kinds.items()),
+        ", ".join(saved) or "nothing",
+    )
     return bank
 
 
-def attach(model: nn.Module, config: LoRAConfig, found: Matched, saved: list[str] | None = None) -> AdapterBank:
+def attach(
+    model: nn.Module, config: LoRAConfig, found: Matched, saved: list[str] | None = None
+) -> AdapterBank:
     """`inject` for modules already found: `found` as (name, module), `saved` names to train whole."""
     targets = [_target(name, module, config) for name, module in found]
     bank = AdapterBank(targets, config, [weight_of(module) for _, module in found])
@@ -64,7 +74,9 @@ def _target(name: str, module: nn.Module, config: LoRAConfig) -> Target:
     assert shape is not None
     r = config.rank(name)
     if r > min(shape):
-        raise ValueError(f"r={r} for {name} ({shape[0]} -> {shape[1]}): a rank beyond {min(shape)} adds nothing. Choose r <= {min(shape)}, or a rank_pattern")
+        raise ValueError(
+            f"r={r} for {name} ({shape[0]} -> {shape[1]}): a rank beyond {min(shape)} adds nothing. Choose r <= {min(shape)}, or a rank_pattern"
+        )
     return Target(name, name.rpartition(".")[2], *shape, r)
 
 
@@ -73,7 +85,9 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes without its adapters. Raises ValueError while they are merged."""
     bank = bank_of(model)
     if bank.surgery.merged is not None:
-        raise ValueError("the adapters are merged into the weights: call loradrop.remove(model) for the base model")
+        raise ValueError(
+            "the adapters are merged into the weights: call loradrop.remove(model) for the base model"
+        )
     before, bank.enabled = bank.enabled, False
     try:
         yield
@@ -95,9 +109,22 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> None:
     modules = [model.get_submodule(target.name) for target in bank.targets]
     for target, module in zip(bank.targets, modules, strict=True):
         weight = module.weight
-        if not (isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.numel() == target.in_features * target.out_features):
-            raise ValueError(f"{target.name} is a {type(module).__name__} without a plain weight: dequantise the model before merging")
-    originals = {target.name: module.weight.detach().clone() for target, module in zip(bank.targets, modules, strict=True)} if keep_original else None  # type: ignore[operator,union-attr]
+        if not (
+            isinstance(weight, torch.Tensor)
+            and weight.is_floating_point()
+            and weight.numel() == target.in_features * target.out_features
+        ):
+            raise ValueError(
+                f"{target.name} is a {type(module).__name__} without a plain weight: dequantise the model before merging"
+            )
+    originals = (
+        {
+            target.name: module.weight.detach().clone()
+            for target, module in zip(bank.targets, modules, strict=True)
+        }
+        if keep_original
+        else None
+    )  # type: ignore[operator,union-attr]
     for i, module in enumerate(modules):
         delta = bank.delta(i)
         if delta is not None:
@@ -118,8 +145,12 @@ def remove(model: nn.Module) -> None:
 
     Raises ValueError for a model without adapters, or whose adapters were merged without `keep_original`.
     """
-    if getattr(model, "_loradrop_merged", False) and not isinstance(getattr(model, "lora_bank", None), AdapterBank):
-        raise ValueError("the adapters were merged without keep_original=True, so the original weights are gone: load the base model anew")
+    if getattr(model, "_loradrop_merged", False) and not isinstance(
+        getattr(model, "lora_bank", None), AdapterBank
+    ):
+        raise ValueError(
+            "the adapters were merged without keep_original=True, so the original weights are gone: load the base model anew"
+        )
     bank = bank_of(model)
     for name, weight in (bank.surgery.merged or {}).items():
         model.get_submodule(name).weight.copy_(weight)  # type: ignore[operator,union-attr]

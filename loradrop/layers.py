@@ -120,12 +120,19 @@ def _blank(face: type, base: type) -> nn.Module:
 
 @functools.cache
 def _adapted_class(face: type, base: type) -> type:
-    return type(f"{face.__name__}[{base.__name__}]", (_Picklable, face, base), {"__module__": face.__module__})
+    return type(
+        f"{face.__name__}[{base.__name__}]",
+        (_Picklable, face, base),
+        {"__module__": face.__module__},
+    )
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' `Conv1D`, told without importing transformers."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+    return any(
+        c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils"
+        for c in type(module).__mro__
+    )
 
 
 def shape_of(module: nn.Module) -> tuple[int, int] | None:

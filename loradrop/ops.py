@@ -43,7 +43,15 @@ def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(*inputs)
     backend = dispatch.get(call.backend)
     y, h = backend.forward(
-        call.x, call.weight, call.bias, call.y0, call.A, call.B, call.scaling, call.dropout, call.seed
+        call.x,
+        call.weight,
+        call.bias,
+        call.y0,
+        call.A,
+        call.B,
+        call.scaling,
+        call.dropout,
+        call.seed,
     )
     if not call.norm:
         return y, h, _nothing(call.x)
@@ -54,7 +62,9 @@ def _nothing(like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
     call, (_, h, norm) = _Call(*inputs), output
     ctx.mark_non_differentiable(h, norm)
     ctx.set_materialize_grads(False)
@@ -69,9 +79,7 @@ def _gradients(run: Callable[..., Grads], ctx: Any, dy: Tensor | None) -> tuple[
     dx = dA = dB = None
     if dy is not None:
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[4], ctx.needs_input_grad[5])
-        dx, dA, dB = run(
-            ctx.backend, dy, x, weight, A, B, h, ctx.scaling, ctx.dropout, seed, needs
-        )
+        dx, dA, dB = run(ctx.backend, dy, x, weight, A, B, h, ctx.scaling, ctx.dropout, seed, needs)
     dy0 = dy if ctx.needs_input_grad[3] else None
     return dx, None, None, dy0, dA, dB, None, None, statistic, None, None, None, None
 
@@ -257,7 +265,8 @@ def _call(
     _check_options(x, dropout, seed, token_weights, statistic)
     rows, n = x.shape[:-1], B.shape[0]
     flat = x.reshape(-1, x.shape[-1])
-    problem = dispatch.Problem(device, x.dtype, *flat.shape, n, A.shape[0], dropout)
+    m, k = flat.shape
+    problem = dispatch.Problem(device, x.dtype, m, k, n, A.shape[0], dropout)
     inputs = _Call(
         flat,
         weight,
@@ -273,7 +282,7 @@ def _call(
         return_sqnorm or statistic is not None,
         dispatch.resolve(backend, problem).name,
     )
-    run = _forward_op if torch.compiler.is_compiling() else LoRAFunction.apply
+    run: Callable[..., Any] = _forward_op if torch.compiler.is_compiling() else LoRAFunction.apply
     if autocast:
         with torch.autocast(device, enabled=False):
             y, _, norm = run(*inputs)
@@ -290,37 +299,68 @@ def _autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _check(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, y0: Tensor | None = None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    y0: Tensor | None = None,
 ) -> None:
     """Shapes and dtypes of the operands against each other."""
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
-        raise ValueError(f"A (r, K) is {_shape(A)} and B (N, r) is {_shape(B)}: their r must agree and be > 0")
+        raise ValueError(
+            f"A (r, K) is {_shape(A)} and B (N, r) is {_shape(B)}: their r must agree and be > 0"
+        )
     if x.ndim == 0 or x.shape[-1] != A.shape[1]:
-        raise ValueError(f"x (..., K) is {_shape(x)} and A (r, K) is {_shape(A)}: their K must agree")
+        raise ValueError(
+            f"x (..., K) is {_shape(x)} and A (r, K) is {_shape(A)}: their K must agree"
+        )
     n, k = B.shape[0], A.shape[1]
-    for name, tensor, want in (("weight", weight, (n, k)), ("bias", bias, (n,)), ("y0", y0, (*x.shape[:-1], n))):
+    for name, tensor, want in (
+        ("weight", weight, (n, k)),
+        ("bias", bias, (n,)),
+        ("y0", y0, (*x.shape[:-1], n)),
+    ):
         if tensor is None:
             continue
         if tuple(tensor.shape) != tuple(want):
-            raise ValueError(f"{name} is {_shape(tensor)}; x {_shape(x)}, A {_shape(A)} and B {_shape(B)} need {tuple(want)}")
+            raise ValueError(
+                f"{name} is {_shape(tensor)}; x {_shape(x)}, A {_shape(A)} and B {_shape(B)} need {tuple(want)}"
+            )
         if tensor.dtype != x.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} and x is {x.dtype}: cast one, or run under torch.autocast")
+            raise TypeError(
+                f"{name} is {tensor.dtype} and x is {x.dtype}: cast one, or run under torch.autocast"
+            )
     for name, tensor in (("x", x), ("A", A), ("B", B)):
         if tensor.dtype not in _FLOATS:
-            raise TypeError(f"{name} is {tensor.dtype}: float64, float32, bfloat16 or float16 is needed")
+            raise TypeError(
+                f"{name} is {tensor.dtype}: float64, float32, bfloat16 or float16 is needed"
+            )
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
 
 
 def _check_options(
-    x: Tensor, dropout: float, seed: Tensor | None, token_weights: Tensor | None, statistic: Tensor | None
+    x: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+    token_weights: Tensor | None,
+    statistic: Tensor | None,
 ) -> None:
-    if dropout > 0.0 and (seed is None or seed.ndim != 0 or seed.dtype != torch.int64 or seed.device != x.device):
-        raise ValueError(f"dropout={dropout:g} needs a seed: a 0-dim int64 tensor on {x.device}, got {seed!r}")
+    if dropout > 0.0 and (
+        seed is None or seed.ndim != 0 or seed.dtype != torch.int64 or seed.device != x.device
+    ):
+        raise ValueError(
+            f"dropout={dropout:g} needs a seed: a 0-dim int64 tensor on {x.device}, got {seed!r}"
+        )
     if token_weights is not None and token_weights.shape != x.shape[:-1]:
-        raise ValueError(f"token_weights is {_shape(token_weights)} and x is {_shape(x)}: {tuple(x.shape[:-1])} is needed")
+        raise ValueError(
+            f"token_weights is {_shape(token_weights)} and x is {_shape(x)}: {tuple(x.shape[:-1])} is needed"
+        )
     if statistic is not None and (statistic.ndim != 0 or statistic.dtype != torch.float64):
-        raise ValueError(f"statistic must be a 0-dim float64 leaf, got {_shape(statistic)} of {statistic.dtype}")
+        raise ValueError(
+            f"statistic must be a 0-dim float64 leaf, got {_shape(statistic)} of {statistic.dtype}"
+        )
 
 
 def _shape(tensor: Tensor) -> str:

@@ -13,7 +13,9 @@ from loradrop.bank import AdapterBank, Target, bank_of
 from loradrop.config import LoRAConfig
 
 SCHEMA = 1
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}  # from the version that is the key
+_MIGRATIONS: dict[
+    int, Callable[[dict[str, Any]], dict[str, Any]]
+] = {}  # from the version that is the key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,9 @@ class Plan:
     @property
     def parameters(self) -> int:
         """Elements of all adapters, each once."""
-        sizes = {s: t.parameters for s, t in zip(self.slots, self.targets, strict=True) if s is not None}
+        sizes = {
+            s: t.parameters for s, t in zip(self.slots, self.targets, strict=True) if s is not None
+        }
         return sum(sizes.values())
 
     @property
@@ -73,7 +77,9 @@ class Plan:
         if not isinstance(version, int):
             raise ValueError("this is no loradrop plan: it has no schema version")
         if version > SCHEMA:
-            raise ValueError(f"the plan has schema {version}, this loradrop {loradrop.__version__} reads up to {SCHEMA}: upgrade loradrop")
+            raise ValueError(
+                f"the plan has schema {version}, this loradrop {loradrop.__version__} reads up to {SCHEMA}: upgrade loradrop"
+            )
         fields = dict(data)
         for step in range(version, SCHEMA):
             fields = _MIGRATIONS[step](fields)
@@ -83,16 +89,26 @@ class Plan:
             targets = tuple(Target(**target) for target in fields.pop("targets"))
             slots = tuple(fields.pop("slots"))
             kept = fields.pop("kept")
-            return cls(config=config, targets=targets, slots=slots, kept=None if kept is None else tuple(kept), **fields)
+            return cls(
+                config=config,
+                targets=targets,
+                slots=slots,
+                kept=None if kept is None else tuple(kept),
+                **fields,
+            )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the plan is damaged: {error!r} does not fit schema {SCHEMA}") from error
+            raise ValueError(
+                f"the plan is damaged: {error!r} does not fit schema {SCHEMA}"
+            ) from error
 
 
 def plan_of(model: nn.Module) -> Plan:
     """The plan of an injected model as it stands: what `fit` or `load` recorded, with today's slots."""
     bank = bank_of(model)
     recorded = bank.plan if isinstance(bank.plan, Plan) else None
-    fresh = Plan(config=bank.config, targets=bank.targets, slots=tuple(bank.slots), kept=_kept(bank))
+    fresh = Plan(
+        config=bank.config, targets=bank.targets, slots=tuple(bank.slots), kept=_kept(bank)
+    )
     if recorded is not None:
         return replace(recorded, slots=fresh.slots, kept=fresh.kept)
     scores = None if bank.scores is None else bank.scores.to_dict()
@@ -106,13 +122,19 @@ def _kept(bank: AdapterBank) -> tuple[str, ...] | None:
         return None if bank.plan is None else bank.plan.kept
     if isinstance(bank.plan, Plan) and bank.plan.slots == tuple(bank.slots):
         return bank.plan.kept
-    return tuple(t.name for t, n, s in zip(bank.targets, users, bank.slots, strict=True) if n == 1 and s is not None)
+    return tuple(
+        t.name
+        for t, n, s in zip(bank.targets, users, bank.slots, strict=True)
+        if n == 1 and s is not None
+    )
 
 
 def base_of(model: nn.Module) -> dict[str, Any]:
     """Which model it is: id and revision where its config knows them, and a fingerprint of its tensors."""
     config = getattr(model, "config", None)
-    shapes = [(k, tuple(v.shape)) for k, v in model.state_dict().items() if not k.startswith("lora_bank.")]
+    shapes = [
+        (k, tuple(v.shape)) for k, v in model.state_dict().items() if not k.startswith("lora_bank.")
+    ]
     return {
         "class": type(model).__name__,
         "id": getattr(config, "_name_or_path", None),

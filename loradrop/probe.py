@@ -48,8 +48,8 @@ def probe(
                 module.training = training
     if not collector.rows:
         raise ValueError("batches is empty: give at least one batch to probe with")
-    bank.scores = collector.scores()
-    return bank.scores
+    scores = bank.scores = collector.scores()
+    return scores
 
 
 def _call(model: nn.Module, batch: Any) -> None:

@@ -24,7 +24,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def _masked(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
     if dropout == 0.0 or seed is None:
         return x
-    return torch.where(keep_mask(seed, *x.shape, dropout), x, 0.0)
+    return torch.where(keep_mask(seed, x.shape[0], x.shape[1], dropout), x, 0.0)
 
 
 def forward(

@@ -51,7 +51,12 @@ class Scores(Mapping[str, float]):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the plan: the sums, not the rows."""
-        return {"source": self.source, "tokens": self.tokens, "rows": len(self.rows), "values": dict(self)}
+        return {
+            "source": self.source,
+            "tokens": self.tokens,
+            "rows": len(self.rows),
+            "values": dict(self),
+        }
 
 
 def select(
@@ -84,7 +89,9 @@ def select(
         values = [math.sqrt(value) for value in values]
     groups = _groups(scores.targets, scope)
     if threshold is not None:
-        picked = {i for members in groups for i in _prefix(scores.targets, values, members, threshold)}
+        picked = {
+            i for members in groups for i in _prefix(scores.targets, values, members, threshold)
+        }
     else:
         n = len(scores)
         if keep is None and keep_ratio is not None:
@@ -92,12 +99,14 @@ def select(
         counts = range(n, -1, -1) if keep is None else [keep]
         for count in counts:
             picked = _quota(scores.targets, values, groups, count)
-            if budget is None or adapter_parameters(scores.targets, _names(scores, picked)) <= budget * sum(
-                target.parameters for target in scores.targets
-            ):
+            if budget is None or adapter_parameters(
+                scores.targets, _names(scores, picked)
+            ) <= budget * sum(target.parameters for target in scores.targets):
                 break
         else:
-            raise ValueError(f"budget={budget}: one shared adapter per group alone takes more; choose a larger budget")
+            raise ValueError(
+                f"budget={budget}: one shared adapter per group alone takes more; choose a larger budget"
+            )
     return _names(scores, picked)
 
 
@@ -121,7 +130,9 @@ def _ranking(targets: Sequence[Target], values: Sequence[float], members: list[i
     return sorted(members, key=lambda i: -values[i])
 
 
-def _prefix(targets: Sequence[Target], values: Sequence[float], members: list[int], threshold: float) -> list[int]:
+def _prefix(
+    targets: Sequence[Target], values: Sequence[float], members: list[int], threshold: float
+) -> list[int]:
     if threshold in (0.0, 1.0):
         return members if threshold == 1.0 else []
     order, total, mass = _ranking(targets, values, members), sum(values[i] for i in members), 0.0
@@ -144,7 +155,9 @@ def _quota(
     picked: set[int] = set()
     for members, count in zip(groups, counts, strict=True):
         all_or_none = count in (0, len(members))
-        picked.update(members[:count] if all_or_none else _ranking(targets, values, members)[:count])
+        picked.update(
+            members[:count] if all_or_none else _ranking(targets, values, members)[:count]
+        )
     return picked
 
 
@@ -160,7 +173,9 @@ def _check(
     given = {"threshold": threshold, "keep": keep, "keep_ratio": keep_ratio, "budget": budget}
     named = [f"{name}={value}" for name, value in given.items() if value is not None]
     if len(named) != 1:
-        raise ValueError(f"give exactly one of {', '.join(given)}; got {', '.join(named) or 'none'}")
+        raise ValueError(
+            f"give exactly one of {', '.join(given)}; got {', '.join(named) or 'none'}"
+        )
     for name in ("threshold", "keep_ratio", "budget"):
         value = given[name]
         if value is not None and not 0.0 <= value <= 1.0:
@@ -172,10 +187,14 @@ def _check(
             raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
     for target, value in zip(scores.targets, scores.values_by_target, strict=True):
         if not math.isfinite(value):
-            raise ValueError(f"the score of {target.name} is {value}: its LoRA output overflowed or met NaN. Lower the learning rate, or train in float32")
+            raise ValueError(
+                f"the score of {target.name} is {value}: its LoRA output overflowed or met NaN. Lower the learning rate, or train in float32"
+            )
 
 
-def assign(targets: Sequence[Target], kept: Sequence[str], share: str = "group") -> list[int | None]:
+def assign(
+    targets: Sequence[Target], kept: Sequence[str], share: str = "group"
+) -> list[int | None]:
     """The slot of every target: kept ones alone, the others one per group of equal (type, K, N, r).
 
     With share="none" the others get None: no adapter. Raises ValueError for a name that is no target.
@@ -185,14 +204,18 @@ def assign(targets: Sequence[Target], kept: Sequence[str], share: str = "group")
     names = {target.name for target in targets}
     for name in kept:
         if name not in names:
-            raise ValueError(f"kept has {name!r}, which is no target; there are {', '.join(sorted(names))}")
+            raise ValueError(
+                f"kept has {name!r}, which is no target; there are {', '.join(sorted(names))}"
+            )
     chosen, numbers = set(kept), dict[Any, int]()
     slots: list[int | None] = []
     for target in targets:
         if target.name in chosen:
             slots.append(numbers.setdefault(target.name, len(numbers)))
         else:
-            slots.append(None if share == "none" else numbers.setdefault(target.group, len(numbers)))
+            slots.append(
+                None if share == "none" else numbers.setdefault(target.group, len(numbers))
+            )
     return slots
 
 
@@ -212,7 +235,9 @@ def keep_frequency(
     rows = scores.rows[scores.rows.any(1)]
     generator, n = torch.Generator().manual_seed(seed), len(rows)
     if n == 0:
-        raise ValueError("every row of the scores is zero: B is still zero. Train before asking what is stable")
+        raise ValueError(
+            "every row of the scores is zero: B is still zero. Train before asking what is stable"
+        )
     counts = dict.fromkeys(scores, 0)
     for _ in range(samples):
         drawn = rows[torch.randint(0, n, (n,), generator=generator)]

@@ -35,13 +35,21 @@ def share(
     if kept is None:
         kept = bank.config.method.update(bank, bank.scores)
         if kept is None:
-            raise ValueError(f"the method {bank.config.method.name!r} selects nothing: pass kept, or use LoRADrop()")
+            raise ValueError(
+                f"the method {bank.config.method.name!r} selects nothing: pass kept, or use LoRADrop()"
+            )
         return
     apply(bank, kept, bank.scores, share=share, init=init, after_select=after_select)
 
 
 def apply(
-    bank: AdapterBank, kept: Sequence[str], scores: Scores | None, *, share: str, init: str, after_select: str
+    bank: AdapterBank,
+    kept: Sequence[str],
+    scores: Scores | None,
+    *,
+    share: str,
+    init: str,
+    after_select: str,
 ) -> None:
     """`share` on the bank itself."""
     for name, value, known in (("init", init, INITS), ("after_select", after_select, AFTER)):

@@ -1,9 +1,9 @@
 """Text that every Python installation has: docstrings of the standard library, by area.
 
-The sources are parsed, never imported. ``AREAS`` names only modules that Python 3.11 to 3.14 share
-and that distributions do not ship apart (no tkinter, turtle or idlelib), so that the rows differ
-little between installations. Each area lists whole modules for train and for dev: no module has
-texts on both sides, and a model cannot win by recognising a module's own phrases.
+The sources are parsed, never imported. ``AREAS`` names modules that Python 3.11 to 3.14 have in
+common and that distributions do not ship apart (so no tkinter, turtle, idlelib), which keeps the
+rows nearly the same everywhere. Each area gives whole modules to train and others to dev: no module
+has texts on both sides, and a model cannot win by recognising a module's own phrases.
 """
 
 import ast
@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-# area -> (modules of train, modules of dev); a private twin stands beside its public name, because
-# the docstrings move between the two from version to version (datetime -> _pydatetime in 3.12).
+# area -> (modules of train, modules of dev). Private twins stand beside the public name, because
+# docstrings move between the two from version to version (datetime -> _pydatetime in 3.12).
 AREAS: Mapping[str, tuple[str, str]] = {
     "archives and storage": (
         "tarfile pickle pickletools copyreg gzip bz2 lzma _compression compression shelve dbm",
@@ -27,14 +27,10 @@ AREAS: Mapping[str, tuple[str, str]] = {
         "asyncio multiprocessing contextvars",
         "threading _threading_local concurrent queue sched",
     ),
-    "data formats": (
-        "xml configparser",
-        "json html _markupbase plistlib tomllib csv netrc",
-    ),
     "data structures": (
-        "collections _collections_abc functools weakref _weakrefset contextlib dataclasses types "
-        "heapq bisect operator copy",
-        "enum graphlib",
+        "_collections_abc functools weakref _weakrefset contextlib dataclasses types enum "
+        "operator copy bisect",
+        "collections heapq graphlib",
     ),
     "dates and locales": (
         "datetime _pydatetime _strptime zoneinfo locale gettext",
@@ -49,7 +45,7 @@ AREAS: Mapping[str, tuple[str, str]] = {
         "pkgutil runpy zipimport modulefinder site sysconfig",
     ),
     "mail": (
-        "email imaplib smtplib poplib quopri",
+        "email imaplib smtplib poplib quopri base64",
         "mailbox",
     ),
     "numbers": (
@@ -57,28 +53,30 @@ AREAS: Mapping[str, tuple[str, str]] = {
         "statistics numbers",
     ),
     "system and terminal": (
-        "platform ctypes uuid argparse optparse getopt curses pty tty rlcompleter _osx_support",
-        "subprocess cmd getpass signal",
+        "platform ctypes uuid optparse getopt subprocess signal curses rlcompleter _osx_support",
+        "argparse cmd pty tty getpass",
     ),
     "testing and debugging": (
         "unittest logging pdb bdb cProfile profile pstats warnings _py_warnings",
         "doctest trace traceback tracemalloc timeit linecache",
     ),
-    "text": (
-        "difflib codecs pprint reprlib shlex base64",
-        "textwrap re string stringprep",
+    "text and data formats": (
+        "xml configparser difflib codecs re reprlib shlex",
+        "json html _markupbase plistlib tomllib csv netrc textwrap string stringprep pprint",
     ),
     "web and sockets": (
-        "http urllib ftplib socket ssl selectors ipaddress webbrowser mimetypes",
-        "wsgiref socketserver xmlrpc",
+        "http ftplib socket ssl selectors ipaddress socketserver xmlrpc wsgiref",
+        "urllib webbrowser mimetypes",
     ),
 }
 
-MIN_CHARS, MIN_WORDS, MIN_TEXTS = 20, 4, 3000
+MIN_CHARS, MIN_WORDS = 20, 4
+MIN_TEXTS = 3000
+ENOUGH_CHARS = 200
 
 
 class Doc(NamedTuple):
-    """One docstring's first paragraph; ``module`` is top-level, ``split`` is train or dev."""
+    """The leading paragraphs of one docstring; ``module`` is top-level, ``split`` train or dev."""
 
     text: str
     area: str
@@ -86,13 +84,18 @@ class Doc(NamedTuple):
     split: str
 
 
-def _first_paragraph(docstring: str) -> str:
-    return " ".join(docstring.strip().partition("\n\n")[0].split())
+def _leading_paragraphs(docstring: str) -> str:
+    """Whole paragraphs up to ``ENOUGH_CHARS`` characters or the first doctest, on one line."""
+    text = ""
+    for paragraph in docstring.strip().split("\n\n"):
+        if len(text) >= ENOUGH_CHARS or paragraph.lstrip().startswith(">>>"):
+            break
+        text = " ".join([*text.split(), *paragraph.split()])
+    return text
 
 
 def _docstrings(file: Path) -> Iterator[str]:
-    tree = ast.parse(file.read_bytes())
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(file.read_bytes(), filename=str(file))):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
             if docstring:
@@ -102,35 +105,46 @@ def _docstrings(file: Path) -> Iterator[str]:
 def _sources(stdlib: Path, module: str) -> list[Path]:
     package = stdlib / module
     if package.is_dir():
-        files = sorted(package.rglob("*.py"), key=lambda file: file.relative_to(package).parts)
-        return [f for f in files if not {"test", "tests"} & set(f.relative_to(package).parts)]
+        inside = sorted(file.relative_to(package).parts for file in package.rglob("*.py"))
+        return [package.joinpath(*parts) for parts in inside if not {"test", "tests"} & set(parts)]
     file = stdlib / f"{module}.py"
     return [file] if file.is_file() else []
 
 
-def read_docs(stdlib: Path | None = None) -> list[Doc]:
-    """The usable docstrings under ``stdlib`` (default: this Python's) in a fixed order.
-
-    Whitespace is normalised; texts under 20 characters or 4 words are left out; a text that occurs
-    more than once counts for its first place, train before dev, and one that occurs in two areas is
-    left out, as it has no right label. Raises ``ValueError`` where a stripped installation leaves
-    fewer than 3,000 texts.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"]) if stdlib is None else stdlib
-    docs: dict[str, Doc] = {}
-    ambiguous: set[str] = set()
+def _all_docs(stdlib: Path) -> Iterator[Doc]:
     for area, sides in AREAS.items():
         for split, modules in zip(("train", "dev"), sides, strict=True):
             for module in modules.split():
-                for file in _sources(root, module):
+                for file in _sources(stdlib, module):
                     for docstring in _docstrings(file):
-                        text = _first_paragraph(docstring)
-                        first = docs.setdefault(text, Doc(text, area, module, split))
-                        if first.area != area:
-                            ambiguous.add(text)
-    rows = [
+                        yield Doc(_leading_paragraphs(docstring), area, module, split)
+
+
+def read_docs(stdlib: Path | None = None) -> list[Doc]:
+    """The usable docstrings under ``stdlib`` (default: this Python's), in a fixed order.
+
+    Whitespace is normalised and texts under 20 characters or 4 words are left out. A text that
+    occurs more than once counts at its first place, train before dev; one that occurs in two areas
+    has no right label and is left out. Raises ``ValueError`` where the sources are missing or
+    stripped, so that fewer than 3,000 texts or an area without train or dev texts remain.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"]) if stdlib is None else stdlib
+    first: dict[str, Doc] = {}
+    ambiguous: set[str] = set()
+    for doc in _all_docs(root):
+        if first.setdefault(doc.text, doc).area != doc.area:
+            ambiguous.add(doc.text)
+    docs = [
         doc
-        for text, doc in docs.items()
+        for text, doc in first.items()
         if len(text) >= MIN_CHARS and len(text.split()) >= MIN_WORDS and text not in ambiguous
     ]
-    return rows
+    filled = {(doc.area, doc.split) for doc in docs}
+    if len(docs) < MIN_TEXTS or len(filled) < 2 * len(AREAS):
+        raise ValueError(
+            f"data.source='stdlib' needs the sources of Python's standard library, but {root} has "
+            f"only {len(docs)} usable docstrings in {len(filled)} of {2 * len(AREAS)} parts (a "
+            "zipped or stripped installation?): use a full Python, or set data.source to a file, "
+            "a folder or a hub id"
+        )
+    return docs

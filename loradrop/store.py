@@ -30,8 +30,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     bank, plan = bank_of(model), plan_of(model).to_dict()
     tensors = {f"bank.{k}": v.detach().cpu().contiguous() for k, v in bank.state_dict().items()}
     base = model.state_dict()
-    tensors |= {f"saved.{k}": base[k].detach().cpu().contiguous().clone() for k in bank.surgery.saved}
-    metadata = {"format": "pt", "loradrop_schema": str(plan["schema"]), "plan": json.dumps(plan), "sha256": _checksum(tensors)}
+    tensors |= {
+        f"saved.{k}": base[k].detach().cpu().contiguous().clone() for k in bank.surgery.saved
+    }
+    metadata = {
+        "format": "pt",
+        "loradrop_schema": str(plan["schema"]),
+        "plan": json.dumps(plan),
+        "sha256": _checksum(tensors),
+    }
     with replacing(Path(path) / TENSORS) as draft:
         save_file(tensors, draft, metadata)
     write_json(Path(path) / PLAN, plan)
@@ -49,10 +56,18 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
     _require_fit(model, plan, tensors, path)
     bank = bank_of(model) if injected else inject(model, plan.config)
     if bank.targets != plan.targets:
-        differing = sorted({t.name for t in bank.targets} ^ {t.name for t in plan.targets}) or ["the ranks"]
-        raise ValueError(f"{path} adapts other targets than the model ({', '.join(differing[:5])} differ): call loradrop.remove(model) first")
+        differing = sorted({t.name for t in bank.targets} ^ {t.name for t in plan.targets}) or [
+            "the ranks"
+        ]
+        raise ValueError(
+            f"{path} adapts other targets than the model ({', '.join(differing[:5])} differ): call loradrop.remove(model) first"
+        )
     if plan.base.get("fingerprint") not in (None, base_of(model)["fingerprint"]):
-        _log.warning("%s was trained on %s, whose tensors are not all those of this model; its targets fit", path, plan.base.get("id"))
+        _log.warning(
+            "%s was trained on %s, whose tensors are not all those of this model; its targets fit",
+            path,
+            plan.base.get("id"),
+        )
     restore(model, plan, tensors)
     return bank
 
@@ -83,7 +98,9 @@ def read(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, Tensor]]:
     if not file.exists():
         nested = path / FOLDER / TENSORS
         if not nested.exists():
-            raise FileNotFoundError(f"{file} is not there: give the folder that loradrop.save wrote")
+            raise FileNotFoundError(
+                f"{file} is not there: give the folder that loradrop.save wrote"
+            )
         file = nested
     _refuse_pickle(file)
     try:
@@ -91,18 +108,28 @@ def read(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, Tensor]]:
             metadata = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is damaged or half-written ({error}; {file.stat().st_size} bytes): restore it from a copy or an earlier checkpoint") from error
+        raise ValueError(
+            f"{file} is damaged or half-written ({error}; {file.stat().st_size} bytes): restore it from a copy or an earlier checkpoint"
+        ) from error
     if "plan" not in metadata:
-        raise ValueError(f"{file} is no native loradrop adapter (its header has no plan): load a PEFT file with PEFT")
+        raise ValueError(
+            f"{file} is no native loradrop adapter (its header has no plan): load a PEFT file with PEFT"
+        )
     try:
         plan = Plan.from_dict(json.loads(metadata["plan"]))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if metadata.get("sha256") != _checksum(tensors):
-        raise ValueError(f"{file} is damaged: its tensors do not have the checksum in its header. Restore it from a copy")
+        raise ValueError(
+            f"{file} is damaged: its tensors do not have the checksum in its header. Restore it from a copy"
+        )
     beside = file.parent / PLAN
     if beside.exists() and read_json(beside) != json.loads(metadata["plan"]):
-        _log.warning("%s is not the plan in the header of %s (an interrupted save, or edited); the header counts", beside, file)
+        _log.warning(
+            "%s is not the plan in the header of %s (an interrupted save, or edited); the header counts",
+            beside,
+            file,
+        )
     return plan, tensors
 
 
@@ -115,7 +142,9 @@ def _require_fit(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], path:
         module = modules.get(target.name)
         here = None if module is None else shape_of(module)
         if here != (target.in_features, target.out_features):
-            wrong.append(f"{target.name}: {target.in_features} -> {target.out_features} in the file, {'not there' if here is None else f'{here[0]} -> {here[1]}'} in the model")
+            wrong.append(
+                f"{target.name}: {target.in_features} -> {target.out_features} in the file, {'not there' if here is None else f'{here[0]} -> {here[1]}'} in the model"
+            )
     for key, value in tensors.items():
         name = key.removeprefix("saved.")
         if key.startswith("saved.") and (name not in base or base[name].shape != value.shape):
@@ -123,13 +152,23 @@ def _require_fit(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], path:
             wrong.append(f"{name}: {tuple(value.shape)} in the file, {shape} in the model")
     if wrong:
         more = f"\n  and {len(wrong) - 8} more" * (len(wrong) > 8)
-        raise ValueError(f"{path} is an adapter for another model ({plan.base.get('id')}). These differ:\n  " + "\n  ".join(wrong[:8]) + more)
+        raise ValueError(
+            f"{path} is an adapter for another model ({plan.base.get('id')}). These differ:\n  "
+            + "\n  ".join(wrong[:8])
+            + more
+        )
 
 
 def _refuse_pickle(file: Path) -> None:
     head = file.read_bytes()[:4] if file.stat().st_size < 1 << 20 else open(file, "rb").read(4)
-    if file.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt") or head[:1] == b"\x80" or head == b"PK\x03\x04":
-        raise ValueError(f"{file} is a pickle, which can run any code when it is loaded: refused. Give a safetensors file")
+    if (
+        file.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+        or head[:1] == b"\x80"
+        or head == b"PK\x03\x04"
+    ):
+        raise ValueError(
+            f"{file} is a pickle, which can run any code when it is loaded: refused. Give a safetensors file"
+        )
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
@@ -137,7 +176,9 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     for key in sorted(tensors):
         tensor = tensors[key]
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+        digest.update(
+            tensor.contiguous().flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
+        )
     return digest.hexdigest()
 
 
@@ -153,8 +194,16 @@ class SavePretrained:
         base = {k: v for k, v in state.items() if not k.startswith("lora_bank.")}
         bank = bank_of(self.model)
         if bank.surgery.merged is not None:
-            raise ValueError("the adapters are merged for now: call loradrop.remove(model), or loradrop.export(model, path, format='merged')")
-        result = type(self.model).save_pretrained(self.model, save_directory, state_dict=base, **kwargs)  # type: ignore[operator]
+            raise ValueError(
+                "the adapters are merged for now: call loradrop.remove(model), or loradrop.export(model, path, format='merged')"
+            )
+        result = type(self.model).save_pretrained(
+            self.model, save_directory, state_dict=base, **kwargs
+        )  # type: ignore[operator]
         save(self.model, Path(save_directory) / FOLDER)
-        _log.info("the base model is in %s, its adapters in %s", save_directory, Path(save_directory) / FOLDER)
+        _log.info(
+            "the base model is in %s, its adapters in %s",
+            save_directory,
+            Path(save_directory) / FOLDER,
+        )
         return result

@@ -9,7 +9,19 @@ from loradrop.config import LoRAConfig
 from loradrop.layers import shape_of
 
 # Query and value projections under the names that transformers' models give them.
-QUERY_VALUE = ("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "q", "v", "c_attn", "query_key_value", "qkv_proj")
+QUERY_VALUE = (
+    "query",
+    "value",
+    "q_proj",
+    "v_proj",
+    "q_lin",
+    "v_lin",
+    "q",
+    "v",
+    "c_attn",
+    "query_key_value",
+    "qkv_proj",
+)
 HEADS = ("classifier", "score", "qa_outputs")
 
 Matched = list[tuple[str, nn.Module]]
@@ -22,7 +34,11 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
     module that is no linear map, a tied embedding, or nothing that can be reached through its forward.
     """
     heads = saved_modules(model, config)
-    modules = {name: m for name, m in model.named_modules() if not any(_inside(name, head) for head in heads)}
+    modules = {
+        name: m
+        for name, m in model.named_modules()
+        if not any(_inside(name, head) for head in heads)
+    }
     linear = {name: m for name, m in modules.items() if shape_of(m) is not None}
     wanted = config.target_modules
     if wanted == "all-linear":
@@ -33,7 +49,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
     elif wanted is None:
         names = {q: found for q in QUERY_VALUE if (found := _suffix(linear, q))}
         if not names:
-            raise ValueError(f"target_modules=None found no query or value projection in {type(model).__name__}: name the target modules. Its linear layers: {_kinds(linear)}")
+            raise ValueError(
+                f"target_modules=None found no query or value projection in {type(model).__name__}: name the target modules. Its linear layers: {_kinds(linear)}"
+            )
     else:
         names = {entry: _suffix(modules, entry) for entry in wanted}
     excluded = _excluded(modules, config.exclude_modules)
@@ -42,7 +60,9 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
         _require_coverage(names, linear, excluded)
     chosen = {n for found in names.values() for n in found}
     if not chosen:
-        raise ValueError(f"target_modules={wanted!r} matches no module. Linear layers there are: {_kinds(linear)}")
+        raise ValueError(
+            f"target_modules={wanted!r} matches no module. Linear layers there are: {_kinds(linear)}"
+        )
     for name in chosen:
         _require_adaptable(model, name, modules[name])
     return [(name, m) for name, m in modules.items() if name in chosen]
@@ -57,7 +77,9 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     for entry in config.modules_to_save:
         matches = [name for name in names if name == entry or name.endswith("." + entry)]
         if not matches:
-            raise ValueError(f"modules_to_save has {entry!r}, which matches no module; top-level ones are {', '.join(n for n in names if n and '.' not in n)}")
+            raise ValueError(
+                f"modules_to_save has {entry!r}, which matches no module; top-level ones are {', '.join(n for n in names if n and '.' not in n)}"
+            )
         found += [m for m in matches if not any(_inside(m, f) for f in found)]
     return found
 
@@ -93,7 +115,9 @@ def _layer(name: str) -> str:
     return name[: m.end()] if (m := re.search(r"(^|\.)\d+(?=\.|$)", name)) else ""
 
 
-def _require_coverage(names: Mapping[str, list[str]], linear: Mapping[str, nn.Module], excluded: set[str]) -> None:
+def _require_coverage(
+    names: Mapping[str, list[str]], linear: Mapping[str, nn.Module], excluded: set[str]
+) -> None:
     """Every entry matches, and in all the layers of the stack that it matches in."""
     problem, rows = "", []
     for entry, found in names.items():
@@ -110,21 +134,32 @@ def _require_coverage(names: Mapping[str, list[str]], linear: Mapping[str, nn.Mo
             missing = sorted(layers - hit - skipped, key=lambda s: int(s.rpartition(".")[2]))
             if hit and missing:
                 rows[-1] += f", none in {', '.join(missing[:6])}{', ...' * (len(missing) > 6)}"
-                problem = problem or f"target_modules entry {entry!r} matches only {len(hit)} of {len(layers)} layers of {stack}"
+                problem = (
+                    problem
+                    or f"target_modules entry {entry!r} matches only {len(hit)} of {len(layers)} layers of {stack}"
+                )
     if problem:
         raise ValueError(
-            f"{problem}. What matched:\n" + "\n".join(rows) + f"\nLinear layers there are: {_kinds(linear)}. "
+            f"{problem}. What matched:\n"
+            + "\n".join(rows)
+            + f"\nLinear layers there are: {_kinds(linear)}. "
             "Correct the entry, or pass strict=False to take what matches"
         )
 
 
 def _require_adaptable(model: nn.Module, name: str, module: nn.Module) -> None:
     if shape_of(module) is None:
-        raise ValueError(f"target {name!r} is a {type(module).__name__}, which is no linear map (..., K) -> (..., N): name a linear layer")
+        raise ValueError(
+            f"target {name!r} is a {type(module).__name__}, which is no linear map (..., K) -> (..., N): name a linear layer"
+        )
     parent = model.get_submodule(name.rpartition(".")[0]) if name else model
     if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(f"target {name!r} belongs to nn.MultiheadAttention, which never calls its forward: take it out of target_modules")
+        raise ValueError(
+            f"target {name!r} belongs to nn.MultiheadAttention, which never calls its forward: take it out of target_modules"
+        )
     weight = getattr(module, "weight", None)
     for other, embedding in model.named_modules():
         if isinstance(embedding, nn.Embedding) and embedding.weight is weight:
-            raise ValueError(f"target {name!r} is tied to the embedding {other!r}: an adapter on one would leave the other. Take it out of target_modules, or untie them")
+            raise ValueError(
+                f"target {name!r} is tied to the embedding {other!r}: an adapter on one would leave the other. Take it out of target_modules, or untie them"
+            )

@@ -12,11 +12,37 @@ import loradrop
 ROOT = Path(__file__).resolve().parent.parent
 
 EVERY_MODULE = """
-import importlib, pkgutil
+import importlib, os, pkgutil, random, sys
+import numpy, torch
 import loradrop
+
+def states():
+    return random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()
+
+touched = set()
+
+def spy(method):
+    def spied(self, *args):
+        frame = sys._getframe(1)
+        while frame.f_globals["__name__"] in ("os", "collections.abc", "_collections_abc"):
+            frame = frame.f_back
+        if frame.f_globals["__name__"].partition(".")[0] == "loradrop":
+            touched.add((frame.f_globals["__name__"], args[0]))
+        return method(self, *args)
+    return spied
+
+for name in ("__getitem__", "__setitem__", "__delitem__"):
+    setattr(type(os.environ), name, spy(getattr(type(os.environ), name)))
+
+before = states()
 names = [module.name for module in pkgutil.walk_packages(loradrop.__path__, "loradrop.")]
-names = [name for name in names if not name.endswith("__main__")]
 assert "loradrop.ops" in names, names
+for name in names:
+    importlib.import_module(name)
+    assert states() == before, f"{name} draws random numbers"
+assert not touched, f"environment variables: {touched}"
+for name in ("inject", "probe", "select", "share", "fit", "export", "merge", "save", "verify"):
+    assert callable(getattr(loradrop, name)), f"the module hides the function {name}"
 """
 
 
@@ -44,55 +70,9 @@ def test_the_api_loads_no_optional_library() -> None:
     )
 
 
-def test_import_prints_nothing() -> None:
-    done = run(EVERY_MODULE + "for name in names: importlib.import_module(name)")
+def test_importing_every_module_has_no_effect() -> None:
+    done = run(EVERY_MODULE)
     assert (done.stdout, done.stderr) == ("", "")
-
-
-def test_import_draws_no_random_number() -> None:
-    run(
-        """
-import random, numpy, torch
-def states():
-    return random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()
-before = states()
-"""
-        + EVERY_MODULE
-        + """
-for name in names:
-    importlib.import_module(name)
-    assert states() == before, name
-"""
-    )
-
-
-def test_import_neither_reads_nor_changes_the_environment() -> None:
-    run(
-        """
-import os, sys
-import peft, transformers, torch
-readers = set()
-def spy(method):
-    def spied(self, *args):
-        frame = sys._getframe(1)
-        while frame.f_globals["__name__"] in ("os", "collections.abc", "_collections_abc"):
-            frame = frame.f_back
-        if frame.f_globals["__name__"].partition(".")[0] == "loradrop":
-            readers.add((frame.f_globals["__name__"], args[0]))
-        return method(self, *args)
-    return spied
-before = dict(os.environ)
-for name in ("__getitem__", "__setitem__", "__delitem__"):
-    setattr(type(os.environ), name, spy(getattr(type(os.environ), name)))
-"""
-        + EVERY_MODULE
-        + """
-for name in names:
-    importlib.import_module(name)
-assert not readers, readers
-assert dict(os.environ) == before
-"""
-    )
 
 
 @pytest.mark.parametrize("name", loradrop.__all__)

@@ -80,12 +80,14 @@ def test_wheel(source: Path, tmp_path: Path) -> None:
     assert "loradrop = loradrop.cli:main" in scripts
 
 
-def test_sdist_builds_the_same_modules(source: Path, tmp_path: Path) -> None:
-    (source / "kernels" / "a_kernel.py").write_text("")
+@pytest.mark.parametrize("kernels", [[], ["a_kernel.py"]], ids=["no kernels", "a kernel"])
+def test_sdist_builds_the_same_modules(source: Path, tmp_path: Path, kernels: list[str]) -> None:
+    for name in kernels:
+        (source / "kernels" / name).write_text("")
     done = build(source, "build", "--no-isolation", "--outdir", str(tmp_path / "dist"))
     assert done.returncode == 0, done.stdout
     built = {name for name in wheel(tmp_path / "dist").namelist() if name.endswith(".py")}
-    assert built == {*modules(), "loradrop/kernels/a_kernel.py"}
+    assert built == modules() | {f"loradrop/kernels/{name}" for name in kernels}
 
 
 def test_cuda_build_is_refused_with_its_reason(source: Path, tmp_path: Path) -> None:

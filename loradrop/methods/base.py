@@ -39,6 +39,10 @@ class Method:
         """The part of the training set, drawn by class, that the warm-up trains on."""
         return 1.0
 
+    def settle_interval(self) -> int:
+        """Ask `settled` every so many steps of the warm-up; 0 never."""
+        return 0
+
     def settled(self, scores: "Scores") -> bool:
         """Whether the warm-up may end now."""
         return False

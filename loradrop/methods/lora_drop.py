@@ -51,7 +51,9 @@ class LoRADrop(Method):
     settle_every: int = 10
 
     def __post_init__(self) -> None:
-        given = [n for n in ("threshold", "keep", "keep_ratio", "budget") if getattr(self, n) is not None]
+        given = [
+            n for n in ("threshold", "keep", "keep_ratio", "budget") if getattr(self, n) is not None
+        ]
         if not given:
             object.__setattr__(self, "threshold", 0.9)
         elif len(given) > 1:
@@ -63,17 +65,29 @@ class LoRADrop(Method):
         if self.keep is not None and self.keep < 0:
             raise ValueError(f"keep={self.keep}: choose a whole number of at least 0")
         known = {"scope": SCOPES, "importance": IMPORTANCES, "share": SHARES, "share_init": INITS}
-        for name, values in (known | {"after_select": AFTER, "source": ("online", "offline")}).items():
+        for name, values in (
+            known | {"after_select": AFTER, "source": ("online", "offline")}
+        ).items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(values)}")
-        if self.probe_steps <= 0 or (self.probe_steps >= 1 and self.probe_steps != int(self.probe_steps)):
-            raise ValueError(f"probe_steps={self.probe_steps}: choose a part of all steps in (0, 1), or a whole number of steps")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: choose one of {', '.join(values)}"
+                )
+        if self.probe_steps <= 0 or (
+            self.probe_steps >= 1 and self.probe_steps != int(self.probe_steps)
+        ):
+            raise ValueError(
+                f"probe_steps={self.probe_steps}: choose a part of all steps in (0, 1), or a whole number of steps"
+            )
         if not 0.0 < self.sample_ratio <= 1.0:
             raise ValueError(f"sample_ratio={self.sample_ratio}: choose a number in (0, 1]")
         if self.settle_margin is not None and not 0.0 <= self.settle_margin < 0.5:
-            raise ValueError(f"settle_margin={self.settle_margin}: choose a number in [0, 0.5), or None")
+            raise ValueError(
+                f"settle_margin={self.settle_margin}: choose a number in [0, 0.5), or None"
+            )
         if self.settle_every < 1:
-            raise ValueError(f"settle_every={self.settle_every}: choose a whole number of at least 1")
+            raise ValueError(
+                f"settle_every={self.settle_every}: choose a whole number of at least 1"
+            )
 
     def decide(self, scores: Scores) -> list[str]:
         """The names that keep their own adapter."""
@@ -90,23 +104,35 @@ class LoRADrop(Method):
     def warmup_steps(self, total: int) -> int:
         steps = round(self.probe_steps * total) if self.probe_steps < 1 else int(self.probe_steps)
         if steps >= total:
-            raise ValueError(f"probe_steps={self.probe_steps:g} leaves none of the {total} steps to train the shared adapters: choose fewer")
+            raise ValueError(
+                f"probe_steps={self.probe_steps:g} leaves none of the {total} steps to train the shared adapters: choose fewer"
+            )
         return max(1, steps)
 
     def sample_ratio_of_warmup(self) -> float:
         return self.sample_ratio
 
+    def settle_interval(self) -> int:
+        return 0 if self.settle_margin is None else self.settle_every
+
     def settled(self, scores: Scores) -> bool:
-        if self.settle_margin is None or len(scores.rows) % self.settle_every or len(scores.rows) < 2:
+        if self.settle_margin is None or not scores.rows.any():
             return False
         low, high = self.settle_margin, 1.0 - self.settle_margin
         return all(f <= low or f >= high for f in keep_frequency(scores, self.decide).values())
 
     def update(self, bank: AdapterBank, scores: Scores | None) -> list[str] | None:
         if scores is None:
-            raise ValueError("sharing needs scores: call loradrop.probe(model, batches) after some training, or pass kept")
+            raise ValueError(
+                "sharing needs scores: call loradrop.probe(model, batches) after some training, or pass kept"
+            )
         kept = self.decide(scores)
         apply(
-            bank, kept, scores, share=self.share, init=self.share_init, after_select=self.after_select
+            bank,
+            kept,
+            scores,
+            share=self.share,
+            init=self.share_init,
+            after_select=self.after_select,
         )
         return kept

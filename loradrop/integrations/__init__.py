@@ -1,0 +1,1 @@
+"""Faces to other libraries; each module imports its library, so none is imported here."""
