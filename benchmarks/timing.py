@@ -1,16 +1,22 @@
 """Figures that can be compared: interleaved measurements, and ratios formed within one process.
 
-On a CPU the clock counts the processor time of one thread, so that a busy machine disturbs little. On a CUDA
-device, events time the work alone: L2 is flushed before every call, and the stream sleeps while Python launches.
+On a CPU the clock counts the processor time of one thread, so that a busy machine disturbs little.
+On a CUDA device, events time the work alone: L2 is flushed before every call, and the stream sleeps
+while Python launches.
 """
 
 import csv
+import io
+import json
+import os
 import random
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 COLUMNS = (
     *("device", "dtype", "M", "K", "N", "r", "dropout", "norm", "direction", "provider"),
@@ -25,7 +31,7 @@ Row = dict[str, str]
 
 
 class Sample(NamedTuple):
-    """The time of one call over all rounds, and the memory it needed at its peak (None on a CPU)."""
+    """The time of one call over all rounds, and its peak of memory (None on a CPU)."""
 
     median_us: float
     p20_us: float
@@ -46,10 +52,10 @@ class Cell(NamedTuple):
 
 
 class Ratios(NamedTuple):
-    """One cell's times over that of the frozen product beside it, a list over processes for each label."""
+    """Times over that of the frozen product beside them: by label, a list over processes."""
 
     cell: Cell
-    frozen_us: float  # median over processes
+    frozen_us: Sequence[float]
     ratios: Mapping[str, Sequence[float]]
 
     def median(self, label: str) -> float:
@@ -118,14 +124,38 @@ def measure(calls: Mapping[str, Call], device: str, seconds: float) -> dict[str,
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a result file; none where there is no file. Raises ValueError for other columns."""
+    """The rows of a result file, none without a file. Raises ValueError for other columns."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
-            raise ValueError(f"{path.name} has the columns {reader.fieldnames}, not {list(COLUMNS)}")
+            raise ValueError(f"{path.name}: columns {reader.fieldnames}, not {list(COLUMNS)}")
         return list(reader)
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Replaces the file, atomically."""
+    from loradrop.files import write_text
+
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def in_process(script: str, argv: Sequence[str]) -> Iterator[Any]:
+    """The JSON lines that a process of its own prints, one thread, as they come."""
+    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, script, *argv]
+    with subprocess.Popen(
+        command, env=os.environ | one_thread, stdout=subprocess.PIPE, text=True
+    ) as worker:
+        assert worker.stdout is not None
+        yield from map(json.loads, worker.stdout)
+    if worker.returncode != 0:
+        raise RuntimeError(f"the measuring process ended with {worker.returncode}: see above")
 
 
 def label(row: Row) -> str:
@@ -136,7 +166,7 @@ def label(row: Row) -> str:
 
 
 def paired(rows: Iterable[Row]) -> list[Ratios]:
-    """Every cell's ratios. Rows of one group share their date, which is when the group was measured."""
+    """Every cell's ratios. The rows measured together share their date."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         key = [row[column] for column in ("dtype", "M", "K", "N", "direction", "date")]
@@ -156,9 +186,7 @@ def paired(rows: Iterable[Row]) -> list[Ratios]:
                 seen.add(cell)
             of_cell = ratios.setdefault(cell, {})
             of_cell.setdefault(label(row), []).append(float(row["median_us"]) / base[0])
-    return [
-        Ratios(cell, statistics.median(frozen[cell]), of_cell) for cell, of_cell in ratios.items()
-    ]
+    return [Ratios(cell, frozen[cell], of_cell) for cell, of_cell in ratios.items()]
 
 
 class Goal(NamedTuple):
@@ -179,7 +207,7 @@ class Goal(NamedTuple):
 
 
 def goal(cells: Iterable[Ratios], r: int, direction: str) -> Goal | None:
-    """The goal's figures for one rank and direction without dropout; None where nothing was measured."""
+    """The goal's figures of one rank and direction, without dropout; None without measurements."""
     needed = ("peft", "peft_hook", "loradrop", "loradrop+norm")
     chosen = [
         cell

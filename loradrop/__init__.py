@@ -1,7 +1,8 @@
-"""LoRA-drop (Zhou et al., COLING 2025): train LoRA briefly, keep it where its output matters, share one elsewhere.
+"""LoRA-drop (Zhou et al., COLING 2025): train LoRA briefly, keep it where its output matters,
+share one elsewhere.
 
-inject -> probe -> select -> share -> train -> export. Importing this package loads nothing; each name is
-loaded when it is first used.
+inject -> probe -> select -> share -> train -> export. Importing this package loads nothing; each
+name is loaded when it is first used.
 """
 
 import importlib
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loradrop.bank import AdapterBank, Target
-    from loradrop.config import LoraDropConfig, LoRAConfig
+    from loradrop.config import LoRAConfig, LoraDropConfig
     from loradrop.data import DataConfig, load_task
     from loradrop.export import export
     from loradrop.inject import disabled, inject, merge, remove
@@ -59,9 +60,9 @@ _HOME = {
 }
 
 __all__ = [
-    "LoRA",
     "AdapterBank",
     "DataConfig",
+    "LoRA",
     "LoRAConfig",
     "LoRADrop",
     "LoRALinear",

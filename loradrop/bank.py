@@ -4,7 +4,8 @@
     bank.slots[i]     which (A, B) it uses; None where the layer has no adapter any more
     bank.factors(i)   that (A (r, K), B (N, r)), as the method composes it
 
-Sharing is two equal integers: one storage, one `state_dict` entry, one gradient, the sum over its layers.
+Sharing is two equal integers: one storage, one `state_dict` entry, one gradient, the sum over its
+layers.
 """
 
 import math
@@ -45,9 +46,8 @@ class Surgery:
     """What `inject` changed, so that `remove` can restore it bit for bit."""
 
     requires_grad: dict[str, bool] = field(default_factory=dict)
-    saved: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # trained base tensors -> their original values
+    # trained base tensors -> their original values
+    saved: dict[str, Tensor] = field(default_factory=dict)
     merged: dict[str, Tensor] | None = None  # weights before a reversible merge
 
 
@@ -77,7 +77,10 @@ class AdapterBank(nn.Module):
         config.method.build(self)
 
     def factors(self, i: int) -> tuple[Tensor, Tensor] | None:
-        """(A (r, K), B (N, r)) of target i, None where it has no adapter. For LoRA the Parameters themselves."""
+        """(A (r, K), B (N, r)) of target i, None where it has no adapter.
+
+        For LoRA the Parameters themselves.
+        """
         return None if self.slots[i] is None else self.config.method.factors(self, i)
 
     def index(self, name: str) -> int:
@@ -85,13 +88,14 @@ class AdapterBank(nn.Module):
         for i, target in enumerate(self.targets):
             if target.name == name:
                 return i
-        raise KeyError(
-            f"{name!r} is no target; there are {', '.join(t.name for t in self.targets)}"
-        )
+        names = ", ".join(target.name for target in self.targets)
+        raise KeyError(f"{name!r} is no target; there are {names}")
 
     @torch.no_grad()
     def delta(self, i: int) -> Tensor | None:
-        """s·B·A (N, K) of target i in float32 (float64 for float64 factors): what `merge` adds to its weight."""
+        """s·B·A (N, K) of target i in float32 (float64 for float64 factors): what `merge` adds to
+        its weight.
+        """
         pair = self.factors(i)
         if pair is None:
             return None
@@ -99,21 +103,27 @@ class AdapterBank(nn.Module):
         return self.scaling[i] * (B @ A)
 
     def assign(self, slots: Sequence[int | None], pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Point target i at pairs[slots[i]]. Raises ValueError where a pair does not fit a target."""
+        """Point target i at pairs[slots[i]].
+
+        Raises ValueError where a pair does not fit a target.
+        """
         for target, slot in zip(self.targets, slots, strict=True):
             if slot is None:
                 continue
             A, B = pairs[slot]
             if A.shape[1] != target.in_features or B.shape[0] != target.out_features:
                 raise ValueError(
-                    f"slot {slot} holds A {tuple(A.shape)} and B {tuple(B.shape)}: too unlike {target}"
+                    f"slot {slot} holds A {tuple(A.shape)} and B {tuple(B.shape)}: "
+                    f"too unlike {target}"
                 )
         self.slots = list(slots)
         self.A = nn.ParameterList(_parameter(A) for A, _ in pairs)
         self.B = nn.ParameterList(_parameter(B) for _, B in pairs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterBank":
-        """Moves as any module does, but never to a narrower type: float32 adapters stay so on a bf16 base."""
+        """Moves as any module does, but never to a narrower type: float32 adapters stay so on a
+        bf16 base.
+        """
 
         def keep_width(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -147,6 +157,7 @@ def bank_of(model: nn.Module) -> AdapterBank:
     bank = getattr(model, "lora_bank", None)
     if not isinstance(bank, AdapterBank):
         raise ValueError(
-            f"{type(model).__name__} has no loradrop adapters: call loradrop.inject(model, config) first"
+            f"{type(model).__name__} has no loradrop adapters: "
+            "call loradrop.inject(model, config) first"
         )
     return bank

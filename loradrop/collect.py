@@ -1,8 +1,9 @@
 """Collecting Σ w_t ‖s·B·h_t‖² per target, while the model runs or trains.
 
-Online, every target has a leaf: a 0-dim float64 tensor outside the model whose gradient the op's backward
-supplies as the norm. Autograd then counts each backward pass once, under activation checkpointing,
-accumulation and compilation alike, and `close_row` reads the leaves without waiting for the device.
+Online, every target has a leaf: a 0-dim float64 tensor outside the model whose gradient the op's
+backward supplies as the norm. Autograd then counts each backward pass once, under activation
+checkpointing, accumulation and compilation alike, and `close_row` reads the leaves without waiting
+for the device.
 """
 
 import inspect
@@ -23,7 +24,8 @@ class Collector:
     """Statistics of one run; `bank.collector` while it is attached.
 
     mask      the name of the model's input that marks real tokens, or None to count every token
-    mask_fn   (target name, x, that input) -> weights of the shape of x without its last axis, or None for all
+    mask_fn   (target name, x, that input) -> weights of the shape of x without its last axis, or
+              None for all
     online    True: norms of the backward passes; False: of the forward passes
     """
 
@@ -82,21 +84,23 @@ class Collector:
         self._values[i] = norm.double() if before is None else before + norm
 
     def close_row(self) -> None:
-        """Ends a batch (offline) or an optimiser step (online). Raises RuntimeError naming targets never called."""
+        """Ends a batch (offline) or an optimiser step (online).
+
+        Raises RuntimeError naming targets never called.
+        """
         values = [v.grad if self.online and v is not None else v for v in self._values]
         used = [i for i in range(len(values)) if self.bank.slots[i] is not None]
         silent = [self.bank.targets[i].name for i in used if values[i] is None]
         if silent:
             raise RuntimeError(
-                f"the forward of {', '.join(silent)} was never called: its module reads the weight directly (as "
-                "nn.MultiheadAttention does with out_proj, and fused inference paths do), or this input does not "
-                "reach it. Take it out of target_modules"
+                f"the forward of {', '.join(silent)} was never called: its module reads the weight "
+                "directly (as nn.MultiheadAttention does with out_proj, and fused inference paths "
+                "do), or this input does not reach it. Take it out of target_modules"
             )
         device = next((v.device for v in values if v is not None), torch.device("cpu"))
         zero = torch.zeros((), dtype=torch.float64, device=device)
-        self.rows.append(
-            torch.stack([zero if v is None else v.detach().to(device) for v in values])
-        )
+        row = [zero if v is None else v.detach().to(device) for v in values]
+        self.rows.append(torch.stack(row))
         self._pending = 0
         for i, value in enumerate(self._values):
             if self.online and value is not None:
@@ -117,11 +121,9 @@ class Collector:
 
     def scores(self) -> Scores:
         """The rows so far, summed over the ranks of `torch.distributed` where it runs."""
-        rows = (
-            torch.stack([row.cpu() for row in self.rows])
-            if self.rows
-            else torch.zeros(0, len(self.bank.targets), dtype=torch.float64)
-        )
+        rows = torch.zeros(0, len(self.bank.targets), dtype=torch.float64)
+        if self.rows:
+            rows = torch.stack([row.cpu() for row in self.rows])
         tokens = int(self._tokens)
         if _distributed():
             rows, tokens = _sum_over_ranks(rows, tokens)
@@ -132,8 +134,10 @@ class Collector:
             given = dict(zip(self._signature, args, strict=False)) | dict(kwargs)
             self._input = given.get(self.mask)
             if self._input is not None and not isinstance(self._input, Tensor):
+                kind = type(self._input).__name__
                 raise ValueError(
-                    f"the model's input {self.mask!r} is a {type(self._input).__name__}, no tensor: pass mask=None or mask_fn="
+                    f"the model's input {self.mask!r} is a {kind}, no tensor: "
+                    "pass mask=None or mask_fn="
                 )
         if self.online and not torch.is_grad_enabled():
             return
@@ -153,28 +157,28 @@ class Collector:
             return
         first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
         if first is not None:  # ids (B, S), or embeddings (B, S, K)
-            self._tokens = (
-                self._tokens
-                + (first.shape[:-1] if first.is_floating_point() else first.shape).numel()
-            )
+            shape = first.shape[:-1] if first.is_floating_point() else first.shape
+            self._tokens = self._tokens + shape.numel()
 
     def _weights(self, i: int, x: Tensor) -> Tensor | None:
+        name = self.bank.targets[i].name
         if self._input is not None and not self._inside and not torch.compiler.is_compiling():
             if self._pending > 1:
                 raise RuntimeError(
-                    "activations are recomputed after several forward passes, so loradrop cannot tell whose "
-                    f"{self.mask!r} belongs to {self.bank.targets[i].name}: pass mask=None, or run backward after each"
+                    "activations are recomputed after several forward passes, so loradrop cannot "
+                    f"tell whose {self.mask!r} belongs to {name}: pass mask=None, or run backward "
+                    "after each"
                 )
             self._recomputed = True
-        name = self.bank.targets[i].name
         weights = self._input if self.mask_fn is None else self.mask_fn(name, x, self._input)
         if weights is None:
             return None
         if weights.shape != x.shape[:-1]:
             source = repr(self.mask) if self.mask_fn is None else "what mask_fn returned"
             raise ValueError(
-                f"{source} is {tuple(weights.shape)}, but the input of {name} is {tuple(x.shape)}: its tokens are not "
-                "those of the mask (packed, pooled or cross-attended). Pass mask=None to count all of them, or mask_fn="
+                f"{source} is {tuple(weights.shape)}, but the input of {name} is {tuple(x.shape)}: "
+                "its tokens are not those of the mask (packed, pooled or cross-attended). "
+                "Pass mask=None to count all of them, or mask_fn="
             )
         return weights.to(x.device)
 

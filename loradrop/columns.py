@@ -1,4 +1,4 @@
-"""What the columns of a table are, and what its labels mean: from cells to (text, pair, label)."""
+"""What the columns of a table are, and what its labels mean: from cells to examples."""
 
 import math
 import re
@@ -7,9 +7,20 @@ from typing import Any, NamedTuple
 
 from loradrop.tables import Table
 
+KINDS = ("classification", "regression", "causal_lm")
 TEXTS = (
-    "sentence text sentence1 premise question question1 input prompt content document review"
-).split()
+    "sentence",
+    "text",
+    "sentence1",
+    "premise",
+    "question",
+    "question1",
+    "input",
+    "prompt",
+    "content",
+    "document",
+    "review",
+)
 LABELS = ("label", "labels", "class", "category")
 PAIRS = (
     ("sentence1", "sentence2"),
@@ -32,7 +43,13 @@ COMPLETIONS = (
 )
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
-Row = tuple[str, str | None, int | float | None]
+
+class Example(NamedTuple):
+    """One row; ``label`` is a class index, a float, or None for causal_lm."""
+
+    text: str
+    pair: str | None
+    label: int | float | None
 
 
 class Roles(NamedTuple):
@@ -49,8 +66,8 @@ class Labelled(NamedTuple):
 
     kind: str
     labels: tuple[str, ...]
-    train: list[Row]
-    dev: list[Row] | None
+    train: list[Example]
+    dev: list[Example] | None
 
 
 def _listed(table: Table) -> str:
@@ -74,7 +91,7 @@ def find_roles(
     if task != "causal_lm" and label is None:
         label = next((name for name in LABELS if name in table.columns), None)
     known = COMPLETIONS if label is None else PAIRS
-    pair = next((pair for pair in known if {*pair} <= {*table.columns}), None)
+    pair = next((pair for pair in known if {*pair} <= {*table.columns} - {label}), None)
     if label is None and task == "auto" and text is None and text_pair is None and pair:
         task = "causal_lm"
     if label is None and task != "causal_lm":
@@ -145,7 +162,8 @@ def _fit_kind(
             "or words; set data.task=regression for numbers"
         )
     if kind == "auto":
-        kind = "regression" if any(isinstance(value, float) for value in values) else "classification"
+        fractions = any(isinstance(value, float) for value in values)
+        kind = "regression" if fractions else "classification"
     return kind, [float(value) if kind == "regression" else int(value) for value in values]
 
 
@@ -179,7 +197,8 @@ def read_rows(train: Table, dev: Table | None, roles: Roles) -> Labelled:
                 raise ValueError(f"train has a column {column!r}, but {_listed(table)}")
     texts = [text for table in tables for text in _texts(table, roles)]
     labels: Sequence[Any] = [None] * len(texts)
-    kind, names, n_train = roles.kind, (), len(train.rows)
+    kind, n_train = roles.kind, len(train.rows)
+    names: tuple[str, ...] = ()
     if roles.label is not None:
         raw = [row.get(roles.label) for table in tables for row in table.rows]
         places = [place for table in tables for place in table.places]
@@ -193,5 +212,5 @@ def read_rows(train: Table, dev: Table | None, roles: Roles) -> Labelled:
         if kind == "classification":
             declared = train.classes.get(roles.label, ())
             names, labels = _class_names(labels, n_train, places, declared)
-    rows = [(text, pair, label) for (text, pair), label in zip(texts, labels, strict=True)]
+    rows = [Example(*text, label) for text, label in zip(texts, labels, strict=True)]
     return Labelled(kind, names, rows[:n_train], None if dev is None else rows[n_train:])

@@ -17,15 +17,20 @@ from loradrop.philox import quantize
 class LoRAConfig:
     """LoRA's options in PEFT's spelling, and `method`: what A and B are and when that changes.
 
-    r                 rank; `rank_pattern` overrides it for the targets whose name a key (a regex) matches
-    lora_alpha        the delta is scaled by s = lora_alpha / r, by lora_alpha / sqrt(r) with `use_rslora`
+    r                 rank; `rank_pattern` overrides it for the targets whose name a key (a regex)
+                      matches
+    lora_alpha        the delta is scaled by s = lora_alpha / r, by lora_alpha / sqrt(r) with
+                      `use_rslora`
     lora_dropout      probability of dropping an element of a target's input on its way into A
-    target_modules    names or suffixes of names; a string is a regex for the whole name; "all-linear" is every
-                      linear layer but the head; None is the query and value projections
+    target_modules    names or suffixes of names; a string is a regex for the whole name;
+                      "all-linear" is every linear layer but the head; None is the query and value
+                      projections
     exclude_modules   removes from these, with the same matching
-    modules_to_save   modules trained and saved whole; None is a freshly made head (classifier, score, qa_outputs)
+    modules_to_save   modules trained and saved whole; None is a freshly made head (classifier,
+                      score, qa_outputs)
     adapter_dtype     "float32", or "base" for the dtype of each target's weight
-    strict            False allows `target_modules` entries that match nothing, or only some of the layers
+    strict            False allows `target_modules` entries that match nothing, or only some of the
+                      layers
 
     Raises ValueError naming the field, its value and the remedy.
     """
@@ -93,7 +98,10 @@ class LoRAConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LoRAConfig":
-        """The configuration that `to_dict` wrote. Unknown keys are an error that names the nearest known one."""
+        """The configuration that `to_dict` wrote.
+
+        Unknown keys are an error that names the nearest known one.
+        """
         data = dict(data)
         given = dict(data.pop("method", {"name": "lora"}))
         method_class = methods.get(given.pop("name", "lora"))

@@ -4,28 +4,30 @@
 a data set of the hub, for single sentences, sentence pairs, regression and causal language models.
 """
 
-import copy
 import hashlib
 import json
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch.utils.data import Dataset
-
-from loradrop.columns import Row, find_roles, read_rows
+from loradrop.columns import KINDS, Example, find_roles, read_rows
 from loradrop.stdlib_docs import AREAS, read_docs
 from loradrop.tables import read_source
+from loradrop.tokens import TokenizedDataset, collator, metric_fn, tokenize
 
-if TYPE_CHECKING:
-    from transformers import EvalPrediction, PreTrainedTokenizerBase
-
-KINDS = ("classification", "regression", "causal_lm")
-IGNORED = -100  # labels that transformers' losses leave out
+__all__ = [
+    "DataConfig",
+    "Example",
+    "TextTask",
+    "TokenizedDataset",
+    "collator",
+    "load_task",
+    "metric_fn",
+    "stratified_indices",
+    "tokenize",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source.strip():
-            raise ValueError(f'data.source={self.source!r}: name "stdlib", a file or folder, or a hub id')
+            raise ValueError(
+                f'data.source={self.source!r}: name "stdlib", a file or folder, or a hub id'
+            )
         if self.task not in ("auto", *KINDS):
             raise ValueError(f"data.task={self.task!r}: choose auto, {', '.join(KINDS)}")
         if not isinstance(self.dev_ratio, float) or not 0 < self.dev_ratio < 1:
@@ -75,14 +79,6 @@ class DataConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise ValueError(f"data.{name}={value!r}: choose a whole number from {minimum} up")
-
-
-class Example(NamedTuple):
-    """One row; ``label`` is a class index, a float, or None for causal_lm."""
-
-    text: str
-    pair: str | None
-    label: int | float | None
 
 
 @dataclass(frozen=True)
@@ -145,14 +141,14 @@ def _at_most(rows: Sequence[Example], kind: str, count: int | None, seed: int) -
     return [rows[i] for i in _draw(rows, kind, count, seed)]
 
 
-def _sha256(rows: Iterable[Example]) -> str:
+def _sha256(rows: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
 
 
-def _stdlib(config: DataConfig) -> tuple[tuple[str, ...], list[Row], list[Row]]:
+def _stdlib(config: DataConfig) -> tuple[tuple[str, ...], list[Example], list[Example]]:
     given = [name for name in ("text", "text_pair", "label", "dev") if getattr(config, name)]
     if given or config.task not in ("auto", "classification"):
         raise ValueError(
@@ -160,12 +156,10 @@ def _stdlib(config: DataConfig) -> tuple[tuple[str, ...], list[Row], list[Row]]:
             f"data.{', data.'.join(given or ['task'])} out, or set data.source to a file"
         )
     areas = tuple(AREAS)
-    docs = read_docs()
-    train, dev = (
-        [(doc.text, None, areas.index(doc.area)) for doc in docs if doc.split == split]
-        for split in ("train", "dev")
-    )
-    return areas, train, dev
+    sides: dict[str, list[Example]] = {"train": [], "dev": []}
+    for doc in read_docs():
+        sides[doc.split].append(Example(doc.text, None, areas.index(doc.area)))
+    return areas, sides["train"], sides["dev"]
 
 
 def _hold_out(
@@ -196,19 +190,15 @@ def load_task(config: DataConfig) -> TextTask:
     fit the task, naming the row or column and the remedy.
     """
     name, kind = config.source, "classification"
-    rows: list[Row]
-    dev_rows: list[Row] | None
+    dev: list[Example] | None
     if config.source == "stdlib":
-        labels, rows, dev_rows = _stdlib(config)
+        labels, train, dev = _stdlib(config)
     else:
         name, train_table, dev_table = read_source(config.source, config.dev)
         roles = find_roles(train_table, config.task, config.text, config.text_pair, config.label)
-        kind, labels, rows, dev_rows = read_rows(train_table, dev_table, roles)
-    train = [Example(*row) for row in rows]
-    if dev_rows is None:
+        kind, labels, train, dev = read_rows(train_table, dev_table, roles)
+    if dev is None:
         train, dev = _hold_out(train, kind, config.dev_ratio, config.seed)
-    else:
-        dev = [Example(*row) for row in dev_rows]
     train = _at_most(train, kind, config.max_train, config.seed)
     dev = _at_most(dev, kind, config.max_dev, config.seed)
     return TextTask(
@@ -220,130 +210,3 @@ def load_task(config: DataConfig) -> TextTask:
         metric=_metric(name, kind),
         fingerprint={"train": _sha256(train), "dev": _sha256(dev)},
     )
-
-
-class TokenizedDataset(Dataset[dict[str, Any]]):
-    """Rows of token ids, unpadded lists: input_ids, attention_mask, [token_type_ids,] labels."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return dict(self.rows[index])
-
-
-def _encode(rows: Sequence[Example], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
-    pairs = [row.pair for row in rows] if rows and rows[0].pair is not None else None
-    tokens = tokenizer([row.text for row in rows], pairs, truncation=True, max_length=max_length)
-    return [
-        {key: tokens[key][i] for key in tokens} | {"labels": row.label} for i, row in enumerate(rows)
-    ]
-
-
-def _prompt(row: Example) -> str:
-    joined = row.pair is None or row.text[-1:].isspace() or row.pair[:1].isspace()
-    return row.text if joined else row.text + "\n"
-
-
-def _encode_causal(rows: Sequence[Example], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
-    """Prompt, completion and end token, cut at ``max_length``; only the latter two are learned."""
-    prompts = tokenizer([_prompt(row) for row in rows])["input_ids"]
-    completions = tokenizer([row.pair or "" for row in rows], add_special_tokens=False)["input_ids"]
-    closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded, too_long = [], []
-    for row, prompt, completion in zip(rows, prompts, completions, strict=True):
-        if prompt and prompt[-1] in closing:
-            prompt = prompt[:-1]
-        ids = [*prompt, *completion, *end][:max_length]
-        unlearned = 0 if row.pair is None else min(len(prompt), max_length)
-        labels = [IGNORED] * unlearned + ids[unlearned:]
-        if all(label == IGNORED for label in labels[1:]):
-            too_long.append(len(prompt))
-        encoded.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-    if too_long:
-        raise ValueError(
-            f"{len(too_long)} of {len(rows)} rows have nothing to learn from within data.max_length="
-            f"{max_length} (the longest of their prompts has {max(too_long)} tokens): raise "
-            "data.max_length or leave these rows out"
-        )
-    return encoded
-
-
-def tokenize(
-    task: TextTask, tokenizer: "PreTrainedTokenizerBase", max_length: int
-) -> tuple[TokenizedDataset, TokenizedDataset]:
-    """(train, dev) as tokens. Where neither side of a prompt and its completion has a space at the
-    seam, a line break joins them.
-
-    Raises ValueError for a ``max_length`` beyond the tokenizer's own, and for rows of causal_lm
-    whose prompt leaves no token of the completion.
-    """
-    if max_length > tokenizer.model_max_length:
-        raise ValueError(
-            f"data.max_length={max_length} is more than the {tokenizer.model_max_length} tokens that "
-            "this model takes: lower it"
-        )
-    encode = _encode_causal if task.kind == "causal_lm" else _encode
-    return (
-        TokenizedDataset(encode(task.train, tokenizer, max_length)),
-        TokenizedDataset(encode(task.dev, tokenizer, max_length)),
-    )
-
-
-def collator(
-    task_or_kind: TextTask | str, tokenizer: "PreTrainedTokenizerBase"
-) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
-    """Pads a list of rows to its longest and makes tensors of it; labels of causal_lm with -100.
-
-    A causal model without a pad token gets its end token, in a copy of the tokenizer. Raises
-    ValueError where there is no token to pad with.
-    """
-    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
-
-    kind = task_or_kind if isinstance(task_or_kind, str) else task_or_kind.kind
-    if kind not in KINDS:
-        raise ValueError(f"there is no task {kind!r}: choose {', '.join(KINDS)}")
-    causal = kind == "causal_lm"
-    if tokenizer.pad_token is None and causal and tokenizer.eos_token is not None:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
-        raise ValueError(
-            "the tokenizer has no pad token: set tokenizer.pad_token (often to its eos_token), and "
-            "model.config.pad_token_id with it"
-        )
-    if causal:
-        return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-    return DataCollatorWithPadding(tokenizer)
-
-
-def _score(metric: str, prediction: "EvalPrediction") -> dict[str, float]:
-    import numpy as np
-
-    output = prediction.predictions
-    scores = np.asarray(output[0] if isinstance(output, tuple) else output, dtype=np.float64)
-    truth = np.asarray(prediction.label_ids).reshape(-1)
-    if metric == "pearson":
-        a, b = scores.reshape(-1) - scores.mean(), truth - truth.mean()
-        size = np.sqrt((a * a).sum() * (b * b).sum())
-        return {metric: float((a * b).sum() / size) if size > 0 else 0.0}
-    guess = scores.argmax(-1).reshape(-1)
-    if metric == "accuracy":
-        return {metric: float((guess == truth).mean())}
-    confusion = np.zeros((scores.shape[-1],) * 2)
-    np.add.at(confusion, (truth, guess), 1)
-    true, guessed, n = confusion.sum(1), confusion.sum(0), confusion.sum()
-    size = np.sqrt((n * n - true @ true) * (n * n - guessed @ guessed))
-    return {metric: float((n * np.trace(confusion) - true @ guessed) / size) if size > 0 else 0.0}
-
-
-def metric_fn(task: TextTask) -> "Callable[[EvalPrediction], dict[str, float]] | None":
-    """Logits and labels -> {task.metric: value}, 0 where a correlation is undefined; None for loss.
-
-    Matthews' correlation is Gorodkin's (2004) for any number of classes, the usual one for two.
-    """
-    return None if task.kind == "causal_lm" else partial(_score, task.metric)

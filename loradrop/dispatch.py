@@ -1,7 +1,9 @@
-"""Which backend serves a call: a pure function of what is known about it, and the reason for every refusal."""
+"""Which backend serves a call: a pure function of what is known about it, and the reason for every
+refusal.
+"""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,7 +27,9 @@ class Problem(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """One implementation of the op: `forward`, `backward` and `sqnorm` with the signatures of `reference`."""
+    """One implementation of the op: `forward`, `backward` and `sqnorm` with the signatures of
+    `reference`.
+    """
 
     name: str
     available: Callable[[], str | None]  # None, or why it cannot run on this machine
@@ -43,31 +47,19 @@ def _missing(what: str) -> Callable[..., str | None]:
     return lambda *_: f"{what} are not part of this version"
 
 
-def _absent(*_: object) -> tuple[Tensor, ...]:
+def _absent(*_: object) -> NoReturn:
     raise NotImplementedError("this backend has no kernels in this version")
 
 
+_NO_TRITON = _missing("the Triton kernels")
+_NO_CUDA = _missing("the CUDA kernels")
 _BACKENDS = {
     "reference": Backend(
         "reference", _always, _always, reference.forward, reference.backward, reference.sqnorm
     ),
     "eager": Backend("eager", _always, _always, eager.forward, eager.backward, eager.sqnorm),
-    "triton": Backend(
-        "triton",
-        _missing("the Triton kernels"),
-        _missing("the Triton kernels"),
-        _absent,  # type: ignore[arg-type]
-        _absent,  # type: ignore[arg-type]
-        eager.sqnorm,
-    ),
-    "cuda": Backend(
-        "cuda",
-        _missing("the CUDA kernels"),
-        _missing("the CUDA kernels"),
-        _absent,  # type: ignore[arg-type]
-        _absent,  # type: ignore[arg-type]
-        eager.sqnorm,
-    ),
+    "triton": Backend("triton", _NO_TRITON, _NO_TRITON, _absent, _absent, eager.sqnorm),
+    "cuda": Backend("cuda", _NO_CUDA, _NO_CUDA, _absent, _absent, eager.sqnorm),
 }
 
 
@@ -77,7 +69,10 @@ def backends() -> list[Backend]:
 
 
 def choose(problem: Problem) -> str:
-    """The backend that an unnamed call gets: the reference in float64, plain PyTorch calls otherwise."""
+    """The backend that an unnamed call gets.
+
+    The reference in float64, plain PyTorch calls otherwise.
+    """
     return "reference" if problem.dtype == torch.float64 else "eager"
 
 
@@ -89,7 +84,8 @@ def get(name: str) -> Backend:
 def resolve(name: str | None, problem: Problem) -> Backend:
     """The backend `name`, or the one `choose` picks.
 
-    Raises ValueError for an unknown name, RuntimeError with the reason where a named backend cannot serve.
+    Raises ValueError for an unknown name, RuntimeError with the reason where a named backend cannot
+    serve.
     """
     if name is None:
         return _BACKENDS[choose(problem)]
@@ -99,6 +95,7 @@ def resolve(name: str | None, problem: Problem) -> Backend:
     reason = backend.available() or backend.supports(problem)
     if reason is not None:
         raise RuntimeError(
-            f"backend={name!r} cannot serve this call: {reason}. Pass backend=None to let loradrop choose"
+            f"backend={name!r} cannot serve this call: {reason}. "
+            "Pass backend=None to let loradrop choose"
         )
     return backend

@@ -1,13 +1,15 @@
-"""The backend of plain PyTorch calls: `F.linear`, `addmm_` in place on its own output, and the Gram norm.
+"""The backend of plain PyTorch calls: `linear`, `addmm_` in place on its own output, and the Gram
+norm.
 
-It runs on every device. The delta h·Bᵀ never exists as an array of its own, and the norm costs two r x r
-products: Σ_t w_t ‖s·B·h_t‖² = s²·⟨HᵀDH, BᵀB⟩ with D = diag(w). Both are taken in float64, whose sixteen digits
-leave room for any cancellation that float32 factors can cause, so no second form of the norm is needed.
+It runs on every device. The delta h·Bᵀ never exists as an array of its own, and the norm costs two
+r x r products: Σ_t w_t ‖s·B·h_t‖² = s²·⟨HᵀDH, BᵀB⟩ with D = diag(w). Both are taken in float64,
+whose sixteen digits leave room for any cancellation that float32 factors can cause, so no second
+form of the norm is needed.
 """
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import linear
 
 from loradrop.philox import keep_mask
 
@@ -28,13 +30,13 @@ def forward(
     """As `reference.forward`."""
     a, b = A.to(x.dtype), B.to(x.dtype)
     if dropout == 0.0 or seed is None:
-        h = F.linear(x, a)
+        h = linear(x, a)
     else:
-        h = F.linear(x * keep_mask(seed, x.shape[0], x.shape[1], dropout), a).div_(1.0 - dropout)
+        h = linear(x * keep_mask(seed, x.shape[0], x.shape[1], dropout), a).div_(1.0 - dropout)
     if weight is None:
         assert y0 is not None
         return torch.addmm(y0, h, b.T, alpha=scaling), h
-    return F.linear(x, weight, bias).addmm_(h, b.T, alpha=scaling), h
+    return linear(x, weight, bias).addmm_(h, b.T, alpha=scaling), h
 
 
 def backward(

@@ -10,7 +10,9 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a path to write to; it takes the place of `path` when the block ends without an error."""
+    """Yields a path to write to; it takes the place of `path` when the block ends without an
+    error.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -38,10 +40,14 @@ def write_json(path: str | os.PathLike[str], data: Any) -> None:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The JSON in the file. Raises ValueError naming a file that is damaged, FileNotFoundError for one not there."""
+    """The JSON in the file.
+
+    Raises ValueError naming a file that is damaged, FileNotFoundError for one not there.
+    """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is damaged or half-written ({error}): restore it from a copy, or run the step that writes it again"
+            f"{path} is damaged or half-written ({error}): restore it from a copy, "
+            "or run the step that writes it again"
         ) from error

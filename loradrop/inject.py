@@ -1,11 +1,13 @@
-"""Model surgery: `inject` puts the adapters in, `merge` folds them into the weights, `remove` restores the model."""
+"""Model surgery: `inject` puts the adapters in, `merge` folds them into the weights, `remove`
+restores the model.
+"""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, Target, bank_of
 from loradrop.config import LoRAConfig
@@ -19,15 +21,20 @@ _log = logging.getLogger(__name__)
 def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     """Adapt the linear layers that `config` names, in place, and freeze the rest. Returns the bank.
 
-    The model computes what it did before, since B starts at zero. Modules of `modules_to_save` stay trainable.
-    Raises ValueError for targets that cannot be adapted (a table of what matched), ranks beyond
-    min(in_features, out_features), and models that already carry adapters.
+    The model computes what it did before, since B starts at zero. Modules of `modules_to_save` stay
+    trainable. Raises ValueError for targets that cannot be adapted (a table of what matched), ranks
+    beyond min(in_features, out_features), and models that already carry adapters.
     """
-    if getattr(model, "peft_config", None) is not None or any(
-        hasattr(m, "lora_A") for m in model.modules()
-    ):
+    of_peft = getattr(model, "peft_config", None) is not None
+    if of_peft or any(hasattr(module, "lora_A") for module in model.modules()):
         raise ValueError(
-            f"{type(model).__name__} carries PEFT adapters: merge or unload them first. loradrop's own layers and PEFT's do not mix"
+            f"{type(model).__name__} carries PEFT adapters: merge or unload them first. "
+            "loradrop's own layers and PEFT's do not mix"
+        )
+    if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        raise ValueError(
+            f"a bare {type(model).__name__} would take the bank for one of its own modules: inject "
+            "into a model that has it as a submodule"
         )
     if any(isinstance(module, AdapterBank) for module in model.modules()):
         raise ValueError(
@@ -50,7 +57,9 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
 def attach(
     model: nn.Module, config: LoRAConfig, found: Matched, saved: list[str] | None = None
 ) -> AdapterBank:
-    """`inject` for modules already found: `found` as (name, module), `saved` names to train whole."""
+    """`inject` for modules already found: `found` as (name, module), `saved` names to train
+    whole.
+    """
     targets = [_target(name, module, config) for name, module in found]
     bank = AdapterBank(targets, config, [weight_of(module) for _, module in found])
     for name, parameter in model.named_parameters():
@@ -65,7 +74,7 @@ def attach(
         adapt(module, bank, i)
     model.lora_bank = bank
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained = SavePretrained(model)
+        model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
     return bank
 
 
@@ -75,7 +84,8 @@ def _target(name: str, module: nn.Module, config: LoRAConfig) -> Target:
     r = config.rank(name)
     if r > min(shape):
         raise ValueError(
-            f"r={r} for {name} ({shape[0]} -> {shape[1]}): a rank beyond {min(shape)} adds nothing. Choose r <= {min(shape)}, or a rank_pattern"
+            f"r={r} for {name} ({shape[0]} -> {shape[1]}): a rank beyond {min(shape)} adds nothing."
+            f" Choose r <= {min(shape)}, or a rank_pattern"
         )
     return Target(name, name.rpartition(".")[2], *shape, r)
 
@@ -86,7 +96,8 @@ def disabled(model: nn.Module) -> Iterator[None]:
     bank = bank_of(model)
     if bank.surgery.merged is not None:
         raise ValueError(
-            "the adapters are merged into the weights: call loradrop.remove(model) for the base model"
+            "the adapters are merged into the weights: "
+            "call loradrop.remove(model) for the base model"
         )
     before, bank.enabled = bank.enabled, False
     try:
@@ -99,39 +110,23 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def merge(model: nn.Module, *, keep_original: bool = False) -> None:
     """Fold every delta into its weight: W <- W + s·B·A in float32, rounded once.
 
-    The adapters are gone afterwards and the layers are what they were before `inject`. With `keep_original`
-    the original weights are kept beside the adapters, and `remove` restores them bit for bit.
-    Raises ValueError for a base whose weight is no plain matrix (a quantised layer).
+    The adapters are gone afterwards and the layers are what they were before `inject`. With
+    `keep_original` the original weights are kept beside the adapters, and `remove` restores them
+    bit for bit. Raises ValueError for a base whose weight is no plain matrix (a quantised layer).
     """
     bank = bank_of(model)
     if bank.surgery.merged is not None:
         raise ValueError("the adapters are merged already")
-    modules = [model.get_submodule(target.name) for target in bank.targets]
-    for target, module in zip(bank.targets, modules, strict=True):
-        weight = module.weight
-        if not (
-            isinstance(weight, torch.Tensor)
-            and weight.is_floating_point()
-            and weight.numel() == target.in_features * target.out_features
-        ):
-            raise ValueError(
-                f"{target.name} is a {type(module).__name__} without a plain weight: dequantise the model before merging"
-            )
-    originals = (
-        {
-            target.name: module.weight.detach().clone()
-            for target, module in zip(bank.targets, modules, strict=True)
-        }
-        if keep_original
-        else None
-    )  # type: ignore[operator,union-attr]
-    for i, module in enumerate(modules):
+    weights = {target.name: _plain_weight(model, target) for target in bank.targets}
+    originals = None
+    if keep_original:
+        originals = {name: weight.detach().clone() for name, weight in weights.items()}
+    for i, (name, weight) in enumerate(weights.items()):
         delta = bank.delta(i)
         if delta is not None:
-            weight = module.weight
-            assert isinstance(weight, torch.Tensor)
-            delta = (delta.T if is_conv1d(module) else delta).to(weight.device)
-            weight.copy_(weight.to(delta.dtype) + delta)
+            transposed = is_conv1d(model.get_submodule(name))
+            delta = (delta.T if transposed else delta).to(weight.device)
+            weight.copy_(weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta)
     if originals is not None:
         bank.surgery.merged, bank.enabled = originals, False
         return
@@ -139,21 +134,33 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> None:
     model._loradrop_merged = True  # type: ignore[assignment]
 
 
+def _plain_weight(model: nn.Module, target: Target) -> Tensor:
+    module = model.get_submodule(target.name)
+    weight, elements = module.weight, target.in_features * target.out_features
+    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.numel() == elements:
+        return weight
+    raise ValueError(
+        f"{target.name} is a {type(module).__name__} without a plain weight: "
+        "dequantise the model before merging"
+    )
+
+
 @torch.no_grad()
 def remove(model: nn.Module) -> None:
     """Restore the model that `inject` was given, bit for bit, and forget the adapters.
 
-    Raises ValueError for a model without adapters, or whose adapters were merged without `keep_original`.
+    Raises ValueError for a model without adapters, or whose adapters were merged without
+    `keep_original`.
     """
-    if getattr(model, "_loradrop_merged", False) and not isinstance(
-        getattr(model, "lora_bank", None), AdapterBank
-    ):
+    injected = isinstance(getattr(model, "lora_bank", None), AdapterBank)
+    if getattr(model, "_loradrop_merged", False) and not injected:
         raise ValueError(
-            "the adapters were merged without keep_original=True, so the original weights are gone: load the base model anew"
+            "the adapters were merged without keep_original=True, so the original weights are gone:"
+            " load the base model anew"
         )
     bank = bank_of(model)
     for name, weight in (bank.surgery.merged or {}).items():
-        model.get_submodule(name).weight.copy_(weight)  # type: ignore[operator,union-attr]
+        model.get_submodule(name).weight.copy_(weight)  # type: ignore[operator]
     tensors = model.state_dict(keep_vars=True)
     for name, original in bank.surgery.saved.items():
         tensors[name].copy_(original)

@@ -1,12 +1,13 @@
 """The layers: a frozen base plus an index into the bank. One mixin, three faces.
 
-`LoRALinear` is an `nn.Linear` with the very same weight and bias Parameters, `LoRAConv1D` the same for GPT-2's
-transposed layout, and `LoRAOver` adds the delta to the output of any other base module. An adapted module
-keeps its identity, hooks and state-dict keys: `adapt` changes its class, `restore` changes it back.
+`LoRALinear` is an `nn.Linear` with the very same weight and bias Parameters, `LoRAConv1D` the same
+for GPT-2's transposed layout, and `LoRAOver` adds the delta to the output of any other base module.
+An adapted module keeps its identity, hooks and state-dict keys: `adapt` changes its class,
+`restore` changes it back.
 """
 
 import functools
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,17 @@ class LoRAMixin(nn.Module):
     """What the three faces share: from the bank and the index to the arguments of the op."""
 
     _lora: tuple[AdapterBank, int]  # a tuple, so that the bank is referred to and not registered
+
+    @property
+    def base_layer(self) -> NoReturn:
+        """PEFT asks a layer for this before it wraps it: refused, for neither would know of the
+        other.
+        """
+        raise ValueError(
+            f"this {type(self).__name__} carries loradrop adapters, so PEFT cannot wrap it: call "
+            "loradrop.remove(model) or merge(model) first, or export(model, path, format='peft') "
+            "and load that with PEFT"
+        )
 
     def _adapter(self, x: Tensor) -> dict[str, Any] | None:
         """The op's arguments for the input x (..., K), None where this layer is its base alone."""
@@ -50,8 +62,8 @@ class LoRAMixin(nn.Module):
 class LoRALinear(LoRAMixin, nn.Linear):
     """y = xWᵀ + b + s·(x Aᵀ)Bᵀ in place of `nn.Linear`; `inject` makes them.
 
-    `LoRALinear(in_features, out_features, r=8, ...)` is one on its own, with a bank of its own: the arguments
-    of `nn.Linear`, then those of `LoRAConfig`.
+    `LoRALinear(in_features, out_features, r=8, ...)` is one on its own, with a bank of its own: the
+    arguments of `nn.Linear`, then those of `LoRAConfig`.
     """
 
     def __init__(
@@ -88,17 +100,19 @@ class LoRAConv1D(LoRAMixin):
         """x (..., K)  ->  (..., N)"""
         call = self._adapter(x)
         if call is None:
-            return super().forward(x)  # type: ignore[no-any-return,misc]
+            return super().forward(x)  # type: ignore[no-any-return]
         result: Tensor = self._collect(ops.lora_linear(x, self.weight.T, self.bias, **call))
         return result
 
 
 class LoRAOver(LoRAMixin):
-    """Any base module that maps (..., K) to (..., N): quantised layers and subclasses of `nn.Linear`."""
+    """Any base module that maps (..., K) to (..., N): quantised layers and subclasses of
+    `nn.Linear`.
+    """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., K)  ->  (..., N); further arguments go to the base"""
-        y0 = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        y0 = super().forward(x, *args, **kwargs)
         call = self._adapter(x)
         result: Tensor = y0 if call is None else self._collect(ops.lora_add(y0, x, **call))
         return result
@@ -119,12 +133,9 @@ def _blank(face: type, base: type) -> nn.Module:
 
 
 @functools.cache
-def _adapted_class(face: type, base: type) -> type:
-    return type(
-        f"{face.__name__}[{base.__name__}]",
-        (_Picklable, face, base),
-        {"__module__": face.__module__},
-    )
+def _adapted_class(face: type, base: type) -> type[nn.Module]:
+    name = f"{face.__name__}[{base.__name__}]"
+    return type(name, (_Picklable, face, base), {"__module__": face.__module__})
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -138,24 +149,27 @@ def is_conv1d(module: nn.Module) -> bool:
 def shape_of(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a module that can be adapted, None for any other."""
     if is_conv1d(module):
-        k, n = module.weight.shape  # type: ignore[misc,union-attr]
-        return int(k), int(n)  # type: ignore[arg-type]
-    features = getattr(module, "in_features", None), getattr(module, "out_features", None)
-    return features if all(isinstance(f, int) for f in features) else None  # type: ignore[return-value]
+        weight: Any = module.weight
+        k, n = weight.shape
+        return int(k), int(n)
+    k, n = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return (k, n) if isinstance(k, int) and isinstance(n, int) else None
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The tensor whose device and dtype an adapter of `module` takes after: its weight, or any other it has."""
+    """The tensor whose device and dtype an adapter of `module` takes after: its weight, or any
+    other it has.
+    """
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor):
         return weight
-    return next((*module.parameters(), *module.buffers(), torch.empty(0)).__iter__())
+    return (*module.parameters(), *module.buffers(), torch.empty(0))[0]
 
 
 def adapt(module: nn.Module, bank: AdapterBank, index: int) -> None:
     """Give `module` the class that adds target `index` of `bank` to it."""
     module._lora = (bank, index)  # type: ignore[assignment]
-    base = type(module)
+    base: type = type(module)
     if base is nn.Linear:
         module.__class__ = LoRALinear
     elif base is not LoRALinear:

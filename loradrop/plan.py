@@ -13,9 +13,8 @@ from loradrop.bank import AdapterBank, Target, bank_of
 from loradrop.config import LoRAConfig
 
 SCHEMA = 1
-_MIGRATIONS: dict[
-    int, Callable[[dict[str, Any]], dict[str, Any]]
-] = {}  # from the version that is the key
+# from the version that is the key
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +23,10 @@ class Plan:
 
     slots       which adapter each target uses, None for none; equal numbers share
     kept        the targets with an adapter of their own, None before any decision
-    scores      of the deciding probe: source, tokens, rows and name -> Σ‖s·B·A·x‖² (`Scores.to_dict`)
-    warmup      steps, planned, settled, and how often a bootstrap keeps each target (name -> part of the draws)
+    scores      of the deciding probe: source, tokens, rows and name -> Σ‖s·B·A·x‖²
+                (`Scores.to_dict`)
+    warmup      steps, planned, settled, and how often a bootstrap keeps each target (name -> part
+                of the draws)
     base        id, revision and a fingerprint of all tensor names and shapes of the model
     data        fingerprints of the training and dev rows;  seeds, versions: as they were
     """
@@ -72,13 +73,17 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Plan":
-        """The plan that `to_dict` wrote. Raises ValueError for a newer schema, or what is no plan."""
+        """The plan that `to_dict` wrote.
+
+        Raises ValueError for a newer schema, or what is no plan.
+        """
         version = data.get("schema") if isinstance(data, Mapping) else None
         if not isinstance(version, int):
             raise ValueError("this is no loradrop plan: it has no schema version")
         if version > SCHEMA:
             raise ValueError(
-                f"the plan has schema {version}, this loradrop {loradrop.__version__} reads up to {SCHEMA}: upgrade loradrop"
+                f"the plan has schema {version}, this loradrop {loradrop.__version__} reads up to "
+                f"{SCHEMA}: upgrade loradrop"
             )
         fields = dict(data)
         for step in range(version, SCHEMA):
@@ -103,7 +108,9 @@ class Plan:
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan of an injected model as it stands: what `fit` or `load` recorded, with today's slots."""
+    """The plan of an injected model as it stands: what `fit` or `load` recorded, with today's
+    slots.
+    """
     bank = bank_of(model)
     recorded = bank.plan if isinstance(bank.plan, Plan) else None
     fresh = Plan(
@@ -130,7 +137,9 @@ def _kept(bank: AdapterBank) -> tuple[str, ...] | None:
 
 
 def base_of(model: nn.Module) -> dict[str, Any]:
-    """Which model it is: id and revision where its config knows them, and a fingerprint of its tensors."""
+    """Which model it is: id and revision where its config knows them, and a fingerprint of its
+    tensors.
+    """
     config = getattr(model, "config", None)
     shapes = [
         (k, tuple(v.shape)) for k, v in model.state_dict().items() if not k.startswith("lora_bank.")

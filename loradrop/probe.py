@@ -1,4 +1,6 @@
-"""Measuring every target's importance: the squared norm of its LoRA output (Zhou et al., COLING 2025)."""
+"""Measuring every target's importance: the squared norm of its LoRA output (Zhou et al., COLING
+2025).
+"""
 
 import random
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,13 +26,15 @@ def probe(
 ) -> Scores:
     """Name -> Σ over real tokens of ‖s·B·A·x‖² for fixed weights, in float64.
 
-    batches   what the model takes: mappings of keyword arguments, tuples of positional ones, or one tensor
+    batches   what the model takes: mappings of keyword arguments, tuples of positional ones, or one
+              tensor
     mask      the input that marks real tokens; a batch without it, and mask=None, count every token
-    mask_fn   (target name, x, that input) -> weights of x's shape without its last axis; None counts all
+    mask_fn   (target name, x, that input) -> weights of x's shape without its last axis; None
+              counts all
 
-    The model runs in eval mode without dropout. Weights, modes and random states are as before afterwards.
-    Under `torch.distributed` the scores are summed over ranks. Raises ValueError for no batches or a mask
-    that does not fit, RuntimeError naming targets whose forward was never called.
+    The model runs in eval mode without dropout. Weights, modes and random states are as before
+    afterwards. Under `torch.distributed` the scores are summed over ranks. Raises ValueError for no
+    batches or a mask that does not fit, RuntimeError naming targets whose forward was never called.
     """
     bank = bank_of(model)
     modes = [(module, module.training) for module in model.modules()]

@@ -1,4 +1,6 @@
-"""The decision: which targets keep their own adapter, and which share. Pure functions on plain data."""
+"""The decision: which targets keep their own adapter, and which share. Pure functions on plain
+data.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,7 +49,8 @@ class Scores(Mapping[str, float]):
         return len(self.targets)
 
     def __repr__(self) -> str:
-        return f"Scores({len(self)} targets, {len(self.rows)} rows, {self.tokens} tokens, {self.source})"
+        rows = f"{len(self.rows)} rows, {self.tokens} tokens"
+        return f"Scores({len(self)} targets, {rows}, {self.source})"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the plan: the sums, not the rows."""
@@ -69,19 +72,21 @@ def select(
     scope: str = "per_module",
     importance: str = "sqnorm",
 ) -> list[str]:
-    """The names of the targets that keep their own adapter, in layer order (Zhou et al., COLING 2025).
+    """The names of the targets that keep their own adapter, in layer order (Zhou et al., COLING
+    2025).
 
     Exactly one of
-      threshold    in [0, 1]: in every group, the fewest targets whose importances sum to that part of the
-                   group's; 0 keeps none and 1 keeps all
+      threshold    in [0, 1]: in every group, the fewest targets whose importances sum to that part
+                   of the group's; 0 keeps none and 1 keeps all
       keep         a count in total, split over the groups by largest remainder of their size
       keep_ratio   in [0, 1]: the same with keep = ratio · targets, rounded half up
-      budget       in [0, 1]: the largest `keep` whose own and shared adapters together have at most that part
-                   of the parameters of LoRA on all targets
-    scope          "per_module": a group is a module type and shape; "joint": all targets are one group
+      budget       in [0, 1]: the largest `keep` whose own and shared adapters together have at most
+                   that part of the parameters of LoRA on all targets
+    scope          "per_module": a group is a module type and shape; "joint": all targets are one
+                   group
     importance     "sqnorm": the score; "norm": its square root
-    Ties go to the earlier target. Raises ValueError for options out of range, for NaN or infinite scores and,
-    where the decision depends on them, for scores that are all zero.
+    Ties go to the earlier target. Raises ValueError for options out of range, for NaN or infinite
+    scores and, where the decision depends on them, for scores that are all zero.
     """
     _check(scores, threshold, keep, keep_ratio, budget, scope, importance)
     values = scores.values_by_target
@@ -96,16 +101,16 @@ def select(
         n = len(scores)
         if keep is None and keep_ratio is not None:
             keep = math.floor(keep_ratio * n + 0.5)
-        counts = range(n, -1, -1) if keep is None else [keep]
-        for count in counts:
+        full = sum(target.parameters for target in scores.targets)
+        for count in range(n, -1, -1) if keep is None else [keep]:
             picked = _quota(scores.targets, values, groups, count)
-            if budget is None or adapter_parameters(
-                scores.targets, _names(scores, picked)
-            ) <= budget * sum(target.parameters for target in scores.targets):
+            size = adapter_parameters(scores.targets, _names(scores, picked))
+            if budget is None or size <= budget * full:
                 break
         else:
             raise ValueError(
-                f"budget={budget}: one shared adapter per group alone takes more; choose a larger budget"
+                f"budget={budget}: one shared adapter per group alone takes more; "
+                "choose a larger budget"
             )
     return _names(scores, picked)
 
@@ -123,9 +128,10 @@ def _groups(targets: Sequence[Target], scope: str) -> list[list[int]]:
 
 def _ranking(targets: Sequence[Target], values: Sequence[float], members: list[int]) -> list[int]:
     if all(values[i] == 0.0 for i in members):
+        names = ", ".join(targets[i].name for i in members[:3]) + ", ..." * (len(members) > 3)
         raise ValueError(
-            f"the scores of {', '.join(targets[i].name for i in members[:3])}{', ...' * (len(members) > 3)} are all "
-            "zero: B is still zero, so the LoRA outputs say nothing yet. Train before probing"
+            f"the scores of {names} are all zero: B is still zero, so the LoRA outputs say nothing "
+            "yet. Train before probing"
         )
     return sorted(members, key=lambda i: -values[i])
 
@@ -155,9 +161,8 @@ def _quota(
     picked: set[int] = set()
     for members, count in zip(groups, counts, strict=True):
         all_or_none = count in (0, len(members))
-        picked.update(
-            members[:count] if all_or_none else _ranking(targets, values, members)[:count]
-        )
+        order = members if all_or_none else _ranking(targets, values, members)
+        picked.update(order[:count])
     return picked
 
 
@@ -177,19 +182,29 @@ def _check(
             f"give exactly one of {', '.join(given)}; got {', '.join(named) or 'none'}"
         )
     for name in ("threshold", "keep_ratio", "budget"):
-        value = given[name]
-        if value is not None and not 0.0 <= value <= 1.0:
-            raise ValueError(f"{name}={value}: choose a number in [0, 1]")
+        check_part(name, given[name])
     if keep is not None and not 0 <= keep <= len(scores):
         raise ValueError(f"keep={keep}: choose a whole number from 0 to the {len(scores)} targets")
-    for name, value, known in (("scope", scope, SCOPES), ("importance", importance, IMPORTANCES)):
-        if value not in known:
-            raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
+    check_choice("scope", scope, SCOPES)
+    check_choice("importance", importance, IMPORTANCES)
     for target, value in zip(scores.targets, scores.values_by_target, strict=True):
         if not math.isfinite(value):
             raise ValueError(
-                f"the score of {target.name} is {value}: its LoRA output overflowed or met NaN. Lower the learning rate, or train in float32"
+                f"the score of {target.name} is {value}: its LoRA output overflowed or met NaN. "
+                "Lower the learning rate, or train in float32"
             )
+
+
+def check_part(name: str, value: float | None) -> None:
+    """Raises ValueError unless the option is None or in [0, 1]."""
+    if value is not None and not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}={value}: choose a number in [0, 1]")
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raises ValueError unless the option is one of the known."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
 
 
 def assign(
@@ -199,8 +214,7 @@ def assign(
 
     With share="none" the others get None: no adapter. Raises ValueError for a name that is no target.
     """
-    if share not in SHARES:
-        raise ValueError(f"share={share!r}: choose one of {', '.join(SHARES)}")
+    check_choice("share", share, SHARES)
     names = {target.name for target in targets}
     for name in kept:
         if name not in names:
@@ -210,12 +224,12 @@ def assign(
     chosen, numbers = set(kept), dict[Any, int]()
     slots: list[int | None] = []
     for target in targets:
-        if target.name in chosen:
-            slots.append(numbers.setdefault(target.name, len(numbers)))
+        own = target.name in chosen
+        if not own and share == "none":
+            slots.append(None)
         else:
-            slots.append(
-                None if share == "none" else numbers.setdefault(target.group, len(numbers))
-            )
+            key = target.name if own else target.group
+            slots.append(numbers.setdefault(key, len(numbers)))
     return slots
 
 
@@ -230,7 +244,8 @@ def keep_frequency(
 ) -> dict[str, float]:
     """How often `decide` keeps each target when the rows of `scores` are drawn anew with replacement.
 
-    The bootstrap (Efron, 1979) over batches. Rows without any output (B still zero) say nothing and are left out.
+    The bootstrap (Efron, 1979) over batches. Rows without any output (B still zero) say nothing and
+    are left out.
     """
     rows = scores.rows[scores.rows.any(1)]
     generator, n = torch.Generator().manual_seed(seed), len(rows)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, Target, bank_of, fresh
-from loradrop.selection import Scores, assign
+from loradrop.selection import Scores, assign, check_choice
 
 INITS = ("fresh", "mean", "top")
 AFTER = ("reinit", "continue")
@@ -22,21 +22,23 @@ def share(
 ) -> None:
     """Point all targets but `kept` to one adapter per (module type, K, N, r).
 
-    kept           names, as from `select`; None selects by the last probe with the method's own options
+    kept           names, as from `select`; None selects by the last probe with the method's own
+                   options
     share          "group", or "none": the others lose their adapter
-    init           where a shared adapter starts: "fresh" (A Kaiming, B zero), "mean" of its members, or "top",
-                   the member with the largest score
+    init           where a shared adapter starts: "fresh" (A Kaiming, B zero), "mean" of its
+                   members, or "top", the member with the largest score
     after_select   "reinit": kept adapters start fresh; "continue": they keep what they learnt
 
-    The parameters change, so an optimiser made before this no longer fits. Raises ValueError for a name that is
-    no target, for unknown options, and where `kept` is None and nothing was probed.
+    The parameters change, so an optimiser made before this no longer fits. Raises ValueError for a
+    name that is no target, for unknown options, and where `kept` is None and nothing was probed.
     """
     bank = bank_of(model)
     if kept is None:
         kept = bank.config.method.update(bank, bank.scores)
         if kept is None:
             raise ValueError(
-                f"the method {bank.config.method.name!r} selects nothing: pass kept, or use LoRADrop()"
+                f"the method {bank.config.method.name!r} selects nothing: "
+                "pass kept, or use LoRADrop()"
             )
         return
     apply(bank, kept, bank.scores, share=share, init=init, after_select=after_select)
@@ -52,9 +54,8 @@ def apply(
     after_select: str,
 ) -> None:
     """`share` on the bank itself."""
-    for name, value, known in (("init", init, INITS), ("after_select", after_select, AFTER)):
-        if value not in known:
-            raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
+    check_choice("init", init, INITS)
+    check_choice("after_select", after_select, AFTER)
     if init == "top" and scores is None:
         raise ValueError("init='top' needs scores: call loradrop.probe(model, batches) first")
     slots = assign(bank.targets, kept, share)

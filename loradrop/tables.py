@@ -96,7 +96,9 @@ def _json_lines(path: Path, text: str) -> Table:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number} is broken JSON ({error}): repair the line") from error
+            raise ValueError(
+                f"{path}:{number} is broken JSON ({error}): repair the line"
+            ) from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number} is {line[:40]!r}: each line must be a JSON object")
         columns.update(dict.fromkeys(row))
@@ -113,7 +115,7 @@ def read_table(path: Path) -> Table:
     extension = _extension(path)
     if extension not in EXTENSIONS:
         known = ", ".join(EXTENSIONS)
-        raise ValueError(f"{path} has the unknown extension {extension!r}: use {known} (or with .gz)")
+        raise ValueError(f"{path} has the unknown extension {extension!r}: use {known} (+ .gz)")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is no file: check data.source and data.dev")
     text = _read_text(path)
@@ -122,13 +124,13 @@ def read_table(path: Path) -> Table:
     else:
         table = _grid(path, _csv_records(text, path) if extension == ".csv" else _tsv_records(text))
     if not table.rows:
-        raise ValueError(f"{path} is empty: it needs at least one row (and a header in CSV and TSV)")
+        raise ValueError(f"{path} is empty: it needs a row at least (and a header in CSV and TSV)")
     return table
 
 
 def _find(folder: Path, names: Sequence[str]) -> Path | None:
     for name in names:
-        files = [folder / f"{name}{extension}{gz}" for extension in EXTENSIONS for gz in ("", ".gz")]
+        files = [folder / f"{name}{end}{gz}" for end in EXTENSIONS for gz in ("", ".gz")]
         found = [file for file in files if file.is_file()]
         if len(found) > 1:
             listed = ", ".join(file.name for file in found)
@@ -143,7 +145,7 @@ def _hub(source: str, dev: str | None) -> Source:
     if source.startswith("glue/"):
         name, subset = "nyu-mll/glue", source.removeprefix("glue/")
         if subset not in GLUE:
-            raise ValueError(f"data.source={source!r} is no GLUE task: choose from {', '.join(GLUE)}")
+            raise ValueError(f"data.source={source!r} is no GLUE task: choose of {', '.join(GLUE)}")
     try:
         import datasets
     except ImportError as error:
@@ -155,8 +157,8 @@ def _hub(source: str, dev: str | None) -> Source:
         splits = datasets.load_dataset(name, subset or None)
     except Exception as error:
         raise ValueError(
-            f"data.source={source!r} is no file or folder here, and the hub did not give a data set "
-            f"of this id ({type(error).__name__}: {error}): check the id (id:subset where there are "
+            f"data.source={source!r} is no file or folder here, and the hub gave no data set of "
+            f"this id ({type(error).__name__}: {error}): check the id (id:subset where there are "
             "subsets) and the network, or use a file or data.source=stdlib"
         ) from error
     if "train" not in splits:

@@ -10,17 +10,8 @@ from loradrop.layers import shape_of
 
 # Query and value projections under the names that transformers' models give them.
 QUERY_VALUE = (
-    "query",
-    "value",
-    "q_proj",
-    "v_proj",
-    "q_lin",
-    "v_lin",
-    "q",
-    "v",
-    "c_attn",
-    "query_key_value",
-    "qkv_proj",
+    *("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "q", "v"),
+    *("c_attn", "query_key_value", "qkv_proj"),
 )
 HEADS = ("classifier", "score", "qa_outputs")
 
@@ -30,8 +21,9 @@ Matched = list[tuple[str, nn.Module]]
 def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
     """The modules that `config` names, each once, in the model's order.
 
-    Raises ValueError with a table of what matched, where an entry matches nothing, only some of the layers, a
-    module that is no linear map, a tied embedding, or nothing that can be reached through its forward.
+    Raises ValueError with a table of what matched, where an entry matches nothing, only some of the
+    layers, a module that is no linear map, a tied embedding, or nothing that can be reached through
+    its forward.
     """
     heads = saved_modules(model, config)
     modules = {
@@ -50,7 +42,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
         names = {q: found for q in QUERY_VALUE if (found := _suffix(linear, q))}
         if not names:
             raise ValueError(
-                f"target_modules=None found no query or value projection in {type(model).__name__}: name the target modules. Its linear layers: {_kinds(linear)}"
+                f"target_modules=None found no query or value projection in {type(model).__name__}:"
+                f" name the target modules. Its linear layers: {_kinds(linear)}"
             )
     else:
         names = {entry: _suffix(modules, entry) for entry in wanted}
@@ -61,15 +54,26 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
     chosen = {n for found in names.values() for n in found}
     if not chosen:
         raise ValueError(
-            f"target_modules={wanted!r} matches no module. Linear layers there are: {_kinds(linear)}"
+            f"target_modules={wanted!r} matches no module. "
+            f"Linear layers there are: {_kinds(linear)}"
         )
-    for name in chosen:
+    owners: dict[int, str] = {}
+    for name in (name for name in modules if name in chosen):
         _require_adaptable(model, name, modules[name])
+        other = owners.setdefault(id(getattr(modules[name], "weight", modules[name])), name)
+        if other != name:
+            raise ValueError(
+                f"targets {other!r} and {name!r} are tied: they have the same weight, and an adapter "
+                "each. Take one out of target_modules, or untie them"
+            )
     return [(name, m) for name, m in modules.items() if name in chosen]
 
 
 def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """The names of the modules that are trained and saved whole. Raises ValueError for an entry without match."""
+    """The names of the modules that are trained and saved whole.
+
+    Raises ValueError for an entry without match.
+    """
     names = [name for name, _ in model.named_modules()]
     if config.modules_to_save is None:
         return [name for name in names if name in HEADS]
@@ -77,8 +81,9 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     for entry in config.modules_to_save:
         matches = [name for name in names if name == entry or name.endswith("." + entry)]
         if not matches:
+            top = ", ".join(name for name in names if name and "." not in name)
             raise ValueError(
-                f"modules_to_save has {entry!r}, which matches no module; top-level ones are {', '.join(n for n in names if n and '.' not in n)}"
+                f"modules_to_save has {entry!r}, which matches no module; top-level ones are {top}"
             )
         found += [m for m in matches if not any(_inside(m, f) for f in found)]
     return found
@@ -134,9 +139,9 @@ def _require_coverage(
             missing = sorted(layers - hit - skipped, key=lambda s: int(s.rpartition(".")[2]))
             if hit and missing:
                 rows[-1] += f", none in {', '.join(missing[:6])}{', ...' * (len(missing) > 6)}"
-                problem = (
-                    problem
-                    or f"target_modules entry {entry!r} matches only {len(hit)} of {len(layers)} layers of {stack}"
+                problem = problem or (
+                    f"target_modules entry {entry!r} matches only {len(hit)} of {len(layers)} "
+                    f"layers of {stack}"
                 )
     if problem:
         raise ValueError(
@@ -150,16 +155,19 @@ def _require_coverage(
 def _require_adaptable(model: nn.Module, name: str, module: nn.Module) -> None:
     if shape_of(module) is None:
         raise ValueError(
-            f"target {name!r} is a {type(module).__name__}, which is no linear map (..., K) -> (..., N): name a linear layer"
+            f"target {name!r} is a {type(module).__name__}, which is no linear map "
+            "(..., K) -> (..., N): name a linear layer"
         )
     parent = model.get_submodule(name.rpartition(".")[0]) if name else model
     if isinstance(parent, nn.MultiheadAttention):
         raise ValueError(
-            f"target {name!r} belongs to nn.MultiheadAttention, which never calls its forward: take it out of target_modules"
+            f"target {name!r} belongs to nn.MultiheadAttention, which never calls its forward: "
+            "take it out of target_modules"
         )
     weight = getattr(module, "weight", None)
     for other, embedding in model.named_modules():
         if isinstance(embedding, nn.Embedding) and embedding.weight is weight:
             raise ValueError(
-                f"target {name!r} is tied to the embedding {other!r}: an adapter on one would leave the other. Take it out of target_modules, or untie them"
+                f"target {name!r} is tied to the embedding {other!r}: an adapter on one would "
+                "leave the other. Take it out of target_modules, or untie them"
             )

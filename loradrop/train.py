@@ -1,8 +1,9 @@
-"""Training: two runs of transformers' Trainer, the warm-up and the main one, with `update` between them.
+"""Training: two runs of transformers' Trainer, warm-up and main, with `update` between them.
 
     fit = inject -> warm-up (its own passes are the probe) -> select -> share -> main run
 
-The boundary is a file: once `start/` holds the adapters the main run begins with, a resume goes on from there.
+The boundary is a file: once `start/` holds the adapters that the main run begins with, a resume
+goes on from there.
 """
 
 import logging
@@ -24,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from loradrop.bank import AdapterBank, bank_of
 from loradrop.config import LoRAConfig
 from loradrop.data import stratified_indices
+from loradrop.env import native_bf16
 from loradrop.files import read_json, write_json
 from loradrop.inject import inject
 from loradrop.integrations.trainer import LoRATrainer, MethodCallback, Progress, last_checkpoint
@@ -49,11 +51,13 @@ Metric = Callable[[Any], dict[str, float]]
 class TrainConfig:
     """How to train; the rest of transformers' TrainingArguments goes into `extra`.
 
-    steps           optimiser steps in all, the warm-up included; None is `epochs` passes over the data
-    warmup_ratio    part of each run's steps over which the learning rate rises; it falls linearly afterwards,
-                    and stays constant in the warm-up run
-    precision       "float32", "bf16" or "fp16" (autocast); bf16 on a CPU without it computes in float32
-    save_every      steps between checkpoints; log_every, eval_every likewise (None: dev only at the end)
+    steps           optimiser steps in all, warm-up included; None is `epochs` passes over the data
+    warmup_ratio    part of each run's steps over which the learning rate rises; it falls linearly
+                    afterwards, and stays constant in the warm-up run
+    precision       "float32", "bf16" or "fp16" (autocast); bf16 on a CPU that has none computes in
+                    float32
+    save_every      steps between checkpoints; log_every, eval_every likewise (None: dev only at the
+                    end)
     """
 
     steps: int | None = None
@@ -127,17 +131,17 @@ def fit(
 ) -> Result:
     """Adapt `model` to `train` by `config`, and measure it on `dev`.
 
-    model         a PreTrainedModel, injected or not; its forward returns a loss when the batch has labels
+    model         a PreTrainedModel, injected or not; it returns a loss when the batch has labels
     train, dev    a Dataset of torch or datasets, a DataLoader, or a list of dicts; dev may be None
     metric        EvalPrediction -> name: value, as Trainer's compute_metrics
     output_dir    checkpoints, the plan, the adapters; None keeps nothing and cannot resume
-    resume        go on from what is in output_dir, with the model, data and options it was begun with, to the same
-                  end as an uninterrupted run
+    resume        go on from what is in output_dir, with the model, data and options it was begun
+                  with, to the same end as an uninterrupted run
     data          fingerprints of the rows, for the plan
     mask          the model's input that marks real tokens, for the statistics
 
-    A model whose targets share already, by `share` or `load`, has no warm-up. Raises ValueError for empty data, a
-    loss that is not finite, and a resume with other options.
+    A model whose targets share already, by `share` or `load`, has no warm-up. Raises ValueError for
+    empty data, a loss that is not finite, and a resume with other options.
     """
     with tempfile.TemporaryDirectory() as scratch, _forward_kept(model):
         folder = Path(output_dir or scratch)
@@ -174,7 +178,8 @@ def warm_up(
     """
     if not config.method.statistic:
         raise ValueError(
-            f"the method {config.method.name!r} measures nothing: choose one with a warm-up, such as lora_drop"
+            f"the method {config.method.name!r} measures nothing: choose one with a warm-up, such "
+            "as lora_drop"
         )
     run = _Run(
         model, train, None, config, args or TrainConfig(), None, collate, Path(output_dir), mask, ()
@@ -210,7 +215,8 @@ class _Run:
         )
         if not hasattr(train, "__len__"):
             raise ValueError(
-                f"train is a {type(train).__name__} without a length: give a Dataset with one, or a list"
+                f"train is a {type(train).__name__} without a length: give a Dataset with one, or "
+                "a list"
             )
         if len(train) == 0:
             raise ValueError("train is empty: give at least one example")
@@ -241,7 +247,7 @@ class _Run:
         return result
 
     def warm_up(self, resume: bool, data: dict[str, str]) -> dict[str, Any]:
-        """Inject, and the first stage of a method that has one. Steps, seconds and history so far."""
+        """Inject, and the first stage of a method that has one. Steps, seconds and history."""
         options = self._options(data)
         self._require_same_run(options, resume)
         set_seed(self.args.seed)
@@ -250,7 +256,8 @@ class _Run:
         bank = bank_of(self.model)
         if bank.config != self.config:
             raise ValueError(
-                "the model was injected with another configuration: pass model.lora_bank.config, or call loradrop.remove(model) first"
+                "the model was injected with another configuration: pass model.lora_bank.config, or "
+                "call loradrop.remove(model) first"
             )
         planned = self.config.method.warmup_steps(self.total)
         write_json(self.folder / OPTIONS, options)
@@ -265,7 +272,7 @@ class _Run:
         return before
 
     def _start(self) -> dict[str, Any] | None:
-        """Take what the warm-up ended with, where it is whole; it can be made again from its last checkpoint."""
+        """Take what the warm-up ended with, where it is whole; if not, it is made anew."""
         try:
             plan, tensors = read(self.folder / "start")
             before: dict[str, Any] = read_json(self.folder / "warmup.json")
@@ -300,11 +307,12 @@ class _Run:
             changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
             if changed:
                 raise ValueError(
-                    f"{self.folder} was begun with other options ({section}: {', '.join(changed)}): resume with the same, or choose another output"
+                    f"{self.folder} was begun with other options ({section}: {', '.join(changed)})"
+                    ": resume with the same, or choose another output"
                 )
 
     def _warm_up(self, planned: int, resume: bool, data: dict[str, str]) -> dict[str, Any]:
-        """Stage one: train LoRA on every target, measure, decide, share. What the main run starts from."""
+        """Stage one: train LoRA on every target, measure, decide, share."""
         method, bank = self.config.method, bank_of(self.model)
         whole, ratio = self.train, method.sample_ratio_of_warmup()
         if ratio < 1.0:
@@ -402,16 +410,13 @@ class _Run:
 
 
 def _supported(precision: str) -> str:
-    if precision == "bf16" and not torch.cuda.is_available() and not _cpu_has_bf16():
+    if precision == "bf16" and not torch.cuda.is_available() and not native_bf16():
         _log.warning(
-            "this CPU has no native bfloat16, which would be many times slower: computing in float32"
+            "this CPU has no native bfloat16, which would be many times slower: computing in "
+            "float32"
         )
         return "float32"
     return precision
-
-
-def _cpu_has_bf16() -> bool:
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _frequency(method: Any, scores: Scores) -> dict[str, float] | None:
@@ -423,14 +428,18 @@ def _frequency(method: Any, scores: Scores) -> dict[str, float] | None:
 def _sample(train: Any, ratio: float, seed: int) -> Subset[Any]:
     if isinstance(train, DataLoader):
         raise ValueError(
-            f"sample_ratio={ratio} needs a dataset to draw from, not a DataLoader: pass its dataset, or sample_ratio=1"
+            f"sample_ratio={ratio} needs a dataset to draw from, not a DataLoader: pass its "
+            "dataset, or sample_ratio=1"
         )
     first = train[0]
     key = next((k for k in ("labels", "label") if k in first and _is_class(first[k])), None)
     columns = getattr(train, "column_names", ())  # of `datasets`, where a column is read at once
     labels = None
     if key is not None:
-        labels = [int(v) for v in (train[key] if key in columns else (row[key] for row in train))]
+        labels = [
+            int(v)
+            for v in (train[key] if key in columns else (train[i][key] for i in range(len(train))))
+        ]
     return Subset(train, stratified_indices(labels, len(train), ratio, seed))
 
 
@@ -444,7 +453,7 @@ def _is_class(label: Any) -> bool:
 
 @contextmanager
 def _forward_kept(model: nn.Module) -> Iterator[None]:
-    """Mixed precision wraps `model.forward`; afterwards the model is as it was, and can be pickled."""
+    """Mixed precision wraps `model.forward`; afterwards it is as it was, and can be pickled."""
     before = {key: model.__dict__[key] for key in _WRAPPED if key in model.__dict__}
     try:
         yield

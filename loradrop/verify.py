@@ -144,7 +144,8 @@ def _loaded(
     except ImportError:
         return _replay(base, file), "replay"
     try:
-        return PeftModel.from_pretrained(base, os.fspath(path)), "peft"
+        with torch.random.fork_rng():  # PEFT draws initial values before it reads the file's
+            return PeftModel.from_pretrained(base, os.fspath(path)), "peft"
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"PEFT cannot load {path} into {type(model).__name__}: {error}") from error
 

@@ -1,6 +1,7 @@
 """Exports: PEFT reads them to the same logits, a merged model is plain, the adapted model stays."""
 
 import copy
+import importlib
 import json
 import logging
 from collections.abc import Callable
@@ -436,7 +437,7 @@ def test_an_interrupted_export_is_no_adapter(
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("loradrop.export.save_file", full)
+    monkeypatch.setattr(importlib.import_module("loradrop.export"), "save_file", full)
     fill(model)
     with pytest.raises(OSError, match="no space left"):
         export(model, tmp_path)

@@ -1,4 +1,4 @@
-"""transformers' Trainer: the callback that carries a method's events, and the subclass that saves adapters."""
+"""transformers' Trainer: a callback with a method's events, and a subclass that saves adapters."""
 
 import hashlib
 import logging
@@ -27,9 +27,9 @@ _log = logging.getLogger(__name__)
 class MethodCallback(TrainerCallback):
     """Carries the events of the model's method into any training loop of transformers.
 
-    `collect` gathers the method's statistic over the whole run (`collector.scores()`), and ends the run early
-    once the method calls it settled. Without it only the first step is watched, so that a target whose forward
-    is never called is an error and not an adapter that silently does nothing.
+    `collect` gathers the method's statistic over the whole run (`collector.scores()`), and ends the
+    run early once the method calls it settled. Without it only the first step is watched, so that a
+    target whose forward is never called is an error, not an adapter that silently does nothing.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class MethodCallback(TrainerCallback):
         self.detach()
 
     def save(self, folder: Path, write: bool) -> None:
-        """The state of the statistics and the method; every rank calls it, `write` is true on the first."""
+        """The state of the statistics and the method; every rank calls it, the first one writes."""
         state = self.collector.state_dict() if self.collector is not None else {}
         if write:
             with replacing(folder / STATISTICS) as draft:
@@ -148,11 +148,11 @@ class Progress(TrainerCallback):
 
 
 class LoRATrainer(Trainer):
-    """A Trainer whose checkpoints hold the adapters, the statistics and the optimiser, and say when they are whole.
+    """A Trainer whose checkpoints hold adapters, statistics, optimiser, and tell if they are whole.
 
-    The data may be DataLoaders; everything else is `transformers.Trainer`. Raises ValueError at the first loss that
-    is not finite, and for reentrant checkpointing under DDP without a static graph, whose gradients of a shared
-    adapter would be wrong.
+    The data may be DataLoaders; everything else is `transformers.Trainer`. Raises ValueError at the
+    first loss that is not finite, and for reentrant checkpointing under DDP without a static graph,
+    whose gradients of a shared adapter would be wrong.
     """
 
     def __init__(
@@ -162,12 +162,17 @@ class LoRATrainer(Trainer):
         reentrant = isinstance(options, dict) and options.get("use_reentrant")
         if args.gradient_checkpointing and reentrant and args.world_size > 1:
             raise ValueError(
-                "gradient checkpointing with use_reentrant=True gives wrong gradients for a shared adapter under DDP: pass use_reentrant=False"
+                "gradient checkpointing with use_reentrant=True gives wrong gradients for a shared "
+                "adapter under DDP: pass use_reentrant=False"
             )
         super().__init__(
             model=model, args=args, callbacks=[events, *kwargs.pop("callbacks", [])], **kwargs
         )
         self.events = events
+        if getattr(model, "loss_type", None) != "ForCausalLM":
+            # Other models take **kwargs and ignore num_items_in_batch: the Trainer would sum their
+            # means over an accumulation instead of averaging them.
+            self.model_accepts_loss_kwargs = False
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """A DataLoader is taken as it is."""
@@ -183,7 +188,7 @@ class LoRATrainer(Trainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def go_on(self, checkpoint: Path | None) -> None:
-        """Train from `checkpoint` (None: from the start), or only load it where its run had come to its end."""
+        """Train from `checkpoint` (None: the start), or only load it if its run was at its end."""
         if checkpoint is None:
             self.train()
             return
@@ -199,19 +204,27 @@ class LoRATrainer(Trainer):
         self.events.reopen()
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """The model's loss plus the method's penalty."""
-        result = super().compute_loss(model, inputs, *args, **kwargs)
-        bank = self.events.bank
-        penalty = bank.config.method.penalty(bank) if model.training else None
-        loss = result[0] if isinstance(result, tuple) else result
-        loss = loss if penalty is None else loss + penalty
-        if model.training and not torch.isfinite(loss):
+        result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:
+            return result
+        bank, loss = self.events.bank, result[0] if return_outputs else result
+        penalty = bank.config.method.penalty(bank)
+        if penalty is not None:
+            normalized = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            loss = loss + penalty / (self.current_gradient_accumulation_steps if normalized else 1)
+        if not torch.isfinite(loss):
             raise ValueError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}: lower the learning rate, or train in float32. Earlier checkpoints are untouched"
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the "
+                "learning rate, or train in float32. Earlier checkpoints are untouched"
             )
-        return (loss, *result[1:]) if isinstance(result, tuple) else loss
+        return (loss, result[1]) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:

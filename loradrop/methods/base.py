@@ -1,4 +1,6 @@
-"""The seam: a method says what A and B are, and when that changes. The op and the layers never know."""
+"""The seam: a method says what A and B are, and when that changes. The op and the layers never
+know.
+"""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,9 +16,9 @@ if TYPE_CHECKING:
 class Method:
     """A way to compose (A_i, B_i) from what the bank owns. Its fields are its options.
 
-    Subclasses give a `name` and override what they need; a module in `loradrop/methods/` is found by itself,
-    another package's through the entry-point group `loradrop.methods`. State that changes belongs to the
-    bank: parameters and buffers there move and save with the model.
+    Subclasses give a `name` and override what they need; a module in `loradrop/methods/` is found
+    by itself, another package's through the entry-point group `loradrop.methods`. State that
+    changes belongs to the bank: parameters and buffers there move and save with the model.
     """
 
     name: ClassVar[str] = ""
@@ -48,11 +50,17 @@ class Method:
         return False
 
     def update(self, bank: "AdapterBank", scores: "Scores | None") -> "list[str] | None":
-        """Between the stages: change what the bank owns. The names of the targets that keep their own adapter."""
+        """Between the stages: change what the bank owns.
+
+        The names of the targets that keep their own adapter.
+        """
         return None
 
     def on_backward_end(self, bank: "AdapterBank", step: int) -> None:
-        """After the last backward pass of a step, before the optimiser's: gradients are complete."""
+        """After the last backward pass of a step, before the optimiser's.
+
+        Gradients are complete.
+        """
 
     def on_step_end(self, bank: "AdapterBank", step: int) -> None:
         """After the optimiser's step."""

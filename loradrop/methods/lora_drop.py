@@ -1,9 +1,11 @@
-"""LoRA-drop (Zhou et al., COLING 2025, arXiv:2402.07721): keep LoRA where its output matters, share one elsewhere.
+"""LoRA-drop (Zhou et al., COLING 2025, arXiv:2402.07721): keep LoRA where its output matters,
+share one elsewhere.
 
-The warm-up trains LoRA on every target, the squared norm of each target's output ranks them, those that make up
-`threshold` of it keep an adapter of their own, and all others of a group share one. From the paper: the squared
-norm, the threshold on the normalised sum, the one shared LoRA, the stratified sample. Ours, because the paper's
-text leaves them open or we could not read it there: the scope, the length of the warm-up, what follows it.
+The warm-up trains LoRA on every target, the squared norm of each target's output ranks them, those
+that make up `threshold` of it keep an adapter of their own, and all others of a group share one.
+From the paper: the squared norm, the threshold on the normalised sum, the one shared LoRA, the
+stratified sample. Ours, because the paper's text leaves them open or we could not read it there:
+the scope, the length of the warm-up, what follows it.
 """
 
 from dataclasses import dataclass
@@ -11,8 +13,26 @@ from typing import ClassVar
 
 from loradrop.bank import AdapterBank
 from loradrop.methods.base import Method
-from loradrop.selection import IMPORTANCES, SCOPES, SHARES, Scores, keep_frequency, select
+from loradrop.selection import (
+    IMPORTANCES,
+    SCOPES,
+    SHARES,
+    Scores,
+    check_choice,
+    check_part,
+    keep_frequency,
+    select,
+)
 from loradrop.share import AFTER, INITS, apply
+
+_CHOICES = {
+    "scope": SCOPES,
+    "importance": IMPORTANCES,
+    "share": SHARES,
+    "share_init": INITS,
+    "after_select": AFTER,
+    "source": ("online", "offline"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +44,11 @@ class LoRADrop(Method):
     share, share_init, after_select        of `share`
     probe_steps      length of the warm-up: optimiser steps, or below 1 a part of all steps
     sample_ratio     the part of the training set, drawn by class, that the warm-up trains on
-    source           "online": norms of the warm-up's own passes, at no cost; "offline": a pass in eval mode
-                     over that sample when the warm-up ends
-    settle_margin    None, or end the warm-up early once a bootstrap over its steps keeps every target in at
-                     most this part of the draws, or in all but it; checked every `settle_every` steps
+    source           "online": norms of the warm-up's own passes, at no cost; "offline": a pass in
+                     eval mode over that sample when the warm-up ends
+    settle_margin    None, or end the warm-up early once a bootstrap over its steps keeps every
+                     target in at most this part of the draws, or in all but it; checked every
+                     `settle_every` steps
 
     Raises ValueError naming the field, its value and the remedy.
     """
@@ -51,32 +72,23 @@ class LoRADrop(Method):
     settle_every: int = 10
 
     def __post_init__(self) -> None:
-        given = [
-            n for n in ("threshold", "keep", "keep_ratio", "budget") if getattr(self, n) is not None
-        ]
+        names = ("threshold", "keep", "keep_ratio", "budget")
+        given = [name for name in names if getattr(self, name) is not None]
         if not given:
             object.__setattr__(self, "threshold", 0.9)
         elif len(given) > 1:
             raise ValueError(f"give one of {' and '.join(given)}, not both")
         for name in ("threshold", "keep_ratio", "budget"):
-            value = getattr(self, name)
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise ValueError(f"{name}={value}: choose a number in [0, 1]")
+            check_part(name, getattr(self, name))
         if self.keep is not None and self.keep < 0:
             raise ValueError(f"keep={self.keep}: choose a whole number of at least 0")
-        known = {"scope": SCOPES, "importance": IMPORTANCES, "share": SHARES, "share_init": INITS}
-        for name, values in (
-            known | {"after_select": AFTER, "source": ("online", "offline")}
-        ).items():
-            if getattr(self, name) not in values:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r}: choose one of {', '.join(values)}"
-                )
-        if self.probe_steps <= 0 or (
-            self.probe_steps >= 1 and self.probe_steps != int(self.probe_steps)
-        ):
+        for name, known in _CHOICES.items():
+            check_choice(name, getattr(self, name), known)
+        steps = self.probe_steps
+        if steps <= 0 or (steps >= 1 and steps != int(steps)):
             raise ValueError(
-                f"probe_steps={self.probe_steps}: choose a part of all steps in (0, 1), or a whole number of steps"
+                f"probe_steps={steps}: choose a part of all steps in (0, 1), "
+                "or a whole number of steps"
             )
         if not 0.0 < self.sample_ratio <= 1.0:
             raise ValueError(f"sample_ratio={self.sample_ratio}: choose a number in (0, 1]")
@@ -105,7 +117,8 @@ class LoRADrop(Method):
         steps = round(self.probe_steps * total) if self.probe_steps < 1 else int(self.probe_steps)
         if steps >= total:
             raise ValueError(
-                f"probe_steps={self.probe_steps:g} leaves none of the {total} steps to train the shared adapters: choose fewer"
+                f"probe_steps={self.probe_steps:g} leaves none of the {total} steps to train the "
+                "shared adapters: choose fewer"
             )
         return max(1, steps)
 
@@ -124,7 +137,8 @@ class LoRADrop(Method):
     def update(self, bank: AdapterBank, scores: Scores | None) -> list[str] | None:
         if scores is None:
             raise ValueError(
-                "sharing needs scores: call loradrop.probe(model, batches) after some training, or pass kept"
+                "sharing needs scores: call loradrop.probe(model, batches) after some training, "
+                "or pass kept"
             )
         kept = self.decide(scores)
         apply(

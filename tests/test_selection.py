@@ -1,0 +1,438 @@
+"""The decision on plain numbers: thresholds, counts, budgets, ties, what it must not depend on."""
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loradrop.bank import Target
+from loradrop.selection import (
+    Scores,
+    adapter_parameters,
+    assign,
+    keep_frequency,
+    select,
+)
+
+property_test = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+def target(i: int, kind: str = "q", k: int = 8, n: int = 8, r: int = 2) -> Target:
+    return Target(f"layers.{i}.{kind}", kind, k, n, r)
+
+
+def scores_of(values: Sequence[float], targets: Sequence[Target] | None = None) -> Scores:
+    targets = targets or [target(i) for i in range(len(values))]
+    rows = torch.tensor([list(values)], dtype=torch.float64)
+    return Scores(tuple(targets), rows, tokens=10, source="offline")
+
+
+def grouped(*values: Sequence[float]) -> Scores:
+    """One group per list: kinds a, b, c ... layer by layer within each."""
+    kinds = "abcdefgh"
+    targets = [target(i, kinds[g]) for g, group in enumerate(values) for i in range(len(group))]
+    return scores_of([v for group in values for v in group], targets)
+
+
+def kept(scores: Scores, *args: Any, **options: Any) -> list[int]:
+    """Positions of the kept targets, which come in layer order."""
+    names = [t.name for t in scores.targets]
+    positions = [names.index(name) for name in select(scores, *args, **options)]
+    assert positions == sorted(set(positions))
+    return positions
+
+
+def per_group(scores: Scores, positions: list[int]) -> list[int]:
+    kinds = dict.fromkeys(t.kind for t in scores.targets)
+    chosen = [scores.targets[i].kind for i in positions]
+    return [chosen.count(kind) for kind in kinds]
+
+
+# Scores
+
+
+def test_scores_are_a_mapping_with_shapes() -> None:
+    targets = (target(0, "q"), target(1, "up", 8, 32))
+    rows = torch.tensor([[1.0, 2.0], [0.5, 4.0]], dtype=torch.float64)
+    scores = Scores(targets, rows, tokens=7, source="online")
+    assert dict(scores) == {"layers.0.q": 1.5, "layers.1.up": 6.0}
+    assert len(scores) == 2 and "layers.0.q" in scores and "q" not in scores
+    assert (scores.tokens, scores.source) == (7, "online")
+    assert [(t.kind, t.in_features, t.out_features) for t in scores.targets] == [
+        ("q", 8, 8),
+        ("up", 8, 32),
+    ]
+    with pytest.raises(KeyError, match=r"layers\.9"):
+        scores["layers.9"]
+    plain = scores.to_dict()
+    assert plain["values"] == dict(scores)
+    assert (plain["source"], plain["tokens"], plain["rows"]) == ("online", 7, 2)
+
+
+# Thresholds
+
+THRESHOLDS = {
+    "none at 0": ([3, 1, 2], 0.0, []),
+    "all at 1": ([3, 1, 2], 1.0, [0, 1, 2]),
+    "all at 1, zeros too": ([3, 0, 2], 1.0, [0, 1, 2]),
+    "the largest": ([1, 5, 2], 0.5, [1]),
+    "exactly the sum": ([5, 3, 2], 0.8, [0, 1]),
+    "just above the sum": ([5, 3, 2], 0.81, [0, 1, 2]),
+    "exactly, in decimals": ([0.5, 0.3, 0.1, 0.1], 0.9, [0, 1, 2]),
+    "exactly, ten tenths": ([0.1] * 10, 0.3, [0, 1, 2]),
+    "a small one": ([5, 3, 2], 0.001, [0]),
+    "ties in layer order": ([1, 2, 2, 2], 0.5, [1, 2]),
+    "all equal": ([1, 1, 1, 1], 0.5, [0, 1]),
+    "zeros are not needed": ([0, 4, 0, 1], 0.9, [1, 3]),
+    "one target": ([7], 0.9, [0]),
+}
+
+
+@pytest.mark.parametrize(("values", "threshold", "expected"), THRESHOLDS.values(), ids=THRESHOLDS)
+@pytest.mark.parametrize("scope", ["per_module", "joint"])
+def test_threshold(values: Any, threshold: float, expected: list[int], scope: str) -> None:
+    assert kept(scores_of(values), threshold, scope=scope) == expected
+    scaled = scores_of([value * 2.0**40 for value in values])
+    assert kept(scaled, threshold=threshold, scope=scope) == expected
+
+
+def test_threshold_is_of_the_norm_or_of_its_square() -> None:
+    scores = scores_of([16, 9, 1])  # norms 4, 3, 1: halves are 13 of 26 and 4 of 8
+    assert kept(scores, 0.6) == [0]
+    assert kept(scores, 0.6, importance="sqnorm") == [0]
+    assert kept(scores, 0.6, importance="norm") == [0, 1]
+
+
+def test_the_default_scope_is_a_module_type_and_shape() -> None:
+    scores = grouped([8, 1, 1], [1000, 900])
+    assert kept(scores, 0.6) == [0, 3, 4]
+    assert kept(scores, 0.6, scope="joint") == [3, 4]
+    assert kept(scores, 0.6, scope="per_module") == kept(scores, 0.6)
+    wide = [target(0), target(1), target(2, n=32), target(3, n=32)]
+    assert kept(scores_of([1, 9, 900, 100], wide), 0.5) == [1, 2]
+    ranks = [target(0), target(1, r=4)]
+    assert kept(scores_of([1, 900], ranks), 0.5) == [0, 1]
+
+
+finite = st.floats(1e-6, 1e6)
+values_of_some = st.lists(finite | st.just(0.0) | st.just(1.0), min_size=1, max_size=12).filter(any)
+
+
+@property_test
+@given(values_of_some, st.floats(0, 1))
+def test_threshold_keeps_the_fewest_that_suffice(values: list[float], threshold: float) -> None:
+    positions = kept(scores_of(values), threshold)
+    if threshold == 1.0:
+        assert positions == list(range(len(values)))
+        return
+    mass = math.fsum(values[i] for i in positions)
+    need, near = threshold * math.fsum(values), 1e-9 * math.fsum(values)
+    assert mass >= need - near
+    best = sorted(values, reverse=True)
+    assert mass == pytest.approx(math.fsum(best[: len(positions)]))
+    if positions and threshold > 0:
+        assert math.fsum(best[: len(positions) - 1]) < need + near
+
+
+@property_test
+@given(values_of_some, st.floats(0, 1), st.floats(0, 1), st.sampled_from(["per_module", "joint"]))
+def test_a_larger_threshold_keeps_what_a_smaller_one_keeps(
+    values: list[float], one: float, two: float, scope: str
+) -> None:
+    half = (len(values) + 1) // 2
+    scores = grouped([1.0, *values[:half]], [1.0, *values[half:]])
+    small, large = (set(kept(scores, t, scope=scope)) for t in sorted((one, two)))
+    assert small <= large
+
+
+DECISIONS = [
+    {"threshold": 0.7},
+    {"threshold": 0.7, "scope": "joint"},
+    {"threshold": 0.7, "importance": "norm"},
+    {"keep_ratio": 0.4},
+    {"budget": 0.6},
+]
+
+
+@property_test
+@given(
+    st.lists(finite, min_size=2, max_size=10, unique=True), st.randoms(), st.sampled_from(DECISIONS)
+)
+def test_the_order_of_the_targets_does_not_matter(
+    values: list[float], shuffler: Any, options: dict[str, Any]
+) -> None:
+    """For one type; where values differ. Between types a tie of remainders goes by order."""
+    order = list(range(len(values)))
+    shuffler.shuffle(order)
+    targets = [target(i) for i in order]
+    shuffled = scores_of([values[i] for i in order], targets)
+    assert set(select(shuffled, **options)) == set(select(scores_of(values), **options))
+
+
+@property_test
+@given(values_of_some, st.sampled_from(DECISIONS), st.integers(-30, 30))
+def test_the_unit_of_the_scores_does_not_matter(
+    values: list[float], options: dict[str, Any], exponent: int
+) -> None:
+    scaled = scores_of([value * 4.0**exponent for value in values])
+    assert select(scaled, **options) == select(scores_of(values), **options)
+
+
+# Counts
+
+
+def test_keep_takes_the_largest() -> None:
+    scores = scores_of([1, 5, 2, 4, 3])
+    for keep, expected in enumerate(([], [1], [1, 3], [1, 3, 4], [1, 2, 3, 4], [0, 1, 2, 3, 4])):
+        assert kept(scores, keep=keep) == expected
+    assert kept(scores_of([2, 2, 2, 2]), keep=2) == [0, 1]
+    assert kept(scores_of([0, 3, 0]), keep=2) == [0, 1]
+
+
+SPLITS = {  # keep -> counts per group: floors, then by remainder, ties to the earlier group
+    "even": ((4, 4), 4, [2, 2]),
+    "odd, tie to the first": ((4, 4), 5, [3, 2]),
+    "by size": ((6, 3), 3, [2, 1]),
+    "largest remainder": ((6, 3), 4, [3, 1]),
+    "small groups may get none": ((10, 1), 3, [3, 0]),
+    "small groups may get one": ((2, 10), 4, [1, 3]),
+    "tie of all": ((1, 1, 1), 2, [1, 1, 0]),
+    "tie of unlike sizes": ((4, 1, 1), 2, [2, 0, 0]),
+    "tie of unlike sizes, reversed": ((1, 1, 4), 2, [1, 0, 1]),
+    "none": ((3, 2), 0, [0, 0]),
+    "all": ((3, 2), 5, [3, 2]),
+}
+
+
+@pytest.mark.parametrize(("sizes", "keep", "expected"), SPLITS.values(), ids=SPLITS)
+def test_keep_is_split_by_largest_remainder(sizes: Any, keep: int, expected: list[int]) -> None:
+    scores = grouped(*([float(i + 1) for i in range(size)] for size in sizes))
+    positions = kept(scores, keep=keep)
+    assert len(positions) == keep and per_group(scores, positions) == expected
+
+
+def by_largest_remainder(sizes: list[int], keep: int) -> list[int]:
+    exact = [Fraction(keep * size, sum(sizes)) for size in sizes]
+    counts = [math.floor(share) for share in exact]
+    left = sorted(range(len(sizes)), key=lambda g: (counts[g] - exact[g], g))
+    for g in left[: keep - sum(counts)]:
+        counts[g] += 1
+    return counts
+
+
+@property_test
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.data())
+def test_keep_is_split_exactly(sizes: list[int], data: st.DataObject) -> None:
+    keep = data.draw(st.integers(0, sum(sizes)))
+    scores = grouped(*([1.0] * size for size in sizes))
+    assert per_group(scores, kept(scores, keep=keep)) == by_largest_remainder(sizes, keep)
+
+
+def test_joint_keep_ignores_types() -> None:
+    assert kept(grouped([8, 1, 1], [1000, 900]), keep=2, scope="joint") == [3, 4]
+
+
+RATIOS = [  # ratio, targets, kept
+    *((0.0, 5, 0), (0.09, 5, 0), (0.1, 5, 1), (0.3, 5, 2), (0.5, 5, 3), (0.7, 5, 4), (1.0, 5, 5)),
+    *((0.01, 3, 0), (0.17, 3, 1), (1 / 6, 3, 1), (0.5, 4, 2), (0.49, 1, 0), (0.5, 1, 1)),
+    *((0.29, 50, 15), (0.57, 50, 29), (0.35, 90, 32), (0.145, 100, 15)),  # 14.5 in decimals
+]
+
+
+@pytest.mark.parametrize(("ratio", "n", "expected"), RATIOS)
+def test_keep_ratio_rounds_half_up(ratio: float, n: int, expected: int) -> None:
+    assert len(kept(scores_of(range(1, n + 1)), keep_ratio=ratio)) == expected
+
+
+# Budgets
+
+
+@pytest.mark.parametrize("scope", ["per_module", "joint"])
+@pytest.mark.parametrize("budget", [0.25, 0.5, 0.75, 1.0])
+def test_budget_is_the_largest_count_that_fits(budget: float, scope: str) -> None:
+    targets = [target(i, "q") for i in range(6)] + [target(i, "up", 8, 40) for i in range(6)]
+    scores = scores_of([1, 9, 3, 7, 5, 2, 40, 80, 10, 20, 60, 30], targets)
+    full = sum(t.r * (t.in_features + t.out_features) for t in targets)
+
+    def used(names: list[str]) -> int:
+        return sum(
+            t.parameters
+            for t in {t.name if t.name in names else t.group: t for t in targets}.values()
+        )
+
+    names = select(scores, budget=budget, scope=scope)
+    assert used(names) <= budget * full
+    assert adapter_parameters(targets, names) == used(names)
+    assert names == select(scores, keep=len(names), scope=scope)
+    for more in range(len(names) + 1, len(targets) + 1):
+        assert used(select(scores, keep=more, scope=scope)) > budget * full
+
+
+def test_half_the_parameters_of_equal_layers() -> None:
+    """Own plus shared: of twelve equal targets, five and the shared one are half."""
+    assert len(kept(scores_of(range(1, 13)), budget=0.5)) == 5
+
+
+def test_a_budget_below_the_shared_adapters() -> None:
+    with pytest.raises(ValueError, match=r"budget=0\.1"):
+        select(scores_of([1, 2, 3]), budget=0.1)
+
+
+def test_adapter_parameters() -> None:
+    targets = [target(0), target(1), target(2, "up", 8, 32)]
+    assert adapter_parameters(targets, []) == 2 * 16 + 2 * 40
+    assert adapter_parameters(targets, ["layers.0.q"]) == 2 * 16 * 2 + 2 * 40
+    assert adapter_parameters(targets, [t.name for t in targets]) == 2 * (16 + 16 + 40)
+    assert adapter_parameters(targets, ["layers.0.q"], "none") == 2 * 16
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("option", ["threshold", "keep_ratio", "budget"])
+@pytest.mark.parametrize("value", [-0.1, 1.1, math.nan, math.inf, 90])
+def test_a_number_out_of_range(option: str, value: float) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{option}={value}")):
+        select(scores_of([1, 2]), **{option: value})
+
+
+@pytest.mark.parametrize("keep", [-1, 3, 1.5])
+def test_a_count_that_is_none(keep: Any) -> None:
+    with pytest.raises(ValueError, match=f"keep={keep}"):
+        select(scores_of([1, 2]), keep=keep)
+
+
+def test_exactly_one_criterion() -> None:
+    options = {"threshold": 0.5, "keep": 1, "keep_ratio": 0.5, "budget": 0.9}
+    for one, two in itertools.combinations(options, 2):
+        with pytest.raises(ValueError, match=f"{one}.*{two}"):
+            select(scores_of([1, 2]), **{one: options[one], two: options[two]})
+    with pytest.raises(ValueError, match=r"threshold.*keep"):
+        select(scores_of([1, 2]))
+
+
+@pytest.mark.parametrize(
+    ("option", "known"), [("scope", "per_module, joint"), ("importance", "sqnorm, norm")]
+)
+def test_an_unknown_word_lists_the_known(option: str, known: str) -> None:
+    with pytest.raises(ValueError, match=f"{option}='no_such'.*{known}"):
+        select(scores_of([1, 2]), 0.5, **{option: "no_such"})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+def test_a_score_that_is_no_number_names_its_target(value: float, threshold: float) -> None:
+    with pytest.raises(ValueError, match=rf"layers\.1\.q is {value}"):
+        select(scores_of([1, value, 2]), threshold)
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.9}, {"keep": 2}, {"keep_ratio": 0.5}], ids=str)
+def test_scores_that_are_all_zero_say_that_b_is_zero(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="B is still zero"):
+        select(scores_of([0, 0, 0]), **options)
+    with pytest.raises(ValueError, match=r"layers\.0\.b.*B is still zero"):
+        select(grouped([1, 2], [0, 0]), **options)
+
+
+# Slots
+
+
+def test_assign() -> None:
+    targets = [target(0, "q"), target(0, "v"), target(1, "q"), target(1, "v"), target(2, "q")]
+    names = [t.name for t in targets]
+    assert assign(targets, names) == [0, 1, 2, 3, 4]
+    assert assign(targets, []) == [0, 1, 0, 1, 0]
+    assert assign(targets, [names[2]]) == [0, 1, 2, 1, 0]
+    assert assign(targets, [names[2], names[1]], "none") == [None, 0, 1, None, None]
+    assert assign(targets, [], "none") == [None] * 5
+    with pytest.raises(ValueError, match=r"'layers\.9\.q'.*layers\.0\.q"):
+        assign(targets, ["layers.9.q"])
+    with pytest.raises(ValueError, match=r"share='no_such'.*group, none"):
+        assign(targets, [], "no_such")
+
+
+def test_assign_shares_only_what_fits() -> None:
+    targets = [
+        target(0),
+        target(1, n=32),
+        target(2, k=4),
+        target(3, r=1),
+        target(4, "v"),
+        target(5),
+    ]
+    slots = assign(targets, [])
+    assert slots[0] == slots[5] and len(set(slots)) == 5
+
+
+def test_a_group_of_one_keeps_its_adapter_either_way() -> None:
+    targets = [target(0, "q"), target(1, "q"), target(0, "out")]
+    scores = scores_of([2, 1, 5], targets)
+    assert kept(scores, 0.0) == []
+    assert assign(targets, []) == [0, 0, 1]
+    assert assign(targets, ["layers.0.out"]) == [0, 0, 1]
+    assert kept(scores, 0.6) == [0, 2]
+
+
+@property_test
+@given(st.lists(st.sampled_from("qvk"), min_size=1, max_size=10), st.data())
+def test_slots_are_numbered_without_gaps(kinds: list[str], data: st.DataObject) -> None:
+    targets = [target(i, kind) for i, kind in enumerate(kinds)]
+    names = data.draw(st.lists(st.sampled_from([t.name for t in targets]), unique=True))
+    for how in ("group", "none"):
+        slots = assign(targets, names, how)
+        used = [slot for slot in slots if slot is not None]
+        assert list(dict.fromkeys(used)) == list(range(len(set(used))))
+        for t, slot in zip(targets, slots, strict=True):
+            users = [u for u, other in zip(targets, slots, strict=True) if other == slot]
+            if t.name in names:
+                assert users == [t]
+            elif how == "none":
+                assert slot is None
+            else:
+                assert {u.group for u in users} == {t.group}
+                assert not any(u.name in names for u in users)
+
+
+# The bootstrap
+
+
+def many_rows(*columns: Sequence[float]) -> Scores:
+    rows = torch.tensor(columns, dtype=torch.float64).T
+    return Scores(tuple(target(i) for i in range(len(columns))), rows, 10, "online")
+
+
+def keep_two(scores: Scores) -> list[str]:
+    return select(scores, keep=2)
+
+
+def test_keep_frequency_of_a_clear_case() -> None:
+    scores = many_rows([9, 8, 9], [1, 2, 1], [5, 6, 5])
+    assert keep_frequency(scores, keep_two) == {"layers.0.q": 1, "layers.1.q": 0, "layers.2.q": 1}
+
+
+def test_keep_frequency_of_a_doubtful_case() -> None:
+    scores = many_rows([9] * 6, [4, 1, 4, 1, 4, 1], [1, 4, 1, 4, 1, 4])
+    before = torch.get_rng_state()
+    frequency = keep_frequency(scores, keep_two, samples=200)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert frequency["layers.0.q"] == 1.0
+    assert 0.2 < frequency["layers.1.q"] < 0.8
+    assert sum(frequency.values()) == pytest.approx(2)
+    assert keep_frequency(scores, keep_two, samples=200) == frequency
+    assert keep_frequency(scores, keep_two, samples=200, seed=1) != frequency
+
+
+def test_keep_frequency_leaves_out_steps_without_output() -> None:
+    steps = ([9, 8, 9], [1, 2, 1], [5, 6, 5])
+    with_first_steps = many_rows(*([0, 0, *column] for column in steps))
+    expected = keep_frequency(many_rows(*steps), keep_two)
+    assert keep_frequency(with_first_steps, keep_two) == expected
+    with pytest.raises(ValueError, match="B is still zero"):
+        keep_frequency(many_rows([0, 0], [0, 0]), keep_two)

@@ -1,0 +1,182 @@
+"""Tokens, batches and metrics: exact ids, what is learned and what is padding, and each refusal."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from loradrop.data import DataConfig, Example, TextTask, collator, load_task, metric_fn, tokenize
+
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "<eos>", "[UNK]", "a", "b", "c", "d", "e"]
+
+
+@pytest.fixture
+def encoder():
+    """[CLS] x [SEP] y [SEP] over the words a to e, which have the ids 5 to 9."""
+    return make(
+        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", cls="[CLS]", sep="[SEP]", pad="[PAD]"
+    )
+
+
+@pytest.fixture
+def decoder():
+    """The same words and no special token but the end, which nothing adds by itself."""
+    return make("$A", "$A $B:1", eos="<eos>")
+
+
+def make(single, pair, **special):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    ids = {word: i for i, word in enumerate(WORDS)}
+    made = Tokenizer(models.WordLevel(ids, unk_token="[UNK]"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    tokens = {f"{name}_token": token for name, token in special.items()}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
+        unk_token="[UNK]",
+        model_max_length=32,
+        model_input_names=inputs,
+        **tokens,
+    )
+
+
+def task(kind, train, dev=(), metric="accuracy") -> TextTask:
+    rows = [tuple(Example(*row) for row in rows) for rows in (train, dev)]
+    return TextTask("made", kind, ("x", "y"), *rows, metric, {})
+
+
+def test_sentences_and_pairs_become_ids(encoder):
+    train, dev = tokenize(task("classification", [("a b", None, 1)], [("c", None, 0)]), encoder, 8)
+    assert train[0]["input_ids"] == [1, 5, 6, 2] and train[0]["labels"] == 1
+    assert (len(train), len(dev), dev[0]["input_ids"]) == (1, 1, [1, 7, 2])
+    pairs, _ = tokenize(task("classification", [("a b", "c", 1)]), encoder, 8)
+    assert pairs[0] == {
+        "input_ids": [1, 5, 6, 2, 7, 2],
+        "token_type_ids": [0, 0, 0, 0, 1, 1],
+        "attention_mask": [1] * 6,
+        "labels": 1,
+    }
+
+
+def test_long_rows_are_cut(encoder):
+    rows, _ = tokenize(task("classification", [("a " * 20, "b", 0)]), encoder, 8)
+    assert rows[0]["input_ids"] == [1, 5, 5, 5, 5, 2, 6, 2]
+
+
+def test_classes_and_numbers_are_padded_to_the_longest(encoder):
+    rows, _ = tokenize(task("classification", [("a", None, 1), ("a b c", None, 0)]), encoder, 8)
+    batch = collator("classification", encoder)([rows[0], rows[1]])
+    assert batch["input_ids"].tolist() == [[1, 5, 2, 0, 0], [1, 5, 6, 7, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
+    assert batch["labels"].dtype == torch.int64 and batch["labels"].tolist() == [1, 0]
+    numbers = task("regression", [("a", None, 0.5), ("b", None, 2.0)], metric="pearson")
+    rows, _ = tokenize(numbers, encoder, 8)
+    labels = collator(numbers, encoder)([rows[0], rows[1]])["labels"]
+    assert labels.dtype == torch.float32 and labels.tolist() == [0.5, 2.0]
+
+
+def test_a_completion_is_learned_with_its_end_and_its_prompt_is_not(decoder):
+    made = task("causal_lm", [("a b", "c d", None), ("a b c ", "d", None)], metric="loss")
+    rows, _ = tokenize(made, decoder, 8)
+    assert rows[0]["input_ids"] == [5, 6, 7, 8, 3] and rows[0]["labels"] == [-100, -100, 7, 8, 3]
+    batch = collator(made, decoder)(
+        [rows[0], {"input_ids": [5, 8], "attention_mask": [1, 1], "labels": [5, 8]}]
+    )
+    assert batch["labels"].tolist() == [[-100, -100, 7, 8, 3], [5, 8, -100, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0]]
+    assert batch["input_ids"][1].tolist() == [5, 8, 3, 3, 3]
+    assert decoder.pad_token is None
+
+
+def test_text_alone_is_learned_whole(decoder):
+    rows, _ = tokenize(task("causal_lm", [("a b c", None, None)]), decoder, 8)
+    assert rows[0]["input_ids"] == rows[0]["labels"] == [5, 6, 7, 3]
+    rows, _ = tokenize(task("causal_lm", [("a " * 20, None, None)]), decoder, 8)
+    assert rows[0]["input_ids"] == rows[0]["labels"] == [5] * 8
+
+
+def test_a_separator_does_not_stand_between_prompt_and_completion(encoder):
+    rows, _ = tokenize(task("causal_lm", [("a", "b", None)]), encoder, 8)
+    assert rows[0]["input_ids"] == [1, 5, 6] and rows[0]["labels"] == [-100, -100, 6]
+
+
+def test_a_line_break_joins_only_where_there_is_no_space():
+    seen = []
+
+    def spy(texts, **_):
+        seen.append(texts)
+        return {"input_ids": [[5, 6]] * len(texts)}
+
+    spy.model_max_length, spy.eos_token_id, spy.sep_token_id = 32, 3, None
+    rows = [("q", "a", None), ("q ", "a", None), ("q", " a", None), ("", "a", None)]
+    tokenize(task("causal_lm", rows, rows[:1]), spy, 8)
+    assert seen[0] == ["q\n", "q ", "q", "\n"] and seen[1] == ["a", "a", " a", "a"]
+
+
+def test_rows_that_do_not_fit_are_refused(encoder, decoder):
+    with pytest.raises(ValueError, match=r"data.max_length=64 is more than the 32 tokens"):
+        tokenize(task("classification", [("a", None, 0)]), encoder, 64)
+    long = task("causal_lm", [("a " * 9, "b", None), ("a " * 20, "b", None), ("a", "b", None)])
+    with pytest.raises(ValueError, match=r"2 of 3 rows have nothing to learn.*=8 .* has 20 tokens"):
+        tokenize(long, decoder, 8)
+
+
+def test_a_collator_needs_a_known_task_and_a_token_to_pad_with(encoder, decoder):
+    with pytest.raises(ValueError, match="no task 'ner': choose classification"):
+        collator("ner", encoder)
+    with pytest.raises(ValueError, match=r"no pad token: set tokenizer.pad_token"):
+        collator("classification", decoder)
+
+
+def score(metric, logits, labels):
+    from transformers import EvalPrediction
+
+    compute = metric_fn(
+        task("regression" if metric == "pearson" else "classification", [], metric=metric)
+    )
+    compute = pickle.loads(pickle.dumps(compute))
+    return compute(EvalPrediction(predictions=logits, label_ids=np.array(labels)))
+
+
+def test_metrics_by_definition():
+    guess = np.array([1, 1, 1, 0, 0, 1, 0, 1])
+    truth = [1, 1, 0, 0, 1, 1, 0, 1]
+    logits = np.eye(2)[guess]
+    assert score("accuracy", logits, truth) == {"accuracy": 0.75}
+    tp, tn, fp, fn = 4, 2, 1, 1
+    expected = (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    assert score("matthews", logits, truth)["matthews"] == pytest.approx(expected, rel=1e-12)
+    values = np.array([[0.1], [0.9], [0.4], [0.2]], dtype=np.float32)
+    numbers = [1.0, 2.0, 3.0, 0.0]
+    expected = np.corrcoef(values[:, 0], numbers)[0, 1]
+    assert score("pearson", values, numbers)["pearson"] == pytest.approx(expected, rel=1e-6)
+    assert metric_fn(task("causal_lm", [], metric="loss")) is None
+
+
+def test_metrics_at_their_ends():
+    three = np.eye(3)[[0, 1, 2, 1]]
+    assert score("matthews", three, [0, 1, 2, 1]) == {"matthews": 1.0}
+    assert score("matthews", np.eye(2)[[1, 1]], [0, 1]) == {"matthews": 0.0}
+    assert score("pearson", np.ones((3, 1)), [1.0, 2.0, 3.0]) == {"pearson": 0.0}
+    hidden = (three, np.zeros(3))
+    assert score("accuracy", hidden, [0, 1, 2, 0]) == {"accuracy": 0.75}
+
+
+def test_a_file_becomes_a_batch_of_minilm(minilm_path, tmp_path):
+    from transformers import AutoTokenizer
+
+    lines = "".join(f"sentence number {i}\tand its pair\t{i % 2}\n" for i in range(20))
+    (tmp_path / "p.tsv").write_text("sentence1\tsentence2\tlabel\n" + lines)
+    made = load_task(DataConfig(source=str(tmp_path / "p.tsv"), max_length=16))
+    tokenizer = AutoTokenizer.from_pretrained(minilm_path)
+    train, dev = tokenize(made, tokenizer, 16)
+    batch = collator(made, tokenizer)([train[0], train[1]])
+    assert tokenizer.decode(train[0]["input_ids"]).startswith("[CLS] sentence number")
+    assert batch["input_ids"].shape == batch["token_type_ids"].shape == (2, 9)
+    assert (len(train), len(dev)) == (18, 2)
