@@ -154,7 +154,7 @@ def _summary(args: argparse.Namespace, facts: Row, rows: list[Row]) -> dict[str,
             named = figures._asdict() | {"loradrop_of_peft": figures.of_peft}
             goals.append({"r": r, "direction": direction} | named)
     protocol = {
-        "threads": 1,
+        "process": timing.SURROUNDINGS,
         "clock": "process time" if args.device == "cpu" else "CUDA events, L2 cold",
         "bias": args.device == "cpu",
         "seconds": args.seconds,

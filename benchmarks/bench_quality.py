@@ -1,8 +1,10 @@
-"""Does LoRA-drop keep LoRA's quality at half the parameters? Every arm, several seeds, one dev figure.
+"""Does LoRA-drop keep LoRA's quality at half the parameters? Every arm, several seeds, one dev
+figure.
 
-Every arm of a seed sees the same data in the same order, for the same number of optimiser steps (the
-warm-up included), at the same learning rate, which was tuned for none. Dev is looked at once, at the
-end of a run. Cells are written as they finish, the most telling first; a run again does the rest.
+Every arm of a seed sees the same data in the same order, for the same number of optimiser steps
+(the warm-up included), at the same learning rate, which was tuned for none. Dev is looked at once,
+at the end of a run. Cells are written as they finish, the most telling first; a run again does the
+rest.
 
     python benchmarks/bench_quality.py --data DIR    DIR/mrpc and DIR/sst2 hold train and dev files
 """

@@ -22,9 +22,18 @@ COLUMNS = (
     *("device", "dtype", "M", "K", "N", "r", "dropout", "norm", "direction", "provider"),
     *("median_us", "p20_us", "p80_us", "peak_bytes", "torch", "triton", "driver", "commit", "date"),
 )
-ROUNDS = (5, 51)  # at least, at most
+ROUNDS = (7, 51)  # at least, at most
 _FLUSH_BYTES = 256 << 20  # several times any L2
 _SLEEP_CYCLES = 2_000_000  # about a millisecond, longer than launching takes
+
+# One thread, and a C library that keeps freed memory. Otherwise new pages for temporaries cost as
+# much as the arithmetic or nothing, by what ran before. Who has most temporaries gains most.
+SURROUNDINGS = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+}
 
 Call = Callable[[], object]
 Row = dict[str, str]
@@ -146,12 +155,9 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def in_process(script: str, argv: Sequence[str]) -> Iterator[Any]:
-    """The JSON lines that a process of its own prints, one thread, as they come."""
-    one_thread = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, script, *argv]
-    with subprocess.Popen(
-        command, env=os.environ | one_thread, stdout=subprocess.PIPE, text=True
-    ) as worker:
+    """The JSON lines that a process of its own prints, as they come: see `SURROUNDINGS`."""
+    command, surroundings = [sys.executable, script, *argv], os.environ | SURROUNDINGS
+    with subprocess.Popen(command, env=surroundings, stdout=subprocess.PIPE, text=True) as worker:
         assert worker.stdout is not None
         yield from map(json.loads, worker.stdout)
     if worker.returncode != 0:

@@ -57,8 +57,6 @@ def _measure(args: argparse.Namespace, config: "RunConfig") -> int:
     from loradrop.run import measure
 
     split, file = args.split or "train", Path(config.output) / "scores.json"
-    if args.batches is not None and args.batches < 1:
-        raise ValueError(f"--batches {args.batches}: choose a whole number of at least 1")
     scores = measure(config, args.adapter, split=split, batches=args.batches).to_dict()
     write_json(file, {"adapter": str(args.adapter), "split": split, **scores})
     print(plan_table(replace(_plan_at(args.adapter), scores=scores)))
@@ -205,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"loradrop {loradrop.__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     both = argparse.ArgumentParser(add_help=False)  # options of train and probe
     both.add_argument("settings", nargs="*", metavar="CONFIG.yaml | section.key=value")
     both.add_argument("--resume", action="store_true", help="go on with what the output folder has")
@@ -255,11 +253,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if name is not None and name not in choices:
         parser.error(f"there is no command {name!r}{_nearest(name, choices)}")
     args, rest = parser.parse_known_args(argv)
-    if name is None:
-        parser.print_help()
-        parser.exit(2)
     for extra in rest:
-        sub = choices[name]
+        sub = choices[args.command]
         if extra.startswith("-"):
             known = [option for action in sub._actions for option in action.option_strings]
             sub.error(f"there is no option {extra!r}{_nearest(extra, known)}")
@@ -286,8 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.addHandler(handler)
     log.setLevel(logging.INFO)
     try:
-        status: int = args.act(args)
-        return status
+        return int(args.act(args))
     except KeyboardInterrupt:
         again = shlex.join(["loradrop", *argv, *(["--resume"] if "--resume" not in argv else [])])
         hint = f": {again} goes on from the last checkpoint" if hasattr(args, "resume") else ""

@@ -1,22 +1,25 @@
-"""The op: a frozen linear map plus its LoRA delta, and the squared norm of that delta from the same call.
+"""The op: a frozen linear map plus its LoRA delta, and the squared norm of that delta from the same
+call.
 
     y = xWᵀ + b + s·hBᵀ       h = (mask∘x)Aᵀ/(1−p)       sqnorm = Σ_t w_t ‖s·B·h_t‖²
 
-`reference.py` is the specification. One autograd Function serves the library; under `torch.compile` the same
-forward and backward are the custom ops `loradrop::lora_linear` and `loradrop::lora_linear_backward`.
+`reference.py` is the specification. One autograd Function serves the library; under `torch.compile`
+the same forward and backward are the custom ops `loradrop::lora_linear` and
+`loradrop::lora_linear_backward`.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+from torch.nn.functional import linear
 
 from loradrop import dispatch, philox
+from loradrop.checks import check_operands, check_options
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_Maybe = TypeVar("_Maybe", Tensor, Tensor | None)
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -38,21 +41,23 @@ class _Call(NamedTuple):
     backend: str
 
 
+class _Options(NamedTuple):
+    """The keyword arguments of `lora_linear` and `lora_add`."""
+
+    dropout: float
+    seed: Tensor | None
+    token_weights: Tensor | None
+    return_sqnorm: bool
+    statistic: Tensor | None
+    backend: str | None
+
+
 def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(y (M, N), h (M, r), sqnorm 0-dim; sqnorm has no element where nobody asks for it)."""
     call = _Call(*inputs)
     backend = dispatch.get(call.backend)
-    y, h = backend.forward(
-        call.x,
-        call.weight,
-        call.bias,
-        call.y0,
-        call.A,
-        call.B,
-        call.scaling,
-        call.dropout,
-        call.seed,
-    )
+    operands = call[:6]  # x to B
+    y, h = backend.forward(*operands, call.scaling, call.dropout, call.seed)
     if not call.norm:
         return y, h, _nothing(call.x)
     return y, h, backend.sqnorm(h, call.B, call.scaling, call.token_weights)
@@ -73,7 +78,9 @@ def _setup_context(
 
 
 def _gradients(run: Callable[..., Grads], ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    """One gradient per input of `_Call`. That of `statistic` is the norm: autograd sums it over the passes."""
+    """One gradient per input of `_Call`. That of `statistic` is the norm: autograd sums it over the
+    passes.
+    """
     x, weight, A, B, h, seed, norm = ctx.saved_tensors
     statistic = norm.double() if ctx.needs_input_grad[8] else None
     dx = dA = dB = None
@@ -89,36 +96,27 @@ def _run(backend: str, *args: Any) -> Grads:
 
 
 class LoRAFunction(torch.autograd.Function):
-    """The op with its gradients. W and b are frozen; sqnorm is not differentiable; once differentiable."""
+    """The op with its gradients. W and b are frozen; sqnorm is not differentiable; once
+    differentiable.
+    """
 
     forward = staticmethod(_forward)
     setup_context = staticmethod(_setup_context)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         return _gradients(_run, ctx, dy)
 
 
-@torch.library.custom_op("loradrop::lora_linear", mutates_args=())
-def _forward_op(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y0: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    seed: Tensor | None,
-    token_weights: Tensor | None,
-    statistic: Tensor | None,
-    scaling: float,
-    dropout: float,
-    norm: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(
-        x, weight, bias, y0, A, B, seed, token_weights, statistic, scaling, dropout, norm, backend
-    )
+_forward_op = torch.library.custom_op(
+    "loradrop::lora_linear",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor? y0, Tensor A, Tensor B, Tensor? seed, "
+    "Tensor? token_weights, Tensor? statistic, float scaling, float dropout, bool norm, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @_forward_op.register_fake
@@ -199,24 +197,26 @@ def lora_linear(
 ) -> Any:
     """y = xWᵀ + b + s·(x Aᵀ)Bᵀ with W and b frozen (Hu et al., arXiv:2106.09685).
 
-    x (..., K)   weight (N, K), any strides   bias (N,) or None   A (r, K)   B (N, r)   ->   y (..., N)
+    x (..., K)   weight (N, K), any strides   bias (N,) or None   A (r, K)   B (N, r)
+    ->  y (..., N)
 
-    With `return_sqnorm`, (y, sqnorm): sqnorm = Σ_t w_t ‖s·B·h_t‖² over the rows t of x, a 0-dim float32 tensor
-    without gradient (Zhou et al., COLING 2025). `token_weights`, of x's shape without its last axis and not
-    negative, are the w_t; rows of weight 0 are left out whatever they hold. `dropout` is the probability p of
-    dropping an element of x on its way into A; the mask is a function of `seed`, a 0-dim int64 tensor on x's
-    device (`philox.keep_mask`). `statistic`, a 0-dim float64 leaf, receives sqnorm as its gradient in every
-    backward pass. A and B may be of a wider type than x; they are rounded to it. A weight that requires a
-    gradient gets it, through `lora_add`. `backend` names one of `dispatch.backends()`.
+    With `return_sqnorm`, (y, sqnorm): sqnorm = Σ_t w_t ‖s·B·h_t‖² over the rows t of x, a 0-dim
+    float32 tensor without gradient (Zhou et al., COLING 2025). `token_weights`, of x's shape
+    without its last axis and not negative, are the w_t; rows of weight 0 are left out whatever they
+    hold. `dropout` is the probability p of dropping an element of x on its way into A; the mask is
+    a function of `seed`, a 0-dim int64 tensor on x's device (`philox.keep_mask`). `statistic`, a
+    0-dim float64 leaf, receives sqnorm as its gradient in every backward pass. A and B may be of a
+    wider type than x; they are rounded to it. A weight that requires a gradient gets it, through
+    `lora_add`. `backend` names one of `dispatch.backends()`.
 
-    Raises ValueError for shapes or values that do not fit, TypeError for dtypes, RuntimeError with its reason
-    where a named backend cannot serve.
+    Raises ValueError for shapes or values that do not fit, TypeError for dtypes, RuntimeError with
+    its reason where a named backend cannot serve.
     """
+    options = _Options(dropout, seed, token_weights, return_sqnorm, statistic, backend)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
-        _check(x, weight, bias, A, B)
-        y0 = F.linear(x, weight, bias)
-        return _call(x, None, None, y0, A, B, scaling, dropout, seed, token_weights, return_sqnorm, statistic, backend)  # fmt: skip
-    return _call(x, weight, bias, None, A, B, scaling, dropout, seed, token_weights, return_sqnorm, statistic, backend)  # fmt: skip
+        check_operands(x, weight, bias, A, B)
+        return _call(x, None, None, linear(x, weight, bias), A, B, scaling, options)
+    return _call(x, weight, bias, None, A, B, scaling, options)
 
 
 def lora_add(
@@ -237,7 +237,8 @@ def lora_add(
 
     Everything else as in `lora_linear`. y0 keeps its gradient and is not changed.
     """
-    return _call(x, None, None, y0, A, B, scaling, dropout, seed, token_weights, return_sqnorm, statistic, backend)  # fmt: skip
+    options = _Options(dropout, seed, token_weights, return_sqnorm, statistic, backend)
+    return _call(x, None, None, y0, A, B, scaling, options)
 
 
 def _call(
@@ -248,21 +249,18 @@ def _call(
     A: Tensor,
     B: Tensor,
     scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-    token_weights: Tensor | None,
-    return_sqnorm: bool,
-    statistic: Tensor | None,
-    backend: str | None,
+    options: _Options,
 ) -> Any:
+    dropout, seed, token_weights, return_sqnorm, statistic, backend = options
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     if autocast:
         dtype = torch.get_autocast_dtype(device)
-        x, weight, bias, y0 = (_autocast(tensor, dtype) for tensor in (x, weight, bias, y0))  # type: ignore[assignment]
-    _check(x, weight, bias, A, B, y0)
+        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
+        bias, y0 = _autocast(bias, dtype), _autocast(y0, dtype)
+    check_operands(x, weight, bias, A, B, y0)
     dropout = philox.quantize(dropout)
-    _check_options(x, dropout, seed, token_weights, statistic)
+    check_options(x, dropout, seed, token_weights, statistic)
     rows, n = x.shape[:-1], B.shape[0]
     flat = x.reshape(-1, x.shape[-1])
     m, k = flat.shape
@@ -292,76 +290,7 @@ def _call(
     return (y, norm.detach()) if return_sqnorm else y
 
 
-def _autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _autocast(tensor: _Maybe, dtype: torch.dtype) -> _Maybe:
     if tensor is None or tensor.dtype in (dtype, torch.float64):
         return tensor
     return tensor.to(dtype)
-
-
-def _check(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    y0: Tensor | None = None,
-) -> None:
-    """Shapes and dtypes of the operands against each other."""
-    if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
-        raise ValueError(
-            f"A (r, K) is {_shape(A)} and B (N, r) is {_shape(B)}: their r must agree and be > 0"
-        )
-    if x.ndim == 0 or x.shape[-1] != A.shape[1]:
-        raise ValueError(
-            f"x (..., K) is {_shape(x)} and A (r, K) is {_shape(A)}: their K must agree"
-        )
-    n, k = B.shape[0], A.shape[1]
-    for name, tensor, want in (
-        ("weight", weight, (n, k)),
-        ("bias", bias, (n,)),
-        ("y0", y0, (*x.shape[:-1], n)),
-    ):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != tuple(want):
-            raise ValueError(
-                f"{name} is {_shape(tensor)}; x {_shape(x)}, A {_shape(A)} and B {_shape(B)} need {tuple(want)}"
-            )
-        if tensor.dtype != x.dtype:
-            raise TypeError(
-                f"{name} is {tensor.dtype} and x is {x.dtype}: cast one, or run under torch.autocast"
-            )
-    for name, tensor in (("x", x), ("A", A), ("B", B)):
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(
-                f"{name} is {tensor.dtype}: float64, float32, bfloat16 or float16 is needed"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
-
-
-def _check_options(
-    x: Tensor,
-    dropout: float,
-    seed: Tensor | None,
-    token_weights: Tensor | None,
-    statistic: Tensor | None,
-) -> None:
-    if dropout > 0.0 and (
-        seed is None or seed.ndim != 0 or seed.dtype != torch.int64 or seed.device != x.device
-    ):
-        raise ValueError(
-            f"dropout={dropout:g} needs a seed: a 0-dim int64 tensor on {x.device}, got {seed!r}"
-        )
-    if token_weights is not None and token_weights.shape != x.shape[:-1]:
-        raise ValueError(
-            f"token_weights is {_shape(token_weights)} and x is {_shape(x)}: {tuple(x.shape[:-1])} is needed"
-        )
-    if statistic is not None and (statistic.ndim != 0 or statistic.dtype != torch.float64):
-        raise ValueError(
-            f"statistic must be a 0-dim float64 leaf, got {_shape(statistic)} of {statistic.dtype}"
-        )
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))

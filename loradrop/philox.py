@@ -1,8 +1,8 @@
 """The dropout mask: Philox4x32-10 (Salmon et al., SC 2011) of the seed and the logical element.
 
-Element (row, column) of an x with K columns has the index e = row·K + column. The counter is e >> 3,
-the key is the 64-bit seed; the four 32-bit outputs hold eight 16-bit lanes, low half first, and
-element e takes lane e & 7. It is kept iff its lane is at least round(p·2¹⁶). A pure function of
+Element (row, column) of an x with K columns has the index e = row·K + column. The counter is
+e >> 3, the key is the 64-bit seed; the four 32-bit outputs hold eight 16-bit lanes, low half first,
+and element e takes lane e & 7. It is kept iff its lane is at least round(p·2¹⁶). A pure function of
 (seed, e): every backend, layout and recomputation draws the same mask.
 """
 

@@ -3,10 +3,10 @@
     x (M, K)   W (N, K)   b (N,) or None   A (r, K)   B (N, r)   s a float
     mask (M, K) from `philox`
 
-    forward    h = (mask∘x)Aᵀ / (1−p)           y = xWᵀ + b + s·hBᵀ
-    backward   dh = s·dy B                      dB = s·dyᵀh
-               dA = dhᵀ(mask∘x) / (1−p)         dx = dy W + mask∘(dh A) / (1−p)
-    sqnorm     Σ_t w_t ‖s·B·h_t‖²               (Zhou et al., COLING 2025: the importance of a layer)
+    forward    h = (mask∘x)Aᵀ / (1−p)        y = xWᵀ + b + s·hBᵀ
+    backward   dh = s·dy B                   dB = s·dyᵀh
+               dA = dhᵀ(mask∘x) / (1−p)      dx = dy W + mask∘(dh A) / (1−p)
+    sqnorm     Σ_t w_t ‖s·B·h_t‖²            (Zhou et al., COLING 2025: the importance of a layer)
 
 A and B are rounded to x's dtype, products accumulate in float32 (float64 for float64), h is rounded
 to x's dtype, y and dx come in x's dtype, dA and dB in the parameters' dtype. W and b are frozen.

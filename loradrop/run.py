@@ -5,7 +5,8 @@ import itertools
 import logging
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -198,6 +199,15 @@ def resolve_model(model_id: str) -> str:
     return str(Path(spec.origin).parent / "model") if spec and spec.origin else model_id
 
 
+@contextmanager
+def _naming(model_id: str) -> Iterator[None]:
+    """Not every error of transformers says which model it could not load."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the model {model_id!r} cannot be loaded: {error}") from error
+
+
 def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
     """(model, tokenizer, modules that the checkpoint lacks).
 
@@ -217,7 +227,8 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
         "revision": config.model.revision,
         "dtype": getattr(torch, config.model.dtype),
     }
-    tokenizer = AutoTokenizer.from_pretrained(where, revision=config.model.revision)
+    with _naming(config.model.id):
+        tokenizer = AutoTokenizer.from_pretrained(where, revision=config.model.revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     auto: Any = AutoModelForCausalLM
@@ -232,7 +243,8 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
         options["problem_type"] = (
             "regression" if task.kind == "regression" else "single_label_classification"
         )
-    model, info = auto.from_pretrained(where, output_loading_info=True, **options)
+    with _naming(config.model.id):
+        model, info = auto.from_pretrained(where, output_loading_info=True, **options)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     model.config._name_or_path = config.model.id
@@ -260,13 +272,14 @@ def load_base(
             "give the id or path of a model of transformers"
         )
     revision = None if model_id else base.get("revision")
-    config = transformers.AutoConfig.from_pretrained(where, revision=revision)
+    with _naming(where):
+        config = transformers.AutoConfig.from_pretrained(where, revision=revision)
     saved = {k.removeprefix("saved."): v for k, v in tensors.items() if k.startswith("saved.")}
     sizes = [config.num_labels, *(len(tensor) for tensor in saved.values() if tensor.ndim)]
     config.num_labels = next((n for n in sizes if _holds(cls, config, n, saved)), sizes[0])
-    model = cls.from_pretrained(
-        where, config=config, revision=revision, dtype=getattr(torch, dtype)
-    )
+    options = {"revision": revision, "dtype": getattr(torch, dtype)}
+    with _naming(where):
+        model = cls.from_pretrained(where, config=config, **options)
     model.config._name_or_path = model_id or base["id"]
     return model.eval(), where
 

@@ -212,7 +212,8 @@ def assign(
 ) -> list[int | None]:
     """The slot of every target: kept ones alone, the others one per group of equal (type, K, N, r).
 
-    With share="none" the others get None: no adapter. Raises ValueError for a name that is no target.
+    With share="none" the others get None: no adapter. Raises ValueError for a name that is no
+    target.
     """
     check_choice("share", share, SHARES)
     names = {target.name for target in targets}
@@ -242,7 +243,8 @@ def adapter_parameters(targets: Sequence[Target], kept: Sequence[str], share: st
 def keep_frequency(
     scores: Scores, decide: Callable[[Scores], list[str]], samples: int = 100, seed: int = 0
 ) -> dict[str, float]:
-    """How often `decide` keeps each target when the rows of `scores` are drawn anew with replacement.
+    """How often `decide` keeps each target when the rows of `scores` are drawn anew with
+    replacement.
 
     The bootstrap (Efron, 1979) over batches. Rows without any output (B still zero) say nothing and
     are left out.

@@ -216,7 +216,9 @@ class SavePretrained:
         self.model = model
 
     def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As `PreTrainedModel.save_pretrained`; the adapters go to `<save_directory>/loradrop_adapter`."""
+        """As `PreTrainedModel.save_pretrained`; the adapters go to
+        `<save_directory>/loradrop_adapter`.
+        """
         state = kwargs.pop("state_dict", None) or self.model.state_dict()
         base = {k: v for k, v in state.items() if not k.startswith("lora_bank.")}
         bank = bank_of(self.model)

@@ -63,8 +63,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
         other = owners.setdefault(id(getattr(modules[name], "weight", modules[name])), name)
         if other != name:
             raise ValueError(
-                f"targets {other!r} and {name!r} are tied: they have the same weight, and an adapter "
-                "each. Take one out of target_modules, or untie them"
+                f"targets {other!r} and {name!r} are tied: they have the same weight, and an "
+                "adapter each. Take one out of target_modules, or untie them"
             )
     return [(name, m) for name, m in modules.items() if name in chosen]
 

@@ -256,8 +256,8 @@ class _Run:
         bank = bank_of(self.model)
         if bank.config != self.config:
             raise ValueError(
-                "the model was injected with another configuration: pass model.lora_bank.config, or "
-                "call loradrop.remove(model) first"
+                "the model was injected with another configuration: pass model.lora_bank.config, "
+                "or call loradrop.remove(model) first"
             )
         planned = self.config.method.warmup_steps(self.total)
         write_json(self.folder / OPTIONS, options)
@@ -327,6 +327,11 @@ class _Run:
         else:
             scores = probe(self.model, trainer.get_eval_dataloader(self.train), mask=self.mask)
         self.train = whole
+        if not any(scores.values()):
+            raise ValueError(
+                f"the warm-up of {steps} steps left B at zero, so nothing was measured: choose a "
+                "longer one"
+            )
         record = {
             "steps": steps,
             "planned": planned,

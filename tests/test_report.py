@@ -269,8 +269,16 @@ def test_plot_history(tmp_path: Path, losses: int) -> None:
     assert size_of(tmp_path / "with_dev.png")[1] > 1.3 * height
 
 
+def test_a_loss_that_is_no_number_leaves_the_curves_as_they_are(tmp_path: Path) -> None:
+    history = [{"step": step, "stage": "main", "loss": 1 / step} for step in range(1, 40)]
+    broken = [*history, {"step": 20.5, "stage": "main", "loss": math.nan}]
+    for name, entries in (("whole", history), ("broken", broken)):
+        plot_history([make_arm(history=entries)], tmp_path / name)
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "broken").read_bytes()
+
+
 def test_report_has_the_results_and_the_plan(tmp_path: Path) -> None:
-    frequency = dict(zip(make_plan().scores["values"], [0, 0, 0.42, 0, 1, 0.93], strict=True))
+    frequency = dict(zip(make_plan().scores["values"], [0, 0, 0.3, 0, 1, 0.52], strict=True))
     plan = make_plan(frequency=frequency)
     page = page_of(tmp_path, make_arm(name="LoRA"), make_arm(plan), model="m", command="c --x y")
     texts = [text for _, text in page.cells]
@@ -285,14 +293,14 @@ def test_report_has_the_results_and_the_plan(tmp_path: Path) -> None:
     tip = next(text for _, text in squares if QUERY.format(1) in text)
     assert "shared adapter, 320 parameters" in tip
     assert "score 30: 30 % of its module type" in tip
-    assert "rank 2 of 3" in tip and "kept in 42 % of" in tip
+    assert "rank 2 of 3" in tip and "kept in 30 % of" in tip
     assert "own adapter: 1 of 3" in page.text and "shared adapter: 2 of 3" in page.text
     assert "0–1" in page.text
     assert "4 of 6 targets alike in every draw" in page.text
     calls = texts[texts.index("the closest calls") + 3 :]
     assert calls[:6] == [
-        *(QUERY.format(1), "42 %", "○ shared adapter"),
-        *(VALUE.format(2), "93 %", "● own adapter"),
+        *(VALUE.format(2), "52 %", "● own adapter"),
+        *(QUERY.format(1), "30 %", "○ shared adapter"),
     ]
     assert "online, 12,345 tokens in 20 steps" in page.text
     assert "20 of 30 steps, settled" in page.text
@@ -314,13 +322,14 @@ def test_report_asks_nobody_for_anything(tmp_path: Path) -> None:
 
 def test_report_escapes_what_users_write(tmp_path: Path) -> None:
     evil = '<script>alert("&")</script>$title'
-    plan = make_plan([f"layer.{l}.{evil}" for l in (0, 1)], [1.0, 2.0], [], base=evil)
+    names = [f"layer.{l}.{evil}" for l in (0, 1)]
+    plan = make_plan(names, [1.0, 2.0], [], base=evil, frequency=dict.fromkeys(names, 0.4))
     arm = make_arm(plan, name=evil, metrics={evil: 1.0})
     page = page_of(tmp_path, arm, title=evil, **{evil: evil})
     assert "<script" not in page.source
     assert page.text.count(evil) >= 6
     plot_importance(plan, tmp_path / "map.png")
-    plot_history([make_arm(name="costs $5 and $x_{"), make_arm(name="_hidden")], tmp_path / "a.png")
+    plot_history([make_arm(name=r"$\no maths$"), make_arm(name="_hidden")], tmp_path / "loss.png")
     assert min(size_of(tmp_path / "map.png")) > 300
 
 

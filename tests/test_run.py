@@ -1,0 +1,478 @@
+"""A run from its YAML file to its report, on tiny models of four families and each kind of task."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.utils.data import DataLoader
+from transformers import (
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
+
+import loradrop
+from loradrop import LoRA, LoRADrop
+from loradrop.data import DataConfig, collator, load_task, tokenize
+from loradrop.run import (
+    MINILM,
+    RunConfig,
+    build,
+    folder_of,
+    load_base,
+    measure,
+    read_config,
+    resolve_model,
+    run,
+    warm_up_run,
+)
+
+GOOD, BAD = ("good", "great", "fine"), ("bad", "dull", "poor")
+WORDS = (*GOOD, *BAD, "a", "film", "is", "it", "one", "play", "so", "song", "the", "this", "was")
+SIZE = {"vocab_size": 32, "max_position_embeddings": 40, "initializer_range": 0.2}
+BERT = SIZE | {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+DISTIL = SIZE | {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 64}
+
+
+def write_tokenizer(folder: Path, pairs: bool = True) -> None:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {token: i for i, token in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=32,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        eos_token="[SEP]",
+        model_input_names=["input_ids", "attention_mask"] + ["token_type_ids"] * pairs,
+    ).save_pretrained(folder)
+
+
+def write_model(folder: Path, family: str = "bert") -> str:
+    """A base model without a head, as it comes from the hub."""
+    torch.manual_seed(0)
+    model = {
+        "bert": lambda: BertModel(BertConfig(**BERT)),
+        "roberta": lambda: RobertaModel(
+            RobertaConfig(**BERT, pad_token_id=0), add_pooling_layer=False
+        ),
+        "distilbert": lambda: DistilBertModel(DistilBertConfig(**DISTIL)),
+        "llama": lambda: LlamaForCausalLM(
+            LlamaConfig(**BERT, num_key_value_heads=1, pad_token_id=0, eos_token_id=3)
+        ),
+    }[family]()
+    model.save_pretrained(folder)
+    write_tokenizer(folder, pairs=family == "bert")
+    return str(folder)
+
+
+def write_table(file: Path, kind: str = "classes", rows: int = 24) -> str:
+    """Rows whose label a word tells."""
+    generator = torch.Generator().manual_seed(0)
+    header = {
+        "classes": ["text", "label"],
+        "numbers": ["text", "label"],
+        "pairs": ["sentence1", "sentence2", "label"],
+        "causal": ["prompt", "completion"],
+    }[kind]
+    table: list[list[Any]] = [header]
+    for i in range(rows):
+        word = (GOOD, BAD)[i % 2][i % 3]
+        noise = " ".join(WORDS[int(j)] for j in torch.randint(6, 17, (i % 4,), generator=generator))
+        text, label = f"the film is {word} {noise}".strip(), ("good", "bad")[i % 2]
+        table.append(
+            {
+                "classes": [text, label],
+                "numbers": [text, (1.5, -0.25)[i % 2] + i / 100],
+                "pairs": [text, f"it was {(GOOD, BAD)[i % 4 // 2][i % 3]}", label],
+                "causal": [text, f"so it was {word}"],
+            }[kind]
+        )
+    if file.suffix == ".jsonl":
+        lines = [json.dumps(dict(zip(header, row, strict=True))) for row in table[1:]]
+        file.write_text("\n".join(lines))
+    else:
+        with file.open("w", newline="") as opened:
+            csv.writer(opened).writerows(table)
+    return str(file)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
+def table(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_table(tmp_path_factory.mktemp("data") / "films.csv")
+
+
+def settings(model: str, data: str, output: Path, *more: str) -> list[str]:
+    return [
+        f"model={model}",
+        f"data={data}",
+        f"output={output}",
+        "data.max_length=16",
+        "data.dev_ratio=0.25",
+        "lora.r=4",
+        "lora.lora_alpha=8",
+        "lora.method={keep_ratio: 0.34, probe_steps: 4}",
+        "train={steps: 12, batch_size: 6, learning_rate: 3e-2, log_every: 2, save_every: 4}",
+        *more,
+    ]
+
+
+# --- the configuration ------------------------------------------------------------------------
+
+
+def test_defaults() -> None:
+    config = read_config(None)
+    assert config.model.id == MINILM and config.data.source == "stdlib"
+    assert config.lora.method == LoRADrop(threshold=0.9) and not config.arms
+    assert config == RunConfig()
+
+
+def test_sections_and_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(
+        """
+        model: some/model          # short for {id: some/model}
+        data: {source: films.csv, max_length: 20}
+        lora:
+          r: 4
+          target_modules: [query, value]
+          method: {name: lora_drop, threshold: 0.5}
+        train: {learning_rate: 3e-3, steps: 100, extra: {adam_beta2: 0.98}}
+        arms:
+          plain: {method: lora}
+          larger: {r: 16, rank_pattern: {value: 2}}
+          as it is:
+        """
+    )
+    config = read_config(
+        file,
+        [
+            *("train.steps=7", "train.weight_decay=1e-2", "model.revision=main", "data=other.tsv"),
+            *("lora.lora_alpha=2", "arms.larger.r=32", "arms.new.method=lora", "name=ours"),
+        ],
+    )
+    assert (config.model.id, config.model.revision) == ("some/model", "main")
+    assert config.data == DataConfig(source="other.tsv")
+    assert (config.train.steps, config.train.learning_rate) == (7, 0.003)
+    assert config.train.weight_decay == 0.01 and config.train.extra == {"adam_beta2": 0.98}
+    assert config.lora.method == LoRADrop(threshold=0.5) and config.lora.lora_alpha == 2
+    assert list(config.arms) == ["plain", "larger", "as it is", "new"]
+    assert config.arms["plain"].method == LoRA() == config.arms["new"].method
+    assert config.arms["plain"].target_modules == ("query", "value")
+    assert config.arms["larger"].r == 32 and config.arms["larger"].lora_alpha == 2
+    assert config.arms["as it is"] == config.lora
+    assert folder_of(config, "as it is") == Path("runs/loradrop/as-it-is")
+    assert (config.name, config.output) == ("ours", "runs/loradrop")
+
+
+def test_overrides_go_into_short_forms(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("model: some/model\nlora: {method: lora_drop}\n")
+    config = read_config(file, ["model.dtype=bfloat16", "lora.method.keep=3"])
+    assert (config.model.id, config.model.dtype) == ("some/model", "bfloat16")
+    assert config.lora.method == LoRADrop(keep=3)
+    assert read_config(None, ["lora.method=lora"]).lora.method == LoRA()
+    assert read_config(None, ["lora.method.threshold=0.3"]).lora.method == LoRADrop(threshold=0.3)
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    assert read_config(empty) == read_config(None)
+
+
+def test_configuration_goes_through_yaml(tmp_path: Path) -> None:
+    overrides = ["lora.target_modules=[query]", "arms.plain.method=lora", "train.report_to=[]"]
+    config = read_config(None, overrides)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.to_dict()))
+    again = read_config(file)
+    assert again.to_dict() == config.to_dict() and again.lora == config.lora
+    assert again.arms == config.arms
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["trian.steps=3"], r"has no option 'trian': did you mean 'train'\?"),
+        (["train.step=3"], r"train has no option 'step': did you mean 'steps'\?"),
+        (["data.maxlength=3"], r"data has no option 'maxlength': did you mean 'max_length'\?"),
+        (["model.name=x"], r"model has no option 'name'"),
+        (["lora.lora_aplha=3"], r"lora has no option 'lora_aplha': did you mean 'lora_alpha'\?"),
+        (["lora.method.treshold=1"], r"lora\.method has no option 'treshold': .*'threshold'"),
+        (["arms.x.rr=1"], r"arms\.x has no option 'rr': did you mean 'r'\?"),
+        (
+            ["lora.method=lora_dorp"],
+            r"method 'lora_dorp' is unknown: choose one of lora, lora_drop",
+        ),
+        (["train.steps=many"], r"train\.steps='many': give a whole number or null"),
+        (["train.steps=1.5"], r"train\.steps=1\.5: give a whole number or null"),
+        (["train.batch_size=true"], r"train\.batch_size=True: give a whole number"),
+        (["train.learning_rate=high"], r"train\.learning_rate='high': give a number"),
+        (["train.gradient_checkpointing=1"], r"gradient_checkpointing=1: give true or false"),
+        (["train.report_to=wandb"], r"train\.report_to='wandb': give a list"),
+        (["train.extra=3"], r"train\.extra=3: give a section"),
+        (["train.seed="], r"train\.seed=None: give a whole number"),
+        (["lora.target_modules=3"], r"target_modules=3: give text or a list or null"),
+        (["lora.method.threshold='a'"], r"lora\.method\.threshold='a': give a number or null"),
+        (["lora.method.threshold=2"], r"threshold=2: choose a number in \[0, 1\]"),
+        (["lora.r=0"], r"r=0: the rank"),
+        (["model.dtype=int8"], r"model\.dtype='int8': choose one of float32, bfloat16, float16"),
+        (["model=3"], r"model=3: write a section, as in model: \{id: \.\.\.\}"),
+        (["lora=8"], r"lora=8: write a section"),
+        (["arms=[lora]"], r"arms=\['lora'\]: write a section"),
+        (["arms.x=lora"], r"x='lora': write a section"),
+        (["arms.LoRA drop.r=2"], r"'LoRA-drop' gives none of its own: rename it"),
+        (["name=A B", "arms.a-b.r=2"], r"'A B' gives none of its own: rename it"),
+        (["arms.?.r=2"], r"'\?' gives none of its own: rename it"),
+        (["steps"], r"'steps' is no override: write section\.key=value, as in train\.steps=200"),
+        (["=3"], r"'=3' is no override"),
+        (["lora.target_modules=[query"], r"lora\.target_modules=\[query is no YAML"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_bad_configuration_is_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_config(None, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1\n- 2\n", r"config\.yaml must hold sections \(model:, .*\), not a list"),
+        ("lora: {r: 8\n", r"config\.yaml is no YAML: (.|\n)*line 2"),
+        ("lora:\n  rank: 8\n", r"lora has no option 'rank': did you mean 'rank_pattern'\?"),
+        ("optimizer: adam\n", r"config\.yaml has no option 'optimizer': known: arms, data"),
+    ],
+)
+def test_bad_file_is_named(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config(file)
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no\.yaml is no file: give a YAML file, or key="):
+        read_config(tmp_path / "no.yaml")
+
+
+def test_demo_configuration_is_valid() -> None:
+    config = read_config(Path(__file__).parent.parent / "examples" / "demo.yaml")
+    assert config.model.id == MINILM and config.data.source == "stdlib"
+    assert [lora.method.name for lora in config.arms.values()] == ["lora", "lora"]
+    assert config.lora.method.name == "lora_drop"
+
+
+# --- the model --------------------------------------------------------------------------------
+
+
+def test_default_model_comes_from_its_package(
+    minilm_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert resolve_model(MINILM) == str(minilm_path)
+    assert resolve_model("some/model") == "some/model"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert resolve_model(MINILM) == MINILM
+
+
+HEADS = {
+    "bert": ["classifier"],
+    "roberta": ["classifier.dense", "classifier.out_proj"],
+    "distilbert": ["classifier", "pre_classifier"],
+    "llama": ["score"],
+}
+
+
+@pytest.mark.parametrize("family", HEADS)
+def test_new_head_is_found_trained_and_loaded(family: str, table: str, tmp_path: Path) -> None:
+    model_id = write_model(tmp_path / "base", family)
+    more = ("train.steps=6", "lora.method.probe_steps=3", "train.save_every=99")
+    config = read_config(None, settings(model_id, table, tmp_path / "run", *more))
+    model, tokenizer, missing = build(config, load_task(config.data))
+    assert missing == HEADS[family]
+    assert model.config.id2label == {0: "bad", 1: "good"} and model.config.num_labels == 2
+    assert model.config.pad_token_id == tokenizer.pad_token_id == 0
+
+    result = run(config)["LoRA-drop"]
+    adapter = folder_of(config, "LoRA-drop") / "adapter"
+    saved = {key for key in load_file(adapter / "adapter.safetensors") if key.startswith("saved.")}
+    assert saved == {
+        f"saved.{name}" for name in model.state_dict() if name.startswith(tuple(missing))
+    }
+    again, where = load_base(adapter)
+    assert type(again) is type(model) and where == model_id and not again.training
+    loradrop.load(again, adapter)
+    _, dev = tokenize(load_task(config.data), tokenizer, config.data.max_length)
+    batch = dict(collator("classification", tokenizer)([dev[i] for i in range(len(dev))]))
+    batch = {k: v for k, v in batch.items() if k != "token_type_ids" or family == "bert"}
+    with torch.no_grad():
+        output = again(**batch)
+    assert float(output.loss) == pytest.approx(result.metrics["loss"], rel=1e-4)
+
+
+def test_base_that_cannot_be_loaded_is_named(bert: str, table: str, tmp_path: Path) -> None:
+    config = read_config(None, settings(bert, table, tmp_path, "train.steps=6"))
+    run(config)
+    adapter = folder_of(config, "LoRA-drop") / "adapter"
+    with pytest.raises(ValueError, match="the model 'not/there' cannot be loaded: "):
+        load_base(adapter, "not/there")
+    with pytest.raises(ValueError, match="the model 'not/there' cannot be loaded: "):
+        run(read_config(None, settings("not/there", table, tmp_path / "other")))
+    model, where = load_base(adapter, bert, "bfloat16")
+    assert model.dtype == torch.bfloat16 and where == bert
+    plain = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    loradrop.inject(plain, loradrop.LoRAConfig(r=2, target_modules=["0"]))
+    loradrop.save(plain, tmp_path / "plain")
+    with pytest.raises(ValueError, match=r"names no model to load \(class Sequential, id None\)"):
+        load_base(tmp_path / "plain")
+
+
+# --- runs -------------------------------------------------------------------------------------
+
+
+def test_run_with_arms(
+    bert: str, table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = ("arms.LoRA.method=lora", "arms.LoRA of half the rank={r: 2, method: lora}")
+    config = read_config(None, settings(bert, table, tmp_path, *arms, "train.steps=48"))
+    results = run(config)
+    assert list(results) == ["LoRA", "LoRA of half the rank", "LoRA-drop"]
+    full, half, ours = results.values()
+    assert full.parameters == 2 * half.parameters == 6 * 4 * 64
+    assert ours.parameters < full.parameters and len(ours.plan.kept) == 2
+    assert {result.steps for result in results.values()} == {48}
+    for result in results.values():
+        assert result.metrics["accuracy"] > 0.8
+        losses = [entry["loss"] for entry in result.history if "loss" in entry]
+        assert sum(losses[-3:]) < 0.5 * sum(losses[:3])
+        assert result.plan.config.modules_to_save == ("classifier",)
+        assert result.plan.base["id"] == bert
+        assert result.plan.data == load_task(config.data).fingerprint
+    # The head starts alike in every arm, and so do the first batches.
+    first = [result.history[0]["loss"] for result in results.values()]
+    assert first[0] == pytest.approx(first[1], rel=1e-3) == pytest.approx(first[2], rel=1e-3)
+
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        *("config.yaml", "plan.json", "importance.png", "loss.png", "report.html"),
+        *("lora", "lora-of-half-the-rank", "lora-drop"),
+    }
+    assert json.loads((tmp_path / "plan.json").read_text()) == ours.plan.to_dict() | {
+        "kept": list(ours.plan.kept)
+    }
+    for picture in ("importance.png", "loss.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text()
+    assert "LoRA of half the rank" in page and f"{ours.parameters:,}" in page
+    printed = capsys.readouterr().out
+    assert f"{ours.parameters:,}" in printed and "dev accuracy" in printed
+
+    assert read_config(tmp_path / "config.yaml").to_dict() == config.to_dict()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("adapter/adapter.safetensors")}
+    again = run(read_config(tmp_path / "config.yaml"), resume=True)
+    assert {name: r.metrics for name, r in again.items()} == {
+        name: r.metrics for name, r in results.items()
+    }
+    for path, content in before.items():
+        path.with_suffix(".before").write_bytes(content)
+        old, new = load_file(path.with_suffix(".before")), load_file(path)
+        assert all(torch.equal(old[key], new[key]) for key in {*old, *new})
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(config)
+
+
+@pytest.mark.parametrize("kind", ["numbers", "pairs"])
+def test_regression_and_sentence_pairs(kind: str, bert: str, tmp_path: Path) -> None:
+    data = write_table(tmp_path / "table.csv", kind)
+    config = read_config(None, settings(bert, data, tmp_path / "run", "train.steps=48"))
+    task = load_task(config.data)
+    assert task.kind == {"numbers": "regression", "pairs": "classification"}[kind]
+    model, tokenizer, _ = build(config, task)
+    assert model.config.num_labels == {"numbers": 1, "pairs": 2}[kind]
+    if kind == "pairs":
+        row = tokenize(task, tokenizer, 16)[0][0]
+        assert set(row["token_type_ids"]) == {0, 1}
+    result = run(config)["LoRA-drop"]
+    metric = {"numbers": "pearson", "pairs": "accuracy"}[kind]
+    assert result.metrics[metric] > 0.8
+    again, _ = load_base(folder_of(config, "LoRA-drop") / "adapter")
+    assert again.config.num_labels == model.config.num_labels
+
+
+def test_causal_language_model(tmp_path: Path) -> None:
+    model_id = write_model(tmp_path / "base", "llama")
+    data = write_table(tmp_path / "table.jsonl", "causal")
+    more = ("train.steps=40", "lora.target_modules=all-linear")
+    config = read_config(None, settings(model_id, data, tmp_path / "run", *more))
+    assert load_task(config.data).kind == "causal_lm"
+    result = run(config)["LoRA-drop"]
+    losses = [entry["loss"] for entry in result.history if "loss" in entry]
+    assert result.metrics.keys() == {"loss"} and result.metrics["loss"] < 0.6 * losses[0]
+    assert {target.kind for target in result.plan.targets} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    adapter = folder_of(config, "LoRA-drop") / "adapter"
+    model, _ = load_base(adapter)
+    loradrop.load(model, adapter)
+    generated = model.generate(torch.tensor([[2, 5, 6]]), max_new_tokens=3, do_sample=False)
+    assert generated.shape[1] > 3
+
+
+def test_plain_lora_alone_has_no_heat_map(bert: str, table: str, tmp_path: Path) -> None:
+    more = ("lora.method=lora", "name=LoRA", "train.steps=3")
+    results = run(read_config(None, settings(bert, table, tmp_path, *more)))
+    assert results["LoRA"].plan.scores is None
+    assert (tmp_path / "report.html").exists() and not (tmp_path / "importance.png").exists()
+
+
+def test_warm_up_alone_and_then_the_run(bert: str, table: str, tmp_path: Path) -> None:
+    config = read_config(None, settings(bert, table, tmp_path / "two"))
+    plan = warm_up_run(config)
+    assert plan.warmup["steps"] == 4 and len(plan.kept) == 2
+    file = tmp_path / "two" / "plan.json"
+    assert json.loads(file.read_text())["kept"] == list(plan.kept)
+    two = run(config, resume=True)["LoRA-drop"]
+    one = run(read_config(None, settings(bert, table, tmp_path / "one")))["LoRA-drop"]
+    assert two.metrics == one.metrics and two.history == one.history
+    assert two.plan == one.plan == plan
+
+
+def test_measure_is_an_offline_probe(bert: str, table: str, tmp_path: Path) -> None:
+    config = read_config(None, settings(bert, table, tmp_path))
+    run(config)
+    adapter = folder_of(config, "LoRA-drop") / "adapter"
+    model, _ = load_base(adapter)
+    loradrop.load(model, adapter)
+    task = load_task(config.data)
+    _, tokenizer, _ = build(config, task)
+    for split, rows in zip(("train", "dev"), tokenize(task, tokenizer, 16), strict=True):
+        batches = list(DataLoader(rows, batch_size=6, collate_fn=collator(task, tokenizer)))
+        for count in (None, 1):
+            scores = measure(config, adapter, split=split, batches=count)
+            assert dict(scores) == dict(loradrop.probe(model, batches[:count]))
+            assert scores.source == "offline" and len(scores.rows) == (count or len(batches))
