@@ -30,7 +30,8 @@ from loradrop.methods import LoRA, LoRADrop, Method
 from loradrop.plan import versions
 from loradrop.run import RunConfig, build
 from loradrop.selection import Scores
-from loradrop.train import TrainConfig, fit
+from loradrop.settings import TrainConfig
+from loradrop.train import fit
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "bench_quality.json"
 TARGETS = ("query", "value")  # the paper's counts fit these

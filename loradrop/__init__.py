@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from loradrop.plan import Plan
     from loradrop.probe import probe
     from loradrop.selection import Scores, select
+    from loradrop.settings import TrainConfig
     from loradrop.share import share
     from loradrop.store import load, save
-    from loradrop.train import TrainConfig, fit
+    from loradrop.train import fit
     from loradrop.verify import verify
 
 __version__ = "0.1.0"
@@ -41,7 +42,7 @@ _HOME = {
     "Plan": "plan",
     "Scores": "selection",
     "Target": "bank",
-    "TrainConfig": "train",
+    "TrainConfig": "settings",
     "disabled": "inject",
     "export": "export",
     "fit": "train",

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 SENTENCES = (
     "The train to the coast leaves at seven, and it is rarely late.",
     "She had read the letter twice before she understood what it said.",
-    "Prices rose again in March, more slowly than most had expected.",
     "I would not recommend this film to anyone.",
 )
 
@@ -165,9 +164,11 @@ def _tokenizer(where: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError):
         return None
+    bare = len(tokenizer) <= len(tokenizer.all_special_ids)  # what some classes are without files
+    return None if bare else tokenizer
 
 
 def _batches(model: Any, where: str) -> list[dict[str, Any]]:
@@ -202,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="loradrop COMMAND --help tells the options of a command.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"loradrop {loradrop.__version__}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {loradrop.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     both = argparse.ArgumentParser(add_help=False)  # options of train and probe
     both.add_argument("settings", nargs="*", metavar="CONFIG.yaml | section.key=value")

@@ -22,8 +22,9 @@ from loradrop.files import write_json, write_text
 from loradrop.plan import Plan
 from loradrop.probe import probe
 from loradrop.selection import Scores
+from loradrop.settings import TrainConfig
 from loradrop.store import load, read
-from loradrop.train import Result, TrainConfig, fit, warm_up
+from loradrop.train import Result, fit, warm_up
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 CONFIG = "config.yaml"
@@ -77,7 +78,7 @@ class RunConfig:
             "model": asdict(self.model),
             "data": asdict(self.data),
             "lora": self.lora.to_dict(),
-            "train": asdict(self.train),
+            "train": asdict(self.train) | {"report_to": list(self.train.report_to)},
             "arms": {name: lora.to_dict() for name, lora in self.arms.items()},
             "output": self.output,
         }

@@ -12,87 +12,33 @@ import operator
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from loradrop.bank import AdapterBank, bank_of
 from loradrop.config import LoRAConfig
 from loradrop.data import stratified_indices
-from loradrop.env import native_bf16
 from loradrop.files import read_json, write_json
 from loradrop.inject import inject
 from loradrop.integrations.trainer import LoRATrainer, MethodCallback, Progress, last_checkpoint
+from loradrop.methods import Method
 from loradrop.plan import Plan, base_of, plan_of
 from loradrop.probe import probe
 from loradrop.selection import Scores, keep_frequency
+from loradrop.settings import TrainConfig, training_arguments
 from loradrop.store import read, restore, save
 
 OPTIONS = "options.json"
 _WRAPPED = ("forward", "_original_forward")  # what accelerate's mixed precision sets on a model
 _TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 _log = logging.getLogger(__name__)
-# transformers renamed the argument; both names mean the same.
-_CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in TrainingArguments.__dataclass_fields__
-)
 Metric = Callable[[Any], dict[str, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How to train; the rest of transformers' TrainingArguments goes into `extra`.
-
-    steps           optimiser steps in all, warm-up included; None is `epochs` passes over the data
-    warmup_ratio    part of each run's steps over which the learning rate rises; it falls linearly
-                    afterwards, and stays constant in the warm-up run
-    precision       "float32", "bf16" or "fp16" (autocast); bf16 on a CPU that has none computes in
-                    float32
-    save_every      steps between checkpoints; log_every, eval_every likewise (None: dev only at the
-                    end)
-    """
-
-    steps: int | None = None
-    epochs: float = 3.0
-    batch_size: int = 32
-    gradient_accumulation: int = 1
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.0
-    warmup_ratio: float = 0.06
-    max_grad_norm: float = 1.0
-    precision: str = "float32"
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    log_every: int = 10
-    save_every: int = 100
-    eval_every: int | None = None
-    report_to: Sequence[str] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "epochs",
-            "batch_size",
-            "gradient_accumulation",
-            "learning_rate",
-            "log_every",
-            "save_every",
-            "eval_every",
-        ):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value!r}: choose a positive number")
-        if self.precision not in ("float32", "bf16", "fp16"):
-            raise ValueError(f"precision={self.precision!r}: choose float32, bf16 or fp16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,10 +268,10 @@ class _Run:
         )
         steps = trainer.state.global_step
         set_seed(self.args.seed)
-        if events.collector is not None and getattr(method, "source", "online") == "online":
-            scores = bank.scores = events.collector.scores()
-        else:
+        if events.collector is None or method.measures_offline():
             scores = probe(self.model, trainer.get_eval_dataloader(self.train), mask=self.mask)
+        else:
+            scores = bank.scores = events.collector.scores()
         self.train = whole
         if not any(scores.values()):
             raise ValueError(
@@ -363,7 +309,13 @@ class _Run:
         events = MethodCallback(self.model, collect=collect, mask=self.mask)
         trainer = LoRATrainer(
             self.model,
-            self._arguments(folder, name, steps),
+            training_arguments(
+                self.args,
+                folder,
+                steps=steps,
+                warm_up=name == "warmup",
+                has_dev=self.dev is not None,
+            ),
             events=events,
             train_dataset=self.train,
             eval_dataset=self.dev,
@@ -379,55 +331,11 @@ class _Run:
             events.detach()
         return trainer, events
 
-    def _arguments(self, folder: Path, stage: str, steps: int) -> TrainingArguments:
-        args = self.args
-        precision = _supported(args.precision)
-        options: dict[str, Any] = {
-            "output_dir": str(folder),
-            "max_steps": steps,
-            "per_device_train_batch_size": args.batch_size,
-            "per_device_eval_batch_size": 2 * args.batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation,
-            "learning_rate": args.learning_rate,
-            "weight_decay": args.weight_decay,
-            "warmup_steps": math.ceil(args.warmup_ratio * steps),
-            "lr_scheduler_type": "constant_with_warmup" if stage == "warmup" else "linear",
-            "max_grad_norm": args.max_grad_norm,
-            "bf16": precision == "bf16",
-            "fp16": precision == "fp16",
-            _CHECKPOINTING: args.gradient_checkpointing,
-            "use_cpu": not torch.accelerator.is_available(),
-            "seed": args.seed,
-            "logging_steps": args.log_every,
-            "logging_nan_inf_filter": False,
-            "save_strategy": "steps",
-            "save_steps": args.save_every,
-            "save_total_limit": 2,
-            "eval_strategy": "no"
-            if args.eval_every is None or self.dev is None or stage == "warmup"
-            else "steps",
-            "eval_steps": args.eval_every,
-            "report_to": list(args.report_to),
-            "disable_tqdm": True,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-        }
-        return TrainingArguments(**(options | dict(args.extra)))
 
-
-def _supported(precision: str) -> str:
-    if precision == "bf16" and not torch.cuda.is_available() and not native_bf16():
-        _log.warning(
-            "this CPU has no native bfloat16, which would be many times slower: computing in "
-            "float32"
-        )
-        return "float32"
-    return precision
-
-
-def _frequency(method: Any, scores: Scores) -> dict[str, float] | None:
-    if not hasattr(method, "decide") or len(scores.rows) < 2:
+def _frequency(method: Method, scores: Scores) -> dict[str, float] | None:
+    if method.decide(scores) is None or len(scores.rows) < 2:
         return None
-    return keep_frequency(scores, method.decide)
+    return keep_frequency(scores, lambda drawn: method.decide(drawn) or [])
 
 
 def _sample(train: Any, ratio: float, seed: int) -> Subset[Any]:

@@ -90,7 +90,7 @@ def scores(model: Any, by_name: dict[str, float] | None = None) -> Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Scaled(Method):
-    """VeRA (Kopiczko et al., ICLR 2024) in outline: frozen matrices, two trained vectors per target.
+    """VeRA (Kopiczko et al., ICLR 2024) in outline: frozen matrices, two vectors per target.
 
     All targets of one input size have one A, all of one output size one B; d_i and b_i scale them.
     """

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 import loradrop
+import loradrop.settings
 import loradrop.store
 import loradrop.train
 from loradrop import LoRAConfig, LoraDropConfig, TrainConfig, fit
@@ -661,7 +662,7 @@ def test_warmup_too_short_to_measure(tmp_path: Path) -> None:
 def test_bf16(
     native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(loradrop.train, "native_bf16", lambda: native)
+    monkeypatch.setattr(loradrop.settings, "native_bf16", lambda: native)
     seen: set[torch.dtype] = set()
     model = make_model()
     query = model.bert.encoder.layer[0].attention.self.query

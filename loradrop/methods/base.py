@@ -49,6 +49,14 @@ class Method:
         """Whether the warm-up may end now."""
         return False
 
+    def measures_offline(self) -> bool:
+        """Whether the deciding scores come from a pass in eval mode after the warm-up."""
+        return False
+
+    def decide(self, scores: "Scores") -> "list[str] | None":
+        """The names of the targets that keep their own adapter; None where nothing is decided."""
+        return None
+
     def update(self, bank: "AdapterBank", scores: "Scores | None") -> "list[str] | None":
         """Between the stages: change what the bank owns.
 

@@ -113,6 +113,9 @@ class LoRADrop(Method):
             importance=self.importance,
         )
 
+    def measures_offline(self) -> bool:
+        return self.source == "offline"
+
     def warmup_steps(self, total: int) -> int:
         steps = round(self.probe_steps * total) if self.probe_steps < 1 else int(self.probe_steps)
         if steps >= total:
