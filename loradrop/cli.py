@@ -5,7 +5,9 @@ import difflib
 import logging
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +37,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _probe(args: argparse.Namespace) -> int:
-    from loradrop.report import plan_table
+    from loradrop.grid import plan_table
     from loradrop.run import warm_up_run
 
     _quiet()
@@ -49,10 +51,8 @@ def _probe(args: argparse.Namespace) -> int:
 
 
 def _measure(args: argparse.Namespace, config: "RunConfig") -> int:
-    from dataclasses import replace
-
     from loradrop.files import write_json
-    from loradrop.report import plan_table
+    from loradrop.grid import plan_table
     from loradrop.run import measure
 
     split, file = args.split or "train", Path(config.output) / "scores.json"
@@ -63,7 +63,8 @@ def _measure(args: argparse.Namespace, config: "RunConfig") -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from loradrop.report import plan_table, plot_importance
+    from loradrop.grid import plan_table
+    from loradrop.plots import plot_importance
 
     plan = _plan_at(args.path)
     if args.action == "show":
@@ -122,8 +123,6 @@ def _verify_merged(model: Any, path: Path, batches: Iterable[Any]) -> int:
 
 
 def _methods(args: argparse.Namespace) -> int:
-    from dataclasses import fields
-
     from loradrop.methods import available
 
     for name, method in available().items():
@@ -172,21 +171,21 @@ def _tokenizer(where: str) -> Any:
 
 
 def _batches(model: Any, where: str) -> list[dict[str, Any]]:
-    """Some text for the model, or random tokens where its tokenizer cannot be had."""
+    """Some text for the model, or arbitrary tokens where its tokenizer cannot be had."""
     import torch
 
     if (tokenizer := _tokenizer(where)) is not None:
         return [dict(tokenizer(sentence, return_tensors="pt")) for sentence in SENTENCES]
-    print("its tokenizer cannot be had: comparing on random tokens")
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.vocab_size, (len(SENTENCES), 16), generator=generator)
-    return [{"input_ids": row[None]} for row in ids]
+    print("its tokenizer cannot be had: comparing on arbitrary tokens")
+    ids = torch.arange(1, 49).reshape(3, 1, 16) * 7919 % model.config.vocab_size
+    return [{"input_ids": row} for row in ids]
 
 
 def _quiet() -> None:
     """Leave the terminal to our own messages and bars."""
     from transformers.utils import logging as theirs
 
+    warnings.simplefilter("ignore", FutureWarning)  # of one library to another
     theirs.set_verbosity_error()  # type: ignore[no-untyped-call]
     theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
 

@@ -297,14 +297,9 @@ def _holds(cls: Any, config: Any, num_labels: int, saved: Mapping[str, Tensor]) 
 
 def run(config: RunConfig, *, resume: bool = False) -> dict[str, Result]:
     """Train `config.lora` and every arm, each into a folder of its own. Name -> result."""
-    from loradrop.report import (
-        Arm,
-        arms_table,
-        plan_table,
-        plot_history,
-        plot_importance,
-        write_report,
-    )
+    from loradrop.grid import Arm, arms_table, plan_table
+    from loradrop.plots import plot_history, plot_importance
+    from loradrop.report import write_report
 
     task = load_task(config.data)
     folder = Path(config.output)

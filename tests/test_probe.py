@@ -413,6 +413,7 @@ def test_evaluation_between_steps_counts_nothing() -> None:
     def run(**batch: Tensor) -> Tensor:
         with torch.no_grad():
             model(**data[0])
+            model(data[0]["input_ids"], torch.ones(1, 99))  # as the mask of a KV cache: longer
         return model(**batch)
 
     scores = online(model, data, run)
@@ -433,7 +434,8 @@ def test_two_passes_of_one_backward() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_two_checkpointed_passes_of_one_backward_are_never_guessed(reentrant: bool) -> None:
-    model, data = net(reentrant), batches(2)
+    model, first = net(reentrant), batches(1)[0]
+    data = [first, first | {"attention_mask": torch.ones_like(first["attention_mask"])}]
     expected = loradrop.probe(model, data).rows.sum(0)
     collector = Collector(model, model.lora_bank, online=True)
     loss = step(model, data[0]) + step(model, data[1])

@@ -13,15 +13,10 @@ import pytest
 
 from loradrop.bank import Target
 from loradrop.config import LoRAConfig, LoraDropConfig
+from loradrop.grid import Arm, arms_table, plan_table
 from loradrop.plan import Plan
-from loradrop.report import (
-    Arm,
-    arms_table,
-    plan_table,
-    plot_history,
-    plot_importance,
-    write_report,
-)
+from loradrop.plots import plot_history, plot_importance
+from loradrop.report import write_report
 from loradrop.selection import assign
 
 QUERY, VALUE = "encoder.layer.{}.attention.self.query", "encoder.layer.{}.attention.self.value"
