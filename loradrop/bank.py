@@ -48,6 +48,8 @@ class Surgery:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     # trained base tensors -> their original values
     saved: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    attributes: list[tuple[str, str, Any]] = field(default_factory=list)  # module, name, value
     merged: dict[str, Tensor] | None = None  # weights before a reversible merge
 
 
@@ -74,7 +76,14 @@ class AdapterBank(nn.Module):
             pair = fresh(target, weight.device, weight.dtype if narrow else torch.float32)
             self.A.append(pair[0])
             self.B.append(pair[1])
+        # What a fresh adapter is like, also once every adapter was dropped; it moves with the bank.
+        like = self.A[0] if len(self.A) else torch.empty(0)
+        self.like = like.detach().new_empty(0)
         config.method.build(self)
+
+    def forward(self, x: Any) -> Any:
+        """x itself, so that a bare `nn.Sequential` can carry its bank as one more link."""
+        return x
 
     def factors(self, i: int) -> tuple[Tensor, Tensor] | None:
         """(A (r, K), B (N, r)) of target i, None where it has no adapter.
@@ -131,6 +140,7 @@ class AdapterBank(nn.Module):
             return tensor.to(moved.device) if narrower else moved
 
         super()._apply(keep_width, recurse)  # type: ignore[no-untyped-call]
+        self.like = keep_width(self.like)
         return self
 
     def extra_repr(self) -> str:

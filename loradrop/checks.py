@@ -36,6 +36,8 @@ def check_operands(
                 f"{name} is {_shape(tensor)}; x {_shape(x)}, A {_shape(A)} and B {_shape(B)} "
                 f"need {tuple(want)}"
             )
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
         if tensor.dtype != x.dtype:
             raise TypeError(
                 f"{name} is {tensor.dtype} and x is {x.dtype}: "
@@ -69,6 +71,12 @@ def check_options(
             f"token_weights is {_shape(token_weights)} and x is {_shape(x)}: "
             f"{tuple(x.shape[:-1])} is needed"
         )
+    if token_weights is not None and token_weights.device != x.device:
+        raise ValueError(
+            f"token_weights is on {token_weights.device} and x on {x.device}: move one"
+        )
+    if token_weights is not None and token_weights.is_complex():
+        raise TypeError(f"token_weights is {token_weights.dtype}: give bool, integers or floats")
     if statistic is not None and (statistic.ndim != 0 or statistic.dtype != torch.float64):
         raise ValueError(
             f"statistic must be a 0-dim float64 leaf, got {_shape(statistic)} of {statistic.dtype}"

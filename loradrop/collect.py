@@ -67,11 +67,11 @@ class Collector:
 
     def arguments(self, i: int, x: Tensor) -> dict[str, Any]:
         """The op's arguments that make target i report the norm of its input x (..., K)."""
+        if self.online and not torch.is_grad_enabled():
+            return {}
         weights = self._weights(i, x)
         if not self.online:
             return {"token_weights": weights, "return_sqnorm": True}
-        if not torch.is_grad_enabled():
-            return {}
         leaf = self._values[i]
         assert leaf is not None
         if leaf.device != x.device:
@@ -130,6 +130,8 @@ class Collector:
         return Scores(self.bank.targets, rows, tokens, "online" if self.online else "offline")
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self.online and not torch.is_grad_enabled():
+            return
         if self.mask is not None:
             given = dict(zip(self._signature, args, strict=False)) | dict(kwargs)
             self._input = given.get(self.mask)
@@ -139,8 +141,6 @@ class Collector:
                     f"the model's input {self.mask!r} is a {kind}, no tensor: "
                     "pass mask=None or mask_fn="
                 )
-        if self.online and not torch.is_grad_enabled():
-            return
         if not torch.compiler.is_compiling():
             self._inside, self._pending = True, 1 if self._recomputed else self._pending + 1
             self._recomputed = False

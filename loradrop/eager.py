@@ -62,8 +62,7 @@ def backward(
         a = A.to(x.dtype)
         if keep is not None:
             dx = (dh @ a).mul_(keep)
-            if weight is not None:
-                dx.addmm_(dy, weight)
+            dx = dx if weight is None else (dy @ weight).add_(dx)
         else:
             dx = dh @ a if weight is None else (dy @ weight).addmm_(dh, a)
     if needs[1]:

@@ -21,6 +21,7 @@ import loradrop
 from loradrop.bank import AdapterBank, bank_of
 from loradrop.engines import ENGINES, EngineVerdict, refusal
 from loradrop.files import replacing, write_json, write_text
+from loradrop.inject import folded
 from loradrop.layers import is_conv1d
 from loradrop.peft_file import CONFIG, PREFIX, TENSORS, PeftFile, base_state, layout_of, task_of
 from loradrop.plan import base_of
@@ -187,8 +188,10 @@ def _save_merged(model: nn.Module, bank: AdapterBank, folder: Path) -> None:
         )
     if (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds an adapter, which would be loaded on top: choose another")
-    folded = {} if bank.surgery.merged is not None else _folded(model, bank)
-    state = {k: folded.get(id(v), v.detach()) for k, v in base_state(model).items()}
+    merged = {}
+    if bank.surgery.merged is None:
+        merged = {id(weight): new for weight, new in folded(model)}
+    state = {k: merged.get(id(v), v.detach()) for k, v in base_state(model).items()}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as draft:
         save_pretrained(model, draft, state_dict=state)
@@ -197,24 +200,3 @@ def _save_merged(model: nn.Module, bank: AdapterBank, folder: Path) -> None:
         for file in sorted(Path(draft).iterdir(), key=lambda file: file.name == "config.json"):
             with replacing(folder / file.name) as place:
                 os.replace(file, place)
-
-
-def _folded(model: nn.Module, bank: AdapterBank) -> dict[int, Tensor]:
-    """id of a target's weight -> W + s·B·A in float32, rounded once."""
-    folded: dict[int, Tensor] = {}
-    for i, target in enumerate(bank.targets):
-        module = model.get_submodule(target.name)
-        weight, n = module.weight, target.in_features * target.out_features
-        if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.numel() != n:
-            raise ValueError(
-                f"{target.name} is a {type(module).__name__} without a plain weight: dequantise "
-                "the model before merging"
-            )
-        if id(weight) in folded:
-            raise ValueError(f"{target.name} has the weight of another target: untie them first")
-        delta = bank.delta(i)
-        if delta is not None:
-            delta = (delta.T if is_conv1d(module) else delta).to(weight.device)
-            wide = torch.promote_types(weight.dtype, delta.dtype)
-            folded[id(weight)] = (weight.to(wide) + delta).to(weight.dtype)
-    return folded

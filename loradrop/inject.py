@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, Target, bank_of
 from loradrop.config import LoRAConfig
-from loradrop.layers import adapt, is_conv1d, restore, shape_of, weight_of
+from loradrop.layers import adapt, is_conv1d, is_plain, restore, shape_of, weight_of
 from loradrop.store import SavePretrained
 from loradrop.targets import Matched, find_targets, saved_modules
 
@@ -30,11 +30,6 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
         raise ValueError(
             f"{type(model).__name__} carries PEFT adapters: merge or unload them first. "
             "loradrop's own layers and PEFT's do not mix"
-        )
-    if isinstance(model, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
-        raise ValueError(
-            f"a bare {type(model).__name__} would take the bank for one of its own modules: inject "
-            "into a model that has it as a submodule"
         )
     if any(isinstance(module, AdapterBank) for module in model.modules()):
         raise ValueError(
@@ -70,12 +65,33 @@ def attach(
         for name, tensor in part.state_dict(prefix=prefix + ".").items():
             bank.surgery.saved[name] = tensor.detach().clone()
         part.requires_grad_(True)
+    bank.surgery.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     for i, (_, module) in enumerate(found):
         adapt(module, bank, i)
+    _avoid_fused_paths(model, bank)
     model.lora_bank = bank
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
     return bank
+
+
+# What makes nn.TransformerEncoder and its layers call their linear layers also in eval mode.
+_UNFUSED = {
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+}
+
+
+def _avoid_fused_paths(model: nn.Module, bank: AdapterBank) -> None:
+    """The fused inference path of `nn.TransformerEncoder` reads weights and would skip adapters."""
+    for name, module in model.named_modules():
+        for kind, (attribute, value) in _UNFUSED.items():
+            inside = any(
+                target.name.startswith(f"{name}." if name else "") for target in bank.targets
+            )
+            if isinstance(module, kind) and inside and hasattr(module, attribute):
+                bank.surgery.attributes.append((name, attribute, getattr(module, attribute)))
+                setattr(module, attribute, value)
 
 
 def _target(name: str, module: nn.Module, config: LoRAConfig) -> Target:
@@ -121,12 +137,8 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> None:
     originals = None
     if keep_original:
         originals = {name: weight.detach().clone() for name, weight in weights.items()}
-    for i, (name, weight) in enumerate(weights.items()):
-        delta = bank.delta(i)
-        if delta is not None:
-            transposed = is_conv1d(model.get_submodule(name))
-            delta = (delta.T if transposed else delta).to(weight.device)
-            weight.copy_(weight.to(torch.promote_types(weight.dtype, delta.dtype)) + delta)
+    for weight, merged in folded(model):
+        weight.copy_(merged)
     if originals is not None:
         bank.surgery.merged, bank.enabled = originals, False
         return
@@ -134,15 +146,43 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> None:
     model._loradrop_merged = True  # type: ignore[assignment]
 
 
+@torch.no_grad()
+def folded(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """(a target's weight, W + s·B·A in float32 rounded once to its dtype), one after another.
+
+    Raises ValueError as `merge`.
+    """
+    bank = bank_of(model)
+    for i, target in enumerate(bank.targets):
+        weight, delta = _plain_weight(model, target), bank.delta(i)
+        if delta is not None:
+            transposed = is_conv1d(model.get_submodule(target.name))
+            delta = (delta.T if transposed else delta).to(weight.device)
+            wide = torch.promote_types(weight.dtype, delta.dtype)
+            yield weight, (weight.to(wide) + delta).to(weight.dtype)
+
+
 def _plain_weight(model: nn.Module, target: Target) -> Tensor:
     module = model.get_submodule(target.name)
     weight, elements = module.weight, target.in_features * target.out_features
-    if isinstance(weight, Tensor) and weight.is_floating_point() and weight.numel() == elements:
-        return weight
-    raise ValueError(
-        f"{target.name} is a {type(module).__name__} without a plain weight: "
-        "dequantise the model before merging"
-    )
+    floats = isinstance(weight, Tensor) and weight.is_floating_point()
+    if not isinstance(weight, Tensor) or not floats or weight.numel() != elements:
+        raise ValueError(
+            f"{target.name} is a {type(module).__name__} without a plain weight: "
+            "dequantise the model before merging"
+        )
+    if not is_plain(module):
+        raise ValueError(
+            f"{target.name} is a {type(module).__name__}, whose forward is its own and not "
+            "xWᵀ + b: it cannot be merged"
+        )
+    owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
+    if len(owners) > 1:
+        raise ValueError(
+            f"the weight of {target.name} is tied ({', '.join(owners)}): merging would change them "
+            "all. Untie them first, or leave it unmerged"
+        )
+    return weight
 
 
 @torch.no_grad()
@@ -162,8 +202,9 @@ def remove(model: nn.Module) -> None:
     for name, weight in (bank.surgery.merged or {}).items():
         model.get_submodule(name).weight.copy_(weight)  # type: ignore[operator]
     tensors = model.state_dict(keep_vars=True)
-    for name, original in bank.surgery.saved.items():
-        tensors[name].copy_(original)
+    for name, original in (bank.surgery.saved | bank.surgery.buffers).items():
+        if name in tensors:
+            tensors[name].copy_(original)
     _strip(model, bank)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(bank.surgery.requires_grad[name])
@@ -172,5 +213,7 @@ def remove(model: nn.Module) -> None:
 def _strip(model: nn.Module, bank: AdapterBank) -> None:
     for target in bank.targets:
         restore(model.get_submodule(target.name))
+    for name, attribute, value in bank.surgery.attributes:
+        setattr(model.get_submodule(name), attribute, value)
     del model.lora_bank
     model.__dict__.pop("save_pretrained", None)

@@ -146,6 +146,12 @@ def is_conv1d(module: nn.Module) -> bool:
     )
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether an adapted module's base computes xWᵀ + b and nothing else."""
+    base = next(c for c in type(module).__mro__ if not issubclass(c, (LoRAMixin, _Picklable)))
+    return is_conv1d(module) or getattr(base, "forward", None) is nn.Linear.forward
+
+
 def shape_of(module: nn.Module) -> tuple[int, int] | None:
     """(in_features, out_features) of a module that can be adapted, None for any other."""
     if is_conv1d(module):

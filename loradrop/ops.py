@@ -9,6 +9,7 @@ the same forward and backward are the custom ops `loradrop::lora_linear` and
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -86,9 +87,21 @@ def _gradients(run: Callable[..., Grads], ctx: Any, dy: Tensor | None) -> tuple[
     dx = dA = dB = None
     if dy is not None:
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[4], ctx.needs_input_grad[5])
-        dx, dA, dB = run(ctx.backend, dy, x, weight, A, B, h, ctx.scaling, ctx.dropout, seed, needs)
+        with _no_autocast(dy.device.type):
+            dx, dA, dB = run(
+                ctx.backend, dy, x, weight, A, B, h, ctx.scaling, ctx.dropout, seed, needs
+            )
     dy0 = dy if ctx.needs_input_grad[3] else None
     return dx, None, None, dy0, dA, dB, None, None, statistic, None, None, None, None
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    """The op chooses its own dtypes, also where autocast is on around `backward`."""
+    return torch.autocast(device, enabled=False) if _autocasting(device) else nullcontext()
+
+
+def _autocasting(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _run(backend: str, *args: Any) -> Grads:
@@ -253,8 +266,7 @@ def _call(
 ) -> Any:
     dropout, seed, token_weights, return_sqnorm, statistic, backend = options
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    if autocast:
+    if _autocasting(device):
         dtype = torch.get_autocast_dtype(device)
         x, weight = _autocast(x, dtype), _autocast(weight, dtype)
         bias, y0 = _autocast(bias, dtype), _autocast(y0, dtype)
@@ -281,10 +293,7 @@ def _call(
         dispatch.resolve(backend, problem).name,
     )
     run: Callable[..., Any] = _forward_op if torch.compiler.is_compiling() else LoRAFunction.apply
-    if autocast:
-        with torch.autocast(device, enabled=False):
-            y, _, norm = run(*inputs)
-    else:
+    with _no_autocast(device):
         y, _, norm = run(*inputs)
     y = y.reshape(*rows, n)
     return (y, norm.detach()) if return_sqnorm else y

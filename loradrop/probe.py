@@ -37,6 +37,8 @@ def probe(
     batches or a mask that does not fit, RuntimeError naming targets whose forward was never called.
     """
     bank = bank_of(model)
+    if bank.surgery.merged is not None:
+        raise ValueError("the adapters are merged into the weights: call loradrop.remove(model)")
     modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
     with _random_state_kept():
@@ -71,7 +73,8 @@ def _to(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: _to(value, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_to(value, device) for value in batch)
+        moved = [_to(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
     return batch
 
 

@@ -100,7 +100,7 @@ def select(
     else:
         n = len(scores)
         if keep is None and keep_ratio is not None:
-            keep = math.floor(keep_ratio * n + 0.5)
+            keep = math.floor(keep_ratio * n + 0.5 + 1e-9)  # 0.29 · 50 is a little below 14.5
         full = sum(target.parameters for target in scores.targets)
         for count in range(n, -1, -1) if keep is None else [keep]:
             picked = _quota(scores.targets, values, groups, count)
@@ -153,9 +153,8 @@ def _quota(
     targets: Sequence[Target], values: Sequence[float], groups: list[list[int]], keep: int
 ) -> set[int]:
     n = len(targets)
-    shares = [keep * len(members) / n for members in groups]
-    counts = [math.floor(share) for share in shares]
-    by_remainder = sorted(range(len(groups)), key=lambda g: counts[g] - shares[g])
+    counts = [keep * len(members) // n for members in groups]
+    by_remainder = sorted(range(len(groups)), key=lambda g: -(keep * len(groups[g]) % n))
     for g in by_remainder[: keep - sum(counts)]:
         counts[g] += 1
     picked: set[int] = set()
@@ -183,7 +182,7 @@ def _check(
         )
     for name in ("threshold", "keep_ratio", "budget"):
         check_part(name, given[name])
-    if keep is not None and not 0 <= keep <= len(scores):
+    if keep is not None and (not isinstance(keep, int) or not 0 <= keep <= len(scores)):
         raise ValueError(f"keep={keep}: choose a whole number from 0 to the {len(scores)} targets")
     check_choice("scope", scope, SCOPES)
     check_choice("importance", importance, IMPORTANCES)

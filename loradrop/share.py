@@ -72,6 +72,7 @@ def apply(
     bank.assign(slots, pairs)
 
 
+@torch.no_grad()
 def _pair(
     bank: AdapterBank, members: list[int], start: str, scores: Scores | None
 ) -> tuple[Tensor, Tensor]:
@@ -79,14 +80,15 @@ def _pair(
     first: Target = bank.targets[members[0]]
     pairs = [pair for i in members if (pair := bank.factors(i)) is not None]
     if start in ("reinit", "fresh") or not pairs:
-        like = bank.A[0]
-        return fresh(first, like.device, like.dtype)
+        return fresh(first, bank.like.device, bank.like.dtype)
+    chosen = pairs
     if start == "continue":
-        return pairs[0]
-    if start == "top":
+        chosen = pairs[:1]
+    elif start == "top":
         assert scores is not None
         values = scores.values_by_target
-        return bank.factors(max(members, key=lambda i: values[i])) or pairs[0]
-    with torch.no_grad():
-        A, B = (torch.stack(factors).mean(0) for factors in zip(*pairs, strict=True))
+        best = bank.factors(max(members, key=lambda i: values[i]))
+        chosen = pairs[:1] if best is None else [best]
+    # The mean is also the copy: what continues from one adapter never shares its storage.
+    A, B = (torch.stack(factors).mean(0) for factors in zip(*chosen, strict=True))
     return A, B

@@ -455,10 +455,36 @@ def test_one_layer_by_its_full_name() -> None:
     refused(r"layers\.1\.query.*1 of 3", net(), "layers.1.query")
 
 
+class Outer(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.a, self.b = model, nn.Linear(4, 4), nn.Linear(4, 4)
+
+
 def test_nothing_by_default() -> None:
-    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     with pytest.raises(ValueError, match=r"target_modules.*a \(1\), b \(1\)"):
-        loradrop.inject(model, LoRAConfig(r=R))
+        loradrop.inject(Outer(nn.Identity()), LoRAConfig(r=R))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Linear(WIDTH, WIDTH)),
+        nn.ModuleList([nn.Linear(WIDTH, WIDTH)]),
+        nn.ModuleDict({"0": nn.Linear(WIDTH, WIDTH)}),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_bare_container(model: nn.Module) -> None:
+    """A Sequential runs its bank as one more link, which passes its input on."""
+    x, linear = torch.randn(3, WIDTH), model.get_submodule("0")
+    expected = linear(x)
+    bank = loradrop.inject(model, config("0", strict=False))
+    nn.init.normal_(bank.B[0])
+    y = model(x) if isinstance(model, nn.Sequential) else linear(x)
+    torch.testing.assert_close(y, expected + x @ bank.delta(0).T)
+    loradrop.remove(model)
+    assert torch.equal(linear(x), expected) and len(model) == 1
 
 
 @pytest.mark.parametrize("r", [0, -4])
@@ -495,9 +521,8 @@ def test_a_second_injection() -> None:
     loradrop.inject(model, config())
     with pytest.raises(ValueError, match="remove"):
         loradrop.inject(model, config("mix"))
-    outer = nn.ModuleDict({"model": model})
     with pytest.raises(ValueError, match="remove"):
-        loradrop.inject(outer, config("mix"))
+        loradrop.inject(Outer(model), config("a"))
 
 
 @pytest.mark.parametrize("wrapped", [True, False], ids=["PeftModel", "its base"])

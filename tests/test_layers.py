@@ -140,14 +140,15 @@ def test_any_batch_in_any_mode(mode: Any, shape: tuple[int, ...]) -> None:
         assert torch.equal(model(x), Stack()(x))
 
 
-def test_a_model_in_a_sequential() -> None:
-    """A bank among the children of a Sequential is no step of it."""
+def test_layers_of_a_sequential() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(K, K), nn.Tanh(), nn.Linear(K, N))
+    model = Holder(nn.Sequential(nn.Linear(K, K), nn.Tanh(), nn.Linear(K, N)))
     x = torch.randn(2, K)
     expected = model(x)
     inject(model, "0", "2")
     assert torch.equal(model(x), expected)
+    wake(model)
+    assert not torch.equal(model(x), expected)
 
 
 def test_eval_and_p_zero_draw_no_random_number() -> None:

@@ -130,7 +130,7 @@ def test_error_of_the_norm_is_within_that_of_pytorch(
                 float(through_op(t, backend, 0.0)[4]),
                 *(float(through_torch(t, d, 0.0)[4]) for d in (dtype, torch.float64)),
             ]
-            for t in (draw(AWKWARD[name], dtype, seed) for seed in range(40))
+            for t in (draw(AWKWARD[name], dtype, seed) for seed in range(32))
         ],
         dtype=torch.float64,
     ).T
@@ -183,8 +183,8 @@ def test_scaling_does_not_overflow_float16(backend: str) -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
-def test_gradcheck(backend: str | None, p: float) -> None:
+@each_backend
+def test_gradcheck(backend: str, p: float) -> None:
     t = draw(Shape(3, 5, 4, 2), torch.float64)
     more: dict[str, Any] = {"dropout": p, "seed": SEED if p else None, "backend": backend}
 
@@ -816,8 +816,16 @@ def test_opcheck_of_the_forward(given: dict[str, Any], backend: str, dtype: torc
     )
 
 
-@each_backend
-@pytest.mark.parametrize("needs", [[True, True, True], [False, True, False], [False, False, True]])
+@pytest.mark.parametrize(
+    ("needs", "backend"),
+    [
+        ([True, True, True], "reference"),
+        ([True, True, True], "eager"),
+        ([False, True, False], "eager"),
+        ([False, False, True], "eager"),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_opcheck_of_the_backward(p: float, needs: list[bool], backend: str) -> None:
     t = draw(Shape(5, 8, 6, 3), torch.bfloat16)

@@ -413,12 +413,34 @@ def test_evaluation_between_steps_counts_nothing() -> None:
     def run(**batch: Tensor) -> Tensor:
         with torch.no_grad():
             model(**data[0])
-            model(data[0]["input_ids"], torch.ones(1, 99))  # as the mask of a KV cache: longer
         return model(**batch)
 
     scores = online(model, data, run)
     torch.testing.assert_close(scores.rows, offline.rows, rtol=1e-12, atol=0)
     assert scores.tokens == offline.tokens
+
+
+def test_generating_between_steps_needs_no_mask_that_fits() -> None:
+    """With a KV cache the mask is longer than the tokens; and there is nothing to collect."""
+    model, data = net(), batches(1)
+    collector = Collector(model, model.lora_bank, online=True)
+    with torch.no_grad():
+        model(data[0]["input_ids"], torch.ones(2, 99))
+    collector.detach()
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_evaluation_before_a_backward_leaves_its_mask_alone(reentrant: bool) -> None:
+    model, batch = net(reentrant), batches(1)[0]
+    expected = loradrop.probe(model, [batch]).rows[0]
+    collector = Collector(model, model.lora_bank, online=True)
+    loss = step(model, batch)
+    with torch.no_grad():
+        model(batch["input_ids"], torch.ones_like(batch["attention_mask"]))
+    loss.backward()
+    collector.close_row()
+    collector.detach()
+    torch.testing.assert_close(collector.scores().rows[0], expected, rtol=1e-12, atol=0)
 
 
 def test_two_passes_of_one_backward() -> None:

@@ -8,6 +8,7 @@ stratified sample. Ours, because the paper's text leaves them open or we could n
 the scope, the length of the warm-up, what follows it.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -80,12 +81,12 @@ class LoRADrop(Method):
             raise ValueError(f"give one of {' and '.join(given)}, not both")
         for name in ("threshold", "keep_ratio", "budget"):
             check_part(name, getattr(self, name))
-        if self.keep is not None and self.keep < 0:
+        if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 0):
             raise ValueError(f"keep={self.keep}: choose a whole number of at least 0")
         for name, known in _CHOICES.items():
             check_choice(name, getattr(self, name), known)
         steps = self.probe_steps
-        if steps <= 0 or (steps >= 1 and steps != int(steps)):
+        if not 0 < steps < math.inf or (steps >= 1 and steps != int(steps)):
             raise ValueError(
                 f"probe_steps={steps}: choose a part of all steps in (0, 1), "
                 "or a whole number of steps"
