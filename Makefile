@@ -23,7 +23,7 @@ help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
 
 demo: $(BASE) $(MODEL) ## LoRA-drop on a real encoder and real text: a few minutes on a CPU
-	@$(BIN)/loradrop train examples/demo.yaml
+	@$(BIN)/loradrop train examples/demo.yaml --resume
 
 test: lint $(MODEL) ## lint, then all tests
 	@$(BIN)/pytest -n auto --maxprocesses 8 $(PYTEST_FLAGS)

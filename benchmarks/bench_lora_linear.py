@@ -27,7 +27,7 @@ from typing import Any
 
 import timing
 import torch
-from providers import Case, Output, check, frozen, make_case, providers
+from providers import Case, Output, check, forget, frozen, make_case, providers
 from timing import Cell, Row
 from torch import nn
 
@@ -70,6 +70,7 @@ def run_cell(cell: Cell, device: str, seconds: float, facts: Row) -> tuple[list[
             errors.append(f"{key} is wrong, and gets no number: {error}")
             continue
         chosen[key], calls[key] = provider, partial(timed, provider.make(case), case)
+    forget()
     rows = []
     for key, sample in timing.measure(calls, device, seconds).items():
         provider, row = chosen[key], cell._asdict() | facts | {"date": date}

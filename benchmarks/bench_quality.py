@@ -28,7 +28,8 @@ from loradrop.data import DataConfig, TextTask, collator, load_task, metric_fn, 
 from loradrop.files import read_json, write_json
 from loradrop.methods import LoRA, LoRADrop, Method
 from loradrop.plan import versions
-from loradrop.run import RunConfig, build
+from loradrop.run import build
+from loradrop.run_config import RunConfig
 from loradrop.selection import Scores
 from loradrop.settings import TrainConfig
 from loradrop.train import fit

@@ -24,7 +24,7 @@ COLUMNS = (
 )
 ROUNDS = (7, 51)  # at least, at most
 _FLUSH_BYTES = 256 << 20  # several times any L2
-_SLEEP_CYCLES = 2_000_000  # about a millisecond, longer than launching takes
+_SLEEP_CYCLES = 10_000_000  # some milliseconds, longer than launching takes
 
 # One thread, and a C library that keeps freed memory. Otherwise new pages for temporaries cost as
 # much as the arithmetic or nothing, by what ran before. Who has most temporaries gains most.

@@ -15,7 +15,7 @@ import loradrop
 
 if TYPE_CHECKING:
     from loradrop.plan import Plan
-    from loradrop.run import RunConfig
+    from loradrop.run_config import RunConfig
 
 SENTENCES = (
     "The train to the coast leaves at seven, and it is rarely late.",
@@ -25,7 +25,8 @@ SENTENCES = (
 
 
 def _train(args: argparse.Namespace) -> int:
-    from loradrop.run import folder_of, run
+    from loradrop.run import run
+    from loradrop.run_config import folder_of
 
     _quiet()
     config = _config(args.settings)
@@ -142,7 +143,7 @@ def _env(args: argparse.Namespace) -> int:
 
 def _config(settings: Sequence[str]) -> "RunConfig":
     """From CONFIG.yaml, which has no `=`, and the overrides after it."""
-    from loradrop.run import read_config
+    from loradrop.run_config import read_config
 
     named = bool(settings) and "=" not in settings[0]
     return read_config(settings[0] if named else None, settings[named:])

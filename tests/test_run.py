@@ -27,18 +27,8 @@ from transformers import (
 import loradrop
 from loradrop import LoRA, LoRADrop
 from loradrop.data import DataConfig, collator, load_task, tokenize
-from loradrop.run import (
-    MINILM,
-    RunConfig,
-    build,
-    folder_of,
-    load_base,
-    measure,
-    read_config,
-    resolve_model,
-    run,
-    warm_up_run,
-)
+from loradrop.run import build, load_base, measure, resolve_model, run, warm_up_run
+from loradrop.run_config import MINILM, RunConfig, folder_of, read_config
 
 GOOD, BAD = ("good", "great", "fine"), ("bad", "dull", "poor")
 WORDS = (*GOOD, *BAD, "a", "film", "is", "it", "one", "play", "so", "song", "the", "this", "was")

