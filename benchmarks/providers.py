@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from loradrop import reference
 from loradrop.ops import lora_linear
-from loradrop.philox import keep_mask
+from loradrop.philox import keep_mask, quantize
 from loradrop.testing import assert_within, torch_delta
 
 NORM_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
@@ -194,7 +194,7 @@ def _outputs(case: Case, run: Callable[[], Output], backward: bool) -> dict[str,
 @lru_cache(maxsize=4)
 def _truth(case: Case, bare: bool, backward: bool) -> tuple[dict[str, Tensor | None], ...]:
     """What PyTorch's own path gives, and float64; `bare` is without the adapter."""
-    p, seed, kept = case.dropout, None, None
+    p, seed, kept = quantize(case.dropout), None, None
     if p:
         torch.manual_seed(0)
         seed = torch.randint(0, 1 << 62, (), device=case.x.device)
@@ -219,7 +219,7 @@ def _truth(case: Case, bare: bool, backward: bool) -> tuple[dict[str, Tensor | N
 
 
 def check(provider: Provider, case: Case, backward: bool) -> None:
-    """Values, gradients and norm against float64, within 1.2 times the error of PyTorch's own path.
+    """Values, gradients and norm against float64, within twice the error of PyTorch's own path.
 
     A provider whose dropout mask is not ours is checked without dropout. Raises AssertionError.
     """
@@ -233,7 +233,7 @@ def check(provider: Provider, case: Case, backward: bool) -> None:
             continue
         assert actual[name] is not None, f"{name} is missing"
         try:
-            assert_within(actual[name], torch_path[name], exact[name])
+            assert_within(actual[name], torch_path[name], exact[name], factor=2.0)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
     assert (actual["sqnorm"] is not None) == provider.norm, "a norm nobody asked for, or none"

@@ -86,7 +86,7 @@ def measure(bench: ModuleType, direction: str, dropout: float = 0.0) -> tuple[li
 
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
 def test_dropout_has_the_reference_s_mask(bench: ModuleType, direction: str) -> None:
-    rows, errors = measure(bench, direction, dropout=0.5)
+    rows, errors = measure(bench, direction, dropout=0.1)
     assert errors == []
     assert {(row["provider"], row["norm"]) for row in rows} == SIX
 
