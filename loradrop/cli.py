@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import logging
+import os
 import shlex
 import sys
 import warnings
@@ -272,6 +273,8 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None: the process's own) and return its exit status."""
+    # Before torch is loaded: threads that spin while they wait stall each other on shared cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         args = _parse(argv)
