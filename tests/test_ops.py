@@ -970,3 +970,19 @@ def test_rounding_is_all_that_differs_from_the_equations(
     per_token = (S * h @ B.T).square().sum(1)
     want = float(per_token.sum() if weights is None else (weights.double() * per_token).sum())
     assert float(norm) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("scaling", [2.0, 0.25, 1.7, -0.5])
+def test_a_bias_on_many_half_precision_rows(scaling: float) -> None:
+    """Where the bias travels as a column of the thin product, y is no worse than PyTorch's."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(s, generator=generator).bfloat16() for s in ((640, 48), (40, 48)))
+    bias = 3 * torch.randn(40, generator=generator).bfloat16()
+    A, B = (torch.randn(s, generator=generator) for s in ((8, 48), (40, 8)))
+    y = lora_linear(x, weight, bias, A, B, scaling, backend="eager")
+    a, b = A.bfloat16(), B.bfloat16()
+    h = (x.double() @ a.double().T).bfloat16()
+    exact = x.double() @ weight.double().T + bias.double() + scaling * (h.double() @ b.double().T)
+    base = torch.nn.functional.linear(x, weight, bias)
+    torch_path = base + torch.nn.functional.linear(h, b) * scaling
+    assert_within(y, torch_path, exact)
