@@ -190,7 +190,7 @@ def _save_merged(model: nn.Module, bank: AdapterBank, folder: Path) -> None:
         raise ValueError(f"{folder} holds an adapter, which would be loaded on top: choose another")
     merged = {}
     if bank.surgery.merged is None:
-        merged = {id(weight): new for weight, new in folded(model)}
+        merged = {id(weight): new for _, weight, new in folded(model)}
     state = {k: merged.get(id(v), v.detach()) for k, v in base_state(model).items()}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as draft:

@@ -133,13 +133,12 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> None:
     bank = bank_of(model)
     if bank.surgery.merged is not None:
         raise ValueError("the adapters are merged already")
-    weights = {target.name: _plain_weight(model, target) for target in bank.targets}
-    originals = None
-    if keep_original:
-        originals = {name: weight.detach().clone() for name, weight in weights.items()}
-    for weight, merged in folded(model):
+    originals: dict[str, Tensor] = {}
+    for name, weight, merged in folded(model):
+        if keep_original:
+            originals[name] = weight.detach().clone()
         weight.copy_(merged)
-    if originals is not None:
+    if keep_original:
         bank.surgery.merged, bank.enabled = originals, False
         return
     _strip(model, bank)
@@ -147,19 +146,20 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> None:
 
 
 @torch.no_grad()
-def folded(model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """(a target's weight, W + s·B·A in float32 rounded once to its dtype), one after another.
+def folded(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(a target's name, its weight, W + s·B·A in float32 rounded once), one after another.
 
-    Raises ValueError as `merge`.
+    Targets without an adapter are left out. Raises ValueError as `merge`, before the first.
     """
     bank = bank_of(model)
-    for i, target in enumerate(bank.targets):
-        weight, delta = _plain_weight(model, target), bank.delta(i)
+    weights = {target.name: _plain_weight(model, target) for target in bank.targets}
+    for i, (name, weight) in enumerate(weights.items()):
+        delta = bank.delta(i)
         if delta is not None:
-            transposed = is_conv1d(model.get_submodule(target.name))
+            transposed = is_conv1d(model.get_submodule(name))
             delta = (delta.T if transposed else delta).to(weight.device)
             wide = torch.promote_types(weight.dtype, delta.dtype)
-            yield weight, (weight.to(wide) + delta).to(weight.dtype)
+            yield name, weight, (weight.to(wide) + delta).to(weight.dtype)
 
 
 def _plain_weight(model: nn.Module, target: Target) -> Tensor:
