@@ -2,64 +2,153 @@
 refusal.
 """
 
+import functools
+import importlib.util
+import os
+import warnings
 from collections.abc import Callable
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from loradrop import eager, reference
+from loradrop.costs import Problem, choose_measured, choose_predicted
 
-Forward = Callable[..., tuple[Tensor, Tensor]]
+Forward = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
 Backward = Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
 
 
-class Problem(NamedTuple):
-    """What a backend may know before it runs: x (m, k) times weight (n, k), rank r."""
-
-    device: str
-    dtype: torch.dtype
-    m: int
-    k: int
-    n: int
-    r: int
-    dropout: float
-
-
 class Backend(NamedTuple):
-    """One implementation of the op: `forward`, `backward` and `sqnorm` with the signatures of
-    `reference`.
+    """One implementation of the op.
+
+    forward    (x, weight, bias, y0, A, B, scaling, dropout, seed, token_weights, norm)
+               -> y (M, N), h (M, r), mask, sqnorm: as `reference.forward` and `reference.sqnorm`;
+               sqnorm is None without `norm`
+    backward   (dy, x, weight, A, B, h, mask, scaling, dropout, seed, needs) -> dx, dA, dB: as
+               `reference.backward`, given the h and the mask of its own forward
+
+    mask is None where the backend draws dropout anew (`masks` off), else (M, row_bytes(K)) uint8.
     """
 
     name: str
     available: Callable[[], str | None]  # None, or why it cannot run on this machine
     supports: Callable[[Problem], str | None]  # None, or why it cannot serve this call
-    forward: Forward
-    backward: Backward
-    sqnorm: Callable[..., Tensor]
+    load: Callable[[], Any]  # the object that has `forward` and `backward`
+    masks: bool = False
+
+    @property
+    def forward(self) -> Forward:
+        """The forward pass; for kernels, their first import."""
+        return self.load().forward  # type: ignore[no-any-return]
+
+    @property
+    def backward(self) -> Backward:
+        """The backward pass."""
+        return self.load().backward  # type: ignore[no-any-return]
+
+
+class _Plain:
+    """A module with `forward`, `backward` and `sqnorm` as a backend: it keeps no mask."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        y0: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        dropout: float,
+        seed: Tensor | None,
+        token_weights: Tensor | None,
+        norm: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        y, h = self.module.forward(x, weight, bias, y0, A, B, scaling, dropout, seed)
+        return y, h, None, self.module.sqnorm(h, B, scaling, token_weights) if norm else None
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        h: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        dropout: float,
+        seed: Tensor | None,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        grads: tuple[Tensor | None, Tensor | None, Tensor | None] = self.module.backward(
+            dy, x, weight, A, B, h, scaling, dropout, seed, needs
+        )
+        return grads
 
 
 def _always(*_: object) -> str | None:
     return None
 
 
-def _missing(what: str) -> Callable[..., str | None]:
-    return lambda *_: f"{what} are not part of this version"
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels in Python, on the CPU: Triton's own switch."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _absent(*_: object) -> NoReturn:
-    raise NotImplementedError("this backend has no kernels in this version")
+@functools.cache
+def _triton_available() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'loradrop[triton]'"
+    if _interpreted() or torch.cuda.is_available():
+        return None
+    return "PyTorch finds no CUDA device, and Triton's interpreter (TRITON_INTERPRET=1) is off"
 
 
-_NO_TRITON = _missing("the Triton kernels")
-_NO_CUDA = _missing("the CUDA kernels")
+def _triton_supports(problem: Problem) -> str | None:
+    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernels compute in float32, float16 and bfloat16, not {problem.dtype}"
+    if problem.r > 256:
+        return f"the kernels hold ranks up to 256, not {problem.r}"
+    if problem.device == "cpu" and not _interpreted():
+        return "the tensors are on a CPU and Triton's interpreter (TRITON_INTERPRET=1) is off"
+    if problem.device == "cpu" and problem.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies bfloat16 wrongly; take float16 or float32"
+    if problem.device not in ("cpu", "cuda"):
+        return f"the kernels are for CUDA devices, not {problem.device}"
+    if problem.device == "cuda" and problem.arch < 80:
+        return f"compute capability 8.0 is needed, not {problem.arch / 10}"
+    return None
+
+
+def _cuda_missing(*_: object) -> str | None:
+    return "the CUDA kernels are not part of this version"
+
+
+def _load_fused(name: str) -> Callable[[], Any]:
+    @functools.cache
+    def load() -> Any:
+        from loradrop import fused
+
+        return getattr(fused, name)
+
+    return load
+
+
+_REFERENCE, _EAGER = _Plain(reference), _Plain(eager)
 _BACKENDS = {
-    "reference": Backend(
-        "reference", _always, _always, reference.forward, reference.backward, reference.sqnorm
-    ),
-    "eager": Backend("eager", _always, _always, eager.forward, eager.backward, eager.sqnorm),
-    "triton": Backend("triton", _NO_TRITON, _NO_TRITON, _absent, _absent, eager.sqnorm),
-    "cuda": Backend("cuda", _NO_CUDA, _NO_CUDA, _absent, _absent, eager.sqnorm),
+    backend.name: backend
+    for backend in (
+        Backend("reference", _always, _always, lambda: _REFERENCE),
+        Backend("eager", _always, _always, lambda: _EAGER),
+        Backend("thin", _triton_available, _triton_supports, _load_fused("THIN"), masks=True),
+        Backend("triton", _triton_available, _triton_supports, _load_fused("TRITON"), masks=True),
+        Backend("cuda", _cuda_missing, _cuda_missing, _load_fused("CUDA"), masks=True),
+    )
 }
 
 
@@ -68,17 +157,39 @@ def backends() -> list[Backend]:
     return list(_BACKENDS.values())
 
 
+@functools.cache
+def _say_once(refusal: str) -> None:
+    warnings.warn(f"LoRA runs as plain PyTorch calls: {refusal}", stacklevel=4)
+
+
+@functools.lru_cache(maxsize=4096)
 def choose(problem: Problem) -> str:
     """The backend that an unnamed call gets.
 
-    The reference in float64, plain PyTorch calls otherwise.
+    The reference in float64, plain PyTorch calls on a CPU. On a CUDA device, what the shipped
+    measurements show to be fastest, and the roofline's guess where they hold nothing near.
     """
-    return "reference" if problem.dtype == torch.float64 else "eager"
+    if problem.dtype == torch.float64:
+        return "reference"
+    if problem.device != "cuda":
+        return "eager"
+    refusal = _triton_available() or _triton_supports(problem)
+    if refusal is not None:
+        _say_once(refusal)
+        return "eager"
+    return choose_measured(problem) or choose_predicted(problem)
 
 
 def get(name: str) -> Backend:
     """The backend of that name, able or not."""
     return _BACKENDS[name]
+
+
+def known(name: str) -> str:
+    """`name` itself. Raises ValueError for one that is no backend's."""
+    if name not in _BACKENDS:
+        raise ValueError(f"backend={name!r}: choose one of {', '.join(_BACKENDS)}, or None")
+    return name
 
 
 def resolve(name: str | None, problem: Problem) -> Backend:
@@ -89,9 +200,7 @@ def resolve(name: str | None, problem: Problem) -> Backend:
     """
     if name is None:
         return _BACKENDS[choose(problem)]
-    if name not in _BACKENDS:
-        raise ValueError(f"backend={name!r}: choose one of {', '.join(_BACKENDS)}, or None")
-    backend = _BACKENDS[name]
+    backend = _BACKENDS[known(name)]
     reason = backend.available() or backend.supports(problem)
     if reason is not None:
         raise RuntimeError(

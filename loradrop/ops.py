@@ -8,6 +8,7 @@ the same forward and backward are the custom ops `loradrop::lora_linear` and
 `loradrop::lora_linear_backward`.
 """
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
@@ -19,9 +20,13 @@ from torch.nn.functional import linear
 
 from loradrop import dispatch, philox
 from loradrop.checks import check_operands, check_options
+from loradrop.costs import Problem
 
 _Maybe = TypeVar("_Maybe", Tensor, Tensor | None)
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+# y (M, N), h (M, r), mask (M, row_bytes(K)), sqnorm 0-dim. A mask or norm not there is empty.
+Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
+_AUTO = "auto"
 
 
 class _Call(NamedTuple):
@@ -53,28 +58,29 @@ class _Options(NamedTuple):
     backend: str | None
 
 
-def _forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(y (M, N), h (M, r), sqnorm 0-dim; sqnorm has no element where nobody asks for it)."""
+def _forward(*inputs: Any) -> Outputs:
     call = _Call(*inputs)
-    backend = dispatch.get(call.backend)
     operands = call[:6]  # x to B
-    y, h = backend.forward(*operands, call.scaling, call.dropout, call.seed)
-    if not call.norm:
-        return y, h, _nothing(call.x)
-    return y, h, backend.sqnorm(h, call.B, call.scaling, call.token_weights)
+    y, h, mask, norm = dispatch.get(call.backend).forward(
+        *operands, call.scaling, call.dropout, call.seed, call.token_weights, call.norm
+    )
+    return (
+        y,
+        h,
+        _nothing(call.x, torch.uint8) if mask is None else mask,
+        _nothing(call.x) if norm is None else norm,
+    )
 
 
-def _nothing(like: Tensor) -> Tensor:
-    return like.new_empty(0, dtype=torch.float32)
+def _nothing(like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return like.new_empty(0, dtype=dtype)
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    call, (_, h, norm) = _Call(*inputs), output
-    ctx.mark_non_differentiable(h, norm)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
+    call, (_, h, mask, norm) = _Call(*inputs), output
+    ctx.mark_non_differentiable(h, mask, norm)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(call.x, call.weight, call.A, call.B, h, call.seed, norm)
+    ctx.save_for_backward(call.x, call.weight, call.A, call.B, h, mask, call.seed, norm)
     ctx.scaling, ctx.dropout, ctx.backend = call.scaling, call.dropout, call.backend
 
 
@@ -82,14 +88,14 @@ def _gradients(run: Callable[..., Grads], ctx: Any, dy: Tensor | None) -> tuple[
     """One gradient per input of `_Call`. That of `statistic` is the norm: autograd sums it over the
     passes.
     """
-    x, weight, A, B, h, seed, norm = ctx.saved_tensors
+    x, weight, A, B, h, mask, seed, norm = ctx.saved_tensors
     statistic = norm.double() if ctx.needs_input_grad[8] else None
     dx = dA = dB = None
     if dy is not None:
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[4], ctx.needs_input_grad[5])
         with _no_autocast(dy.device.type):
             dx, dA, dB = run(
-                ctx.backend, dy, x, weight, A, B, h, ctx.scaling, ctx.dropout, seed, needs
+                ctx.backend, dy, x, weight, A, B, h, mask, ctx.scaling, ctx.dropout, seed, needs
             )
     dy0 = dy if ctx.needs_input_grad[3] else None
     return dx, None, None, dy0, dA, dB, None, None, statistic, None, None, None, None
@@ -109,7 +115,26 @@ def _autocasting(device: str) -> bool:
 
 
 def _run(backend: str, *args: Any) -> Grads:
-    return dispatch.get(backend).backward(*args)
+    dy, x, weight, A, B, h, mask, *rest = args
+    mask = mask if mask.ndim == 2 else None
+    return dispatch.get(backend).backward(dy, x, weight, A, B, h, mask, *rest)
+
+
+def _problem(
+    x: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, dropout: float, grad: bool = True
+) -> Problem:
+    """What the dispatcher may know; x (M, K)."""
+    (m, k), (n, r) = x.shape, B.shape
+    arch, sms = _machine(x.device) if x.device.type == "cuda" else (0, 0)
+    return Problem(
+        x.device.type, x.dtype, m, k, n, r, dropout, grad, weight is not None, arch, sms
+    )
+
+
+@functools.cache
+def _machine(device: torch.device) -> tuple[int, int]:
+    facts = torch.cuda.get_device_properties(device)
+    return 10 * facts.major + facts.minor, facts.multi_processor_count
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -118,7 +143,7 @@ class LoRAFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, *inputs: Any) -> Outputs:
         # Not a separate setup_context: torch would inspect the signature in every call, for 40 µs.
         output = _forward(*inputs)
         _setup_context(ctx, inputs, output)
@@ -130,22 +155,51 @@ class LoRAFunction(torch.autograd.Function):
         return _gradients(_run, ctx, dy)
 
 
+# Under `torch.compile` the backend is chosen when the op runs, for the sizes it then has: "auto" is
+# an unnamed one. What the op returns must not depend on the choice.
+
+
+def _named(call: _Call) -> str:
+    name = None if call.backend == _AUTO else call.backend
+    problem = _problem(call.x, call.weight, call.A, call.B, call.dropout)
+    return dispatch.resolve(name, problem).name
+
+
+def _keeps_mask(call: _Call) -> bool:
+    if call.dropout == 0.0:
+        return False
+    if call.backend == _AUTO:
+        return call.x.device.type == "cuda"
+    return dispatch.get(call.backend).masks
+
+
+def _forward_now(*inputs: Any) -> Outputs:
+    call = _Call(*inputs)
+    y, h, mask, norm = _forward(*call._replace(backend=_named(call)))
+    if _keeps_mask(call) and mask.ndim == 1:
+        mask = mask.new_empty(call.x.shape[0], philox.row_bytes(call.x.shape[1]))  # never read
+    return y, h, mask, norm
+
+
 _forward_op = torch.library.custom_op(
     "loradrop::lora_linear",
-    _forward,
+    _forward_now,
     mutates_args=(),
     schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor? y0, Tensor A, Tensor B, Tensor? seed, "
     "Tensor? token_weights, Tensor? statistic, float scaling, float dropout, bool norm, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
+    "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_forward_op.register_fake
-def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(*inputs: Any) -> Outputs:
     call = _Call(*inputs)
-    m, r, n = call.x.shape[0], call.A.shape[0], call.B.shape[0]
+    (m, k), r, n = call.x.shape, call.A.shape[0], call.B.shape[0]
+    mask = _nothing(call.x, torch.uint8)
+    if _keeps_mask(call):
+        mask = mask.new_empty(m, philox.row_bytes(k))
     norm = call.x.new_empty((), dtype=torch.float32) if call.norm else _nothing(call.x)
-    return call.x.new_empty((m, n)), call.x.new_empty((m, r)), norm
+    return call.x.new_empty((m, n)), call.x.new_empty((m, r)), mask, norm
 
 
 @torch.library.custom_op("loradrop::lora_linear_backward", mutates_args=())
@@ -157,12 +211,15 @@ def _backward_op(
     A: Tensor,
     B: Tensor,
     h: Tensor,
+    mask: Tensor,
     scaling: float,
     dropout: float,
     seed: Tensor | None,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grads = _run(backend, dy, x, weight, A, B, h, scaling, dropout, seed, tuple(needs))
+    name = None if backend == _AUTO else backend
+    backend = dispatch.resolve(name, _problem(x, weight, A, B, dropout)).name
+    grads = _run(backend, dy, x, weight, A, B, h, mask, scaling, dropout, seed, tuple(needs))
     dx, dA, dB = (_nothing(x) if grad is None else grad for grad in grads)
     return dx, dA, dB
 
@@ -176,6 +233,7 @@ def _(
     A: Tensor,
     B: Tensor,
     h: Tensor,
+    mask: Tensor,
     scaling: float,
     dropout: float,
     seed: Tensor | None,
@@ -283,8 +341,12 @@ def _call(
     check_options(x, dropout, seed, token_weights, statistic)
     rows, n = x.shape[:-1], B.shape[0]
     flat = x.reshape(-1, x.shape[-1])
-    m, k = flat.shape
-    problem = dispatch.Problem(device, x.dtype, m, k, n, A.shape[0], dropout)
+    compiling = torch.compiler.is_compiling()
+    needs_grad = torch.is_grad_enabled() and _any_requires_grad(x, y0, A, B, statistic)
+    name = _AUTO if backend is None else dispatch.known(backend)
+    if not compiling:
+        problem = _problem(flat, weight, A, B, dropout, needs_grad)
+        name = dispatch.resolve(backend, problem).name
     inputs = _Call(
         flat,
         weight,
@@ -298,15 +360,15 @@ def _call(
         float(scaling),
         dropout,
         return_sqnorm or statistic is not None,
-        dispatch.resolve(backend, problem).name,
+        name,
     )
-    run: Callable[..., Any] = LoRAFunction.apply
-    if torch.compiler.is_compiling():
+    run: Callable[..., Any] = _forward
+    if compiling:
         run = _forward_op
-    elif not (torch.is_grad_enabled() and _any_requires_grad(x, y0, A, B, statistic)):
-        run = _forward
+    elif needs_grad:
+        run = LoRAFunction.apply
     with _no_autocast(device):
-        y, _, norm = run(*inputs)
+        y, _, _, norm = run(*inputs)
     y = y.reshape(*rows, n)
     return (y, norm.detach()) if return_sqnorm else y
 

@@ -28,6 +28,11 @@ def quantize(p: float) -> float:
     return lanes / _RESOLUTION
 
 
+def row_bytes(columns: int) -> int:
+    """The bytes of one row of a mask kept as bits: whole words of 32 columns, lowest bit first."""
+    return -(-columns // 32) * 4
+
+
 def philox4x32(counter: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 of (counter, 0, 0) under the 64-bit key `seed`.
 

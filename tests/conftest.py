@@ -13,12 +13,26 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In the interpreter's process only what runs kernels; elsewhere everything but that."""
+    chosen, rest = [], []
     for item in items:
-        if item.get_closest_marker("gpu"):
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        kernels = parameters.get("backend") in ("thin", "triton", "cuda")
+        if kernels and parameters.get("dtype") == torch.float64:
+            rest.append(item)  # no kernel computes in float64
+        elif INTERPRETED:
+            wanted = kernels or item.get_closest_marker("interpreter")
+            (chosen if wanted else rest).append(item)
+        else:
+            chosen.append(item)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    items[:] = chosen
+    config.hook.pytest_deselected(items=rest)
 
 
 @pytest.fixture(scope="session", autouse=True)

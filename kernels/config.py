@@ -1,0 +1,159 @@
+"""How a kernel is cut into tiles: pure functions of the machine and the problem.
+
+They return one of a few dozen configurations, each of which `tests/test_aot.py` compiles for the
+architectures it is for: no spilled register, shared memory within the limit, matrix instructions.
+Nothing is tuned at run time.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Machine(NamedTuple):
+    """What a choice may depend on. `arch` 0 is the interpreter, which gets small tiles."""
+
+    arch: int  # 10·major + minor of the compute capability
+    sms: int  # multiprocessors
+
+
+class Thin(NamedTuple):
+    """`shrink`: BM rows and BK columns of x a step, K split over `split` programs."""
+
+    BM: int
+    BK: int
+    split: int
+    warps: int
+    stages: int
+    B_ROWS: int = 256  # rows of B in one program of its Gram matrix
+
+
+class Wide(NamedTuple):
+    """`gemm_ext`, `single_pass`, `expand`: tiles of BM x BN outputs, BK of the sum a step."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+    group: int = 8  # rows of tiles that go through the columns together
+    tma: bool = False  # tensor memory accelerator for the wide operands
+    halves: int = 1  # parts in which a tile is stored, each in its turn in shared memory
+    per_sm: int = 1  # programs that live on one multiprocessor
+    pdl: bool = False  # start while the launch before is still running
+
+
+class Tall(NamedTuple):
+    """`outer`: BC columns of the result, BM rows of the sum a step, M split over `split` parts."""
+
+    BC: int
+    BM: int
+    split: int
+    warps: int
+    stages: int
+
+
+INTERPRETER = Machine(0, 3)
+_ROOMY = (80, 90, 100, 103)  # at least 163 KiB of shared memory a block; 99 KiB elsewhere
+
+
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def rank_tile(r: int) -> int:
+    """The width of a tile that holds the rank r: a power of two, and at least the 16 of an MMA."""
+    return max(16, power_of_two(r))
+
+
+def thin(machine: Machine, dtype: torch.dtype, m: int, k: int, r: int) -> Thin:
+    """For `shrink` of x (m, k) to rank r."""
+    ranks = rank_tile(r)
+    if machine.arch == 0:
+        return Thin(32, 64, 2 if k > 128 else 1, 4, 2, 64)
+    if dtype == torch.float32:
+        BM, BK, warps, stages = 32, 32, 4 if ranks <= 64 else 8, 2
+    else:
+        BM = min(64, max(16, power_of_two(m)))
+        BK, warps, stages = {
+            16: (128, 4, 4),
+            32: (128, 4, 3),
+            64: (64, 4, 4),
+            128: (64, 8, 3),
+            256: (32, 8, 3),
+        }[ranks]
+        stages = stages if machine.arch in _ROOMY else 2
+    # Enough programs to fill the machine, each with at least 512 columns to read.
+    programs = cdiv(m, BM)
+    split = min(power_of_two(cdiv(machine.sms, programs)), max(1, k // 512), 32)
+    return Thin(BM, BK, split if 2 * programs <= machine.sms else 1, warps, stages)
+
+
+def tall(machine: Machine, dtype: torch.dtype, m: int, c: int, r: int) -> Tall:
+    """For `outer` of p (m, c) and q (m, r)."""
+    ranks = rank_tile(r)
+    if machine.arch == 0:
+        return Tall(64, 32, 2 if m > 64 else 1, 4, 2)
+    if dtype == torch.float32:
+        BC, BM, warps, stages = 64, 32, 4 if ranks <= 64 else 8, 2
+    else:
+        BC, BM, warps, stages = {
+            16: (128, 64, 4, 4),
+            32: (128, 64, 4, 4),
+            64: (128, 64, 4, 3),
+            128: (128, 64, 8, 3),
+            256: (64, 64, 8, 2),
+        }[ranks]
+        stages = stages if machine.arch in _ROOMY else 2
+    split = min(power_of_two(cdiv(2 * machine.sms, cdiv(c, BC))), max(1, m // 256), 64)
+    return Tall(BC, BM, split, warps, stages)
+
+
+def wide(machine: Machine, dtype: torch.dtype, m: int, c: int, first: bool = False) -> Wide:
+    """For `gemm_ext` with an output (m, c); `first`: the LoRA product starts the sum."""
+    if machine.arch == 0:
+        return Wide(32, 64, 32, 4, 2, group=2)
+    if dtype == torch.float32:
+        return Wide(64, 64, 16, 8, 2)
+    if machine.arch < 90 or machine.arch not in _ROOMY:
+        return Wide(128, 128, 32, 8, 3, per_sm=2 if machine.arch == 80 else 1)
+    if cdiv(m, 128) * cdiv(c, 256) >= machine.sms:
+        # Three stages where the sum starts with a product: its operands need shared memory too.
+        return Wide(128, 256, 64, 8, 3 if first else 4, tma=True, halves=2)
+    return Wide(128, 128, 64, 8, 3 if first else 4, tma=True)
+
+
+def few(machine: Machine, dtype: torch.dtype, m: int) -> Wide:
+    """For `single_pass` of m rows."""
+    if machine.arch == 0:
+        return Wide(16, 32, 64, 4, 2)
+    if dtype == torch.float32:
+        return Wide(16, 32, 32, 4, 2)
+    return Wide(16 if m <= 16 else 32, 32, 64, 4, 3 if machine.arch in _ROOMY else 2)
+
+
+def addend(machine: Machine) -> Wide:
+    """For `expand`."""
+    return Wide(32, 64, 0, 4, 1) if machine.arch == 0 else Wide(64, 128, 0, 4, 1)
+
+
+def machine_of(device: torch.device) -> Machine:
+    """What the device is; the interpreter for a CPU."""
+    if device.type == "cpu":
+        return INTERPRETER
+    facts = torch.cuda.get_device_properties(device)
+    return Machine(10 * facts.major + facts.minor, facts.multi_processor_count)
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name of a dtype."""
+    import triton.language as tl
+
+    names = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    return names[dtype]

@@ -1,0 +1,65 @@
+"""The LoRA product added to a base that is already there, in one pass over it.
+
+    y = base + scale·mask∘(h·l)             base, y (M, C)   h (M, r)   l (r, C)
+
+It serves `lora_add`, and dropout where the frozen product is cuBLAS's: without a mask `addmm_` does
+the same.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loradrop.kernels.config import Wide, cdiv, rank_tile, triton_dtype
+from loradrop.kernels.gemm_ext import add_thin, load_tile, mask_words, rank_step
+from loradrop.kernels.philox import where_kept
+
+
+@triton.jit
+def _expand(BASE, H, L, Y, MASK, M, C, r, sbm, sbc, shm, slr, slc, sym, smask, scale,
+            BM: tl.constexpr, BN: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr,
+            HAS_BASE: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    m, n = tl.program_id(0) * BM, tl.program_id(1) * BN
+    acc = tl.zeros((BM, BN), tl.float32)
+    acc = add_thin(acc, H, L, m, n, M, C, r, shm, slr, slc, 1.0,
+                   BM, BN, RANKS, STEP, False, DTYPE, PRECISION)  # fmt: skip
+    acc *= scale
+    if MASKED:
+        acc = where_kept(mask_words(MASK, m, n, M, smask, BM, BN), acc, 32)
+    if HAS_BASE:
+        acc += load_tile(BASE, m, n, M, C, sbm, sbc, BM, BN, False).to(tl.float32)
+    rows, columns = m + tl.arange(0, BM), n + tl.arange(0, BN)
+    place = rows.to(tl.int64)[:, None] * sym + columns[None, :]
+    tl.store(Y + place, acc.to(DTYPE), mask=(rows < M)[:, None] & (columns < C)[None, :])
+
+
+def expand(
+    base: Tensor | None,
+    h: Tensor,
+    l: Tensor,
+    scale: float,
+    config: Wide,
+    mask: Tensor | None = None,
+    *,
+    in_place: bool = False,
+) -> Tensor:
+    """base + scale·mask∘(h·l), in h's dtype; without a base the product alone.
+
+    base (M, C) of any strides   h (M, r) rows contiguous   l (r, C) of any strides and float dtype
+    mask (M, row_bytes(C)) uint8   in_place: into `base`, which is contiguous
+    """
+    (m, r), c = h.shape, l.shape[1]
+    y = base if in_place and base is not None else h.new_empty((m, c))
+    words = None if mask is None else mask.view(torch.int32)
+    ranks = rank_tile(r)
+    _expand[(cdiv(m, config.BM), cdiv(c, config.BN))](
+        base, h, l, y, words, m, c, r, *((0, 0) if base is None else base.stride()),
+        h.stride(0), *l.stride(), c, 0 if words is None else words.stride(0), scale,
+        BM=config.BM, BN=config.BN, RANKS=ranks, STEP=rank_step(ranks),
+        HAS_BASE=base is not None, MASKED=mask is not None, DTYPE=triton_dtype(h.dtype),
+        PRECISION="ieee" if h.dtype == torch.float32 else "tf32",
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return y

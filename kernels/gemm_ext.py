@@ -1,0 +1,234 @@
+"""The frozen product with the LoRA product as further steps of the same sum.
+
+    y = p·q + b + s·h·l             p (M, D)   q (D, C)   b (C,)   h (M, r)   l (r, C)   y (M, C)
+
+    forward    p = x    q = Wᵀ   l = Bᵀ       y  = xWᵀ + b + s·hBᵀ
+    backward   p = dy   q = W    l = A        dx = dy W + mask∘(tA)
+
+The LoRA product is the last chunk of the sum (`FIRST` off): the wide operands need no h, so the
+main loop can start before h is there. With a mask on the LoRA product, or where the squared norm of
+the product itself is asked for, the chunk comes first: what is in the accumulator then is the
+product alone. Persistent: the programs go through the tiles in groups that keep q in L2.
+
+A scale other than 1 has to act on the LoRA product only. Last, it multiplies h where that is exact
+(`SCALE` "h"); elsewhere the sum is divided by s before the chunk and multiplied after ("sum"), two
+roundings in float32.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loradrop.kernels.config import Wide, cdiv, rank_tile, triton_dtype
+from loradrop.kernels.philox import where_kept
+
+_WIDEST = 64  # ranks that fit into one chunk beside a tile of outputs
+
+
+@triton.jit
+def load_tile(P, first, second, rows, columns, s0, s1,
+              BR: tl.constexpr, BC: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """The tile (BR, BC) of P (rows, columns) at (first, second), zero outside."""
+    if TMA:
+        tile = P.load([first, second])
+    else:
+        i, j = first + tl.arange(0, BR), second + tl.arange(0, BC)
+        place = i.to(tl.int64)[:, None] * s0 + j.to(tl.int64)[None, :] * s1
+        tile = tl.load(P + place, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def add_thin(acc, H, L, m, n, M, C, r, shm, slr, slc, scale,
+             BM: tl.constexpr, BN: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr,
+             SCALED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """acc + h·l for the tile at (m, n), with scale·h for h where SCALED."""
+    for k in tl.static_range(0, RANKS, STEP):
+        h = load_tile(H, m, k, M, r, shm, 1, BM, STEP, False)  # (BM, STEP)
+        if SCALED:
+            h = (h.to(tl.float32) * scale).to(DTYPE)
+        l = load_tile(L, k, n, r, C, slr, slc, STEP, BN, False)  # (STEP, BN)
+        acc = tl.dot(h, l.to(DTYPE), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def mask_words(MASK, m, n, M, smask, BM: tl.constexpr, BN: tl.constexpr):
+    """The mask (BM, BN / 32) int32 of the tile at (m, n); `smask` words a row."""
+    rows, words = m + tl.arange(0, BM), n // 32 + tl.arange(0, BN // 32)
+    inside = (rows < M)[:, None] & (words < smask)[None, :]
+    return tl.load(MASK + rows.to(tl.int64)[:, None] * smask + words[None, :], inside, other=0)
+
+
+@triton.jit
+def place_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """The row and the column of a tile in an order that keeps GROUP rows of tiles together."""
+    per_group = GROUP * tiles_n
+    first = tile // per_group * GROUP
+    height = min(tiles_m - first, GROUP)
+    return first + tile % per_group % height, tile % per_group // height
+
+
+@triton.jit
+def _gemm_ext(P, Q, H, L, BIAS, Y, MASK, WEIGHTS, NORMS,
+              M, C, D, r, spm, spd, sqd, sqc, shm, slr, slc, sym, smask, scale, inverse,
+              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RANKS: tl.constexpr,
+              STEP: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+              Q_T: tl.constexpr, HAS_BIAS: tl.constexpr, FIRST: tl.constexpr,
+              MASKED: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr,
+              SCALE: tl.constexpr, HALVES: tl.constexpr, PDL: tl.constexpr,
+              DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(C, BN)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=False):
+        tile_m, tile_n = place_tile(tile, tiles_m, tiles_n, GROUP)
+        m, n = tile_m * BM, tile_n * BN
+        acc = tl.zeros((BM, BN), tl.float32)
+        if FIRST:
+            acc = add_thin(acc, H, L, m, n, M, C, r, shm, slr, slc, 1.0,
+                           BM, BN, RANKS, STEP, False, DTYPE, PRECISION)  # fmt: skip
+            if NORM:  # of the product, before its scale
+                square = tl.sum(acc * acc, 1)  # (BM,)
+                if WEIGHTED:
+                    rows = m + tl.arange(0, BM)
+                    weights = tl.load(WEIGHTS + rows, mask=rows < M, other=0.0)
+                    square = tl.where(weights > 0.0, square * weights, 0.0)
+                tl.store(NORMS + tile, tl.sum(square, 0))
+            acc *= scale
+            if MASKED:
+                acc = where_kept(mask_words(MASK, m, n, M, smask, BM, BN), acc, 32)
+        for d in range(0, D, BK):
+            p = load_tile(P, m, d, M, D, spm, spd, BM, BK, TMA)  # (BM, BK)
+            if Q_T:
+                q = load_tile(Q, n, d, C, D, sqc, sqd, BN, BK, TMA).T
+            else:
+                q = load_tile(Q, d, n, D, C, sqd, sqc, BK, BN, TMA)  # (BK, BN)
+            acc = tl.dot(p, q, acc, input_precision=PRECISION)
+        if not FIRST:
+            if PDL:
+                tl.extra.cuda.gdc_wait()  # for h
+            if SCALE == "sum":
+                acc *= inverse
+            acc = add_thin(acc, H, L, m, n, M, C, r, shm, slr, slc, scale,
+                           BM, BN, RANKS, STEP, SCALE == "h", DTYPE, PRECISION)  # fmt: skip
+            if SCALE == "sum":
+                acc *= scale
+        if HALVES == 1:
+            _store(Y, BIAS, acc, m, n, M, C, sym, BM, BN, TMA, HAS_BIAS, DTYPE)
+        else:
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BM, 2, BN // 2)), (0, 2, 1)))
+            _store(Y, BIAS, left, m, n, M, C, sym, BM, BN // 2, TMA, HAS_BIAS, DTYPE)
+            _store(Y, BIAS, right, m, n + BN // 2, M, C, sym, BM, BN // 2, TMA, HAS_BIAS, DTYPE)
+
+
+@triton.jit
+def _store(Y, BIAS, acc, m, n, M, C, sym, BM: tl.constexpr, BN: tl.constexpr,
+           TMA: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Adds the bias, rounds, and stores the tile at (m, n)."""
+    columns = n + tl.arange(0, BN)
+    if HAS_BIAS:
+        acc += tl.load(BIAS + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    if TMA:
+        Y.store([m, n], acc.to(DTYPE))
+    else:
+        rows = m + tl.arange(0, BM)
+        place = rows.to(tl.int64)[:, None] * sym + columns[None, :]
+        tl.store(Y + place, acc.to(DTYPE), mask=(rows < M)[:, None] & (columns < C)[None, :])
+
+
+def rank_step(ranks: int) -> int:
+    """The ranks of one chunk: all of them where they fit, half as many where they do not."""
+    return ranks if ranks <= _WIDEST else _WIDEST // 2
+
+
+def scale_mode(scale: float, dtype: torch.dtype) -> str:
+    """How s acts on a LoRA product that comes last: "none", on "h" where exact, or on the "sum"."""
+    if scale == 1.0:
+        return "none"
+    power_of_two = math.frexp(scale)[0] in (0.5, -0.5) and 2.0**-16 <= abs(scale) <= 2.0**16
+    if dtype == torch.float32 or scale == 0.0 or (power_of_two and dtype == torch.bfloat16):
+        return "h"
+    return "sum"
+
+
+def divides(scale: float) -> bool:
+    """Whether a sum can be divided by it and multiplied again."""
+    return scale == 0.0 or 2.0**-40 < abs(scale) < 2.0**40
+
+
+def tma_refuses(*tensors: Tensor) -> str | None:
+    """Why the tensor memory accelerator cannot read or write one of these, None if it can."""
+    for tensor in tensors:
+        row = tensor.stride(0) * tensor.element_size()
+        if tensor.stride(1) != 1:
+            return f"strides {tuple(tensor.stride())}: neighbours in a row must be adjacent"
+        if row % 16 or tensor.data_ptr() % 16 or row < tensor.shape[1] * tensor.element_size():
+            return f"rows of {row} bytes, the first at {tensor.data_ptr() % 16} modulo 16, not 16's"
+    return None
+
+
+def as_stored(matrix: Tensor) -> tuple[Tensor, bool]:
+    """A matrix (D, C) as it lies in memory, and whether that is its transpose."""
+    turned = matrix.stride(0) == 1 and matrix.stride(1) != 1
+    return (matrix.T, True) if turned else (matrix, False)
+
+
+def gemm_ext(
+    p: Tensor,
+    q: Tensor,
+    bias: Tensor | None,
+    h: Tensor,
+    l: Tensor,
+    scale: float,
+    config: Wide,
+    programs: int,
+    *,
+    mask: Tensor | None = None,
+    norm: bool = False,
+    token_weights: Tensor | None = None,
+    first: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """y = p·q + bias + scale·mask∘(h·l) in p's dtype, and with `norm` the sums of (h·l)² by tile.
+
+    p (M, D)   q (D, C) in either layout   bias (C,) or None   h (M, r) rows contiguous   l (r, C)
+    of any strides and float dtype   mask (M, row_bytes(C)) uint8   token_weights (M,) float32
+    ->  y (M, C), and float32 (tiles,), weighted by token
+
+    At most `programs` programs run. The LoRA product comes first where a mask or the norm needs it
+    by itself, or `first` asks for it.
+    """
+    (m, d), c, r = p.shape, q.shape[1], h.shape[1]
+    first = first or mask is not None or norm or not divides(scale)
+    y = p.new_empty((m, c))
+    stored, turned = as_stored(q)
+    tma = config.tma and d > 0 and tma_refuses(p, stored, y) is None
+    tiles = cdiv(m, config.BM) * cdiv(c, config.BN)
+    norms = p.new_empty(tiles, dtype=torch.float32) if norm else None
+    words = None if mask is None else mask.view(torch.int32)
+    wide: tuple[object, ...] = (p, q, y)
+    if tma:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        box = [config.BN, config.BK] if turned else [config.BK, config.BN]
+        wide = (
+            TensorDescriptor.from_tensor(p, [config.BM, config.BK]),
+            TensorDescriptor.from_tensor(stored, box),
+            TensorDescriptor.from_tensor(y, [config.BM, config.BN // config.halves]),
+        )
+    ranks = rank_tile(r)
+    _gemm_ext[(min(programs, tiles),)](
+        wide[0], wide[1], h, l, bias, wide[2], words, token_weights, norms,
+        m, c, d, r, *p.stride(), *q.stride(), h.stride(0), *l.stride(), c,
+        0 if words is None else words.stride(0), scale, 1.0 / scale if scale else 0.0,
+        BM=config.BM, BN=config.BN, BK=config.BK, RANKS=ranks, STEP=rank_step(ranks),
+        GROUP=config.group, TMA=tma, Q_T=turned,
+        HAS_BIAS=bias is not None, FIRST=first, MASKED=mask is not None, NORM=norm,
+        WEIGHTED=token_weights is not None, SCALE=scale_mode(scale, p.dtype),
+        HALVES=config.halves, PDL=config.pdl and not first, DTYPE=triton_dtype(p.dtype),
+        PRECISION="ieee" if p.dtype == torch.float32 else "tf32",
+        num_warps=config.warps, num_stages=config.stages, launch_pdl=config.pdl and not first,
+    )  # fmt: skip
+    return y, norms
+

@@ -1,0 +1,87 @@
+"""The gradients of A and B: tall matrices contracted over the tokens.
+
+    out = scale·Σ_m (mask∘p)[m]ᵀ q[m]       p (M, C)   q (M, r)   out (C, r), in float32
+
+    dB = s·dyᵀh       (N, r)                p = dy   q = h
+    dA = tᵀ(mask∘x)   (r, K), transposed    p = x    q = t = s·dyB/(1 − dropout)
+
+Bound by reading p once. M is split over planes, and `_add_planes` adds them in their order: no
+atomics, the same bits in every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loradrop.kernels.config import Tall, cdiv, rank_tile
+from loradrop.kernels.gemm_ext import mask_words
+from loradrop.kernels.philox import where_kept
+
+
+@triton.jit
+def _outer(P, Q, OUT, MASK, M, C, r, spm, spc, sqm, sqr, plane, soc, sor, smask, share, scale,
+           BC: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr,
+           PRECISION: tl.constexpr):  # fmt: skip
+    column, part = tl.program_id(0) * BC, tl.program_id(1)
+    columns, ranks = column + tl.arange(0, BC), tl.arange(0, R)
+    acc = tl.zeros((BC, R), tl.float32)
+    first = part * share
+    for m in range(first, min(M, first + share), BM):
+        rows = m + tl.arange(0, BM)
+        there, at = rows < M, rows.to(tl.int64)[:, None]
+        p = tl.load(P + at * spm + columns.to(tl.int64)[None, :] * spc,
+                    mask=there[:, None] & (columns < C)[None, :], other=0.0)  # (BM, BC)
+        q = tl.load(Q + at * sqm + ranks[None, :] * sqr,
+                    mask=there[:, None] & (ranks < r)[None, :], other=0.0)  # (BM, R)
+        if MASKED:
+            p = where_kept(mask_words(MASK, m, column, M, smask, BM, BC), p, 32)
+        acc = tl.dot(tl.trans(p), q, acc, input_precision=PRECISION)
+    place = part * plane + columns.to(tl.int64)[:, None] * soc + ranks.to(tl.int64)[None, :] * sor
+    inside = (columns < C)[:, None] & (ranks < r)[None, :]
+    tl.store(OUT + place, (acc * scale).to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_planes(PLANES, OUT, count, size, BLOCK: tl.constexpr):
+    """The sum of `count` planes of `size` numbers, in their order."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    acc, at = tl.zeros((BLOCK,), tl.float32), PLANES + place
+    for _ in range(count):
+        acc += tl.load(at, mask=place < size, other=0.0)
+        at += size
+    tl.store(OUT + place, acc.to(OUT.dtype.element_ty), mask=place < size)
+
+
+def outer(
+    p: Tensor,
+    q: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    config: Tall,
+    *,
+    mask: Tensor | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """scale·(mask∘p)ᵀq (C, r), or its transpose (r, C), summed in float32, in `dtype`.
+
+    p (M, C) and q (M, r) of any strides, one dtype   mask (M, row_bytes(C)) uint8
+    """
+    (m, c), r = p.shape, q.shape[1]
+    share = cdiv(cdiv(m, config.split), config.BM) * config.BM
+    split = cdiv(m, share)
+    shape = (r, c) if transposed else (c, r)
+    out = p.new_empty(shape, dtype=dtype)
+    planes = out if split == 1 else p.new_empty((split, *shape), dtype=torch.float32)
+    words = None if mask is None else mask.view(torch.int32)
+    _outer[(cdiv(c, config.BC), split)](
+        p, q, planes, words, m, c, r, *p.stride(), *q.stride(), out.numel(),
+        *((1, c) if transposed else (r, 1)), 0 if words is None else words.stride(0), share, scale,
+        BC=config.BC, BM=config.BM, R=rank_tile(r), MASKED=mask is not None,
+        PRECISION="ieee" if p.dtype == torch.float32 else "tf32",
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if split > 1:
+        block = 1024
+        _add_planes[(cdiv(out.numel(), block),)](planes, out, split, out.numel(), BLOCK=block)
+    return out

@@ -1,0 +1,168 @@
+"""The thin product of LoRA: one read of x gives h, the mask of dropout, and the Gram matrices of
+the squared output norm.
+
+    h = scale·(mask∘x)Aᵀ                    x (M, K)   A (r, K)   h (M, r)
+    gram[b] = Σ_t w_t h_t h_tᵀ              over the rows t of block b, of the rounded h
+    gram[b] = Σ_n B_n B_nᵀ                  over the rows n of B, in programs of their own
+
+The same kernel serves the backward's dy·B, with the strides of B for those of A.
+
+It is bound by reading x, so a program takes BM rows and goes through K, with A from L2. Where that
+makes too few programs, K is split over planes, which `_finish` adds up in their order: no atomics,
+the same bits in every run.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loradrop.kernels.config import Thin, cdiv, rank_tile
+from loradrop.kernels.gram import IN_PASS, gram, gram_of_b, store_gram, wide_grams
+from loradrop.kernels.philox import draw_bytes, where_kept
+from loradrop.philox import row_bytes
+
+
+class Shrunk(NamedTuple):
+    """What one pass over x gives."""
+
+    h: Tensor  # (M, r) in x's dtype
+    mask: Tensor | None  # (M, row_bytes(K)) uint8, with dropout
+    grams: tuple[Tensor, Tensor] | None  # (blocks, R, R) of h and of B, float32, R = rank_tile(r)
+
+
+@triton.jit
+def _emit(acc, H, WEIGHTS, GRAM, block, rows, M, r, shm, scale,
+          R: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr):  # fmt: skip
+    """Rounds and stores one block of h, and its Gram matrix."""
+    ranks = tl.arange(0, R)
+    h = (acc * scale).to(H.dtype.element_ty)  # (BM, R)
+    place = rows.to(tl.int64)[:, None] * shm + ranks[None, :]
+    tl.store(H + place, h, mask=(rows < M)[:, None] & (ranks < r)[None, :])
+    if NORM:
+        weights = rows  # read with WEIGHTED only
+        if WEIGHTED:
+            weights = tl.load(WEIGHTS + rows, mask=rows < M, other=0.0)  # (BM,)
+        store_gram(GRAM, gram(h, weights, WEIGHTED), block, R)
+
+
+@triton.jit
+def _shrink(X, A, H, MASK, SEED, WEIGHTS, GRAM, B, GRAM_B, PLANES,
+            M, K, r, N, sxm, sxk, sar, sak, shm, smask, sbn, sbr, share, blocks, scale, lanes,
+            BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr,
+            DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, NORM: tl.constexpr,
+            WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, B_ROWS: tl.constexpr):  # fmt: skip
+    block, part = tl.program_id(0), tl.program_id(1)
+    if NORM and block >= blocks:
+        gram_of_b(B, GRAM_B, block - blocks, N, r, sbn, sbr, H.dtype.element_ty, R, B_ROWS, BM)
+    else:
+        rows = block * BM + tl.arange(0, BM)
+        ranks, inner = tl.arange(0, R), tl.arange(0, BK)
+        first = part * share  # this program's columns of x: share of them, a multiple of BK
+        last = min(K, first + share)
+        x_at = X + rows.to(tl.int64)[:, None] * sxm + (first + inner).to(tl.int64)[None, :] * sxk
+        a_at = A + ranks[None, :] * sar + (first + inner).to(tl.int64)[:, None] * sak
+        if DROPOUT:
+            seed = tl.load(SEED)
+        acc = tl.zeros((BM, R), tl.float32)
+        for start in range(first, last, BK):
+            there = inner < K - start
+            x = tl.load(x_at, mask=(rows < M)[:, None] & there[None, :], other=0.0)  # (BM, BK)
+            a = tl.load(a_at, mask=there[:, None] & (ranks < r)[None, :], other=0.0)  # (BK, R)
+            if DROPOUT:
+                bits = draw_bytes(seed, rows, start, K, lanes, BK // 8, ALIGNED)  # (BM, BK / 8)
+                column = start // 8 + tl.arange(0, BK // 8)
+                place = rows.to(tl.int64)[:, None] * smask + column[None, :]
+                inside = (rows < M)[:, None] & (column < smask)[None, :]
+                tl.store(MASK + place, bits.to(tl.uint8), mask=inside)
+                x = where_kept(bits, x, 8)
+            acc = tl.dot(x, a.to(x.dtype), acc, input_precision=PRECISION)
+            x_at += BK * sxk
+            a_at += BK * sak
+        if not SPLIT:
+            _emit(acc, H, WEIGHTS, GRAM, block, rows, M, r, shm, scale, R, NORM, WEIGHTED)
+        else:
+            place = (part * M + rows).to(tl.int64)[:, None] * R + ranks[None, :]
+            tl.store(PLANES + place, acc, mask=(rows < M)[:, None])
+
+
+@triton.jit
+def _finish(PLANES, H, WEIGHTS, GRAM, B, GRAM_B, M, r, N, shm, sbn, sbr, blocks, parts, scale,
+            BM: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr,
+            WEIGHTED: tl.constexpr, B_ROWS: tl.constexpr):  # fmt: skip
+    """Adds the planes of a split K, in their order."""
+    block = tl.program_id(0)
+    if NORM and block >= blocks:
+        gram_of_b(B, GRAM_B, block - blocks, N, r, sbn, sbr, H.dtype.element_ty, R, B_ROWS, BM)
+    else:
+        rows, ranks = block * BM + tl.arange(0, BM), tl.arange(0, R)
+        acc = tl.zeros((BM, R), tl.float32)
+        for part in range(parts):
+            place = (part * M + rows).to(tl.int64)[:, None] * R + ranks[None, :]
+            acc += tl.load(PLANES + place, mask=(rows < M)[:, None], other=0.0)
+        _emit(acc, H, WEIGHTS, GRAM, block, rows, M, r, shm, scale, R, NORM, WEIGHTED)
+
+
+def shrink(
+    x: Tensor,
+    A: Tensor,
+    scale: float,
+    config: Thin,
+    *,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    B: Tensor | None = None,
+    token_weights: Tensor | None = None,
+) -> Shrunk:
+    """h = scale·(mask∘x)Aᵀ, rounded to x's dtype, and what else the one read of x gives.
+
+    x (M, K) of any strides   A (r, K) of any strides and float dtype   dropout quantised
+    seed 0-dim int64   B (N, r): then the Gram matrices of h, weighted by token_weights (M,)
+    float32, and of B come too; for an x of half precision only
+    """
+    (m, k), r, n = x.shape, A.shape[0], 0 if B is None else B.shape[0]
+    ranks, masked = rank_tile(r), dropout > 0.0
+    norm = B is not None and ranks <= IN_PASS
+    blocks, b_blocks = cdiv(m, config.BM), cdiv(n, config.B_ROWS) if norm else 0
+    share = cdiv(cdiv(k, config.split), config.BK) * config.BK
+    split = cdiv(k, share)
+    h = x.new_empty((m, r))
+    mask = x.new_empty((m, row_bytes(k)), dtype=torch.uint8) if masked else None
+    grams = planes = None
+    if norm:
+        grams = (new_planes(x, blocks, ranks, ranks), new_planes(x, b_blocks, ranks, ranks))
+    if split > 1:
+        planes = new_planes(x, split, m, ranks)
+    gram_h, gram_b = grams or (None, None)
+    weights = token_weights if norm else None
+    b_strides = (0, 0) if B is None else B.stride()
+    facts = {
+        "BM": config.BM,
+        "R": ranks,
+        "WEIGHTED": weights is not None,
+        "B_ROWS": config.B_ROWS,
+        "num_warps": config.warps,
+    }
+    _shrink[(blocks + (b_blocks if split == 1 else 0), split)](
+        x, A, h, mask, seed, weights, gram_h, B, gram_b, planes,
+        m, k, r, n, *x.stride(), *A.stride(), h.stride(0), row_bytes(k), *b_strides,
+        share, blocks, scale, round(dropout * 65536),
+        BK=config.BK, SPLIT=split > 1, DROPOUT=masked, ALIGNED=k % 8 == 0,
+        NORM=norm and split == 1, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_stages=config.stages, **facts,
+    )  # fmt: skip
+    if split > 1:
+        _finish[(blocks + b_blocks,)](
+            planes, h, weights, gram_h, B, gram_b, m, r, n, h.stride(0), *b_strides, blocks, split,
+            scale, NORM=norm, **facts,
+        )  # fmt: skip
+    if B is not None and not norm:
+        grams = wide_grams(h, B, token_weights)
+    return Shrunk(h, mask, grams)
+
+
+def new_planes(like: Tensor, *shape: int) -> Tensor:
+    """Float32 memory for partial results."""
+    return like.new_empty(shape, dtype=torch.float32)

@@ -1,0 +1,83 @@
+"""The whole forward in one pass: x·Wᵀ and x·Aᵀ in one loop over K, for few rows or narrow outputs.
+
+    h = x Aᵀ        y = xWᵀ + b + s·hBᵀ        norms[tile] = Σ_t w_t ‖h_t Bᵀ‖² over the tile
+
+Every program computes h anew, which costs r / BN of the product, and nothing is read twice: for few
+tokens, where a second launch would cost more. The LoRA product has a sum of its own, so its squared
+norm falls out of the tile, and y has the same bits with and without it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loradrop.kernels.config import Wide, cdiv, rank_tile, triton_dtype
+from loradrop.kernels.gemm_ext import load_tile
+
+
+@triton.jit
+def _single_pass(X, W, A, B, BIAS, Y, H, WEIGHTS, NORMS,
+                 M, N, K, r, sxm, sxk, swn, swk, sar, sak, sbn, sbr, shm, scale,
+                 BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
+                 HAS_BIAS: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr,
+                 DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    m, n = tl.program_id(0) * BM, tl.program_id(1) * BN
+    acc, thin = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, R), tl.float32)
+    for k in range(0, K, BK):
+        x = load_tile(X, m, k, M, K, sxm, sxk, BM, BK, False)  # (BM, BK)
+        w = load_tile(W, k, n, K, N, swk, swn, BK, BN, False)  # (BK, BN)
+        a = load_tile(A, k, 0, K, r, sak, sar, BK, R, False).to(DTYPE)  # (BK, R)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        thin = tl.dot(x, a, thin, input_precision=PRECISION)
+    h = thin.to(DTYPE)
+    rows, ranks, columns = m + tl.arange(0, BM), tl.arange(0, R), n + tl.arange(0, BN)
+    if n == 0:
+        place = rows.to(tl.int64)[:, None] * shm + ranks[None, :]
+        tl.store(H + place, h, mask=(rows < M)[:, None] & (ranks < r)[None, :])
+    b = load_tile(B, 0, n, r, N, sbr, sbn, R, BN, False).to(DTYPE)  # (R, BN)
+    delta = tl.dot(h, b, input_precision=PRECISION)  # (BM, BN)
+    if NORM:
+        square = tl.sum(delta * delta, 1)  # (BM,)
+        if WEIGHTED:
+            weights = tl.load(WEIGHTS + rows, mask=rows < M, other=0.0)
+            square = tl.where(weights > 0.0, square * weights, 0.0)
+        tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
+        tl.store(NORMS + tile, tl.sum(square, 0))
+    acc += scale * delta
+    if HAS_BIAS:
+        acc += tl.load(BIAS + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
+    place = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(Y + place, acc.to(DTYPE), mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+def single_pass(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    config: Wide,
+    *,
+    norm: bool = False,
+    token_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y, h and, with `norm`, the sums of w·(hBᵀ)² by tile, in float32. Without dropout.
+
+    x (M, K)   weight (N, K)   A (r, K)   B (N, r), all of any strides   bias (N,) or None
+    token_weights (M,) float32   ->  y (M, N), h (M, r), (tiles,) or None
+    """
+    (m, k), (n, r) = x.shape, B.shape
+    y, h = x.new_empty((m, n)), x.new_empty((m, r))
+    grid = cdiv(m, config.BM), cdiv(n, config.BN)
+    norms = x.new_empty(grid[0] * grid[1], dtype=torch.float32) if norm else None
+    _single_pass[grid](
+        x, weight, A, B, bias, y, h, token_weights, norms,
+        m, n, k, r, *x.stride(), *weight.stride(), *A.stride(), *B.stride(), h.stride(0), scale,
+        BM=config.BM, BN=config.BN, BK=config.BK, R=rank_tile(r), HAS_BIAS=bias is not None,
+        NORM=norm, WEIGHTED=token_weights is not None, DTYPE=triton_dtype(x.dtype),
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return y, h, norms

@@ -1,0 +1,147 @@
+"""The backends of fused kernels: three thin products by Triton around one wide product.
+
+    forward    h = shrink(x, A)      y  = xWᵀ + b + s·hBᵀ     the norm from r x r Gram matrices
+    backward   t = shrink(dy, Bᵀ)    dx = dy W + mask∘(tA)    dA = tᵀ(mask∘x)    dB = s·dyᵀh
+
+with t = s·dyB/(1 − p). `thin` leaves the wide product to cuBLAS and adds the LoRA product in place;
+`triton` computes both in one kernel. The mask of dropout is drawn once, by the first `shrink`, and
+kept as one bit an element.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from loradrop import eager
+from loradrop.kernels import config
+from loradrop.kernels.expand import expand
+from loradrop.kernels.gemm_ext import gemm_ext
+from loradrop.kernels.gram import norm as norm_of_grams
+from loradrop.kernels.gram import total
+from loradrop.kernels.outer import outer
+from loradrop.kernels.shrink import shrink
+from loradrop.kernels.single_pass import single_pass
+
+FEW = 64  # rows up to which one pass over everything beats two launches
+
+# p (M, D)   q (D, C)   bias (C,) or None   h (M, r)   l (r, C)   s   mask (M, row_bytes(C)) or None
+Extend = Callable[..., Tensor]
+
+
+def by_cublas(
+    p: Tensor, q: Tensor, bias: Tensor | None, h: Tensor, l: Tensor, scale: float,
+    mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """p·q + bias by cuBLAS, and the LoRA product in place on its fresh output."""
+    y = linear(p, q.T, bias)
+    if mask is None:
+        return y.addmm_(h, l.to(h.dtype), alpha=scale)
+    return expand(y, h, l, scale, config.addend(config.machine_of(p.device)), mask, in_place=True)
+
+
+def by_triton(
+    p: Tensor, q: Tensor, bias: Tensor | None, h: Tensor, l: Tensor, scale: float,
+    mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The LoRA product as further steps of the sum."""
+    machine = config.machine_of(p.device)
+    tiles = config.wide(machine, p.dtype, p.shape[0], q.shape[1], first=mask is not None)
+    programs = machine.sms * tiles.per_sm
+    return gemm_ext(p, q, bias, h, l, scale, tiles, programs, mask=mask)[0]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """`forward` and `backward` over one way to compute the wide product.
+
+    `one_pass`: few rows go through `single_pass`.
+    """
+
+    extend: Extend
+    one_pass: bool = False
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        y0: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        dropout: float,
+        seed: Tensor | None,
+        token_weights: Tensor | None,
+        norm: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """As `dispatch.Backend.forward` says."""
+        if x.numel() == 0 or B.shape[0] == 0:  # nothing for a kernel to do
+            y, h = eager.forward(x, weight, bias, y0, A, B, scaling, dropout, seed)
+            empty = x.new_empty((*x.shape[:1], 0), dtype=torch.uint8) if dropout else None
+            return y, h, empty, x.new_zeros((), dtype=torch.float32) if norm else None
+        machine = config.machine_of(x.device)
+        weights = None if token_weights is None or not norm else token_weights.float().contiguous()
+        if self.one_pass and weight is not None and dropout == 0.0 and x.shape[0] <= FEW:
+            few = config.few(machine, x.dtype, x.shape[0])
+            y, h, parts = single_pass(
+                x, weight, bias, A, B, scaling, few, norm=norm, token_weights=weights
+            )
+            return y, h, None, None if parts is None else total(parts, scaling)
+        tiles = config.thin(machine, x.dtype, x.shape[0], x.shape[1], A.shape[0])
+        in_pass = norm and x.dtype != torch.float32
+        thin = shrink(
+            x, A, 1.0 / (1.0 - dropout), tiles,
+            dropout=dropout, seed=seed, B=B if in_pass else None, token_weights=weights,
+        )  # fmt: skip
+        h = thin.h
+        if weight is None:
+            assert y0 is not None
+            y = expand(y0, h, B.T, scaling, config.addend(machine))
+        else:
+            y = self.extend(x, weight.T, bias, h, B.T, scaling)
+        sqnorm = None
+        if thin.grams is not None:
+            sqnorm = norm_of_grams(thin.grams, h, B, scaling, weights)
+        elif norm:  # float32: the digits of its products need float64
+            sqnorm = eager.sqnorm(h, B, scaling, token_weights)
+        return y, h, thin.mask, sqnorm
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        h: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        dropout: float,
+        seed: Tensor | None,
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """As `dispatch.Backend.backward` says."""
+        if x.numel() == 0 or dy.numel() == 0:
+            return eager.backward(dy, x, weight, A, B, h, scaling, dropout, seed, needs)
+        machine, (m, k), (n, r) = config.machine_of(x.device), x.shape, B.shape
+        dx = dA = dB = None
+        if needs[0] or needs[1]:
+            tiles = config.thin(machine, dy.dtype, m, n, r)
+            t = shrink(dy, B.T, scaling / (1.0 - dropout), tiles).h
+        if needs[0] and weight is None:
+            dx = expand(None, t, A, 1.0, config.addend(machine), mask)
+        elif needs[0]:
+            dx = self.extend(dy, weight, None, t, A, 1.0, mask)
+        if needs[1]:
+            tiles_A = config.tall(machine, x.dtype, m, k, r)
+            dA = outer(x, t, 1.0, A.dtype, tiles_A, mask=mask, transposed=True)
+        if needs[2]:
+            dB = outer(dy, h, scaling, B.dtype, config.tall(machine, x.dtype, m, n, r))
+        return dx, dA, dB
+
+
+THIN = Fused(by_cublas)
+TRITON = Fused(by_triton, one_pass=True)

@@ -1,0 +1,133 @@
+"""What the tests of the op share: the backends at hand, inputs, and PyTorch's own path.
+
+On a CPU the backends are `reference` and `eager`; under Triton's interpreter, in a process of its
+own, the kernels; on a CUDA device all of them.
+"""
+
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - its usual name
+
+from loradrop import dispatch, philox
+from loradrop.ops import lora_linear
+from loradrop.testing import Shape, torch_delta
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+S = 1.3  # no power of two, so that scaling rounds
+SEED = torch.tensor(81985529216486895, device=DEVICE)
+PLAIN = [] if INTERPRETED else ["reference", "eager"]
+KERNELS = [n for n in ("thin", "triton", "cuda") if dispatch.get(n).available() is None]
+_MARKS = () if INTERPRETED else pytest.mark.gpu
+BACKENDS = [*PLAIN, *(pytest.param(name, marks=_MARKS) for name in KERNELS)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+if INTERPRETED:  # it multiplies bfloat16 wrongly, and no kernel computes in float64
+    DTYPES = [torch.float32, torch.float16]
+HALF = torch.float16 if INTERPRETED else torch.bfloat16
+LEAVES = ("x", "A", "B")
+Tensors = dict[str, Tensor]
+
+
+def short(value: Any) -> str | None:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+def widest(backend: str) -> torch.dtype:
+    """The widest dtype that a backend computes in."""
+    return torch.float32 if backend in KERNELS else torch.float64
+
+
+def near(dtype: torch.dtype) -> dict[str, float]:
+    """What a handful of roundings may make of numbers of ordinary size."""
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 2e-2)
+    return {"rtol": bound, "atol": bound}
+
+
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+plain_backend = pytest.mark.parametrize("backend", PLAIN)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
+
+
+def draw(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensors:
+    """Inputs of ordinary sizes; the adapters are parameters in float32, in float64 for float64."""
+    m, k, n, r = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(DEVICE)
+
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return {
+        "x": normal(m, k).to(dtype),
+        "weight": (normal(n, k) / math.sqrt(k)).to(dtype),
+        "bias": normal(n).to(dtype),
+        "A": (normal(r, k) / math.sqrt(k)).to(wide),
+        "B": (normal(n, r) / math.sqrt(r)).to(wide),
+        "dy": normal(m, n).to(dtype),
+    }
+
+
+def leaves(t: Tensors) -> list[Tensor]:
+    return [t[name].requires_grad_() for name in LEAVES]
+
+
+def kept(t: Tensors, p: float) -> Tensor | None:
+    rows = t["x"].shape[:-1].numel()
+    mask = philox.keep_mask(SEED, rows, t["x"].shape[-1], p) if p else None
+    return None if mask is None else mask.view(t["x"].shape)
+
+
+def through_torch(t: Tensors, dtype: torch.dtype, p: float) -> list[Tensor]:
+    """y, dx, dA, dB, norm by PyTorch's own path in `dtype`; the adapters rounded to x's dtype."""
+    d = {name: tensor.detach().to(t["x"].dtype).to(dtype) for name, tensor in t.items()}
+    inputs = leaves(d)
+    delta = torch_delta(d["x"], d["A"], d["B"], S, kept(d, p), p)
+    y = F.linear(d["x"], d["weight"], d["bias"]) + delta
+    grads = torch.autograd.grad(y, inputs, d["dy"])
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    return [y.detach(), *grads, delta.detach().to(wide).square().sum()]
+
+
+def through_op(t: Tensors, backend: str | None, p: float) -> list[Tensor]:
+    t = {name: tensor.detach() for name, tensor in t.items()}
+    inputs = leaves(t)
+    y, norm = lora_linear(
+        *(t[n] for n in ("x", "weight", "bias", "A", "B")),
+        S,
+        dropout=p,
+        seed=SEED if p else None,
+        return_sqnorm=True,
+        backend=backend,
+    )
+    return [y.detach(), *torch.autograd.grad(y, inputs, t["dy"]), norm]
+
+
+def factors_in_use(t: Tensors, backend: str, p: float) -> tuple[Tensor, Tensor]:
+    """h as the backend rounds it, and B rounded to x's dtype, both in float64."""
+    _, h, _, _ = dispatch.get(backend).forward(
+        t["x"], t["weight"], None, None, t["A"], t["B"], S, p, SEED if p else None, None, False
+    )
+    return h.double(), t["B"].to(t["x"].dtype).double()
+
+
+def strided(tensor: Tensor, how: str) -> Tensor:
+    """The values of `tensor` (2-D) in another layout."""
+    if how == "transposed":
+        return tensor.T.contiguous().T
+    if how == "every other":
+        wide = tensor.new_full((tensor.shape[0], 2 * tensor.shape[1]), 99.0)
+        wide[:, ::2] = tensor
+        return wide[:, ::2]
+    if how == "offset":
+        wide = tensor.new_full((tensor.shape[0] + 2, tensor.shape[1] + 3), 99.0)
+        wide[2:, 3:] = tensor
+        return wide[2:, 3:]
+    return tensor
+
+
+LAYOUTS = ["transposed", "every other", "offset"]
