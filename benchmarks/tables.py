@@ -12,29 +12,20 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from timing import Cell, Ratios, goal, label, paired, read_rows
+from gpu_layers import lora_linear_gpu
+from gpu_tables import probe_gpu, train_step_gpu
+from markup import MISSING, SHORT, markdown, shape, unique
+from timing import Ratios, goal, paired, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MISSING = "not yet measured"
 NO_RUNS = "not shown"
 BASELINE = "LoRA r=8"
 _BLOCK = re.compile(r"(<!-- table:(\w+) -->\n)(.*?)(<!-- /table:\2 -->)", re.S)
-_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are figures."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
-
-
-def _shape(cell: Cell) -> str:
-    return f"{cell.M}×{cell.K}→{cell.N}"
 
 
 def _goal_lines(cells: Sequence[Ratios]) -> list[str]:
@@ -70,8 +61,8 @@ def lora_linear_cpu(results: Path) -> str | None:
         ("M×K→N", "dtype", "linear, ms", "PEFT", "PEFT + norm hook", "loradrop", "loradrop + norm"),
         (
             (
-                _shape(c.cell),
-                _SHORT[c.cell.dtype],
+                shape(c.cell),
+                SHORT[c.cell.dtype],
                 f"{statistics.median(c.frozen_us) / 1e3:.1f}",
                 *(f"{c.median(name):.2f}" if name in c.ratios else MISSING for name in names),
             )
@@ -81,42 +72,10 @@ def lora_linear_cpu(results: Path) -> str | None:
     processes = min(len(c.frozen_us) for c in shown)
     note = (
         f"Forward at r = 8 over `F.linear` alone: medians of {processes} processes, one thread, "
-        f"{_unique(rows, 'device')}, torch {_unique(rows, 'torch')}, "
-        f"commit {_unique(rows, 'commit')}."
+        f"{unique(rows, 'device')}, torch {unique(rows, 'torch')}, "
+        f"commit {unique(rows, 'commit')}."
     )
     return "\n".join((note, "", table, "", *_goal_lines(cells)))
-
-
-def _unique(rows: Iterable[dict[str, str]], column: str) -> str:
-    return ", ".join(dict.fromkeys(row[column] for row in rows))
-
-
-def lora_linear_gpu(results: Path) -> str | None:
-    """Every provider's ratio to the frozen product, one table for each device but the CPU."""
-    parts = []
-    for path in sorted(results.glob("*/bench_lora_linear.csv")):
-        rows = read_rows(path)
-        if path.parent.name == "cpu" or not rows:
-            continue
-        cells = paired(rows)
-        names = list(dict.fromkeys(label(row) for row in rows if row["provider"] != "frozen"))
-        head = ("M×K→N", "dtype", "r", "dropout", "direction", "frozen, µs", *names)
-        body = (
-            (
-                _shape(c.cell),
-                _SHORT[c.cell.dtype],
-                str(c.cell.r),
-                f"{c.cell.dropout:g}",
-                c.cell.direction.replace("_", " + "),
-                f"{statistics.median(c.frozen_us):.0f}",
-                *(f"{c.median(name):.2f}" if name in c.ratios else MISSING for name in names),
-            )
-            for c in cells
-        )
-        about = f"{_unique(rows, 'device')}, torch {_unique(rows, 'torch')}, Triton "
-        about += f"{_unique(rows, 'triton')}, driver {_unique(rows, 'driver')}, commit "
-        parts += [f"{about}{_unique(rows, 'commit')}:", "", markdown(head, body), ""]
-    return "\n".join(parts).rstrip() or None
 
 
 def spread(values: Sequence[float]) -> str:
@@ -180,6 +139,8 @@ def quality(results: Path) -> str | None:
 TABLES: dict[str, Callable[[Path], str | None]] = {
     "lora_linear_cpu": lora_linear_cpu,
     "lora_linear_gpu": lora_linear_gpu,
+    "probe_gpu": probe_gpu,
+    "train_step_gpu": train_step_gpu,
     "quality": quality,
 }
 

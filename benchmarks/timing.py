@@ -1,20 +1,13 @@
-"""Figures that can be compared: interleaved measurements, and ratios formed within one process.
-
-On a CPU the clock counts the processor time of one thread, so that a busy machine disturbs little.
-On a CUDA device, events time the work alone: L2 is flushed before every call, and the stream sleeps
-while Python launches.
-"""
+"""Figures that can be compared: rows of a result file, and ratios formed within one process."""
 
 import csv
 import io
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +15,6 @@ COLUMNS = (
     *("device", "dtype", "M", "K", "N", "r", "dropout", "norm", "direction", "provider"),
     *("median_us", "p20_us", "p80_us", "peak_bytes", "torch", "triton", "driver", "commit", "date"),
 )
-ROUNDS = (7, 51)  # at least, at most
-_FLUSH_BYTES = 256 << 20  # several times any L2
-_SLEEP_CYCLES = 10_000_000  # some milliseconds, longer than launching takes
 
 # One thread, and a C library that keeps freed memory. Otherwise new pages for temporaries cost as
 # much as the arithmetic or nothing, by what ran before. Who has most temporaries gains most.
@@ -35,17 +25,7 @@ SURROUNDINGS = {
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
 }
 
-Call = Callable[[], object]
 Row = dict[str, str]
-
-
-class Sample(NamedTuple):
-    """The time of one call over all rounds, and its peak of memory (None on a CPU)."""
-
-    median_us: float
-    p20_us: float
-    p80_us: float
-    peak_bytes: int | None
 
 
 class Cell(NamedTuple):
@@ -70,66 +50,6 @@ class Ratios(NamedTuple):
     def median(self, label: str) -> float:
         """The median over processes."""
         return statistics.median(self.ratios[label])
-
-
-def cpu_clock(calls: Sequence[Call]) -> list[float]:
-    """Microseconds of processor time of each call, in the order given."""
-    times = []
-    for call in calls:
-        start = time.process_time_ns()
-        call()
-        times.append((time.process_time_ns() - start) / 1e3)
-    return times
-
-
-def cuda_clock(calls: Sequence[Call]) -> list[float]:
-    """Microseconds of device time of each call, L2 cold, in the order given."""
-    import torch
-
-    cache = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    events = []
-    for call in calls:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        cache.zero_()
-        torch.cuda._sleep(_SLEEP_CYCLES)
-        start.record()
-        call()
-        end.record()
-        events.append((start, end))
-    torch.cuda.synchronize()
-    return [1e3 * start.elapsed_time(end) for start, end in events]
-
-
-def _peak_bytes(call: Call) -> int:
-    import torch
-
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
-
-
-def measure(calls: Mapping[str, Call], device: str, seconds: float) -> dict[str, Sample]:
-    """Times all calls in rounds, each round in an order of its own, for about `seconds`."""
-    clock = cuda_clock if device == "cuda" else cpu_clock
-    names, draw = list(calls), random.Random(0)
-    clock([calls[name] for name in names])  # warm-up
-    times: dict[str, list[float]] = {name: [] for name in names}
-    deadline = time.monotonic() + seconds
-    for done in range(ROUNDS[1]):
-        if done >= ROUNDS[0] and time.monotonic() > deadline:
-            break
-        draw.shuffle(names)
-        for name, value in zip(names, clock([calls[name] for name in names]), strict=True):
-            times[name].append(value)
-    samples = {}
-    for name, values in times.items():
-        fifths = statistics.quantiles(values, n=5, method="inclusive")
-        peak = _peak_bytes(calls[name]) if device == "cuda" else None
-        samples[name] = Sample(statistics.median(values), fifths[0], fifths[3], peak)
-    return samples
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -165,14 +85,26 @@ def in_process(script: str, argv: Sequence[str]) -> Iterator[Any]:
 
 
 def label(row: Row) -> str:
-    """`peft` for the PEFT whose adapters have x's dtype, the provider's name for others."""
+    """`peft` for the PEFT whose adapters have x's dtype, the provider's name for others.
+
+    `+norm` marks the provider that gives the squared norm too; of a hook that goes without saying.
+    """
     matching = {"float32": "peft_fp32", "bfloat16": "peft_bf16", "float16": "peft_fp16"}
     name = "peft" if row["provider"] == matching[row["dtype"]] else row["provider"]
-    return f"{name}+norm" if row["norm"] == "1" and name != "peft_hook" else name
+    hooked = name.startswith("peft_hook")
+    return f"{name}+norm" if row["norm"] == "1" and not hooked else name
+
+
+def cell_of(row: Row) -> Cell:
+    """The cell of a row of a provider that has an adapter."""
+    sizes = (int(row[column]) for column in ("M", "K", "N", "r"))
+    return Cell(row["dtype"], *sizes, float(row["dropout"]), row["direction"])
 
 
 def paired(rows: Iterable[Row]) -> list[Ratios]:
-    """Every cell's ratios. The rows measured together share their date."""
+    """Every cell's ratios. The rows measured together share their date; products without an
+    adapter, whose r is 0, belong to the cell that they were measured with.
+    """
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         key = [row[column] for column in ("dtype", "M", "K", "N", "direction", "date")]
@@ -181,17 +113,13 @@ def paired(rows: Iterable[Row]) -> list[Ratios]:
     ratios: dict[Cell, dict[str, list[float]]] = {}
     for group in groups.values():
         base = [float(row["median_us"]) for row in group if row["provider"] == "frozen"]
-        seen = set()
-        for row in group:
-            if row["provider"] == "frozen" or not base:
-                continue
-            sizes = (int(row[column]) for column in ("M", "K", "N", "r"))
-            cell = Cell(row["dtype"], *sizes, float(row["dropout"]), row["direction"])
-            if cell not in seen:
-                frozen.setdefault(cell, []).append(base[0])
-                seen.add(cell)
+        cells = dict.fromkeys(cell_of(row) for row in group if row["r"] != "0")
+        for cell in cells if base else ():
+            frozen.setdefault(cell, []).append(base[0])
             of_cell = ratios.setdefault(cell, {})
-            of_cell.setdefault(label(row), []).append(float(row["median_us"]) / base[0])
+            for row in group:
+                if row["provider"] != "frozen" and (row["r"] == "0" or cell_of(row) == cell):
+                    of_cell.setdefault(label(row), []).append(float(row["median_us"]) / base[0])
     return [Ratios(cell, frozen[cell], of_cell) for cell, of_cell in ratios.items()]
 
 

@@ -26,6 +26,7 @@ class Thin(NamedTuple):
     warps: int
     stages: int
     B_ROWS: int = 256  # rows of B in one program of its Gram matrix
+    pdl: bool = False  # let the next launch start while this one runs
 
 
 class Wide(NamedTuple):
@@ -111,16 +112,30 @@ def tall(machine: Machine, dtype: torch.dtype, m: int, c: int, r: int) -> Tall:
             256: (64, 64, 8, 2),
         }[ranks]
         stages = stages if machine.arch in _ROOMY else 2
+        BC = BC if c % 8 == 0 else 32  # narrow loads take many registers
     split = min(power_of_two(cdiv(2 * machine.sms, cdiv(c, BC))), max(1, m // 256), 64)
     return Tall(BC, BM, split, warps, stages)
 
 
-def wide(machine: Machine, dtype: torch.dtype, m: int, c: int, first: bool = False) -> Wide:
-    """For `gemm_ext` with an output (m, c); `first`: the LoRA product starts the sum."""
+def wide(
+    machine: Machine,
+    dtype: torch.dtype,
+    m: int,
+    c: int,
+    *,
+    first: bool = False,
+    aligned: bool = True,
+) -> Wide:
+    """For `gemm_ext` with an output (m, c).
+
+    first: the LoRA product starts the sum   aligned: the wide operands lie in rows of 16 bytes
+    """
     if machine.arch == 0:
         return Wide(32, 64, 32, 4, 2, group=2)
     if dtype == torch.float32:
         return Wide(64, 64, 16, 8, 2)
+    if not aligned:
+        return Wide(64, 128, 32, 8, 2)
     if machine.arch < 90 or machine.arch not in _ROOMY:
         return Wide(128, 128, 32, 8, 3, per_sm=2 if machine.arch == 80 else 1)
     if cdiv(m, 128) * cdiv(c, 256) >= machine.sms:
@@ -138,9 +153,11 @@ def few(machine: Machine, dtype: torch.dtype, m: int) -> Wide:
     return Wide(16 if m <= 16 else 32, 32, 64, 4, 3 if machine.arch in _ROOMY else 2)
 
 
-def addend(machine: Machine) -> Wide:
+def addend(machine: Machine, dtype: torch.dtype) -> Wide:
     """For `expand`."""
-    return Wide(32, 64, 0, 4, 1) if machine.arch == 0 else Wide(64, 128, 0, 4, 1)
+    if machine.arch == 0:
+        return Wide(32, 64, 0, 4, 1)
+    return Wide(32, 32, 0, 4, 1) if dtype == torch.float32 else Wide(64, 64, 0, 4, 1)
 
 
 def machine_of(device: torch.device) -> Machine:

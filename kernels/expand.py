@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from loradrop.kernels.config import Wide, cdiv, rank_tile, triton_dtype
-from loradrop.kernels.gemm_ext import add_thin, load_tile, mask_words, rank_step
+from loradrop.kernels.gemm_ext import CHUNK, add_thin, load_tile, mask_words
 from loradrop.kernels.philox import where_kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _expand(BASE, H, L, Y, MASK, M, C, r, sbm, sbc, shm, slr, slc, sym, smask, scale,
             BM: tl.constexpr, BN: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr,
             HAS_BASE: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
@@ -57,7 +57,7 @@ def expand(
     _expand[(cdiv(m, config.BM), cdiv(c, config.BN))](
         base, h, l, y, words, m, c, r, *((0, 0) if base is None else base.stride()),
         h.stride(0), *l.stride(), c, 0 if words is None else words.stride(0), scale,
-        BM=config.BM, BN=config.BN, RANKS=ranks, STEP=rank_step(ranks),
+        BM=config.BM, BN=config.BN, RANKS=ranks, STEP=min(ranks, CHUNK),
         HAS_BASE=base is not None, MASKED=mask is not None, DTYPE=triton_dtype(h.dtype),
         PRECISION="ieee" if h.dtype == torch.float32 else "tf32",
         num_warps=config.warps, num_stages=config.stages,

@@ -25,7 +25,7 @@ from torch import Tensor
 from loradrop.kernels.config import Wide, cdiv, rank_tile, triton_dtype
 from loradrop.kernels.philox import where_kept
 
-_WIDEST = 64  # ranks that fit into one chunk beside a tile of outputs
+CHUNK = 64  # the most ranks that fit beside a tile of outputs
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def add_thin(acc, H, L, m, n, M, C, r, shm, slr, slc, scale,
              BM: tl.constexpr, BN: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr,
              SCALED: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """acc + h·l for the tile at (m, n), with scale·h for h where SCALED."""
-    for k in tl.static_range(0, RANKS, STEP):
+    for k in tl.range(0, RANKS, STEP, num_stages=1):
         h = load_tile(H, m, k, M, r, shm, 1, BM, STEP, False)  # (BM, STEP)
         if SCALED:
             h = (h.to(tl.float32) * scale).to(DTYPE)
@@ -72,14 +72,14 @@ def place_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     return first + tile % per_group % height, tile % per_group // height
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _gemm_ext(P, Q, H, L, BIAS, Y, MASK, WEIGHTS, NORMS,
               M, C, D, r, spm, spd, sqd, sqc, shm, slr, slc, sym, smask, scale, inverse,
               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RANKS: tl.constexpr,
               STEP: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
               Q_T: tl.constexpr, HAS_BIAS: tl.constexpr, FIRST: tl.constexpr,
               MASKED: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr,
-              SCALE: tl.constexpr, HALVES: tl.constexpr, PDL: tl.constexpr,
+              SCALE: tl.constexpr, LORA: tl.constexpr, HALVES: tl.constexpr, PDL: tl.constexpr,
               DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(C, BN)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=False):
@@ -106,7 +106,7 @@ def _gemm_ext(P, Q, H, L, BIAS, Y, MASK, WEIGHTS, NORMS,
             else:
                 q = load_tile(Q, d, n, D, C, sqd, sqc, BK, BN, TMA)  # (BK, BN)
             acc = tl.dot(p, q, acc, input_precision=PRECISION)
-        if not FIRST:
+        if LORA and not FIRST:
             if PDL:
                 tl.extra.cuda.gdc_wait()  # for h
             if SCALE == "sum":
@@ -136,11 +136,6 @@ def _store(Y, BIAS, acc, m, n, M, C, sym, BM: tl.constexpr, BN: tl.constexpr,
         rows = m + tl.arange(0, BM)
         place = rows.to(tl.int64)[:, None] * sym + columns[None, :]
         tl.store(Y + place, acc.to(DTYPE), mask=(rows < M)[:, None] & (columns < C)[None, :])
-
-
-def rank_step(ranks: int) -> int:
-    """The ranks of one chunk: all of them where they fit, half as many where they do not."""
-    return ranks if ranks <= _WIDEST else _WIDEST // 2
 
 
 def scale_mode(scale: float, dtype: torch.dtype) -> str:
@@ -179,8 +174,8 @@ def gemm_ext(
     p: Tensor,
     q: Tensor,
     bias: Tensor | None,
-    h: Tensor,
-    l: Tensor,
+    h: Tensor | None,
+    l: Tensor | None,
     scale: float,
     config: Wide,
     programs: int,
@@ -194,12 +189,13 @@ def gemm_ext(
 
     p (M, D)   q (D, C) in either layout   bias (C,) or None   h (M, r) rows contiguous   l (r, C)
     of any strides and float dtype   mask (M, row_bytes(C)) uint8   token_weights (M,) float32
-    ->  y (M, C), and float32 (tiles,), weighted by token
+    ->  y (M, C), and float32 (tiles,), weighted by token; without h and l the product p·q alone
 
     At most `programs` programs run. The LoRA product comes first where a mask or the norm needs it
     by itself, or `first` asks for it.
     """
-    (m, d), c, r = p.shape, q.shape[1], h.shape[1]
+    (m, d), c, r = p.shape, q.shape[1], 1 if h is None else h.shape[1]
+    h_row, l_strides = (0, (0, 0)) if h is None or l is None else (h.stride(0), l.stride())
     first = first or mask is not None or norm or not divides(scale)
     y = p.new_empty((m, c))
     stored, turned = as_stored(q)
@@ -217,18 +213,17 @@ def gemm_ext(
             TensorDescriptor.from_tensor(stored, box),
             TensorDescriptor.from_tensor(y, [config.BM, config.BN // config.halves]),
         )
-    ranks = rank_tile(r)
+    ranks, early = rank_tile(r), config.pdl and not first
     _gemm_ext[(min(programs, tiles),)](
         wide[0], wide[1], h, l, bias, wide[2], words, token_weights, norms,
-        m, c, d, r, *p.stride(), *q.stride(), h.stride(0), *l.stride(), c,
+        m, c, d, r, *p.stride(), *q.stride(), h_row, *l_strides, c,
         0 if words is None else words.stride(0), scale, 1.0 / scale if scale else 0.0,
-        BM=config.BM, BN=config.BN, BK=config.BK, RANKS=ranks, STEP=rank_step(ranks),
-        GROUP=config.group, TMA=tma, Q_T=turned,
-        HAS_BIAS=bias is not None, FIRST=first, MASKED=mask is not None, NORM=norm,
-        WEIGHTED=token_weights is not None, SCALE=scale_mode(scale, p.dtype),
-        HALVES=config.halves, PDL=config.pdl and not first, DTYPE=triton_dtype(p.dtype),
-        PRECISION="ieee" if p.dtype == torch.float32 else "tf32",
-        num_warps=config.warps, num_stages=config.stages, launch_pdl=config.pdl and not first,
+        BM=config.BM, BN=config.BN, BK=config.BK, RANKS=ranks, STEP=min(ranks, CHUNK),
+        GROUP=config.group, TMA=tma, Q_T=turned, HAS_BIAS=bias is not None, FIRST=first,
+        MASKED=mask is not None, NORM=norm, WEIGHTED=token_weights is not None,
+        SCALE=scale_mode(scale, p.dtype), LORA=h is not None, HALVES=config.halves, PDL=early,
+        DTYPE=triton_dtype(p.dtype), PRECISION="ieee" if p.dtype == torch.float32 else "tf32",
+        num_warps=config.warps, num_stages=config.stages, launch_pdl=early,
     )  # fmt: skip
     return y, norms
 

@@ -69,7 +69,7 @@ def store_gram(GRAM, total, block, R: tl.constexpr):
     tl.store(GRAM + block.to(tl.int64) * (R * R) + place, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "blocks"])
 def _gram(H, B, WEIGHTS, GRAM, GRAM_B, M, N, r, shm, sbn, sbr, blocks,
           R: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
           WEIGHTED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
@@ -85,9 +85,9 @@ def _gram(H, B, WEIGHTS, GRAM, GRAM_B, M, N, r, shm, sbn, sbr, blocks,
         rows = start + tl.arange(0, TILE)
         there, at = (rows < count)[:, None], rows.to(tl.int64)[:, None]
         if of_b:
-            left = tl.load(B + at * sbn + i[None, :] * sbr, there & (i < r)[None, :], 0.0)
-            right = tl.load(B + at * sbn + j[None, :] * sbr, there & (j < r)[None, :], 0.0)
-            total += tl.dot(tl.trans(left.to(DTYPE)), right.to(DTYPE))
+            b_i = tl.load(B + at * sbn + i[None, :] * sbr, there & (i < r)[None, :], 0.0)
+            b_j = tl.load(B + at * sbn + j[None, :] * sbr, there & (j < r)[None, :], 0.0)
+            total += tl.dot(tl.trans(b_i.to(DTYPE)), b_j.to(DTYPE))
         else:
             left = tl.load(H + at * shm + i[None, :], there & (i < r)[None, :], 0.0)
             right = tl.load(H + at * shm + j[None, :], there & (j < r)[None, :], 0.0)
@@ -96,10 +96,13 @@ def _gram(H, B, WEIGHTS, GRAM, GRAM_B, M, N, r, shm, sbn, sbr, blocks,
                 used = (weights > 0.0)[:, None]
                 right = tl.where(used, right, 0.0)
                 rest = tl.where(used, left, 0.0).to(tl.float32) * weights[:, None]
-                for _ in tl.static_range(3):
-                    left = rest.to(DTYPE)
-                    total += tl.dot(tl.trans(left), right)
+                left = rest.to(DTYPE)
+                piece_sum = tl.dot(tl.trans(left), right)
+                for _ in tl.static_range(2):
                     rest -= left.to(tl.float32)
+                    left = rest.to(DTYPE)
+                    piece_sum = tl.dot(tl.trans(left), right, piece_sum)
+                total += piece_sum
             else:
                 total += tl.dot(tl.trans(left), right)
     place = block.to(tl.int64) * (R * R) + i[:, None] * R + j[None, :]
@@ -119,7 +122,7 @@ def _sum_planes(GRAM, count, at, SIZE: tl.constexpr, SLICE: tl.constexpr):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "b_blocks"])
 def _dot(GRAM, GRAM_B, PARTS, blocks, b_blocks, SIZE: tl.constexpr, SLICE: tl.constexpr):
     """One slice of ⟨G, C⟩ and of ⟨|G|, |C|⟩, into PARTS (slices, 2)."""
     piece = tl.program_id(0)
@@ -130,7 +133,7 @@ def _dot(GRAM, GRAM_B, PARTS, blocks, b_blocks, SIZE: tl.constexpr, SLICE: tl.co
     tl.store(PARTS + 2 * piece + 1, tl.sum(tl.abs(product), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "blocks", "b_blocks", "slices"])
 def _norm(PARTS, GRAM, GRAM_B, H, B, WEIGHTS, OUT, M, N, r, shm, sbn, sbr, blocks, b_blocks, slices,
           scale, R: tl.constexpr, SIZE: tl.constexpr, SLICE: tl.constexpr, WHOLE: tl.constexpr,
           WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, CANCELS: tl.constexpr,
@@ -149,7 +152,7 @@ def _norm(PARTS, GRAM, GRAM_B, H, B, WEIGHTS, OUT, M, N, r, shm, sbn, sbr, block
         value = value * 0.0
         for m in range(0, M, BM):
             rows = m + tl.arange(0, BM)
-            square = tl.zeros((BM,), tl.float64)
+            square = tl.zeros((BM,), tl.float32)
             for n in range(0, N, BN):
                 columns = n + tl.arange(0, BN)
                 delta = tl.zeros((BM, BN), tl.float32)
@@ -160,15 +163,15 @@ def _norm(PARTS, GRAM, GRAM_B, H, B, WEIGHTS, OUT, M, N, r, shm, sbn, sbr, block
                     b = tl.load(B + columns.to(tl.int64)[None, :] * sbn + ranks[:, None] * sbr,
                                 mask=(columns < N)[None, :] & (ranks < r)[:, None], other=0.0)
                     delta = tl.dot(h, b.to(DTYPE), delta)  # (BM, BN)
-                square += tl.sum(delta * delta, 1).to(tl.float64)
+                square += tl.sum(delta * delta, 1)
             if WEIGHTED:
                 weights = tl.load(WEIGHTS + rows, mask=rows < M, other=0.0)
                 square = tl.where(weights > 0.0, square * weights, 0.0)
-            value += tl.sum(square, 0)
+            value += tl.sum(square.to(tl.float64), 0)
     tl.store(OUT, (value * scale * scale).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _total(PARTS, OUT, count, scale, BLOCK: tl.constexpr):
     """scale²·Σ PARTS, in float64."""
     total = tl.zeros((BLOCK,), tl.float64)
@@ -181,7 +184,7 @@ def _total(PARTS, OUT, count, scale, BLOCK: tl.constexpr):
 def wide_grams(h: Tensor, B: Tensor, token_weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """The Gram matrices of h and of B, (blocks, R, R), where the rank is too wide for `shrink`."""
     (m, r), n = h.shape, B.shape[0]
-    tile, side = rank_tile(r), 64
+    tile, side = rank_tile(r), 32
     blocks, b_blocks = cdiv(m, _ROWS), cdiv(n, _ROWS)
     grams = [h.new_empty((count, tile, tile), dtype=torch.float32) for count in (blocks, b_blocks)]
     _gram[(blocks + b_blocks, (tile // side) ** 2)](
@@ -217,7 +220,7 @@ def norm(
         blocks, b_blocks, slices, scale,
         R=rank_tile(r), SIZE=size, SLICE=min(size, _SLICE) if slices == 1 else 64,
         WHOLE=slices == 1, WEIGHTED=token_weights is not None, DTYPE=triton_dtype(h.dtype),
-        CANCELS=_CANCELS, BM=64, BN=128, STEP=min(rank_tile(r), 64), num_warps=8, num_stages=1,
+        CANCELS=_CANCELS, BM=64, BN=64, STEP=min(rank_tile(r), 64), num_warps=4, num_stages=1,
     )  # fmt: skip
     return out
 

@@ -19,13 +19,13 @@ from loradrop.kernels.gemm_ext import mask_words
 from loradrop.kernels.philox import where_kept
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "share"])
 def _outer(P, Q, OUT, MASK, M, C, r, spm, spc, sqm, sqr, plane, soc, sor, smask, share, scale,
            BC: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr,
            PRECISION: tl.constexpr):  # fmt: skip
     column, part = tl.program_id(0) * BC, tl.program_id(1)
     columns, ranks = column + tl.arange(0, BC), tl.arange(0, R)
-    acc = tl.zeros((BC, R), tl.float32)
+    acc = tl.zeros((R, BC), tl.float32)  # this way round p may come from registers, masked
     first = part * share
     for m in range(first, min(M, first + share), BM):
         rows = m + tl.arange(0, BM)
@@ -36,13 +36,13 @@ def _outer(P, Q, OUT, MASK, M, C, r, spm, spc, sqm, sqr, plane, soc, sor, smask,
                     mask=there[:, None] & (ranks < r)[None, :], other=0.0)  # (BM, R)
         if MASKED:
             p = where_kept(mask_words(MASK, m, column, M, smask, BM, BC), p, 32)
-        acc = tl.dot(tl.trans(p), q, acc, input_precision=PRECISION)
-    place = part * plane + columns.to(tl.int64)[:, None] * soc + ranks.to(tl.int64)[None, :] * sor
-    inside = (columns < C)[:, None] & (ranks < r)[None, :]
+        acc = tl.dot(tl.trans(q), p, acc, input_precision=PRECISION)
+    place = part * plane + columns.to(tl.int64)[None, :] * soc + ranks.to(tl.int64)[:, None] * sor
+    inside = (columns < C)[None, :] & (ranks < r)[:, None]
     tl.store(OUT + place, (acc * scale).to(OUT.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _add_planes(PLANES, OUT, count, size, BLOCK: tl.constexpr):
     """The sum of `count` planes of `size` numbers, in their order."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -48,20 +48,23 @@ def _emit(acc, H, WEIGHTS, GRAM, block, rows, M, r, shm, scale,
         store_gram(GRAM, gram(h, weights, WEIGHTED), block, R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "steps", "blocks", "lanes"])
 def _shrink(X, A, H, MASK, SEED, WEIGHTS, GRAM, B, GRAM_B, PLANES,
-            M, K, r, N, sxm, sxk, sar, sak, shm, smask, sbn, sbr, share, blocks, scale, lanes,
+            M, K, r, N, sxm, sxk, sar, sak, shm, smask, sbn, sbr, steps, blocks, scale, lanes,
             BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr,
             DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, NORM: tl.constexpr,
-            WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, B_ROWS: tl.constexpr):  # fmt: skip
+            WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, B_ROWS: tl.constexpr,
+            PDL: tl.constexpr):  # fmt: skip
     block, part = tl.program_id(0), tl.program_id(1)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
     if NORM and block >= blocks:
         gram_of_b(B, GRAM_B, block - blocks, N, r, sbn, sbr, H.dtype.element_ty, R, B_ROWS, BM)
     else:
         rows = block * BM + tl.arange(0, BM)
         ranks, inner = tl.arange(0, R), tl.arange(0, BK)
-        first = part * share  # this program's columns of x: share of them, a multiple of BK
-        last = min(K, first + share)
+        first = part * steps * BK  # this program's columns of x
+        last = min(K, first + steps * BK)
         x_at = X + rows.to(tl.int64)[:, None] * sxm + (first + inner).to(tl.int64)[None, :] * sxk
         a_at = A + ranks[None, :] * sar + (first + inner).to(tl.int64)[:, None] * sak
         if DROPOUT:
@@ -88,7 +91,7 @@ def _shrink(X, A, H, MASK, SEED, WEIGHTS, GRAM, B, GRAM_B, PLANES,
             tl.store(PLANES + place, acc, mask=(rows < M)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "blocks", "parts"])
 def _finish(PLANES, H, WEIGHTS, GRAM, B, GRAM_B, M, r, N, shm, sbn, sbr, blocks, parts, scale,
             BM: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr,
             WEIGHTED: tl.constexpr, B_ROWS: tl.constexpr):  # fmt: skip
@@ -126,8 +129,8 @@ def shrink(
     ranks, masked = rank_tile(r), dropout > 0.0
     norm = B is not None and ranks <= IN_PASS
     blocks, b_blocks = cdiv(m, config.BM), cdiv(n, config.B_ROWS) if norm else 0
-    share = cdiv(cdiv(k, config.split), config.BK) * config.BK
-    split = cdiv(k, share)
+    steps = cdiv(cdiv(k, config.split), config.BK)
+    split = cdiv(k, steps * config.BK)
     h = x.new_empty((m, r))
     mask = x.new_empty((m, row_bytes(k)), dtype=torch.uint8) if masked else None
     grams = planes = None
@@ -148,10 +151,10 @@ def shrink(
     _shrink[(blocks + (b_blocks if split == 1 else 0), split)](
         x, A, h, mask, seed, weights, gram_h, B, gram_b, planes,
         m, k, r, n, *x.stride(), *A.stride(), h.stride(0), row_bytes(k), *b_strides,
-        share, blocks, scale, round(dropout * 65536),
+        steps, blocks, scale, round(dropout * 65536),
         BK=config.BK, SPLIT=split > 1, DROPOUT=masked, ALIGNED=k % 8 == 0,
         NORM=norm and split == 1, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_stages=config.stages, **facts,
+        PDL=config.pdl, num_stages=config.stages, **facts,
     )  # fmt: skip
     if split > 1:
         _finish[(blocks + b_blocks,)](

@@ -16,7 +16,7 @@ from loradrop.kernels.config import Wide, cdiv, rank_tile, triton_dtype
 from loradrop.kernels.gemm_ext import load_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _single_pass(X, W, A, B, BIAS, Y, H, WEIGHTS, NORMS,
                  M, N, K, r, sxm, sxk, swn, swk, sar, sak, sbn, sbr, shm, scale,
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,

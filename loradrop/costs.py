@@ -117,9 +117,9 @@ def measurements() -> tuple[dict[str, Any], ...]:
 
 def nearest(problem: Problem, points: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     """The measured point that holds for the problem: the same layer, about as many tokens."""
-    best, distance = None, math.log(NEAR)
     if problem.m == 0 or not problem.base:
         return None
+    best, closest = None, (math.log(NEAR), math.inf, math.inf)
     for point in points:
         same = (
             (point["arch"], point["dtype"]) == (problem.arch, str(problem.dtype)[6:])
@@ -128,9 +128,13 @@ def nearest(problem: Problem, points: Iterable[dict[str, Any]]) -> dict[str, Any
             and bool(point["dropout"]) == (problem.dropout > 0.0)
             and bool(point["grad"]) == problem.grad
         )
-        away = abs(math.log(point["m"] / problem.m)) if same else math.inf
-        if away <= distance:
-            best, distance = point, away
+        if not same:
+            continue
+        away = abs(math.log(point["m"] / problem.m))
+        # Among equals the same chip, then the nearer rank.
+        distance = (away, abs(point["sms"] - problem.sms), abs(point["r"] - problem.r))
+        if distance < closest and away <= math.log(NEAR):
+            best, closest = point, distance
     return best
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from loradrop import eager
 from loradrop.kernels import config
 from loradrop.kernels.expand import expand
-from loradrop.kernels.gemm_ext import gemm_ext
+from loradrop.kernels.gemm_ext import as_stored, gemm_ext, tma_refuses
 from loradrop.kernels.gram import norm as norm_of_grams
 from loradrop.kernels.gram import total
 from loradrop.kernels.outer import outer
@@ -39,7 +39,8 @@ def by_cublas(
     y = linear(p, q.T, bias)
     if mask is None:
         return y.addmm_(h, l.to(h.dtype), alpha=scale)
-    return expand(y, h, l, scale, config.addend(config.machine_of(p.device)), mask, in_place=True)
+    tiles = config.addend(config.machine_of(p.device), p.dtype)
+    return expand(y, h, l, scale, tiles, mask, in_place=True)
 
 
 def by_triton(
@@ -48,7 +49,10 @@ def by_triton(
 ) -> Tensor:  # fmt: skip
     """The LoRA product as further steps of the sum."""
     machine = config.machine_of(p.device)
-    tiles = config.wide(machine, p.dtype, p.shape[0], q.shape[1], first=mask is not None)
+    aligned = tma_refuses(p, as_stored(q)[0]) is None and q.shape[1] * q.element_size() % 16 == 0
+    tiles = config.wide(
+        machine, p.dtype, p.shape[0], q.shape[1], first=mask is not None, aligned=aligned
+    )
     programs = machine.sms * tiles.per_sm
     return gemm_ext(p, q, bias, h, l, scale, tiles, programs, mask=mask)[0]
 
@@ -99,7 +103,7 @@ class Fused:
         h = thin.h
         if weight is None:
             assert y0 is not None
-            y = expand(y0, h, B.T, scaling, config.addend(machine))
+            y = expand(y0, h, B.T, scaling, config.addend(machine, x.dtype))
         else:
             y = self.extend(x, weight.T, bias, h, B.T, scaling)
         sqnorm = None
@@ -132,7 +136,7 @@ class Fused:
             tiles = config.thin(machine, dy.dtype, m, n, r)
             t = shrink(dy, B.T, scaling / (1.0 - dropout), tiles).h
         if needs[0] and weight is None:
-            dx = expand(None, t, A, 1.0, config.addend(machine), mask)
+            dx = expand(None, t, A, 1.0, config.addend(machine, x.dtype), mask)
         elif needs[0]:
             dx = self.extend(dy, weight, None, t, A, 1.0, mask)
         if needs[1]:

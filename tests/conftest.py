@@ -16,6 +16,12 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("kernels")
+    group.addoption("--all-launches", action="store_true", help="test_aot.py: compile everything")
+    group.addoption("--note-good", action="store_true", help="... and note what is good")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In the interpreter's process only what runs kernels; elsewhere everything but that."""
     chosen, rest = [], []

@@ -1,0 +1,246 @@
+"""How long is a training step, and how much memory does it take? Llama-shaped models, all layers.
+
+Random weights, r = 16 on every linear layer but the head, AdamW. Every cell, an arm with or
+without activation checkpointing, is a process of its own, so that its peak is its own. A second run
+measures what is missing; a cell without enough memory says so.
+
+    peft_bf16      PEFT with adapters of the model's dtype: the rival
+    peft_fp32      PEFT's default, adapters in float32: for information
+    loradrop       LoRA by loradrop, adapters in float32
+    loradrop_half  LoRA-drop by loradrop at half the parameters: own adapters and shared ones
+
+    python benchmarks/bench_train_step.py --device cuda                    1b and 8b
+    python benchmarks/bench_train_step.py --device cuda --size 1b          one of them
+    python benchmarks/bench_train_step.py --size tiny                      seconds on a CPU
+
+Before it is timed, an arm must give the loss of the model without adapters, since B starts at zero,
+and a gradient to every B.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import clocks
+import machine
+import timing
+import torch
+from torch import Tensor, nn
+
+import loradrop
+from loradrop.files import read_json, write_json
+
+RANK, ALPHA = 16, 32
+ARMS = ("peft_bf16", "peft_fp32", "loradrop", "loradrop_half")
+LOSS_ERROR = 0.01  # relative: a bfloat16 model is not more exact
+
+
+class Size(NamedTuple):
+    """A model in the shape of Llama, and what it is fed."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    words: int
+    batch: int
+    tokens: int
+    dtype: torch.dtype
+
+
+SIZES = {
+    "tiny": Size(32, 64, 4, 4, 2, 64, 2, 16, torch.float32),
+    "1b": Size(2048, 8192, 16, 32, 8, 128256, 4, 2048, torch.bfloat16),
+    "8b": Size(4096, 14336, 32, 32, 8, 128256, 4, 2048, torch.bfloat16),
+}
+
+
+def build(size: Size, device: str) -> nn.Module:
+    """The base model, born on the device in its dtype: nothing larger ever exists."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=size.hidden,
+        intermediate_size=size.inner,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        vocab_size=size.words,
+        max_position_embeddings=size.tokens,
+        tie_word_embeddings=size.hidden < SIZES["8b"].hidden,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = LlamaForCausalLM._from_config(config, dtype=size.dtype)
+    return model.requires_grad_(False)
+
+
+def adapt(model: nn.Module, arm: str, batch: dict[str, Tensor]) -> nn.Module:
+    """The model with the adapters of an arm."""
+    if arm.startswith("peft"):
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+        return get_peft_model(model, config, autocast_adapter_dtype=arm == "peft_fp32")
+    options = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
+    if arm == "loradrop":
+        loradrop.inject(model, loradrop.LoRAConfig(**options))
+        return model
+    bank = loradrop.inject(model, loradrop.LoraDropConfig(budget=0.5, **options))
+    with torch.no_grad():
+        for B in bank.B:  # as if the warm-up had trained them
+            B.normal_(std=0.02)
+    scores = loradrop.probe(model, [{"input_ids": batch["input_ids"][:1]}])
+    loradrop.share(model, loradrop.select(scores, budget=0.5))
+    return model
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the adapters."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def check(model: nn.Module, base: float, batch: dict[str, Tensor]) -> None:
+    """The loss is the base model's, and every B gets a gradient. Raises AssertionError."""
+    loss = model(**batch).loss
+    loss.backward()
+    off = abs(float(loss.detach()) / base - 1.0)
+    assert off <= LOSS_ERROR, f"the loss is off by {off:.2%}, though B is zero"
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    of_b = [name for name in names if "lora_B" in name or ".B." in name]
+    assert 2 * len(of_b) == len(names), f"{len(of_b)} of {len(names)} parameters are a B"
+    for name in of_b:
+        grad = model.get_parameter(name).grad
+        assert grad is not None and bool(grad.any()), f"{name} gets no gradient"
+    model.zero_grad(set_to_none=True)
+
+
+def timed(step: Callable[[], None], device: str, seconds: float) -> list[float]:
+    """Milliseconds of every step after three that warm up, at least three."""
+    times: list[float] = []
+    deadline = None
+    for done in range(1000):
+        start = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if done >= 3:
+            times.append(1e3 * (time.perf_counter() - start))
+            deadline = deadline or time.monotonic() + seconds
+            if len(times) >= 3 and time.monotonic() > deadline:
+                break
+    return times
+
+
+def run(name: str, arm: str, checkpointing: bool, device: str, seconds: float) -> dict[str, Any]:
+    """The figures of one cell."""
+    size = SIZES[name]
+    model = build(size, device)
+    draw = torch.Generator(device).manual_seed(1)
+    ids = torch.randint(size.words, (size.batch, size.tokens), device=device, generator=draw)
+    batch = {"input_ids": ids, "labels": ids}
+    with torch.no_grad():
+        base = float(model(**batch).loss)
+    adapted = adapt(model, arm, batch).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    check(adapted, base, batch)
+    parameters = trained(adapted)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+
+    def step() -> None:
+        adapted(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    times = timed(step, device, seconds)
+    low, high = clocks.fifths(times)
+    return {
+        "median_ms": round(statistics.median(times), 2),
+        "p20_ms": round(low, 2),
+        "p80_ms": round(high, 2),
+        "steps": len(times),
+        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+        "tokens": size.batch * size.tokens,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+    }
+
+
+def _cell(args: argparse.Namespace) -> dict[str, Any]:
+    name, arm, checkpointing = json.loads(args.worker)
+    try:
+        return run(name, arm, checkpointing, args.device, args.seconds)
+    except torch.OutOfMemoryError:
+        return {"fault": "out of memory"}
+    except AssertionError as error:
+        return {"fault": str(error), "wrong": True}
+
+
+def _measured(args: argparse.Namespace, cell: list[Any]) -> dict[str, Any]:
+    """The figures of a cell, from a process of its own."""
+    options = ["--device", args.device, "--seconds", str(args.seconds)]
+    options += ["--worker", json.dumps(cell)]
+    try:
+        (found,) = timing.in_process(__file__, options)
+    except RuntimeError as error:
+        found = {"fault": str(error), "wrong": True}
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Ends with 1 where an arm was wrong."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--size", help=f"of {', '.join(SIZES)}; default: tiny, on CUDA 1b,8b")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timed steps, for a cell")
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    parser.add_argument("--commit", help="default: git's HEAD")
+    parser.add_argument("--results", type=Path, default=machine.RESULTS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.device == "cuda":
+        machine.need_cuda("--device cuda")
+    if args.worker:
+        print(json.dumps(_cell(args)), flush=True)
+        return 0
+    sizes = (args.size or ("tiny" if args.device == "cpu" else "1b,8b")).split(",")
+    if unknown := [name for name in sizes if name not in SIZES]:
+        sys.exit(f"--size {unknown[0]} is unknown; there are {', '.join(SIZES)}")
+    path = machine.folder(args.results, args.device) / "bench_train_step.json"
+    facts = machine.facts(args.device, args.commit)
+    report = read_json(path) if path.exists() and not args.fresh else {}
+    about = report.get("environment", {})
+    if any(about.get(name) != value for name, value in facts.items()):
+        report = {"environment": machine.environment(args.device, facts), "cells": []}
+    failed = False
+    for name in sizes:
+        for checkpointing in (True, False):
+            for arm in ARMS:
+                key = {"size": name, "arm": arm, "checkpointing": checkpointing}
+                if any(key.items() <= cell.items() for cell in report["cells"]):
+                    continue
+                found = _measured(args, [name, arm, checkpointing])
+                print(*key.values(), found.get("fault") or f"{found['median_ms']} ms", flush=True)
+                if found.pop("wrong", False):
+                    failed = True
+                    continue
+                report["cells"].append(key | found)
+                write_json(path, report)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""Clocks: what a call costs on a CPU, on a GPU with a cold L2, and in a CUDA graph.
+
+On a CPU the clock counts the processor time of one thread, so that a busy machine disturbs little.
+On a CUDA device, events time the work alone: L2 is flushed before every call, and the stream sleeps
+while Python launches. Calls of a few microseconds are captured in a graph, over so many copies of
+their inputs that none is found in L2.
+"""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+ROUNDS = (7, 51)  # at least, at most
+FLUSH_BYTES = 256 << 20  # several times any L2
+_SLEEP_CYCLES = 10_000_000  # some milliseconds, longer than launching takes
+
+Call = Callable[[], object]
+
+
+class Sample(NamedTuple):
+    """The time of one call over all rounds, and its peak of memory (None on a CPU)."""
+
+    median_us: float
+    p20_us: float
+    p80_us: float
+    peak_bytes: int | None
+
+
+class Graph:
+    """Calls over several copies of their inputs, one after another in a CUDA graph."""
+
+    def __init__(self, calls: Sequence[Call]) -> None:
+        import torch
+
+        self.count = len(calls)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what is compiled or cached at a first call
+            for call in calls:
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            for call in calls:
+                call()
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+
+def copies(bytes_of_one: int) -> int:
+    """How many copies of the inputs a graph goes through so that L2 holds none of them."""
+    return max(2, -(-FLUSH_BYTES // max(1, bytes_of_one)))
+
+
+def cpu_clock(calls: Sequence[Call]) -> list[float]:
+    """Microseconds of processor time of each call, in the order given."""
+    times = []
+    for call in calls:
+        start = time.process_time_ns()
+        call()
+        times.append((time.process_time_ns() - start) / 1e3)
+    return times
+
+
+def cuda_clock(calls: Sequence[Call]) -> list[float]:
+    """Microseconds of device time of each call, L2 cold, in the order given; a `Graph` by call."""
+    import torch
+
+    cache = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    events = []
+    for call in calls:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cache.zero_()
+        torch.cuda._sleep(_SLEEP_CYCLES)
+        start.record()
+        call()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    counts = [call.count if isinstance(call, Graph) else 1 for call in calls]
+    times = (1e3 * start.elapsed_time(end) for start, end in events)
+    return [us / count for us, count in zip(times, counts, strict=True)]
+
+
+def peak_bytes(call: Call) -> int:
+    """What a call allocates on the GPU at most, beyond what was there before."""
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def fifths(values: Sequence[float]) -> tuple[float, float]:
+    """The 20 % and the 80 % quantile."""
+    cuts = statistics.quantiles(values, n=5, method="inclusive")
+    return cuts[0], cuts[3]
+
+
+def measure(calls: Mapping[str, Call], device: str, seconds: float) -> dict[str, Sample]:
+    """Times all calls in rounds, each round in an order of its own, for about `seconds`."""
+    clock = cuda_clock if device == "cuda" else cpu_clock
+    names, draw = list(calls), random.Random(0)
+    clock([calls[name] for name in names])  # warm-up
+    times: dict[str, list[float]] = {name: [] for name in names}
+    deadline = time.monotonic() + seconds
+    for done in range(ROUNDS[1]):
+        if done >= ROUNDS[0] and time.monotonic() > deadline:
+            break
+        draw.shuffle(names)
+        for name, value in zip(names, clock([calls[name] for name in names]), strict=True):
+            times[name].append(value)
+    samples = {}
+    for name, values in times.items():
+        timed_alone = device == "cuda" and not isinstance(calls[name], Graph)
+        peak = peak_bytes(calls[name]) if timed_alone else None
+        samples[name] = Sample(statistics.median(values), *fifths(values), peak)
+    return samples

@@ -1,0 +1,98 @@
+"""What was measured on: the columns that every row of one run shares, and the rates of a GPU."""
+
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from clocks import cuda_clock
+
+from loradrop.costs import Problem
+from loradrop.env import report
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+_COPY_BYTES = 1 << 30
+_SQUARE = 8192  # a product that fills any GPU
+
+
+def need_cuda(asked_by: str) -> None:
+    """Ends the script with 1 and a sentence where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        sys.exit(f"{asked_by}: PyTorch finds no CUDA device here")
+
+
+def device_name(device: str) -> str:
+    """The name of the GPU, or of the processor."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def folder(results: Path, device: str) -> Path:
+    """Where the results of this machine lie."""
+    return results / ("cpu" if device == "cpu" else device_name(device).lower().replace(" ", "-"))
+
+
+def facts(device: str, commit: str | None) -> dict[str, str]:
+    """The columns that are the same in every row of one run."""
+
+    def said(*command: str) -> str:
+        try:
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        except FileNotFoundError:
+            return ""
+
+    driver = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": report()["packages"]["triton"] or "",
+        "driver": said(*driver).split("\n")[0] if device == "cuda" else "",
+        "commit": commit or said("git", "rev-parse", "--short", "HEAD"),
+    }
+
+
+def environment(device: str, about: dict[str, str]) -> dict[str, Any]:
+    """Everything that is known about the machine, for the JSON beside a result file."""
+    known = report() | {"platform": platform.system()} | about
+    return known if device == "cpu" else known | {"chip": chip()}
+
+
+def chip() -> dict[str, int]:
+    """What the dispatcher knows about the GPU, and its L2 cache."""
+    of = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "arch": 10 * of.major + of.minor,
+        "sms": of.multi_processor_count,
+        "l2_bytes": of.L2_cache_size,
+    }
+
+
+def ceilings() -> dict[str, float]:
+    """What the GPU reaches: a large copy in bytes/s (read + written), a product in FLOP/s."""
+    source = torch.empty(_COPY_BYTES, dtype=torch.int8, device="cuda").random_()
+    target = torch.empty_like(source)
+    a, b = torch.randn(2, _SQUARE, _SQUARE, device="cuda").bfloat16().unbind()
+    calls = (lambda: target.copy_(source)), (lambda: a @ b)
+    times = [cuda_clock(calls) for _ in range(12)][2:]  # the first two warm up
+    copy, product = (statistics.median(column) for column in zip(*times, strict=True))
+    return {
+        "copy_bytes_per_s": 2 * _COPY_BYTES / copy * 1e6,
+        "bf16_flops_per_s": 2 * _SQUARE**3 / product * 1e6,
+    }
+
+
+def problem(x: torch.Tensor, n: int, r: int, dropout: float = 0.0, grad: bool = True) -> Problem:
+    """What the dispatcher knows about the layer of x (M, K) with N outputs and rank r."""
+    m, k = x.shape
+    arch, sms = (chip()["arch"], chip()["sms"]) if x.device.type == "cuda" else (0, 0)
+    return Problem(x.device.type, x.dtype, m, k, n, r, dropout, grad, True, arch, sms)

@@ -1,0 +1,172 @@
+"""Compiles launches ahead of time, without a device, and reads what came out.
+
+    python tests/aot.py ARCH SMS [--full | --known FILE --most N]
+
+One JSON line for each launch: its kernel, a hash of all that makes it, and either its registers,
+spills, shared memory and instructions, or the error. The installed Triton compiles; another version
+is put before it with PYTHONPATH. Without `--full`, a sample is compiled, and every launch whose
+hash FILE does not hold, unless those are more than N.
+"""
+
+import argparse
+import functools
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from launches import Launch, launches
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from loradrop.kernels.config import Machine
+
+SAMPLE = 8  # launches that are compiled in any case: those of a model in training
+SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "UTMASTG", "FFMA")
+
+
+def identity(launch: Launch, source: str, arch: int) -> str:
+    """A hash of the kernel's source with all it calls, the specialisation, target and compiler."""
+    text = repr((triton.__version__, arch, source, launch))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def source_of(function: Any) -> str:
+    """The text of a kernel and of every kernel it calls, wherever they stand in their files."""
+    seen, todo = {}, [function]
+    while todo:
+        current = todo.pop()
+        if current.fn.__name__ in seen:
+            continue
+        seen[current.fn.__name__] = current.src
+        names = set(re.findall(r"\w+", current.src))
+        scope = current.fn.__globals__
+        todo += [scope[n] for n in sorted(names) if isinstance(scope.get(n), type(function))]
+    return "\n".join(seen[name] for name in sorted(seen))
+
+
+def compile_launch(launch: Launch, function: Any, arch: int) -> dict[str, Any]:
+    """The resources and instructions of one binary."""
+    names = function.arg_names
+    kernel = triton.compile(
+        ASTSource(
+            function,
+            signature=dict(launch.signature),
+            constexprs={(names.index(name),): value for name, value in launch.constants},
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in launch.aligned},
+        ),
+        target=GPUTarget("cuda", arch, 32),
+        options={"num_warps": launch.warps, "num_stages": launch.stages},
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        Path(cubin.name).write_bytes(kernel.asm["cubin"])
+        usage = _tool("cuobjdump", "--dump-resource-usage", cubin.name)
+        code = _tool("nvdisasm", "-c", cubin.name)
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    found = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
+    return {
+        "registers": registers,
+        "shared": kernel.metadata.shared,
+        "instructions": {name: count for name, count in found.items() if count},
+    } | _assembler(kernel.asm["ptx"], arch)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _assembler(ptx: str, arch: int) -> dict[str, Any]:
+    """What ptxas says: bytes spilled, and whether it serialised the warpgroup products."""
+    name = "ptxas-blackwell" if arch >= 100 else "ptxas"
+    target = f"sm_{arch}{'a' if arch >= 90 else ''}"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [TOOLS / name, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = done.stdout + done.stderr
+    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    return {
+        "spilled": sum(int(number) for pair in spilled for number in pair),
+        "serialised": "C751" in said,
+    }
+
+
+def faults(arch: int, launch: Launch, found: dict[str, Any]) -> list[str]:
+    """What is wrong with a binary, in words."""
+    if "error" in found:
+        return [found["error"]]
+    has, constants = found["instructions"], dict(launch.constants)
+    half = not any(constants.get(name) == "ieee" for name in ("PRECISION",))
+    products = launch.kernel not in ("_add_planes", "_dot", "_total", "_finish")
+    wrong = []
+    if found["spilled"]:
+        wrong.append(f"{found['spilled']} bytes of registers are spilled")
+    if found["shared"] > SHARED[arch]:
+        wrong.append(f"{found['shared']} bytes of shared memory, more than {SHARED[arch]}")
+    if found["serialised"]:
+        wrong.append("ptxas serialises the warpgroup products")
+    if products and half and not has.keys() & {"HGMMA", "HMMA", "UTCHMMA"}:
+        wrong.append("no matrix instruction")
+    wide = launch.kernel in ("_gemm_ext", "_shrink", "_outer") and half
+    tall = constants["R" if launch.kernel == "_outer" else "BM"] >= 64 if wide else False
+    newest = {90: "HGMMA", 100: "UTCHMMA"}.get(arch)
+    if tall and newest is not None and newest not in has:
+        wrong.append(f"no {newest}")
+    if constants.get("TMA") and not {"UTMALDG", "UTMASTG"} <= has.keys():
+        wrong.append("no tensor memory access")
+    rows = {"_gemm_ext": "spm", "_shrink": "sxm", "_outer": "spm"}.get(launch.kernel)
+    if wide and rows in launch.aligned and not constants.get("TMA") and "LDGSTS" not in has:
+        wrong.append("loads are not asynchronous")
+    return wrong
+
+
+def _one(arch: int, sms: int, index: int) -> dict[str, Any]:
+    launch, function = _chosen(arch, sms)[index]
+    facts: dict[str, Any] = {"kernel": launch.kernel, "launch": repr(launch)}
+    try:
+        found = compile_launch(launch, function, arch)
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {error}"[-400:]}
+    return facts | found | {"faults": faults(arch, launch, found)}
+
+
+@functools.cache
+def _chosen(arch: int, sms: int) -> list[tuple[Launch, Any]]:
+    return list(launches(Machine(arch, sms)).items())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("arch", type=int)
+    parser.add_argument("sms", type=int)
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--known", type=Path)
+    parser.add_argument("--most", type=int, default=40)
+    args = parser.parse_args()
+    chosen = _chosen(args.arch, args.sms)
+    names = [identity(launch, source_of(f), args.arch) for launch, f in chosen]
+    known = set(args.known.read_text().split()) if args.known and args.known.exists() else set()
+    new = [i for i, name in enumerate(names) if name not in known]
+    if args.full:
+        todo = list(range(len(names)))
+    else:
+        todo = sorted({*range(SAMPLE), *(new if len(new) <= args.most else ())})
+    counts = {"launches": len(names), "new": len(new), "compiled": len(todo)}
+    print(json.dumps({"triton": triton.__version__} | counts))
+    for index in todo:
+        facts = _one(args.arch, args.sms, index)
+        print(json.dumps({"hash": names[index]} | facts), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""What the launchers launch, without a device: every kernel with its arguments, on meta tensors.
+
+Triton specialises a kernel for the types of its arguments, for integers that are 1 and for those
+that are multiples of 16. `record` notes the same, so that what is compiled ahead of time is what a
+GPU would be asked to run.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from loradrop.kernels import config
+from loradrop.kernels.config import Machine
+
+_NAMES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+
+
+class Launch(NamedTuple):
+    """One specialisation of a kernel: what makes one binary."""
+
+    kernel: str
+    signature: tuple[tuple[str, str], ...]  # argument -> Triton's type, or constexpr
+    constants: tuple[tuple[str, Any], ...]
+    aligned: tuple[str, ...]  # arguments that are multiples of 16
+    warps: int
+    stages: int
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, TensorDescriptor):
+        shape = ",".join(map(str, value.block_shape))
+        return f"tensordesc<{_NAMES[value.base.dtype]}[{shape}]>"
+    if isinstance(value, Tensor):
+        return f"*{_NAMES[value.dtype]}"
+    if isinstance(value, float):
+        return "fp32"
+    assert isinstance(value, int), value
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _launch(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    kwargs.pop("launch_pdl", None)
+    given = dict(zip(function.arg_names, args, strict=False)) | kwargs
+    assert set(given) == set(function.arg_names), set(given) ^ set(function.arg_names)
+    constants, signature, aligned = {}, {}, []
+    declared = {parameter.name for parameter in function.params if parameter.is_constexpr}
+    plain = {parameter.name for parameter in function.params if parameter.do_not_specialize}
+    for name in function.arg_names:
+        value = given[name]
+        one = isinstance(value, int) and value == 1 and name not in plain
+        if name in declared or value is None or one:
+            constants[name], signature[name] = value, "constexpr"
+            continue
+        signature[name] = _type(value)
+        multiple = isinstance(value, int) and value % 16 == 0 and name not in plain
+        if isinstance(value, Tensor) or multiple:
+            aligned.append(name)
+    return Launch(
+        function.fn.__name__,
+        tuple(signature.items()),
+        tuple(constants.items()),
+        tuple(aligned),
+        options.get("num_warps", 4),
+        options.get("num_stages", 3),
+    )
+
+
+@contextmanager
+def record(machine: Machine) -> Iterator[dict[Launch, JITFunction]]:
+    """The launches within, each once, on `machine`; nothing runs."""
+    found: dict[Launch, JITFunction] = {}
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        assert all(size > 0 for size in grid), (self, grid)
+        found.setdefault(_launch(self, args, dict(kwargs)), self)
+
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(config, "machine_of", lambda _: machine),
+    ):
+        yield found
+
+
+class Layer(NamedTuple):
+    """A call of the op with its backward pass."""
+
+    m: int
+    k: int
+    n: int
+    r: int
+    dtype: torch.dtype = torch.bfloat16
+    dropout: float = 0.0
+    norm: bool = False
+    weighted: bool = False
+    turned: bool = False  # the weight is stored (K, N)
+    scaling: float = 2.0
+    adapters: torch.dtype = torch.float32
+
+
+def call(fused: Any, layer: Layer) -> None:
+    """Runs one layer forward and backward on meta tensors."""
+    m, k, n, r = layer[:4]
+
+    def empty(*size: int, dtype: torch.dtype = layer.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    x, dy = empty(m, k), empty(m, n)
+    weight = empty(k, n).T if layer.turned else empty(n, k)
+    A, B = empty(r, k, dtype=layer.adapters), empty(n, r, dtype=layer.adapters)
+    seed = empty(dtype=torch.int64)
+    weights = empty(m, dtype=torch.float32) if layer.weighted else None
+    _, h, mask, _ = fused.forward(
+        x, weight, None, None, A, B, layer.scaling, layer.dropout, seed, weights, layer.norm
+    )
+    fused.backward(
+        dy, x, weight, A, B, h, mask, layer.scaling, layer.dropout, seed, (True, True, True)
+    )
+
+
+# Llama-3 8B: q and o, k and v, gate and up, down.
+LLAMA = [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)]
+
+
+def layers() -> Iterator[Layer]:
+    """What people run, then what is awkward; the most telling first."""
+    for k, n in LLAMA:
+        yield Layer(8192, k, n, 16)
+    yield Layer(8192, 4096, 4096, 16, dropout=0.1)
+    yield Layer(8192, 4096, 4096, 16, norm=True)
+    yield Layer(8192, 4096, 4096, 16, norm=True, weighted=True)
+    yield Layer(8, 4096, 4096, 16)
+    yield Layer(256, 4096, 4096, 16)
+    for r in (64, 128, 256):
+        yield Layer(8192, 4096, 4096, r, norm=True)
+        yield Layer(8192, 4096, 4096, r, dropout=0.1)
+    yield Layer(8192, 4096, 4096, 16, turned=True)
+    yield Layer(8192, 4096, 4096, 16, scaling=1.7)
+    yield Layer(8192, 4096, 4096, 16, dtype=torch.float16, norm=True)
+    yield Layer(8192, 4096, 4096, 16, adapters=torch.bfloat16)
+    yield Layer(1000, 4100, 1001, 12, dropout=0.1)
+    yield Layer(2048, 768, 768, 8, dtype=torch.float32, dropout=0.1)
+    for r, p in itertools.product((8, 64, 256), (0.0, 0.1)):
+        yield Layer(1, 4096, 4096, r, dropout=p, norm=True)
+    for r in (32, 128):
+        yield Layer(2048, 4096, 1024, r, torch.float16, norm=True)
+        yield Layer(8192, 4096, 4096, r, norm=True, weighted=True, turned=True, scaling=0.7)
+        yield Layer(8192, 4096, 4096, r, dropout=0.1, turned=True)
+    for r in (16, 64, 256):
+        yield Layer(333, 100, 50, r, torch.float32, 0.1)
+
+
+def launches(machine: Machine, chosen: Callable[[Iterator[Layer]], Any] = list) -> Any:
+    """Every distinct launch of `layers` on `machine`, by both backends, in their order."""
+    from loradrop import fused
+
+    with record(machine) as found:
+        for layer in chosen(layers()):
+            for backend in (fused.TRITON, fused.THIN):
+                call(backend, layer)
+    return found

@@ -1,0 +1,326 @@
+"""The Triton kernels by themselves, in the interpreter: variants and shapes the op does not reach.
+
+Every output is poisoned with NaN before a kernel writes it.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from loradrop import philox, reference
+from loradrop.testing import Shape, error
+
+pytestmark = pytest.mark.interpreter
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("Triton's interpreter has a process of its own", allow_module_level=True)
+pytest.importorskip("triton")
+
+from loradrop.kernels import expand, gemm_ext, gram, outer, shrink, single_pass  # noqa: E402
+from loradrop.kernels.config import Tall, Thin, Wide  # noqa: E402
+
+S = 1.3
+SEED = torch.tensor(-81985529216486895)
+SHAPES = {  # ragged in every direction, and with more than one tile
+    "one token": Shape(1, 50, 130, 17),
+    "small": Shape(5, 8, 6, 1),
+    "ragged": Shape(70, 103, 65, 8),
+    "aligned": Shape(64, 128, 192, 16),
+    "wide rank": Shape(70, 72, 40, 100),
+    "widest rank": Shape(33, 64, 48, 256),
+}
+each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+each_p = pytest.mark.parametrize("p", [0.0, 0.25])
+BOUND = {torch.float32: 2e-6, torch.float16: 1e-3}
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Memory that nobody has written holds NaN, or all bits."""
+    new_empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        made = new_empty(self, *args, **kwargs)
+        return made.fill_(math.nan if made.is_floating_point() else 0xFF)
+
+    with mock.patch.object(Tensor, "new_empty", poisoned):
+        yield
+
+
+class Case:
+    """Inputs, and the reference's answers in the dtype and in float64."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, p: float = 0.0, seed: int = 0) -> None:
+        m, k, n, r = shape
+        draw = torch.Generator().manual_seed(seed)
+
+        def normal(*size: int, scale: float = 1.0) -> Tensor:
+            return torch.randn(size, generator=draw) * scale
+
+        self.p, self.seed = philox.quantize(p), SEED if p else None
+        self.x, self.dy = normal(m, k).to(dtype), normal(m, n).to(dtype)
+        self.weight, self.bias = normal(n, k, scale=k**-0.5).to(dtype), normal(n).to(dtype)
+        self.A, self.B = normal(r, k, scale=k**-0.5), normal(n, r, scale=r**-0.5)
+        self.weights = torch.rand(m, generator=draw) * (torch.arange(m) % 3 != 1)
+        self.kept = philox.keep_mask(SEED, m, k, self.p) if p else torch.ones(m, k, dtype=bool)
+        self.y, self.h = reference.forward(
+            self.x, self.weight, self.bias, None, self.A, self.B, S, self.p, self.seed
+        )
+        self.h = self.h.contiguous()
+        self.mask = pack(self.kept) if p else None
+
+    def shrink(self, config: Thin, **more: Any) -> shrink.Shrunk:
+        scale = 1.0 / (1.0 - self.p)
+        return shrink.shrink(
+            self.x, self.A, scale, config, dropout=self.p, seed=self.seed, **more
+        )
+
+
+def pack(kept: Tensor) -> Tensor:
+    """A mask of booleans as the kernels keep it."""
+    m, k = kept.shape
+    bits = torch.zeros(m, 8 * philox.row_bytes(k), dtype=torch.uint8)
+    bits[:, :k] = kept
+    return (bits.view(m, -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
+
+
+def unpack(mask: Tensor, columns: int) -> Tensor:
+    bits = (mask.unsqueeze(2) >> torch.arange(8, dtype=torch.uint8)) & 1
+    return bits.flatten(1)[:, :columns].bool()
+
+
+@each_shape
+@each_dtype
+@each_p
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("BM", [16, 64])
+def test_shrink(shape: Shape, dtype: torch.dtype, p: float, split: int, BM: int) -> None:
+    case = Case(shape, dtype, p)
+    found = case.shrink(Thin(BM, 32, split, 4, 2))
+    assert error(found.h, case.h) <= BOUND[dtype]
+    assert (found.mask is None) == (p == 0.0)
+    if found.mask is not None:
+        assert found.mask.shape == (shape.m, philox.row_bytes(shape.k))
+        assert torch.equal(unpack(found.mask, shape.k), case.kept)
+
+
+@each_shape
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_norm_from_gram_matrices(shape: Shape, split: int, weighted: bool) -> None:
+    case = Case(shape, torch.float16)
+    weights = case.weights if weighted else None
+    found = case.shrink(Thin(32, 32, split, 4, 2, B_ROWS=64), B=case.B, token_weights=weights)
+    assert found.grams is not None
+    ours = float(gram.norm(found.grams, found.h, case.B, S, weights))
+    exact = float(reference.sqnorm(found.h, case.B, S, weights))
+    assert ours == pytest.approx(exact, rel=1e-5)
+    plain = case.shrink(Thin(32, 32, split, 4, 2))
+    assert torch.equal(found.h, plain.h)  # the norm changes no bit
+
+
+@pytest.mark.parametrize("r", [8, 64, 100])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_norm_where_the_inner_product_cancels(r: int, weighted: bool) -> None:
+    case = Case(Shape(70, 64, 40, r), torch.float16)
+    case.B = case.B[:, :1] * (1 + 2.0**-6 * torch.rand(40, r))
+    signs = torch.where(torch.arange(r) % 2 == 0, 1.0, -1.0).unsqueeze(1)
+    case.A = case.A[:1] * signs
+    weights = case.weights if weighted else None
+    found = case.shrink(Thin(32, 32, 1, 4, 2), B=case.B, token_weights=weights)
+    assert found.grams is not None
+    g, c = (planes.double().sum(0) for planes in found.grams)
+    value, size = float((g * c).sum()), float((g * c).abs().sum())
+    assert gram._CANCELS * value < size, "the case must reach the second form"
+    ours = float(gram.norm(found.grams, found.h, case.B, S, weights))
+    exact = float(reference.sqnorm(found.h, case.B, S, weights))
+    assert ours == pytest.approx(exact, rel=1e-5)
+
+
+def test_gram_leaves_out_rows_of_weight_zero() -> None:
+    for r in (8, 100):
+        case = Case(Shape(40, 64, 40, r), torch.float16)
+        case.x[case.weights == 0] = math.nan
+        found = case.shrink(Thin(32, 32, 1, 4, 2), B=case.B, token_weights=case.weights)
+        assert found.grams is not None
+        ours = float(gram.norm(found.grams, found.h, case.B, S, case.weights))
+        exact = float(reference.sqnorm(found.h, case.B, S, case.weights))
+        assert ours == pytest.approx(exact, rel=1e-5)
+
+
+TILES = {
+    "pointers": Wide(32, 64, 32, 4, 2, group=2),
+    "accelerator": Wide(32, 64, 32, 4, 2, group=2, tma=True),
+    "halves": Wide(32, 64, 32, 4, 2, tma=True, halves=2),
+    "pointers, halves": Wide(64, 32, 64, 4, 2, halves=2),
+}
+
+
+@each_shape
+@each_dtype
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "turned"])
+def test_gemm_ext_forward(shape: Shape, dtype: torch.dtype, tiles: Wide, turned: bool) -> None:
+    case = Case(shape, dtype)
+    q = (case.weight.T.contiguous().T if turned else case.weight).T
+    for first in (False, True):
+        y, _ = gemm_ext.gemm_ext(
+            case.x, q, case.bias, case.h, case.B.T, S, tiles, 2, first=first
+        )
+        assert error(y, case.y) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, -0.25, 0.0, 1.7, -3e-3, 2.0**20, 2.0**50])
+@each_dtype
+def test_gemm_ext_scales_only_the_lora_product(scale: float, dtype: torch.dtype) -> None:
+    case = Case(SHAPES["ragged"], dtype)
+    exact = case.x.double() @ case.weight.double().T
+    exact += scale * (case.h.double() @ case.B.to(dtype).double().T)
+    finite = exact.abs() < torch.finfo(dtype).max
+    assert finite.sum() > 10
+    y, _ = gemm_ext.gemm_ext(
+        case.x, case.weight.T, None, case.h, case.B.T, scale, TILES["pointers"], 3
+    )
+    assert error(y[finite], exact[finite]) <= BOUND[dtype]
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype", "mode"),
+    [
+        (1.0, torch.bfloat16, "none"),
+        (2.0, torch.bfloat16, "h"),
+        (-0.125, torch.bfloat16, "h"),
+        (1.5, torch.bfloat16, "sum"),
+        (2.0**30, torch.bfloat16, "sum"),
+        (2.0, torch.float16, "sum"),
+        (0.0, torch.float16, "h"),
+        (1.7, torch.float32, "h"),
+    ],
+)
+def test_a_scale_acts_on_h_only_where_that_is_exact(
+    scale: float, dtype: torch.dtype, mode: str
+) -> None:
+    assert gemm_ext.scale_mode(scale, dtype) == mode
+    if mode == "h" and dtype == torch.bfloat16:
+        h = torch.randn(1000).bfloat16()
+        assert torch.equal((h.float() * scale).bfloat16().double(), h.double() * scale)
+
+
+@each_shape
+@each_dtype
+@each_p
+@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
+def test_gemm_ext_backward(shape: Shape, dtype: torch.dtype, p: float, tiles: Wide) -> None:
+    case = Case(shape, dtype, p)
+    t = (S / (1 - case.p) * (case.dy.float() @ case.B.to(dtype).float())).to(dtype)
+    delta = torch.where(case.kept, t.double() @ case.A.to(dtype).double(), 0.0)
+    exact = case.dy.double() @ case.weight.double() + delta
+    dx, _ = gemm_ext.gemm_ext(
+        case.dy, case.weight, None, t, case.A, 1.0, tiles, 2, mask=case.mask
+    )
+    assert error(dx, exact) <= BOUND[dtype]
+    other = expand.expand(
+        case.dy @ case.weight, t, case.A, 1.0, Wide(32, 32, 0, 4, 1), case.mask, in_place=True
+    )
+    assert error(other, exact) <= 2 * BOUND[dtype]
+    alone = expand.expand(None, t, case.A, 1.0, Wide(32, 32, 0, 4, 1), case.mask)
+    assert error(alone, delta) <= BOUND[dtype]
+
+
+@each_shape
+@each_dtype
+def test_gemm_ext_norm_is_of_the_tiles(shape: Shape, dtype: torch.dtype) -> None:
+    case = Case(shape, dtype)
+    operands = (case.x, case.weight.T, case.bias, case.h, case.B.T, S)
+    for weights in (None, case.weights):
+        y, parts = gemm_ext.gemm_ext(
+            *operands, TILES["pointers"], 3, norm=True, token_weights=weights
+        )
+        plain, _ = gemm_ext.gemm_ext(*operands, TILES["pointers"], 3, first=True)
+        assert torch.equal(y, plain)
+        assert parts is not None
+        exact = float(reference.sqnorm(case.h, case.B, S, weights))
+        assert float(gram.total(parts, S)) == pytest.approx(exact, rel=1e-5)
+
+
+@each_dtype
+def test_gemm_ext_without_lora(dtype: torch.dtype) -> None:
+    case = Case(SHAPES["ragged"], dtype)
+    for tiles in TILES.values():
+        y, _ = gemm_ext.gemm_ext(case.x, case.weight.T, None, None, None, 1.0, tiles, 2)
+        assert error(y, case.x.double() @ case.weight.double().T) <= BOUND[dtype]
+
+
+def test_what_the_accelerator_refuses() -> None:
+    good = torch.zeros(4, 16, dtype=torch.float16)
+    assert gemm_ext.tma_refuses(good, good) is None
+    assert "adjacent" in str(gemm_ext.tma_refuses(good.T))
+    assert "bytes" in str(gemm_ext.tma_refuses(good[:, :8], torch.zeros(4, 12).half()))
+    assert "modulo 16" in str(gemm_ext.tma_refuses(good[:, 1:]))
+    assert gemm_ext.tma_refuses(good[:1].expand(4, -1)) is not None
+
+
+@pytest.mark.parametrize(("tiles_m", "tiles_n"), [(1, 1), (3, 5), (8, 2), (17, 4), (5, 1)])
+@pytest.mark.parametrize("group", [1, 2, 8])
+def test_every_tile_has_its_turn_once(tiles_m: int, tiles_n: int, group: int) -> None:
+    """The walk of `place_tile`, through a product whose tiles are single elements' neighbours."""
+    m, n = 16 * tiles_m, 32 * tiles_n
+    p = torch.arange(1.0, m + 1).unsqueeze(1).repeat(1, 16)
+    q = torch.eye(16, n) * 0 + torch.arange(1.0, n + 1) / 16
+    tiles = Wide(16, 32, 16, 4, 2, group=group)
+    for programs in (1, 4):
+        y, _ = gemm_ext.gemm_ext(p, q, None, None, None, 1.0, tiles, programs)
+        torch.testing.assert_close(y, p @ q)
+
+
+@each_shape
+@each_dtype
+@each_p
+@pytest.mark.parametrize("split", [1, 3])
+def test_outer(shape: Shape, dtype: torch.dtype, p: float, split: int) -> None:
+    case = Case(shape, dtype, p)
+    tall = Tall(32, 16, split, 4, 2)
+    t = (case.dy.float() @ case.B / 4).to(dtype)
+    dA = outer.outer(case.x, t, 1.0, torch.float32, tall, mask=case.mask, transposed=True)
+    dropped = torch.where(case.kept, case.x, 0.0).double()
+    assert (dA.shape, dA.dtype) == (case.A.shape, torch.float32)
+    assert error(dA, t.double().T @ dropped) <= 2e-6
+    dB = outer.outer(case.dy, case.h, S, dtype, tall)
+    assert (dB.shape, dB.dtype) == (case.B.shape, dtype)
+    assert error(dB, S * case.dy.double().T @ case.h.double()) <= BOUND[dtype]
+    assert torch.equal(dB, outer.outer(case.dy, case.h, S, dtype, tall))
+
+
+@each_shape
+@each_dtype
+@pytest.mark.parametrize("weighted", [False, True])
+def test_single_pass(shape: Shape, dtype: torch.dtype, weighted: bool) -> None:
+    case = Case(shape, dtype)
+    weights = case.weights if weighted else None
+    operands = (case.x, case.weight, case.bias, case.A, case.B, S, Wide(16, 32, 32, 4, 2))
+    y, h, parts = single_pass.single_pass(*operands, norm=True, token_weights=weights)
+    assert error(h, case.h) <= BOUND[dtype]
+    assert error(y, case.y) <= BOUND[dtype]
+    assert parts is not None
+    exact = float(reference.sqnorm(h, case.B, S, weights))
+    assert float(gram.total(parts, S)) == pytest.approx(exact, rel=1e-5)
+    without = single_pass.single_pass(*operands)
+    assert torch.equal(y, without[0]) and torch.equal(h, without[1])
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_the_mask_keeps_its_share(p: float) -> None:
+    m, k = 64, 512
+    x, A = torch.ones(m, k), torch.ones(1, k)
+    found = shrink.shrink(x, A, 1.0, Thin(32, 64, 1, 4, 2), dropout=philox.quantize(p), seed=SEED)
+    assert found.mask is not None
+    share = unpack(found.mask, k).double().mean()
+    assert abs(float(share) - (1 - p)) < 5 * math.sqrt(p * (1 - p) / (m * k))
+    kept = unpack(found.mask, k).sum(1, keepdim=True)
+    assert torch.equal(found.h, kept.float())  # what is multiplied is what the mask says
