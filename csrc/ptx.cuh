@@ -111,7 +111,7 @@ __device__ inline bool try_wait(std::uint32_t barrier, std::uint32_t parity) {
 
 #ifdef LORADROP_DEBUG
 // A wait that lasts seconds is a deadlock: say where, and end the kernel.
-__device__ __noinline__ void check_deadline(std::uint64_t start, std::uint32_t barrier,
+__device__ __noinline__ inline void check_deadline(std::uint64_t start, std::uint32_t barrier,
                                             std::uint32_t parity) {
   std::uint64_t now;
   asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));

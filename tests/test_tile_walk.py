@@ -44,7 +44,11 @@ BROKEN = {
         "return kConsumerWarps",
     ),
     "a share of h ends beyond K": (WALK, "smaller(share, chunks - first)", "share"),
-    "the walk of decode skips a chunk": (WALK, "first + step - chunks;", "first + step - chunks + 1;"),
+    "the walk of decode skips a chunk": (
+        WALK,
+        "first + step - chunks;",
+        "first + step - chunks + 1;",
+    ),
     "no swizzle": (LAYOUT, "unit ^ (row & 7u)", "unit"),
     "boxes of N overlap": (LAYOUT, "? kBoxBytes : 16", "? kAtomBytes : 16"),
     "the stride is one row": (LAYOUT, "(kAtomBytes >> 4)", "(kRowBytes >> 4)"),
