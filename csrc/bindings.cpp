@@ -263,6 +263,10 @@ void stream_weight(const std::string& dtype, const Numbers& w_, int rows, int st
                    std::uintptr_t stream) {
   const Matrix w(w_);
   demand(first(why_not_type(dtype), why_not_rows("weight", w)));
+  if (rows < 16 || rows > kDecodeMaxRows || rows % 16 != 0 || stages < 1 || stages > 16) {
+    throw std::invalid_argument("rows=" + std::to_string(rows) + " and stages=" +
+                                std::to_string(stages) + " are no plan of decode");
+  }
   const On here(device);
   const int ctas = decode_ctas(static_cast<int>(w.rows), rows, 1);
   check(launch_stream(map_of(w, rows, *type_of(dtype)), static_cast<int>(w.columns), rows, stages,

@@ -77,7 +77,8 @@ def setup_arguments() -> dict[str, Any]:
     if lacks := missing():
         raise SystemExit(
             f"LORADROP_BUILD_CUDA=1 asks for loradrop._C, which cannot be built: "
-            f"{'; '.join(lacks)}. Unset the variable to install loradrop as pure Python."
+            f"{'; '.join(lacks)}. Use pip's --no-build-isolation with them installed. "
+            "Unset the variable to install loradrop as pure Python."
         )
 
     class Build(build_ext):

@@ -22,7 +22,7 @@ _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 def _extension() -> Any:
     """The module loradrop._C, or the reason why there is none."""
     if importlib.util.find_spec("loradrop._C") is None:
-        return "not built: LORADROP_BUILD_CUDA=1 pip install . does it"
+        return "not built: LORADROP_BUILD_CUDA=1 pip install --no-build-isolation . does it"
     try:
         return importlib.import_module("loradrop._C")
     except ImportError as error:
@@ -162,6 +162,13 @@ def supports_decode(
     return None if reason is None else str(reason)
 
 
+def _plan(weight: Tensor, cluster: int) -> tuple[int, int]:
+    """(rows of weight that a CTA of `decode` keeps, CTAs)."""
+    sms = torch.cuda.get_device_properties(weight.device).multi_processor_count
+    rows, ctas = _extension().decode_plan(weight.shape[0], sms, cluster)
+    return rows, ctas
+
+
 def decode(
     x: Tensor,
     weight: Tensor,
@@ -195,8 +202,7 @@ def decode(
                 f"({m},) on {x.device} is needed"
             )
         token_weights = token_weights.float().contiguous()
-    sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-    rows, ctas = _extension().decode_plan(n, sms, cluster)
+    rows, ctas = _plan(weight, cluster)
     y, h = x.new_empty((m, n)), x.new_empty((m, A.shape[0]))
     planes = x.new_empty(ctas, dtype=torch.float32) if norm else None
     sqnorm = x.new_empty((), dtype=torch.float32) if norm else None
@@ -219,3 +225,32 @@ def decode(
         stream=_stream(x.device),
     )
     return y, h, sqnorm
+
+
+def stream_floor(weight: Tensor, m: int, r: int, cluster: int = 8) -> None:
+    """Reads weight (N, K) as `decode` of m tokens and rank r would, and does nothing with it.
+
+    With `barrier_floor`, the time that `decode` cannot beat. For benchmarks.
+    """
+    if reason := _why_not(weight):
+        raise ValueError(f"the stream cannot be measured: {reason}")
+    rows, _ = _plan(weight, cluster)
+    _extension().stream_weight(
+        dtype=_DTYPES[weight.dtype],
+        w=_numbers(weight),
+        rows=rows,
+        stages=_extension().decode_stages(rows, m, r),
+        device=weight.device.index,
+        stream=_stream(weight.device),
+    )
+
+
+def barrier_floor(weight: Tensor, cluster: int = 8) -> None:
+    """Two cluster barriers on the grid of `decode`, with no work between them. For benchmarks."""
+    if reason := _why_not(weight):
+        raise ValueError(f"the barriers cannot be measured: {reason}")
+    _, ctas = _plan(weight, cluster)
+    device = weight.device
+    _extension().cluster_barriers(
+        cluster=cluster, ctas=ctas, device=device.index, stream=_stream(device)
+    )

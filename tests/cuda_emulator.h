@@ -52,9 +52,7 @@ inline dim3 threadIdx, blockIdx, gridDim;  // of the thread that runs
 struct __nv_bfloat16 {
   std::uint16_t bits;
 };
-struct __half {
-  std::uint16_t bits;
-};
+using __half = __nv_bfloat16;  // the kernels treat both alike, so one is enough
 
 inline float to_float(std::uint16_t bits) {
   const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
@@ -265,12 +263,16 @@ inline void run_cluster(int first_block, int size) {
     fiber.context.uc_stack.ss_size = kStack;
     makecontext(&fiber.context, enter, 0);
   }
+  // Stores may be fast or take for ever, and one CTA be faster than the others, by far.
+  const unsigned lateness = m.random() % 2 == 0 ? 16 : 100000;
+  const std::size_t favoured = m.random() % 2 == 0 ? m.random() % size : size;
   int left = size * threads;
   while (left > 0) {
     if (m.random() % 4 == 0) happen(m.events);
-    if (m.random() % 100000 == 0) happen(m.late);
+    if (m.random() % lateness == 0) happen(m.late);
     // From a random thread on, the first that can run.
-    const std::size_t start = m.random() % m.fibers.size();
+    std::size_t start = m.random() % m.fibers.size();
+    if (favoured < m.ctas.size() && m.random() % 64 != 0) start = favoured * threads;
     Fiber* next = nullptr;
     for (std::size_t i = 0; i < m.fibers.size() && next == nullptr; ++i) {
       Fiber& fiber = *m.fibers[(start + i) % m.fibers.size()];

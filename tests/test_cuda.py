@@ -257,6 +257,15 @@ def test_decode_is_deterministic(cluster: int) -> None:
             assert torch.equal(one, other)
 
 
+@gpu
+def test_the_floors_run() -> None:
+    weight = matrix(4096, 4096, torch.bfloat16)
+    for cluster in (1, 8):
+        cuda.stream_floor(weight, 8, 16, cluster)
+        cuda.barrier_floor(weight, cluster)
+    torch.cuda.synchronize()
+
+
 # ---- Refusals, on any machine ------------------------------------------------------------------
 
 

@@ -100,6 +100,16 @@ FAULTS = {
         "memory, tile(shape, index, rank), group, scale)",
         "memory, tile(shape, index, rank), group, 1.0f)",
     ),
+    "the peer's barriers are used before they exist": (
+        GEMM,
+        "  ptx::cluster_arrive();\n  ptx::cluster_wait();\n  if",
+        "  if",
+    ),
+    "a CTA leaves while its peer still arrives there": (
+        GEMM,
+        "  ptx::cluster_arrive();\n  ptx::cluster_wait();\n}",
+        "}",
+    ),
     "the partial h of the others is not waited for": (
         DECODE,
         "ptx::wait<true>(memory.partial_left(), 0);",
