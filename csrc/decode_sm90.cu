@@ -76,7 +76,7 @@ struct Memory {
   __device__ float* sums() const { return reinterpret_cast<float*>(generic + at.sums()); }
 };
 
-// The memory of what is made of `lane`'s register i of an accumulator: row and token in their block.
+// Where the accumulator i of a lane lies in its block of sixteen rows and eight tokens.
 __device__ inline int block_row(int lane, int i) { return lane / 4 + 8 * (i / 2); }
 __device__ inline int block_token(int lane, int i) { return 2 * (lane % 4) + i % 2; }
 
