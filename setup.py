@@ -1,8 +1,11 @@
-"""Metadata and packages. A plain install is pure Python: no compiler, no torch while it builds."""
+"""Metadata and packages. A plain install is pure Python: no compiler, no torch while it builds.
+
+LORADROP_BUILD_CUDA=1 adds the extension loradrop._C (csrc/build.py).
+"""
 
 import os
 import re
-import shutil
+import runpy
 from pathlib import Path
 
 from setuptools import setup
@@ -20,14 +23,10 @@ packages = ["loradrop", "loradrop.methods", "loradrop.integrations"]
 if any((ROOT / "loradrop" / "kernels").glob("*.py")):  # a link to ../kernels
     packages.append("loradrop.kernels")
 
+extension = {}
 if os.environ.get("LORADROP_BUILD_CUDA") == "1":  # an error, never a silent pure-Python wheel
-    missing = ["this version has no CUDA kernels yet (csrc/README.md)"]
-    if shutil.which("nvcc") is None:
-        missing.append("nvcc is not on PATH")
-    raise SystemExit(
-        f"LORADROP_BUILD_CUDA=1 asks for loradrop._C, which cannot be built: {'; '.join(missing)}. "
-        "Unset the variable to install loradrop as pure Python."
-    )
+    build = runpy.run_path(str(ROOT / "csrc" / "build.py"))
+    extension = build["setup_arguments"]()
 
 setup(
     name="loradrop",
@@ -56,7 +55,9 @@ setup(
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"),
             *("build", "setuptools", "wheel", "pre-commit", TRITON, PEFT, "datasets"),
+            *("ninja", "pybind11"),
         ],
     },
     entry_points={"console_scripts": ["loradrop = loradrop.cli:main"]},
+    **extension,
 )

@@ -1,7 +1,6 @@
 """What this machine offers: versions, processors, and which backends of the op run here."""
 
 import importlib.metadata
-import importlib.util
 import platform
 from typing import Any
 
@@ -61,10 +60,16 @@ def _cuda() -> list[dict[str, Any]]:
     ]
 
 
+def _extension(built: dict[str, Any] | str) -> str:
+    if isinstance(built, str):
+        return built
+    return f"for {built['arch']}, by CUDA {built['cuda']}{', debug' if built['debug'] else ''}"
+
+
 def report() -> dict[str, Any]:
     """The facts, ready for JSON. None: a package that is not installed, a backend that can run."""
     import loradrop
-    from loradrop import dispatch
+    from loradrop import cuda, dispatch
 
     return {
         "loradrop": loradrop.__version__,
@@ -73,7 +78,7 @@ def report() -> dict[str, Any]:
         "packages": {package: _version(package) for package in PACKAGES},
         "cpu": _cpu(),
         "cuda": _cuda(),
-        "extension": importlib.util.find_spec("loradrop._C") is not None,
+        "extension": cuda.built(),
         "backends": {backend.name: backend.available() for backend in dispatch.backends()},
     }
 
@@ -96,7 +101,7 @@ def format_report() -> str:
             for i, gpu in enumerate(facts["cuda"])
         ),
         *([] if facts["cuda"] else [("CUDA", "no device")]),
-        ("loradrop._C", "built" if facts["extension"] else "not built"),
+        ("loradrop._C", _extension(facts["extension"])),
         *((f"backend {name}", why or "available") for name, why in facts["backends"].items()),
     ]
     width = max(len(name) for name, _ in rows)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -13,7 +14,16 @@ from packaging.requirements import Requirement
 from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "loradrop", "kernels", "csrc")
+SOURCES = (
+    "setup.py",
+    "MANIFEST.in",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+    "loradrop",
+    "kernels",
+    "csrc",
+)
 
 
 @pytest.fixture
@@ -98,9 +108,18 @@ def test_cuda_build_is_refused_with_its_reason(source: Path, tmp_path: Path) -> 
         PATH="",
     )
     assert done.returncode != 0
-    assert "this version has no CUDA kernels yet" in done.stdout
-    assert "nvcc is not on PATH" in done.stdout
+    assert "asks for loradrop._C, which cannot be built: nvcc is not on PATH" in done.stdout
+    assert "Unset the variable" in done.stdout
     assert "Traceback" not in done.stdout
+
+
+def test_sdist_carries_the_sources_of_the_extension(source: Path, tmp_path: Path) -> None:
+    done = build(source, "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path))
+    assert done.returncode == 0, done.stdout
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.is_file()} <= names
 
 
 def test_setup_imports_no_torch() -> None:

@@ -1,0 +1,326 @@
+// gemm_ext: out (m, n) = p (m, k)·q (k, n) + bias (n) + s·h (m, r)·l (r, n), for Hopper.
+//
+//   forward    y  = x Wᵀ + b + s·h Bᵀ        p = x    q = Wᵀ   h = h    l = Bᵀ
+//   backward   dx = dy W     + s·(dy B) A    p = dy   q = W    h = dyB  l = A
+//
+// bfloat16 or float16 in and out, float32 sums. Both q and l may lie either way round.
+//
+// Tile plan. A persistent CTA takes tiles of 128 x 256 (128 x 128 for small problems) in the order
+// of `tile_walk.h`. Per tile it walks ceil(k/64) chunks of (p, q) and then ceil(r/64) of (h, l) into
+// the same accumulators: the delta is nothing but the last chunks. Boxes past an edge are filled
+// with zeros by TMA, which also pads r to 64, and stores are clipped.
+//
+// Warps. Warpgroup 0 gives its registers away and one of its threads issues all loads. Warpgroups 1
+// and 2 own 64 rows each: wgmma m64n256k16, 128 accumulators a thread. 128·40 + 256·232 = 64512
+// registers of 65536.
+//
+// Clusters. Two CTAs one above the other need the same q: each loads half of it and multicasts it to
+// both. That saves a third of the traffic from L2.
+//
+// Shared memory, bytes, 128 x 256 (128 x 128):
+//   ring        4 · (16384 + 32768) = 196608    (6 · (16384 + 16384) = 196608)
+//   staging     2 warpgroups · 2 · 8192 = 32768
+//   barriers    2 · stages · 8, and up to 1023 to align the ring to the swizzle's 1024
+//
+// Why each barrier:
+//   filled[s]   the bytes of slot s have landed. One arrival, by the CTA's own producer with the
+//               number of bytes, those of the peer's multicast included; bytes that land before
+//               that arrival are counted too, the phase cannot end without it.
+//   emptied[s]  every consumer warp of every CTA of the cluster has finished reading slot s. The
+//               peer's consumers are among them because this producer writes into the peer's slot.
+//   named 1, 2  the warps of a warpgroup around its staging buffers: free to write; written.
+//   cluster     at the start, barriers exist before a peer's bytes or arrivals reach them; at the
+//               end, no CTA leaves while its peer may still write or arrive there.
+
+#include <algorithm>
+#include <atomic>
+
+#include "kernels.h"
+#include "wgmma.cuh"
+
+namespace loradrop {
+namespace {
+
+constexpr int kMaxDevices = 64;
+constexpr int kThreads = 384;
+constexpr int kGroupThreads = 128;
+constexpr int kPBytes = kTileM * kRowBytes;
+constexpr int kStagingBytes = 64 * kRowBytes;
+
+constexpr int q_bytes(int tile_n) { return tile_n * kRowBytes; }
+constexpr int slot_bytes(int tile_n) { return kPBytes + q_bytes(tile_n); }
+constexpr int slots(int tile_n) { return tile_n == 256 ? 4 : 6; }
+
+template <int TileN>
+struct Memory {
+  static constexpr int kSlots = slots(TileN);
+  std::uint32_t base;
+
+  // The kernel's dynamic shared memory begins at the same address in every CTA of a cluster, so the
+  // offsets of a multicast agree after this rounding too.
+  __device__ explicit Memory(const void* raw)
+      : base((ptx::shared(raw) + kAtomBytes - 1) & ~(kAtomBytes - 1u)) {}
+  __device__ std::uint32_t p(int slot) const { return base + slot * slot_bytes(TileN); }
+  __device__ std::uint32_t q(int slot) const { return p(slot) + kPBytes; }
+  __device__ std::uint32_t staging(int buffer) const {
+    return base + kSlots * slot_bytes(TileN) + buffer * kStagingBytes;
+  }
+  __device__ std::uint32_t filled(int slot) const { return staging(4) + 8 * slot; }
+  __device__ std::uint32_t emptied(int slot) const { return filled(kSlots) + 8 * slot; }
+};
+
+// ---- The producer ----------------------------------------------------------------------------
+
+// This CTA's share of a chunk of q or l (`right`), to all CTAs of the cluster.
+__device__ inline void load_share(const CUtensorMap& right, Major major, std::uint32_t slot,
+                                  std::uint32_t barrier, int column, Share share, int k,
+                                  int cluster) {
+  const std::uint16_t ctas = static_cast<std::uint16_t>((1 << cluster) - 1);
+  const int step = major == Major::kK ? share.count : kBoxN;
+  for (int c = share.first; c < share.first + share.count; c += step) {
+    const ptx::Landing to{slot + share_offset(c), barrier};
+    const int inner = major == Major::kK ? k : column + c;
+    const int outer = major == Major::kK ? column + c : k;
+    if (cluster > 1) {
+      ptx::load_multicast(right, to, inner, outer, ctas);
+    } else {
+      ptx::load(right, to, inner, outer);
+    }
+  }
+}
+
+template <int TileN, Major QMajor>
+__device__ void produce(const GemmArguments& args, Memory<TileN> memory, int rank) {
+  const Gemm& shape = args.shape;
+  const Share part = share(shape, rank);
+  const Major l_major = args.l_is_k_major ? Major::kK : Major::kN;
+  const int clusters = gridDim.x / shape.cluster, count = chunks(shape);
+  bool early = true;  // the kernel that writes h may still run
+  if (shape.r == 0) {
+    ptx::wait_for_earlier_kernels();
+    early = false;
+  }
+  Ring ring;
+  for (long index = blockIdx.x / shape.cluster; index < tiles(shape); index += clusters) {
+    const Tile at = tile(shape, index, rank);
+    for (int i = 0; i < count; ++i, ring.advance(slots(TileN))) {
+      const Chunk now = chunk(shape, i);
+      if (now.thin && early) {
+        // Also orders the stores: each comes after its tile's thin chunks, so none reaches memory
+        // that an earlier kernel still reads.
+        ptx::wait_for_earlier_kernels();
+        early = false;
+      }
+      const std::uint32_t barrier = memory.filled(ring.slot);
+      ptx::wait(memory.emptied(ring.slot), ring.emptied());
+      ptx::arrive_and_expect(barrier, slot_bytes(TileN));
+      ptx::load(now.thin ? args.h : args.p, {memory.p(ring.slot), barrier}, now.k, at.m);
+      load_share(now.thin ? args.l : args.q, now.thin ? l_major : QMajor, memory.q(ring.slot),
+                 barrier, at.n, part, now.k, shape.cluster);
+    }
+  }
+}
+
+// ---- The consumers ---------------------------------------------------------------------------
+
+// Each warp lets go of the slot, in every CTA whose producer writes into it here.
+template <int TileN>
+__device__ inline void release(Memory<TileN> memory, int slot, int cluster) {
+  const int lane = threadIdx.x % 32;
+  if (lane < cluster) ptx::arrive_peer(memory.emptied(slot), lane);
+}
+
+// acc += the next `count` chunks of the ring. One group of wgmma stays in flight, so a slot is let
+// go one chunk late.
+template <class T, int TileN, Major RightMajor>
+__device__ inline void multiply(float (&acc)[TileN / 2], Memory<TileN> memory, Ring& ring,
+                                int count, bool add, std::uint32_t p_offset, int cluster) {
+  int before = 0;
+  pin(acc);
+  for (int i = 0; i < count; ++i) {
+    ptx::wait(memory.filled(ring.slot), ring.filled());
+    wgmma_fence();
+    const std::uint64_t left = descriptor(memory.p(ring.slot) + p_offset, Major::kK);
+    const std::uint64_t right = descriptor(memory.q(ring.slot), RightMajor);
+#pragma unroll
+    for (int step = 0; step < kChunk / kStepK; ++step) {
+      wgmma<T, RightMajor == Major::kN>(acc, advanced(left, Major::kK, step),
+                                        advanced(right, RightMajor, step),
+                                        add || i > 0 || step > 0);
+    }
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (i > 0) release(memory, before, cluster);
+    before = ring.slot;
+    ring.advance(slots(TileN));
+  }
+  wgmma_wait<0>();
+  pin(acc);
+  if (count > 0) release(memory, before, cluster);
+}
+
+// out = scale·acc + bias, 64 columns at a time through two staging buffers.
+template <class T, int TileN>
+__device__ inline void store_tile(const float (&acc)[TileN / 2], const GemmArguments& args,
+                                  Memory<TileN> memory, Tile at, int group, float scale) {
+  const int thread = threadIdx.x % kGroupThreads, warp = thread / 32, lane = thread % 32;
+#pragma unroll
+  for (int block = 0; block < TileN / 64; ++block) {
+    const std::uint32_t buffer = memory.staging(2 * group + block % 2);
+    if (thread == 0) ptx::wait_stores_read<1>();
+    ptx::sync_threads(1 + group, kGroupThreads);
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      std::uint32_t packed[4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int j = 8 * block + 2 * pair + half, column = at.n + 8 * j + 2 * (lane % 4);
+        float low = 0.0f, high = 0.0f;
+        if (args.bias != nullptr && column < args.shape.n) {
+          const T* bias = static_cast<const T*>(args.bias) + column;
+          low = ptx::widen(bias[0]);
+          high = ptx::widen(bias[1]);
+        }
+        packed[2 * half] = ptx::pack<T>(fmaf(acc[4 * j], scale, low),
+                                        fmaf(acc[4 * j + 1], scale, high));
+        packed[2 * half + 1] = ptx::pack<T>(fmaf(acc[4 * j + 2], scale, low),
+                                            fmaf(acc[4 * j + 3], scale, high));
+      }
+      ptx::store_matrices(buffer + staging_offset(warp, lane, pair), packed);
+    }
+    ptx::fence_async_proxy();
+    ptx::sync_threads(1 + group, kGroupThreads);
+    if (thread == 0) ptx::store(args.out, buffer, at.n + 64 * block, at.m + 64 * group);
+  }
+}
+
+template <class T, int TileN, Major QMajor>
+__device__ void consume(const GemmArguments& args, Memory<TileN> memory, int rank) {
+  const Gemm& shape = args.shape;
+  const int group = threadIdx.x / kGroupThreads - 1, clusters = gridDim.x / shape.cluster;
+  const std::uint32_t p_offset = 64 * group * kRowBytes;
+  const int thin = thin_chunks(shape);
+  // The thin chunks are more of the same, unless something has to change between: the scale of the
+  // sums, or which way round the right factor lies.
+  const float scale = thin > 0 ? args.scale : 1.0f;
+  const bool turned = args.l_is_k_major != (QMajor == Major::kK);
+  const int apart = thin > 0 && (turned || scale != 1.0f) ? thin : 0;
+  const int together = chunks(shape) - apart;
+  Ring ring;
+  for (long index = blockIdx.x / shape.cluster; index < tiles(shape); index += clusters) {
+    float acc[TileN / 2];
+    multiply<T, TileN, QMajor>(acc, memory, ring, together, false, p_offset, shape.cluster);
+    if (apart > 0) {
+      // acc/s + h·l, times s in the end: h and l stay as they are, and none of them overflows.
+      if (scale != 1.0f) {
+        const float inverse = 1.0f / scale;
+#pragma unroll
+        for (int i = 0; i < TileN / 2; ++i) acc[i] *= inverse;
+      }
+      constexpr Major kOther = QMajor == Major::kK ? Major::kN : Major::kK;
+      if (turned) {
+        multiply<T, TileN, kOther>(acc, memory, ring, apart, true, p_offset, shape.cluster);
+      } else {
+        multiply<T, TileN, QMajor>(acc, memory, ring, apart, true, p_offset, shape.cluster);
+      }
+    }
+    store_tile<T, TileN>(acc, args, memory, tile(shape, index, rank), group, scale);
+  }
+  if (threadIdx.x % kGroupThreads == 0) ptx::wait_stores_read<0>();
+}
+
+template <class T, int TileN, Major QMajor>
+__global__ void __launch_bounds__(kThreads, 1)
+    gemm_ext_kernel(const __grid_constant__ GemmArguments args) {
+  extern __shared__ std::uint8_t raw[];
+  const Memory<TileN> memory(raw);
+  const int rank = static_cast<int>(ptx::cluster_rank());
+  if (threadIdx.x == 0) {
+    ptx::prefetch(args.p);
+    ptx::prefetch(args.q);
+    for (int slot = 0; slot < slots(TileN); ++slot) {
+      ptx::barrier_init(memory.filled(slot), 1);
+      ptx::barrier_init(memory.emptied(slot), releases(args.shape.cluster));
+    }
+    ptx::barrier_init_fence();
+  }
+  __syncthreads();
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+  if (threadIdx.x < kGroupThreads) {
+    ptx::give_registers<40>();
+    if (threadIdx.x == 0) produce<TileN, QMajor>(args, memory, rank);
+  } else {
+    ptx::take_registers<232>();
+    consume<T, TileN, QMajor>(args, memory, rank);
+  }
+  ptx::cluster_arrive();
+  ptx::cluster_wait();
+}
+
+// How many clusters run at once. Fewer than its SMs would allow where a GPC has an odd number of them,
+// and a cluster that waits for another to end would double the time. Asked once a device.
+template <class Kernel>
+cudaError_t resident_clusters(Kernel kernel, const cudaLaunchConfig_t& config, int cluster,
+                              int device, int* count) {
+  static std::atomic<int> known[kMaxCluster][kMaxDevices];
+  std::atomic<int>& here = known[cluster - 1][device % kMaxDevices];
+  *count = here.load();
+  if (*count > 0) return cudaSuccess;
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(count, kernel, &config);
+  if (error == cudaSuccess) here.store(*count);
+  return error;
+}
+
+template <class T, int TileN, Major QMajor>
+cudaError_t launch(const GemmArguments& args, const GemmLaunch& how, cudaStream_t stream) {
+  const auto kernel = gemm_ext_kernel<T, TileN, QMajor>;
+  const int bytes = gemm_shared_bytes(TileN), cluster = args.shape.cluster;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = how.overlap;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(how.sms / cluster * cluster);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = 1;
+  int clusters = 0;
+  error = resident_clusters(kernel, config, cluster, how.device, &clusters);
+  if (error != cudaSuccess) return error;
+  if (clusters == 0) return cudaErrorLaunchOutOfResources;
+  config.gridDim = dim3(static_cast<unsigned>(std::min<long>(clusters, tiles(args.shape))) * cluster);
+  config.numAttrs = how.overlap ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+template <class T, int TileN>
+cudaError_t launch(const GemmArguments& args, const GemmLaunch& how, cudaStream_t stream) {
+  return how.q_major == Major::kK ? launch<T, TileN, Major::kK>(args, how, stream)
+                                  : launch<T, TileN, Major::kN>(args, how, stream);
+}
+
+template <class T>
+cudaError_t launch(const GemmArguments& args, const GemmLaunch& how, cudaStream_t stream) {
+  return args.shape.tile_n == 256 ? launch<T, 256>(args, how, stream)
+                                  : launch<T, 128>(args, how, stream);
+}
+
+}  // namespace
+
+int gemm_shared_bytes(int tile_n) {
+  return kAtomBytes + slots(tile_n) * (slot_bytes(tile_n) + 16) + 4 * kStagingBytes;
+}
+
+cudaError_t launch_gemm_ext(const GemmArguments& args, const GemmLaunch& how, cudaStream_t stream) {
+  return how.type == Type::kBFloat16 ? launch<__nv_bfloat16>(args, how, stream)
+                                     : launch<__half>(args, how, stream);
+}
+
+}  // namespace loradrop

@@ -1,0 +1,142 @@
+// Which tile, which chunk, which ring slot: every index of the kernels in this folder.
+//
+// Pure functions of plain integers, compiled by nvcc for the device and by any C++17 compiler for
+// tests/tile_walk_check.cpp, which drives them over awkward sizes against the definition. An index
+// or a phase that is wrong is found there, on a machine without a GPU.
+#pragma once
+
+#ifdef __CUDACC__
+#define LORADROP_FN __host__ __device__ constexpr
+#else
+#define LORADROP_FN constexpr
+#endif
+
+namespace loradrop {
+
+LORADROP_FN int ceil_div(long a, long b) { return static_cast<int>((a + b - 1) / b); }
+LORADROP_FN int smaller(int a, int b) { return a < b ? a : b; }
+
+// ---- gemm_ext: out (m, n) = p (m, k)·q (k, n) + s·h (m, r)·l (r, n) ---------------------------
+
+constexpr int kTileM = 128;         // rows of a CTA's tile: 64 for each of two consumer warpgroups
+constexpr int kChunk = 64;          // of k or r: 128 bytes, one row of the 128-byte swizzle
+constexpr int kGroup = 16;          // rows of tiles that are walked together, to meet again in L2
+constexpr int kConsumerWarps = 8;
+constexpr int kMaxCluster = 2;
+
+struct Gemm {
+  int m, n, k, r;
+  int tile_n;   // 128 or 256
+  int cluster;  // CTAs that share a tile of q: 1 or 2, one above the other
+};
+
+struct Tile {
+  int m, n;  // its first row and column
+};
+
+struct Chunk {
+  bool thin;  // of (h, l) rather than of (p, q)
+  int k;      // its first column in p or h
+};
+
+struct Share {
+  int first, count;  // columns of the tile of q or l that one CTA loads for the whole cluster
+};
+
+// Tiles are counted in those of a cluster, (128·cluster) x tile_n.
+LORADROP_FN int tile_rows(const Gemm& g) { return ceil_div(g.m, kTileM * g.cluster); }
+LORADROP_FN int tile_columns(const Gemm& g) { return ceil_div(g.n, g.tile_n); }
+LORADROP_FN long tiles(const Gemm& g) { return static_cast<long>(tile_rows(g)) * tile_columns(g); }
+
+// Cluster c of `clusters` takes the tiles c, c + clusters, ... A tile past the edge of the matrix
+// can only be the lower one of a pair; its loads are zeros and its stores are clipped.
+LORADROP_FN Tile tile(const Gemm& g, long index, int rank) {
+  const int group = kGroup / g.cluster;
+  const long per_group = static_cast<long>(group) * tile_columns(g);
+  const int first = static_cast<int>(index / per_group) * group;
+  const int rows = smaller(group, tile_rows(g) - first);
+  const int within = static_cast<int>(index % per_group);
+  return {((first + within % rows) * g.cluster + rank) * kTileM, within / rows * g.tile_n};
+}
+
+LORADROP_FN int wide_chunks(const Gemm& g) { return ceil_div(g.k, kChunk); }
+LORADROP_FN int thin_chunks(const Gemm& g) { return ceil_div(g.r, kChunk); }
+LORADROP_FN int chunks(const Gemm& g) { return wide_chunks(g) + thin_chunks(g); }
+
+// The delta is nothing but the last chunks of every tile.
+LORADROP_FN Chunk chunk(const Gemm& g, int index) {
+  const int wide = wide_chunks(g);
+  return index < wide ? Chunk{false, index * kChunk} : Chunk{true, (index - wide) * kChunk};
+}
+
+LORADROP_FN Share share(const Gemm& g, int rank) {
+  const int count = g.tile_n / g.cluster;
+  return {rank * count, count};
+}
+
+// ---- The ring: slots that a producer fills and consumers empty, in the same order --------------
+
+// Every slot has two mbarriers. Round by round, each completes one phase; a wait names the parity of
+// the phase whose completion it needs. Consumers wait for this round's fill, the producer for the
+// release of the round before, which in round 0 has parity 1 and counts as complete.
+struct Ring {
+  int slot = 0;
+  unsigned round = 0;  // its parity
+
+  LORADROP_FN unsigned filled() const { return round; }
+  LORADROP_FN unsigned emptied() const { return round ^ 1u; }
+  LORADROP_FN void advance(int slots) {
+    if (++slot == slots) {
+      slot = 0;
+      round ^= 1u;
+    }
+  }
+};
+
+// A slot is free for a multicast when the consumers of every CTA that receives it have let go.
+LORADROP_FN int releases(int cluster) { return cluster * kConsumerWarps; }
+
+// 128 x 256 tiles where they fill the machine, 128 x 128 where they would leave it half empty.
+LORADROP_FN int choose_tile_n(int m, int n, int sms) {
+  return static_cast<long>(ceil_div(m, kTileM)) * ceil_div(n, 256) >= sms ? 256 : 128;
+}
+
+// ---- decode: a slab of rows of W per CTA, and 1/cluster of h -----------------------------------
+
+constexpr int kDecodeChunk = 128;  // of K: two boxes of 64
+constexpr int kDecodeMaxRows = 128;
+
+// Rows of W that a CTA keeps: one wave over the machine where that is possible.
+LORADROP_FN int decode_rows(int n, int sms) {
+  return smaller(kDecodeMaxRows, 16 * ceil_div(n, 16L * sms));
+}
+
+// The mma works on eight columns of tokens and sixteen rows of A at a time.
+LORADROP_FN int decode_tokens(int m) { return m <= 8 ? 8 : m <= 16 ? 16 : 32; }
+LORADROP_FN int decode_ranks(int r) { return 16 * ceil_div(r, 16); }
+
+// The grid: whole clusters, so that the last CTAs may have no row of W but do their part of h.
+LORADROP_FN int decode_ctas(int n, int rows, int cluster) {
+  return ceil_div(n, static_cast<long>(rows) * cluster) * cluster;
+}
+
+// A CTA walks all chunks of K once, from the first one of its own share and around. So its part of h
+// is complete early, and the exchange of h passes while W streams.
+struct DecodeWalk {
+  int first;  // the chunk of step 0
+  int own;    // steps 0 to own − 1 contribute to h
+  int chunks;
+
+  LORADROP_FN int chunk(int step) const {
+    return first + step < chunks ? first + step : first + step - chunks;
+  }
+};
+
+LORADROP_FN DecodeWalk decode_walk(int k, int cluster, int rank) {
+  const int chunks = ceil_div(k, kDecodeChunk);
+  const int share = ceil_div(chunks, cluster);
+  const int first = smaller(rank * share, chunks);
+  return {first == chunks ? 0 : first, smaller(share, chunks - first), chunks};
+}
+
+}  // namespace loradrop

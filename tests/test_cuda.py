@@ -1,0 +1,301 @@
+"""The CUDA kernels: their values on a Hopper GPU against float64, and what is refused anywhere."""
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from loradrop import cuda, reference
+from loradrop.testing import assert_within, error
+
+DTYPES = [torch.bfloat16, torch.float16]
+# (M, R, C, r) of p (M, R)·q (R, C) + h (M, r)·l (r, C)
+SHAPES = {
+    "one row": (1, 64, 8, 1),
+    "less than a tile": (37, 72, 136, 17),
+    "one tile": (128, 64, 256, 64),
+    "one more of everything": (129, 65, 264, 65),
+    "ragged": (300, 1000, 520, 8),
+    "one chunk short": (257, 63, 1032, 130),
+    "more than a wave": (2100, 200, 3000, 16),
+    "llama q": (2048, 4096, 4096, 16),
+    "rank 256": (512, 1024, 1024, 256),
+}
+gpu = pytest.mark.gpu
+
+
+@functools.cache
+def generator() -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def hopper(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("gpu") and (why := cuda.available()):
+        pytest.skip(why)
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype, size: float = 1.0) -> Tensor:
+    """Random; rows begin at multiples of 16 bytes, and what lies between them is NaN."""
+    stride = (columns + 7) // 8 * 8
+    memory = torch.full((rows, stride), float("nan"), dtype=dtype, device="cuda")
+    values = torch.randn(rows, columns, generator=generator(), device="cuda") * size
+    memory[:, :columns] = values.to(dtype)
+    return memory[:, :columns]
+
+
+def either_way(rows: int, columns: int, dtype: torch.dtype, size: float, turned: bool) -> Tensor:
+    return matrix(columns, rows, dtype, size).T if turned else matrix(rows, columns, dtype, size)
+
+
+def poison(rows: int, columns: int, dtype: torch.dtype) -> None:
+    """The next tensor of this size probably gets memory full of NaN."""
+    torch.full((rows, columns), float("nan"), dtype=dtype, device="cuda")
+
+
+def operands(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, q_turned: bool, l_turned: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """p, q, bias, h, l, so that both products are of size 1."""
+    m, k, n, r = shape
+    p, h = matrix(m, k, dtype), matrix(m, r, dtype)
+    q = either_way(k, n, dtype, k**-0.5, q_turned)
+    l = either_way(r, n, dtype, r**-0.5, l_turned)
+    return p, q, matrix(1, n, dtype)[0], h, l
+
+
+def exact_gemm(p: Tensor, q: Tensor, bias: Tensor | None, h: Tensor, l: Tensor, s: float) -> Tensor:
+    base = p.double() @ q.double()
+    base = base if bias is None else base + bias.double()
+    return base + s * (h.double() @ l.double())
+
+
+def torch_gemm(p: Tensor, q: Tensor, bias: Tensor | None, h: Tensor, l: Tensor, s: float) -> Tensor:
+    base = torch.nn.functional.linear(p, q.T.contiguous(), bias)
+    return base.addmm_(h.contiguous(), l.contiguous(), alpha=s)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "turned", [(0, 0), (1, 1), (0, 1), (1, 0)], ids=["W,A", "Wt,Bt", "W,Bt", "Wt,A"]
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gemm(shape: str, turned: tuple[int, int], dtype: torch.dtype) -> None:
+    m, _, n, _ = SHAPES[shape]
+    p, q, bias, h, l = operands(SHAPES[shape], dtype, bool(turned[0]), bool(turned[1]))
+    for with_bias in (None, bias):
+        for s in (1.0, 2.0, -0.3, 16.0 / 3.0):
+            poison(m, n, dtype)
+            out = cuda.gemm_ext(p, q, with_bias, h, l, s)
+            exact, torch_path = (f(p, q, with_bias, h, l, s) for f in (exact_gemm, torch_gemm))
+            assert_within(out, torch_path, exact)
+
+
+@gpu
+@pytest.mark.parametrize("tile_n", [128, 256])
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_plan_gives_the_same_bits(
+    shape: str, turned: bool, cluster: int, tile_n: int
+) -> None:
+    p, q, bias, h, l = operands(SHAPES[shape], torch.bfloat16, turned, turned)
+    expected = cuda.gemm_ext(p, q, bias, h, l, 0.7)
+    poison(*expected.shape, torch.bfloat16)
+    out = cuda.gemm_ext(p, q, bias, h, l, 0.7, tile_n=tile_n, cluster=cluster)
+    assert torch.equal(out, expected)
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gemm_without_a_thin_product(dtype: torch.dtype) -> None:
+    p, q, bias, h, l = operands((300, 520, 776, 8), dtype, True, True)
+    exact = p.double() @ q.double() + bias.double()
+    torch_path = torch.nn.functional.linear(p, q.T, bias)
+    for out in (cuda.gemm_ext(p, q, bias, None, None, 3.0), cuda.gemm_ext(p, q, bias, h, l, 0.0)):
+        assert_within(out, torch_path, exact)
+
+
+@gpu
+def test_a_scale_does_not_overflow_float16() -> None:
+    p, q, _, h, l = operands((256, 64, 256, 16), torch.float16, True, True)
+    h, l = h * 5e3, l * 1e-3
+    out = cuda.gemm_ext(p, q, None, h, l, 24.0)  # s·h is far beyond 65504, s·h·l is not
+    exact = exact_gemm(p, q, None, h, l, 24.0)
+    assert error(out, exact) < 1e-3
+
+
+@gpu
+@pytest.mark.parametrize("shape", ["ragged", "llama q"])
+def test_gemm_is_deterministic(shape: str) -> None:
+    p, q, bias, h, l = operands(SHAPES[shape], torch.bfloat16, True, True)
+    first = cuda.gemm_ext(p, q, bias, h, l, 0.3)
+    for _ in range(100):
+        assert torch.equal(cuda.gemm_ext(p, q, bias, h, l, 0.3), first)
+
+
+@gpu
+@pytest.mark.parametrize("shape", ["ragged", "llama q"])
+def test_overlap_waits_for_h(shape: str) -> None:
+    p, q, bias, h, l = operands(SHAPES[shape], torch.bfloat16, True, True)
+    expected = cuda.gemm_ext(p, q, bias, h, l, 1.0)
+    late = torch.empty_like(h)
+    for _ in range(20):
+        late.fill_(float("nan"))
+        torch.cuda._sleep(1_000_000)
+        late.copy_(h)
+        assert torch.equal(cuda.gemm_ext(p, q, bias, late, l, 1.0, overlap=True), expected)
+
+
+def captured(call: Callable[[], Tensor]) -> Tensor:
+    """What `call` gives when it is replayed from a CUDA graph."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call()
+    out.fill_(float("nan"))
+    graph.replay()
+    return out
+
+
+@gpu
+def test_both_kernels_in_a_cuda_graph() -> None:
+    p, q, bias, h, l = operands(SHAPES["ragged"], torch.bfloat16, True, True)
+    out = captured(lambda: cuda.gemm_ext(p, q, bias, h, l, 0.3))
+    assert torch.equal(out, cuda.gemm_ext(p, q, bias, h, l, 0.3))
+    x, weight, bias, A, B = decode_operands((8, 512, 520, 16), torch.bfloat16)
+    out = captured(lambda: cuda.decode(x, weight, bias, A, B, 0.3)[0])
+    assert torch.equal(out, cuda.decode(x, weight, bias, A, B, 0.3)[0])
+
+
+@gpu
+def test_gemm_beyond_int32() -> None:
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GB of free memory")
+    m, k, n, r = 270_000, 8192, 64, 8  # p has more than 2^31 elements
+    p = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+    q, h, l = (matrix(*size, torch.bfloat16) for size in ((k, n), (m, r), (r, n)))
+    out = cuda.gemm_ext(p, q, None, h, l, 2.0)
+    last = slice(m - 1000, m)
+    exact, torch_path = (f(p[last], q, None, h[last], l, 2.0) for f in (exact_gemm, torch_gemm))
+    assert_within(out[last], torch_path, exact)
+
+
+# ---- decode ----------------------------------------------------------------------------------
+
+# (M, K, N, r)
+DECODE = {
+    "one token": (1, 64, 16, 8),
+    "rank 1": (2, 200, 40, 1),
+    "k of one chunk": (3, 128, 4096, 16),
+    "ragged": (7, 1000, 523, 17),
+    "nine tokens": (9, 384, 384, 64),
+    "llama q": (16, 4096, 4096, 16),
+    "llama up": (32, 4096, 14336, 64),
+    "llama down": (31, 14336, 4096, 128),
+    "more rows than a wave": (17, 256, 32000, 100),
+}
+
+
+def decode_operands(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    m, k, n, r = shape
+    x, weight = matrix(m, k, dtype), matrix(n, k, dtype, k**-0.5)
+    A, B = matrix(r, k, dtype, k**-0.5), matrix(n, r, dtype, r**-0.5)
+    return x, weight, matrix(1, n, dtype)[0], A, B
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cluster", [1, 2, 4, 8])
+@pytest.mark.parametrize("shape", DECODE)
+def test_decode(shape: str, cluster: int, dtype: torch.dtype) -> None:
+    m, _, n, r = DECODE[shape]
+    x, weight, bias, A, B = decode_operands(DECODE[shape], dtype)
+    weights = torch.rand(m, device="cuda", generator=generator())
+    for with_bias, s in ((None, 2.0), (bias, 0.3)):
+        poison(m, n, dtype)
+        poison(m, r, dtype)
+        y, h, norm = cuda.decode(x, weight, with_bias, A, B, s, weights, True, cluster=cluster)
+        exact_h = x.double() @ A.double().T
+        torch_h = x @ A.T
+        assert_within(h, torch_h, exact_h)
+        # With the h that was rounded: its error is not that of the product.
+        exact, torch_path = (f(x, weight.T, with_bias, h, B.T, s) for f in (exact_gemm, torch_gemm))
+        assert_within(y, torch_path, exact)
+        assert norm is not None
+        assert error(norm, reference.sqnorm(h, B, s, weights)) < 1e-5
+
+
+@gpu
+def test_decode_leaves_tokens_of_weight_zero_out() -> None:
+    x, weight, bias, A, B = decode_operands((12, 512, 1040, 16), torch.bfloat16)
+    weights = torch.ones(12, device="cuda")
+    weights[3] = 0.0
+    clean = cuda.decode(x, weight, bias, A, B, 0.5, weights, True)
+    x[3] = float("nan")
+    y, _, norm = cuda.decode(x, weight, bias, A, B, 0.5, weights, True)
+    assert norm is not None and torch.equal(norm, clean[2])
+    others = [row for row in range(12) if row != 3]
+    assert torch.equal(y[others], clean[0][others]) and y[3].isnan().all()
+    assert cuda.decode(x, weight, bias, A, B, 0.5)[2] is None
+
+
+@gpu
+@pytest.mark.parametrize("cluster", [2, 8])
+def test_decode_is_deterministic(cluster: int) -> None:
+    x, weight, bias, A, B = decode_operands(DECODE["llama q"], torch.bfloat16)
+    first = cuda.decode(x, weight, bias, A, B, 0.3, None, True, cluster=cluster)
+    for _ in range(100):
+        again = cuda.decode(x, weight, bias, A, B, 0.3, None, True, cluster=cluster)
+        for one, other in zip(first, again, strict=True):
+            assert torch.equal(one, other)
+
+
+@gpu
+def test_the_floors_run() -> None:
+    weight = matrix(4096, 4096, torch.bfloat16)
+    for cluster in (1, 8):
+        cuda.stream_floor(weight, 8, 16, cluster)
+        cuda.barrier_floor(weight, cluster)
+    torch.cuda.synchronize()
+
+
+# ---- Refusals, on any machine ------------------------------------------------------------------
+
+
+def test_a_cpu_tensor_is_refused_with_the_reason() -> None:
+    a = torch.zeros(8, 8, dtype=torch.bfloat16)
+    for reason in (cuda.supports_gemm(a, a, a, a), cuda.supports_decode(a, a, a, a)):
+        assert reason is not None and ("not built" in reason or "on cpu" in reason)
+    with pytest.raises(ValueError, match="gemm_ext cannot serve this call: the "):
+        cuda.gemm_ext(a, a, None, a, a, 1.0)
+    with pytest.raises(ValueError, match="decode cannot serve this call: the "):
+        cuda.decode(a, a, None, a, a, 1.0)
+
+
+def test_what_is_built_or_why_not() -> None:
+    built = cuda.built()
+    assert "arch" in built if isinstance(built, dict) else "LORADROP_BUILD_CUDA=1" in built
+    if not torch.cuda.is_available():
+        assert cuda.available() is not None
+
+
+@gpu
+def test_operands_that_do_not_fit_are_refused() -> None:
+    p, q, bias, h, l = operands((40, 64, 48, 8), torch.bfloat16, True, True)
+    assert cuda.supports_gemm(p, q, h, l) is None
+    odd = torch.zeros(40, 65, dtype=torch.bfloat16, device="cuda")[:, :64]
+    assert "row stride 65" in str(cuda.supports_gemm(odd, q, h, l))
+    assert "16 bytes" in str(cuda.supports_gemm(p[:, 4:], q[4:], h, l))
+    assert "torch.float16" in str(cuda.supports_gemm(p, q.half(), h, l))
+    assert "torch.float32" in str(cuda.supports_gemm(p.float(), q.float(), h.float(), l.float()))
+    with pytest.raises(ValueError, match=r"bias is \(48,\), torch.float32"):
+        cuda.gemm_ext(p, q, bias.float(), h, l, 1.0)
+    with pytest.raises(ValueError, match=r"2\^-32"):
+        cuda.gemm_ext(p, q, bias, h, l, float("inf"))

@@ -1,0 +1,131 @@
+"""The CUDA kernels from their own source on an emulator, and that it notices a missing wait."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GEMM, DECODE = "gemm_ext_sm90", "decode_sm90"
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
+
+
+def compiled(source: Path, *more: Path | str) -> None:
+    subprocess.run(
+        ["g++", "-O1", "-std=c++20", "-I", source.parent, "-x", "c++", source, *more], check=True
+    )
+
+
+def prepared(folder: Path) -> None:
+    """The sources with the emulator in place of CUDA's headers and of the instructions."""
+    shutil.copy(ROOT / "tests" / "cuda_emulator.h", folder)
+    for name in ("kernels.h", "smem_layout.h", "tile_walk.h"):
+        shutil.copy(ROOT / "csrc" / name, folder)
+    for name in ("cuda.h", "cuda_runtime.h", "ptx.cuh", "wgmma.cuh"):
+        (folder / name).write_text('#include "cuda_emulator.h"\n')
+
+
+def kernel(name: str) -> str:
+    """A kernel as C++: what CUDA adds to the language, beyond attributes, is spelt out."""
+    text = (ROOT / "csrc" / f"{name}.cu").read_text(encoding="utf-8")
+    raw = "std::uint8_t* const raw = emulator::dynamic_memory();"
+    text = text.replace("extern __shared__ std::uint8_t raw[];", raw)
+    launch = r"emulator::run(dim3(\2), dim3(\3), 1, [=] { \1(\4); });"
+    return re.sub(r"(\w+)<<<(\w+), (\w+), 0, stream>>>\((.*)\);", launch, text)
+
+
+def build(folder: Path, name: str, text: str) -> Path:
+    prepared(folder)
+    (folder / f"{name}.cpp").write_text(text, encoding="utf-8")
+    compiled(folder / f"{name}.cpp", "-c", "-o", folder / f"{name}.o")
+    return folder / f"{name}.o"
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The check and both kernels, compiled."""
+    folder = tmp_path_factory.mktemp("emulated")
+    check = (ROOT / "tests" / "emulated_kernels_check.cpp").read_text(encoding="utf-8")
+    texts = {"check": check, GEMM: kernel(GEMM), DECODE: kernel(DECODE)}
+    return {name: build(folder, name, text) for name, text in texts.items()}
+
+
+def run(program: Path, name: str, seed: int) -> subprocess.CompletedProcess[str]:
+    command = [program, name, str(seed)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("name", [GEMM, DECODE])
+def test_kernel(name: str, objects: dict[str, Path], tmp_path: Path) -> None:
+    subprocess.run(["g++", *objects.values(), "-o", tmp_path / "right"], check=True)
+    for seed in (0, 100):
+        done = run(tmp_path / "right", name, seed)
+        assert done.returncode == 0, done.stdout
+
+
+FAULTS = {
+    "a slot is filled before it is free": (
+        GEMM,
+        "ptx::wait(memory.emptied(ring.slot), ring.emptied());",
+        "",
+    ),
+    "a slot is let go while wgmma reads it": (
+        GEMM,
+        "if (i > 0) release(memory, before, cluster);",
+        "release(memory, ring.slot, cluster);",
+    ),
+    "only the own producer learns that a slot is free": (
+        GEMM,
+        "if (lane < cluster) ptx::arrive_peer(memory.emptied(slot), lane);",
+        "if (lane < cluster) ptx::arrive_peer(memory.emptied(slot), ptx::cluster_rank());",
+    ),
+    "the peer's bytes are not counted": (
+        GEMM,
+        "arrive_and_expect(barrier, slot_bytes(TileN))",
+        "arrive_and_expect(barrier, slot_bytes(TileN) - q_bytes(TileN) / 2)",
+    ),
+    "h is read before it is written": (GEMM, "if (now.thin && early)", "if (false)"),
+    "a staging buffer is overwritten before it is stored": (
+        GEMM,
+        "ptx::wait_stores_read<1>()",
+        "ptx::wait_stores_read<2>()",
+    ),
+    "the staging buffer is stored without a fence": (GEMM, "ptx::fence_async_proxy();", ""),
+    "a CTA leaves while its stores still read": (GEMM, "ptx::wait_stores_read<0>()", "(void)0"),
+    "the sums are not scaled back": (
+        GEMM,
+        "memory, tile(shape, index, rank), group, scale)",
+        "memory, tile(shape, index, rank), group, 1.0f)",
+    ),
+    "the peer's barriers are used before they exist": (
+        GEMM,
+        "  ptx::cluster_arrive();\n  ptx::cluster_wait();\n  if",
+        "  if",
+    ),
+    "a CTA leaves while its peer still arrives there": (
+        GEMM,
+        "  ptx::cluster_arrive();\n  ptx::cluster_wait();\n}",
+        "}",
+    ),
+    "the partial h of the others is not waited for": (
+        DECODE,
+        "ptx::wait<true>(memory.partial_left(), 0);",
+        "",
+    ),
+    "h is used before it is complete": (DECODE, "ptx::wait<true>(memory.h_complete(), 0);", ""),
+    "the warps add up at the same time": (DECODE, "if (warp % 4 == turn)", "if (turn == 0)"),
+    "0 times NaN": (DECODE, "if (weight > 0.0f) squares", "squares"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_noticed(fault: str, objects: dict[str, Path], tmp_path: Path) -> None:
+    name, right, wrong = FAULTS[fault]
+    text = kernel(name)
+    assert text.count(right) == 1, f"{right!r} does not stand once in {name}.cu"
+    parts = objects | {name: build(tmp_path, name, text.replace(right, wrong))}
+    subprocess.run(["g++", *parts.values(), "-o", tmp_path / "wrong"], check=True)
+    assert any(run(tmp_path / "wrong", name, seed).returncode != 0 for seed in (0, 100))
