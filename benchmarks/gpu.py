@@ -1,4 +1,4 @@
-"""Everything that is measured on a lent GPU, step by step, each within ten minutes.
+"""Everything that is measured on a GPU, step by step, each within ten minutes.
 
     python benchmarks/gpu.py                    all steps, in their order
     python benchmarks/gpu.py quick full         these
@@ -21,12 +21,19 @@ from pathlib import Path
 from machine import RESULTS, ROOT
 
 BENCH = ("bench_lora_linear.py", "--device", "cuda")
+_SMALL = ("-m", "pytest", "-q", "tests/test_gpu.py", "-k", "test_small")
+_SANITIZE = {tool: ("--tool", tool, "--error-exitcode", "9") for tool in (
+    "memcheck", "racecheck", "synccheck"
+)}  # fmt: skip
 STEPS: dict[str, tuple[str, ...]] = {
     "risk_gemm": ("risk_gemm.py",),
     "risk_warps": ("risk_gemm.py", "--warps"),
     "risk_pdl": ("risk_pdl.py",),
     "risk_addmm": ("risk_addmm.py",),
     "tests": ("-m", "pytest", "-q", "-m", "gpu", "tests"),
+    "memcheck": _SANITIZE["memcheck"],
+    "racecheck": _SANITIZE["racecheck"],
+    "synccheck": _SANITIZE["synccheck"],
     "quick": (*BENCH, "--grid", "quick"),
     "full": BENCH,
     "parts": ("bench_parts.py",),
@@ -43,6 +50,8 @@ _OF_RESULTS = ("measured", "tables", "roofline")
 def command(step: str, results: Path, commit: str | None) -> list[str]:
     """What runs."""
     first, *rest = STEPS[step]
+    if step in _SANITIZE:
+        return ["compute-sanitizer", *STEPS[step], sys.executable, *_SMALL]
     if step == "tests":
         return [sys.executable, first, *rest]
     script = [sys.executable, str(ROOT / "benchmarks" / first), *rest]

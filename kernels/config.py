@@ -79,7 +79,7 @@ def thin(machine: Machine, dtype: torch.dtype, m: int, k: int, r: int) -> Thin:
     if machine.arch == 0:
         return Thin(32, 64, 2 if k > 128 else 1, 4, 2, 64)
     if dtype == torch.float32:
-        BM, BK, warps, stages = 32, 32, 4 if ranks <= 64 else 8, 2
+        BM, BK, warps, stages = (32, 32, 4, 2) if ranks <= 64 else (16, 16, 8, 2)
     else:
         BM = min(64, max(16, power_of_two(m)))
         BK, warps, stages = {
@@ -90,6 +90,7 @@ def thin(machine: Machine, dtype: torch.dtype, m: int, k: int, r: int) -> Thin:
             256: (32, 8, 3),
         }[ranks]
         stages = stages if machine.arch in _ROOMY else 2
+        BK = 64 if machine.arch >= 100 and ranks == 16 else BK  # 128 spills a register there
     # Enough programs to fill the machine, each with at least 512 columns to read.
     programs = cdiv(m, BM)
     split = min(power_of_two(cdiv(machine.sms, programs)), max(1, k // 512), 32)
@@ -102,7 +103,7 @@ def tall(machine: Machine, dtype: torch.dtype, m: int, c: int, r: int) -> Tall:
     if machine.arch == 0:
         return Tall(64, 32, 2 if m > 64 else 1, 4, 2)
     if dtype == torch.float32:
-        BC, BM, warps, stages = 64, 32, 4 if ranks <= 64 else 8, 2
+        BC, BM, warps, stages = (64, 32, 4, 2) if ranks <= 32 else (32, 16, 8, 2)
     else:
         BC, BM, warps, stages = {
             16: (128, 64, 4, 4),
@@ -133,7 +134,7 @@ def wide(
     if machine.arch == 0:
         return Wide(32, 64, 32, 4, 2, group=2)
     if dtype == torch.float32:
-        return Wide(64, 64, 16, 8, 2)
+        return Wide(64, 32 if first else 64, 16, 8, 2)
     if not aligned:
         return Wide(64, 128, 32, 8, 2)
     if machine.arch < 90 or machine.arch not in _ROOMY:
@@ -151,6 +152,11 @@ def few(machine: Machine, dtype: torch.dtype, m: int) -> Wide:
     if dtype == torch.float32:
         return Wide(16, 32, 32, 4, 2)
     return Wide(16 if m <= 16 else 32, 32, 64, 4, 3 if machine.arch in _ROOMY else 2)
+
+
+def rank_step(dtype: torch.dtype, r: int) -> int:
+    """The ranks that `gemm_ext` and `expand` add at a time, beside a tile of outputs."""
+    return min(rank_tile(r), 16 if dtype == torch.float32 else 64)
 
 
 def addend(machine: Machine, dtype: torch.dtype) -> Wide:

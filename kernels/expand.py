@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loradrop.kernels.config import Wide, cdiv, rank_tile, triton_dtype
-from loradrop.kernels.gemm_ext import CHUNK, add_thin, load_tile, mask_words
+from loradrop.kernels.config import Wide, cdiv, rank_step, rank_tile, triton_dtype
+from loradrop.kernels.gemm_ext import add_thin, load_tile, mask_words
 from loradrop.kernels.philox import where_kept
 
 
@@ -57,7 +57,7 @@ def expand(
     _expand[(cdiv(m, config.BM), cdiv(c, config.BN))](
         base, h, l, y, words, m, c, r, *((0, 0) if base is None else base.stride()),
         h.stride(0), *l.stride(), c, 0 if words is None else words.stride(0), scale,
-        BM=config.BM, BN=config.BN, RANKS=ranks, STEP=min(ranks, CHUNK),
+        BM=config.BM, BN=config.BN, RANKS=ranks, STEP=rank_step(h.dtype, r),
         HAS_BASE=base is not None, MASKED=mask is not None, DTYPE=triton_dtype(h.dtype),
         PRECISION="ieee" if h.dtype == torch.float32 else "tf32",
         num_warps=config.warps, num_stages=config.stages,

@@ -22,10 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loradrop.kernels.config import Wide, cdiv, rank_tile, triton_dtype
+from loradrop.kernels.config import Wide, cdiv, rank_step, rank_tile, triton_dtype
 from loradrop.kernels.philox import where_kept
-
-CHUNK = 64  # the most ranks that fit beside a tile of outputs
 
 
 @triton.jit
@@ -218,7 +216,7 @@ def gemm_ext(
         wide[0], wide[1], h, l, bias, wide[2], words, token_weights, norms,
         m, c, d, r, *p.stride(), *q.stride(), h_row, *l_strides, c,
         0 if words is None else words.stride(0), scale, 1.0 / scale if scale else 0.0,
-        BM=config.BM, BN=config.BN, BK=config.BK, RANKS=ranks, STEP=min(ranks, CHUNK),
+        BM=config.BM, BN=config.BN, BK=config.BK, RANKS=ranks, STEP=rank_step(p.dtype, r),
         GROUP=config.group, TMA=tma, Q_T=turned, HAS_BIAS=bias is not None, FIRST=first,
         MASKED=mask is not None, NORM=norm, WEIGHTED=token_weights is not None,
         SCALE=scale_mode(scale, p.dtype), LORA=h is not None, HALVES=config.halves, PDL=early,

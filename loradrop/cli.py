@@ -136,9 +136,12 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _env(args: argparse.Namespace) -> int:
-    from loradrop.env import format_report
+    from loradrop import env
 
-    print(format_report())
+    if args.layer is None:
+        print(env.format_report())
+    else:
+        print(env.explain(args.layer, args.rank, args.dropout, args.dtype, args.chip))
     return 0
 
 
@@ -243,7 +246,12 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("export", type=Path, help="the folder that loradrop export wrote")
     sub.add_argument("--model", help="the base model; default: the one the plan names")
     command("methods", _methods, "the methods and their options")
-    command("env", _env, "versions, devices, and which backends run here")
+    sub = command("env", _env, "versions, devices, and which backends run here")
+    sub.add_argument("--layer", metavar="MxKxN", help="explain the choice of a backend for it")
+    sub.add_argument("--rank", type=int, default=16)
+    sub.add_argument("--dropout", type=float, default=0.0)
+    sub.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    sub.add_argument("--chip", metavar="ARCH:SMS", help="as 90:132; default: the first device")
     return parser
 
 

@@ -10,7 +10,7 @@ import functools
 import importlib.resources
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -143,10 +143,12 @@ def _rank_class(r: int) -> int:
     return max(16, 1 << (r - 1).bit_length())
 
 
-def choose_measured(problem: Problem) -> str | None:
-    """The fastest backend by the nearest measurement, None without one."""
+def choose_measured(problem: Problem, able: Collection[str] = SERVING) -> str | None:
+    """The fastest backend among `able` by the nearest measurement, None without one."""
     point = nearest(problem, measurements())
-    return None if point is None else fastest(point["us"])
+    if point is None:
+        return None
+    return fastest({name: us for name, us in point["us"].items() if name in able}) or None
 
 
 def explain(problem: Problem) -> str:

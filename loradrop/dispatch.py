@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loradrop import eager, reference
+from loradrop import cuda, eager, reference
 from loradrop.costs import Problem, choose_measured, choose_predicted
 
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
@@ -125,8 +125,18 @@ def _triton_supports(problem: Problem) -> str | None:
     return None
 
 
-def _cuda_missing(*_: object) -> str | None:
-    return "the CUDA kernels are not part of this version"
+def _cuda_available() -> str | None:
+    return cuda.available() or _triton_available()
+
+
+def _cuda_supports(problem: Problem) -> str | None:
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"the kernels compute in float16 and bfloat16, not {problem.dtype}"
+    if problem.n % 8 or problem.k % 8:
+        return f"N and K must be multiples of 8, not {problem.n} and {problem.k}"
+    if problem.arch != 90:
+        return f"compute capability 9.0 is needed, not {problem.arch / 10}"
+    return _triton_supports(problem)
 
 
 def _load_fused(name: str) -> Callable[[], Any]:
@@ -147,7 +157,7 @@ _BACKENDS = {
         Backend("eager", _always, _always, lambda: _EAGER),
         Backend("thin", _triton_available, _triton_supports, _load_fused("THIN"), masks=True),
         Backend("triton", _triton_available, _triton_supports, _load_fused("TRITON"), masks=True),
-        Backend("cuda", _cuda_missing, _cuda_missing, _load_fused("CUDA"), masks=True),
+        Backend("cuda", _cuda_available, _cuda_supports, _load_fused("CUDA"), masks=True),
     )
 }
 
@@ -177,7 +187,16 @@ def choose(problem: Problem) -> str:
     if refusal is not None:
         _say_once(refusal)
         return "eager"
-    return choose_measured(problem) or choose_predicted(problem)
+    return choose_measured(problem, _able(problem)) or choose_predicted(problem)
+
+
+def _able(problem: Problem) -> tuple[str, ...]:
+    """The backends that could serve."""
+    return tuple(
+        backend.name
+        for backend in _BACKENDS.values()
+        if backend.available() is None and backend.supports(problem) is None
+    )
 
 
 def get(name: str) -> Backend:

@@ -83,6 +83,48 @@ def report() -> dict[str, Any]:
     }
 
 
+def explain(
+    layer: str,
+    rank: int = 16,
+    dropout: float = 0.0,
+    dtype: str = "bfloat16",
+    chip: str | None = None,
+) -> str:
+    """Which backend an unnamed call gets, in training and without gradients, and why.
+
+    layer MxKxN: tokens, in and out features   chip ARCH:SMS, as 90:132 for an H100 or H200; by
+    default the first CUDA device. Raises ValueError for a layer or a chip that is written otherwise.
+    """
+    import torch
+
+    from loradrop import costs
+
+    m, k, n = _numbers("layer", layer, "x", 3)
+    if chip is not None:
+        arch, sms = _numbers("chip", chip, ":", 2)
+    elif torch.cuda.is_available():
+        facts = torch.cuda.get_device_properties(0)
+        arch, sms = 10 * facts.major + facts.minor, facts.multi_processor_count
+    else:
+        return "eager: without a CUDA device the op runs as plain PyTorch calls; name a --chip"
+    problem = costs.Problem(
+        "cuda", getattr(torch, dtype), m, k, n, rank, dropout, True, True, arch, sms
+    )
+    about = f"{m} tokens, {k} to {n}, rank {rank}, dropout {dropout:g}, {dtype}"
+    lines = [f"{about}, sm_{arch} x {sms}"]
+    for grad, what in ((True, "forward + backward"), (False, "forward")):
+        lines.append(f"  {what:<18} {costs.explain(problem._replace(grad=grad))}")
+    return "\n".join(lines)
+
+
+def _numbers(name: str, text: str, between: str, count: int) -> list[int]:
+    parts = text.split(between)
+    if len(parts) != count or not all(part.isdigit() and int(part) > 0 for part in parts):
+        example = {"layer": "8192x4096x4096", "chip": "90:132"}[name]
+        raise ValueError(f"--{name} {text!r}: write it as {example}")
+    return [int(part) for part in parts]
+
+
 def format_report() -> str:
     """`report` as a page to read, or to paste into an issue."""
     facts = report()

@@ -4,21 +4,23 @@
     backward   t = shrink(dy, Bᵀ)    dx = dy W + mask∘(tA)    dA = tᵀ(mask∘x)    dB = s·dyᵀh
 
 with t = s·dyB/(1 − p). `thin` leaves the wide product to cuBLAS and adds the LoRA product in place;
-`triton` computes both in one kernel. The mask of dropout is drawn once, by the first `shrink`, and
-kept as one bit an element.
+`triton` and `cuda` compute both in one kernel. The mask of dropout is drawn once, by the first
+`shrink`, and kept as one bit an element.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
-from loradrop import eager
+from loradrop import cuda, eager
 from loradrop.kernels import config
 from loradrop.kernels.expand import expand
-from loradrop.kernels.gemm_ext import as_stored, gemm_ext, tma_refuses
+from loradrop.kernels.gemm_ext import as_stored, gemm_ext, scale_mode, tma_refuses
 from loradrop.kernels.gram import norm as norm_of_grams
 from loradrop.kernels.gram import total
 from loradrop.kernels.outer import outer
@@ -26,9 +28,11 @@ from loradrop.kernels.shrink import shrink
 from loradrop.kernels.single_pass import single_pass
 
 FEW = 64  # rows up to which one pass over everything beats two launches
+DECODED = 32  # rows that the CUDA kernel for decoding takes
 
 # p (M, D)   q (D, C)   bias (C,) or None   h (M, r)   l (r, C)   s   mask (M, row_bytes(C)) or None
 Extend = Callable[..., Tensor]
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def by_cublas(
@@ -57,16 +61,77 @@ def by_triton(
     return gemm_ext(p, q, bias, h, l, scale, tiles, programs, mask=mask)[0]
 
 
+def by_cuda(
+    p: Tensor, q: Tensor, bias: Tensor | None, h: Tensor, l: Tensor, scale: float,
+    mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As `by_triton`, by csrc/; a masked LoRA product is added to its frozen product afterwards."""
+    if mask is not None:
+        y = cuda.gemm_ext(p, q, bias, None, None, 1.0)
+        tiles = config.addend(config.machine_of(p.device), p.dtype)
+        return expand(y, h, l, scale, tiles, mask, in_place=True)
+    l = l.to(p.dtype)
+    if scale_mode(scale, p.dtype) == "h":
+        l, scale = l * scale, 1.0  # exact
+    if missing := -h.shape[1] % 8:  # rows of whole 16 bytes
+        h, l = pad(h, (0, missing)), pad(l, (0, 0, 0, missing))
+    if tma_refuses(as_stored(l)[0]) is not None:
+        l = l.contiguous()
+    return cuda.gemm_ext(p, q, bias, h, l, scale)
+
+
+def few_by_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float,
+    token_weights: Tensor | None, norm: bool,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:  # fmt: skip
+    """y, h and the norm of few rows in one pass; None for more."""
+    if x.shape[0] > FEW:
+        return None
+    tiles = config.few(config.machine_of(x.device), x.dtype, x.shape[0])
+    y, h, parts = single_pass(
+        x, weight, bias, A, B, scaling, tiles, norm=norm, token_weights=token_weights
+    )
+    return y, h, None if parts is None else total(parts, scaling)
+
+
+def few_by_cuda(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float,
+    token_weights: Tensor | None, norm: bool,
+) -> tuple[Tensor, Tensor, Tensor | None] | None:  # fmt: skip
+    """As `few_by_triton`, by csrc/; None for what its kernel refuses."""
+    if x.shape[0] > DECODED:
+        return None
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    if cuda.supports_decode(x, weight, A, B) is not None:
+        return None
+    return cuda.decode(x, weight, bias, A, B, scaling, token_weights, norm)
+
+
+def _on_its_device(method: _Method) -> _Method:
+    """Makes the device of the first operand the current one: kernels are launched there."""
+
+    @functools.wraps(method)
+    def run(self: Any, first: Tensor, *rest: Any) -> Any:
+        device = first.device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return method(self, first, *rest)
+        with torch.cuda.device(device):
+            return method(self, first, *rest)
+
+    return run  # type: ignore[return-value]
+
+
 @dataclass(frozen=True)
 class Fused:
     """`forward` and `backward` over one way to compute the wide product.
 
-    `one_pass`: few rows go through `single_pass`.
+    `few`: few rows without dropout in one pass.
     """
 
     extend: Extend
-    one_pass: bool = False
+    few: Callable[..., tuple[Tensor, Tensor, Tensor | None] | None] | None = None
 
+    @_on_its_device
     def forward(
         self,
         x: Tensor,
@@ -88,12 +153,11 @@ class Fused:
             return y, h, empty, x.new_zeros((), dtype=torch.float32) if norm else None
         machine = config.machine_of(x.device)
         weights = None if token_weights is None or not norm else token_weights.float().contiguous()
-        if self.one_pass and weight is not None and dropout == 0.0 and x.shape[0] <= FEW:
-            few = config.few(machine, x.dtype, x.shape[0])
-            y, h, parts = single_pass(
-                x, weight, bias, A, B, scaling, few, norm=norm, token_weights=weights
-            )
-            return y, h, None, None if parts is None else total(parts, scaling)
+        if self.few is not None and weight is not None and dropout == 0.0:
+            done = self.few(x, weight, bias, A, B, scaling, weights, norm)
+            if done is not None:
+                y, h, sqnorm = done
+                return y, h, None, sqnorm
         tiles = config.thin(machine, x.dtype, x.shape[0], x.shape[1], A.shape[0])
         in_pass = norm and x.dtype != torch.float32
         thin = shrink(
@@ -113,6 +177,7 @@ class Fused:
             sqnorm = eager.sqnorm(h, B, scaling, token_weights)
         return y, h, thin.mask, sqnorm
 
+    @_on_its_device
     def backward(
         self,
         dy: Tensor,
@@ -148,4 +213,5 @@ class Fused:
 
 
 THIN = Fused(by_cublas)
-TRITON = Fused(by_triton, one_pass=True)
+TRITON = Fused(by_triton, few_by_triton)
+CUDA = Fused(by_cuda, few_by_cuda)

@@ -339,6 +339,16 @@ sys.exit(status)
     assert (out or err).startswith("usage: loradrop")
 
 
+def test_env_explains_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    layer = ("--layer", "8192x4096x4096", "--rank", "64", "--dropout", "0.1")
+    status, out, _ = command(capsys, "env", *layer, "--chip", "90:132")
+    assert status == 0
+    first, *choices = out.splitlines()
+    assert "8192 tokens, 4096 to 4096, rank 64, dropout 0.1, bfloat16, sm_90 x 132" in first
+    assert [line.split()[0] for line in choices] == ["forward", "forward"]
+    assert all("measured" in line and ", in µs: " in line for line in choices)
+
+
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = command(capsys, "--help")
     names = ("train", "probe", "plan", "export", "merge", "verify", "methods", "env")
@@ -355,6 +365,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("xyzzy", "there is no command 'xyzzy'; there are train, probe, plan, export, merge,"),
         ("train --resum", "there is no option '--resum': did you mean '--resume'?"),
         ("env now", "'now' is one argument too many"),
+        ("env --layer 4096x4096", "--layer '4096x4096': write it as 8192x4096x4096"),
+        ("env --layer 1x2x3 --chip H100", "--chip 'H100': write it as 90:132"),
         ("export a", "the following arguments are required: out"),
         ("export a b --format gguf", "invalid choice: 'gguf'"),
         ("train none.yaml", "none.yaml is no file: give a YAML file, or key=value overrides alone"),

@@ -104,6 +104,7 @@ def test_what_the_kernels_do_not_support(change: dict[str, Any], words: str) -> 
 @pytest.fixture
 def as_if_kernels_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(dispatch, "_triton_available", lambda: None)
+    monkeypatch.setattr(dispatch, "_able", lambda _: ("reference", "eager", "thin", "triton"))
     dispatch.choose.cache_clear()
     yield
     dispatch.choose.cache_clear()
@@ -135,6 +136,7 @@ def test_measurements_outrank_the_roofline(monkeypatch: pytest.MonkeyPatch) -> N
     assert chosen({"eager": 900.0, "thin": 800.0, "triton": 700.0}) == "triton"
     assert chosen({"eager": 700.0, "thin": 800.0, "triton": 900.0}) == "eager"
     assert chosen({"eager": 700.0, "triton": 690.0}) == "eager", "less than 2 % is no reason"
+    assert chosen({"eager": 700.0, "cuda": 1.0}) == "eager", "not built here"
     slow = {"eager": 1.0, "thin": 2.0, "triton": 3.0}
     assert chosen(slow, LLAMA_Q._replace(m=6000)) == "eager", "near enough"
     predicted = costs.choose_predicted(LLAMA_Q._replace(m=1024))

@@ -1,0 +1,220 @@
+"""What only a device can show: repeatable bits, CUDA graphs, long offsets, checkpointing, memory.
+
+The op's whole suite (`test_ops.py` and its neighbours) runs on a CUDA device by itself, over every
+backend. `benchmarks/gpu.py` runs `test_small` under compute-sanitizer.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from op_cases import KERNELS, SEED, S, Tensors, draw, leaves, through_torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from loradrop import philox
+from loradrop.ops import lora_linear
+from loradrop.testing import Shape, assert_within
+
+pytestmark = pytest.mark.gpu
+each_kernel = pytest.mark.parametrize("backend", KERNELS or ["triton"])
+TABLE = {  # odd rows, unaligned sizes, every rank
+    **{f"{m} rows": Shape(m, 256, 512, 16) for m in (1, 7, 32, 127, 8191)},
+    **{f"rank {r}": Shape(300, 512, 256, r) for r in (1, 4, 8, 12, 48, 64, 128, 256)},
+    "unaligned": Shape(300, 1001, 777, 16),
+    "llama q": Shape(4096, 4096, 4096, 16),
+}
+
+
+def run(t: Tensors, backend: str, p: float = 0.0) -> list[Tensor]:
+    """y, norm, dx, dA, dB, with all free memory poisoned before."""
+    t = {name: tensor.detach() for name, tensor in t.items()}
+    inputs = leaves(t)
+    poison()
+    y, norm = lora_linear(
+        *(t[n] for n in ("x", "weight", "bias", "A", "B")), S,
+        dropout=p, seed=SEED if p else None, return_sqnorm=True, backend=backend,
+    )  # fmt: skip
+    return [y.detach(), norm, *torch.autograd.grad(y, inputs, t["dy"])]
+
+
+def poison() -> None:
+    """What the allocator hands out next holds NaN."""
+    blocks = [torch.full((1 << 24,), math.nan, device="cuda") for _ in range(16)]
+    blocks += [torch.full((1 << n,), math.nan, device="cuda") for n in range(4, 18)]
+    del blocks
+
+
+@each_kernel
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", TABLE)
+def test_against_float64(name: str, dtype: torch.dtype, p: float, backend: str) -> None:
+    if backend == "cuda" and name == "unaligned":
+        pytest.skip("the CUDA kernels refuse it: N and K must be multiples of 8")
+    t = draw(TABLE[name], dtype)
+    y, _, *grads = run(t, backend, p)
+    ours = [y, *grads]
+    theirs, exact = through_torch(t, dtype, p), through_torch(t, torch.float64, p)
+    for what, *values in zip(("y", "dx", "dA", "dB"), ours, theirs, exact, strict=False):
+        try:
+            assert_within(*values)
+        except AssertionError as error:
+            raise AssertionError(f"{what}: {error}") from None
+
+
+@each_kernel
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("m", [16, 2048])
+def test_a_hundred_runs_give_the_same_bits(m: int, p: float, backend: str) -> None:
+    t = draw(Shape(m, 2048, 1024, 16), torch.bfloat16)
+    first = run(t, backend, p)
+    for _ in range(99):
+        for one, two in zip(first, run(t, backend, p), strict=True):
+            assert torch.equal(one, two)
+
+
+@each_kernel
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_cuda_graph(p: float, backend: str) -> None:
+    """A replay computes with what the tensors then hold, the seed of dropout included."""
+    t = draw(Shape(256, 512, 384, 16), torch.bfloat16)
+    seed = torch.tensor(1, device="cuda")
+    inputs = leaves(t)
+
+    def step() -> list[Tensor]:
+        y, norm = lora_linear(
+            *(t[n] for n in ("x", "weight", "bias", "A", "B")), S,
+            dropout=p, seed=seed if p else None, return_sqnorm=True, backend=backend,
+        )  # fmt: skip
+        return [y.detach(), norm, *torch.autograd.grad(y, inputs, t["dy"])]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for number in (7, 8):
+        fresh = draw(Shape(256, 512, 384, 16), torch.bfloat16, number)
+        with torch.no_grad():
+            for name in ("x", "A", "B", "dy"):
+                t[name].copy_(fresh[name])
+            seed.fill_(number)
+        graph.replay()
+        for one, two in zip(captured, step(), strict=True):
+            assert torch.equal(one, two)
+
+
+@each_kernel
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_draws_the_same_mask(reentrant: bool, backend: str) -> None:
+    t = draw(Shape(256, 512, 384, 16), torch.bfloat16)
+
+    def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        seed = torch.randint(0, 1 << 62, (), device="cuda")
+        return lora_linear(
+            x, t["weight"], None, A, B, S, dropout=0.25, seed=seed, backend=backend
+        )
+
+    outcomes = []
+    for wrap in (False, True):
+        inputs = leaves({name: tensor.detach().clone() for name, tensor in t.items()})
+        torch.manual_seed(5)
+        call: Callable[..., Any] = layer
+        y = checkpoint(call, *inputs, use_reentrant=reentrant) if wrap else layer(*inputs)
+        y.backward(t["dy"])
+        outcomes.append([y.detach(), *(leaf.grad for leaf in inputs)])
+    for one, two in zip(*outcomes, strict=True):
+        assert torch.equal(one, two)
+
+
+@each_kernel
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_more_than_two_to_the_31_elements(p: float, backend: str) -> None:
+    """The last rows of an x beyond 32-bit offsets are what they are by themselves."""
+    m, k, n, r, tail = 2**31 // 4096 + 300, 4096, 64, 16, 200
+    if torch.cuda.get_device_properties(0).total_memory < 60 << 30:
+        pytest.skip("60 GiB of device memory are needed")
+    small = draw(Shape(tail, k, n, r), torch.bfloat16)
+    x = torch.zeros(m, k, dtype=torch.bfloat16, device="cuda")
+    x[-tail:] = small["x"]
+    A, B = (small[name].requires_grad_() for name in "AB")
+    more: dict[str, Any] = {"dropout": p, "seed": SEED if p else None, "backend": backend}
+    x.requires_grad_()
+    y = lora_linear(x, small["weight"], None, A, B, S, **more)
+    dy = torch.zeros_like(y)
+    dy[-tail:] = small["dy"]
+    dx, dA, dB = torch.autograd.grad(y, (x, A, B), dy)
+    kept = torch.ones(tail, k, dtype=torch.bool, device="cuda")
+    if p:
+        kept = last_rows(philox.quantize(p), m, k, tail)
+    d = {name: tensor.detach().double() for name, tensor in small.items()}
+    dropped = d["x"] * kept / (1 - philox.quantize(p) if p else 1)
+    h = dropped @ d["A"].bfloat16().double().T
+    want = d["x"] @ d["weight"].T + S * h @ d["B"].bfloat16().double().T
+    assert float((y[-tail:].double() - want).norm() / want.norm()) < 1e-2
+    t = S * d["dy"] @ d["B"].bfloat16().double()
+    assert float((dA.double() - t.T @ dropped).norm() / (t.T @ dropped).norm()) < 1e-2
+    assert float((dB.double() - S * d["dy"].T @ h).norm() / (d["dy"].T @ h).norm()) < 2e-2
+    assert not dx[:-tail].any() and dx[-tail:].any()
+
+
+def last_rows(p: float, m: int, k: int, tail: int) -> Tensor:
+    """The mask of the last rows, from the counters of their elements."""
+    first = (m - tail) * k
+    assert first % 8 == 0 and k % 8 == 0
+    groups = torch.arange(first // 8, m * k // 8, device="cuda")
+    words = philox.philox4x32(groups, SEED)
+    lanes = torch.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], 1)
+    return (lanes >= round(p * 65536)).view(tail, k)
+
+
+@each_kernel
+def test_what_is_saved_for_backward(backend: str) -> None:
+    """x is alive anyway; h and one bit an element are all that comes on top."""
+    m, k, n, r = 4096, 2048, 1024, 16
+    t = draw(Shape(m, k, n, r), torch.bfloat16)
+    for p, mask in ((0.0, 0), (0.1, m * k // 8)):
+        saved: list[Tensor] = []
+
+        def pack(tensor: Tensor, saved: list[Tensor] = saved) -> Tensor:
+            saved.append(tensor)
+            return tensor
+
+        inputs = leaves(t)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            lora_linear(
+                inputs[0], t["weight"], None, inputs[1], inputs[2], S,
+                dropout=p, seed=SEED if p else None, backend=backend,
+            )  # fmt: skip
+        known = {tensor.data_ptr() for tensor in (*t.values(), SEED)}
+        fresh = {s.data_ptr(): s.untyped_storage().nbytes() for s in saved}
+        total = sum(size for pointer, size in fresh.items() if pointer not in known)
+        assert total <= m * r * 2 + mask + 64
+
+
+@each_kernel
+def test_a_second_device(backend: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one device")
+    t = {name: tensor.to("cuda:1") for name, tensor in draw(Shape(64, 128, 96, 8)).items()}
+    y = lora_linear(t["x"], t["weight"], None, t["A"], t["B"], S, backend=backend)
+    want = lora_linear(t["x"], t["weight"], None, t["A"], t["B"], S, backend="reference")
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+
+
+@each_kernel
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("m", [5, 200])
+def test_small(m: int, p: float, backend: str) -> None:
+    """Few programs, for compute-sanitizer, which is slow."""
+    if backend == "cuda" and p:
+        pytest.skip("the same kernels as without")
+    for value in run(draw(Shape(m, 136, 264, 16), torch.bfloat16), backend, p):
+        assert value.isfinite().all()
