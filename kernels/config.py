@@ -5,6 +5,7 @@ architectures it is for: no spilled register, shared memory within the limit, ma
 Nothing is tuned at run time.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +80,7 @@ def thin(machine: Machine, dtype: torch.dtype, m: int, k: int, r: int) -> Thin:
     if machine.arch == 0:
         return Thin(32, 64, 2 if k > 128 else 1, 4, 2, 64)
     if dtype == torch.float32:
-        BM, BK, warps, stages = (32, 32, 4, 2) if ranks <= 64 else (16, 16, 8, 2)
+        BM, BK, warps, stages = (32, 32, 4, 2) if ranks <= 64 else (16, 32, 8, 1)
     else:
         BM = min(64, max(16, power_of_two(m)))
         BK, warps, stages = {
@@ -166,6 +167,7 @@ def addend(machine: Machine, dtype: torch.dtype) -> Wide:
     return Wide(32, 32, 0, 4, 1) if dtype == torch.float32 else Wide(64, 64, 0, 4, 1)
 
 
+@functools.cache
 def machine_of(device: torch.device) -> Machine:
     """What the device is; the interpreter for a CPU."""
     if device.type == "cpu":

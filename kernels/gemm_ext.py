@@ -211,7 +211,7 @@ def gemm_ext(
             TensorDescriptor.from_tensor(stored, box),
             TensorDescriptor.from_tensor(y, [config.BM, config.BN // config.halves]),
         )
-    ranks, early = rank_tile(r), config.pdl and not first
+    ranks, early = rank_tile(r), config.pdl and not first and h is not None
     _gemm_ext[(min(programs, tiles),)](
         wide[0], wide[1], h, l, bias, wide[2], words, token_weights, norms,
         m, c, d, r, *p.stride(), *q.stride(), h_row, *l_strides, c,

@@ -25,32 +25,42 @@ _SLICE = 1024  # elements of a Gram matrix in one program of `_dot`
 
 
 @triton.jit
-def gram(rows, weights, WEIGHTED: tl.constexpr):
-    """Σ_t w_t rows_t rows_tᵀ (R, R) from rows (BM, R) of half precision, weights (BM,) float32.
+def outer_sum(left, right, weights, WEIGHTED: tl.constexpr):
+    """Σ_t w_t left_t right_tᵀ (I, J) from (BM, I) and (BM, J) of half precision, weights (BM,).
 
-    Three pieces of half precision hold the digits of w·rows. A row of weight 0 is left out,
-    whatever it holds.
+    Three pieces of half precision hold the digits of w·left, scaled by a power of two so that
+    float16 holds the largest. A row of weight 0 is left out, whatever it holds.
     """
     if WEIGHTED:
         used = (weights > 0.0)[:, None]
-        rows = tl.where(used, rows, 0.0)
-        rest = rows.to(tl.float32) * weights[:, None]
-        left = rest.to(rows.dtype)
-        total = tl.dot(tl.trans(left), rows)
+        right = tl.where(used, right, 0.0)
+        rest = tl.where(used, left, 0.0).to(tl.float32) * weights[:, None]
+        largest = tl.max(tl.max(tl.abs(rest), 1), 0)
+        exponent = tl.minimum(largest.to(tl.int32, bitcast=True) >> 23, 253)  # biased by 127
+        rest *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)  # now at most 2
+        piece = rest.to(right.dtype)
+        total = tl.dot(tl.trans(piece), right)
         for _ in tl.static_range(2):
-            rest -= left.to(tl.float32)
-            left = rest.to(rows.dtype)
-            total = tl.dot(tl.trans(left), rows, total)
+            rest -= piece.to(tl.float32)
+            piece = rest.to(right.dtype)
+            total = tl.dot(tl.trans(piece), right, total)
+        total *= (exponent << 23).to(tl.float32, bitcast=True)
     else:
-        total = tl.dot(tl.trans(rows), rows)
+        total = tl.dot(tl.trans(left), right)
     return total
+
+
+@triton.jit
+def gram(rows, weights, WEIGHTED: tl.constexpr):
+    """Σ_t w_t rows_t rows_tᵀ (R, R): the Gram matrix of rows (BM, R)."""
+    return outer_sum(rows, rows, weights, WEIGHTED)
 
 
 @triton.jit
 def gram_of_b(B, GRAM, block, N, r, sbn, sbr, DTYPE: tl.constexpr,
               R: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
     """The Gram matrix of ROWS rows of B (N, r), rounded to DTYPE."""
-    ranks = tl.arange(0, R)
+    ranks = tl.arange(0, R).to(tl.int64)
     total = tl.zeros((R, R), tl.float32)
     for start in range(block * ROWS, min((block + 1) * ROWS, N), TILE):
         rows = start + tl.arange(0, TILE)
@@ -75,8 +85,8 @@ def _gram(H, B, WEIGHTS, GRAM, GRAM_B, M, N, r, shm, sbn, sbr, blocks,
           WEIGHTED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """One SIDE x SIDE piece of the Gram matrix of ROWS rows of h, or of B: for wide ranks."""
     block, piece = tl.program_id(0), tl.program_id(1)
-    i = piece // (R // SIDE) * SIDE + tl.arange(0, SIDE)
-    j = piece % (R // SIDE) * SIDE + tl.arange(0, SIDE)
+    i = (piece // (R // SIDE) * SIDE + tl.arange(0, SIDE)).to(tl.int64)
+    j = (piece % (R // SIDE) * SIDE + tl.arange(0, SIDE)).to(tl.int64)
     total = tl.zeros((SIDE, SIDE), tl.float32)
     of_b = block >= blocks
     block = tl.where(of_b, block - blocks, block)
@@ -91,20 +101,10 @@ def _gram(H, B, WEIGHTS, GRAM, GRAM_B, M, N, r, shm, sbn, sbr, blocks,
         else:
             left = tl.load(H + at * shm + i[None, :], there & (i < r)[None, :], 0.0)
             right = tl.load(H + at * shm + j[None, :], there & (j < r)[None, :], 0.0)
+            weights = rows  # read with WEIGHTED only
             if WEIGHTED:
                 weights = tl.load(WEIGHTS + rows, mask=rows < M, other=0.0)
-                used = (weights > 0.0)[:, None]
-                right = tl.where(used, right, 0.0)
-                rest = tl.where(used, left, 0.0).to(tl.float32) * weights[:, None]
-                left = rest.to(DTYPE)
-                piece_sum = tl.dot(tl.trans(left), right)
-                for _ in tl.static_range(2):
-                    rest -= left.to(tl.float32)
-                    left = rest.to(DTYPE)
-                    piece_sum = tl.dot(tl.trans(left), right, piece_sum)
-                total += piece_sum
-            else:
-                total += tl.dot(tl.trans(left), right)
+            total += outer_sum(left, right, weights, WEIGHTED)
     place = block.to(tl.int64) * (R * R) + i[:, None] * R + j[None, :]
     if of_b:
         tl.store(GRAM_B + place, total)
@@ -114,11 +114,14 @@ def _gram(H, B, WEIGHTS, GRAM, GRAM_B, M, N, r, shm, sbn, sbr, blocks,
 
 @triton.jit
 def _sum_planes(GRAM, count, at, SIZE: tl.constexpr, SLICE: tl.constexpr):
-    """Σ over `count` planes of SIZE numbers, at the places `at` (SLICE,), in their order."""
-    total, plane = tl.zeros((SLICE,), tl.float64), GRAM + at
-    for _ in range(count):
-        total += tl.load(plane, mask=at < SIZE, other=0.0)
-        plane += SIZE
+    """Σ over `count` planes of SIZE numbers, at the places `at` (SLICE,); several at a time."""
+    TOGETHER: tl.constexpr = 4096 // SLICE
+    total = tl.zeros((SLICE,), tl.float64)
+    for start in range(0, count, TOGETHER):
+        planes = start + tl.arange(0, TOGETHER)
+        place = planes.to(tl.int64)[:, None] * SIZE + at[None, :]
+        inside = (planes < count)[:, None] & (at < SIZE)[None, :]
+        total += tl.sum(tl.load(GRAM + place, mask=inside, other=0.0).to(tl.float64), 0)
     return total
 
 

@@ -66,7 +66,8 @@ def _shrink(X, A, H, MASK, SEED, WEIGHTS, GRAM, B, GRAM_B, PLANES,
         first = part * steps * BK  # this program's columns of x
         last = min(K, first + steps * BK)
         x_at = X + rows.to(tl.int64)[:, None] * sxm + (first + inner).to(tl.int64)[None, :] * sxk
-        a_at = A + ranks[None, :] * sar + (first + inner).to(tl.int64)[:, None] * sak
+        a_at = A + ranks.to(tl.int64)[None, :] * sar
+        a_at += (first + inner).to(tl.int64)[:, None] * sak
         if DROPOUT:
             seed = tl.load(SEED)
         acc = tl.zeros((BM, R), tl.float32)
@@ -82,8 +83,8 @@ def _shrink(X, A, H, MASK, SEED, WEIGHTS, GRAM, B, GRAM_B, PLANES,
                 tl.store(MASK + place, bits.to(tl.uint8), mask=inside)
                 x = where_kept(bits, x, 8)
             acc = tl.dot(x, a.to(x.dtype), acc, input_precision=PRECISION)
-            x_at += BK * sxk
-            a_at += BK * sak
+            x_at += BK * tl.cast(sxk, tl.int64)
+            a_at += BK * tl.cast(sak, tl.int64)
         if not SPLIT:
             _emit(acc, H, WEIGHTS, GRAM, block, rows, M, r, shm, scale, R, NORM, WEIGHTED)
         else:

@@ -2,9 +2,10 @@
 
     h = x Aᵀ        y = xWᵀ + b + s·hBᵀ        norms[tile] = Σ_t w_t ‖h_t Bᵀ‖² over the tile
 
-Every program computes h anew, which costs r / BN of the product, and nothing is read twice: for few
-tokens, where a second launch would cost more. The LoRA product has a sum of its own, so its squared
-norm falls out of the tile, and y has the same bits with and without it.
+Every program computes h anew, which costs r / BN of the product (half of it at r = 16), and reads
+A anew, from L2: for few tokens, where W has to be read anyway and a second launch would cost more.
+The LoRA product has a sum of its own, so its squared norm falls out of the tile, and y has the same
+bits with and without it.
 """
 
 import torch

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from loradrop.kernels.config import cdiv, rank_tile
+
 SERVING = ("eager", "thin", "triton", "cuda")  # the simpler first: it wins a tie
 MARGIN = 0.02  # a backend replaces a simpler one only if it is faster by more than this
 NEAR = 1.5  # a measurement holds for numbers of tokens up to this factor away
@@ -47,10 +49,12 @@ class Rates(NamedTuple):
 # 790 TFLOP/s and copies at 4.3 TB/s.
 _FAMILIES = {80: (2048, 1.3e9, 1 / 170), 90: (4096, 1.46e9, 1 / 184), 100: (8192, 1.7e9, 1 / 230)}
 _FLOAT32 = 1 / 16  # the rate of float32 products outside the matrix units
-_LAUNCH = {"eager": 5.0, "thin": 8.0, "triton": 9.0}  # µs of the host for each launch
+_LAUNCH = {"eager": 5.0, "thin": 12.0, "triton": 16.0}  # µs of the host for each launch
 _GEMM = {"eager": 1.0, "thin": 1.0, "triton": 0.90}  # rate of the wide product, of cuBLAS's
 _STREAM = 0.85  # of the bandwidth that a thin product reaches
 _MASK_BYTES = 400  # bytes moved for each element when PyTorch calls draw the mask of dropout
+_MASK_LAUNCHES = 170  # for every 2¹⁸ elements of such a mask
+_WIDENED = 5.0  # times the bytes where PyTorch calls sum half-precision rows in float32
 
 
 def rates(arch: int, sms: int) -> Rates:
@@ -68,35 +72,34 @@ def predict(problem: Problem, backend: str) -> float:
     flops = rate.flops * (_FLOAT32 if problem.dtype == torch.float32 else 1.0)
     total = 0.0
     for inner, outer in ((k, n), (n, k))[: 1 + problem.grad]:  # forward, and the product for dx
-        total += _work(
-            2.0 * m * inner * outer * problem.base,
-            size * (m * inner + k * n * problem.base + m * outer),
-            flops * _GEMM[backend],
-            rate.bytes,
-        )
-        if backend == "triton":
-            total += 2.0 * m * outer * max(r, 16) / (flops * _GEMM[backend])
+        if problem.base:
+            work, moved = 2.0 * m * inner * outer, size * (m * inner + k * n + m * outer)
+            total += max(work / (flops * _GEMM[backend]), moved / rate.bytes)
+        if problem.base and backend == "triton":
+            total += 2.0 * m * outer * rank_tile(r) / (flops * _GEMM[backend])
         else:
             total += 2 * size * m * outer / rate.bytes  # the output is read and written again
         total += size * m * inner / (rate.bytes * _STREAM)  # shrink
-    if problem.grad:
-        total += size * m * (k + n) / (rate.bytes * _STREAM)  # dA and dB
+    if problem.grad:  # dA and dB, of float32 adapters
+        widened = _WIDENED if backend == "eager" and size == 2 else 1.0
+        total += widened * size * m * (k + n) / (rate.bytes * _STREAM)
     if masked and backend == "eager":
         total += (1 + problem.grad) * m * k * (_MASK_BYTES + 3 * size) / rate.bytes
     elif masked:
         total += (1 + 2 * problem.grad) * m * k / 8 / rate.bytes
     launches = {"eager": 3 + 6 * problem.grad, "thin": 3 + 7 * problem.grad}
-    host = _LAUNCH[backend] * launches.get(backend, 2 + 6 * problem.grad)
-    return max(1e6 * total, host)
-
-
-def _work(flops: float, moved: float, rate: float, bandwidth: float) -> float:
-    return max(flops / rate, moved / bandwidth)
+    count = launches.get(backend, 2 + 6 * problem.grad)
+    if masked and backend == "eager":
+        count += (1 + problem.grad) * _MASK_LAUNCHES * cdiv(m * k, 1 << 18)
+    return max(1e6 * total, _LAUNCH[backend] * count)
 
 
 def choose_predicted(problem: Problem) -> str:
-    """The fastest backend by the roofline, among those whose kernels come with Triton."""
-    return fastest({name: predict(problem, name) for name in ("eager", "thin", "triton")})
+    """The faster by the roofline, among backends whose frozen product is cuBLAS's.
+
+    Another GEMM in its place is worth it from 93 % of its rate on, which a guess cannot tell.
+    """
+    return fastest({name: predict(problem, name) for name in ("eager", "thin")})
 
 
 def fastest(microseconds: dict[str, float]) -> str:
@@ -119,28 +122,23 @@ def nearest(problem: Problem, points: Iterable[dict[str, Any]]) -> dict[str, Any
     """The measured point that holds for the problem: the same layer, about as many tokens."""
     if problem.m == 0 or not problem.base:
         return None
-    best, closest = None, (math.log(NEAR), math.inf, math.inf)
+    best, closest = None, (math.inf, math.inf, math.inf)
     for point in points:
         same = (
             (point["arch"], point["dtype"]) == (problem.arch, str(problem.dtype)[6:])
             and (point["k"], point["n"]) == (problem.k, problem.n)
-            and _rank_class(point["r"]) == _rank_class(problem.r)
+            and rank_tile(point["r"]) == rank_tile(problem.r)
             and bool(point["dropout"]) == (problem.dropout > 0.0)
             and bool(point["grad"]) == problem.grad
         )
         if not same:
             continue
         away = abs(math.log(point["m"] / problem.m))
-        # Among equals the same chip, then the nearer rank.
-        distance = (away, abs(point["sms"] - problem.sms), abs(point["r"] - problem.r))
+        # The same chip before all, then the number of tokens, then the rank.
+        distance = (abs(point["sms"] - problem.sms), away, abs(point["r"] - problem.r))
         if distance < closest and away <= math.log(NEAR):
             best, closest = point, distance
     return best
-
-
-def _rank_class(r: int) -> int:
-    """Ranks that are computed in tiles of one width."""
-    return max(16, 1 << (r - 1).bit_length())
 
 
 def choose_measured(problem: Problem, able: Collection[str] = SERVING) -> str | None:
@@ -151,12 +149,12 @@ def choose_measured(problem: Problem, able: Collection[str] = SERVING) -> str | 
     return fastest({name: us for name, us in point["us"].items() if name in able}) or None
 
 
-def explain(problem: Problem) -> str:
+def explain(problem: Problem, able: Collection[str] = SERVING) -> str:
     """Why an unnamed call gets its backend, in a sentence."""
-    point = nearest(problem, measurements())
-    if point is not None:
+    point, chosen = nearest(problem, measurements()), choose_measured(problem, able)
+    if point is not None and chosen is not None:
         times = ", ".join(f"{name} {us:.0f}" for name, us in point["us"].items())
-        return f"{fastest(point['us'])}: measured at {point['m']} tokens, in µs: {times}"
+        return f"{chosen}: measured at {point['m']} tokens, in µs: {times}"
     names = ("eager", "thin", "triton")
     times = ", ".join(f"{name} {predict(problem, name):.0f}" for name in names)
     return f"{choose_predicted(problem)}: not measured; the roofline's guess, in µs: {times}"

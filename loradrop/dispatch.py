@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loradrop import cuda, eager, reference
+from loradrop import costs, cuda, eager, reference
 from loradrop.costs import Problem, choose_measured, choose_predicted
 
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
@@ -118,8 +118,9 @@ def _triton_supports(problem: Problem) -> str | None:
         return "the tensors are on a CPU and Triton's interpreter (TRITON_INTERPRET=1) is off"
     if problem.device == "cpu" and problem.dtype == torch.bfloat16:
         return "Triton's interpreter multiplies bfloat16 wrongly; take float16 or float32"
-    if problem.device not in ("cpu", "cuda"):
-        return f"the kernels are for CUDA devices, not {problem.device}"
+    if problem.device not in ("cpu", "cuda") or torch.version.hip:
+        kind = "those of ROCm" if torch.version.hip else problem.device
+        return f"the kernels are for CUDA devices, not {kind}"
     if problem.device == "cuda" and problem.arch < 80:
         return f"compute capability 8.0 is needed, not {problem.arch / 10}"
     return None
@@ -197,6 +198,17 @@ def _able(problem: Problem) -> tuple[str, ...]:
         for backend in _BACKENDS.values()
         if backend.available() is None and backend.supports(problem) is None
     )
+
+
+def explain(problem: Problem) -> str:
+    """What `choose` gives on a machine that could run everything, and why, in a sentence."""
+    if problem.dtype == torch.float64:
+        return "reference: float64"
+    refusal = _triton_supports(problem)
+    if refusal is not None:
+        return f"eager: {refusal}"
+    able = [b.name for b in _BACKENDS.values() if b.supports(problem) is None]
+    return costs.explain(problem, [n for n in able if n != "cuda" or cuda.available() is None])
 
 
 def get(name: str) -> Backend:

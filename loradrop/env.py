@@ -93,11 +93,11 @@ def explain(
     """Which backend an unnamed call gets, in training and without gradients, and why.
 
     layer MxKxN: tokens, in and out features   chip ARCH:SMS, as 90:132 for an H100 or H200; by
-    default the first CUDA device. Raises ValueError for a layer or a chip that is written otherwise.
+    default the first CUDA device. Raises ValueError for a layer or a chip written otherwise.
     """
     import torch
 
-    from loradrop import costs
+    from loradrop import costs, dispatch
 
     m, k, n = _numbers("layer", layer, "x", 3)
     if chip is not None:
@@ -113,7 +113,7 @@ def explain(
     about = f"{m} tokens, {k} to {n}, rank {rank}, dropout {dropout:g}, {dtype}"
     lines = [f"{about}, sm_{arch} x {sms}"]
     for grad, what in ((True, "forward + backward"), (False, "forward")):
-        lines.append(f"  {what:<18} {costs.explain(problem._replace(grad=grad))}")
+        lines.append(f"  {what:<18} {dispatch.explain(problem._replace(grad=grad))}")
     return "\n".join(lines)
 
 

@@ -26,8 +26,10 @@ from loradrop.kernels.gram import total
 from loradrop.kernels.outer import outer
 from loradrop.kernels.shrink import shrink
 from loradrop.kernels.single_pass import single_pass
+from loradrop.philox import row_bytes
 
-FEW = 64  # rows up to which one pass over everything beats two launches
+FEW = 64  # rows up to which one pass over everything may beat two launches
+NARROW = 32  # ... with ranks that are cheap to compute anew for every tile of outputs
 DECODED = 32  # rows that the CUDA kernel for decoding takes
 
 # p (M, D)   q (D, C)   bias (C,) or None   h (M, r)   l (r, C)   s   mask (M, row_bytes(C)) or None
@@ -84,8 +86,8 @@ def few_by_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float,
     token_weights: Tensor | None, norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None] | None:  # fmt: skip
-    """y, h and the norm of few rows in one pass; None for more."""
-    if x.shape[0] > FEW:
+    """y, h and the norm of few rows in one pass; None for more, and for wide ranks."""
+    if x.shape[0] > FEW or A.shape[0] > NARROW:
         return None
     tiles = config.few(config.machine_of(x.device), x.dtype, x.shape[0])
     y, h, parts = single_pass(
@@ -149,7 +151,9 @@ class Fused:
         """As `dispatch.Backend.forward` says."""
         if x.numel() == 0 or B.shape[0] == 0:  # nothing for a kernel to do
             y, h = eager.forward(x, weight, bias, y0, A, B, scaling, dropout, seed)
-            empty = x.new_empty((*x.shape[:1], 0), dtype=torch.uint8) if dropout else None
+            empty = None
+            if dropout > 0.0:
+                empty = x.new_empty((x.shape[0], row_bytes(x.shape[1])), dtype=torch.uint8)
             return y, h, empty, x.new_zeros((), dtype=torch.float32) if norm else None
         machine = config.machine_of(x.device)
         weights = None if token_weights is None or not norm else token_weights.float().contiguous()
@@ -197,16 +201,19 @@ class Fused:
             return eager.backward(dy, x, weight, A, B, h, scaling, dropout, seed, needs)
         machine, (m, k), (n, r) = config.machine_of(x.device), x.shape, B.shape
         dx = dA = dB = None
+        scale, rest = scaling / (1.0 - dropout), 1.0
+        if x.dtype == torch.float16 and abs(scale) > 1.0:  # t must not overflow for its scale
+            scale, rest = 1.0, scale
         if needs[0] or needs[1]:
             tiles = config.thin(machine, dy.dtype, m, n, r)
-            t = shrink(dy, B.T, scaling / (1.0 - dropout), tiles).h
+            t = shrink(dy, B.T, scale, tiles).h
         if needs[0] and weight is None:
-            dx = expand(None, t, A, 1.0, config.addend(machine, x.dtype), mask)
+            dx = expand(None, t, A, rest, config.addend(machine, x.dtype), mask)
         elif needs[0]:
-            dx = self.extend(dy, weight, None, t, A, 1.0, mask)
+            dx = self.extend(dy, weight, None, t, A, rest, mask)
         if needs[1]:
             tiles_A = config.tall(machine, x.dtype, m, k, r)
-            dA = outer(x, t, 1.0, A.dtype, tiles_A, mask=mask, transposed=True)
+            dA = outer(x, t, rest, A.dtype, tiles_A, mask=mask, transposed=True)
         if needs[2]:
             dB = outer(dy, h, scaling, B.dtype, config.tall(machine, x.dtype, m, n, r))
         return dx, dA, dB

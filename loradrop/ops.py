@@ -8,7 +8,6 @@ the same forward and backward are the custom ops `loradrop::lora_linear` and
 `loradrop::lora_linear_backward`.
 """
 
-import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
@@ -21,6 +20,7 @@ from torch.nn.functional import linear
 from loradrop import dispatch, philox
 from loradrop.checks import check_operands, check_options
 from loradrop.costs import Problem
+from loradrop.kernels.config import machine_of
 
 _Maybe = TypeVar("_Maybe", Tensor, Tensor | None)
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -125,16 +125,10 @@ def _problem(
 ) -> Problem:
     """What the dispatcher may know; x (M, K)."""
     (m, k), (n, r) = x.shape, B.shape
-    arch, sms = _machine(x.device) if x.device.type == "cuda" else (0, 0)
+    arch, sms = machine_of(x.device)
     return Problem(
         x.device.type, x.dtype, m, k, n, r, dropout, grad, weight is not None, arch, sms
     )
-
-
-@functools.cache
-def _machine(device: torch.device) -> tuple[int, int]:
-    facts = torch.cuda.get_device_properties(device)
-    return 10 * facts.major + facts.minor, facts.multi_processor_count
 
 
 class LoRAFunction(torch.autograd.Function):

@@ -50,7 +50,7 @@ def forward(
     else:
         assert y0 is not None
         base = y0.to(wide)
-    return (base + scaling * (h.to(wide) @ b.T)).to(x.dtype), h
+    return (base + scaling * (h.to(wide) @ b.T)).to(x.dtype).contiguous(), h
 
 
 def backward(

@@ -105,7 +105,7 @@ def faults(arch: int, launch: Launch, found: dict[str, Any]) -> list[str]:
     if "error" in found:
         return [found["error"]]
     has, constants = found["instructions"], dict(launch.constants)
-    half = not any(constants.get(name) == "ieee" for name in ("PRECISION",))
+    half = constants.get("PRECISION") != "ieee"
     products = launch.kernel not in ("_add_planes", "_dot", "_total", "_finish")
     wrong = []
     if found["spilled"]:

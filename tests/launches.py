@@ -111,6 +111,8 @@ class Layer(NamedTuple):
     turned: bool = False  # the weight is stored (K, N)
     scaling: float = 2.0
     adapters: torch.dtype = torch.float32
+    bias: bool = False
+    added: bool = False  # y0 is given, and no weight
 
 
 def call(fused: Any, layer: Layer) -> None:
@@ -123,10 +125,12 @@ def call(fused: Any, layer: Layer) -> None:
     x, dy = empty(m, k), empty(m, n)
     weight = empty(k, n).T if layer.turned else empty(n, k)
     A, B = empty(r, k, dtype=layer.adapters), empty(n, r, dtype=layer.adapters)
-    seed = empty(dtype=torch.int64)
+    seed = empty(dtype=torch.int64) if layer.dropout else None
+    bias = empty(n) if layer.bias else None
+    y0, weight = (empty(m, n), None) if layer.added else (None, weight)
     weights = empty(m, dtype=torch.float32) if layer.weighted else None
     _, h, mask, _ = fused.forward(
-        x, weight, None, None, A, B, layer.scaling, layer.dropout, seed, weights, layer.norm
+        x, weight, bias, y0, A, B, layer.scaling, layer.dropout, seed, weights, layer.norm
     )
     fused.backward(
         dy, x, weight, A, B, h, mask, layer.scaling, layer.dropout, seed, (True, True, True)
@@ -150,6 +154,10 @@ def layers() -> Iterator[Layer]:
         yield Layer(8192, 4096, 4096, r, norm=True)
         yield Layer(8192, 4096, 4096, r, dropout=0.1)
     yield Layer(8192, 4096, 4096, 16, turned=True)
+    yield Layer(8192, 4096, 4096, 16, bias=True)
+    yield Layer(40, 768, 768, 16, bias=True)
+    for p in (0.0, 0.1):
+        yield Layer(2048, 768, 768, 16, dropout=p, added=True)
     yield Layer(8192, 4096, 4096, 16, scaling=1.7)
     yield Layer(8192, 4096, 4096, 16, dtype=torch.float16, norm=True)
     yield Layer(8192, 4096, 4096, 16, adapters=torch.bfloat16)
@@ -163,6 +171,7 @@ def layers() -> Iterator[Layer]:
         yield Layer(8192, 4096, 4096, r, dropout=0.1, turned=True)
     for r in (16, 64, 256):
         yield Layer(333, 100, 50, r, torch.float32, 0.1)
+        yield Layer(5, 768, 768, r, torch.float32)
 
 
 def launches(machine: Machine, chosen: Callable[[Iterator[Layer]], Any] = list) -> Any:

@@ -33,7 +33,9 @@ OPTIONS = {
     "statistic": {"statistic": True, "norm": True},
     "y0": {"y0": True},
     "no token": {"m": 0, "norm": True},
+    "no token, dropout": {"m": 0, "p": 0.25},
     "strided": {"strided": True, "p": 0.25},
+    "strided y0": {"y0": True, "turned": True},
 }
 
 
@@ -43,7 +45,8 @@ def op_arguments(dtype: torch.dtype, backend: str, **given: Any) -> tuple[Any, .
     if given.get("strided"):
         t["x"], t["weight"] = strided(t["x"], "transposed"), strided(t["weight"], "every other")
     x, A, B = leaves(t)
-    y0 = t["dy"].requires_grad_() if given.get("y0") else None
+    y0 = strided(t["dy"], "transposed" if given.get("turned") else "plain")
+    y0 = y0.requires_grad_() if given.get("y0") else None
     statistic = torch.zeros((), dtype=torch.float64, device=DEVICE, requires_grad=True)
     p = given.get("p", 0.0)
     return (

@@ -169,6 +169,25 @@ def test_the_roofline_is_near_what_is_known_of_an_h200() -> None:
     assert costs.choose_predicted(LLAMA_Q._replace(dropout=0.1)) != "eager"
 
 
+def test_the_roofline_counts_launches_and_never_guesses_a_gemm() -> None:
+    """A mask by PyTorch calls takes hundreds of launches; a guess keeps cuBLAS."""
+    for m in (1, 32, 256, 8192):
+        masked = LLAMA_Q._replace(m=m, dropout=0.1)
+        assert costs.predict(masked, "eager") > 2 * costs.predict(masked, "thin")
+        assert costs.choose_predicted(masked) == "thin"
+        assert costs.choose_predicted(LLAMA_Q._replace(m=m)) != "triton"
+    given = LLAMA_Q._replace(base=False)
+    thin, triton = (costs.predict(given, name) for name in ("thin", "triton"))
+    assert thin == pytest.approx(triton, rel=0.1), "both add to y0 by the same kernel"
+
+
+def test_an_explanation_is_what_is_chosen() -> None:
+    for change in ({}, {"r": 300}, {"dtype": torch.float64}, {"arch": 75}, {"dropout": 0.1}):
+        name, _, why = dispatch.explain(LLAMA_Q._replace(**change)).partition(": ")
+        assert name in ("reference", "eager", "thin") and why
+    assert dispatch.explain(LLAMA_Q._replace(r=300)).startswith("eager: the kernels hold ranks")
+
+
 def test_a_choice_explains_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not measured; the roofline's guess" in costs.explain(LLAMA_Q)
     point = {
