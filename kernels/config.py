@@ -110,7 +110,7 @@ def tall(machine: Machine, dtype: torch.dtype, m: int, c: int, r: int) -> Tall:
             16: (128, 64, 4, 4),
             32: (128, 64, 4, 4),
             64: (128, 64, 4, 3),
-            128: (128, 64, 8, 3),
+            128: (64, 64, 4, 3),
             256: (64, 64, 8, 2),
         }[ranks]
         stages = stages if machine.arch in _ROOMY else 2
@@ -135,7 +135,7 @@ def wide(
     if machine.arch == 0:
         return Wide(32, 64, 32, 4, 2, group=2)
     if dtype == torch.float32:
-        return Wide(64, 32 if first else 64, 16, 8, 2)
+        return Wide(32, 32, 16, 4, 2)
     if not aligned:
         return Wide(64, 128, 32, 8, 2)
     if machine.arch < 90 or machine.arch not in _ROOMY:

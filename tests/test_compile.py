@@ -20,7 +20,7 @@ from op_cases import (
 )
 from torch import Tensor
 
-import loradrop.ops
+from loradrop.function import LoRAFunction
 from loradrop.ops import lora_linear
 from loradrop.philox import row_bytes
 from loradrop.testing import AWKWARD, Shape
@@ -40,7 +40,7 @@ OPTIONS = {
 
 
 def op_arguments(dtype: torch.dtype, backend: str, **given: Any) -> tuple[Any, ...]:
-    """As `ops._Call` lists them."""
+    """As `function.Call` lists them."""
     t = draw(Shape(given.get("m", 5), 8, 6, 3), dtype)
     if given.get("strided"):
         t["x"], t["weight"] = strided(t["x"], "transposed"), strided(t["weight"], "every other")
@@ -172,4 +172,4 @@ def test_compiled_code_uses_the_custom_op() -> None:
         *(t[n] for n in ("x", "weight", "bias", "A", "B")), S
     )
     assert "torch.ops.loradrop.lora_linear" in graphs[0]
-    assert loradrop.ops.LoRAFunction.__name__ not in graphs[0]
+    assert LoRAFunction.__name__ not in graphs[0]
