@@ -169,8 +169,8 @@ def addend(machine: Machine, dtype: torch.dtype) -> Wide:
 
 @functools.cache
 def machine_of(device: torch.device) -> Machine:
-    """What the device is; the interpreter for a CPU."""
-    if device.type == "cpu":
+    """What the device is; the interpreter for any that is no GPU."""
+    if device.type != "cuda":
         return INTERPRETER
     facts = torch.cuda.get_device_properties(device)
     return Machine(10 * facts.major + facts.minor, facts.multi_processor_count)

@@ -1,18 +1,16 @@
-"""What only a device can show: repeatable bits, CUDA graphs, long offsets, checkpointing, memory.
+"""What only a device can show: repeatable bits, CUDA graphs, long offsets, saved memory.
 
 The op's whole suite (`test_ops.py` and its neighbours) runs on a CUDA device by itself, over every
 backend. `benchmarks/gpu.py` runs `test_small` under compute-sanitizer.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from op_cases import KERNELS, SEED, S, Tensors, draw, leaves, through_torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from loradrop import philox
 from loradrop.ops import lora_linear
@@ -109,29 +107,6 @@ def test_cuda_graph(p: float, backend: str) -> None:
         graph.replay()
         for one, two in zip(captured, step(), strict=True):
             assert torch.equal(one, two)
-
-
-@each_kernel
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_draws_the_same_mask(reentrant: bool, backend: str) -> None:
-    t = draw(Shape(256, 512, 384, 16), torch.bfloat16)
-
-    def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        seed = torch.randint(0, 1 << 62, (), device="cuda")
-        return lora_linear(
-            x, t["weight"], None, A, B, S, dropout=0.25, seed=seed, backend=backend
-        )
-
-    outcomes = []
-    for wrap in (False, True):
-        inputs = leaves({name: tensor.detach().clone() for name, tensor in t.items()})
-        torch.manual_seed(5)
-        call: Callable[..., Any] = layer
-        y = checkpoint(call, *inputs, use_reentrant=reentrant) if wrap else layer(*inputs)
-        y.backward(t["dy"])
-        outcomes.append([y.detach(), *(leaf.grad for leaf in inputs)])
-    for one, two in zip(*outcomes, strict=True):
-        assert torch.equal(one, two)
 
 
 @each_kernel

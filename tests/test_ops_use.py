@@ -21,6 +21,7 @@ from op_cases import (
 )
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
+from torch.utils.checkpoint import checkpoint
 
 from loradrop.ops import lora_add, lora_linear
 from loradrop.testing import AWKWARD, assert_within
@@ -151,6 +152,34 @@ def test_double_backward_raises(backend: str) -> None:
     dx, dA, _ = torch.autograd.grad(y, inputs, t["dy"].requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         (dx.square().sum() + dA.sum()).backward()
+
+
+@each_backend
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_a_recomputed_forward_is_the_same(p: float, reentrant: bool, backend: str) -> None:
+    """Activation checkpointing restores the generator, and with it the seed and the mask."""
+    t = draw(AWKWARD["rank 8"])
+
+    def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        seed = torch.randint(0, 1 << 62, (), device=DEVICE)
+        y: Tensor = lora_linear(
+            x, t["weight"], t["bias"], A, B, S, dropout=p, seed=seed, backend=backend
+        )
+        return y
+
+    outcomes = []
+    for recompute in (False, True):
+        inputs = leaves({name: tensor.detach().clone() for name, tensor in t.items()})
+        torch.manual_seed(5)
+        if recompute:
+            y = checkpoint(layer, *inputs, use_reentrant=reentrant)
+        else:
+            y = layer(*inputs)
+        y.backward(t["dy"])
+        outcomes.append([y.detach(), *(leaf.grad for leaf in inputs)])
+    for one, two in zip(*outcomes, strict=True):
+        assert torch.equal(one, two)
 
 
 def test_no_random_number_is_drawn() -> None:
