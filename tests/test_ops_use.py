@@ -172,10 +172,7 @@ def test_a_recomputed_forward_is_the_same(p: float, reentrant: bool, backend: st
     for recompute in (False, True):
         inputs = leaves({name: tensor.detach().clone() for name, tensor in t.items()})
         torch.manual_seed(5)
-        if recompute:
-            y = checkpoint(layer, *inputs, use_reentrant=reentrant)
-        else:
-            y = layer(*inputs)
+        y = checkpoint(layer, *inputs, use_reentrant=reentrant) if recompute else layer(*inputs)
         y.backward(t["dy"])
         outcomes.append([y.detach(), *(leaf.grad for leaf in inputs)])
     for one, two in zip(*outcomes, strict=True):
