@@ -35,7 +35,7 @@ def outer_sum(left, right, weights, WEIGHTED: tl.constexpr):
         used = (weights > 0.0)[:, None]
         right = tl.where(used, right, 0.0)
         rest = tl.where(used, left, 0.0).to(tl.float32) * weights[:, None]
-        largest = tl.max(tl.max(tl.abs(rest), 1), 0)
+        largest = tl.max(tl.abs(rest))
         exponent = tl.minimum(largest.to(tl.int32, bitcast=True) >> 23, 253)  # biased by 127
         rest *= ((254 - exponent) << 23).to(tl.float32, bitcast=True)  # now at most 2
         piece = rest.to(right.dtype)
