@@ -36,6 +36,7 @@ class Problem(NamedTuple):
     base: bool = True  # whether there is a weight; else y0 is given
     arch: int = 0  # 10·major + minor of the compute capability, 0 on a CPU
     sms: int = 0  # multiprocessors
+    aligned: bool = True  # whether x and the weight lie in rows that begin at whole 16 bytes
 
 
 class Rates(NamedTuple):
@@ -120,7 +121,7 @@ def measurements() -> tuple[dict[str, Any], ...]:
 
 def nearest(problem: Problem, points: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     """The measured point that holds for the problem: the same layer, about as many tokens."""
-    if problem.m == 0 or not problem.base:
+    if problem.m == 0 or not problem.base or not problem.aligned:
         return None
     best, closest = None, (math.inf, math.inf, math.inf)
     for point in points:

@@ -135,6 +135,8 @@ def _cuda_supports(problem: Problem) -> str | None:
         return f"the kernels compute in float16 and bfloat16, not {problem.dtype}"
     if problem.n % 8 or problem.k % 8:
         return f"N and K must be multiples of 8, not {problem.n} and {problem.k}"
+    if not problem.aligned:
+        return "x or the weight does not lie in rows that begin at whole 16 bytes"
     if problem.arch != 90:
         return f"compute capability 9.0 is needed, not {problem.arch / 10}"
     return _triton_supports(problem)

@@ -106,9 +106,17 @@ def problem_of(
     """What the dispatcher may know; x (M, K)."""
     (m, k), (n, r) = x.shape, B.shape
     arch, sms = machine_of(x.device)
+    aligned = arch == 0 or (_aligned(x) and (weight is None or _aligned(weight)))
     return Problem(
-        x.device.type, x.dtype, m, k, n, r, dropout, grad, weight is not None, arch, sms
+        x.device.type, x.dtype, m, k, n, r, dropout, grad, weight is not None, arch, sms, aligned
     )
+
+
+def _aligned(matrix: Tensor) -> bool:
+    """Whether its rows, or those of its transpose, begin at whole 16 bytes."""
+    row, column = matrix.stride()
+    step = row if column == 1 else column if row == 1 else 1
+    return step * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
 
 
 class LoRAFunction(torch.autograd.Function):

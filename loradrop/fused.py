@@ -67,7 +67,12 @@ def by_cuda(
     p: Tensor, q: Tensor, bias: Tensor | None, h: Tensor, l: Tensor, scale: float,
     mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `by_triton`, by csrc/; a masked LoRA product is added to its frozen product afterwards."""
+    """As `by_triton`, by csrc/; a masked LoRA product is added to its frozen product afterwards.
+
+    A p in rows that its loads cannot address, such as the gradient of a sum, is copied.
+    """
+    if tma_refuses(p) is not None:
+        p = p.contiguous()
     if mask is not None:
         y = cuda.gemm_ext(p, q, bias, None, None, 1.0)
         tiles = config.addend(config.machine_of(p.device), p.dtype)

@@ -13,6 +13,7 @@ from op_cases import DEVICE, S, draw, each_dtype, through_op
 
 from loradrop import costs, dispatch
 from loradrop.costs import Problem
+from loradrop.function import _aligned, problem_of
 from loradrop.ops import lora_add, lora_linear
 from loradrop.testing import AWKWARD
 
@@ -179,6 +180,31 @@ def test_the_roofline_counts_launches_and_never_guesses_a_gemm() -> None:
     given = LLAMA_Q._replace(base=False)
     thin, triton = (costs.predict(given, name) for name in ("thin", "triton"))
     assert thin == pytest.approx(triton, rel=0.1), "both add to y0 by the same kernel"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"aligned": False}, "16 bytes"),
+        ({"arch": 80}, r"9\.0 is needed, not 8\.0"),
+        ({"n": 1001}, "multiples of 8, not 1001"),
+        ({"dtype": torch.float32}, "float32"),
+        ({"r": 300}, "256, not 300"),
+    ],
+)
+def test_what_the_cuda_kernels_do_not_support(change: dict[str, Any], words: str) -> None:
+    supports = dispatch.get("cuda").supports
+    assert supports(LLAMA_Q) is None
+    assert re.search(words, str(supports(LLAMA_Q._replace(**change))))
+
+
+def test_alignment_is_seen_in_strides() -> None:
+    x, weight = torch.zeros(8, 64).bfloat16(), torch.zeros(32, 64).bfloat16()
+    A, B = torch.zeros(4, 64), torch.zeros(32, 4)
+    for device_sees, case in ((True, x), (False, x[:, 1:33]), (True, x[:, :32])):
+        assert _aligned(case) is device_sees
+    assert _aligned(weight.T) and not _aligned(weight[:, ::2])
+    assert problem_of(x, weight, A, B, 0.0).aligned
 
 
 def test_an_explanation_is_what_is_chosen() -> None:

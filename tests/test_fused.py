@@ -57,6 +57,18 @@ def test_the_cuda_backend(
         assert error(grad, exact_grad) < 2e-3
 
 
+def test_a_gradient_that_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused.cuda, "gemm_ext", gemm_ext)
+    t = draw(Shape(40, 64, 48, 8), torch.float16)
+    _, h = reference.forward(t["x"], t["weight"], None, None, t["A"], t["B"], S, 0.0, None)
+    dy = torch.ones((), dtype=torch.float16).expand(40, 48)
+    rest = (S, 0.0, None, (True, True, True))
+    grads = fused.CUDA.backward(dy, t["x"], t["weight"], t["A"], t["B"], h, None, *rest)
+    wanted = reference.backward(dy, t["x"], t["weight"], t["A"], t["B"], h, *rest)
+    for grad, exact in zip(grads, wanted, strict=True):
+        assert grad is not None and exact is not None and error(grad, exact) < 2e-3
+
+
 def test_few_rows_go_to_the_decode_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
