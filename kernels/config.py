@@ -27,6 +27,7 @@ class Thin(NamedTuple):
     warps: int
     stages: int
     B_ROWS: int = 256  # rows of B in one program of its Gram matrix
+    gram: int = 64  # the widest rank tile whose Gram matrices are made in the same pass
     pdl: bool = False  # let the next launch start while this one runs
 
 
@@ -95,7 +96,9 @@ def thin(machine: Machine, dtype: torch.dtype, m: int, k: int, r: int) -> Thin:
     # Enough programs to fill the machine, each with at least 512 columns to read.
     programs = cdiv(m, BM)
     split = min(power_of_two(cdiv(machine.sms, programs)), max(1, k // 512), 32)
-    return Thin(BM, BK, split if 2 * programs <= machine.sms else 1, warps, stages)
+    split = split if 2 * programs <= machine.sms else 1
+    gram = 32 if machine.arch >= 100 else 64  # Triton 3.6 does not compile 64 there
+    return Thin(BM, BK, split, warps, stages, gram=gram)
 
 
 def tall(machine: Machine, dtype: torch.dtype, m: int, c: int, r: int) -> Tall:
@@ -164,7 +167,9 @@ def addend(machine: Machine, dtype: torch.dtype) -> Wide:
     """For `expand`."""
     if machine.arch == 0:
         return Wide(32, 64, 0, 4, 1)
-    return Wide(32, 32, 0, 4, 1) if dtype == torch.float32 else Wide(64, 64, 0, 4, 1)
+    if dtype == torch.float32:
+        return Wide(32, 32, 0, 4, 1)
+    return Wide(64, 32 if machine.arch >= 100 else 64, 0, 4, 1)
 
 
 @functools.cache

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from loradrop.kernels.config import cdiv, rank_tile, triton_dtype
 
-IN_PASS = 64  # the widest rank tile whose Gram matrices fit into the pass that makes h
 _CANCELS = 16  # ⟨G, C⟩ of less than a sixteenth of ⟨|G|, |C|⟩
 _ROWS = 256  # rows of h or B in one program of `_gram`
 _SLICE = 1024  # elements of a Gram matrix in one program of `_dot`

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loradrop.kernels.config import Thin, cdiv, rank_tile
-from loradrop.kernels.gram import IN_PASS, gram, gram_of_b, store_gram, wide_grams
+from loradrop.kernels.gram import gram, gram_of_b, store_gram, wide_grams
 from loradrop.kernels.philox import draw_bytes, where_kept
 from loradrop.philox import row_bytes
 
@@ -128,7 +128,7 @@ def shrink(
     """
     (m, k), r, n = x.shape, A.shape[0], 0 if B is None else B.shape[0]
     ranks, masked = rank_tile(r), dropout > 0.0
-    norm = B is not None and ranks <= IN_PASS
+    norm = B is not None and ranks <= config.gram
     blocks, b_blocks = cdiv(m, config.BM), cdiv(n, config.B_ROWS) if norm else 0
     steps = cdiv(cdiv(k, config.split), config.BK)
     split = cdiv(k, steps * config.BK)
