@@ -2,7 +2,6 @@
 the bare products.
 """
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -118,8 +117,6 @@ def _named(backend: str, norm: bool = False) -> Provider:
 
 
 def _no_cuda_kernels(_: Cell, x: Tensor) -> str | None:
-    if importlib.util.find_spec("loradrop.cuda") is None:
-        return "the CUDA kernels are not part of this version"
     from loradrop import cuda
 
     return cuda.available() or cuda.supports_gemm(x.detach(), x.detach().T, None, None)

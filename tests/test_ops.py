@@ -107,7 +107,7 @@ def test_the_bound_is_a_bound(wrong: str) -> None:
     assert_within(dA, pytorchs, exact)
     bad = {
         "zeros": torch.zeros_like(dA),
-        "nan": dA.clone().index_fill_(0, torch.tensor([0]), math.nan),
+        "nan": dA.clone().index_fill_(0, torch.tensor([0], device=DEVICE), math.nan),
         "sign": -dA,
         "scale": dA * 1.01,
         "shape": dA[:-1],
