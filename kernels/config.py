@@ -79,7 +79,7 @@ def thin(machine: Machine, dtype: torch.dtype, m: int, k: int, r: int) -> Thin:
     """For `shrink` of x (m, k) to rank r."""
     ranks = rank_tile(r)
     if machine.arch == 0:
-        return Thin(32, 64, 2 if k > 128 else 1, 4, 2, 64)
+        return Thin(64, 64, 2 if k > 128 else 1, 4, 2, 64)
     if dtype == torch.float32:
         BM, BK, warps, stages = (32, 32, 4, 2) if ranks <= 64 else (16, 32, 8, 1)
     else:
@@ -105,7 +105,7 @@ def tall(machine: Machine, dtype: torch.dtype, m: int, c: int, r: int) -> Tall:
     """For `outer` of p (m, c) and q (m, r)."""
     ranks = rank_tile(r)
     if machine.arch == 0:
-        return Tall(64, 32, 2 if m > 64 else 1, 4, 2)
+        return Tall(64, 64, 2 if m > 64 else 1, 4, 2)
     if dtype == torch.float32:
         BC, BM, warps, stages = (64, 32, 4, 2) if ranks <= 32 else (32, 16, 8, 2)
     else:
@@ -136,7 +136,7 @@ def wide(
     first: the LoRA product starts the sum   aligned: the wide operands lie in rows of 16 bytes
     """
     if machine.arch == 0:
-        return Wide(32, 64, 32, 4, 2, group=2)
+        return Wide(64, 64, 64, 4, 2, group=2)
     if dtype == torch.float32:
         return Wide(32, 32, 16, 4, 2)
     if not aligned:
@@ -152,7 +152,7 @@ def wide(
 def few(machine: Machine, dtype: torch.dtype, m: int) -> Wide:
     """For `single_pass` of m rows."""
     if machine.arch == 0:
-        return Wide(16, 32, 64, 4, 2)
+        return Wide(16, 64, 128, 4, 2)
     if dtype == torch.float32:
         return Wide(16, 32, 32, 4, 2)
     return Wide(16 if m <= 16 else 32, 32, 64, 4, 3 if machine.arch in _ROOMY else 2)

@@ -454,7 +454,7 @@ def problems(draw_: Any) -> tuple[Tensors, float, Tensor | None, str]:
 
 
 @pytest.mark.interpreter
-@settings(max_examples=60 if INTERPRETED else 150, deadline=None, derandomize=True)
+@settings(max_examples=40 if INTERPRETED else 150, deadline=None, derandomize=True)
 @given(problems())
 def test_rounding_is_all_that_differs_from_the_equations(
     case: tuple[Tensors, float, Tensor | None, str],
