@@ -17,6 +17,7 @@ from loradrop.files import read_json
 
 KERNELS = ("thin", "triton", "cuda")  # backends with kernels of ours
 RIVALS = ("peft", "peft_fp32", "peft_compiled", "addmm", "graph_split", "merged")
+PRODUCTS = ("gemm_triton", "gemm_cuda", "gemm_cutlass")  # held against cuBLAS
 SHOWN_RANK = 16
 NOT_SERVED = "–"
 
@@ -85,7 +86,7 @@ def summary(cells: Sequence[Ratios], chosen: dict[Cell, str]) -> list[str]:
             f"long as loradrop (geometric mean; {min(gains):.2f} to {max(gains):.2f})."
         )
     lines += [line for name in SERVING if (line := _own_figures(points, f"loradrop_{name}"))]
-    lines += [line for name in ("gemm_triton", "gemm_cuda") if (line := _of_cublas(points, name))]
+    lines += [line for name in PRODUCTS if (line := _of_cublas(points, name))]
     lines += _lorafusion(points)
     behind = list(_behind(points))
     lines.append(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import cutlass_gemm
 import torch
 from cases import Case, Output
 from graph_split import graph_split
@@ -122,6 +123,10 @@ def _no_cuda_kernels(_: Cell, x: Tensor) -> str | None:
     return cuda.available() or cuda.supports_gemm(x.detach(), x.detach().T, None, None)
 
 
+def _no_cutlass(cell: Cell, x: Tensor) -> str | None:
+    return cutlass_gemm.why_not(x.detach(), x.new_empty(cell.N, cell.K).T)
+
+
 def _compiles(cell: Cell, _: Tensor) -> str | None:
     few = cell.r == 16
     return None if few else "compiling takes longer than measuring: it is compared at r = 16 only"
@@ -163,6 +168,7 @@ def providers(dtype: str, device: str) -> list[Provider]:
         _bare("cublas", torch.mm),
         _bare("gemm_triton", by_triton, refuses=_named("triton").refuses),
         _bare("gemm_cuda", by_cuda, refuses=_no_cuda_kernels),
+        _bare("gemm_cutlass", cutlass_gemm.gemm, refuses=_no_cutlass),
     ]
 
 
