@@ -117,10 +117,11 @@ def _named(backend: str, norm: bool = False) -> Provider:
     )
 
 
-def _no_cuda_kernels(_: Cell, x: Tensor) -> str | None:
+def _no_cuda_kernels(cell: Cell, x: Tensor) -> str | None:
     from loradrop import cuda
 
-    return cuda.available() or cuda.supports_gemm(x.detach(), x.detach().T, None, None)
+    q = x.new_empty(cell.N, cell.K).T
+    return cuda.available() or cuda.supports_gemm(x.detach(), q, None, None)
 
 
 def _no_cutlass(cell: Cell, x: Tensor) -> str | None:
