@@ -5,7 +5,7 @@ that are multiples of 16. `record` notes the same, so that what is compiled ahea
 GPU would be asked to run.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -170,12 +170,12 @@ def layers() -> Iterator[Layer]:
     yield Layer(5, 768, 768, 16, torch.float32)
 
 
-def launches(machine: Machine, chosen: Callable[[Iterator[Layer]], Any] = list) -> Any:
+def launches(machine: Machine) -> dict[Launch, JITFunction]:
     """Every distinct launch of `layers` on `machine`, by both backends, in their order."""
     from loradrop import fused
 
     with record(machine) as found:
-        for layer in chosen(layers()):
+        for layer in layers():
             for backend in (fused.TRITON, fused.THIN):
                 call(backend, layer)
     return found
