@@ -68,8 +68,7 @@ def _(*inputs: Any) -> Outputs:
     return call.x.new_empty((m, n)), call.x.new_empty((m, r)), mask, norm
 
 
-@torch.library.custom_op("loradrop::lora_linear_backward", mutates_args=())
-def _backward_op(
+def _backward(
     backend: str,
     dy: Tensor,
     x: Tensor,
@@ -91,21 +90,13 @@ def _backward_op(
     return dx, dA, dB
 
 
+# The schema comes from the signature.
+_backward_op = torch.library.custom_op("loradrop::lora_linear_backward", _backward, mutates_args=())
+
+
 @_backward_op.register_fake
-def _(
-    backend: str,
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    h: Tensor,
-    mask: Tensor,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _backend, _dy, x, _weight, A, B, *_rest, needs = inputs
     dx, dA, dB = (
         like.new_empty(like.shape) if need else nothing(x)
         for like, need in zip((x, A, B), needs, strict=True)

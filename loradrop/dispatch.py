@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loradrop import costs, cuda, eager, reference
-from loradrop.costs import Problem, choose_measured, choose_predicted
+from loradrop.costs import Problem
 
 Forward = Callable[..., tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
 Backward = Callable[..., tuple[Tensor | None, Tensor | None, Tensor | None]]
@@ -190,7 +190,7 @@ def choose(problem: Problem) -> str:
     if refusal is not None:
         _say_once(refusal)
         return "eager"
-    return choose_measured(problem, _able(problem)) or choose_predicted(problem)
+    return costs.choose_measured(problem, _able(problem)) or costs.choose_predicted(problem)
 
 
 def _able(problem: Problem) -> tuple[str, ...]:
