@@ -19,7 +19,8 @@ def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-packages = ["loradrop", "loradrop.methods", "loradrop.integrations"]
+WINGS = ("op", "methods", "text", "formats", "report")
+packages = ["loradrop", *(f"loradrop.{wing}" for wing in WINGS)]
 if any((ROOT / "loradrop" / "kernels").glob("*.py")):  # a link to ../kernels
     packages.append("loradrop.kernels")
 
@@ -30,7 +31,7 @@ if os.environ.get("LORADROP_BUILD_CUDA") == "1":  # an error, never a silent pur
 
 setup(
     name="loradrop",
-    version=re.search(r'^__version__ = "(.+)"$', read("loradrop/__init__.py"), re.M)[1],
+    version=re.search(r'^__version__ = "(.+)"$', read("loradrop/_version.py"), re.M)[1],
     description="LoRA-drop: keep LoRA where its output matters, share one LoRA elsewhere",
     long_description=read("README.md"),
     long_description_content_type="text/markdown",

@@ -51,10 +51,10 @@ def _product(p: Tensor, q: Tensor, run: Callable[[], Tensor], *more: Tensor) -> 
 
 def parts(m: int, k: int, n: int, r: int) -> dict[str, Part]:
     """By name; those of the backward pass end in " of dx", " of dy", " for dA" or " for dB"."""
-    from loradrop import fused
-    from loradrop.kernels import config
+    from loradrop.kernels import tiles as config
     from loradrop.kernels.outer import outer
     from loradrop.kernels.shrink import shrink
+    from loradrop.op import fused
 
     chip, half = config.machine_of(torch.device("cuda")), torch.bfloat16
     x, W, dy = single.normal(m, k), single.normal(n, k, k**-0.5), single.normal(m, n)
@@ -70,11 +70,11 @@ def parts(m: int, k: int, n: int, r: int) -> dict[str, Part]:
         )
 
     def thin(p: Tensor, a: Tensor) -> Part:
-        tiles = config.thin(chip, half, *p.shape, r)
+        tiles = config.shrink(chip, half, *p.shape, r)
         return _product(p, a.T, lambda: shrink(p, a, 1.0, tiles).h)
 
     def tall(p: Tensor, q: Tensor) -> Part:
-        tiles = config.tall(chip, half, *p.shape, r)
+        tiles = config.outer(chip, half, *p.shape, r)
         return _product(p.T, q, lambda: outer(p, q, 1.0, half, tiles))
 
     y = single.normal(m, n)

@@ -24,7 +24,6 @@ import torch
 
 from loradrop.bank import AdapterBank
 from loradrop.config import LoRAConfig
-from loradrop.data import DataConfig, TextTask, collator, load_task, metric_fn, tokenize
 from loradrop.files import read_json, write_json
 from loradrop.methods import LoRA, LoRADrop, Method
 from loradrop.plan import versions
@@ -32,7 +31,8 @@ from loradrop.run import build
 from loradrop.run_config import RunConfig
 from loradrop.selection import Scores
 from loradrop.settings import TrainConfig
-from loradrop.train import fit
+from loradrop.text.task import DataConfig, TextTask, collator, load_task, metric_fn, tokenize
+from loradrop.training import fit
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "bench_quality.json"
 TARGETS = ("query", "value")  # the paper's counts fit these

@@ -10,8 +10,8 @@ from providers import Provider
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from loradrop import reference
-from loradrop.philox import keep_mask, quantize
+from loradrop.op import reference
+from loradrop.op.philox import keep_mask, quantize
 from loradrop.testing import assert_within, torch_delta
 
 NORM_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}

@@ -12,8 +12,8 @@ from typing import Any
 from markup import MISSING, SHORT, about, direction, markdown, shape
 from timing import Cell, Ratios, label, paired, read_rows
 
-from loradrop.costs import MARGIN, SERVING
 from loradrop.files import read_json
+from loradrop.op.costs import MARGIN, SERVING
 
 KERNELS = ("thin", "triton", "cuda")  # backends with kernels of ours
 RIVALS = ("peft", "peft_fp32", "peft_compiled", "addmm", "graph_split", "merged")

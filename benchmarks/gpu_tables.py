@@ -8,8 +8,8 @@ from gpu_layers import SHOWN_RANK, devices
 from markup import MISSING, SHORT, about, direction, markdown, shape
 from timing import Ratios, paired, read_rows
 
-from loradrop.costs import SERVING
 from loradrop.files import read_json
+from loradrop.op.costs import SERVING
 
 _RIVAL = "peft_bf16"
 

@@ -25,7 +25,7 @@ from machine import problem
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from loradrop import dispatch
+from loradrop.op import dispatch
 
 _L2_PART = 0.4  # of the cache that a block of dy may take
 
@@ -73,11 +73,11 @@ def extend(
     if not packable or triton.available() or triton.supports(layer):
         delta = (h @ l).mul_(s)
         return F.linear(p, q.T, bias).add_(delta if kept is None else delta * kept)
-    from loradrop.kernels import config
+    from loradrop.kernels import tiles as config
     from loradrop.kernels.gemm_ext import gemm_ext
 
     machine = config.machine_of(p.device)
-    tiles = config.wide(machine, p.dtype, p.shape[0], q.shape[1], first=True)
+    tiles = config.gemm_ext(machine, p.dtype, p.shape[0], q.shape[1], first=True)
     mask, programs = None if kept is None else pack(kept), machine.sms * tiles.per_sm
     return gemm_ext(p, q, bias, h, l, s, tiles, programs, mask=mask, first=True)[0]
 

@@ -24,8 +24,8 @@ from providers import Provider
 from timing import Cell, Row
 from torch import nn
 
-from loradrop import dispatch
 from loradrop.files import read_json, write_json
+from loradrop.op import dispatch
 
 PROCESSES = {"cpu": 5, "cuda": 1}
 SECONDS = {"cpu": 5.0, "cuda": 1.0}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from clocks import cuda_clock
 
-from loradrop.costs import Problem
 from loradrop.env import report
+from loradrop.op.costs import Problem
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

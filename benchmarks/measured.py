@@ -18,8 +18,8 @@ from typing import Any
 import machine
 from timing import cell_of, read_rows
 
-from loradrop.costs import SERVING
 from loradrop.files import read_json, write_text
+from loradrop.op.costs import SERVING
 
 ASSET = machine.ROOT / "loradrop" / "assets" / "measured.json"
 KEYS = ("arch", "sms", "dtype", "k", "n", "m", "r", "dropout", "grad")

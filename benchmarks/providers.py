@@ -16,9 +16,9 @@ from rivals import addmm, frozen, merged, peft, peft_compiled, peft_hook, peft_h
 from timing import Cell
 from torch import Tensor
 
-from loradrop import dispatch
-from loradrop.costs import SERVING
-from loradrop.ops import lora_linear
+from loradrop.op import dispatch
+from loradrop.op.costs import SERVING
+from loradrop.op.linear import lora_linear
 
 Make = Callable[[Case], Callable[[], Output]]
 
@@ -58,17 +58,17 @@ def products(case: Case, multiply: Callable[[Tensor, Tensor], Tensor]) -> Callab
 
 def by_triton(p: Tensor, q: Tensor) -> Tensor:
     """p·q by `gemm_ext`, in the tiles of the layer and without the LoRA product."""
-    from loradrop.kernels import config
+    from loradrop.kernels import tiles as config
     from loradrop.kernels.gemm_ext import gemm_ext
 
     machine = config.machine_of(p.device)
-    tiles = config.wide(machine, p.dtype, p.shape[0], q.shape[1])
+    tiles = config.gemm_ext(machine, p.dtype, p.shape[0], q.shape[1])
     return gemm_ext(p, q, None, None, None, 1.0, tiles, machine.sms * tiles.per_sm)[0]
 
 
 def by_cuda(p: Tensor, q: Tensor) -> Tensor:
     """p·q by the CUDA kernel."""
-    from loradrop import cuda
+    from loradrop.op import cuda
 
     return cuda.gemm_ext(p, q, None, None, None, 1.0)
 
@@ -118,7 +118,7 @@ def _named(backend: str, norm: bool = False) -> Provider:
 
 
 def _no_cuda_kernels(cell: Cell, x: Tensor) -> str | None:
-    from loradrop import cuda
+    from loradrop.op import cuda
 
     q = x.new_empty(cell.N, cell.K).T
     return cuda.available() or cuda.supports_gemm(x.detach(), q, None, None)

@@ -65,7 +65,7 @@ def warps(p: Tensor, q: Tensor) -> Tensor:
 
 def with_chunk(p: Tensor, q: Tensor, h: Tensor, l: Tensor) -> Tensor:
     """p·q + h·l by `gemm_ext`."""
-    from loradrop import fused
+    from loradrop.op import fused
 
     return fused.by_triton(p, q, None, h, l, 1.0)
 

@@ -28,13 +28,13 @@ PDL = {  # whether shrink signals, and whether gemm_ext listens
 
 def variants(x: Tensor, W: Tensor, A: Tensor, B: Tensor) -> dict[str, Callable[[], Tensor]]:
     """The forward pass and its parts, of x (M, K), W (N, K), A (r, K), B (N, r)."""
-    from loradrop.kernels import config
+    from loradrop.kernels import tiles as config
     from loradrop.kernels.gemm_ext import gemm_ext
     from loradrop.kernels.shrink import shrink
 
     machine, (m, k), (n, r) = config.machine_of(x.device), x.shape, B.shape
-    thin = config.thin(machine, x.dtype, m, k, r)
-    tiles = config.wide(machine, x.dtype, m, n)
+    thin = config.shrink(machine, x.dtype, m, k, r)
+    tiles = config.gemm_ext(machine, x.dtype, m, n)
     programs = machine.sms * tiles.per_sm
 
     def both(signals: bool, listens: bool) -> Tensor:

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loradrop.kernels.config import Wide, cdiv, rank_step, rank_tile, triton_dtype
 from loradrop.kernels.gemm_ext import add_thin, load_tile, mask_words
 from loradrop.kernels.philox import where_kept
+from loradrop.kernels.tiles import GemmTiles, cdiv, rank_step, rank_tile, triton_dtype
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -40,7 +40,7 @@ def expand(
     h: Tensor,
     l: Tensor,
     scale: float,
-    config: Wide,
+    tiles: GemmTiles,
     mask: Tensor | None = None,
     *,
     in_place: bool = False,
@@ -54,12 +54,12 @@ def expand(
     y = base if in_place and base is not None else h.new_empty((m, c))
     words = None if mask is None else mask.view(torch.int32)
     ranks = rank_tile(r)
-    _expand[(cdiv(m, config.BM), cdiv(c, config.BN))](
+    _expand[(cdiv(m, tiles.BM), cdiv(c, tiles.BN))](
         base, h, l, y, words, m, c, r, *((0, 0) if base is None else base.stride()),
         h.stride(0), *l.stride(), c, 0 if words is None else words.stride(0), scale,
-        BM=config.BM, BN=config.BN, RANKS=ranks, STEP=rank_step(h.dtype, r),
+        BM=tiles.BM, BN=tiles.BN, RANKS=ranks, STEP=rank_step(h.dtype, r),
         HAS_BASE=base is not None, MASKED=mask is not None, DTYPE=triton_dtype(h.dtype),
         PRECISION="ieee" if h.dtype == torch.float32 else "tf32",
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y

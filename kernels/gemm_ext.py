@@ -8,7 +8,7 @@
 The LoRA product is the last chunk of the sum (`FIRST` off): the wide operands need no h, so the
 main loop can start before h is there. With a mask on the LoRA product, or where the squared norm of
 the product itself is asked for, the chunk comes first: what is in the accumulator then is the
-product alone. Persistent: the programs go through the tiles in groups that keep q in L2.
+product alone. Persistent: the programs go through the count in groups that keep q in L2.
 
 A scale other than 1 has to act on the LoRA product only. Last, it multiplies h where that is exact
 (`SCALE` "h"); elsewhere the sum is divided by s before the chunk and multiplied after ("sum"), two
@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loradrop.kernels.config import Wide, cdiv, rank_step, rank_tile, triton_dtype
 from loradrop.kernels.philox import where_kept
+from loradrop.kernels.tiles import GemmTiles, cdiv, rank_step, rank_tile, triton_dtype
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def mask_words(MASK, m, n, M, smask, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def place_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """The row and the column of a tile in an order that keeps GROUP rows of tiles together."""
+    """The row and the column of a tile in an order that keeps GROUP rows of count together."""
     per_group = GROUP * tiles_n
     first = tile // per_group * GROUP
     height = min(tiles_m - first, GROUP)
@@ -175,7 +175,7 @@ def gemm_ext(
     h: Tensor | None,
     l: Tensor | None,
     scale: float,
-    config: Wide,
+    tiles: GemmTiles,
     programs: int,
     *,
     mask: Tensor | None = None,
@@ -187,7 +187,7 @@ def gemm_ext(
 
     p (M, D)   q (D, C) in either layout   bias (C,) or None   h (M, r) rows contiguous   l (r, C)
     of any strides and float dtype   mask (M, row_bytes(C)) uint8   token_weights (M,) float32
-    ->  y (M, C), and float32 (tiles,), weighted by token; without h and l the product p·q alone
+    ->  y (M, C), and float32 (count,), weighted by token; without h and l the product p·q alone
 
     At most `programs` programs run. The LoRA product comes first where a mask or the norm needs it
     by itself, or `first` asks for it.
@@ -197,31 +197,31 @@ def gemm_ext(
     first = first or mask is not None or norm or not divides(scale)
     y = p.new_empty((m, c))
     stored, turned = as_stored(q)
-    tma = config.tma and d > 0 and tma_refuses(p, stored, y) is None
-    tiles = cdiv(m, config.BM) * cdiv(c, config.BN)
-    norms = p.new_empty(tiles, dtype=torch.float32) if norm else None
+    tma = tiles.tma and d > 0 and tma_refuses(p, stored, y) is None
+    count = cdiv(m, tiles.BM) * cdiv(c, tiles.BN)
+    norms = p.new_empty(count, dtype=torch.float32) if norm else None
     words = None if mask is None else mask.view(torch.int32)
     wide: tuple[object, ...] = (p, q, y)
     if tma:
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        box = [config.BN, config.BK] if turned else [config.BK, config.BN]
+        box = [tiles.BN, tiles.BK] if turned else [tiles.BK, tiles.BN]
         wide = (
-            TensorDescriptor.from_tensor(p, [config.BM, config.BK]),
+            TensorDescriptor.from_tensor(p, [tiles.BM, tiles.BK]),
             TensorDescriptor.from_tensor(stored, box),
-            TensorDescriptor.from_tensor(y, [config.BM, config.BN // config.halves]),
+            TensorDescriptor.from_tensor(y, [tiles.BM, tiles.BN // tiles.halves]),
         )
-    ranks, early = rank_tile(r), config.pdl and not first and h is not None
-    _gemm_ext[(min(programs, tiles),)](
+    ranks, early = rank_tile(r), tiles.pdl and not first and h is not None
+    _gemm_ext[(min(programs, count),)](
         wide[0], wide[1], h, l, bias, wide[2], words, token_weights, norms,
         m, c, d, r, *p.stride(), *q.stride(), h_row, *l_strides, c,
         0 if words is None else words.stride(0), scale, 1.0 / scale if scale else 0.0,
-        BM=config.BM, BN=config.BN, BK=config.BK, RANKS=ranks, STEP=rank_step(p.dtype, r),
-        GROUP=config.group, TMA=tma, Q_T=turned, HAS_BIAS=bias is not None, FIRST=first,
+        BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, RANKS=ranks, STEP=rank_step(p.dtype, r),
+        GROUP=tiles.group, TMA=tma, Q_T=turned, HAS_BIAS=bias is not None, FIRST=first,
         MASKED=mask is not None, NORM=norm, WEIGHTED=token_weights is not None,
-        SCALE=scale_mode(scale, p.dtype), LORA=h is not None, HALVES=config.halves, PDL=early,
+        SCALE=scale_mode(scale, p.dtype), LORA=h is not None, HALVES=tiles.halves, PDL=early,
         DTYPE=triton_dtype(p.dtype), PRECISION="ieee" if p.dtype == torch.float32 else "tf32",
-        num_warps=config.warps, num_stages=config.stages, launch_pdl=early,
+        num_warps=tiles.warps, num_stages=tiles.stages, launch_pdl=early,
     )  # fmt: skip
     return y, norms
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loradrop.kernels.config import cdiv, rank_tile, triton_dtype
+from loradrop.kernels.tiles import cdiv, rank_tile, triton_dtype
 
 _CANCELS = 16  # ⟨G, C⟩ of less than a sixteenth of ⟨|G|, |C|⟩
 _ROWS = 256  # rows of h or B in one program of `_gram`

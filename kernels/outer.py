@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loradrop.kernels.config import Tall, cdiv, rank_tile
 from loradrop.kernels.gemm_ext import mask_words
 from loradrop.kernels.philox import where_kept
+from loradrop.kernels.tiles import OuterTiles, cdiv, rank_tile
 
 
 @triton.jit(do_not_specialize=["M", "share"])
@@ -58,7 +58,7 @@ def outer(
     q: Tensor,
     scale: float,
     dtype: torch.dtype,
-    config: Tall,
+    tiles: OuterTiles,
     *,
     mask: Tensor | None = None,
     transposed: bool = False,
@@ -68,18 +68,18 @@ def outer(
     p (M, C) and q (M, r) of any strides, one dtype   mask (M, row_bytes(C)) uint8
     """
     (m, c), r = p.shape, q.shape[1]
-    share = cdiv(cdiv(m, config.split), config.BM) * config.BM
+    share = cdiv(cdiv(m, tiles.split), tiles.BM) * tiles.BM
     split = cdiv(m, share)
     shape = (r, c) if transposed else (c, r)
     out = p.new_empty(shape, dtype=dtype)
     planes = out if split == 1 else p.new_empty((split, *shape), dtype=torch.float32)
     words = None if mask is None else mask.view(torch.int32)
-    _outer[(cdiv(c, config.BC), split)](
+    _outer[(cdiv(c, tiles.BC), split)](
         p, q, planes, words, m, c, r, *p.stride(), *q.stride(), out.numel(),
         *((1, c) if transposed else (r, 1)), 0 if words is None else words.stride(0), share, scale,
-        BC=config.BC, BM=config.BM, R=rank_tile(r), MASKED=mask is not None,
+        BC=tiles.BC, BM=tiles.BM, R=rank_tile(r), MASKED=mask is not None,
         PRECISION="ieee" if p.dtype == torch.float32 else "tf32",
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if split > 1:
         block = 1024

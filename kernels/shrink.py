@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loradrop.kernels.config import Thin, cdiv, rank_tile
 from loradrop.kernels.gram import gram, gram_of_b, store_gram, wide_grams
 from loradrop.kernels.philox import draw_bytes, where_kept
-from loradrop.philox import row_bytes
+from loradrop.kernels.tiles import ShrinkTiles, cdiv, rank_tile
+from loradrop.op.philox import row_bytes
 
 
 class Shrunk(NamedTuple):
@@ -113,7 +113,7 @@ def shrink(
     x: Tensor,
     A: Tensor,
     scale: float,
-    config: Thin,
+    tiles: ShrinkTiles,
     *,
     dropout: float = 0.0,
     seed: Tensor | None = None,
@@ -128,10 +128,10 @@ def shrink(
     """
     (m, k), r, n = x.shape, A.shape[0], 0 if B is None else B.shape[0]
     ranks, masked = rank_tile(r), dropout > 0.0
-    norm = B is not None and ranks <= config.gram
-    blocks, b_blocks = cdiv(m, config.BM), cdiv(n, config.B_ROWS) if norm else 0
-    steps = cdiv(cdiv(k, config.split), config.BK)
-    split = cdiv(k, steps * config.BK)
+    norm = B is not None and ranks <= tiles.gram
+    blocks, b_blocks = cdiv(m, tiles.BM), cdiv(n, tiles.B_ROWS) if norm else 0
+    steps = cdiv(cdiv(k, tiles.split), tiles.BK)
+    split = cdiv(k, steps * tiles.BK)
     h = x.new_empty((m, r))
     mask = x.new_empty((m, row_bytes(k)), dtype=torch.uint8) if masked else None
     grams = planes = None
@@ -143,19 +143,19 @@ def shrink(
     weights = token_weights if norm else None
     b_strides = (0, 0) if B is None else B.stride()
     facts = {
-        "BM": config.BM,
+        "BM": tiles.BM,
         "R": ranks,
         "WEIGHTED": weights is not None,
-        "B_ROWS": config.B_ROWS,
-        "num_warps": config.warps,
+        "B_ROWS": tiles.B_ROWS,
+        "num_warps": tiles.warps,
     }
     _shrink[(blocks + (b_blocks if split == 1 else 0), split)](
         x, A, h, mask, seed, weights, gram_h, B, gram_b, planes,
         m, k, r, n, *x.stride(), *A.stride(), h.stride(0), row_bytes(k), *b_strides,
         steps, blocks, scale, round(dropout * 65536),
-        BK=config.BK, SPLIT=split > 1, DROPOUT=masked, ALIGNED=k % 8 == 0,
+        BK=tiles.BK, SPLIT=split > 1, DROPOUT=masked, ALIGNED=k % 8 == 0,
         NORM=norm and split == 1, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        PDL=config.pdl, num_stages=config.stages, **facts,
+        PDL=tiles.pdl, num_stages=tiles.stages, **facts,
     )  # fmt: skip
     if split > 1:
         _finish[(blocks + b_blocks,)](

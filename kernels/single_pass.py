@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loradrop.kernels.config import Wide, cdiv, rank_tile, triton_dtype
 from loradrop.kernels.gemm_ext import load_tile
+from loradrop.kernels.tiles import GemmTiles, cdiv, rank_tile, triton_dtype
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -59,7 +59,7 @@ def single_pass(
     A: Tensor,
     B: Tensor,
     scale: float,
-    config: Wide,
+    tiles: GemmTiles,
     *,
     norm: bool = False,
     token_weights: Tensor | None = None,
@@ -71,14 +71,14 @@ def single_pass(
     """
     (m, k), (n, r) = x.shape, B.shape
     y, h = x.new_empty((m, n)), x.new_empty((m, r))
-    grid = cdiv(m, config.BM), cdiv(n, config.BN)
+    grid = cdiv(m, tiles.BM), cdiv(n, tiles.BN)
     norms = x.new_empty(grid[0] * grid[1], dtype=torch.float32) if norm else None
     _single_pass[grid](
         x, weight, A, B, bias, y, h, token_weights, norms,
         m, n, k, r, *x.stride(), *weight.stride(), *A.stride(), *B.stride(), h.stride(0), scale,
-        BM=config.BM, BN=config.BN, BK=config.BK, R=rank_tile(r), HAS_BIAS=bias is not None,
+        BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, R=rank_tile(r), HAS_BIAS=bias is not None,
         NORM=norm, WEIGHTED=token_weights is not None, DTYPE=triton_dtype(x.dtype),
         PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        num_warps=config.warps, num_stages=config.stages,
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y, h, norms

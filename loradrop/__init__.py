@@ -6,33 +6,42 @@ name is loaded when it is first used.
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from loradrop.bank import AdapterBank, Target
-    from loradrop.config import LoRAConfig, LoraDropConfig
-    from loradrop.data import DataConfig, load_task
-    from loradrop.export import export
-    from loradrop.inject import disabled, inject, merge, remove
-    from loradrop.layers import LoRALinear
-    from loradrop.methods import LoRA, LoRADrop, Method
-    from loradrop.ops import lora_add, lora_linear
-    from loradrop.plan import Plan
-    from loradrop.probe import probe
-    from loradrop.selection import Scores, select
-    from loradrop.settings import TrainConfig
-    from loradrop.share import share
-    from loradrop.store import load, save
-    from loradrop.train import fit
-    from loradrop.verify import verify
+from loradrop._version import __version__ as __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from loradrop.bank import AdapterBank as AdapterBank
+    from loradrop.bank import Target as Target
+    from loradrop.config import LoRAConfig as LoRAConfig
+    from loradrop.config import LoraDropConfig as LoraDropConfig
+    from loradrop.formats.check import verify as verify
+    from loradrop.formats.native import load as load
+    from loradrop.formats.native import save as save
+    from loradrop.formats.peft import export as export
+    from loradrop.layers import LoRALinear as LoRALinear
+    from loradrop.methods import LoRA as LoRA
+    from loradrop.methods import LoRADrop as LoRADrop
+    from loradrop.methods import Method as Method
+    from loradrop.op.linear import lora_add as lora_add
+    from loradrop.op.linear import lora_linear as lora_linear
+    from loradrop.plan import Plan as Plan
+    from loradrop.probing import probe as probe
+    from loradrop.selection import Scores as Scores
+    from loradrop.selection import select as select
+    from loradrop.settings import TrainConfig as TrainConfig
+    from loradrop.sharing import share as share
+    from loradrop.surgery import disabled as disabled
+    from loradrop.surgery import inject as inject
+    from loradrop.surgery import merge as merge
+    from loradrop.surgery import remove as remove
+    from loradrop.text.task import DataConfig as DataConfig
+    from loradrop.text.task import load_task as load_task
+    from loradrop.training import fit as fit
 
 _HOME = {
     "AdapterBank": "bank",
-    "DataConfig": "data",
+    "DataConfig": "text.task",
     "LoRA": "methods",
     "LoRAConfig": "config",
     "LoRADrop": "methods",
@@ -43,52 +52,23 @@ _HOME = {
     "Scores": "selection",
     "Target": "bank",
     "TrainConfig": "settings",
-    "disabled": "inject",
-    "export": "export",
-    "fit": "train",
-    "inject": "inject",
-    "load": "store",
-    "load_task": "data",
-    "lora_add": "ops",
-    "lora_linear": "ops",
-    "merge": "inject",
-    "probe": "probe",
-    "remove": "inject",
-    "save": "store",
+    "disabled": "surgery",
+    "export": "formats.peft",
+    "fit": "training",
+    "inject": "surgery",
+    "load": "formats.native",
+    "load_task": "text.task",
+    "lora_add": "op.linear",
+    "lora_linear": "op.linear",
+    "merge": "surgery",
+    "probe": "probing",
+    "remove": "surgery",
+    "save": "formats.native",
     "select": "selection",
-    "share": "share",
-    "verify": "verify",
+    "share": "sharing",
+    "verify": "formats.check",
 }
-
-__all__ = [
-    "AdapterBank",
-    "DataConfig",
-    "LoRA",
-    "LoRAConfig",
-    "LoRADrop",
-    "LoRALinear",
-    "LoraDropConfig",
-    "Method",
-    "Plan",
-    "Scores",
-    "Target",
-    "TrainConfig",
-    "disabled",
-    "export",
-    "fit",
-    "inject",
-    "load",
-    "load_task",
-    "lora_add",
-    "lora_linear",
-    "merge",
-    "probe",
-    "remove",
-    "save",
-    "select",
-    "share",
-    "verify",
-]
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
@@ -99,14 +79,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
-
-
-class _Package(ModuleType):
-    """Keeps `loradrop.probe` the function, also once the submodule of the same name is imported."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOME and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from loradrop.collect import Collector
+    from loradrop.collector import Collector
     from loradrop.config import LoRAConfig
 
 

@@ -39,7 +39,7 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _probe(args: argparse.Namespace) -> int:
-    from loradrop.grid import plan_table
+    from loradrop.report.grid import plan_table
     from loradrop.run import warm_up_run
 
     _quiet()
@@ -54,7 +54,7 @@ def _probe(args: argparse.Namespace) -> int:
 
 def _measure(args: argparse.Namespace, config: "RunConfig") -> int:
     from loradrop.files import write_json
-    from loradrop.grid import plan_table
+    from loradrop.report.grid import plan_table
     from loradrop.run import measure
 
     split, file = args.split or "train", Path(config.output) / "scores.json"
@@ -65,8 +65,8 @@ def _measure(args: argparse.Namespace, config: "RunConfig") -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from loradrop.grid import plan_table
-    from loradrop.plots import plot_importance
+    from loradrop.report.grid import plan_table
+    from loradrop.report.plots import plot_importance
 
     plan = _plan_at(args.path)
     if args.action == "show":
@@ -78,7 +78,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from loradrop.export import export
+    from loradrop.formats.peft import export
     from loradrop.run import load_base
 
     _quiet()
@@ -156,8 +156,8 @@ def _config(settings: Sequence[str]) -> "RunConfig":
 def _plan_at(path: Path) -> "Plan":
     """The plan in a plan.json, a native adapter, or the folder of a run."""
     from loradrop.files import read_json
+    from loradrop.formats.native import PLAN, TENSORS, read
     from loradrop.plan import Plan
-    from loradrop.store import PLAN, TENSORS, read
 
     if path.suffix == ".json" or (path.is_dir() and not (path / TENSORS).exists()):
         return Plan.from_dict(read_json(path / PLAN if path.is_dir() else path))

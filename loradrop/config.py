@@ -10,7 +10,7 @@ from typing import Any
 
 from loradrop import methods
 from loradrop.methods import LoRA, LoRADrop, Method
-from loradrop.philox import quantize
+from loradrop.op.philox import quantize
 
 
 @dataclass(frozen=True, kw_only=True)

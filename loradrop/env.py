@@ -68,11 +68,11 @@ def _extension(built: dict[str, Any] | str) -> str:
 
 def report() -> dict[str, Any]:
     """The facts, ready for JSON. None: a package that is not installed, a backend that can run."""
-    import loradrop
-    from loradrop import cuda, dispatch
+    from loradrop._version import __version__
+    from loradrop.op import cuda, dispatch
 
     return {
-        "loradrop": loradrop.__version__,
+        "loradrop": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {package: _version(package) for package in PACKAGES},
@@ -97,7 +97,7 @@ def explain(
     """
     import torch
 
-    from loradrop import costs, dispatch
+    from loradrop.op import costs, dispatch
 
     m, k, n = _numbers("layer", layer, "x", 3)
     if chip is not None:

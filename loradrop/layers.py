@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from loradrop import ops
 from loradrop.bank import AdapterBank
+from loradrop.op.linear import lora_add, lora_linear
 
 
 class LoRAMixin(nn.Module):
@@ -76,7 +76,7 @@ class LoRALinear(LoRAMixin, nn.Linear):
         **options: Any,
     ) -> None:
         from loradrop.config import LoRAConfig
-        from loradrop.inject import attach
+        from loradrop.surgery import attach
 
         super().__init__(in_features, out_features, bias, device, dtype)
         attach(self, LoRAConfig(**options), [("", self)])
@@ -86,7 +86,7 @@ class LoRALinear(LoRAMixin, nn.Linear):
         call = self._adapter(x)
         if call is None:
             return super().forward(x)
-        result: Tensor = self._collect(ops.lora_linear(x, self.weight, self.bias, **call))
+        result: Tensor = self._collect(lora_linear(x, self.weight, self.bias, **call))
         return result
 
 
@@ -101,7 +101,7 @@ class LoRAConv1D(LoRAMixin):
         call = self._adapter(x)
         if call is None:
             return super().forward(x)  # type: ignore[no-any-return]
-        result: Tensor = self._collect(ops.lora_linear(x, self.weight.T, self.bias, **call))
+        result: Tensor = self._collect(lora_linear(x, self.weight.T, self.bias, **call))
         return result
 
 
@@ -114,7 +114,7 @@ class LoRAOver(LoRAMixin):
         """x (..., K)  ->  (..., N); further arguments go to the base"""
         y0 = super().forward(x, *args, **kwargs)
         call = self._adapter(x)
-        result: Tensor = y0 if call is None else self._collect(ops.lora_add(y0, x, **call))
+        result: Tensor = y0 if call is None else self._collect(lora_add(y0, x, **call))
         return result
 
 

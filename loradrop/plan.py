@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-import loradrop
+from loradrop._version import __version__
 from loradrop.bank import AdapterBank, Target, bank_of
 from loradrop.config import LoRAConfig
 
@@ -82,7 +82,7 @@ class Plan:
             raise ValueError("this is no loradrop plan: it has no schema version")
         if version > SCHEMA:
             raise ValueError(
-                f"the plan has schema {version}, this loradrop {loradrop.__version__} reads up to "
+                f"the plan has schema {version}, this loradrop {__version__} reads up to "
                 f"{SCHEMA}: upgrade loradrop"
             )
         fields = dict(data)
@@ -154,7 +154,7 @@ def base_of(model: nn.Module) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
-    found = {"loradrop": loradrop.__version__}
+    found = {"loradrop": __version__}
     for name in ("torch", "transformers", "safetensors", "triton", "peft"):
         try:
             found[name] = importlib.metadata.version(name)

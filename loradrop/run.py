@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from loradrop.config import LoRAConfig
-from loradrop.data import TextTask, collator, load_task, metric_fn, tokenize
 from loradrop.files import write_json, write_text
+from loradrop.formats.native import load, read
 from loradrop.plan import Plan
-from loradrop.probe import probe
+from loradrop.probing import probe
 from loradrop.run_config import CONFIG, MINILM, RunConfig, folder_of
 from loradrop.selection import Scores
-from loradrop.store import load, read
-from loradrop.train import Result, fit, warm_up
+from loradrop.text.task import TextTask, collator, load_task, metric_fn, tokenize
+from loradrop.training import Result, fit, warm_up
 
 _log = logging.getLogger(__name__)
 
@@ -129,9 +129,9 @@ def _holds(cls: Any, config: Any, num_labels: int, saved: Mapping[str, Tensor]) 
 
 def run(config: RunConfig, *, resume: bool = False) -> dict[str, Result]:
     """Train `config.lora` and every arm, each into a folder of its own. Name -> result."""
-    from loradrop.grid import Arm, arms_table, plan_table
-    from loradrop.plots import plot_history, plot_importance
-    from loradrop.report import write_report
+    from loradrop.report.grid import Arm, arms_table, plan_table
+    from loradrop.report.page import write_report
+    from loradrop.report.plots import plot_history, plot_importance
 
     task = load_task(config.data)
     folder = Path(config.output)

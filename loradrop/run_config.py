@@ -11,8 +11,8 @@ import yaml
 
 from loradrop import methods
 from loradrop.config import LoRAConfig, LoraDropConfig, check_keys
-from loradrop.data import DataConfig
 from loradrop.settings import TrainConfig
+from loradrop.text.task import DataConfig
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 CONFIG = "config.yaml"

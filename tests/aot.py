@@ -24,7 +24,7 @@ from launches import Launch, launches
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loradrop.kernels.config import Machine
+from loradrop.kernels.tiles import Machine
 
 SAMPLE = 8  # launches that are compiled in any case: those of a model in training
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have

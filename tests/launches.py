@@ -15,8 +15,8 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from loradrop.kernels import config
-from loradrop.kernels.config import Machine
+from loradrop.kernels import tiles as config
+from loradrop.kernels.tiles import Machine
 
 _NAMES = {
     torch.float64: "fp64",
@@ -172,7 +172,7 @@ def layers() -> Iterator[Layer]:
 
 def launches(machine: Machine) -> dict[Launch, JITFunction]:
     """Every distinct launch of `layers` on `machine`, by both backends, in their order."""
-    from loradrop import fused
+    from loradrop.op import fused
 
     with record(machine) as found:
         for layer in layers():

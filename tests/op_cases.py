@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from loradrop import dispatch, philox
-from loradrop.ops import lora_linear
+from loradrop.op import dispatch, philox
+from loradrop.op.linear import lora_linear
 from loradrop.testing import Shape, torch_delta
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

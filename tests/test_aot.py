@@ -102,8 +102,8 @@ def test_a_model_needs_few_compilations() -> None:
     sys.path.insert(0, str(HERE))
     from launches import LLAMA, Layer, call, record
 
-    from loradrop import fused
-    from loradrop.kernels.config import Machine
+    from loradrop.kernels.tiles import Machine
+    from loradrop.op import fused
 
     for backend in (fused.TRITON, fused.THIN):
         with record(Machine(90, 132)) as found:

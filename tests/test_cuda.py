@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loradrop import cuda, reference
+from loradrop.op import cuda, reference
 from loradrop.testing import assert_within, error
 
 DTYPES = [torch.bfloat16, torch.float16]

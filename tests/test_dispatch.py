@@ -11,10 +11,10 @@ import pytest
 import torch
 from op_cases import DEVICE, S, draw, each_dtype, through_op
 
-from loradrop import costs, dispatch
-from loradrop.costs import Problem
-from loradrop.function import _aligned, problem_of
-from loradrop.ops import lora_add, lora_linear
+from loradrop.op import costs, dispatch
+from loradrop.op.costs import Problem
+from loradrop.op.function import _aligned, problem_of
+from loradrop.op.linear import lora_add, lora_linear
 from loradrop.testing import AWKWARD
 
 H200 = {"arch": 90, "sms": 132}
@@ -37,7 +37,7 @@ def test_signatures_are_identical(part: str) -> None:
 
 def test_signatures_of_the_kernels_too() -> None:
     pytest.importorskip("triton")
-    from loradrop import fused
+    from loradrop.op import fused
 
     for part in ("forward", "backward"):
         want = inspect.signature(getattr(dispatch.get("reference"), part)).parameters

@@ -5,7 +5,7 @@ import torch
 from op_cases import INTERPRETED, S, Tensors, draw, kept
 from torch import Tensor
 
-from loradrop import philox, reference
+from loradrop.op import philox, reference
 from loradrop.testing import Shape, error
 
 pytestmark = pytest.mark.interpreter

@@ -12,8 +12,8 @@ import torch
 from op_cases import KERNELS, SEED, S, Tensors, draw, leaves, through_torch
 from torch import Tensor
 
-from loradrop import philox
-from loradrop.ops import lora_linear
+from loradrop.op import philox
+from loradrop.op.linear import lora_linear
 from loradrop.testing import Shape, assert_within
 
 pytestmark = pytest.mark.gpu

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from loradrop import philox, reference
+from loradrop.op import philox, reference
 from loradrop.testing import Shape, error
 
 pytestmark = pytest.mark.interpreter
@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 
 from loradrop.kernels import expand, gemm_ext, gram, outer, shrink, single_pass  # noqa: E402
-from loradrop.kernels.config import Tall, Thin, Wide  # noqa: E402
+from loradrop.kernels.tiles import GemmTiles, OuterTiles, ShrinkTiles  # noqa: E402
 
 S = 1.3
 SEED = torch.tensor(-81985529216486895)
@@ -79,11 +79,9 @@ class Case:
         self.h = self.h.contiguous()
         self.mask = pack(self.kept) if p else None
 
-    def shrink(self, config: Thin, **more: Any) -> shrink.Shrunk:
+    def shrink(self, config: ShrinkTiles, **more: Any) -> shrink.Shrunk:
         scale = 1.0 / (1.0 - self.p)
-        return shrink.shrink(
-            self.x, self.A, scale, config, dropout=self.p, seed=self.seed, **more
-        )
+        return shrink.shrink(self.x, self.A, scale, config, dropout=self.p, seed=self.seed, **more)
 
 
 def pack(kept: Tensor) -> Tensor:
@@ -106,7 +104,7 @@ def unpack(mask: Tensor, columns: int) -> Tensor:
 @pytest.mark.parametrize("BM", [16, 64])
 def test_shrink(shape: Shape, dtype: torch.dtype, p: float, split: int, BM: int) -> None:
     case = Case(shape, dtype, p)
-    found = case.shrink(Thin(BM, 32, split, 4, 2))
+    found = case.shrink(ShrinkTiles(BM, 32, split, 4, 2))
     assert error(found.h, case.h) <= BOUND[dtype]
     assert (found.mask is None) == (p == 0.0)
     if found.mask is not None:
@@ -120,12 +118,14 @@ def test_shrink(shape: Shape, dtype: torch.dtype, p: float, split: int, BM: int)
 def test_norm_from_gram_matrices(shape: Shape, split: int, weighted: bool) -> None:
     case = Case(shape, torch.float16)
     weights = case.weights if weighted else None
-    found = case.shrink(Thin(32, 32, split, 4, 2, B_ROWS=64), B=case.B, token_weights=weights)
+    found = case.shrink(
+        ShrinkTiles(32, 32, split, 4, 2, B_ROWS=64), B=case.B, token_weights=weights
+    )
     assert found.grams is not None
     ours = float(gram.norm(found.grams, found.h, case.B, S, weights))
     exact = float(reference.sqnorm(found.h, case.B, S, weights))
     assert ours == pytest.approx(exact, rel=1e-5)
-    plain = case.shrink(Thin(32, 32, split, 4, 2))
+    plain = case.shrink(ShrinkTiles(32, 32, split, 4, 2))
     assert torch.equal(found.h, plain.h)  # the norm changes no bit
 
 
@@ -137,7 +137,7 @@ def test_norm_where_the_inner_product_cancels(r: int, weighted: bool) -> None:
     signs = torch.where(torch.arange(r) % 2 == 0, 1.0, -1.0).unsqueeze(1)
     case.A = case.A[:1] * signs
     weights = case.weights if weighted else None
-    found = case.shrink(Thin(32, 32, 1, 4, 2), B=case.B, token_weights=weights)
+    found = case.shrink(ShrinkTiles(32, 32, 1, 4, 2), B=case.B, token_weights=weights)
     assert found.grams is not None
     g, c = (planes.double().sum(0) for planes in found.grams)
     value, size = float((g * c).sum()), float((g * c).abs().sum())
@@ -151,7 +151,7 @@ def test_gram_leaves_out_rows_of_weight_zero() -> None:
     for r in (8, 100):
         case = Case(Shape(40, 64, 40, r), torch.float16)
         case.x[case.weights == 0] = math.nan
-        found = case.shrink(Thin(32, 32, 1, 4, 2), B=case.B, token_weights=case.weights)
+        found = case.shrink(ShrinkTiles(32, 32, 1, 4, 2), B=case.B, token_weights=case.weights)
         assert found.grams is not None
         ours = float(gram.norm(found.grams, found.h, case.B, S, case.weights))
         exact = float(reference.sqnorm(found.h, case.B, S, case.weights))
@@ -164,7 +164,7 @@ def test_weights_of_any_size(size: float, r: int) -> None:
     """float16 holds neither 1e5·h nor the digits of 1e-6·h; the pieces are scaled."""
     case = Case(Shape(40, 64, 40, r), torch.float16)
     weights = size * case.weights
-    found = case.shrink(Thin(32, 32, 1, 4, 2), B=case.B, token_weights=weights)
+    found = case.shrink(ShrinkTiles(32, 32, 1, 4, 2), B=case.B, token_weights=weights)
     assert found.grams is not None
     ours = float(gram.norm(found.grams, found.h, case.B, S, weights))
     exact = float(reference.sqnorm(found.h, case.B, S, weights))
@@ -174,16 +174,16 @@ def test_weights_of_any_size(size: float, r: int) -> None:
 def test_no_weight_at_all() -> None:
     case = Case(SHAPES["small"], torch.float16)
     nothing = torch.zeros(SHAPES["small"].m)
-    found = case.shrink(Thin(32, 32, 1, 4, 2), B=case.B, token_weights=nothing)
+    found = case.shrink(ShrinkTiles(32, 32, 1, 4, 2), B=case.B, token_weights=nothing)
     assert found.grams is not None
     assert float(gram.norm(found.grams, found.h, case.B, S, nothing)) == 0.0
 
 
 TILES = {
-    "pointers": Wide(32, 64, 32, 4, 2, group=2),
-    "accelerator": Wide(32, 64, 32, 4, 2, group=2, tma=True),
-    "halves": Wide(32, 64, 32, 4, 2, tma=True, halves=2),
-    "pointers, halves": Wide(64, 32, 64, 4, 2, halves=2),
+    "pointers": GemmTiles(32, 64, 32, 4, 2, group=2),
+    "accelerator": GemmTiles(32, 64, 32, 4, 2, group=2, tma=True),
+    "halves": GemmTiles(32, 64, 32, 4, 2, tma=True, halves=2),
+    "pointers, halves": GemmTiles(64, 32, 64, 4, 2, halves=2),
 }
 
 
@@ -191,13 +191,11 @@ TILES = {
 @each_dtype
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
 @pytest.mark.parametrize("turned", [False, True], ids=["rows", "turned"])
-def test_gemm_ext_forward(shape: Shape, dtype: torch.dtype, tiles: Wide, turned: bool) -> None:
+def test_gemm_ext_forward(shape: Shape, dtype: torch.dtype, tiles: GemmTiles, turned: bool) -> None:
     case = Case(shape, dtype)
     q = (case.weight.T.contiguous().T if turned else case.weight).T
     for first in (False, True):
-        y, _ = gemm_ext.gemm_ext(
-            case.x, q, case.bias, case.h, case.B.T, S, tiles, 2, first=first
-        )
+        y, _ = gemm_ext.gemm_ext(case.x, q, case.bias, case.h, case.B.T, S, tiles, 2, first=first)
         assert error(y, case.y) <= BOUND[dtype]
 
 
@@ -245,20 +243,18 @@ def test_a_scale_acts_on_h_only_where_that_is_exact(
 @each_dtype
 @each_p
 @pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
-def test_gemm_ext_backward(shape: Shape, dtype: torch.dtype, p: float, tiles: Wide) -> None:
+def test_gemm_ext_backward(shape: Shape, dtype: torch.dtype, p: float, tiles: GemmTiles) -> None:
     case = Case(shape, dtype, p)
     t = (S / (1 - case.p) * (case.dy.float() @ case.B.to(dtype).float())).to(dtype)
     delta = torch.where(case.kept, t.double() @ case.A.to(dtype).double(), 0.0)
     exact = case.dy.double() @ case.weight.double() + delta
-    dx, _ = gemm_ext.gemm_ext(
-        case.dy, case.weight, None, t, case.A, 1.0, tiles, 2, mask=case.mask
-    )
+    dx, _ = gemm_ext.gemm_ext(case.dy, case.weight, None, t, case.A, 1.0, tiles, 2, mask=case.mask)
     assert error(dx, exact) <= BOUND[dtype]
     other = expand.expand(
-        case.dy @ case.weight, t, case.A, 1.0, Wide(32, 32, 0, 4, 1), case.mask, in_place=True
+        case.dy @ case.weight, t, case.A, 1.0, GemmTiles(32, 32, 0, 4, 1), case.mask, in_place=True
     )
     assert error(other, exact) <= 2 * BOUND[dtype]
-    alone = expand.expand(None, t, case.A, 1.0, Wide(32, 32, 0, 4, 1), case.mask)
+    alone = expand.expand(None, t, case.A, 1.0, GemmTiles(32, 32, 0, 4, 1), case.mask)
     assert error(alone, delta) <= BOUND[dtype]
 
 
@@ -302,7 +298,7 @@ def test_every_tile_has_its_turn_once(tiles_m: int, tiles_n: int, group: int) ->
     m, n = 16 * tiles_m, 32 * tiles_n
     p = torch.arange(1.0, m + 1).unsqueeze(1).repeat(1, 16)
     q = torch.eye(16, n) * 0 + torch.arange(1.0, n + 1) / 16
-    tiles = Wide(16, 32, 16, 4, 2, group=group)
+    tiles = GemmTiles(16, 32, 16, 4, 2, group=group)
     for programs in (1, 4):
         y, _ = gemm_ext.gemm_ext(p, q, None, None, None, 1.0, tiles, programs)
         torch.testing.assert_close(y, p @ q)
@@ -314,7 +310,7 @@ def test_every_tile_has_its_turn_once(tiles_m: int, tiles_n: int, group: int) ->
 @pytest.mark.parametrize("split", [1, 3])
 def test_outer(shape: Shape, dtype: torch.dtype, p: float, split: int) -> None:
     case = Case(shape, dtype, p)
-    tall = Tall(32, 16, split, 4, 2)
+    tall = OuterTiles(32, 16, split, 4, 2)
     t = (case.dy.float() @ case.B / 4).to(dtype)
     dA = outer.outer(case.x, t, 1.0, torch.float32, tall, mask=case.mask, transposed=True)
     dropped = torch.where(case.kept, case.x, 0.0).double()
@@ -332,7 +328,7 @@ def test_outer(shape: Shape, dtype: torch.dtype, p: float, split: int) -> None:
 def test_single_pass(shape: Shape, dtype: torch.dtype, weighted: bool) -> None:
     case = Case(shape, dtype)
     weights = case.weights if weighted else None
-    operands = (case.x, case.weight, case.bias, case.A, case.B, S, Wide(16, 32, 32, 4, 2))
+    operands = (case.x, case.weight, case.bias, case.A, case.B, S, GemmTiles(16, 32, 32, 4, 2))
     y, h, parts = single_pass.single_pass(*operands, norm=True, token_weights=weights)
     assert error(h, case.h) <= BOUND[dtype]
     assert error(y, case.y) <= BOUND[dtype]
@@ -347,7 +343,9 @@ def test_single_pass(shape: Shape, dtype: torch.dtype, weighted: bool) -> None:
 def test_the_mask_keeps_its_share(p: float) -> None:
     m, k = 64, 512
     x, A = torch.ones(m, k), torch.ones(1, k)
-    found = shrink.shrink(x, A, 1.0, Thin(32, 64, 1, 4, 2), dropout=philox.quantize(p), seed=SEED)
+    found = shrink.shrink(
+        x, A, 1.0, ShrinkTiles(32, 64, 1, 4, 2), dropout=philox.quantize(p), seed=SEED
+    )
     assert found.mask is not None
     share = unpack(found.mask, k).double().mean()
     assert abs(float(share) - (1 - p)) < 5 * math.sqrt(p * (1 - p) / (m * k))

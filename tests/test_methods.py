@@ -15,7 +15,7 @@ from loradrop import LoRAConfig, LoRADrop, LoraDropConfig, methods
 from loradrop.bank import AdapterBank
 from loradrop.methods import LoRA, Method
 from loradrop.selection import Scores
-from loradrop.share import AFTER, INITS
+from loradrop.sharing import AFTER, INITS
 
 WIDTH, R, DEPTH = 10, 3, 3
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from loradrop import philox
+from loradrop.op import philox
 
 LOW = 0xFFFFFFFF
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from loradrop import philox, reference
-from loradrop.ops import lora_add, lora_linear
+from loradrop.op import philox, reference
+from loradrop.op.linear import lora_add, lora_linear
 from loradrop.testing import torch_delta
 
 S, P = 1.3, 0.3

@@ -26,9 +26,9 @@ from transformers import (
 
 import loradrop
 from loradrop import LoRA, LoRADrop
-from loradrop.data import DataConfig, collator, load_task, tokenize
 from loradrop.run import build, load_base, measure, resolve_model, run, warm_up_run
 from loradrop.run_config import MINILM, RunConfig, folder_of, read_config
+from loradrop.text.task import DataConfig, collator, load_task, tokenize
 
 GOOD, BAD = ("good", "great", "fine"), ("bad", "dull", "poor")
 WORDS = (*GOOD, *BAD, "a", "film", "is", "it", "one", "play", "so", "song", "the", "this", "was")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from loradrop.data import DataConfig, load_task
-from loradrop.stdlib_docs import AREAS, read_docs
+from loradrop.text.stdlib_docs import AREAS, read_docs
+from loradrop.text.task import DataConfig, load_task
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def docs():
 @pytest.fixture(scope="module")
 def stdlib(docs):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("loradrop.data.read_docs", lambda: docs)
+        patch.setattr("loradrop.text.task.read_docs", lambda: docs)
         return load_task(DataConfig())
 
 
@@ -121,7 +121,7 @@ def test_a_second_reading_gives_the_same_rows(docs):
 
 
 def test_draws_are_of_the_whole_and_by_their_seed(stdlib, docs, monkeypatch):
-    monkeypatch.setattr("loradrop.data.read_docs", lambda: docs)
+    monkeypatch.setattr("loradrop.text.task.read_docs", lambda: docs)
     small = DataConfig(max_train=130, max_dev=40, seed=3)
     first, second = load_task(small), load_task(small)
     assert first == second and first.fingerprint == second.fingerprint

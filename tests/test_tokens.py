@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from loradrop.data import DataConfig, Example, TextTask, collator, load_task, metric_fn, tokenize
+from loradrop.text.task import (
+    DataConfig,
+    Example,
+    TextTask,
+    collator,
+    load_task,
+    metric_fn,
+    tokenize,
+)
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "<eos>", "[UNK]", "a", "b", "c", "d", "e"]
 

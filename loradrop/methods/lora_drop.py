@@ -24,7 +24,7 @@ from loradrop.selection import (
     keep_frequency,
     select,
 )
-from loradrop.share import AFTER, INITS, apply
+from loradrop.sharing import AFTER, INITS, apply
 
 _CHOICES = {
     "scope": SCOPES,

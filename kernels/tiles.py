@@ -1,0 +1,189 @@
+"""How a kernel is cut into tiles: pure functions of the machine and the problem.
+
+They return one of a few dozen configurations, each of which `tests/test_aot.py` compiles for the
+architectures it is for: no spilled register, shared memory within the limit, matrix instructions.
+Nothing is tuned at run time.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Machine(NamedTuple):
+    """What a choice may depend on. `arch` 0 is the interpreter, which gets small tiles."""
+
+    arch: int  # 10·major + minor of the compute capability
+    sms: int  # multiprocessors
+
+
+class ShrinkTiles(NamedTuple):
+    """`shrink`: BM rows and BK columns of x a step, K split over `split` programs."""
+
+    BM: int
+    BK: int
+    split: int
+    warps: int
+    stages: int
+    B_ROWS: int = 256  # rows of B in one program of its Gram matrix
+    gram: int = 64  # the widest rank tile whose Gram matrices are made in the same pass
+    pdl: bool = False  # let the next launch start while this one runs
+
+
+class GemmTiles(NamedTuple):
+    """`gemm_ext`, `single_pass`, `expand`: tiles of BM x BN outputs, BK of the sum a step."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+    group: int = 8  # rows of tiles that go through the columns together
+    tma: bool = False  # tensor memory accelerator for the wide operands
+    halves: int = 1  # parts in which a tile is stored, each in its turn in shared memory
+    per_sm: int = 1  # programs that live on one multiprocessor
+    pdl: bool = False  # start while the launch before is still running
+
+
+class OuterTiles(NamedTuple):
+    """`outer`: BC columns of the result, BM rows of the sum a step, M split over `split` parts."""
+
+    BC: int
+    BM: int
+    split: int
+    warps: int
+    stages: int
+
+
+INTERPRETER = Machine(0, 3)
+_ROOMY = (80, 90, 100, 103)  # at least 163 KiB of shared memory a block; 99 KiB elsewhere
+
+
+def cdiv(a: int, b: int) -> int:
+    """⌈a / b⌉."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def rank_tile(r: int) -> int:
+    """The width of a tile that holds the rank r: a power of two, and at least the 16 of an MMA."""
+    return max(16, power_of_two(r))
+
+
+def shrink(machine: Machine, dtype: torch.dtype, m: int, k: int, r: int) -> ShrinkTiles:
+    """For `shrink` of x (m, k) to rank r."""
+    ranks = rank_tile(r)
+    if machine.arch == 0:
+        return ShrinkTiles(64, 64, 2 if k > 128 else 1, 4, 2, 64)
+    if dtype == torch.float32:
+        BM, BK, warps, stages = (32, 32, 4, 2) if ranks <= 64 else (16, 32, 8, 1)
+    else:
+        BM = min(64, max(16, power_of_two(m)))
+        BK, warps, stages = {
+            16: (128, 4, 4),
+            32: (128, 4, 3),
+            64: (64, 4, 4),
+            128: (64, 8, 3),
+            256: (32, 8, 3),
+        }[ranks]
+        stages = stages if machine.arch in _ROOMY else 2
+        BK = 64 if machine.arch >= 100 and ranks == 16 else BK  # 128 spills a register there
+    # Enough programs to fill the machine, each with at least 512 columns to read.
+    programs = cdiv(m, BM)
+    split = min(power_of_two(cdiv(machine.sms, programs)), max(1, k // 512), 32)
+    split = split if 2 * programs <= machine.sms else 1
+    gram = 32 if machine.arch >= 100 else 64  # Triton 3.6 does not compile 64 there
+    return ShrinkTiles(BM, BK, split, warps, stages, gram=gram)
+
+
+def outer(machine: Machine, dtype: torch.dtype, m: int, c: int, r: int) -> OuterTiles:
+    """For `outer` of p (m, c) and q (m, r)."""
+    ranks = rank_tile(r)
+    if machine.arch == 0:
+        return OuterTiles(64, 64, 2 if m > 64 else 1, 4, 2)
+    if dtype == torch.float32:
+        BC, BM, warps, stages = (64, 32, 4, 2) if ranks <= 32 else (32, 16, 8, 2)
+    else:
+        BC, BM, warps, stages = {
+            16: (128, 64, 4, 4),
+            32: (128, 64, 4, 4),
+            64: (128, 64, 4, 3),
+            128: (64, 64, 4, 3),
+            256: (64, 64, 8, 2),
+        }[ranks]
+        stages = stages if machine.arch in _ROOMY else 2
+        BC = BC if c % 8 == 0 else 32  # narrow loads take many registers
+    split = min(power_of_two(cdiv(2 * machine.sms, cdiv(c, BC))), max(1, m // 256), 64)
+    return OuterTiles(BC, BM, split, warps, stages)
+
+
+def gemm_ext(
+    machine: Machine,
+    dtype: torch.dtype,
+    m: int,
+    c: int,
+    *,
+    first: bool = False,
+    aligned: bool = True,
+) -> GemmTiles:
+    """For `gemm_ext` with an output (m, c).
+
+    first: the LoRA product starts the sum   aligned: the wide operands lie in rows of 16 bytes
+    """
+    if machine.arch == 0:
+        return GemmTiles(64, 64, 64, 4, 2, group=2)
+    if dtype == torch.float32:
+        return GemmTiles(32, 32, 16, 4, 2)
+    if not aligned:
+        return GemmTiles(64, 128, 32, 8, 2)
+    if machine.arch < 90 or machine.arch not in _ROOMY:
+        return GemmTiles(128, 128, 32, 8, 3, per_sm=2 if machine.arch == 80 else 1)
+    if cdiv(m, 128) * cdiv(c, 256) >= machine.sms:
+        # Three stages where the sum starts with a product: its operands need shared memory too.
+        return GemmTiles(128, 256, 64, 8, 3 if first else 4, tma=True, halves=2)
+    return GemmTiles(128, 128, 64, 8, 3 if first else 4, tma=True)
+
+
+def single_pass(machine: Machine, dtype: torch.dtype, m: int) -> GemmTiles:
+    """For `single_pass` of m rows."""
+    if machine.arch == 0:
+        return GemmTiles(16, 64, 128, 4, 2)
+    if dtype == torch.float32:
+        return GemmTiles(16, 32, 32, 4, 2)
+    return GemmTiles(16 if m <= 16 else 32, 32, 64, 4, 3 if machine.arch in _ROOMY else 2)
+
+
+def rank_step(dtype: torch.dtype, r: int) -> int:
+    """The ranks that `gemm_ext` and `expand` add at a time, beside a tile of outputs."""
+    return min(rank_tile(r), 16 if dtype == torch.float32 else 64)
+
+
+def expand(machine: Machine, dtype: torch.dtype) -> GemmTiles:
+    """For `expand`."""
+    if machine.arch == 0:
+        return GemmTiles(32, 64, 0, 4, 1)
+    if dtype == torch.float32:
+        return GemmTiles(32, 32, 0, 4, 1)
+    return GemmTiles(64, 32 if machine.arch >= 100 else 64, 0, 4, 1)
+
+
+@functools.cache
+def machine_of(device: torch.device) -> Machine:
+    """What the device is; the interpreter for any that is no GPU."""
+    if device.type != "cuda":
+        return INTERPRETER
+    facts = torch.cuda.get_device_properties(device)
+    return Machine(10 * facts.major + facts.minor, facts.multi_processor_count)
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """Triton's name of a dtype."""
+    import triton.language as tl
+
+    names = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+    return names[dtype]

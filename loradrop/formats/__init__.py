@@ -1,0 +1,1 @@
+"""Adapters on disk: the native file, the PEFT file, and the proof that both say the same."""

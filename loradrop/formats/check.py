@@ -1,0 +1,209 @@
+"""Checking a PEFT export: the native adapter's logits, and its deltas by each engine's rule."""
+
+import copy
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loradrop.bank import AdapterBank, bank_of
+from loradrop.formats.engines import ENGINES, EngineVerdict, refusal, scale
+from loradrop.formats.peft_file import PeftFile, read
+from loradrop.surgery import remove
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found.
+
+    rows             one verdict per engine
+    logits           max|logits_file − logits_native| over all batches
+    relative         the same over the standard deviation of the native logits
+    tolerance        of `relative`
+    delta_tolerance  of every row's `error`
+    loader           what computed the file's logits: "peft", or "replay" where it is not installed
+    required         the engines that have to take the file
+    """
+
+    rows: tuple[EngineVerdict, ...]
+    logits: float
+    relative: float
+    tolerance: float
+    delta_tolerance: float
+    loader: str
+    required: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Equal logits, the required engines take the file, and none computes other deltas from it.
+
+        An engine that refuses a file says so when it loads it; one that scales it wrongly does not.
+        """
+        taken = all(row.ok for row in self.rows if row.engine in self.required)
+        return self.relative <= self.tolerance and taken and not any(map(self._wrong, self.rows))
+
+    def _wrong(self, row: EngineVerdict) -> bool:
+        return row.error is not None and not row.error <= self.delta_tolerance  # also for NaN
+
+    def table(self) -> str:
+        """The rows as text, and the comparison of the logits below them."""
+        lines = [f"{'engine':<10} {'verdict':<8} {'delta error':<12} reason"]
+        for row in self.rows:
+            verdict = "ok" if row.ok else "WRONG" if self._wrong(row) else "refused"
+            error = "-" if row.error is None else f"{row.error:.1e}"
+            lines.append(f"{row.engine:<10} {verdict:<8} {error:<12} {row.reason}".rstrip())
+        verdict = "ok" if self.relative <= self.tolerance else "DIFFER"
+        lines.append(
+            f"logits ({self.loader}): {verdict}, at most {self.logits:.1e} apart, "
+            f"{self.relative:.1e} of their standard deviation"
+        )
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def verify(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    batches: Iterable[Any],
+    *,
+    engines: Sequence[str] | None = None,
+    tolerance: float | None = None,
+) -> Report:
+    """Load the PEFT file in `path` beside the native adapter of `model`, and compare them.
+
+    batches    what the model takes, as for `probe`: the logits of both are compared on them
+    engines    those that have to take the file for `Report.ok`, None for PEFT; all are reported
+    tolerance  of the logits over their standard deviation; None is 1e-4 in float32 and
+               16 eps of a narrower dtype of the model or the file
+
+    The file is loaded into a copy of the base model, by PEFT where it is installed and by its rule
+    where not. The model is as before afterwards. Raises ValueError for no batches and for a file
+    that is damaged or of another model, FileNotFoundError for none.
+    """
+    bank, file = bank_of(model), read(path)
+    required = tuple(refusal(engine, file).engine for engine in engines or ENGINES[:1])
+    eps = [torch.finfo(t.dtype).eps for t in file.tensors.values() if t.is_floating_point()]
+    delta_tolerance = max(1e-5, 4 * max(eps, default=0.0))
+    rows = tuple(_compare(engine, bank, file, delta_tolerance) for engine in ENGINES)
+    loaded, loader = _loaded(model, path, file)
+    native, other = _outputs(model, loaded, batches)
+    difference = float((native - other).abs().max())
+    if tolerance is None:
+        eps += [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
+        tolerance = 1e-4 if max(eps) < 1e-6 else min(16 * max(eps), 0.25)
+    relative = difference / (float(native.std(correction=0)) or 1.0)
+    return Report(rows, difference, relative, tolerance, delta_tolerance, loader, required)
+
+
+def _compare(engine: str, bank: AdapterBank, file: PeftFile, tolerance: float) -> EngineVerdict:
+    """The engine's verdict on the file, and the error of the file's deltas under its scale rule."""
+    verdict, modules, worst, where = refusal(engine, file), file.modules, 0.0, ""
+    targets = {target.name: i for i, target in enumerate(bank.targets)}
+    for name in dict.fromkeys((*targets, *modules)):
+        delta = bank.delta(targets[name]) if name in targets else None
+        native = torch.zeros(()) if delta is None else delta.cpu()
+        found = torch.zeros(())
+        if name in modules:
+            A, B = (factor.to(native.dtype) for factor in modules[name])
+            found = scale(engine, file.config, name, B.shape[1]) * (B @ A)
+        if native.ndim and found.ndim and native.shape != found.shape:
+            raise ValueError(
+                f"{name} is {tuple(found.shape)} in the file and {tuple(native.shape)} in the "
+                "model: this is the export of another model"
+            )
+        size, gap = float(native.abs().max()), float((found - native).abs().max())
+        error = gap / size if size else math.inf if gap else 0.0
+        if not error <= worst:  # NaN counts as worse
+            worst, where = error, name
+    if worst <= tolerance:
+        return EngineVerdict(engine, verdict.ok, verdict.reason, worst)
+    wrong = f"its delta of {where} is {worst:.2g} of the native one away"
+    return EngineVerdict(engine, False, "; ".join(filter(None, (wrong, verdict.reason))), worst)
+
+
+def _loaded(
+    model: nn.Module, path: str | os.PathLike[str], file: PeftFile
+) -> tuple[nn.Module, str]:
+    """A copy of the base model with the file in it, and what loaded it."""
+    base = copy.deepcopy(model)
+    remove(base)
+    for name in file.modules:
+        try:
+            base.get_submodule(name)
+        except AttributeError as error:
+            raise ValueError(
+                f"the file adapts {name}, which {type(model).__name__} has not: this is the "
+                "export of another model"
+            ) from error
+    try:
+        from peft import PeftModel
+    except ImportError:
+        return _replay(base, file), "replay"
+    try:
+        with torch.random.fork_rng():  # PEFT draws initial values before it reads the file's
+            return PeftModel.from_pretrained(base, os.fspath(path)), "peft"
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"PEFT cannot load {path} into {type(model).__name__}: {error}") from error
+
+
+def _replay(base: nn.Module, file: PeftFile) -> nn.Module:
+    """PEFT's rule without PEFT: y + s·(x Aᵀ)Bᵀ by hooks, and what is saved whole in its place."""
+    for name, (A, B) in file.modules.items():
+        base.get_submodule(name).register_forward_hook(
+            _Delta(A, B, scale("peft", file.config, name, A.shape[0]))
+        )
+    tensors = base.state_dict(keep_vars=True)
+    for name, tensor in file.others.items():
+        if name in tensors:  # PEFT ignores one that is not
+            tensors[name].copy_(tensor)
+    return base
+
+
+@dataclass(frozen=True)
+class _Delta:
+    """A forward hook that adds s·(x Aᵀ)Bᵀ in float32: x (..., K), A (r, K), B (N, r)."""
+
+    A: Tensor
+    B: Tensor
+    s: float
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+        x = args[0].float()
+        return torch.add(y, x @ self.A.to(x).T @ self.B.to(x).T, alpha=self.s).to(y.dtype)
+
+
+def _outputs(model: nn.Module, loaded: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
+    """What the two say about the batches in eval mode, each flat in float64."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    loaded.eval()
+    try:
+        pairs = [(_logits(model, batch), _logits(loaded, batch)) for batch in batches]
+    finally:
+        for module, training in modes:
+            module.training = training
+    if not pairs:
+        raise ValueError("batches is empty: give at least one batch to compare on")
+    native, other = (torch.cat(side) for side in zip(*pairs, strict=True))
+    return native, other
+
+
+def _logits(model: nn.Module, batch: Any) -> Tensor:
+    """The logits for a batch where the model names any, else all its tensors but the loss."""
+    device = next(model.parameters()).device
+    if isinstance(batch, Mapping):
+        named = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        output = model(**named)
+    else:
+        positional = batch if isinstance(batch, (tuple, list)) else (batch,)
+        output = model(*(value.to(device) for value in positional))
+    if isinstance(output, Mapping):
+        named = {k: v for k, v in output.items() if k != "loss"}
+        output = [named["logits"]] if "logits" in named else list(named.values())
+    values = [output] if isinstance(output, Tensor) else output
+    flat = [value.double().flatten().cpu() for value in values if isinstance(value, Tensor)]
+    return torch.cat(flat)

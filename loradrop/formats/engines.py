@@ -1,0 +1,146 @@
+"""What PEFT, vLLM, SGLang and llama.cpp make of a PEFT adapter: what they refuse, how they scale.
+
+Every engine scales B·A by a rule of its own, and some read only part of `adapter_config.json`:
+
+    PEFT 0.21, vLLM 0.33   alpha / r, or alpha / sqrt(r) with use_rslora; per module by the patterns
+    SGLang 0.5.23          lora_alpha / r for all modules
+    llama.cpp (0b03ada)    lora_alpha / (rank of B) for all modules
+
+The rules are those of the engines' sources at these versions. Whether an engine serves the base
+model at all is not looked at.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loradrop.formats.peft_file import PeftFile
+
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes; 16 by default
+_VLLM_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
+_VLLM_LACKS = (
+    *("use_dora", "lora_bias", "layer_replication"),
+    *("alora_invocation_tokens", "use_bdlora", "use_qalora"),
+)
+_SGLANG_PARTNERS = {"q_proj": ("v_proj",), "k_proj": ("q_proj", "v_proj"), "v_proj": ("q_proj",)}
+_LLAMA_CPP_KEEPS = (".base_layer.weight", "_layernorm", ".norm")
+
+
+@dataclass(frozen=True)
+class EngineVerdict:
+    """What `engine` makes of a file.
+
+    ok      it loads the file and, where compared, computes the native adapter's deltas
+    reason  why not; or what it needs
+    error   largest max|Δ_file − Δ| / max|Δ| over the targets; None where not compared
+    """
+
+    engine: str
+    ok: bool
+    reason: str = ""
+    error: float | None = None
+
+
+def scale(engine: str, config: Mapping[str, Any], name: str, rank: int) -> float:
+    """The factor s that `engine` gives B·A of the module `name`, whose B has that rank."""
+    alpha, r = float(config["lora_alpha"]), int(config["r"])
+    if engine == "sglang":
+        return alpha / r
+    if engine == "llama.cpp":
+        return alpha / rank
+    alpha, r = _matching(config.get("alpha_pattern"), name, alpha), _peft_rank(config, name)
+    return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+
+
+def refusal(engine: str, file: PeftFile) -> EngineVerdict:
+    """What `engine` says to a file when it loads it. Raises ValueError for an unknown engine."""
+    if engine not in _REFUSALS:
+        raise ValueError(f"engine {engine!r} is unknown: choose among {', '.join(ENGINES)}")
+    reason = _REFUSALS[engine](file)
+    if reason is None and engine == "vllm" and file.largest_rank > 16:
+        rank = next(rank for rank in _VLLM_RANKS if rank >= file.largest_rank)
+        return EngineVerdict(engine, True, f"needs --max-lora-rank {rank}")
+    return EngineVerdict(engine, reason is None, reason or "")
+
+
+def _matching(pattern: Mapping[str, Any] | None, name: str, default: float) -> float:
+    """PEFT's patterns: a key is a regex for the end of the name; the first that matches wins."""
+    values = (v for key, v in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name))
+    return float(next(values, default))
+
+
+def _peft_rank(config: Mapping[str, Any], name: str) -> int:
+    return int(_matching(config.get("rank_pattern"), name, config["r"]))
+
+
+def _peft_refuses(file: PeftFile) -> str | None:
+    if str(file.config.get("peft_type")).upper() != "LORA":
+        return f"peft_type is {file.config.get('peft_type')!r}, not LORA"
+    if file.config.get("use_dora"):
+        return "use_dora: DoRA's scale depends on the weights and is not replayed"
+    for name, (a, _) in file.modules.items():
+        rank = _peft_rank(file.config, name)
+        if a.shape[0] != rank:
+            return f"{name} has rank {a.shape[0]}, by its configuration it should have {rank}"
+    return None
+
+
+def _vllm_refuses(file: PeftFile) -> str | None:
+    for name in file.others:
+        if ".base_layer." not in name and "lora_embedding_" not in name:
+            return f"{name} is no lora_A or lora_B tensor"
+    for module in file.config.get("modules_to_save") or ():
+        if module not in ("classifier", "score"):
+            return f"modules_to_save has {module}: only classifier and score are taken"
+    lacks = [option for option in _VLLM_LACKS if file.config.get(option)]
+    init = file.config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower() not in _VLLM_INITS:
+        lacks.append(f"init_lora_weights={init!r}")
+    if file.config.get("bias", "none") != "none":
+        lacks.append(f"bias={file.config['bias']!r}")
+    if lacks:
+        return f"{', '.join(lacks)} is not supported"
+    if file.largest_rank > _VLLM_RANKS[-1]:
+        return f"rank {file.largest_rank} is beyond its cap of {_VLLM_RANKS[-1]}"
+    return None
+
+
+def _sglang_refuses(file: PeftFile) -> str | None:
+    targets, r = file.config.get("target_modules"), file.config["r"]
+    if file.config.get("use_dora"):
+        return "use_dora is not supported"
+    if isinstance(targets, str) and targets not in ("all-linear", "all"):
+        return "target_modules is a regex: it takes a list of module names"
+    for name in file.others:
+        return f"it drops {name} without a word, and would run the base model's"
+    ranks = {name: a.shape[0] for name, (a, _) in file.modules.items()}
+    for name, rank in ranks.items():
+        if not re.search(r"layers\.\d+\.|embed_tokens|lm_head", name):
+            return f"it drops {name} without a word: it reads only names with 'layers.<number>.'"
+        if rank != r:
+            return f"{name} has rank {rank}, not r={r}: its buffers hold one rank"
+        parent, _, kind = name.rpartition(".")
+        for partner in _SGLANG_PARTNERS.get(kind, ()):
+            if f"{parent}.{partner}" not in ranks:
+                return f"{name} lacks its partner {partner}: adapt q_proj and v_proj together"
+    return None
+
+
+def _llama_cpp_refuses(file: PeftFile) -> str | None:
+    for name in file.others:
+        if not any(part in name for part in _LLAMA_CPP_KEEPS):
+            return f"{name} is no lora_A or lora_B tensor"
+    if file.config.get("fan_in_fan_out"):
+        return "fan_in_fan_out: its converter transposes Conv1D weights, and the adapter with them"
+    return None
+
+
+_REFUSALS: dict[str, Callable[[PeftFile], str | None]] = {
+    "peft": _peft_refuses,
+    "vllm": _vllm_refuses,
+    "sglang": _sglang_refuses,
+    "llama.cpp": _llama_cpp_refuses,
+}
+ENGINES = tuple(_REFUSALS)

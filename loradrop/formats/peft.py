@@ -1,0 +1,210 @@
+"""Writing adapters for others: a PEFT folder that every engine scales alike, or the merged model.
+
+The PEFT file is uniform: every target has an A and B of its own, zero-padded to one rank, with its
+true scale folded into B in float32, and lora_alpha = r. So lora_alpha / r = 1 for an engine that
+reads patterns and rslora, and for one that does not.
+"""
+
+import json
+import logging
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from loradrop._version import __version__
+from loradrop.bank import AdapterBank, bank_of
+from loradrop.files import replacing, write_json, write_text
+from loradrop.formats.engines import ENGINES, EngineVerdict, refusal
+from loradrop.formats.peft_file import (
+    CONFIG,
+    PREFIX,
+    TENSORS,
+    PeftFile,
+    base_state,
+    layout_of,
+    task_of,
+)
+from loradrop.layers import is_conv1d
+from loradrop.plan import base_of
+from loradrop.surgery import folded
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FORMATS = ("peft", "merged")
+_log = logging.getLogger(__name__)
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    format: str = "peft",
+    base_id: str | None = None,
+    *,
+    dtype: str | None = None,
+    engines: Sequence[str] | None = None,
+) -> list[EngineVerdict]:
+    """Write the adapters of `model` into the folder `path`. Returns what each engine says to them.
+
+    format    "peft": a uniform PEFT adapter with a model card; "merged": the base model with the
+              deltas added in float32 and rounded once, by its `save_pretrained`
+    base_id   the base model that loaders should look for; None is the one its config names
+    dtype     of A and B in the PEFT file: "float32" (None), "bfloat16" or "float16"
+    engines   these have to take the file, or nothing is written; None is PEFT alone
+
+    The model stays as it is, bit for bit. Raises ValueError for what the format cannot hold, and
+    with the engine's name and reason for what a named engine refuses.
+    """
+    bank = bank_of(model)
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r}: choose one of {', '.join(FORMATS)}")
+    if format == "merged":
+        if dtype is not None or engines is not None:
+            raise ValueError("dtype and engines are of the PEFT format: a merged model is plain")
+        _save_merged(model, bank, Path(path))
+        return []
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
+    file = _peft_file(model, bank, DTYPES[dtype or "float32"], base_id)
+    verdicts = [refusal(engine, file) for engine in ENGINES]
+    required = [refusal(engine, file).engine for engine in engines or ENGINES[:1]]
+    for verdict in verdicts:
+        if not verdict.ok and verdict.engine in required:
+            raise ValueError(f"{verdict.engine} cannot take this adapter: {verdict.reason}")
+    folder = Path(path)
+    (folder / CONFIG).unlink(missing_ok=True)  # written last: without it a folder is no adapter
+    with replacing(folder / TENSORS) as draft:
+        save_file(dict(file.tensors), draft, {"format": "pt"})
+    write_text(folder / "README.md", _card(model, bank, file, verdicts))
+    write_json(folder / CONFIG, file.config)
+    refusals = [f"{v.engine} cannot take it ({v.reason})" for v in verdicts if not v.ok]
+    if refusals:
+        _log.warning("%s: %s", folder, "; ".join(refusals))
+    return verdicts
+
+
+def _peft_file(
+    model: nn.Module, bank: AdapterBank, dtype: torch.dtype, base_id: str | None
+) -> PeftFile:
+    layout = layout_of(model, bank)
+    pairs = [bank.factors(i) for i in range(len(bank.targets))]
+    rank = max((pair[0].shape[0] for pair in pairs if pair is not None), default=1)
+    r = max(8, 1 << (rank - 1).bit_length())  # a power of two: vLLM takes few others
+    tensors: dict[str, Tensor] = {}
+    for target, s, pair in zip(bank.targets, bank.scaling, pairs, strict=True):
+        A = torch.zeros(r, target.in_features, dtype=dtype)
+        B = torch.zeros(target.out_features, r, dtype=dtype)
+        if pair is not None:  # one without stays zero: SGLang wants q and v in every layer
+            a, b = (factor.detach().cpu() for factor in pair)
+            b = s * b.to(torch.promote_types(b.dtype, torch.float32))
+            A[: a.shape[0]], B[:, : a.shape[0]] = a, b
+        for name, factor in (("A", A), ("B", B)):
+            if not factor.isfinite().all():
+                raise ValueError(
+                    f"{name} of {target.name} is not finite in {dtype}: its training diverged, "
+                    "or the dtype is too narrow. Train again, or choose dtype='float32'"
+                )
+            tensors[f"{PREFIX}{target.name}.lora_{name}.weight"] = factor
+    base = model.state_dict()
+    for key in layout.saved_tensors:
+        tensors[PREFIX + key] = base[key].detach().cpu().contiguous().clone()
+    config = {
+        "peft_type": "LORA",
+        "task_type": layout.task,
+        "base_model_name_or_path": base_id or base_of(model)["id"] or None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": r,
+        "lora_dropout": bank.config.lora_dropout,
+        "target_modules": layout.target_modules,
+        "bias": "none",
+        "fan_in_fan_out": any(is_conv1d(model.get_submodule(t.name)) for t in bank.targets),
+        "modules_to_save": layout.modules_to_save or None,
+        "init_lora_weights": True,
+    }
+    return PeftFile(config, tensors)
+
+
+def _card(
+    model: nn.Module, bank: AdapterBank, file: PeftFile, verdicts: list[EngineVerdict]
+) -> str:
+    """The model card: what was kept and shared, how to use it, and what each engine says."""
+    base, users = file.config["base_model_name_or_path"], Counter(bank.slots)
+    users[None] = 0
+    public = base if base and not Path(base).exists() else None  # a folder means nothing elsewhere
+    rows: dict[str, Counter[str]] = {}
+    for target, slot in zip(bank.targets, bank.slots, strict=True):
+        fate = ("none", "own", "shared")[min(users[slot], 2)]
+        rows.setdefault(target.kind, Counter())[fate] += 1
+    total = sum(rows.values(), Counter())
+    pools = sum(count > 1 for count in users.values())
+    own = [t.name for t, slot in zip(bank.targets, bank.slots, strict=True) if users[slot] == 1]
+    loader = task_of(model)[1]
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    said = {True: "takes it", False: "refuses it"}
+    extra = f", num_labels={labels}" if labels and loader.endswith("Classification") else ""
+    lines = [
+        "---",
+        *([f"base_model: {json.dumps(public)}"] if public else []),
+        "library_name: peft",
+        "tags:",
+        *("- lora", "- loradrop"),
+        *([f"- {json.dumps(f'base_model:adapter:{public}')}"] if public else []),
+        "---",
+        "",
+        f"# LoRA adapter of {public or type(model).__name__}",
+        "",
+        f"Made by loradrop {__version__}, method {bank.config.method.name}: of "
+        f"{len(bank.targets)} adapted layers {total['own']} keep an adapter of their own, "
+        f"{total['shared']} share {pools}, and {total['none']} have none.",
+        "",
+        *("| module type | own | shared | none |", "|---|---|---|---|"),
+        *(f"| {kind} | {n['own']} | {n['shared']} | {n['none']} |" for kind, n in rows.items()),
+        "",
+        *([f"Own: {', '.join(own)}.", ""] if total["shared"] or total["none"] else []),
+        "## Use",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        *([f"from transformers import {loader}", ""] if loader.startswith("Auto") else [""]),
+        f"base = {loader}.from_pretrained({(public or 'path/to/the/base/model')!r}{extra})",
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+        "```",
+        "",
+        "## File",
+        "",
+        f"Every adapter is written out for each of its layers, padded with zeros to rank "
+        f"{file.config['r']}, with its scale in B: any loader applies it with the factor 1.",
+        "",
+        *("| engine | |", "|---|---|"),
+        *(f"| {v.engine} | {': '.join(filter(None, (said[v.ok], v.reason)))} |" for v in verdicts),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+@torch.no_grad()
+def _save_merged(model: nn.Module, bank: AdapterBank, folder: Path) -> None:
+    save_pretrained = getattr(type(model), "save_pretrained", None)
+    if save_pretrained is None:
+        raise ValueError(
+            f"{type(model).__name__} has no save_pretrained, so there is no merged format: call "
+            "loradrop.merge(model) and save its state_dict"
+        )
+    if (folder / CONFIG).exists():
+        raise ValueError(f"{folder} holds an adapter, which would be loaded on top: choose another")
+    merged = {}
+    if bank.surgery.merged is None:
+        merged = {id(weight): new for _, weight, new in folded(model)}
+    state = {k: merged.get(id(v), v.detach()) for k, v in base_state(model).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as draft:
+        save_pretrained(model, draft, state_dict=state)
+        for old in folder.glob("model*.safetensors*"):  # of a save in more or fewer parts
+            old.unlink()
+        for file in sorted(Path(draft).iterdir(), key=lambda file: file.name == "config.json"):
+            with replacing(folder / file.name) as place:
+                os.replace(file, place)

@@ -1,0 +1,170 @@
+"""A PEFT adapter on disk: its file, and how PEFT finds in a model what the file holds.
+
+The rules of matching are those of PEFT 0.21 (`check_target_module_exists`, `_set_trainable` and the
+heads that `PeftModelFor...` adds), replayed so that an export hits our targets and nothing else.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+from torch import Tensor, nn
+
+from loradrop.bank import AdapterBank
+from loradrop.files import read_json
+from loradrop.matching import saved_modules
+
+TENSORS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_HEADS = {  # what PeftModelFor... wraps, and demands in the file, by itself
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+_TASKS = {  # ending of the model's class -> task_type, and the class that AutoPeftModel loads
+    "ForSequenceClassification": ("SEQ_CLS", "AutoModelForSequenceClassification"),
+    "ForTokenClassification": ("TOKEN_CLS", "AutoModelForTokenClassification"),
+    "ForQuestionAnswering": ("QUESTION_ANS", "AutoModelForQuestionAnswering"),
+    "ForCausalLM": ("CAUSAL_LM", "AutoModelForCausalLM"),
+    "LMHeadModel": ("CAUSAL_LM", "AutoModelForCausalLM"),
+    "ForConditionalGeneration": ("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"),
+    "Model": ("FEATURE_EXTRACTION", "AutoModel"),
+}
+
+
+class PeftFile(NamedTuple):
+    """A PEFT adapter as it lies on disk: its configuration, and its tensors by their full keys."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def modules(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Module path -> (A (r, K), B (N, r)), where both are there."""
+        names = [key.removesuffix(_A) for key in self.tensors if key.endswith(_A)]
+        pairs = {n: (self.tensors[n + _A], self.tensors.get(n + _B)) for n in names}
+        return {n.removeprefix(PREFIX): (a, b) for n, (a, b) in pairs.items() if b is not None}
+
+    @property
+    def others(self) -> dict[str, Tensor]:
+        """The tensors that are no lora_A or lora_B, by their names in the base model."""
+        keys = [key for key in self.tensors if not key.endswith((_A, _B))]
+        return {key.removeprefix(PREFIX): self.tensors[key] for key in keys}
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank that the configuration or a tensor has."""
+        return max([int(self.config["r"]), *(a.shape[0] for a, _ in self.modules.values())])
+
+
+def read(path: str | os.PathLike[str]) -> PeftFile:
+    """The adapter in the folder `path`.
+
+    Raises FileNotFoundError where there is none, ValueError for a damaged one; reads no pickle.
+    """
+    file = Path(path) / TENSORS
+    if not file.exists():
+        pickled = (Path(path) / "adapter_model.bin").exists()
+        hint = ". There is an adapter_model.bin, a pickle that can run any code: it is not read"
+        raise FileNotFoundError(f"{file} is not there{hint * pickled}")
+    config = read_json(Path(path) / CONFIG)
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is damaged or half-written ({error}): export it again") from error
+    return PeftFile(config, tensors)
+
+
+class Layout(NamedTuple):
+    """How PEFT is told what lies where: the task, its targets, and what it wraps whole."""
+
+    task: str | None
+    target_modules: list[str] | str
+    modules_to_save: list[str]
+    saved_tensors: list[str]
+
+
+def layout_of(model: nn.Module, bank: AdapterBank) -> Layout:
+    """How PEFT adapts just our targets and saves just our modules.
+
+    Raises ValueError where it has no way to.
+    """
+    targets = [target.name for target in bank.targets]
+    modules = dict(model.named_modules(remove_duplicate=False))
+    places: dict[nn.Module, set[tuple[nn.Module, str]]] = {}
+    for name, module in modules.items():
+        parent, _, attribute = name.rpartition(".")
+        places.setdefault(module, set()).add((modules[parent], attribute))
+    for name in targets:
+        if not name or len(places[modules[name]]) > 1:
+            where = "is the model itself" if not name else "has several names in the model"
+            raise ValueError(f"peft cannot adapt {name or type(model).__name__}: it {where}")
+    state = base_state(model)
+    trained = bank.surgery.saved
+    saved = [m for m in saved_modules(model, bank.config) if any(inside(k, m) for k in trained)]
+    every = {name: m for name, m in modules.items() if name and not inside(name, "lora_bank")}
+    once = [name for name, _ in model.named_modules() if name in every]  # as PEFT walks for targets
+    reasons = []
+    for task in dict.fromkeys((task_of(model)[0], None)):  # a task may save too much whole
+        wanted = [*saved, *_HEADS.get(task or "", ())]
+        wrapped = [name for name in every if name.endswith(tuple(wanted))]
+        spelled = _spelling(once, targets, wanted)
+        within = [t for t in targets if any(inside(t, w) for w in wrapped)]
+        if within or spelled is None:
+            whole = ", ".join(wanted)
+            reasons.append(f"it saves whole what ends in {whole}, {(within or targets)[0]} too")
+            continue
+        tensors = [key for key in state if any(inside(key, w) for w in wrapped)]
+        for key, value in state.items():
+            twin = next((k for k in trained if state[k] is value and key not in tensors), None)
+            if twin is not None:
+                raise ValueError(
+                    f"peft cannot save {twin} apart from {key}, which is the same tensor: name the "
+                    "modules of both in modules_to_save, or export with format='merged'"
+                )
+        return Layout(task, spelled, saved, tensors)
+    raise ValueError(f"peft cannot adapt these targets: {reasons[-1]}. Use format='merged'")
+
+
+def base_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of an injected model without its bank: the tensors themselves, not copies."""
+    state = model.state_dict(keep_vars=True)
+    return {key: value for key, value in state.items() if not inside(key, "lora_bank")}
+
+
+def inside(name: str, parent: str) -> bool:
+    """Whether `name` is `parent` or lies in it."""
+    return name == parent or name.startswith(parent + ".")
+
+
+def _spelling(names: list[str], targets: list[str], saved: list[str]) -> list[str] | str | None:
+    """`target_modules` by which PEFT finds these targets and no other module, None where none does.
+
+    The ends of the names where they suffice, else the names, else a regex of them.
+    """
+    free = [n for n in names if not any(re.match(rf"(^|.*\.){m}($|\..*)", n) for m in saved)]
+    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in targets))
+    for spelled in (ends, targets):
+        endings = tuple("." + end for end in spelled)
+        if {n for n in free if n in spelled or n.endswith(endings)} == set(targets):
+            return spelled
+    return f"({'|'.join(map(re.escape, targets))})" if set(targets) <= set(free) else None
+
+
+def task_of(model: nn.Module) -> tuple[str | None, str]:
+    """(task_type, the class of transformers that loads the base model), by the model's class."""
+    names = [cls.__name__ for cls in type(model).__mro__]
+    for name in names[: names.index("PreTrainedModel") if "PreTrainedModel" in names else 0]:
+        for ending, (task, loader) in _TASKS.items():
+            if not name.endswith(ending) or name.endswith(("PreTrainedModel", "HeadsModel")):
+                continue
+            if task == "SEQ_2_SEQ_LM" and not getattr(model.config, "is_encoder_decoder", False):
+                continue
+            if task.endswith("_LM") and not hasattr(model, "prepare_inputs_for_generation"):
+                continue
+            return task, loader
+    return None, type(model).__name__

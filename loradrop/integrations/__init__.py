@@ -1,1 +1,0 @@
-"""Faces to other libraries; each module imports its library, so none is imported here."""

@@ -1,0 +1,1 @@
+"""The op `lora_linear`: its call, its backends, its one autograd Function."""

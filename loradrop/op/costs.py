@@ -1,0 +1,161 @@
+"""What a call would cost on a GPU, measured or predicted, and so which backend should serve it.
+
+`assets/measured.json` holds medians that `benchmarks/bench_lora_linear.py` measured and
+`benchmarks/measured.py` took from its result files. Where it has nothing near, a roofline decides:
+bytes over bandwidth or operations over rate, whichever takes longer, and what launching costs the
+host. Its constants are assumptions; a measurement always outranks them.
+"""
+
+import functools
+import importlib.resources
+import json
+import math
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
+
+import torch
+
+from loradrop.kernels.tiles import cdiv, rank_tile
+
+SERVING = ("eager", "thin", "triton", "cuda")  # the simpler first: it wins a tie
+MARGIN = 0.02  # a backend replaces a simpler one only if it is faster by more than this
+NEAR = 1.5  # a measurement holds for numbers of tokens up to this factor away
+
+
+class Problem(NamedTuple):
+    """What is known about a call before it runs: x (m, k) times weight (n, k), rank r."""
+
+    device: str
+    dtype: torch.dtype
+    m: int
+    k: int
+    n: int
+    r: int
+    dropout: float
+    grad: bool = True  # whether there will be a backward pass
+    base: bool = True  # whether there is a weight; else y0 is given
+    arch: int = 0  # 10·major + minor of the compute capability, 0 on a CPU
+    sms: int = 0  # multiprocessors
+    aligned: bool = True  # whether x and the weight lie in rows that begin at whole 16 bytes
+
+
+class Rates(NamedTuple):
+    """What one GPU does, as far as it is assumed."""
+
+    flops: float  # half-precision multiply-adds by cuBLAS, in FLOP/s, two for each
+    bytes: float  # read + written, in bytes/s
+
+
+# FLOP per clock and multiprocessor, clock in Hz, bytes per FLOP; an H200 multiplies at about
+# 790 TFLOP/s and copies at 4.3 TB/s.
+_FAMILIES = {80: (2048, 1.3e9, 1 / 170), 90: (4096, 1.46e9, 1 / 184), 100: (8192, 1.7e9, 1 / 230)}
+_FLOAT32 = 1 / 16  # the rate of float32 products outside the matrix units
+_LAUNCH = {"eager": 5.0, "thin": 12.0, "triton": 16.0}  # µs of the host for each launch
+_GEMM = {"eager": 1.0, "thin": 1.0, "triton": 0.90}  # rate of the wide product, of cuBLAS's
+_STREAM = 0.85  # of the bandwidth that a thin product reaches
+_MASK_BYTES = 400  # bytes moved for each element when PyTorch calls draw the mask of dropout
+_MASK_LAUNCHES = 170  # for every 2¹⁸ elements of such a mask
+_WIDENED = 5.0  # times the bytes where PyTorch calls sum half-precision rows in float32
+
+
+def rates(arch: int, sms: int) -> Rates:
+    """The assumed rates; an architecture that is not listed counts as the nearest older one."""
+    known = max((a for a in _FAMILIES if a <= arch), default=80)
+    per_clock, clock, bytes_per_flop = _FAMILIES[known]
+    flops = per_clock * clock * max(sms, 1)
+    return Rates(flops, flops * bytes_per_flop)
+
+
+def predict(problem: Problem, backend: str) -> float:
+    """Microseconds of one call, with its backward pass where there is one."""
+    m, k, n, r, size = problem.m, problem.k, problem.n, problem.r, problem.dtype.itemsize
+    rate, masked = rates(problem.arch, problem.sms), problem.dropout > 0.0
+    flops = rate.flops * (_FLOAT32 if problem.dtype == torch.float32 else 1.0)
+    total = 0.0
+    for inner, outer in ((k, n), (n, k))[: 1 + problem.grad]:  # forward, and the product for dx
+        if problem.base:
+            work, moved = 2.0 * m * inner * outer, size * (m * inner + k * n + m * outer)
+            total += max(work / (flops * _GEMM[backend]), moved / rate.bytes)
+        if problem.base and backend == "triton":
+            total += 2.0 * m * outer * rank_tile(r) / (flops * _GEMM[backend])
+        else:
+            total += 2 * size * m * outer / rate.bytes  # the output is read and written again
+        total += size * m * inner / (rate.bytes * _STREAM)  # shrink
+    if problem.grad:  # dA and dB, of float32 adapters
+        widened = _WIDENED if backend == "eager" and size == 2 else 1.0
+        total += widened * size * m * (k + n) / (rate.bytes * _STREAM)
+    if masked and backend == "eager":
+        total += (1 + problem.grad) * m * k * (_MASK_BYTES + 3 * size) / rate.bytes
+    elif masked:
+        total += (1 + 2 * problem.grad) * m * k / 8 / rate.bytes
+    launches = {"eager": 3 + 6 * problem.grad, "thin": 3 + 7 * problem.grad}
+    count = launches.get(backend, 2 + 6 * problem.grad)
+    if masked and backend == "eager":
+        count += (1 + problem.grad) * _MASK_LAUNCHES * cdiv(m * k, 1 << 18)
+    return max(1e6 * total, _LAUNCH[backend] * count)
+
+
+def choose_predicted(problem: Problem) -> str:
+    """The faster by the roofline, among backends whose frozen product is cuBLAS's.
+
+    Another GEMM in its place is worth it from 93 % of its rate on, which a guess cannot tell.
+    """
+    return fastest({name: predict(problem, name) for name in ("eager", "thin")})
+
+
+def fastest(microseconds: dict[str, float]) -> str:
+    """The backend to take: a later one of `SERVING` only where it is faster by `MARGIN`."""
+    best, time = "", math.inf
+    for name in SERVING:
+        if name in microseconds and microseconds[name] < time * (1.0 - MARGIN * bool(best)):
+            best, time = name, microseconds[name]
+    return best
+
+
+@functools.cache
+def measurements() -> tuple[dict[str, Any], ...]:
+    """The shipped points: arch, sms, dtype, m, k, n, r, dropout (0 or 1), grad, us by backend."""
+    file = importlib.resources.files("loradrop") / "assets" / "measured.json"
+    return tuple(json.loads(file.read_text(encoding="utf-8"))["points"])
+
+
+def nearest(problem: Problem, points: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The measured point that holds for the problem: the same layer, about as many tokens."""
+    if problem.m == 0 or not problem.base or not problem.aligned:
+        return None
+    best, closest = None, (math.inf, math.inf, math.inf)
+    for point in points:
+        same = (
+            (point["arch"], point["dtype"]) == (problem.arch, str(problem.dtype)[6:])
+            and (point["k"], point["n"]) == (problem.k, problem.n)
+            and rank_tile(point["r"]) == rank_tile(problem.r)
+            and bool(point["dropout"]) == (problem.dropout > 0.0)
+            and bool(point["grad"]) == problem.grad
+        )
+        if not same:
+            continue
+        away = abs(math.log(point["m"] / problem.m))
+        # The same chip before all, then the number of tokens, then the rank.
+        distance = (abs(point["sms"] - problem.sms), away, abs(point["r"] - problem.r))
+        if distance < closest and away <= math.log(NEAR):
+            best, closest = point, distance
+    return best
+
+
+def choose_measured(problem: Problem, able: Collection[str] = SERVING) -> str | None:
+    """The fastest backend among `able` by the nearest measurement, None without one."""
+    point = nearest(problem, measurements())
+    if point is None:
+        return None
+    return fastest({name: us for name, us in point["us"].items() if name in able}) or None
+
+
+def explain(problem: Problem, able: Collection[str] = SERVING) -> str:
+    """Why an unnamed call gets its backend, in a sentence."""
+    point, chosen = nearest(problem, measurements()), choose_measured(problem, able)
+    if point is not None and chosen is not None:
+        times = ", ".join(f"{name} {us:.0f}" for name, us in point["us"].items())
+        return f"{chosen}: measured at {point['m']} tokens, in µs: {times}"
+    names = ("eager", "thin", "triton")
+    times = ", ".join(f"{name} {predict(problem, name):.0f}" for name in names)
+    return f"{choose_predicted(problem)}: not measured; the roofline's guess, in µs: {times}"

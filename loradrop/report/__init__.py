@@ -1,0 +1,1 @@
+"""What a run came to: tables for a terminal, pictures, a page."""

@@ -1,0 +1,175 @@
+"""The custom ops and torch.compile."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from op_cases import (
+    DEVICE,
+    HALF,
+    INTERPRETED,
+    KERNELS,
+    SEED,
+    S,
+    draw,
+    each_backend,
+    leaves,
+    short,
+    strided,
+)
+from torch import Tensor
+
+from loradrop.op.function import LoRAFunction
+from loradrop.op.linear import lora_linear
+from loradrop.op.philox import row_bytes
+from loradrop.testing import AWKWARD, Shape
+
+# The custom ops and torch.compile
+
+OPTIONS = {
+    "plain": {},
+    "dropout, weights, norm": {"p": 0.25, "weights": True, "norm": True},
+    "statistic": {"statistic": True, "norm": True},
+    "y0": {"y0": True},
+    "no token": {"m": 0, "norm": True},
+    "no token, dropout": {"m": 0, "p": 0.25},
+    "strided": {"strided": True, "p": 0.25},
+    "strided y0": {"y0": True, "turned": True},
+}
+
+
+def op_arguments(dtype: torch.dtype, backend: str, **given: Any) -> tuple[Any, ...]:
+    """As `function.Call` lists them."""
+    t = draw(Shape(given.get("m", 5), 8, 6, 3), dtype)
+    if given.get("strided"):
+        t["x"], t["weight"] = strided(t["x"], "transposed"), strided(t["weight"], "every other")
+    x, A, B = leaves(t)
+    y0 = strided(t["dy"], "transposed" if given.get("turned") else "plain")
+    y0 = y0.requires_grad_() if given.get("y0") else None
+    statistic = torch.zeros((), dtype=torch.float64, device=DEVICE, requires_grad=True)
+    p = given.get("p", 0.0)
+    return (
+        *(x, None if given.get("y0") else t["weight"], None, y0, A, B),
+        SEED if p else None,
+        torch.ones(5, device=DEVICE) if given.get("weights") else None,
+        statistic if given.get("statistic") else None,
+        *(S, p, given.get("norm", False), backend),
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(name, torch.float16) for name in KERNELS]
+    if INTERPRETED
+    else [("reference", torch.float64), ("eager", torch.float32), ("eager", torch.bfloat16)],
+    ids=short,
+)
+@pytest.mark.parametrize("given", OPTIONS.values(), ids=OPTIONS)
+def test_opcheck_of_the_forward(given: dict[str, Any], backend: str, dtype: torch.dtype) -> None:
+    loose = {"rtol": 2e-2, "atol": 2e-2} if dtype.itemsize == 2 else {}
+    torch.library.opcheck(
+        torch.ops.loradrop.lora_linear.default, op_arguments(dtype, backend, **given), **loose
+    )
+
+
+@pytest.mark.parametrize(
+    ("needs", "backend"),
+    [([True, True, True], name) for name in KERNELS]
+    if INTERPRETED
+    else [
+        ([True, True, True], "reference"),
+        ([True, True, True], "eager"),
+        ([False, True, False], "eager"),
+        ([False, False, True], "eager"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_opcheck_of_the_backward(p: float, needs: list[bool], backend: str) -> None:
+    t = draw(Shape(5, 8, 6, 3), HALF)
+    h, seed = torch.randn(5, 3, device=DEVICE).to(HALF), SEED if p else None
+    shape = (5, row_bytes(8)) if p else (0,)
+    mask = torch.full(shape, 0b10110111, dtype=torch.uint8, device=DEVICE)
+    for weight in (t["weight"], None):
+        operands = (t["dy"], t["x"], weight, t["A"], t["B"], h, mask)
+        torch.library.opcheck(
+            torch.ops.loradrop.lora_linear_backward.default,
+            (backend, *operands, S, p, seed, needs),
+        )
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
+
+
+@each_backend
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=short)
+def test_compile_equals_eager(dtype: torch.dtype, p: float, backend: str) -> None:
+    def step(x: Tensor, A: Tensor, B: Tensor, statistic: Tensor) -> tuple[Tensor, Tensor]:
+        y, norm = lora_linear(
+            x * 1.0, t["weight"], t["bias"], A, B, S, dropout=p, seed=SEED,
+            token_weights=weights, return_sqnorm=True, statistic=statistic, backend=backend,
+        )  # fmt: skip
+        return y.tanh(), norm
+
+    t = draw(AWKWARD["rank 8"], dtype)
+    weights = (torch.arange(37, device=DEVICE) % 2).float()
+    inputs = [*leaves(t), torch.zeros((), dtype=torch.float64, device=DEVICE, requires_grad=True)]
+    outcomes = []
+    for function in (step, compiled(step)):
+        y, norm = function(*inputs)
+        outcomes.append([y, norm, *torch.autograd.grad(y, inputs, t["dy"])])
+    assert float(outcomes[0][-1]) == float(outcomes[0][1]) > 0
+    for one, two in zip(*outcomes, strict=True):
+        assert one.dtype == two.dtype
+        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+
+
+def test_compile_with_dynamic_shapes() -> None:
+    def step(x: Tensor, A: Tensor, B: Tensor, statistic: Tensor) -> Tensor:
+        return lora_linear(x, t["weight"], t["bias"], A, B, S, statistic=statistic)
+
+    t = draw(AWKWARD["rank 8"])
+    fast = compiled(step, dynamic=True)
+    for m in (37, 5, 12, 30):
+        x, A, B = leaves(draw(AWKWARD["rank 8"]._replace(m=m)))
+        inputs = (x, A, B, torch.zeros((), dtype=torch.float64, device=DEVICE, requires_grad=True))
+        with torch._dynamo.config.patch(error_on_recompile=m != 37):
+            one, two = (torch.autograd.grad(f(*inputs).sum(), inputs) for f in (step, fast))
+        for plain, quick in zip(one, two, strict=True):
+            torch.testing.assert_close(plain, quick)
+
+
+def test_compile_under_autocast() -> None:
+    def step(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return lora_linear(x, t["weight"], t["bias"], A, B, S)
+
+    t = draw(AWKWARD["rank 8"])
+    inputs = leaves(t)
+    outcomes = []
+    for run in (step, compiled(step)):
+        y = run(*inputs)
+        assert y.dtype == torch.bfloat16
+        outcomes.append([y, *torch.autograd.grad(y, inputs, t["dy"].bfloat16())])
+    for one, two in zip(*outcomes, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_compiled_code_uses_the_custom_op() -> None:
+    graphs = []
+
+    def spy(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(graph.print_readable(print_output=False))
+        return graph.forward
+
+    t = draw(AWKWARD["rank 8"])
+    torch.compiler.reset()
+    torch.compile(lora_linear, backend=spy, fullgraph=True)(
+        *(t[n] for n in ("x", "weight", "bias", "A", "B")), S
+    )
+    assert "torch.ops.loradrop.lora_linear" in graphs[0]
+    assert LoRAFunction.__name__ not in graphs[0]

@@ -1,0 +1,510 @@
+"""The op: every backend against float64 within PyTorch's own error, for every option."""
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import (
+    DEVICE,
+    DTYPES,
+    HALF,
+    INTERPRETED,
+    KERNELS,
+    LAYOUTS,
+    LEAVES,
+    PLAIN,
+    SEED,
+    S,
+    Tensors,
+    draw,
+    each_backend,
+    each_dtype,
+    factors_in_use,
+    kept,
+    leaves,
+    near,
+    plain_backend,
+    short,
+    strided,
+    through_op,
+    through_torch,
+    widest,
+)
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - its usual name
+
+from loradrop.op import philox
+from loradrop.op.linear import lora_add, lora_linear
+from loradrop.testing import AWKWARD, Shape, assert_within, torch_delta
+
+# Values and gradients
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@each_dtype
+@pytest.mark.parametrize("name", AWKWARD)
+@each_backend
+def test_error_is_within_that_of_pytorch(
+    backend: str, name: str, dtype: torch.dtype, p: float
+) -> None:
+    m, k, _, r = AWKWARD[name]
+    draws = 32 if m * r < 100 else 1 if k > 1000 else 5  # enough roundings to compare
+    factor = 1.2
+    if INTERPRETED:  # slow, and NumPy's sums in float32 are a little worse than a GPU's
+        draws, factor = min(draws, 8 if m == 1 else 2), 1.2 if dtype == torch.float16 else 1.5
+    runs = []
+    for seed in range(draws):
+        t = draw(AWKWARD[name], dtype, seed)
+        results = (
+            through_op(t, backend, p),
+            through_torch(t, dtype, p),
+            through_torch(t, torch.float64, p),
+        )
+        runs.append([[value.flatten() for value in result] for result in results])
+        assert [v.dtype for v in results[0]] == [dtype, dtype, *[t["A"].dtype] * 2, torch.float32]
+    for i, what in enumerate(("y", "dx", "dA", "dB")):
+        ours, pytorchs, exact = (torch.cat([run[j][i] for run in runs]) for j in range(3))
+        try:
+            assert_within(ours, pytorchs, exact, factor)
+        except AssertionError as error:
+            raise AssertionError(f"{what}: {error}") from None
+
+
+@each_dtype
+@pytest.mark.parametrize("name", ["one token", "rank 1", "rank 64"])
+@each_backend
+def test_error_of_the_norm_is_within_that_of_pytorch(
+    backend: str, name: str, dtype: torch.dtype
+) -> None:
+    ours, pytorchs, exact = torch.tensor(
+        [
+            [
+                float(through_op(t, backend, 0.0)[4]),
+                *(float(through_torch(t, d, 0.0)[4]) for d in (dtype, torch.float64)),
+            ]
+            for t in (draw(AWKWARD[name], dtype, seed) for seed in range(6 if INTERPRETED else 32))
+        ],
+        dtype=torch.float64,
+    ).T
+    in_float32 = 2**-24 * exact.norm()
+    assert (ours - exact).norm() <= 1.2 * (pytorchs - exact).norm() + in_float32
+
+
+@pytest.mark.parametrize("wrong", ["zeros", "nan", "sign", "scale", "shape"])
+def test_the_bound_is_a_bound(wrong: str) -> None:
+    t = draw(AWKWARD["rank 8"], torch.bfloat16)
+    dA, pytorchs, exact = (
+        r[2]
+        for r in (
+            through_op(t, None, 0.0),
+            *(through_torch(t, d, 0.0) for d in (torch.bfloat16, torch.float64)),
+        )
+    )
+    assert_within(dA, pytorchs, exact)
+    bad = {
+        "zeros": torch.zeros_like(dA),
+        "nan": dA.clone().index_fill_(0, torch.tensor([0], device=DEVICE), math.nan),
+        "sign": -dA,
+        "scale": dA * 1.01,
+        "shape": dA[:-1],
+    }
+    with pytest.raises(AssertionError):
+        assert_within(bad[wrong], pytorchs, exact)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", list(dict.fromkeys((HALF, torch.float16))), ids=short)
+def test_gradients_of_half_inputs_are_summed_in_float32(backend: str, dtype: torch.dtype) -> None:
+    """2049 ones: bfloat16 stops counting at 256, float16 at 2048."""
+    x, one = (torch.ones(n, 1, dtype=dtype, device=DEVICE) for n in (2049, 1))
+    A, B = (torch.ones(1, 1, requires_grad=True, device=DEVICE) for _ in range(2))
+    lora_linear(x, one, None, A, B, 1.0, backend=backend).sum().backward()
+    assert A.grad is not None and B.grad is not None
+    assert (float(A.grad), float(B.grad)) == (2049.0, 2049.0)
+
+
+@each_backend
+def test_scaling_does_not_overflow_float16(backend: str) -> None:
+    """s·h is 96 000 here, beyond float16; h and y are not."""
+    x, A = torch.full((2, 4), 100.0), torch.full((1, 4), 7.5)
+    B, weight = torch.full((3, 1), 2.0**-6), torch.zeros(3, 4)
+    x, weight, A, B = (tensor.to(DEVICE) for tensor in (x.half(), weight.half(), A, B))
+    y, norm = lora_linear(x, weight, None, A, B, 32.0, return_sqnorm=True, backend=backend)
+    assert torch.equal(y.cpu(), torch.full((2, 3), 1500.0, dtype=torch.float16))
+    assert float(norm) == 6 * 1500.0**2
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@plain_backend
+def test_gradcheck(backend: str, p: float) -> None:
+    t = draw(Shape(3, 5, 4, 2), torch.float64)
+    more: dict[str, Any] = {"dropout": p, "seed": SEED if p else None, "backend": backend}
+
+    def frozen(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return lora_linear(x, t["weight"], t["bias"], A, B, S, **more)
+
+    def trained(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return lora_linear(x, weight, bias, A, B, S, **more)
+
+    def added(x: Tensor, A: Tensor, B: Tensor, y0: Tensor) -> Tensor:
+        return lora_add(y0, x, A, B, S, **more)
+
+    inputs = leaves(t)
+    weight, bias, y0 = (t[name].clone().requires_grad_() for name in ("weight", "bias", "dy"))
+    assert torch.autograd.gradcheck(frozen, inputs)
+    assert torch.autograd.gradcheck(trained, [*inputs, weight, bias])
+    assert torch.autograd.gradcheck(added, [*inputs, y0])
+
+
+@each_backend
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("entry", ["lora_linear", "lora_add"])
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=4)), ids=str)
+def test_every_subset_of_gradients(
+    entry: str, needs: tuple[bool, ...], p: float, backend: str
+) -> None:
+    t = draw(Shape(5, 8, 6, 2), torch.float32)
+    names = (*LEAVES, "y0" if entry == "lora_add" else "weight")
+    t["y0"] = t["dy"] + 1
+
+    def run(wanted: tuple[bool, ...]) -> list[Tensor | None]:
+        d = {name: tensor.clone() for name, tensor in t.items()}
+        for name, need in zip(names, wanted, strict=True):
+            d[name].requires_grad_(need)
+        base = (d["y0"], d["x"]) if entry == "lora_add" else (d["x"], d["weight"], None)
+        function = lora_add if entry == "lora_add" else lora_linear
+        y = function(*base, d["A"], d["B"], S, dropout=p, seed=SEED, backend=backend)
+        assert y.requires_grad == any(wanted)
+        if any(wanted):
+            y.backward(t["dy"])
+        return [d[name].grad for name in names]
+
+    for need, grad, full in zip(needs, run(needs), run((True,) * 4), strict=True):
+        assert (grad is not None) == need
+        if grad is not None:
+            torch.testing.assert_close(grad, full, rtol=1e-6, atol=1e-6)
+
+
+@each_backend
+def test_weight_that_is_trained_gets_its_gradient(backend: str) -> None:
+    t = draw(AWKWARD["rank 4"], widest(backend))
+    inputs = [t[name].requires_grad_() for name in ("x", "weight", "bias", "A", "B")]
+    y = lora_linear(*inputs, S, backend=backend)
+    expected = F.linear(*inputs[:3]) + torch_delta(t["x"], t["A"], t["B"], S)
+    torch.testing.assert_close(y, expected, **near(y.dtype))
+    for got, want in zip(
+        *(torch.autograd.grad(out, inputs, t["dy"]) for out in (y, expected)), strict=True
+    ):
+        torch.testing.assert_close(got, want, **near(y.dtype))
+
+
+def test_bias_alone_can_be_trained() -> None:
+    t = draw(AWKWARD["rank 4"])
+    bias = t["bias"].requires_grad_()
+    lora_linear(t["x"], t["weight"], bias, t["A"], t["B"], S).backward(t["dy"])
+    torch.testing.assert_close(bias.grad, t["dy"].sum(0))
+
+
+@each_backend
+def test_lora_add_is_the_op_over_any_base(backend: str) -> None:
+    t = draw(AWKWARD["rank 8"], widest(backend))
+    x, A, B = leaves(t)
+    y0 = torch.tanh(F.linear(x, t["weight"], t["bias"]))
+    y, norm = lora_add(y0, x, A, B, S, return_sqnorm=True, backend=backend)
+    delta = torch_delta(x, A, B, S)
+    torch.testing.assert_close(y, y0 + delta, **near(y.dtype))
+    assert float(norm) == pytest.approx(float(delta.detach().square().sum()), rel=1e-6)
+    for got, want in zip(
+        *(
+            torch.autograd.grad(out, (x, A, B), t["dy"], retain_graph=True)
+            for out in (y, y0 + delta)
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, **near(y.dtype))
+
+
+# The norm
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@each_dtype
+@pytest.mark.parametrize("B_is", ["random", "cancelling"])
+@each_backend
+def test_norm_accuracy(backend: str, B_is: str, dtype: torch.dtype, p: float) -> None:
+    """Within 1e-5 of ‖|B||h|‖², also where B·h cancels almost to nothing."""
+    t = draw(AWKWARD["rank 64"], dtype)
+    if B_is == "cancelling":
+        other = 2.0**-6 * torch.rand(130, 64, generator=torch.Generator().manual_seed(1))
+        t["B"] = t["B"][:, :1].repeat(1, 64) * (1 + other.to(DEVICE))
+        signs = torch.where(torch.arange(64) % 2 == 0, 1.0, -1.0).unsqueeze(1)
+        t["A"] = t["A"][:1] * signs.to(DEVICE)
+        t["A"], t["B"] = (t[n].to(draw(Shape(0, 1, 1, 1), dtype)["A"].dtype) for n in "AB")
+    _, norm = lora_linear(
+        t["x"], t["weight"], None, t["A"], t["B"], S,
+        dropout=p, seed=SEED, return_sqnorm=True, backend=backend,
+    )  # fmt: skip
+    h, B = factors_in_use(t, backend, p)
+    exact = float((S * h @ B.T).square().sum())
+    largest = float((S * h.abs() @ B.abs().T).square().sum())
+    if B_is == "cancelling":
+        assert exact < 1e-3 * largest
+    assert abs(float(norm) - exact) <= 1e-5 * largest
+    assert float(norm) == pytest.approx(exact, rel=1e-5)
+
+
+@each_dtype
+@each_backend
+def test_norm_is_of_the_h_that_was_added(backend: str, dtype: torch.dtype) -> None:
+    """With W = 0, B = 1 and s = 1, y is h itself."""
+    t = draw(Shape(50, 40, 1, 1), dtype)
+    one, zero = torch.ones(1, 1, device=DEVICE), torch.zeros(1, 40, dtype=dtype, device=DEVICE)
+    for p in (0.0, 0.25):
+        y, norm = lora_linear(
+            t["x"], zero, None, t["A"], one, 1.0,
+            dropout=p, seed=SEED, return_sqnorm=True, backend=backend,
+        )  # fmt: skip
+        assert float(norm) == pytest.approx(float(y.double().square().sum()), rel=2**-23)
+
+
+@each_backend
+def test_h_is_unscaled(backend: str) -> None:
+    t = draw(AWKWARD["rank 8"], widest(backend))
+    q = philox.quantize(0.25)
+    for p, x in ((0.0, t["x"]), (q, t["x"] * kept(t, q) / (1 - q))):
+        h, _ = factors_in_use(t, backend, p)
+        torch.testing.assert_close(h, x.double() @ t["A"].double().T, **near(t["x"].dtype))
+
+
+def zero() -> Tensor:
+    """A statistic, still empty."""
+    return torch.zeros((), dtype=torch.float64, device=DEVICE, requires_grad=True)
+
+
+@each_dtype
+@each_backend
+def test_the_norm_changes_no_bit(backend: str, dtype: torch.dtype) -> None:
+    t = draw(AWKWARD["rank 8"], dtype)
+    weights = torch.ones(37, device=DEVICE)
+    outcomes = []
+    for more in (
+        {},
+        {"return_sqnorm": True},
+        {"return_sqnorm": True, "token_weights": weights},
+        {"statistic": zero()},
+    ):
+        d = {name: tensor.clone() for name, tensor in t.items()}
+        inputs = leaves(d)
+        y = lora_linear(
+            *(d[n] for n in ("x", "weight", "bias", "A", "B")), S,
+            dropout=0.25, seed=SEED, backend=backend, **more,
+        )  # fmt: skip
+        y = y[0] if isinstance(y, tuple) else y
+        outcomes.append([y, *torch.autograd.grad(y, inputs, t["dy"])])
+    for other in outcomes[1:]:
+        for one, two in zip(outcomes[0], other, strict=True):
+            assert torch.equal(one, two)
+
+
+@each_dtype
+@each_backend
+def test_norm_is_a_float32_scalar_without_gradient(backend: str, dtype: torch.dtype) -> None:
+    t = draw(AWKWARD["rank 4"], dtype)
+    leaves(t)
+    _, norm = lora_linear(
+        t["x"], t["weight"], None, t["A"], t["B"], S, return_sqnorm=True, backend=backend
+    )
+    assert (norm.dtype, norm.shape) == (torch.float32, ())
+    assert not norm.requires_grad
+
+
+WEIGHTS = {
+    "bool": torch.tensor([True, False, True, True, False]),
+    "int64": torch.tensor([1, 0, 1, 2, 0]),
+    "float32": torch.tensor([0.5, 0.0, 1.0, 2.25, 0.0]),
+    "bfloat16": torch.tensor([0.5, 0.0, 1.0, 2.25, 0.0], dtype=torch.bfloat16),
+    "float64": torch.tensor([0.1, 0.0, 1e-3, 7.0, 0.0], dtype=torch.float64),
+    "all zero": torch.zeros(5),
+}
+
+
+@each_backend
+@pytest.mark.parametrize("padding", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
+def test_token_weights(weights: Tensor, padding: float, backend: str) -> None:
+    t = draw(Shape(5, 12, 9, 3), torch.float32)
+    weights = weights.to(DEVICE)
+    per_token = torch_delta(*(t[n].double() for n in LEAVES), S).square().sum(1)
+    t["x"][weights == 0] = padding
+    _, norm = lora_linear(
+        t["x"], t["weight"], None, t["A"], t["B"], S,
+        token_weights=weights, return_sqnorm=True, backend=backend,
+    )  # fmt: skip
+    assert float(norm) == pytest.approx(float((per_token * weights.double()).sum()), rel=1e-5)
+
+
+@each_backend
+def test_statistic_receives_the_norm_once_per_backward(backend: str) -> None:
+    t = draw(AWKWARD["rank 8"])
+    leaves(t)
+    statistic = zero()
+    weights = (torch.arange(37, device=DEVICE) % 3).float()
+    y, norm = lora_linear(
+        *(t[n] for n in ("x", "weight", "bias", "A", "B")), S,
+        token_weights=weights, return_sqnorm=True, statistic=statistic, backend=backend,
+    )  # fmt: skip
+    assert statistic.grad is None and float(norm) > 0
+    for times in (1, 2, 3):
+        (1000.0 * y).sum().backward(retain_graph=True)  # the loss's scale says nothing
+        assert float(statistic.grad) == times * float(norm)
+        assert float(statistic.detach()) == 0.0
+
+
+def test_statistic_of_frozen_inputs() -> None:
+    t = draw(AWKWARD["rank 8"])
+    statistic = zero()
+    args = [t[n] for n in ("x", "weight", "bias", "A", "B")]
+    lora_linear(*args, S, statistic=statistic).sum().backward()
+    _, norm = lora_linear(*args, S, return_sqnorm=True)
+    assert float(statistic.grad) == float(norm)
+
+
+# Layouts
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=short)
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("which", ["x", "weight", "A", "B", "dy"])
+def test_strides(which: str, how: str, dtype: torch.dtype, backend: str) -> None:
+    t = draw(AWKWARD["rank 4"], dtype)
+    for p in (0.0, 0.25):
+        plain = through_op(t, backend, p)
+        other = through_op(t | {which: strided(t[which], how)}, backend, p)
+        for one, two in zip(plain, other, strict=True):
+            torch.testing.assert_close(one, two, **near(dtype))
+
+
+@each_backend
+def test_expanded_input(backend: str) -> None:
+    t = draw(AWKWARD["rank 4"])
+    t["x"] = t["x"][:1].expand(37, -1)
+    copied = t | {"x": t["x"].contiguous()}
+    for one, two in zip(
+        through_op(t, backend, 0.25), through_op(copied, backend, 0.25), strict=True
+    ):
+        torch.testing.assert_close(one, two)
+
+
+@each_backend
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("rows", [(), (1,), (6,), (2, 3), (1, 2, 3), (2, 0), (0,)], ids=str)
+def test_leading_axes(rows: tuple[int, ...], p: float, backend: str) -> None:
+    m = math.prod(rows)
+    t = draw(Shape(m, 10, 7, 3))
+    weights = torch.arange(m, dtype=torch.float32, device=DEVICE)
+    flat = through_op(t, backend, p)
+    inputs = [t["x"].view(*rows, 10), *(t[n] for n in ("weight", "bias", "A", "B"))]
+    for i in (0, 3, 4):
+        inputs[i] = inputs[i].detach().requires_grad_()
+    y, norm = lora_linear(
+        *inputs, S, dropout=p, seed=SEED,
+        token_weights=weights.view(rows), return_sqnorm=True, backend=backend,
+    )  # fmt: skip
+    assert y.shape == (*rows, 7)
+    grads = torch.autograd.grad(y, [inputs[i] for i in (0, 3, 4)], t["dy"].view(*rows, 7))
+    assert grads[0].shape == inputs[0].shape
+    for got, want in zip((y, *grads), flat, strict=False):
+        torch.testing.assert_close(got.reshape(want.shape), want)
+    if m == 0:
+        assert not any(grad.any() for grad in grads)
+        assert float(norm) == 0.0
+
+
+@each_backend
+def test_permuted_batch(backend: str) -> None:
+    t = draw(Shape(12, 10, 7, 3))
+    x = t["x"].view(3, 4, 10).transpose(0, 1)
+    y = lora_linear(x, t["weight"], None, t["A"], t["B"], S, backend=backend)
+    copied = lora_linear(x.contiguous(), t["weight"], None, t["A"], t["B"], S, backend=backend)
+    torch.testing.assert_close(y, copied)
+
+
+# Properties over shapes, ranks, dtypes, strides and masks
+
+
+def layouts(tensor: Tensor) -> st.SearchStrategy[Tensor]:
+    return st.sampled_from(["plain", *LAYOUTS]).map(lambda how: strided(tensor, how))
+
+
+@st.composite
+def problems(draw_: Any) -> tuple[Tensors, float, Tensor | None, str]:
+    size = st.integers(1, 40)
+    shape = Shape(draw_(st.integers(0, 40)), draw_(size), draw_(size), draw_(st.integers(1, 20)))
+    t = draw(shape, draw_(st.sampled_from(DTYPES)), draw_(st.integers(0, 2**31)))
+    t = {n: v if v.ndim < 2 else draw_(layouts(v)) for n, v in t.items()}
+    p = philox.quantize(draw_(st.sampled_from([0.0, 0.1, 0.5, 0.9])))
+    mask = st.lists(st.sampled_from([0.0, 1.0, 0.5]), min_size=shape.m, max_size=shape.m)
+    weights = draw_(st.none() | mask.map(lambda values: torch.tensor(values, device=DEVICE)))
+    return t, p, weights, draw_(st.sampled_from(KERNELS if INTERPRETED else PLAIN))
+
+
+@pytest.mark.interpreter
+@settings(max_examples=40 if INTERPRETED else 150, deadline=None, derandomize=True)
+@given(problems())
+def test_rounding_is_all_that_differs_from_the_equations(
+    case: tuple[Tensors, float, Tensor | None, str],
+) -> None:
+    """Each result within a few roundings of the sum of absolute products that makes it."""
+    t, p, weights, backend = case
+    dtype = t["x"].dtype
+    got = through_op(t, backend, p)
+    e = {n: v.to(dtype).double() for n, v in t.items()}
+    mask = kept(e, p)
+    e["dropped"] = e["x"] if mask is None else torch.where(mask, e["x"], 0.0)
+
+    def equations(e: Tensors, s: float) -> list[Tensor]:
+        h, dh = e["dropped"] @ e["A"].T / (1 - p), s * e["dy"] @ e["B"]
+        delta = dh @ e["A"] / (1 - p)
+        return [
+            e["x"] @ e["weight"].T + e["bias"] + s * h @ e["B"].T,
+            e["dy"] @ e["weight"] + (delta if mask is None else delta * mask),
+            dh.T @ e["dropped"] / (1 - p),
+            s * e["dy"].T @ h,
+        ]
+
+    exact, largest = equations(e, S), equations({n: v.abs() for n, v in e.items()}, S)
+    narrow, wide = torch.finfo(dtype).eps, torch.finfo(t["A"].dtype).eps
+    roundings = 4 * narrow + 2 * wide * (sum(e["x"].shape) + 25)
+    for value, want, size in zip(got, exact, largest, strict=False):
+        assert value.shape == want.shape
+        assert ((value.double() - want).abs() <= roundings * size + 1e-7 * narrow).all()
+
+    _, norm = lora_linear(
+        *(t[n] for n in ("x", "weight", "bias", "A", "B")), S, dropout=p, seed=SEED,
+        token_weights=weights, return_sqnorm=True, backend=backend,
+    )  # fmt: skip
+    h, B = factors_in_use(t, backend, p)
+    per_token = (S * h @ B.T).square().sum(1)
+    want = float(per_token.sum() if weights is None else (weights.double() * per_token).sum())
+    assert float(norm) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("scaling", [2.0, 0.25, 1.7, -0.5])
+def test_a_bias_on_many_half_precision_rows(scaling: float) -> None:
+    """Where the bias travels as a column of the thin product, y is no worse than PyTorch's."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(s, generator=generator).bfloat16() for s in ((640, 48), (40, 48)))
+    bias = 3 * torch.randn(40, generator=generator).bfloat16()
+    A, B = (torch.randn(s, generator=generator) for s in ((8, 48), (40, 8)))
+    y = lora_linear(x, weight, bias, A, B, scaling, backend="eager")
+    a, b = A.bfloat16(), B.bfloat16()
+    h = (x.double() @ a.double().T).bfloat16()
+    exact = x.double() @ weight.double().T + bias.double() + scaling * (h.double() @ b.double().T)
+    base = torch.nn.functional.linear(x, weight, bias)
+    torch_path = base + torch.nn.functional.linear(h, b) * scaling
+    assert_within(y, torch_path, exact)

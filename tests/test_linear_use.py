@@ -1,0 +1,277 @@
+"""The op in use: autocast, what it must not do, its refusals."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from op_cases import (
+    DEVICE,
+    HALF,
+    SEED,
+    S,
+    draw,
+    each_backend,
+    each_dtype,
+    kept,
+    leaves,
+    short,
+    through_op,
+    torch_delta,
+)
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812 - its usual name
+from torch.utils.checkpoint import checkpoint
+
+from loradrop.op.linear import lora_add, lora_linear
+from loradrop.testing import AWKWARD, assert_within
+
+# Autocast
+
+
+@each_backend
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_autocast_does_what_autocast_does(backend: str, p: float) -> None:
+    ours, pytorchs, exact = [], [], []
+    for seed in range(6):
+        t = draw(AWKWARD["rank 8"], torch.float32, seed)
+        for results, run in ((ours, "op"), (pytorchs, "torch"), (exact, "exact")):
+            dtype = torch.float64 if run == "exact" else torch.float32
+            d = {n: tensor.detach().to(dtype) for n, tensor in t.items()}
+            inputs = leaves(d)
+            with torch.autocast(DEVICE, HALF, enabled=run != "exact"):
+                if run == "op":
+                    y = lora_linear(
+                        *(d[n] for n in ("x", "weight", "bias", "A", "B")), S,
+                        dropout=p, seed=SEED, backend=backend,
+                    )  # fmt: skip
+                else:
+                    y = F.linear(d["x"], d["weight"], d["bias"])
+                    y = y + torch_delta(d["x"], d["A"], d["B"], S, kept(d, p), p)
+            assert y.dtype == (torch.float64 if run == "exact" else HALF)
+            grads = torch.autograd.grad(y, inputs, d["dy"].to(y.dtype))
+            assert all(g.dtype == dtype for g in grads)
+            results.append([y.detach(), *grads])
+    for i in range(4):
+        assert_within(*(torch.cat([run[i] for run in runs]) for runs in (ours, pytorchs, exact)))
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=short)
+def test_autocast_around_backward_changes_nothing(backend: str, dtype: torch.dtype) -> None:
+    """The forward decides; a loss.backward() inside the block computes what one outside does."""
+    t = draw(AWKWARD["rank 8"], dtype)
+    outside = through_op(t, backend, 0.25)
+    inputs = leaves(t)
+    y = lora_linear(
+        *(t[n] for n in ("x", "weight", "bias", "A", "B")), S,
+        dropout=0.25, seed=SEED, backend=backend,
+    )  # fmt: skip
+    with torch.autocast(DEVICE, HALF):
+        inside = torch.autograd.grad(y, inputs, t["dy"])
+    for one, two in zip(outside[1:4], inside, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_autocast_leaves_float64_alone() -> None:
+    t = draw(AWKWARD["rank 4"], torch.float64)
+    plain = through_op(t, None, 0.0)
+    with torch.autocast(DEVICE, HALF):
+        under = through_op(t, None, 0.0)
+    for one, two in zip(plain, under, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_autocast_of_lora_add() -> None:
+    t = draw(AWKWARD["rank 4"])
+    with torch.autocast(DEVICE, HALF):
+        y0 = F.linear(t["x"], t["weight"])
+        assert lora_add(y0, t["x"], t["A"], t["B"], S).dtype == HALF
+    with torch.autocast(DEVICE, enabled=False):
+        assert lora_add(t["dy"], t["x"], t["A"], t["B"], S).dtype == torch.float32
+
+
+# What it must not do
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("entry", ["lora_linear", "lora_add"])
+def test_nothing_is_mutated(entry: str, dtype: torch.dtype, backend: str) -> None:
+    t = draw(AWKWARD["rank 8"], dtype)
+    weights = (torch.arange(37, device=DEVICE) % 2).float()
+    y0 = t["dy"].clone()
+    everything = [*t.values(), weights, SEED, y0]
+    before = [(tensor.clone(), tensor._version) for tensor in everything]
+    inputs = leaves(t)
+    base = (y0, t["x"]) if entry == "lora_add" else (t["x"], t["weight"], t["bias"])
+    y, _ = (lora_add if entry == "lora_add" else lora_linear)(
+        *base, t["A"], t["B"], S,
+        dropout=0.25, seed=SEED, token_weights=weights, return_sqnorm=True, backend=backend,
+    )  # fmt: skip
+    assert y.untyped_storage().data_ptr() != y0.untyped_storage().data_ptr()
+    torch.autograd.grad(y, inputs, t["dy"])
+    for tensor, (value, version) in zip(everything, before, strict=True):
+        assert torch.equal(tensor, value)
+        assert tensor._version == version
+
+
+@each_backend
+def test_the_output_may_be_changed_in_place(backend: str) -> None:
+    t = draw(AWKWARD["rank 8"])
+    expected = through_op(t, backend, 0.0)
+    inputs = leaves(t)
+    y = lora_linear(*(t[n] for n in ("x", "weight", "bias", "A", "B")), S, backend=backend)
+    y.mul_(2.0)
+    grads = torch.autograd.grad(y, inputs, t["dy"])
+    for got, want in zip(grads, expected[1:4], strict=True):
+        torch.testing.assert_close(got, 2 * want)
+
+
+@each_backend
+def test_retain_graph_twice(backend: str) -> None:
+    t = draw(AWKWARD["rank 8"])
+    inputs = leaves(t)
+    y = lora_linear(
+        *(t[n] for n in ("x", "weight", "bias", "A", "B")), S,
+        dropout=0.25, seed=SEED, backend=backend,
+    )  # fmt: skip
+    first = torch.autograd.grad(y, inputs, t["dy"], retain_graph=True)
+    second = torch.autograd.grad(y, inputs, t["dy"])
+    for one, two in zip(first, second, strict=True):
+        assert torch.equal(one, two)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(y, inputs, t["dy"])
+
+
+@each_backend
+def test_double_backward_raises(backend: str) -> None:
+    t = draw(AWKWARD["rank 8"])
+    inputs = leaves(t)
+    y = lora_linear(*(t[n] for n in ("x", "weight", "bias", "A", "B")), S, backend=backend)
+    dx, dA, _ = torch.autograd.grad(y, inputs, t["dy"].requires_grad_(), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (dx.square().sum() + dA.sum()).backward()
+
+
+@each_backend
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_a_recomputed_forward_is_the_same(p: float, reentrant: bool, backend: str) -> None:
+    """Activation checkpointing restores the generator, and with it the seed and the mask."""
+    t = draw(AWKWARD["rank 8"])
+
+    def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        seed = torch.randint(0, 1 << 62, (), device=DEVICE)
+        y: Tensor = lora_linear(
+            x, t["weight"], t["bias"], A, B, S, dropout=p, seed=seed, backend=backend
+        )
+        return y
+
+    outcomes = []
+    for recompute in (False, True):
+        inputs = leaves({name: tensor.detach().clone() for name, tensor in t.items()})
+        torch.manual_seed(5)
+        y = checkpoint(layer, *inputs, use_reentrant=reentrant) if recompute else layer(*inputs)
+        y.backward(t["dy"])
+        outcomes.append([y.detach(), *(leaf.grad for leaf in inputs)])
+    for one, two in zip(*outcomes, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_no_random_number_is_drawn() -> None:
+    before = torch.get_rng_state()
+    through_op(draw(AWKWARD["rank 8"]), None, 0.25)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@each_backend
+def test_inference_mode(backend: str) -> None:
+    t = draw(AWKWARD["rank 8"])
+    expected = through_op(t, backend, 0.0)
+    with torch.inference_mode():
+        y, norm = lora_linear(
+            *(t[n] for n in ("x", "weight", "bias", "A", "B")), S,
+            return_sqnorm=True, backend=backend,
+        )  # fmt: skip
+    assert torch.equal(y, expected[0]) and torch.equal(norm, expected[4])
+
+
+# Refusals
+
+
+def ones(*shape: int, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> Tensor:
+    return torch.ones(shape, dtype=dtype, device=device)
+
+
+def valid() -> dict[str, Any]:
+    return {
+        "x": ones(5, 8),
+        "weight": ones(6, 8),
+        "bias": ones(6),
+        "A": ones(3, 8),
+        "B": ones(6, 3),
+        "scaling": 1.0,
+    }
+
+
+FAR_SEED = torch.zeros((), dtype=torch.int64, device="meta")
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "x of another K": ({"x": ones(5, 9)}, r"x .*\(5, 9\).*A .*\(3, 8\)"),
+    "x without axes": ({"x": ones()}, r"x .*\(\)"),
+    "weight transposed": ({"weight": ones(8, 6)}, r"weight.*\(8, 6\).*\(6, 8\)"),
+    "weight 1-D": ({"weight": ones(8)}, r"weight.*\(8,\)"),
+    "bias of another N": ({"bias": ones(7)}, r"bias.*\(7,\)"),
+    "bias 2-D": ({"bias": ones(1, 6)}, r"bias.*\(1, 6\)"),
+    "A of another K": ({"A": ones(3, 9)}, r"\(3, 9\)"),
+    "A and B of other ranks": ({"B": ones(6, 4)}, r"A .*\(3, 8\).*B .*\(6, 4\)"),
+    "B of another N": ({"B": ones(7, 3)}, r"weight.*\(6, 8\).*B \(7, 3\)"),
+    "A 1-D": ({"A": ones(8)}, r"A .*\(8,\)"),
+    "rank 0": ({"A": ones(0, 8), "B": ones(6, 0)}, r"A .*\(0, 8\)"),
+    "x of integers": ({"x": ones(5, 8, dtype=torch.int64)}, "int64"),
+    "x complex": ({"x": ones(5, 8, dtype=torch.complex64)}, "complex64"),
+    "weight of another dtype": ({"weight": ones(6, 8, dtype=torch.bfloat16)}, "weight.*bfloat16"),
+    "bias of another dtype": ({"bias": ones(6, dtype=torch.float64)}, "bias.*float64"),
+    "A of integers": ({"A": ones(3, 8, dtype=torch.int32)}, "A .*int32"),
+    "B complex": ({"B": ones(6, 3, dtype=torch.complex64)}, "B .*complex64"),
+    "A elsewhere": ({"A": ones(3, 8, device="meta")}, "A .*meta"),
+    "B elsewhere": ({"B": ones(6, 3, device="meta")}, "B .*meta"),
+    "weight elsewhere": ({"weight": ones(6, 8, device="meta")}, "weight.*meta"),
+    "bias elsewhere": ({"bias": ones(6, device="meta")}, "bias.*meta"),
+    "dropout 1": ({"dropout": 1.0, "seed": SEED}, "dropout=1"),
+    "dropout negative": ({"dropout": -0.1, "seed": SEED}, "dropout=-0.1"),
+    "dropout NaN": ({"dropout": math.nan, "seed": SEED}, "dropout=nan"),
+    "dropout without seed": ({"dropout": 0.5}, "seed"),
+    "seed a vector": ({"dropout": 0.5, "seed": torch.tensor([1, 2], device=DEVICE)}, "seed"),
+    "seed a float": ({"dropout": 0.5, "seed": torch.tensor(1.0, device=DEVICE)}, "seed"),
+    "seed elsewhere": ({"dropout": 0.5, "seed": FAR_SEED}, "seed"),
+    "weights of other rows": ({"token_weights": ones(4)}, r"token_weights.*\(4,\).*\(5,\)"),
+    "weights with the last axis": ({"token_weights": ones(5, 1)}, r"token_weights.*\(5, 1\)"),
+    "weights complex": ({"token_weights": ones(5, dtype=torch.complex64)}, "weights.*complex64"),
+    "weights elsewhere": ({"token_weights": ones(5, device="meta")}, "token_weights.*meta"),
+    "statistic of float32": ({"statistic": torch.zeros(())}, "statistic"),
+    "statistic a vector": ({"statistic": ones(1, dtype=torch.float64)}, "statistic"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED.values(), ids=REFUSED)
+def test_refusals_name_what_is_wrong(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = valid() | {"return_sqnorm": True} | change
+    with pytest.raises((ValueError, TypeError), match=message):
+        lora_linear(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("y0", "message"),
+    [(ones(5, 7), r"y0.*\(5, 7\)"), (ones(6), "y0"), (ones(5, 6, dtype=torch.float64), "float64")],
+    ids=["other N", "no rows", "other dtype"],
+)
+def test_lora_add_refuses_a_y0_that_does_not_fit(y0: Tensor, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        lora_add(y0, ones(5, 8), ones(3, 8), ones(6, 3), 1.0)
+
+
+def test_shapes_pass_through_a_meta_device() -> None:
+    on_meta = {n: v.to("meta") if isinstance(v, Tensor) else v for n, v in valid().items()}
+    y = lora_linear(**on_meta)
+    assert (y.shape, y.device.type) == ((5, 6), "meta")

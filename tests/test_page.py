@@ -1,0 +1,343 @@
+"""Tables, pictures and the page say what the plan says."""
+
+import itertools
+import math
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loradrop.bank import Target
+from loradrop.config import LoRAConfig, LoraDropConfig
+from loradrop.plan import Plan
+from loradrop.report.grid import Arm, arms_table, plan_table
+from loradrop.report.page import write_report
+from loradrop.report.plots import plot_history, plot_importance
+from loradrop.selection import assign
+
+QUERY, VALUE = "encoder.layer.{}.attention.self.query", "encoder.layer.{}.attention.self.value"
+SCORES = [10.0, 5.0, 30.0, 5.0, 60.0, 90.0]  # query and value of layer 0, then 1, then 2
+KEPT = [QUERY.format(2), VALUE.format(2)]
+VOID = {"meta", "link", "br", "wbr", "img", "hr", "use", "path"}
+
+
+def make_plan(
+    names: Sequence[str] = [n.format(l) for l in range(3) for n in (QUERY, VALUE)],
+    scores: Sequence[float] | None = SCORES,
+    kept: Sequence[str] | None = KEPT,
+    shapes: Mapping[str, tuple[int, int]] | None = None,
+    frequency: Mapping[str, float] | None = None,
+    base: str = "someone/encoder",
+    share: str = "group",
+    **options: Any,
+) -> Plan:
+    pairs = [(name, (shapes or {}).get(name, (48, 32))) for name in names]
+    targets = tuple(Target(name, name.split(".")[-1], K, N, 4) for name, (K, N) in pairs)
+    values = None if scores is None else dict(zip(names, scores, strict=True))
+    slots = tuple(range(len(names))) if kept is None else tuple(assign(targets, kept, share))
+    return Plan(
+        config=LoraDropConfig(r=4, **options),
+        targets=targets,
+        slots=slots,
+        kept=None if kept is None else tuple(kept),
+        scores=values and {"source": "online", "tokens": 12345, "rows": 20, "values": values},
+        warmup=values and {"steps": 20, "planned": 30, "settled": True, "frequency": frequency},
+        base={"id": base},
+    )
+
+
+def make_arm(plan: Plan | None = None, name: str = "LoRA-drop", **changes: Any) -> Arm:
+    history: list[dict[str, Any]] = [
+        {"step": step, "stage": "warmup" if step <= 20 else "main", "loss": 1.0 + 10 / step}
+        for step in range(5, 101, 5)
+    ]
+    history += [{"step": s, "stage": "main", "eval_f1": s / 200} for s in (50, 100)]
+    values: dict[str, Any] = {
+        "name": name,
+        "parameters": 1234567,
+        "metrics": {"f1": 0.87654, "runtime": 3.0},
+        "seconds": 83.4,
+        "steps": 100,
+        "history": history,
+        "plan": plan,
+    }
+    return Arm(**(values | changes))
+
+
+def bert(layers: int = 2) -> Plan:
+    """Two modules of a layer are called dense; one target belongs to no layer."""
+    suffixes = ("attention.self.query", "attention.output.dense", "output.dense")
+    names = [f"bert.encoder.layer.{l}.{s}" for l in range(layers) for s in suffixes]
+    names.append("bert.pooler.dense")
+    shapes = {name: (64, 16) for name in names if name.endswith(".output.dense")}
+    return make_plan(names, [float(i + 1) for i in range(len(names))], names[:2], shapes)
+
+
+def grid_of(table: str) -> dict[str, list[tuple[str, str, str]]]:
+    """Layer -> the shade, number and mark of its cells."""
+    lines = itertools.takewhile(bool, table.splitlines()[2:])
+    rows = itertools.dropwhile(lambda line: not line.startswith("layer"), lines)
+    cell = re.compile(r"([ ░▒▓█]{2}) +(\S+) ([●○·])")
+    return {line.split()[0]: cell.findall(line[1:]) for line in list(rows)[1:]}
+
+
+class Page(HTMLParser):
+    """Tables as rows of texts, the text of everything, and what is never closed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.source = path.read_text(encoding="utf-8")
+        self.open: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.cells: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(self.source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("td", "th"):
+            self.cells.append((dict(attrs).get("class") or "", ""))
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text += data
+        if {"td", "th"} & set(self.open):
+            kind, text = self.cells[-1]
+            self.cells[-1] = kind, text + data
+
+
+def page_of(tmp_path: Path, *arms: Arm, title: str = "a run", **facts: str) -> Page:
+    write_report(tmp_path / "report.html", arms, title=title, facts=facts)
+    page = Page(tmp_path / "report.html")
+    assert page.open == []
+    return page
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND"
+    width, height = struct.unpack(">II", data[16:24])
+    return width, height
+
+
+def test_plan_table_has_the_shares_and_marks_of_the_plan() -> None:
+    table = plan_table(make_plan())
+    assert grid_of(table) == {
+        "0": [("░░", "10", "○"), ("░░", "5.0", "○")],
+        "1": [("▒▒", "30", "○"), ("░░", "5.0", "○")],
+        "2": [("▓▓", "60", "●"), ("██", "90", "●")],
+    }
+    assert "query 48→32 r4   1   2   0     100        60 %" in table
+    assert "value 48→32 r4   1   2   0     100        90 %" in table
+    assert "all              2   4   0     200        75 %" in table
+    assert "640 own + 640 shared = 1,280, 67 % of LoRA's 1,920" in table
+    assert "online, 12,345 tokens in 20 steps" in table
+    assert "20 of 30 steps, settled" in table
+    assert table.startswith("someone/encoder:")
+
+
+def test_dropped_targets_are_marked_and_cost_nothing() -> None:
+    table = plan_table(make_plan(share="none"))
+    assert [mark for cells in grid_of(table).values() for _, _, mark in cells] == list("····●●")
+    assert "640 own + 0 shared = 640, 33 % of LoRA's 1,920" in table
+
+
+def test_joint_selection_shows_parts_of_all_and_norms_their_roots() -> None:
+    joint = grid_of(plan_table(make_plan(scope="joint")))
+    assert [number for _, number, _ in joint["2"]] == ["30", "45"]
+    rooted = grid_of(plan_table(make_plan(scores=[1, 1, 4, 1, 49, 4], importance="norm")))
+    assert [number for _, number, _ in rooted["2"]] == ["70", "50"]
+
+
+def test_modules_of_the_same_type_have_columns_of_their_own() -> None:
+    table = plan_table(bert())
+    assert grid_of(table)["–"] == [("██", "100", "○")]
+    heads = table[table.index("\n") : table.index("\n0 ")].split()
+    assert (
+        heads
+        == [*("attention.", "output.", "output.", "pooler."), "layer", "query"] + ["dense"] * 3
+    )
+    assert "attention.output.dense, output.dense 64→16 r4   1   3   0" in table
+    assert "pooler.dense 48→32 r4" in table
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"], ["up_proj", "q_proj"]),
+        (["h.0.attn.c_proj", "h.0.mlp.c_proj"], ["attn.​c_proj", "mlp.​c_proj"]),
+        (
+            ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"],
+            ["encoder…​q", "decoder…​q"],
+        ),
+        (["0", "2"], ["*"]),
+        (["dense", "layer.0.dense"], ["dense", "dense"]),
+    ],
+)
+def test_columns_are_named_by_what_tells_them_apart(
+    tmp_path: Path, names: list[str], labels: list[str]
+) -> None:
+    page = page_of(tmp_path, make_arm(make_plan(names, [1.0] * len(names), names[:1])))
+    texts = [text for _, text in page.cells]
+    start = texts.index("layer") + 1
+    assert texts[start : start + len(labels)] == labels
+
+
+def test_a_plan_without_scores_or_decision(tmp_path: Path) -> None:
+    made = make_plan(scores=None, kept=None)
+    plan = Plan(config=LoRAConfig(r=4), targets=made.targets, slots=made.slots)
+    table = plan_table(plan)
+    assert grid_of(table) == {layer: [("  ", "–", "●")] * 2 for layer in "012"}
+    assert "1,920 own + 0 shared = 1,920, 100 % of LoRA's 1,920" in table
+    plot_importance(plan, tmp_path / "map.png")
+    assert min(size_of(tmp_path / "map.png")) > 300
+    page = page_of(tmp_path, make_arm(plan))
+    assert [kind for kind, _ in page.cells if kind.startswith("cell")] == ["cell "] * 6
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_scores_that_are_zero_or_no_number_are_shown_as_they_are(
+    tmp_path: Path, value: float
+) -> None:
+    plan = make_plan(scores=[value] * 6)
+    grid = grid_of(plan_table(plan))
+    marks = {"0": "○", "1": "○", "2": "●"}
+    assert grid == {layer: [("  ", f"{value:.0f}", mark)] * 2 for layer, mark in marks.items()}
+    plot_importance(plan, tmp_path / "map.png")
+    assert min(size_of(tmp_path / "map.png")) > 300
+    page = page_of(tmp_path, make_arm(plan))
+    squares = [text for kind, text in page.cells if kind.startswith("cell")]
+    assert [text.partition("encoder")[0] for text in squares] == [f"{value:.0f}"] * 6
+
+
+def test_arms_table_rows() -> None:
+    arms = [make_arm(), make_arm(name="LoRA", parameters=99, seconds=3723, metrics={})]
+    assert arms_table(arms, "f1").splitlines() == [
+        "            adapter parameters   dev f1         time",
+        "LoRA-drop            1,234,567   0.8765   1 min 23 s",
+        "LoRA                        99        –   1 h 02 min",
+    ]
+
+
+def test_heat_map_grows_with_the_plan(tmp_path: Path) -> None:
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    names = [f"model.layers.{l}.{kind}" for l in range(32) for kind in kinds]
+    big = make_plan(names, [float(i) for i in range(224)], names[100:])
+    plot_importance(make_plan(), tmp_path / "small.png")
+    plot_importance(big, tmp_path / "big.png")
+    small_size, big_size = size_of(tmp_path / "small.png"), size_of(tmp_path / "big.png")
+    assert big_size[0] / 7 > 100 and big_size[1] / 32 > 40
+    assert small_size[1] < big_size[1] / 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.png", "small.png"]
+
+
+def test_heat_map_shows_importance_and_decision(tmp_path: Path) -> None:
+    """Another number, or another mark, is another picture."""
+    images = []
+    for plan in (make_plan(), make_plan(scores=SCORES[::-1]), make_plan(kept=KEPT[:1])):
+        plot_importance(plan, tmp_path / "map.png")
+        images.append((tmp_path / "map.png").read_bytes())
+    assert len(set(images)) == 3
+
+
+@pytest.mark.parametrize("losses", [0, 1, 40], ids=lambda n: f"{n} losses")
+def test_plot_history(tmp_path: Path, losses: int) -> None:
+    history = [
+        {"step": s, "stage": "main", "loss": math.nan if s == 3 else s} for s in range(losses)
+    ]
+    arms = [make_arm(name=f"arm {i}", history=history) for i in range(8)]
+    plot_history(arms, tmp_path / "loss.png")
+    plot_history([make_arm()], tmp_path / "with_dev.png")
+    width, height = size_of(tmp_path / "loss.png")
+    assert width > 1000 and height > 500
+    assert size_of(tmp_path / "with_dev.png")[1] > 1.3 * height
+
+
+def test_a_loss_that_is_no_number_leaves_the_curves_as_they_are(tmp_path: Path) -> None:
+    history = [{"step": step, "stage": "main", "loss": 1 / step} for step in range(1, 40)]
+    broken = [*history, {"step": 20.5, "stage": "main", "loss": math.nan}]
+    for name, entries in (("whole", history), ("broken", broken)):
+        plot_history([make_arm(history=entries)], tmp_path / name)
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "broken").read_bytes()
+
+
+def test_report_has_the_results_and_the_plan(tmp_path: Path) -> None:
+    frequency = dict(zip(make_plan().scores["values"], [0, 0, 0.3, 0, 1, 0.52], strict=True))
+    plan = make_plan(frequency=frequency)
+    page = page_of(tmp_path, make_arm(name="LoRA"), make_arm(plan), model="m", command="c --x y")
+    texts = [text for _, text in page.cells]
+    assert texts[:10] == [
+        *("", "adapter parameters", "dev f1", "steps", "time"),
+        *("LoRA", "1,234,567", "0.8765", "100", "1 min 23 s"),
+    ]
+    squares = [(kind, text) for kind, text in page.cells if kind.startswith("cell")]
+    assert [kind for kind, _ in squares] == ["cell shared"] * 4 + ["cell own high"] * 2
+    numbers = [text.partition("encoder")[0] for _, text in squares]
+    assert numbers == ["10", "5.0", "30", "5.0", "60", "90"]
+    tip = next(text for _, text in squares if QUERY.format(1) in text)
+    assert "shared adapter, 320 parameters" in tip
+    assert "score 30: 30 % of its module type" in tip
+    assert "rank 2 of 3" in tip and "kept in 30 % of" in tip
+    assert "own adapter: 1 of 3" in page.text and "shared adapter: 2 of 3" in page.text
+    assert "0–1" in page.text
+    assert "4 of 6 targets alike in every draw" in page.text
+    calls = texts[texts.index("the closest calls") + 3 :]
+    assert calls[:6] == [
+        *(VALUE.format(2), "52 %", "● own adapter"),
+        *(QUERY.format(1), "30 %", "○ shared adapter"),
+    ]
+    assert "online, 12,345 tokens in 20 steps" in page.text
+    assert "20 of 30 steps, settled" in page.text
+    assert "c --x y" in page.text and '"lora_alpha"' in page.text
+    assert "runtime" not in page.text
+
+
+def test_report_asks_nobody_for_anything(tmp_path: Path) -> None:
+    page = page_of(tmp_path, make_arm(make_plan()), link="see https://example.org/x")
+    assert page.source.count("https://example.org/x") == 1
+    assert "http" not in page.source.replace("https://example.org/x", "").replace("http-equiv", "")
+    assert "@import" not in page.source
+    assert {tag for tag, _, _ in page.attributes} & {"script", "link", "img", "iframe"} == set()
+    links = [value for _, name, value in page.attributes if name.endswith(("src", "href"))]
+    assert links and all(value.startswith("#") for value in links)
+    assert all(inside.startswith("#") for inside in re.findall(r"url\(([^)]*)\)", page.source))
+    assert "prefers-color-scheme: dark" in page.source
+
+
+def test_report_escapes_what_users_write(tmp_path: Path) -> None:
+    evil = '<script>alert("&")</script>$title'
+    names = [f"layer.{l}.{evil}" for l in (0, 1)]
+    plan = make_plan(names, [1.0, 2.0], [], base=evil, frequency=dict.fromkeys(names, 0.4))
+    arm = make_arm(plan, name=evil, metrics={evil: 1.0})
+    page = page_of(tmp_path, arm, title=evil, **{evil: evil})
+    assert "<script" not in page.source
+    assert page.text.count(evil) >= 6
+    plot_importance(plan, tmp_path / "map.png")
+    plot_history([make_arm(name=r"$\no maths$"), make_arm(name="_hidden")], tmp_path / "loss.png")
+    assert min(size_of(tmp_path / "map.png")) > 300
+
+
+def test_report_replaces_a_file_whole_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("before")
+    with pytest.raises(AttributeError):
+        write_report(tmp_path / "report.html", [None], title="", facts={})  # type: ignore[list-item]
+    assert (tmp_path / "report.html").read_text() == "before"
+    page_of(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_every_decided_arm_has_a_map(tmp_path: Path) -> None:
+    arms = [make_arm(make_plan(), name=name) for name in ("one", "two")]
+    page = page_of(tmp_path, *arms, make_arm(make_plan(scores=None, kept=None), name="plain"))
+    assert re.findall("Importance by layer: (.*)", page.text) == ["one", "two"]

@@ -1,0 +1,249 @@
+"""Rows from files, folders and the hub: roles, labels, splits, draws, and each refusal."""
+
+import gzip
+import json
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loradrop.text.task import DataConfig, Example, load_task, stratified_indices
+
+
+def write(path: Path, text: str) -> str:
+    data = text.encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=1, max_size=80),
+    share=st.floats(0.01, 1.0),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_stratified_draw_has_every_class_within_one_of_its_share(labels, share, seed):
+    n = len(labels)
+    drawn = stratified_indices(labels, n, share, seed)
+    count = max(1, math.floor(share * n + 0.5))
+    assert drawn == sorted(set(drawn)) and len(drawn) == count
+    assert drawn == stratified_indices(labels, n, count, seed)
+    found = Counter(labels[i] for i in drawn)
+    for label, size in Counter(labels).items():
+        assert abs(found[label] - size * count / n) < 1
+
+
+def test_draws_by_largest_remainder_and_by_seed():
+    labels = [0] * 50 + [1] * 30 + [2] * 20
+    assert Counter(labels[i] for i in stratified_indices(labels, 100, 7, 0)) == {0: 4, 1: 2, 2: 1}
+    assert stratified_indices(labels, 100, 7, 0) != stratified_indices(labels, 100, 7, 1)
+    assert stratified_indices(None, 10, 10, 0) == list(range(10))
+    assert len(stratified_indices(None, 10, 0.25, 0)) == 3
+    for size in (0, 11, 1.5, 0.0):
+        with pytest.raises(ValueError, match="of 10 rows"):
+            stratified_indices(None, 10, size, 0)
+
+
+def test_a_folder_of_tsv_knows_no_quotes_and_reads_digits_as_classes(tmp_path):
+    write(
+        tmp_path / "train.tsv.gz", 'sentence1\tsentence2\tlabel\n"So", he\tsaid\t1\r\na "b\tc\t0\n'
+    )
+    write(tmp_path / "dev.tsv.gz", "sentence1\tsentence2\tlabel\nx\ty\t1\n")
+    made = load_task(DataConfig(source=str(tmp_path)))
+    assert made.train == (Example('"So", he', "said", 1), Example('a "b', "c", 0))
+    assert made.dev == (Example("x", "y", 1),)
+    assert (made.kind, made.labels, made.metric) == ("classification", ("0", "1"), "accuracy")
+    assert made.name == tmp_path.name
+
+
+def test_csv_has_quotes_and_words_are_sorted_classes(tmp_path):
+    source = write(tmp_path / "r.csv", 'id,text,label\n1,"a, ""b""\nc",pos\n2,d,neg\n3,e,pos\n')
+    dev = write(tmp_path / "other.csv", "text,label\nz,neg\n")
+    made = load_task(DataConfig(source=source, dev=dev))
+    assert made.labels == ("neg", "pos") and made.dev == (Example("z", None, 0),)
+    assert made.train[0] == Example('a, "b"\nc', None, 1)
+
+
+def test_whole_number_classes_stay_in_numeric_order(tmp_path):
+    lines = "".join(f"t{i}\t{label}\n" for i, label in enumerate([10, 9, -1, 10, 9, -1] * 4))
+    made = load_task(DataConfig(source=write(tmp_path / "n.tsv", "text\tlabel\n" + lines)))
+    assert made.labels == ("-1", "9", "10")
+    label = {row.text: row.label for row in (*made.train, *made.dev)}
+    assert [label[f"t{i}"] for i in range(3)] == [2, 1, 0]
+
+
+def test_fractions_are_a_regression_and_cola_has_its_metric(tmp_path):
+    write(tmp_path / "train.jsonl", '{"text": "a", "label": 1.5}\n{"text": "b", "label": 2}\n')
+    write(tmp_path / "validation.jsonl", '{"text": "c", "label": 0.25}\n')
+    made = load_task(DataConfig(source=str(tmp_path / "train.jsonl")))
+    assert (made.kind, made.labels, made.metric) == ("regression", (), "pearson")
+    assert [row.label for row in made.train + made.dev] == [1.5, 2.0, 0.25]
+    cola = write(tmp_path / "cola.tsv", "sentence\tlabel\n" + "a\t0\nb\t1\n" * 10)
+    assert load_task(DataConfig(source=cola)).metric == "matthews"
+    forced = load_task(DataConfig(source=cola, task="regression"))
+    assert forced.kind == "regression" and {row.label for row in forced.train} == {0.0, 1.0}
+
+
+def test_prompts_with_completions_are_a_language_modelling_task(tmp_path):
+    rows = [{"question": f"q{i}", "answer": f"a\n{i}"} for i in range(10)]
+    source = write(tmp_path / "m.jsonl.gz", "\n".join(map(json.dumps, rows)))
+    made = load_task(DataConfig(source=source, dev_ratio=0.2))
+    assert (made.kind, made.metric, len(made.train), len(made.dev)) == ("causal_lm", "loss", 8, 2)
+    assert {*made.train, *made.dev} == {Example(f"q{i}", f"a\n{i}", None) for i in range(10)}
+    alone = load_task(DataConfig(source=source, task="causal_lm", text="answer"))
+    assert alone.train[0].pair is None
+
+
+def test_the_held_out_part_keeps_the_class_shares(tmp_path):
+    lines = "".join(f"t{i}\t{i % 4 == 0:d}\n" for i in range(80))
+    made = load_task(DataConfig(source=write(tmp_path / "n.tsv", "text\tlabel\n" + lines)))
+    assert Counter(row.label for row in made.dev) == {0: 6, 1: 2}
+    assert not set(made.train) & set(made.dev) and len(made.train) == 72
+
+
+def test_a_hub_data_set_brings_its_class_names(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    names = datasets.ClassLabel(names=["entailment", "not_entailment"])
+    features = {"sentence1": datasets.Value("string"), "sentence2": datasets.Value("string")}
+    features = datasets.Features(features | {"label": names})
+    columns = {"sentence1": ["a", "b"], "sentence2": ["c", "d"]}
+    made = {
+        split: datasets.Dataset.from_dict(columns | {"label": labels}, features=features)
+        for split, labels in {"train": [0, 1], "validation": [1, 1], "test": [-1, -1]}.items()
+    }
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a: asked.append(a) or made)
+    rte = load_task(DataConfig(source="glue/rte"))
+    assert asked == [("nyu-mll/glue", "rte")]
+    assert rte.labels == ("entailment", "not_entailment")
+    assert rte.dev == (Example("a", "c", 1), Example("b", "d", 1))
+    with pytest.raises(
+        ValueError, match=r"glue/rte test\[0\]: the label -1 is none of the 2 classes"
+    ):
+        load_task(DataConfig(source="glue/rte", dev="test"))
+    with pytest.raises(ValueError, match=r"'extra' is no split .* train, validation, test"):
+        load_task(DataConfig(source="glue/rte", dev="extra"))
+
+
+def test_the_hub_out_of_reach_is_said_plainly(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"'imdb' is no file .* pip install datasets"):
+        load_task(DataConfig(source="imdb"))
+    monkeypatch.undo()
+    datasets = pytest.importorskip("datasets")
+
+    def offline(*_):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(ValueError, match=r"'imdb' is no file .*\(ConnectionError: no network\)"):
+        load_task(DataConfig(source="imdb"))
+    with pytest.raises(ValueError, match="'glue/foo' is no GLUE task: choose of cola, sst2"):
+        load_task(DataConfig(source="glue/foo"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "options", "message"),
+    [
+        ("e.tsv", "", {}, "e.tsv is empty"),
+        ("e.csv", "text,label\n", {}, "e.csv is empty"),
+        ("e.jsonl", "\n", {}, "e.jsonl is empty"),
+        (
+            "r.tsv",
+            "text\tlabel\na\t1\nb\n",
+            {},
+            r"r.tsv:3 has 1 cells, its header 2 \(text, label\)",
+        ),
+        ("r.csv", "text,label\na,1,2\n", {}, "r.csv:2 has 3 cells"),
+        ("q.csv", 'text,label\n"a,1\n', {}, "broken CSV"),
+        ("h.csv", "text,text\na,b\n", {}, "names a column twice"),
+        ("j.jsonl", '{"text": "a", "label": 1}\n{"text": \n', {}, "j.jsonl:2 is broken JSON"),
+        ("o.jsonl", "[1]\n", {}, r"o.jsonl:1 is '\[1\]': each line must be a JSON object"),
+        ("x.parquet", "a", {}, "unknown extension '.parquet': use .csv, .tsv, .jsonl"),
+        ("m.csv", "text,y\na,1\n", {}, "no label column: .*m.csv:2 has the columns text, y"),
+        ("m.csv", "body,label\na,1\n", {}, "no text column: .*the columns body, label"),
+        (
+            "m.csv",
+            "text,label\na,1\n",
+            {"text": "body"},
+            "data.text='body' is no column: .*text, lab",
+        ),
+        ("m.csv", "text,label\na,1\n", {"label": "y"}, "data.label='y' is no column"),
+        ("m.csv", "text,label\na,1\n", {"label": "text"}, "no text column"),
+        ("m.csv", "text,label\na,1\n", {"text": "label"}, r"used twice \(label, label\)"),
+        ("m.csv", "text,y\na,b\n", {"task": "causal_lm", "label": "y"}, "causal_lm has no label"),
+        (
+            "f.csv",
+            "text,label\na,1\nb,.5\n",
+            {"task": "classification"},
+            "f.csv:3: .*'.5' is no class",
+        ),
+        (
+            "w.csv",
+            "text,label\na,1\nb,x\n",
+            {"task": "regression"},
+            "w.csv:3: the label 'x' is no number",
+        ),
+        ("c.csv", "text,label\na,1\nb,1\n", {}, "every row of train has the label 1"),
+        ("n.csv", "text,label\na,1\nb,nan\n", {}, "n.csv:3: the label is 'nan'"),
+        ("n.csv", "text,label\na,1\nb,\n", {}, "n.csv:3: the label is ''"),
+        ("n.jsonl", '{"text": "a", "label": NaN}', {}, "n.jsonl:1: the label is nan"),
+        ("n.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}', {}, "n.jsonl:2: the label is None"),
+        ("n.jsonl", '{"text": "a", "label": [1]}', {}, r"\[1\] is neither a number nor text"),
+        ("t.jsonl", '{"text": 3, "label": 1}', {}, "t.jsonl:1: 'text' is 3, not text"),
+        ("s.csv", "text,label\na,1\nb,2\n", {}, "2 rows are too few to hold out"),
+    ],
+)
+def test_bad_tables_are_refused_by_name(tmp_path, name, text, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_task(DataConfig(source=write(tmp_path / name, text), **options))
+
+
+def test_unreadable_and_missing_files_are_refused_by_name(tmp_path):
+    (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,1\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.csv is not UTF-8 .byte 0xe9 at offset 14"):
+        load_task(DataConfig(source=str(tmp_path / "latin.csv")))
+    (tmp_path / "cut.tsv.gz").write_bytes(gzip.compress(b"text\tlabel\n" * 99)[:-9])
+    with pytest.raises(ValueError, match=r"cut.tsv.gz is no whole gzip file"):
+        load_task(DataConfig(source=str(tmp_path / "cut.tsv.gz")))
+    with pytest.raises(FileNotFoundError, match=r"no\.csv' does not exist"):
+        load_task(DataConfig(source=str(tmp_path / "no.csv")))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"has no train file: add train.csv"):
+        load_task(DataConfig(source=str(tmp_path / "folder")))
+    train = write(tmp_path / "folder" / "train.csv", "text,label\na,1\nb,2\n")
+    with pytest.raises(FileNotFoundError, match=r"gone.csv is no file"):
+        load_task(DataConfig(source=train, dev=str(tmp_path / "gone.csv")))
+    dev = write(tmp_path / "d.csv", "text,label\nc,3\n")
+    with pytest.raises(
+        ValueError, match=r"d.csv:2: the label 3 is none of the 2 classes .*\(1, 2\)"
+    ):
+        load_task(DataConfig(source=train, dev=dev))
+    other = write(tmp_path / "o.csv", "body,label\nc,1\n")
+    with pytest.raises(ValueError, match=r"train has a column 'text', but .*o.csv:2 has .* body"):
+        load_task(DataConfig(source=train, dev=other))
+    write(tmp_path / "folder" / "train.tsv", "text\tlabel\n")
+    with pytest.raises(ValueError, match=r"more than one train file \(train.csv, train.tsv\)"):
+        load_task(DataConfig(source=str(tmp_path / "folder")))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "ner"}, "data.task='ner': choose auto, classification"),
+        ({"source": ""}, "data.source=''"),
+        ({"dev_ratio": 1.0}, "data.dev_ratio=1.0: choose a number between 0 and 1"),
+        ({"max_length": 2}, "data.max_length=2: choose a whole number from 8 up"),
+        ({"max_train": "many"}, "data.max_train='many'"),
+        ({"max_dev": 0}, "data.max_dev=0"),
+        ({"task": "regression"}, "leave data.task out"),
+        ({"label": "y", "text": "t"}, "leave data.text, data.label out"),
+    ],
+)
+def test_bad_options_are_refused_by_name(options, message):
+    with pytest.raises(ValueError, match=message):
+        load_task(DataConfig(**options))
