@@ -12,14 +12,14 @@ from loradrop._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from loradrop.bank import AdapterBank as AdapterBank
-    from loradrop.bank import Target as Target
     from loradrop.config import LoRAConfig as LoRAConfig
     from loradrop.config import LoraDropConfig as LoraDropConfig
+    from loradrop.config import TrainConfig as TrainConfig
     from loradrop.formats.check import verify as verify
-    from loradrop.formats.native import load as load
     from loradrop.formats.native import save as save
     from loradrop.formats.peft import export as export
     from loradrop.layers import LoRALinear as LoRALinear
+    from loradrop.loading import load as load
     from loradrop.methods import LoRA as LoRA
     from loradrop.methods import LoRADrop as LoRADrop
     from loradrop.methods import Method as Method
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from loradrop.op.linear import lora_linear as lora_linear
     from loradrop.plan import Plan as Plan
     from loradrop.probing import probe as probe
-    from loradrop.selection import Scores as Scores
+    from loradrop.scores import Scores as Scores
+    from loradrop.scores import Target as Target
     from loradrop.selection import select as select
-    from loradrop.settings import TrainConfig as TrainConfig
     from loradrop.sharing import share as share
     from loradrop.surgery import disabled as disabled
     from loradrop.surgery import inject as inject
@@ -49,14 +49,14 @@ _HOME = {
     "LoraDropConfig": "config",
     "Method": "methods",
     "Plan": "plan",
-    "Scores": "selection",
-    "Target": "bank",
-    "TrainConfig": "settings",
+    "Scores": "scores",
+    "Target": "scores",
+    "TrainConfig": "config",
     "disabled": "surgery",
     "export": "formats.peft",
     "fit": "training",
     "inject": "surgery",
-    "load": "formats.native",
+    "load": "loading",
     "load_task": "text.task",
     "lora_add": "op.linear",
     "lora_linear": "op.linear",

@@ -1,165 +1,131 @@
 """The bank at the model's root: it owns every adapter parameter; layers hold an index into it.
 
     bank.targets[i]   what is adapted: its module path, shape and rank
-    bank.slots[i]     which (A, B) it uses; None where the layer has no adapter any more
-    bank.factors(i)   that (A (r, K), B (N, r)), as the method composes it
+    bank.slots[i]     which adapter it uses; None where the layer has none
+    bank.factors(i)   that adapter's (A (r, K), B (N, r)), composed in plain PyTorch
 
-Sharing is two equal integers: one storage, one `state_dict` entry, one gradient, the sum over its
-layers.
+A method makes its bank, and a bank owns whatever tensors it likes; files, resuming, plans and
+exports work from `state_dict`, `restore` and `factors` alone. Sharing is two equal integers: one
+storage, one `state_dict` entry, one gradient, the sum over its layers.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from loradrop.collector import Collector
-    from loradrop.config import LoRAConfig
+from loradrop.scores import Assignment, Target
+
+Pair = tuple[Tensor, Tensor]
 
 
-class Target(NamedTuple):
-    """A linear map that is adapted: module path, last part of it, K, N and rank."""
+class Observer(Protocol):
+    """What a layer asks while statistics are collected: see `collector.Collector`."""
 
-    name: str
-    kind: str
-    in_features: int
-    out_features: int
-    r: int
+    def arguments(self, i: int, x: Tensor) -> dict[str, Any]: ...
 
-    @property
-    def group(self) -> tuple[str, int, int, int]:
-        """Targets of the same group can share an adapter."""
-        return (self.kind, self.in_features, self.out_features, self.r)
-
-    @property
-    def parameters(self) -> int:
-        """Elements of an adapter of its own."""
-        return self.r * (self.in_features + self.out_features)
-
-
-@dataclass
-class Surgery:
-    """What `inject` changed, so that `remove` can restore it bit for bit."""
-
-    requires_grad: dict[str, bool] = field(default_factory=dict)
-    # trained base tensors -> their original values
-    saved: dict[str, Tensor] = field(default_factory=dict)
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-    attributes: list[tuple[str, str, Any]] = field(default_factory=list)  # module, name, value
-    merged: dict[str, Tensor] | None = None  # weights before a reversible merge
+    def add(self, i: int, sqnorm: Tensor) -> None: ...
 
 
 class AdapterBank(nn.Module):
-    """Every adapter parameter of a model, and which target uses which."""
+    """The owner of a model's adapter parameters: the base class of every method's bank.
 
-    def __init__(
-        self, targets: Sequence[Target], config: "LoRAConfig", weights: Sequence[Tensor]
-    ) -> None:
-        """`weights` are the targets' own, for the device and dtype of the adapters."""
+    scaling   s of each target;  dropout   of the adapters' inputs
+    A subclass registers its parameters and buffers and gives `factors`. Trainable tensors are
+    Parameters, everything else is a buffer; numbered tensors of changing count are in an
+    `nn.ParameterList`.
+    """
+
+    def __init__(self, targets: Sequence[Target], scaling: Sequence[float]) -> None:
         super().__init__()
-        self.targets = tuple(targets)
-        self.config = config
-        self.scaling = [config.scaling(target.name) for target in targets]
-        self.slots: list[int | None] = list(range(len(targets)))
+        self.assignment = Assignment(tuple(targets), tuple(range(len(targets))))
+        self.scaling = list(scaling)
+        self.dropout = 0.0
         self.enabled = True
-        self.collector: Collector | None = None
-        self.surgery = Surgery()
-        self.plan: Any = None  # the Plan that `share` or `fit` recorded
-        self.scores: Any = None  # the Scores of the last probe
-        self.A, self.B = nn.ParameterList(), nn.ParameterList()
-        for target, weight in zip(targets, weights, strict=True):
-            narrow = config.adapter_dtype == "base" and weight.is_floating_point()
-            pair = fresh(target, weight.device, weight.dtype if narrow else torch.float32)
-            self.A.append(pair[0])
-            self.B.append(pair[1])
-        # What a fresh adapter is like, also once every adapter was dropped; it moves with the bank.
-        like = self.A[0] if len(self.A) else torch.empty(0)
-        self.like = like.detach().new_empty(0)
-        config.method.build(self)
+        self.collector: Observer | None = None
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.assignment.targets
+
+    @property
+    def slots(self) -> tuple[int | None, ...]:
+        return self.assignment.slots
+
+    @property
+    def trainable(self) -> int:
+        """Elements of all parameters, each once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
     def forward(self, x: Any) -> Any:
         """x itself, so that a bare `nn.Sequential` can carry its bank as one more link."""
         return x
 
-    def factors(self, i: int) -> tuple[Tensor, Tensor] | None:
-        """(A (r, K), B (N, r)) of target i, None where it has no adapter.
-
-        For LoRA the Parameters themselves.
+    def factors(self, i: int) -> Pair | None:
+        """(A (r, K), B (N, r)) of target i, differentiable in what the bank owns; None where it has
+        no adapter.
         """
-        return None if self.slots[i] is None else self.config.method.factors(self, i)
+        raise NotImplementedError
 
     def index(self, name: str) -> int:
-        """The index of the target `name`. Raises KeyError with the names that there are."""
+        """The index of the target `name`. Raises KeyError with the names that exist."""
         for i, target in enumerate(self.targets):
             if target.name == name:
                 return i
         names = ", ".join(target.name for target in self.targets)
-        raise KeyError(f"{name!r} is no target; there are {names}")
+        raise KeyError(f"{name!r} is not a target; the targets are {names}")
 
     @torch.no_grad()
     def delta(self, i: int) -> Tensor | None:
-        """s·B·A (N, K) of target i in float32 (float64 for float64 factors): what `merge` adds to
-        its weight.
-        """
-        pair = self.factors(i)
-        if pair is None:
-            return None
-        A, B = (factor if factor.dtype == torch.float64 else factor.float() for factor in pair)
-        return self.scaling[i] * (B @ A)
+        """s·B·A (N, K) of target i, as `delta_of`: what `merge` adds to its weight."""
+        return delta_of(self.factors(i), self.scaling[i])
 
-    def assign(self, slots: Sequence[int | None], pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Point target i at pairs[slots[i]].
+    def restore(self, assignment: Assignment, tensors: Mapping[str, Tensor]) -> None:
+        """Take the assignment and the `state_dict` of a saved bank of the same method.
 
-        Raises ValueError where a pair does not fit a target.
+        Tensors may differ in shape and number from the present ones; they keep their saved dtype
+        and go to the bank's device. Raises RuntimeError for names that this bank does not know.
         """
-        for target, slot in zip(self.targets, slots, strict=True):
-            if slot is None:
-                continue
-            A, B = pairs[slot]
-            if A.shape[1] != target.in_features or B.shape[0] != target.out_features:
-                raise ValueError(
-                    f"slot {slot} holds A {tuple(A.shape)} and B {tuple(B.shape)}: "
-                    f"too unlike {target}"
-                )
-        self.slots = list(slots)
-        self.A = nn.ParameterList(_parameter(A) for A, _ in pairs)
-        self.B = nn.ParameterList(_parameter(B) for _, B in pairs)
+        device = self.device
+        for name, child in list(self.named_children()):
+            if isinstance(child, nn.ParameterList):
+                count = sum(key.startswith(f"{name}.") for key in tensors)
+                found = [tensors[f"{name}.{k}"] for k in range(count)]
+                if [_form(t) for t in found] != [_form(t) for t in child]:
+                    self.register_module(name, nn.ParameterList(_empty(t, device) for t in found))
+        for key, old in [*self._parameters.items(), *self._buffers.items()]:
+            if key in tensors and (old is None or _form(old) != _form(tensors[key])):
+                new = _empty(tensors[key], device)
+                setattr(self, key, new if key in self._parameters else new.detach())
+        self.assignment = assignment
+        self.load_state_dict(dict(tensors))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterBank":
         """Moves as any module does, but never to a narrower type: float32 adapters stay so on a
         bf16 base.
         """
-
-        def keep_width(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            narrower = moved.is_floating_point() and moved.element_size() < tensor.element_size()
-            return tensor.to(moved.device) if narrower else moved
-
-        super()._apply(keep_width, recurse)  # type: ignore[no-untyped-call]
-        self.like = keep_width(self.like)
+        super()._apply(lambda t: keep_width(fn, t), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def extra_repr(self) -> str:
-        adapters = len({slot for slot in self.slots if slot is not None})
-        return f"targets={len(self.targets)}, adapters={adapters}, method={self.config.method.name}"
+        return f"targets={len(self.targets)}, adapters={self.assignment.adapters}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
 
 
-def fresh(
-    target: Target, device: torch.device, dtype: torch.dtype
-) -> tuple[nn.Parameter, nn.Parameter]:
-    """LoRA's initial pair: A Kaiming-uniform, B zero, so that the model is unchanged."""
-    A = torch.empty(target.r, target.in_features, device=device, dtype=dtype)
-    nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    B = torch.zeros(target.out_features, target.r, device=device, dtype=dtype)
-    return nn.Parameter(A), nn.Parameter(B)
-
-
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+def delta_of(factors: Pair | None, scaling: float) -> Tensor | None:
+    """s·B·A (N, K) in float32 (float64 for float64 factors); None without factors."""
+    if factors is None:
+        return None
+    A, B = (factor if factor.dtype == torch.float64 else factor.float() for factor in factors)
+    return scaling * (B @ A)
 
 
 def bank_of(model: nn.Module) -> AdapterBank:
@@ -171,3 +137,23 @@ def bank_of(model: nn.Module) -> AdapterBank:
             "call loradrop.inject(model, config) first"
         )
     return bank
+
+
+def has_bank(model: nn.Module) -> bool:
+    """Whether the model is injected."""
+    return isinstance(getattr(model, "lora_bank", None), AdapterBank)
+
+
+def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    return tensor.shape, tensor.dtype
+
+
+def _empty(saved: Tensor, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(saved, device=device), saved.is_floating_point())
+
+
+def keep_width(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """fn(tensor), but never of a narrower type."""
+    moved = fn(tensor)
+    narrower = moved.is_floating_point() and moved.element_size() < tensor.element_size()
+    return tensor.to(moved.device) if narrower else moved

@@ -161,7 +161,7 @@ def _plan_at(path: Path) -> "Plan":
 
     if path.suffix == ".json" or (path.is_dir() and not (path / TENSORS).exists()):
         return Plan.from_dict(read_json(path / PLAN if path.is_dir() else path))
-    return read(path)[0]
+    return read(path).plan
 
 
 def _tokenizer(where: str) -> Any:

@@ -1,13 +1,15 @@
-"""Collecting Σ w_t ‖s·B·h_t‖² per target, while the model runs or trains.
+"""Collecting what methods ask for per target, while the model runs or trains.
 
-Online, every target has a leaf: a 0-dim float64 tensor outside the model whose gradient the op's
-backward supplies as the norm. Autograd then counts each backward pass once, under activation
+    sqnorm   Σ_t w_t ‖s·B·h_t‖²      moment   Σ_t w_t x_tk², (K,)
+
+Online, every target has a leaf for each: a float64 tensor outside the model whose gradient the op's
+backward supplies as the statistic. Autograd then counts each backward pass once, under activation
 checkpointing, accumulation and compilation alike, and `close_row` reads the leaves without waiting
 for the device.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,18 +17,23 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from loradrop.bank import AdapterBank
-from loradrop.selection import Scores
+from loradrop.scores import Scores, Target
 
 MaskFn = Callable[[str, Tensor, Tensor | None], Tensor | None]
+_SHAPES: dict[str, Callable[[Target], tuple[int, ...]]] = {
+    "sqnorm": lambda target: (),
+    "moment": lambda target: (target.in_features,),
+}
 
 
 class Collector:
     """Statistics of one run; `bank.collector` while it is attached.
 
-    mask      the name of the model's input that marks real tokens, or None to count every token
-    mask_fn   (target name, x, that input) -> weights of the shape of x without its last axis, or
-              None for all
-    online    True: norms of the backward passes; False: of the forward passes
+    statistics  names of what is collected: "sqnorm", "moment"
+    online      True: of the backward passes; False: sqnorm alone, of the forward passes
+    mask        the name of the model's input that marks real tokens, or None to count every token
+    mask_fn     (target name, x, that input) -> weights of the shape of x without its last axis, or
+                None for all
     """
 
     def __init__(
@@ -35,26 +42,34 @@ class Collector:
         bank: AdapterBank,
         *,
         online: bool,
+        statistics: Sequence[str] = ("sqnorm",),
         mask: str | None = "attention_mask",
         mask_fn: MaskFn | None = None,
     ) -> None:
+        for name in statistics:
+            if name not in _SHAPES:
+                raise ValueError(
+                    f"statistics has {name!r}: choose among {', '.join(_SHAPES)}"
+                )
         self.bank, self.online, self.mask, self.mask_fn = bank, online, mask, mask_fn
         self.rows: list[Tensor] = []
         self._tokens = torch.zeros((), dtype=torch.int64)
         self._input: Tensor | None = None
         self._inside = self._recomputed = False
         self._pending = 0  # forward passes whose backward may still come
-        self._values: list[Tensor | None] = [None] * len(bank.targets)
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
         ]
         self._signature = list(inspect.signature(model.forward).parameters)
-        if online:
-            self._values = [
-                _leaf(pair[0].device) if (pair := bank.factors(i)) else None
-                for i in range(len(self._values))
+        used = [bank.factors(i) for i in range(len(bank.targets))]
+        self._values: dict[str, list[Tensor | None]] = {
+            name: [
+                None if pair is None or not online else _leaf(_SHAPES[name](target), pair[0].device)
+                for target, pair in zip(bank.targets, used, strict=True)
             ]
+            for name in statistics
+        }
         bank.collector = self
 
     def detach(self) -> None:
@@ -66,47 +81,60 @@ class Collector:
             self.bank.collector = None
 
     def arguments(self, i: int, x: Tensor) -> dict[str, Any]:
-        """The op's arguments that make target i report the norm of its input x (..., K)."""
+        """The op's arguments that make target i report the statistics of its input x (..., K)."""
         if self.online and not torch.is_grad_enabled():
             return {}
-        weights = self._weights(i, x)
+        arguments: dict[str, Any] = {"token_weights": self._weights(i, x)}
         if not self.online:
-            return {"token_weights": weights, "return_sqnorm": True}
-        leaf = self._values[i]
-        assert leaf is not None
-        if leaf.device != x.device:
-            leaf = self._values[i] = _leaf(x.device)
-        return {"token_weights": weights, "statistic": leaf}
+            return arguments | {"return_sqnorm": True}
+        for name, leaves in self._values.items():
+            leaf = leaves[i]
+            assert leaf is not None
+            if leaf.device != x.device:
+                leaf = leaves[i] = _leaf(leaf.shape, x.device)
+            arguments[f"{name}_sink"] = leaf
+        return arguments
 
-    def add(self, i: int, norm: Tensor) -> None:
-        """Adds an offline norm of target i to the open row."""
-        before = self._values[i]
-        self._values[i] = norm.double() if before is None else before + norm
+    def add(self, i: int, sqnorm: Tensor) -> None:
+        """Adds an offline squared norm of target i to the open row."""
+        values = self._values["sqnorm"]
+        before = values[i]
+        values[i] = sqnorm.double() if before is None else before + sqnorm
 
-    def close_row(self) -> None:
+    def close_row(self) -> dict[str, list[Tensor | None]]:
         """Ends a batch (offline) or an optimiser step (online).
 
-        Raises RuntimeError naming targets never called.
+        Returns name -> what it collected for each target, moments summed over ranks; None where a
+        target has no adapter. Raises RuntimeError naming targets that were never called.
         """
-        values = [v.grad if self.online and v is not None else v for v in self._values]
-        used = [i for i in range(len(values)) if self.bank.slots[i] is not None]
-        silent = [self.bank.targets[i].name for i in used if values[i] is None]
+        closed = {
+            name: [v.grad if self.online and v is not None else v for v in values]
+            for name, values in self._values.items()
+        }
+        for values in closed.values():
+            self._require_called(values)
+        if "sqnorm" in closed:
+            self.rows.append(_row(closed["sqnorm"]))
+        if "moment" in closed and _distributed():
+            _sum_moments(closed["moment"])
+        self._pending = 0
+        for values in self._values.values():
+            for i, value in enumerate(values):
+                if self.online and value is not None:
+                    value.grad = None
+                else:
+                    values[i] = None
+        return closed
+
+    def _require_called(self, values: Sequence[Tensor | None]) -> None:
+        targets = zip(self.bank.targets, self.bank.slots, values, strict=True)
+        silent = [target.name for target, slot, v in targets if slot is not None and v is None]
         if silent:
             raise RuntimeError(
                 f"the forward of {', '.join(silent)} was never called: its module reads the weight "
                 "directly (as nn.MultiheadAttention does with out_proj, and fused inference paths "
                 "do), or this input does not reach it. Take it out of target_modules"
             )
-        device = next((v.device for v in values if v is not None), torch.device("cpu"))
-        zero = torch.zeros((), dtype=torch.float64, device=device)
-        row = [zero if v is None else v.detach().to(device) for v in values]
-        self.rows.append(torch.stack(row))
-        self._pending = 0
-        for i, value in enumerate(self._values):
-            if self.online and value is not None:
-                value.grad = None
-            else:
-                self._values[i] = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The rows and the token count so far, summed over ranks, for a checkpoint."""
@@ -138,7 +166,7 @@ class Collector:
             if self._input is not None and not isinstance(self._input, Tensor):
                 kind = type(self._input).__name__
                 raise ValueError(
-                    f"the model's input {self.mask!r} is a {kind}, no tensor: "
+                    f"the model's input {self.mask!r} is a {kind}, not a tensor: "
                     "pass mask=None or mask_fn="
                 )
         if not torch.compiler.is_compiling():
@@ -187,8 +215,27 @@ def _distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-def _leaf(device: torch.device) -> Tensor:
-    return torch.zeros((), dtype=torch.float64, device=device, requires_grad=True)
+def _leaf(shape: Sequence[int], device: torch.device) -> Tensor:
+    return torch.zeros(tuple(shape), dtype=torch.float64, device=device, requires_grad=True)
+
+
+def _row(values: Sequence[Tensor | None]) -> Tensor:
+    """The squared norms of all targets, zero where there is none, on the device of the first."""
+    device = next((v.device for v in values if v is not None), torch.device("cpu"))
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack([zero if v is None else v.detach().to(device) for v in values])
+
+
+def _sum_moments(values: Sequence[Tensor | None]) -> None:
+    """Sums each moment over ranks, in place and in one call for each device."""
+    found = [value for value in values if value is not None]
+    for device in {value.device for value in found}:
+        here = [value for value in found if value.device == device]
+        flat = torch.cat(here)
+        distributed.all_reduce(flat)
+        sizes = [len(value) for value in here]
+        for value, part in zip(here, torch.split(flat, sizes), strict=True):
+            value.copy_(part)
 
 
 def _sum_over_ranks(rows: Tensor, tokens: int) -> tuple[Tensor, int]:

@@ -1,4 +1,4 @@
-"""What a user says about the adapters: `LoRAConfig`, and the method that shares them."""
+"""What a user chooses: `LoRAConfig` and its method for the adapters, `TrainConfig` for training."""
 
 import dataclasses
 import difflib
@@ -120,6 +120,54 @@ def LoraDropConfig(**options: Any) -> LoRAConfig:  # noqa: N802 - it is spelled 
     check_keys(options, [*of_config, *of_method], "LoraDropConfig")
     method = LoRADrop(**{k: v for k, v in options.items() if k in of_method})
     return LoRAConfig(method=method, **{k: v for k, v in options.items() if k not in of_method})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train; the rest of transformers' TrainingArguments goes into `extra`.
+
+    steps           optimiser steps in all, warm-up included; None is `epochs` passes over the data
+    warmup_ratio    part of each run's steps over which the learning rate rises; it falls linearly
+                    afterwards, and stays constant in the warm-up run
+    precision       "float32", "bf16" or "fp16" (autocast); bf16 on a CPU that has none computes in
+                    float32
+    save_every      steps between checkpoints; log_every, eval_every likewise (None: dev only at the
+                    end)
+    """
+
+    steps: int | None = None
+    epochs: float = 3.0
+    batch_size: int = 32
+    gradient_accumulation: int = 1
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.06
+    max_grad_norm: float = 1.0
+    precision: str = "float32"
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 100
+    eval_every: int | None = None
+    report_to: Sequence[str] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps",
+            "epochs",
+            "batch_size",
+            "gradient_accumulation",
+            "learning_rate",
+            "log_every",
+            "save_every",
+            "eval_every",
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value!r}: choose a positive number")
+        if self.precision not in ("float32", "bf16", "fp16"):
+            raise ValueError(f"precision={self.precision!r}: choose float32, bf16 or fp16")
 
 
 def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> None:

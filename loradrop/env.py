@@ -4,6 +4,8 @@ import importlib.metadata
 import platform
 from typing import Any
 
+from loradrop._version import __version__
+
 PACKAGES = (
     "torch",
     "triton",
@@ -22,6 +24,13 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    names = ("torch", "transformers", "safetensors", "triton", "peft")
+    found = {name: version for name in names if (version := _version(name))}
+    return {"loradrop": __version__, **found}
 
 
 def native_bf16() -> bool:
@@ -68,7 +77,6 @@ def _extension(built: dict[str, Any] | str) -> str:
 
 def report() -> dict[str, Any]:
     """The facts, ready for JSON. None: a package that is not installed, a backend that can run."""
-    from loradrop._version import __version__
     from loradrop.op import cuda, dispatch
 
     return {

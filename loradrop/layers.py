@@ -7,13 +7,17 @@ An adapted module keeps its identity, hooks and state-dict keys: `adapt` changes
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank
+from loradrop.config import LoRAConfig
+from loradrop.injection import Injection
 from loradrop.op.linear import lora_add, lora_linear
+from loradrop.scores import Target
 
 
 class LoRAMixin(nn.Module):
@@ -42,8 +46,8 @@ class LoRAMixin(nn.Module):
         if x.device != A.device:  # a model spread over devices
             A, B = A.to(x.device), B.to(x.device)
         call: dict[str, Any] = {"A": A, "B": B, "scaling": bank.scaling[i]}
-        if self.training and bank.config.lora_dropout > 0.0:
-            call["dropout"] = bank.config.lora_dropout
+        if self.training and bank.dropout > 0.0:
+            call["dropout"] = bank.dropout
             call["seed"] = torch.randint(0, 1 << 62, (), device=x.device)
         if bank.collector is not None:
             call |= bank.collector.arguments(i, x)
@@ -75,11 +79,11 @@ class LoRALinear(LoRAMixin, nn.Linear):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        from loradrop.config import LoRAConfig
-        from loradrop.surgery import attach
-
         super().__init__(in_features, out_features, bias, device, dtype)
-        attach(self, LoRAConfig(**options), [("", self)])
+        config = LoRAConfig(**options)
+        self._lora_injection = Injection(config, requires_grad=freeze(self))
+        self.lora_bank = build_bank(config, [("", self)])
+        adapt(self, self.lora_bank, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K)  ->  (..., N)"""
@@ -170,6 +174,39 @@ def weight_of(module: nn.Module) -> Tensor:
     if isinstance(weight, Tensor):
         return weight
     return (*module.parameters(), *module.buffers(), torch.empty(0))[0]
+
+
+def freeze(model: nn.Module) -> dict[str, bool]:
+    """Freeze every parameter. Returns name -> whether it was trainable."""
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    return before
+
+
+def build_bank(config: LoRAConfig, found: Sequence[tuple[str, nn.Module]]) -> AdapterBank:
+    """The bank that the method of `config` makes for these modules, given as (name, module).
+
+    Raises ValueError for a rank beyond min(in_features, out_features).
+    """
+    targets, likes = [], []
+    for name, module in found:
+        shape, weight = shape_of(module), weight_of(module)
+        assert shape is not None
+        targets.append(Target(name, name.rpartition(".")[2], *shape, config.rank(name)))
+        narrow = config.adapter_dtype == "base" and weight.is_floating_point()
+        dtype = weight.dtype if narrow else torch.float32
+        likes.append(torch.empty(0, dtype=dtype, device=weight.device))
+    scaling = [config.scaling(target.name) for target in targets]
+    bank = config.method.bank(targets, scaling, likes)
+    for target in bank.targets:
+        most = min(target.in_features, target.out_features)
+        if target.r > most:
+            raise ValueError(
+                f"r={target.r} for {target.name} ({target.in_features} -> {target.out_features}): "
+                f"a rank beyond {most} adds nothing. Choose r <= {most}, or a rank_pattern"
+            )
+    bank.dropout = config.lora_dropout
+    return bank
 
 
 def adapt(module: nn.Module, bank: AdapterBank, index: int) -> None:

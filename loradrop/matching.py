@@ -29,7 +29,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
     modules = {
         name: m
         for name, m in model.named_modules()
-        if not any(_inside(name, head) for head in heads)
+        if not any(inside(name, head) for head in heads)
     }
     linear = {name: m for name, m in modules.items() if shape_of(m) is not None}
     wanted = config.target_modules
@@ -85,11 +85,12 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
             raise ValueError(
                 f"modules_to_save has {entry!r}, which matches no module; top-level ones are {top}"
             )
-        found += [m for m in matches if not any(_inside(m, f) for f in found)]
+        found += [m for m in matches if not any(inside(m, f) for f in found)]
     return found
 
 
-def _inside(name: str, parent: str) -> bool:
+def inside(name: str, parent: str) -> bool:
+    """Whether `name` is `parent` or lies in it."""
     return name == parent or name.startswith(parent + ".")
 
 
@@ -123,7 +124,10 @@ def _layer(name: str) -> str:
 def _require_coverage(
     names: Mapping[str, list[str]], linear: Mapping[str, nn.Module], excluded: set[str]
 ) -> None:
-    """Every entry matches, and in all the layers of the stack that it matches in."""
+    """Every entry matches, and in all the layers of the stack that it matches in.
+
+    An entry that is a module's full name stands for that module alone.
+    """
     problem, rows = "", []
     for entry, found in names.items():
         stacks: dict[str, set[str]] = {}
@@ -134,7 +138,7 @@ def _require_coverage(
         if not found:
             problem = problem or f"target_modules entry {entry!r} matches nothing"
         for stack, layers in stacks.items():
-            hit = {_layer(n) for n in found if _pattern(_layer(n)) == stack}
+            hit = {_layer(n) for n in found if n != entry and _pattern(_layer(n)) == stack}
             skipped = {_layer(n) for n in excluded}
             missing = sorted(layers - hit - skipped, key=lambda s: int(s.rpartition(".")[2]))
             if hit and missing:

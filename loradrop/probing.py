@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from loradrop.bank import bank_of
 from loradrop.collector import Collector, MaskFn
-from loradrop.selection import Scores
+from loradrop.injection import injection_of
+from loradrop.scores import Scores
 
 
 @torch.no_grad()
@@ -36,8 +37,8 @@ def probe(
     afterwards. Under `torch.distributed` the scores are summed over ranks. Raises ValueError for no
     batches or a mask that does not fit, RuntimeError naming targets whose forward was never called.
     """
-    bank = bank_of(model)
-    if bank.surgery.merged is not None:
+    bank, injection = bank_of(model), injection_of(model)
+    if injection.merged is not None:
         raise ValueError("the adapters are merged into the weights: call loradrop.remove(model)")
     modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device
@@ -54,7 +55,7 @@ def probe(
                 module.training = training
     if not collector.rows:
         raise ValueError("batches is empty: give at least one batch to probe with")
-    scores = bank.scores = collector.scores()
+    scores = injection.scores = collector.scores()
     return scores
 
 

@@ -15,11 +15,12 @@ from torch.utils.data import DataLoader
 
 from loradrop.config import LoRAConfig
 from loradrop.files import write_json, write_text
-from loradrop.formats.native import load, read
+from loradrop.formats.native import read
+from loradrop.loading import load
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.run_config import CONFIG, MINILM, RunConfig, folder_of
-from loradrop.selection import Scores
+from loradrop.scores import Scores
 from loradrop.text.task import TextTask, collator, load_task, metric_fn, tokenize
 from loradrop.training import Result, fit, warm_up
 
@@ -95,8 +96,8 @@ def load_base(
     import torch
     import transformers
 
-    plan, tensors = read(adapter)
-    base = plan.base
+    file = read(adapter)
+    base, saved = file.plan.base, file.trained
     where = resolve_model(model_id or base.get("id") or "")
     cls = getattr(transformers, str(base.get("class")), None)
     if cls is None or not where:
@@ -107,7 +108,6 @@ def load_base(
     revision = None if model_id else base.get("revision")
     with _naming(where):
         config = transformers.AutoConfig.from_pretrained(where, revision=revision)
-    saved = {k.removeprefix("saved."): v for k, v in tensors.items() if k.startswith("saved.")}
     sizes = [config.num_labels, *(len(tensor) for tensor in saved.values() if tensor.ndim)]
     config.num_labels = next((n for n in sizes if _holds(cls, config, n, saved)), sizes[0])
     options = {"revision": revision, "dtype": getattr(torch, dtype)}

@@ -10,8 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from loradrop import methods
-from loradrop.config import LoRAConfig, LoraDropConfig, check_keys
-from loradrop.settings import TrainConfig
+from loradrop.config import LoRAConfig, LoraDropConfig, TrainConfig, check_keys
 from loradrop.text.task import DataConfig
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"

@@ -3,63 +3,16 @@ data.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from loradrop.bank import Target
+from loradrop.scores import Assignment, Scores, Target
 
-IMPORTANCES = ("sqnorm", "norm")
+IMPORTANCES = ("sqnorm", "root")
 SCOPES = ("per_module", "joint")
 SHARES = ("group", "none")
-
-
-@dataclass(frozen=True, eq=False)
-class Scores(Mapping[str, float]):
-    """Name -> Σ over real tokens of ‖s·B·A·x‖², in float64, and where it came from.
-
-    rows    (batches or steps, targets) float64 on the CPU: the score is the sum of its column
-    source  "offline": fixed weights in eval mode; "online": the passes of training itself
-    tokens  rows of x counted, per target
-    """
-
-    targets: tuple[Target, ...]
-    rows: Tensor
-    tokens: int
-    source: str
-
-    @property
-    def values_by_target(self) -> list[float]:
-        """The scores in the order of `targets`."""
-        return [float(v) for v in self.rows.sum(0)]
-
-    def __getitem__(self, name: str) -> float:
-        for target, value in zip(self.targets, self.values_by_target, strict=True):
-            if target.name == name:
-                return value
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return (target.name for target in self.targets)
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __repr__(self) -> str:
-        rows = f"{len(self.rows)} rows, {self.tokens} tokens"
-        return f"Scores({len(self)} targets, {rows}, {self.source})"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for the plan: the sums, not the rows."""
-        return {
-            "source": self.source,
-            "tokens": self.tokens,
-            "rows": len(self.rows),
-            "values": dict(self),
-        }
 
 
 def select(
@@ -84,13 +37,13 @@ def select(
                    that part of the parameters of LoRA on all targets
     scope          "per_module": a group is a module type and shape; "joint": all targets are one
                    group
-    importance     "sqnorm": the score; "norm": its square root
+    importance     "sqnorm": the score; "root": its square root
     Ties go to the earlier target. Raises ValueError for options out of range, for NaN or infinite
     scores and, where the decision depends on them, for scores that are all zero.
     """
     _check(scores, threshold, keep, keep_ratio, budget, scope, importance)
     values = scores.values_by_target
-    if importance == "norm":
+    if importance == "root":
         values = [math.sqrt(value) for value in values]
     groups = _groups(scores.targets, scope)
     if threshold is not None:
@@ -104,7 +57,7 @@ def select(
         full = sum(target.parameters for target in scores.targets)
         for count in range(n, -1, -1) if keep is None else [keep]:
             picked = _quota(scores.targets, values, groups, count)
-            size = adapter_parameters(scores.targets, _names(scores, picked))
+            size = assign(scores.targets, _names(scores, picked)).parameters
             if budget is None or size <= budget * full:
                 break
         else:
@@ -206,20 +159,18 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
 
 
-def assign(
-    targets: Sequence[Target], kept: Sequence[str], share: str = "group"
-) -> list[int | None]:
-    """The slot of every target: kept ones alone, the others one per group of equal (type, K, N, r).
+def assign(targets: Sequence[Target], kept: Sequence[str], share: str = "group") -> Assignment:
+    """Kept targets have an adapter of their own, the others one per group of equal (type, K, N, r).
 
-    With share="none" the others get None: no adapter. Raises ValueError for a name that is no
-    target.
+    With share="none" the others have no adapter. Raises ValueError for a name that is not a target.
     """
     check_choice("share", share, SHARES)
-    names = {target.name for target in targets}
+    names = [target.name for target in targets]
     for name in kept:
         if name not in names:
             raise ValueError(
-                f"kept has {name!r}, which is no target; there are {', '.join(sorted(names))}"
+                f"kept has {name!r}, which is not a target; the targets are "
+                f"{', '.join(sorted(names))}"
             )
     chosen, numbers = set(kept), dict[Any, int]()
     slots: list[int | None] = []
@@ -230,13 +181,7 @@ def assign(
         else:
             key = target.name if own else target.group
             slots.append(numbers.setdefault(key, len(numbers)))
-    return slots
-
-
-def adapter_parameters(targets: Sequence[Target], kept: Sequence[str], share: str = "group") -> int:
-    """Elements of all adapters after `assign`: kept ones and shared ones, each once."""
-    sizes = dict(zip(assign(targets, kept, share), (t.parameters for t in targets), strict=True))
-    return sum(size for slot, size in sizes.items() if slot is not None)
+    return Assignment(tuple(targets), tuple(slots), tuple(n for n in names if n in chosen))
 
 
 def keep_frequency(

@@ -3,17 +3,21 @@ restores the model.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loradrop.bank import AdapterBank, Target, bank_of
+from loradrop.bank import AdapterBank, bank_of, has_bank
 from loradrop.config import LoRAConfig
 from loradrop.formats.native import SavePretrained
-from loradrop.layers import adapt, is_conv1d, is_plain, restore, shape_of, weight_of
-from loradrop.matching import Matched, find_targets, saved_modules
+from loradrop.injection import Injection, injection_of
+from loradrop.layers import adapt, build_bank, freeze, is_conv1d, is_plain, restore
+from loradrop.matching import find_targets, saved_modules
+from loradrop.scores import Target
 
 _log = logging.getLogger(__name__)
 
@@ -36,42 +40,27 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
             f"{type(model).__name__} is injected already: call loradrop.remove(model) first"
         )
     found = find_targets(model, config)
-    saved = saved_modules(model, config)
-    bank = attach(model, config, found, saved)
-    kinds: dict[str, int] = {}
-    for target in bank.targets:
-        kinds[target.kind] = kinds.get(target.kind, 0) + 1
-    _log.info(
-        "adapted %s; trained whole: %s",
-        ", ".join(f"{k} ({n})" for k, n in kinds.items()),
-        ", ".join(saved) or "nothing",
-    )
-    return bank
-
-
-def attach(
-    model: nn.Module, config: LoRAConfig, found: Matched, saved: list[str] | None = None
-) -> AdapterBank:
-    """`inject` for modules already found: `found` as (name, module), `saved` names to train
-    whole.
-    """
-    targets = [_target(name, module, config) for name, module in found]
-    bank = AdapterBank(targets, config, [weight_of(module) for _, module in found])
-    for name, parameter in model.named_parameters():
-        bank.surgery.requires_grad[name] = parameter.requires_grad
-        parameter.requires_grad_(False)
-    for prefix in saved or []:
+    trained = saved_modules(model, config)
+    bank = build_bank(config, found)
+    injection = Injection(config, requires_grad=freeze(model))
+    for prefix in trained:
         part = model.get_submodule(prefix)
         for name, tensor in part.state_dict(prefix=prefix + ".").items():
-            bank.surgery.saved[name] = tensor.detach().clone()
+            injection.originals[name] = tensor.detach().clone()
         part.requires_grad_(True)
-    bank.surgery.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    injection.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     for i, (_, module) in enumerate(found):
         adapt(module, bank, i)
-    _avoid_fused_paths(model, bank)
-    model.lora_bank = bank
+    injection.attributes = _avoid_fused_paths(model, bank)
+    model.lora_bank, model._lora_injection = bank, injection  # type: ignore[assignment]
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
+    kinds = Counter(target.kind for target in bank.targets)
+    _log.info(
+        "adapted %s; trained whole: %s",
+        ", ".join(f"{kind} ({count})" for kind, count in kinds.items()),
+        ", ".join(trained) or "nothing",
+    )
     return bank
 
 
@@ -82,35 +71,28 @@ _UNFUSED = {
 }
 
 
-def _avoid_fused_paths(model: nn.Module, bank: AdapterBank) -> None:
-    """The fused inference path of `nn.TransformerEncoder` reads weights and would skip adapters."""
+def _avoid_fused_paths(model: nn.Module, bank: AdapterBank) -> list[tuple[str, str, Any]]:
+    """The fused inference path of `nn.TransformerEncoder` reads weights and would skip adapters.
+
+    Returns (module, attribute, value before) of what was changed.
+    """
+    changed: list[tuple[str, str, Any]] = []
     for name, module in model.named_modules():
         for kind, (attribute, value) in _UNFUSED.items():
             inside = any(
                 target.name.startswith(f"{name}." if name else "") for target in bank.targets
             )
             if isinstance(module, kind) and inside and hasattr(module, attribute):
-                bank.surgery.attributes.append((name, attribute, getattr(module, attribute)))
+                changed.append((name, attribute, getattr(module, attribute)))
                 setattr(module, attribute, value)
-
-
-def _target(name: str, module: nn.Module, config: LoRAConfig) -> Target:
-    shape = shape_of(module)
-    assert shape is not None
-    r = config.rank(name)
-    if r > min(shape):
-        raise ValueError(
-            f"r={r} for {name} ({shape[0]} -> {shape[1]}): a rank beyond {min(shape)} adds nothing."
-            f" Choose r <= {min(shape)}, or a rank_pattern"
-        )
-    return Target(name, name.rpartition(".")[2], *shape, r)
+    return changed
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes without its adapters. Raises ValueError while they are merged."""
     bank = bank_of(model)
-    if bank.surgery.merged is not None:
+    if injection_of(model).merged is not None:
         raise ValueError(
             "the adapters are merged into the weights: "
             "call loradrop.remove(model) for the base model"
@@ -130,23 +112,23 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> None:
     `keep_original` the original weights are kept beside the adapters, and `remove` restores them
     bit for bit. Raises ValueError for a base whose weight is no plain matrix (a quantised layer).
     """
-    bank = bank_of(model)
-    if bank.surgery.merged is not None:
+    bank, injection = bank_of(model), injection_of(model)
+    if injection.merged is not None:
         raise ValueError("the adapters are merged already")
     originals: dict[str, Tensor] = {}
-    for name, weight, merged in folded(model):
+    for name, weight, merged in merged_weights(model):
         if keep_original:
             originals[name] = weight.detach().clone()
         weight.copy_(merged)
     if keep_original:
-        bank.surgery.merged, bank.enabled = originals, False
+        injection.merged, bank.enabled = originals, False
         return
-    _strip(model, bank)
+    _strip(model)
     model._loradrop_merged = True  # type: ignore[assignment]
 
 
 @torch.no_grad()
-def folded(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(a target's name, its weight, W + s·B·A in float32 rounded once), one after another.
 
     Targets without an adapter are left out. Raises ValueError as `merge`, before the first.
@@ -192,28 +174,28 @@ def remove(model: nn.Module) -> None:
     Raises ValueError for a model without adapters, or whose adapters were merged without
     `keep_original`.
     """
-    injected = isinstance(getattr(model, "lora_bank", None), AdapterBank)
-    if getattr(model, "_loradrop_merged", False) and not injected:
+    if getattr(model, "_loradrop_merged", False) and not has_bank(model):
         raise ValueError(
             "the adapters were merged without keep_original=True, so the original weights are gone:"
             " load the base model anew"
         )
-    bank = bank_of(model)
-    for name, weight in (bank.surgery.merged or {}).items():
+    injection = injection_of(model)
+    for name, weight in (injection.merged or {}).items():
         model.get_submodule(name).weight.copy_(weight)  # type: ignore[operator]
     tensors = model.state_dict(keep_vars=True)
-    for name, original in (bank.surgery.saved | bank.surgery.buffers).items():
+    for name, original in (injection.originals | injection.buffers).items():
         if name in tensors:
             tensors[name].copy_(original)
-    _strip(model, bank)
+    _strip(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(bank.surgery.requires_grad[name])
+        parameter.requires_grad_(injection.requires_grad[name])
 
 
-def _strip(model: nn.Module, bank: AdapterBank) -> None:
-    for target in bank.targets:
+def _strip(model: nn.Module) -> None:
+    injection = injection_of(model)
+    for target in bank_of(model).targets:
         restore(model.get_submodule(target.name))
-    for name, attribute, value in bank.surgery.attributes:
+    for name, attribute, value in injection.attributes:
         setattr(model.get_submodule(name), attribute, value)
-    del model.lora_bank
+    del model.lora_bank, model._lora_injection
     model.__dict__.pop("save_pretrained", None)

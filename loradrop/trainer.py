@@ -1,150 +1,33 @@
-"""transformers' Trainer: a callback with a method's events, and a subclass that saves adapters."""
+"""transformers' Trainer with checkpoints of adapters, and its arguments in our words."""
 
 import hashlib
 import logging
+import math
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from loradrop.bank import bank_of
-from loradrop.collector import Collector
-from loradrop.files import read_json, replacing, write_json
-from loradrop.formats.native import read, restore, save
+from loradrop.callbacks import EVENTS, MethodCallback
+from loradrop.config import TrainConfig
+from loradrop.env import native_bf16
+from loradrop.files import read_json, write_json
+from loradrop.formats.native import read, save
+from loradrop.loading import fill
 
-COMPLETE, STATISTICS, EVENTS = "complete.json", "statistics.safetensors", "events.json"
+# transformers renamed the argument; both names mean the same.
+_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+COMPLETE = "complete.json"
 _log = logging.getLogger(__name__)
-
-
-class MethodCallback(TrainerCallback):
-    """Carries the events of the model's method into any training loop of transformers.
-
-    `collect` gathers the method's statistic over the whole run (`collector.scores()`), and ends the
-    run early once the method calls it settled. Without it only the first step is watched, so that a
-    target whose forward is never called is an error, not an adapter that silently does nothing.
-    """
-
-    def __init__(
-        self, model: nn.Module, *, collect: bool = False, mask: str | None = "attention_mask"
-    ) -> None:
-        self.model, self.bank, self.collect, self.mask = model, bank_of(model), collect, mask
-        self.collector: Collector | None = None
-        self.settled = False
-        self.seconds_before = 0.0
-        self._state: dict[str, torch.Tensor] | None = None
-        self._started = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        """Training time so far, over all the runs that a resume joins."""
-        return self.seconds_before + time.monotonic() - self._started
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        self._started = time.monotonic()
-        self.collector = Collector(
-            self.model, self.bank, online=True, mask=self.mask if self.collect else None
-        )
-        if self._state is not None:
-            self.collector.load_state_dict(self._state)
-
-    def reopen(self) -> None:
-        """The collector of a run that had ended, after `load`."""
-        self.on_train_begin(None, TrainerState(), None)
-        self.detach()
-
-    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        self.bank.config.method.on_backward_end(self.bank, state.global_step)
-
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        method, collector = self.bank.config.method, self.collector
-        method.on_step_end(self.bank, state.global_step)
-        if collector is None:
-            return
-        collector.close_row()
-        if not self.collect:
-            self._stop()
-        elif (every := method.settle_interval()) and state.global_step % every == 0:
-            self.settled = method.settled(collector.scores())
-            if self.settled:
-                control.should_training_stop = control.should_save = True
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        self.seconds_before, self._started = self.seconds, time.monotonic()
-        self.detach()
-
-    def save(self, folder: Path, write: bool) -> None:
-        """The state of the statistics and the method; every rank calls it, the first one writes."""
-        state = self.collector.state_dict() if self.collector is not None else {}
-        if write:
-            with replacing(folder / STATISTICS) as draft:
-                save_file(state, draft)
-            method = self.bank.config.method.state_dict(self.bank)
-            events = {"seconds": self.seconds, "settled": self.settled, "method": method}
-            write_json(folder / EVENTS, events)
-
-    def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote."""
-        self._state = load_file(folder / STATISTICS) if self.collect else None
-        events = read_json(folder / EVENTS)
-        self.seconds_before, self.settled = float(events["seconds"]), bool(events["settled"])
-        self.bank.config.method.load_state_dict(self.bank, events["method"])
-
-    def detach(self) -> None:
-        """Stop collecting, also where the run ended with an error; what was collected stays."""
-        if self.collector is not None:
-            self.collector.detach()
-
-    def _stop(self) -> None:
-        self.detach()
-        self.collector = None
-
-
-class Progress(TrainerCallback):
-    """A bar with the loss, the rate and the time left."""
-
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
-        self.bar: Any = None
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc=self.stage,
-                unit="step",
-                dynamic_ncols=True,
-                mininterval=0.5,
-            )
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
-
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: Any,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if self.bar is not None and logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.4g}")
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 class LoRATrainer(Trainer):
@@ -201,7 +84,8 @@ class LoRATrainer(Trainer):
             return
         self._load_from_checkpoint(str(checkpoint))  # `train` would take a step more
         self.state = state
-        self.events.reopen()
+        self.events.begin()
+        self.events.detach()
 
     def compute_loss(
         self,
@@ -210,21 +94,17 @@ class LoRATrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The model's loss plus the method's penalty."""
+        """The model's loss, which has to be finite."""
         result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
             return result
-        bank, loss = self.events.bank, result[0] if return_outputs else result
-        penalty = bank.config.method.penalty(bank)
-        if penalty is not None:
-            normalized = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            loss = loss + penalty / (self.current_gradient_accumulation_steps if normalized else 1)
+        loss = result[0] if return_outputs else result
         if not torch.isfinite(loss):
             raise ValueError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the "
                 "learning rate, or train in float32. Earlier checkpoints are untouched"
             )
-        return (loss, result[1]) if return_outputs else loss
+        return result
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
@@ -241,12 +121,11 @@ class LoRATrainer(Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        plan, tensors = read(resume_from_checkpoint)
-        restore(self.events.model, plan, tensors)
+        fill(self.events.model, read(resume_from_checkpoint))
         self.events.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        restore(self.events.model, *read(str(self.state.best_model_checkpoint)))
+        fill(self.events.model, read(str(self.state.best_model_checkpoint)))
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -281,3 +160,48 @@ def _damage(checkpoint: Path) -> str | None:
     found = _digests(checkpoint)
     wrong = [name for name in expected if found.get(name) != expected[name]]
     return f"is damaged ({', '.join(wrong)})" if wrong else None
+
+
+def training_arguments(
+    args: TrainConfig, folder: Path, *, steps: int, warm_up: bool, has_dev: bool
+) -> TrainingArguments:
+    """transformers' arguments for one stage of `steps` optimiser steps; `folder` gets its files."""
+    precision = _supported(args.precision)
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": args.batch_size,
+        "per_device_eval_batch_size": 2 * args.batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation,
+        "learning_rate": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "warmup_steps": math.ceil(args.warmup_ratio * steps),
+        "lr_scheduler_type": "constant_with_warmup" if warm_up else "linear",
+        "max_grad_norm": args.max_grad_norm,
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        _CHECKPOINTING: args.gradient_checkpointing,
+        "use_cpu": not torch.accelerator.is_available(),
+        "seed": args.seed,
+        "logging_steps": args.log_every,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "steps",
+        "save_steps": args.save_every,
+        "save_total_limit": 2,
+        "eval_strategy": "steps" if args.eval_every and has_dev and not warm_up else "no",
+        "eval_steps": args.eval_every,
+        "report_to": list(args.report_to),
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    return TrainingArguments(**(options | dict(args.extra)))
+
+
+def _supported(precision: str) -> str:
+    if precision == "bf16" and not torch.cuda.is_available() and not native_bf16():
+        _log.warning(
+            "this CPU has no native bfloat16, which would be many times slower: computing in "
+            "float32"
+        )
+        return "float32"
+    return precision

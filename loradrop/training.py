@@ -21,18 +21,22 @@ from torch.utils.data import DataLoader, Subset
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from loradrop.bank import AdapterBank, bank_of
-from loradrop.config import LoRAConfig
+from loradrop.bank import bank_of, has_bank
+from loradrop.callbacks import MethodCallback, Progress
+from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.files import read_json, write_json
-from loradrop.formats.native import read, restore, save
+from loradrop.formats.native import read, save
+from loradrop.injection import base_of, injection_of, plan_of
+from loradrop.loading import fill
 from loradrop.methods import Method
-from loradrop.plan import Plan, base_of, plan_of
+from loradrop.methods.base import Warmup
+from loradrop.plan import Plan
 from loradrop.probing import probe
-from loradrop.selection import Scores, keep_frequency
-from loradrop.settings import TrainConfig, training_arguments
+from loradrop.scores import Scores
+from loradrop.selection import keep_frequency
 from loradrop.surgery import inject
 from loradrop.text.task import stratified_indices
-from loradrop.trainer import LoRATrainer, MethodCallback, Progress, last_checkpoint
+from loradrop.trainer import LoRATrainer, last_checkpoint, training_arguments
 
 OPTIONS = "options.json"
 _WRAPPED = ("forward", "_original_forward")  # what accelerate's mixed precision sets on a model
@@ -122,14 +126,14 @@ def warm_up(
 
     The arguments are those of `fit`. Raises ValueError for a method without a warm-up.
     """
-    if not config.method.statistic:
+    run = _Run(
+        model, train, None, config, args or TrainConfig(), None, collate, Path(output_dir), mask, ()
+    )
+    if config.method.warmup(run.total) is None:
         raise ValueError(
             f"the method {config.method.name!r} measures nothing: choose one with a warm-up, such "
             "as lora_drop"
         )
-    run = _Run(
-        model, train, None, config, args or TrainConfig(), None, collate, Path(output_dir), mask, ()
-    )
     with _forward_kept(model):
         run.warm_up(resume, dict(data or {}))
     return plan_of(model)
@@ -176,7 +180,9 @@ class _Run:
         """Both stages."""
         before = self.warm_up(resume, data)
         done = int(before["steps"])
-        trainer, events = self._stage("main", self.total - done, resume, collect=False)
+        method = self.config.method
+        statistics = () if method.warmup(self.total) else method.statistics
+        trainer, events = self._stage("main", self.total - done, resume, self.train, statistics)
         metrics = {} if self.dev is None else _metrics(trainer.evaluate())
         save(self.model, self.folder / "adapter")
         plan = plan_of(self.model)
@@ -197,22 +203,23 @@ class _Run:
         options = self._options(data)
         self._require_same_run(options, resume)
         set_seed(self.args.seed)
-        if not isinstance(getattr(self.model, "lora_bank", None), AdapterBank):
+        if not has_bank(self.model):
             inject(self.model, self.config)
-        bank = bank_of(self.model)
-        if bank.config != self.config:
+        injection = injection_of(self.model)
+        if injection.config != self.config:
             raise ValueError(
-                "the model was injected with another configuration: pass model.lora_bank.config, "
-                "or call loradrop.remove(model) first"
+                "the model was injected with another configuration: pass the same one, or call "
+                "loradrop.remove(model) first"
             )
-        planned = self.config.method.warmup_steps(self.total)
+        stage = self.config.method.warmup(self.total)
         write_json(self.folder / OPTIONS, options)
         if resume and (before := self._start()) is not None:
             return before
-        if not planned or bank.slots != list(range(len(bank.targets))):
-            bank.plan = replace(plan_of(self.model), data=data, seeds={"train": self.args.seed})
+        if stage is None or bank_of(self.model).assignment.shares:
+            seeds = {"train": self.args.seed}
+            injection.plan = replace(plan_of(self.model), data=data, seeds=seeds)
             return {"steps": 0, "seconds": 0.0, "history": []}
-        before = self._warm_up(planned, resume, data)
+        before = self._warm_up(stage, resume, data)
         write_json(self.folder / "warmup.json", before)
         save(self.model, self.folder / "start")
         return before
@@ -220,14 +227,14 @@ class _Run:
     def _start(self) -> dict[str, Any] | None:
         """Take what the warm-up ended with, where it is whole; if not, it is made anew."""
         try:
-            plan, tensors = read(self.folder / "start")
+            start = read(self.folder / "start")
             before: dict[str, Any] = read_json(self.folder / "warmup.json")
         except FileNotFoundError:
             return None
         except ValueError as error:
             _log.warning("%s. Going on from the warm-up's last checkpoint", error)
             return None
-        restore(self.model, plan, tensors)
+        fill(self.model, start)
         return before
 
     def _options(self, data: dict[str, str]) -> dict[str, dict[str, Any]]:
@@ -257,22 +264,20 @@ class _Run:
                     ": resume with the same, or choose another output"
                 )
 
-    def _warm_up(self, planned: int, resume: bool, data: dict[str, str]) -> dict[str, Any]:
+    def _warm_up(self, stage: Warmup, resume: bool, data: dict[str, str]) -> dict[str, Any]:
         """Stage one: train LoRA on every target, measure, decide, share."""
-        method, bank = self.config.method, bank_of(self.model)
-        whole, ratio = self.train, method.sample_ratio_of_warmup()
-        if ratio < 1.0:
-            self.train = _sample(whole, ratio, self.args.seed)
+        method, injection, rows = self.config.method, injection_of(self.model), self.train
+        if stage.sample_ratio < 1.0:
+            rows = _sample(rows, stage.sample_ratio, self.args.seed)
         trainer, events = self._stage(
-            "warmup", planned, resume, collect=method.statistic is not None
+            "warmup", stage.steps, resume, rows, method.statistics, stage.settle_every
         )
         steps = trainer.state.global_step
         set_seed(self.args.seed)
-        if events.collector is None or method.measures_offline():
-            scores = probe(self.model, trainer.get_eval_dataloader(self.train), mask=self.mask)
+        if stage.source == "offline" or events.collector is None:
+            scores = probe(self.model, trainer.get_eval_dataloader(rows), mask=self.mask)
         else:
-            scores = bank.scores = events.collector.scores()
-        self.train = whole
+            scores = injection.scores = events.collector.scores()
         if not any(scores.values()):
             raise ValueError(
                 f"the warm-up of {steps} steps left B at zero, so nothing was measured: choose a "
@@ -280,15 +285,14 @@ class _Run:
             )
         record = {
             "steps": steps,
-            "planned": planned,
+            "planned": stage.steps,
             "settled": events.settled,
             "frequency": _frequency(method, scores),
         }
-        kept = method.update(bank, scores)
-        bank.plan = None
-        bank.plan = replace(
+        method.update(bank_of(self.model), scores)
+        injection.plan = None
+        injection.plan = replace(
             plan_of(self.model),
-            kept=None if kept is None else tuple(kept),
             scores=scores.to_dict(),
             warmup=record,
             data=data,
@@ -301,12 +305,20 @@ class _Run:
         }
 
     def _stage(
-        self, name: str, steps: int, resume: bool, *, collect: bool
+        self,
+        name: str,
+        steps: int,
+        resume: bool,
+        rows: Any,
+        statistics: Sequence[str],
+        settle_every: int = 0,
     ) -> tuple[LoRATrainer, MethodCallback]:
-        """One run of the Trainer, from its last whole checkpoint where there is one."""
+        """One run of the Trainer on `rows`, from its last whole checkpoint where there is one."""
         folder = self.folder / name
         checkpoint = last_checkpoint(folder) if resume else None
-        events = MethodCallback(self.model, collect=collect, mask=self.mask)
+        events = MethodCallback(
+            self.model, statistics=statistics, mask=self.mask, settle_every=settle_every
+        )
         trainer = LoRATrainer(
             self.model,
             training_arguments(
@@ -317,10 +329,10 @@ class _Run:
                 has_dev=self.dev is not None,
             ),
             events=events,
-            train_dataset=self.train,
+            train_dataset=rows,
             eval_dataset=self.dev,
             data_collator=self.collate
-            or (self.train.collate_fn if isinstance(self.train, DataLoader) else None),
+            or (rows.collate_fn if isinstance(rows, DataLoader) else None),
             compute_metrics=self.metric,
             callbacks=[Progress(name), *self.callbacks],
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import loradrop
 from loradrop.bank import AdapterBank, bank_of
 from loradrop.layers import LoRALinear
+from loradrop.scores import Assignment
 
 DEPTH, WIDTH, R = 4, 6, 2
 
@@ -59,7 +60,7 @@ def test_targets_slots_and_factors() -> None:
     assert bank_of(model) is bank is model.lora_bank
     names = [f"layers.{i}.proj" for i in range(DEPTH)] + ["side"]
     assert [target.name for target in bank.targets] == names
-    assert bank.slots == list(range(DEPTH + 1))
+    assert bank.slots == tuple(range(DEPTH + 1))
     for i, target in enumerate(bank.targets):
         module = model.get_submodule(target.name)
         assert (target.in_features, target.out_features) == tuple(module.weight.T.shape)
@@ -123,7 +124,7 @@ def test_a_shared_adapter_gets_the_sum_of_its_gradients() -> None:
     pairs = [
         (A.detach().clone(), B.detach().clone()) for A, B in map(own.factors, range(DEPTH + 1))
     ]
-    own.assign(range(DEPTH + 1), pairs)
+    own.assign(Assignment(own.targets, tuple(range(DEPTH + 1))), pairs)
     for each in (model, unshared):
         x = torch.randint(-3, 4, (11, WIDTH), generator=torch.Generator().manual_seed(1)).float()
         each(x).square().sum().backward()
@@ -145,7 +146,7 @@ def test_sharing_again_never_aliases() -> None:
 def test_sharing_after_everything_was_dropped() -> None:
     model, bank = tower()
     loradrop.share(model, [], share="none")
-    assert bank.slots == [None] * (DEPTH + 1)
+    assert bank.slots == (None,) * (DEPTH + 1)
     assert bank.factors(0) is None and bank.delta(0) is None
     assert not [p for p in model.parameters() if p.requires_grad]
     loradrop.share(model, ["side"])
@@ -157,7 +158,7 @@ def test_sharing_after_everything_was_dropped() -> None:
 def test_assign_refuses_a_pair_that_does_not_fit() -> None:
     _, bank = tower()
     with pytest.raises(ValueError, match=r"slot 0.*side"):
-        bank.assign([0] * (DEPTH + 1), [(bank.A[0], bank.B[0])])
+        bank.assign(Assignment(bank.targets, (0,) * (DEPTH + 1)), [(bank.A[0], bank.B[0])])
 
 
 # Copies

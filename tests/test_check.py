@@ -19,6 +19,7 @@ import loradrop
 from loradrop import LoRAConfig, export, verify
 from loradrop.formats.engines import ENGINES, refusal, scale
 from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS, PeftFile
+from loradrop.injection import injection_of
 
 IDS = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(5))
 BATCHES = [{"input_ids": IDS[:1]}, {"input_ids": IDS[1:], "attention_mask": IDS[1:] > 20}]
@@ -48,7 +49,7 @@ def adapt(model: nn.Module, **options: Any) -> nn.Module:
     """Inject, and give every trained tensor a value that shows in the logits."""
     bank, state = loradrop.inject(model, LoRAConfig(**options)), model.state_dict()
     torch.manual_seed(1)
-    for tensor in (*bank.parameters(), *(state[name] for name in bank.surgery.saved)):
+    for tensor in (*bank.parameters(), *(state[name] for name in injection_of(model).originals)):
         tensor.data.add_(torch.randn(tensor.shape) * 0.3)
     return model
 

@@ -1,5 +1,7 @@
 """Importing does nothing: no heavy library, output, random number or environment variable."""
 
+import ast
+import graphlib
 import resource
 import subprocess
 import sys
@@ -84,6 +86,32 @@ def test_public_name(name: str) -> None:
 def test_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = loradrop.no_such_name
+
+
+def imports() -> dict[str, set[str]]:
+    """Module -> the modules of the package that it imports, anywhere in its text."""
+    files = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for file in sorted((ROOT / "loradrop").rglob("*.py"))
+    }
+    graph: dict[str, set[str]] = {}
+    for name, file in files.items():
+        found = set[str]()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module is not None:
+                whole = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= (whole & files.keys()) or {node.module}
+        graph[name] = (found & files.keys()) - {name}
+    return graph
+
+
+def test_no_import_circle() -> None:
+    """Counted over imports in functions and under TYPE_CHECKING too."""
+    graph = imports()
+    assert {"loradrop.bank", "loradrop.config"} <= graph["loradrop.layers"]
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 
 
 def test_help_is_instant() -> None:

@@ -2,8 +2,9 @@
 
 import copy
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -13,9 +14,14 @@ from torch import Tensor, nn
 import loradrop
 from loradrop import LoRAConfig, LoRADrop, LoraDropConfig, methods
 from loradrop.bank import AdapterBank
+from loradrop.collector import Collector
+from loradrop.formats.peft_file import read as read_peft
+from loradrop.injection import injection_of, plan_of
 from loradrop.methods import LoRA, Method
-from loradrop.selection import Scores
-from loradrop.sharing import AFTER, INITS
+from loradrop.methods.prilora import PRILoRA
+from loradrop.methods.vera import VeRA
+from loradrop.pairs import AFTER, INITS
+from loradrop.scores import Scores, Target
 
 WIDTH, R, DEPTH = 10, 3, 3
 
@@ -57,15 +63,19 @@ def net(method: Method | None = None, **options: Any) -> Any:
     return model
 
 
-def train(model: nn.Module, steps: int = 4, rate: float = 0.02) -> None:
+def train(model: Any, steps: int = 4, rate: float = 0.02) -> None:
+    """A loop of one's own, with the method's events."""
+    bank, method = model.lora_bank, injection_of(model).config.method
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    for _ in range(steps):
-        loss = (model(X) - 1.0).square().mean()
-        penalty = model.lora_bank.config.method.penalty(model.lora_bank)
-        (loss if penalty is None else loss + penalty).backward()
+    names = method.statistics or ("sqnorm",)
+    collector = Collector(model, bank, online=True, statistics=names, mask=None)
+    for step in range(1, steps + 1):
+        (model(X) - 1.0).square().mean().backward()
         optimizer.step()
+        method.on_step_end(bank, step, collector.close_row())
         optimizer.zero_grad()
+    collector.detach()
 
 
 def values(model: Any) -> list[Tensor]:
@@ -81,57 +91,55 @@ def scores(model: Any, by_name: dict[str, float] | None = None) -> Scores:
     for name, value in (by_name or {}).items():
         numbers[model.lora_bank.index(name)] = value
     rows = torch.tensor([numbers], dtype=torch.float64)
-    model.lora_bank.scores = Scores(targets, rows, tokens=1, source="offline")
-    return model.lora_bank.scores
+    found = injection_of(model).scores = Scores(targets, rows, tokens=1, source="offline")
+    return found
 
 
 # What every method must do
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scaled(Method):
-    """VeRA (Kopiczko et al., ICLR 2024) in outline: frozen matrices, two vectors per target.
-
-    All targets of one input size have one A, all of one output size one B; d_i and b_i scale them.
+class Core(Method):
+    """A method of another package: one trained pair for all targets of a shape, and a trained
+    r x r core for each target between the two.
     """
 
-    name: ClassVar[str] = "scaled"
+    name: ClassVar[str] = "core"
     start: float = 0.1
-    decay: float = 0.0
 
-    def build(self, bank: AdapterBank) -> None:
-        generator = torch.Generator().manual_seed(0)
-        like = bank.A[0]
-        bank.A, bank.B = nn.ParameterList(), nn.ParameterList()
-        for axis, name in ((0, "shared_A"), (1, "shared_B")):
-            sizes = {(t.in_features, t.out_features)[axis]: t.r for t in bank.targets}
-            shapes = {str(n): (r, n) if axis == 0 else (n, r) for n, r in sizes.items()}
-            frozen = {
-                key: nn.Parameter(
-                    torch.randn(shape, generator=generator).to(like), requires_grad=False
-                )
-                for key, shape in shapes.items()
-            }
-            bank.add_module(name, nn.ParameterDict(frozen))
-        bank.d = nn.ParameterList(torch.full((t.r,), self.start) for t in bank.targets)
-        bank.b = nn.ParameterList(torch.zeros(t.out_features) for t in bank.targets)
+    def bank(
+        self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]
+    ) -> AdapterBank:
+        return CoreBank(targets, scaling, self.start)
 
-    def factors(self, bank: AdapterBank, i: int) -> tuple[Tensor, Tensor]:
-        t = bank.targets[i]
-        A = bank.d[i].unsqueeze(1) * bank.shared_A[str(t.in_features)]
-        return A, bank.b[i].unsqueeze(1) * bank.shared_B[str(t.out_features)]
 
-    def penalty(self, bank: AdapterBank) -> Tensor | None:
-        return self.decay * sum(d.square().sum() for d in bank.d) if self.decay else None
+class CoreBank(AdapterBank):
+    def __init__(
+        self, targets: Sequence[Target], scaling: Sequence[float], start: float
+    ) -> None:
+        super().__init__(targets, scaling)
+        self.left, self.right = nn.ParameterDict(), nn.ParameterDict()
+        for _, K, N, r in {t.group for t in targets}:
+            self.right[f"{K}"] = torch.full((r, K), start)
+            self.left[f"{N}"] = torch.full((N, r), start)
+        self.core = nn.Parameter(torch.zeros(len(targets), R, R))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def factors(self, i: int) -> tuple[Tensor, Tensor]:
+        target = self.targets[i]
+        A = self.core[i] @ self.right[f"{target.in_features}"]
+        return A, self.left[f"{target.out_features}"]
 
 
 EVERY: dict[str, Method] = {name: cls() for name, cls in methods.available().items()}
-EVERY["from outside"] = Scaled(decay=0.01)
+EVERY["prilora"] = PRILoRA(prune_every=2)
+EVERY["from outside"] = Core()
 each_method = pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 
 
-def test_the_first_two_methods_are_there() -> None:
-    assert {"lora": LoRA, "lora_drop": LoRADrop}.items() <= methods.available().items()
+def test_the_methods_are_there() -> None:
+    found = {"lora": LoRA, "lora_drop": LoRADrop, "prilora": PRILoRA, "vera": VeRA}
+    assert found.items() <= methods.available().items()
     for name, cls in methods.available().items():
         assert cls.name == name and methods.get(name) is cls and issubclass(cls, Method)
 
@@ -148,13 +156,14 @@ def test_a_step_changes_only_adapters_and_the_head(method: Method) -> None:
     model = net(method)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    statistics = {f"lora_bank.{name}" for name, _ in model.lora_bank.named_buffers()}
     assert any(name.startswith("lora_bank.") for name in trainable)
     assert all(name.startswith(("lora_bank.", "classifier.")) for name in trainable)
     first = (model(X) - 1.0).square().mean()
     train(model)
     assert (model(X) - 1.0).square().mean() < first
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed == trainable
+    assert trainable <= changed <= trainable | statistics
 
 
 @each_method
@@ -203,9 +212,6 @@ def test_copies_and_state(method: Method) -> None:
     assert not torch.equal(twin(X), model(X))
     fresh = net(method)
     fresh.load_state_dict(model.state_dict())
-    fresh.lora_bank.config.method.load_state_dict(
-        fresh.lora_bank, model.lora_bank.config.method.state_dict(model.lora_bank)
-    )
     assert torch.equal(fresh(X), model(X))
     storages = [v.untyped_storage().data_ptr() for v in model.lora_bank.state_dict().values()]
     assert len(set(storages)) == len(storages)
@@ -220,24 +226,72 @@ def test_any_method_can_be_probed(method: Method) -> None:
 
 
 @each_method
+@pytest.mark.usefixtures("registered")
 def test_options_survive_a_file(method: Method) -> None:
     config = LoRAConfig(r=R, method=method)
-    if method.name not in methods.available():
-        return
     assert LoRAConfig.from_dict(config.to_dict()) == config
 
 
+@each_method
+@pytest.mark.parametrize("injected", [False, True])
+@pytest.mark.usefixtures("registered")
+def test_saved_and_loaded(method: Method, injected: bool, tmp_path: Path) -> None:
+    model = net(method)
+    train(model)
+    loradrop.save(model, tmp_path)
+    torch.manual_seed(0)
+    found = net(method) if injected else Net()
+    bank = loradrop.load(found, tmp_path)
+    assert torch.equal(found(X), model(X)) and bank.targets == model.lora_bank.targets
+    before, after = model.lora_bank.state_dict(), bank.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert plan_of(found) == plan_of(model)
+    train(found)  # and it trains on
+    assert not torch.equal(found(X), model(X))
+
+
+@each_method
+def test_exported_to_peft(method: Method, tmp_path: Path) -> None:
+    model = net(method)
+    train(model)
+    loradrop.export(model, tmp_path)
+    modules = read_peft(tmp_path).modules
+    assert len(modules) == 3 * DEPTH
+    for i, target in enumerate(model.lora_bank.targets):
+        A, B = modules[target.name]
+        torch.testing.assert_close(B @ A, model.lora_bank.delta(i))
+
+
+@each_method
+def test_the_same_seed_gives_the_same_adapters(method: Method) -> None:
+    first, second = net(method), net(method)
+    train(first)
+    train(second)
+    assert torch.equal(first(X), second(X))
+
+
 OWN = 3 * 2 * R * WIDTH * 2 + 3 * R * 3 * WIDTH  # query and value, and up
+# Ranks 2, 3, 4 for r = 3: query and value, and up.
+GROWING = sum(r * (2 * 2 * WIDTH + 3 * WIDTH) for r in (2, 3, 4))
 
 
 @pytest.mark.parametrize(
     ("method", "expected"),
-    [(LoRA(), OWN), (LoRADrop(), OWN), (Scaled(), 3 * (3 * R + 4 * WIDTH))],
-    ids=["lora", "lora_drop", "from outside"],
+    [
+        (LoRA(), OWN),
+        (LoRADrop(), OWN),
+        (VeRA(), 3 * (3 * R + 4 * WIDTH)),
+        (PRILoRA(), GROWING),
+        (Core(), 9 * R * R + R * (WIDTH + WIDTH + 2 * WIDTH)),
+    ],
+    ids=["lora", "lora_drop", "vera", "prilora", "from outside"],
 )
 def test_trainable_parameters(method: Method, expected: int) -> None:
-    bank = net(method).lora_bank
-    assert sum(p.numel() for p in bank.parameters() if p.requires_grad) == expected
+    model = net(method)
+    trainable = [p for n, p in model.named_parameters() if p.requires_grad and "bank" in n]
+    assert sum(p.numel() for p in trainable) == expected
+    assert plan_of(model).parameters == expected
 
 
 # A method from outside
@@ -249,7 +303,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     class Entry:
         def load(self) -> type[Method]:
-            return Scaled
+            return Core
 
     def entry_points(**selection: str) -> list[Entry]:
         return [Entry()] if selection == {"group": "loradrop.methods"} else []
@@ -262,33 +316,15 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("registered")
 def test_an_entry_point_is_found() -> None:
-    assert methods.get("scaled") is Scaled
-    assert set(methods.available()) >= {"lora", "lora_drop", "scaled"}
-    config = LoRAConfig(r=R, method=Scaled(start=0.5))
-    assert LoRAConfig.from_dict(config.to_dict()) == config
+    assert methods.get("core") is Core
+    assert set(methods.available()) >= {"lora", "lora_drop", "core"}
     with pytest.raises(ValueError, match=r"'strat'.*'start'"):
-        LoRAConfig.from_dict({"method": {"name": "scaled", "strat": 1.0}})
+        LoRAConfig.from_dict({"method": {"name": "core", "strat": 1.0}})
 
 
 def test_it_is_not_found_without_one() -> None:
-    with pytest.raises(ValueError, match=r"'scaled'.*lora, lora_drop"):
-        methods.get("scaled")
-
-
-def test_its_shared_matrices_stay_frozen_and_single() -> None:
-    model = net(Scaled())
-    before = {k: v.clone() for k, v in model.lora_bank.shared_A.items()}
-    train(model)
-    assert all(torch.equal(v, before[k]) for k, v in model.lora_bank.shared_A.items())
-    keys = [k for k in model.state_dict() if "shared" in k]
-    assert len(keys) == 1 + 2
-
-
-def test_its_penalty_is_differentiable() -> None:
-    model = net(Scaled(decay=0.5))
-    penalty = model.lora_bank.config.method.penalty(model.lora_bank)
-    penalty.backward()
-    assert torch.equal(model.lora_bank.d[0].grad, torch.full((R,), 0.1))
+    with pytest.raises(ValueError, match=r"'core'.*lora, lora_drop"):
+        methods.get("core")
 
 
 def test_a_method_that_selects_nothing_says_so() -> None:
@@ -298,13 +334,17 @@ def test_a_method_that_selects_nothing_says_so() -> None:
         loradrop.share(model)
 
 
-def test_the_seam_has_its_events() -> None:
-    bank, method = net(LoRA()).lora_bank, LoRA()
-    assert method.penalty(bank) is None and method.state_dict(bank) == {}
-    assert method.on_backward_end(bank, 0) is None and method.on_step_end(bank, 0) is None
-    assert method.update(bank, None) is None
+@pytest.mark.parametrize("method", [VeRA(), Core()], ids=["vera", "from outside"])
+def test_a_bank_without_pairs_cannot_share_them(method: Method) -> None:
+    model = net(method)
+    with pytest.raises(ValueError, match=rf"'{method.name}' has no pair.*lora_drop"):
+        loradrop.share(model, ["layers.0.query"])
+
+
+def test_a_plain_method_has_one_stage() -> None:
+    assert LoRA().warmup(100) is None and LoRA().decide(scores(net())) is None
     with pytest.raises(AttributeError):
-        method.name = "other"
+        LoRA().name = "other"
 
 
 # LoRA-drop: its options
@@ -320,7 +360,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "keep in parts": ({"keep": 2.5}, r"keep=2\.5"),
     "two criteria": ({"threshold": 0.9, "keep": 3}, r"threshold.*keep"),
     "scope": ({"scope": "global"}, r"scope='global'.*per_module, joint"),
-    "importance": ({"importance": "l1"}, r"importance='l1'.*sqnorm, norm"),
+    "importance": ({"importance": "l1"}, r"importance='l1'.*sqnorm, root"),
     "share": ({"share": "all"}, r"share='all'.*group, none"),
     "share_init": ({"share_init": "zero"}, r"share_init='zero'.*fresh, mean, top"),
     "after_select": ({"after_select": "keep"}, r"after_select='keep'.*reinit, continue"),
@@ -362,13 +402,18 @@ def test_an_unknown_option_names_the_nearest() -> None:
     ("probe_steps", "total", "expected"), [(0.1, 100, 10), (0.1, 3, 1), (7, 100, 7), (0.5, 9, 4)]
 )
 def test_warmup_steps(probe_steps: float, total: int, expected: int) -> None:
-    assert LoRADrop(probe_steps=probe_steps).warmup_steps(total) == expected
-    assert LoRA().warmup_steps(total) == 0
+    assert LoRADrop(probe_steps=probe_steps).warmup(total).steps == expected
+
+
+def test_the_warmup_has_the_options() -> None:
+    stage = LoRADrop(sample_ratio=0.5, source="offline", settle_every=7).warmup(10)
+    assert (stage.sample_ratio, stage.source, stage.settle_every) == (0.5, "offline", 0)
+    assert LoRADrop(settle_margin=0.1, settle_every=7).warmup(10).settle_every == 7
 
 
 def test_a_warmup_that_leaves_nothing() -> None:
     with pytest.raises(ValueError, match=r"probe_steps=10.*10 steps"):
-        LoRADrop(probe_steps=10).warmup_steps(10)
+        LoRADrop(probe_steps=10).warmup(10)
 
 
 def test_settled() -> None:
@@ -395,7 +440,7 @@ def test_sharing_before_probing() -> None:
         loradrop.share(model)
     with pytest.raises(ValueError, match="probe"):
         loradrop.share(model, ["layers.0.up"], init="top")
-    assert model.lora_bank.slots == list(range(3 * DEPTH))
+    assert model.lora_bank.slots == tuple(range(3 * DEPTH))
 
 
 def test_share_by_the_methods_own_options() -> None:

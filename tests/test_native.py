@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loradrop
-from loradrop import LoRAConfig, LoraDropConfig
+from loradrop import LoRAConfig, LoraDropConfig, Plan
+from loradrop.files import read_json, write_json
 from loradrop.formats.native import FOLDER, PLAN, TENSORS, read
+from loradrop.injection import injection_of, plan_of
 
 IDS = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(5))
 
@@ -46,7 +48,7 @@ def fill(model: nn.Module, seed: int = 1) -> nn.Module:
     """Give every trained tensor a value that shows in the logits."""
     bank, state = model.lora_bank, model.state_dict()
     torch.manual_seed(seed)
-    for tensor in (*bank.parameters(), *(state[name] for name in bank.surgery.saved)):
+    for tensor in (*bank.parameters(), *(state[name] for name in injection_of(model).originals)):
         tensor.data.add_((torch.randn(tensor.shape) * 0.3).to(tensor.dtype))
     return model
 
@@ -93,7 +95,8 @@ class TestRoundTrip:
         assert torch.equal(logits(found), logits(model))
         assert not torch.allclose(logits(found), logits(base), atol=1e-2)
         assert bank is found.lora_bank and bank.slots == model.lora_bank.slots
-        assert bank.targets == model.lora_bank.targets and bank.config == model.lora_bank.config
+        assert bank.targets == model.lora_bank.targets
+        assert injection_of(found).config == injection_of(model).config
         found.load_state_dict(model.state_dict())  # the very same keys
 
     def test_into_an_injected_model(self, saved: tuple[nn.Module, Path]) -> None:
@@ -147,15 +150,16 @@ class TestRoundTrip:
         scores = loradrop.probe(model, [{"input_ids": IDS}])
         loradrop.share(model, loradrop.select(scores, keep=2))
         loradrop.save(model, tmp_path)
-        plan = loradrop.load(bert(), tmp_path).plan
-        assert plan == read(tmp_path)[0]
+        plan = read(tmp_path).plan
         assert plan.kept is not None and len(plan.kept) == 2
         assert plan.scores["values"] == dict(scores)
         again = tmp_path / "again"
         found = bert()
         loradrop.load(found, tmp_path)
+        assert plan_of(found) == plan
         loradrop.save(found, again)
-        (plan, tensors), (same_plan, same_tensors) = read(tmp_path), read(again)
+        (plan, bank, saved), (same_plan, same_bank, same_saved) = read(tmp_path), read(again)
+        tensors, same_tensors = bank | saved, same_bank | same_saved
         assert plan == same_plan and tensors.keys() == same_tensors.keys()
         assert all(torch.equal(tensors[key], same_tensors[key]) for key in tensors)
         assert (again / PLAN).read_bytes() == (tmp_path / PLAN).read_bytes()
@@ -383,7 +387,7 @@ class TestPlan:
         with caplog.at_level(logging.WARNING, "loradrop"):
             bank = loradrop.load(found, path)
         assert "plan.json is not the plan in the header" in caplog.text
-        assert bank.slots == list(range(6)) and torch.equal(logits(found), logits(model))
+        assert bank.slots == tuple(range(6)) and torch.equal(logits(found), logits(model))
 
     @pytest.mark.parametrize("text", [None, '{"schema": 1, "tar'])
     def test_a_plan_beside_it_that_is_gone_or_damaged(
@@ -443,3 +447,37 @@ def test_without_adapters(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"call loradrop\.inject"):
         loradrop.save(bert(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+class TestEarlierReleases:
+    """`data/adapter-0.1.0` was written by loradrop 0.1.0, whose plan has schema 1."""
+
+    FOLDER = Path(__file__).parent / "data" / "adapter-0.1.0"
+
+    def model(self) -> nn.Module:
+        sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=4, num_attention_heads=2)
+        config = hf.BertConfig(
+            **sizes, intermediate_size=32, max_position_embeddings=32, num_labels=3
+        )
+        return hf.BertForSequenceClassification(config)
+
+    def test_an_adapter(self) -> None:
+        model = self.model()
+        bank = loradrop.load(model, self.FOLDER)
+        deltas = load_file(self.FOLDER / "deltas.safetensors")
+        assert len(bank.targets) == len(deltas) == 8
+        for i, target in enumerate(bank.targets):
+            assert deltas[target.name].abs().max() > 1e-3
+            torch.testing.assert_close(bank.delta(i), deltas[target.name], rtol=1e-5, atol=1e-7)
+        head = read(self.FOLDER).trained
+        assert torch.equal(model.classifier.weight, head["classifier.weight"])
+
+    def test_its_plan(self, tmp_path: Path) -> None:
+        plan = Plan.from_dict(read_json(self.FOLDER / PLAN))
+        assert plan.slots == (0, 1, 2, 1, 3, 1, 2, 4) and plan.parameters == 576
+        layer = "bert.encoder.layer.{}.attention.self.{}".format
+        assert plan.kept == (layer(2, "query"), layer(3, "value"))
+        assert plan.config.method.importance == "root"  # it was called "norm"
+        assert plan.warmup["steps"] == 10 and plan.scores["rows"] == 10
+        write_json(tmp_path / PLAN, plan.to_dict())
+        assert Plan.from_dict(read_json(tmp_path / PLAN)) == plan

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from loradrop.bank import Target
 from loradrop.config import LoRAConfig, LoraDropConfig
 from loradrop.plan import Plan
 from loradrop.report.grid import Arm, arms_table, plan_table
 from loradrop.report.page import write_report
 from loradrop.report.plots import plot_history, plot_importance
+from loradrop.scores import Assignment, Target
 from loradrop.selection import assign
 
 QUERY, VALUE = "encoder.layer.{}.attention.self.query", "encoder.layer.{}.attention.self.value"
@@ -38,12 +38,13 @@ def make_plan(
     pairs = [(name, (shapes or {}).get(name, (48, 32))) for name in names]
     targets = tuple(Target(name, name.split(".")[-1], K, N, 4) for name, (K, N) in pairs)
     values = None if scores is None else dict(zip(names, scores, strict=True))
-    slots = tuple(range(len(names))) if kept is None else tuple(assign(targets, kept, share))
+    assignment = Assignment(targets, tuple(range(len(names))))
+    if kept is not None:
+        assignment = assign(targets, kept, share)
     return Plan(
         config=LoraDropConfig(r=4, **options),
-        targets=targets,
-        slots=slots,
-        kept=None if kept is None else tuple(kept),
+        assignment=assignment,
+        parameters=assignment.parameters,
         scores=values and {"source": "online", "tokens": 12345, "rows": 20, "values": values},
         warmup=values and {"steps": 20, "planned": 30, "settled": True, "frequency": frequency},
         base={"id": base},
@@ -156,13 +157,13 @@ def test_dropped_targets_are_marked_and_cost_nothing() -> None:
 def test_joint_selection_shows_parts_of_all_and_norms_their_roots() -> None:
     joint = grid_of(plan_table(make_plan(scope="joint")))
     assert [number for _, number, _ in joint["2"]] == ["30", "45"]
-    rooted = grid_of(plan_table(make_plan(scores=[1, 1, 4, 1, 49, 4], importance="norm")))
+    rooted = grid_of(plan_table(make_plan(scores=[1, 1, 4, 1, 49, 4], importance="root")))
     assert [number for _, number, _ in rooted["2"]] == ["70", "50"]
 
 
 def test_modules_of_the_same_type_have_columns_of_their_own() -> None:
     table = plan_table(bert())
-    assert grid_of(table)["–"] == [("██", "100", "○")]
+    assert grid_of(table)["–"] == [("██", "100", "●")]  # nobody shares it
     heads = table[table.index("\n") : table.index("\n0 ")].split()
     assert (
         heads
@@ -196,7 +197,7 @@ def test_columns_are_named_by_what_tells_them_apart(
 
 def test_a_plan_without_scores_or_decision(tmp_path: Path) -> None:
     made = make_plan(scores=None, kept=None)
-    plan = Plan(config=LoRAConfig(r=4), targets=made.targets, slots=made.slots)
+    plan = Plan(config=LoRAConfig(r=4), assignment=made.assignment, parameters=made.parameters)
     table = plan_table(plan)
     assert grid_of(table) == {layer: [("  ", "–", "●")] * 2 for layer in "012"}
     assert "1,920 own + 0 shared = 1,920, 100 % of LoRA's 1,920" in table

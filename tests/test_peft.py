@@ -19,7 +19,9 @@ import loradrop
 from loradrop import LoRAConfig, export
 from loradrop.bank import AdapterBank
 from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS, read
+from loradrop.injection import injection_of
 from loradrop.methods import Method
+from loradrop.pairs import LoRABank
 
 IDS = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(5))
 QV = ["query", "value"]
@@ -82,7 +84,7 @@ def adapt(model: nn.Module, **options: Any) -> AdapterBank:
 def fill(model: nn.Module) -> None:
     bank, generator = model.lora_bank, torch.Generator().manual_seed(1)
     state = model.state_dict()
-    for tensor in (*bank.parameters(), *(state[name] for name in bank.surgery.saved)):
+    for tensor in (*bank.parameters(), *(state[name] for name in injection_of(model).originals)):
         noise = torch.empty(tensor.shape).normal_(0, 0.3, generator=generator)
         tensor.data.add_(noise.to(tensor.dtype))
 
@@ -241,12 +243,17 @@ def test_values_that_the_file_cannot_hold_are_refused(value: float, tmp_path: Pa
 
 @dataclass(frozen=True, kw_only=True)
 class Composed(Method):
-    """A method whose factors are no Parameters, and of another rank than its targets say."""
+    """A method whose factors are not Parameters, and of another rank than its targets say."""
 
     name: ClassVar[str] = ""
 
-    def factors(self, bank: AdapterBank, i: int) -> tuple[Tensor, Tensor]:
-        A, B = super().factors(bank, i)
+    def bank(self, *given: Any) -> LoRABank:
+        return ComposedBank(*given)
+
+
+class ComposedBank(LoRABank):
+    def factors(self, i: int) -> tuple[Tensor, Tensor]:
+        A, B = super().factors(i)
         return torch.cat([A, 2 * A, A.sin()]), torch.cat([B, B.cos(), 3 * B], 1)
 
 
@@ -416,7 +423,7 @@ def test_model_card(tmp_path: Path) -> None:
 def test_the_model_stays_as_it_is(format: str, tmp_path: Path) -> None:
     model = bert().train()
     bank = adapt(model)
-    before, slots = snapshot(model), list(bank.slots)
+    before, slots = snapshot(model), bank.slots
     trained = [p.requires_grad for p in model.parameters()]
     random = torch.get_rng_state()
     export(model, tmp_path, format)

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import loradrop
 from loradrop.collector import Collector
-from loradrop.selection import Scores
+from loradrop.injection import injection_of
+from loradrop.scores import Scores
 
 WIDTH, R, VOCABULARY = 12, 3, 20
 Batch = dict[str, Tensor]
@@ -123,7 +124,7 @@ def test_probe_is_its_definition(dtype: torch.dtype, masked: bool) -> None:
     every = sum(batch["input_ids"].numel() for batch in data)
     assert scores.tokens == (real if masked else every) and real < every
     assert (scores.source, len(scores.rows), scores.rows.dtype) == ("offline", 4, torch.float64)
-    assert model.lora_bank.scores is scores
+    assert injection_of(model).scores is scores
 
 
 def test_probe_of_bert() -> None:
@@ -547,9 +548,13 @@ def on_rank(rank: int, folder: str) -> None:
             step(parallel, batch).backward()
     collector.close_row()
     scores = collector.scores()
+    resumed = Collector(model, model.lora_bank, online=True)
+    resumed.load_state_dict(collector.state_dict())
+    again = resumed.scores()
     torch.save(
         {
             "online": dict(scores),
+            "resumed": (dict(again), again.tokens),
             "offline": dict(offline),
             "tokens": (scores.tokens, offline.tokens),
             "gradients": [p.grad for p in model.lora_bank.parameters()],
@@ -568,6 +573,7 @@ def test_scores_are_summed_over_ranks(tmp_path: Path) -> None:
         assert got["online"] == pytest.approx(dict(expected), rel=1e-6)
         assert got["offline"] == pytest.approx(dict(expected), rel=1e-6)
         assert got["tokens"] == (expected.tokens, expected.tokens)
+        assert got["resumed"] == (got["online"], expected.tokens)  # each rank's part once
     sum(step(model, batch) / RANKS for batch in data).backward()
     gradients = [p.grad for p in model.lora_bank.parameters()]
     for first, second, want in zip(zero["gradients"], one["gradients"], gradients, strict=True):

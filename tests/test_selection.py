@@ -12,10 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loradrop.bank import Target
+from loradrop.scores import Assignment, Scores, Target
 from loradrop.selection import (
-    Scores,
-    adapter_parameters,
     assign,
     keep_frequency,
     select,
@@ -107,7 +105,7 @@ def test_threshold_is_of_the_norm_or_of_its_square() -> None:
     scores = scores_of([16, 9, 1])  # norms 4, 3, 1: halves are 13 of 26 and 4 of 8
     assert kept(scores, 0.6) == [0]
     assert kept(scores, 0.6, importance="sqnorm") == [0]
-    assert kept(scores, 0.6, importance="norm") == [0, 1]
+    assert kept(scores, 0.6, importance="root") == [0, 1]
 
 
 def test_the_default_scope_is_a_module_type_and_shape() -> None:
@@ -155,7 +153,7 @@ def test_a_larger_threshold_keeps_what_a_smaller_one_keeps(
 DECISIONS = [
     {"threshold": 0.7},
     {"threshold": 0.7, "scope": "joint"},
-    {"threshold": 0.7, "importance": "norm"},
+    {"threshold": 0.7, "importance": "root"},
     {"keep_ratio": 0.4},
     {"budget": 0.6},
 ]
@@ -269,7 +267,7 @@ def test_budget_is_the_largest_count_that_fits(budget: float, scope: str) -> Non
 
     names = select(scores, budget=budget, scope=scope)
     assert used(names) <= budget * full
-    assert adapter_parameters(targets, names) == used(names)
+    assert assign(targets, names).parameters == used(names)
     assert names == select(scores, keep=len(names), scope=scope)
     for more in range(len(names) + 1, len(targets) + 1):
         assert used(select(scores, keep=more, scope=scope)) > budget * full
@@ -285,12 +283,12 @@ def test_a_budget_below_the_shared_adapters() -> None:
         select(scores_of([1, 2, 3]), budget=0.1)
 
 
-def test_adapter_parameters() -> None:
+def test_parameters_of_an_assignment() -> None:
     targets = [target(0), target(1), target(2, "up", 8, 32)]
-    assert adapter_parameters(targets, []) == 2 * 16 + 2 * 40
-    assert adapter_parameters(targets, ["layers.0.q"]) == 2 * 16 * 2 + 2 * 40
-    assert adapter_parameters(targets, [t.name for t in targets]) == 2 * (16 + 16 + 40)
-    assert adapter_parameters(targets, ["layers.0.q"], "none") == 2 * 16
+    assert assign(targets, []).parameters == 2 * 16 + 2 * 40
+    assert assign(targets, ["layers.0.q"]).parameters == 2 * 16 * 2 + 2 * 40
+    assert assign(targets, [t.name for t in targets]).parameters == 2 * (16 + 16 + 40)
+    assert assign(targets, ["layers.0.q"], "none").parameters == 2 * 16
 
 
 # Refusals
@@ -319,7 +317,7 @@ def test_exactly_one_criterion() -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "known"), [("scope", "per_module, joint"), ("importance", "sqnorm, norm")]
+    ("option", "known"), [("scope", "per_module, joint"), ("importance", "sqnorm, root")]
 )
 def test_an_unknown_word_lists_the_known(option: str, known: str) -> None:
     with pytest.raises(ValueError, match=f"{option}='no_such'.*{known}"):
@@ -347,15 +345,28 @@ def test_scores_that_are_all_zero_say_that_b_is_zero(options: dict[str, Any]) ->
 def test_assign() -> None:
     targets = [target(0, "q"), target(0, "v"), target(1, "q"), target(1, "v"), target(2, "q")]
     names = [t.name for t in targets]
-    assert assign(targets, names) == [0, 1, 2, 3, 4]
-    assert assign(targets, []) == [0, 1, 0, 1, 0]
-    assert assign(targets, [names[2]]) == [0, 1, 2, 1, 0]
-    assert assign(targets, [names[2], names[1]], "none") == [None, 0, 1, None, None]
-    assert assign(targets, [], "none") == [None] * 5
+    assert assign(targets, names).slots == (0, 1, 2, 3, 4)
+    assert assign(targets, []).slots == (0, 1, 0, 1, 0)
+    assert assign(targets, [names[2]]).slots == (0, 1, 2, 1, 0)
+    assert assign(targets, [names[2], names[1]], "none").slots == (None, 0, 1, None, None)
+    assert assign(targets, [], "none").slots == (None,) * 5
     with pytest.raises(ValueError, match=r"'layers\.9\.q'.*layers\.0\.q"):
         assign(targets, ["layers.9.q"])
     with pytest.raises(ValueError, match=r"share='no_such'.*group, none"):
         assign(targets, [], "no_such")
+
+
+def test_an_assignment_says_who_shares() -> None:
+    targets = [target(0, "q"), target(0, "v"), target(1, "q"), target(2, "q"), target(1, "v")]
+    before = Assignment(tuple(targets), (0, 1, 2, 3, 4))
+    assert before.states == ("own",) * 5 and not before.shares and before.kept is None
+    shared = assign(targets, ["layers.1.q"])
+    assert shared.states == ("shared", "shared", "own", "shared", "shared")
+    assert shared.shares and shared.adapters == 3 and shared.kept == ("layers.1.q",)
+    dropped = assign(targets, ["layers.1.v", "layers.1.q"], "none")
+    assert dropped.states == ("none", "none", "own", "none", "own")
+    assert dropped.shares and dropped.adapters == 2
+    assert dropped.kept == ("layers.1.q", "layers.1.v")  # in the order of the layers
 
 
 def test_assign_shares_only_what_fits() -> None:
@@ -367,7 +378,7 @@ def test_assign_shares_only_what_fits() -> None:
         target(4, "v"),
         target(5),
     ]
-    slots = assign(targets, [])
+    slots = assign(targets, []).slots
     assert slots[0] == slots[5] and len(set(slots)) == 5
 
 
@@ -375,8 +386,8 @@ def test_a_group_of_one_keeps_its_adapter_either_way() -> None:
     targets = [target(0, "q"), target(1, "q"), target(0, "out")]
     scores = scores_of([2, 1, 5], targets)
     assert kept(scores, 0.0) == []
-    assert assign(targets, []) == [0, 0, 1]
-    assert assign(targets, ["layers.0.out"]) == [0, 0, 1]
+    assert assign(targets, []).slots == (0, 0, 1)
+    assert assign(targets, ["layers.0.out"]).slots == (0, 0, 1)
     assert kept(scores, 0.6) == [0, 2]
 
 
@@ -386,7 +397,7 @@ def test_slots_are_numbered_without_gaps(kinds: list[str], data: st.DataObject) 
     targets = [target(i, kind) for i, kind in enumerate(kinds)]
     names = data.draw(st.lists(st.sampled_from([t.name for t in targets]), unique=True))
     for how in ("group", "none"):
-        slots = assign(targets, names, how)
+        slots = assign(targets, names, how).slots
         used = [slot for slot in slots if slot is not None]
         assert list(dict.fromkeys(used)) == list(range(len(set(used))))
         for t, slot in zip(targets, slots, strict=True):

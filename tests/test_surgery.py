@@ -441,18 +441,33 @@ def test_a_target_that_matches_nothing() -> None:
         assert part in text
 
 
-def test_a_target_in_some_layers_only() -> None:
+def without_a_query() -> nn.Module:
     model = net()
     model.layers[1].other = model.layers[1].query
     del model.layers[1].query
+    return model
+
+
+def test_a_target_in_some_layers_only() -> None:
+    model = without_a_query()
     text = refused(r"'query'.*2 of 3", model, "query", "value")
     for part in ("query: 2", "value: 3", "layers.1", "strict=False"):
         assert part in text
     assert len(loradrop.inject(model, config(strict=False)).targets) == 5
 
 
-def test_one_layer_by_its_full_name() -> None:
-    refused(r"layers\.1\.query.*1 of 3", net(), "layers.1.query")
+@pytest.mark.parametrize("names", [["layers.1.query"], ["layers.2.value", "layers.0.query"]])
+def test_a_full_name_stands_for_itself(names: list[str]) -> None:
+    bank = loradrop.inject(net(), config(*names))
+    assert [target.name for target in bank.targets] == sorted(names)
+    refused(r"'query'.*matches only 2 of 3", without_a_query(), "layers.2.value", "query")
+
+
+def test_numbers_of_a_sequential() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    bank = loradrop.inject(model, config("0", "2"))
+    assert [target.name for target in bank.targets] == ["0", "2"]
+    refused(r"'4'.*matches nothing", nn.Sequential(nn.Linear(8, 8)), "0", "4")
 
 
 class Outer(nn.Module):

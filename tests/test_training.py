@@ -29,12 +29,15 @@ from transformers import (
 
 import loradrop
 import loradrop.formats.native
-import loradrop.settings
 import loradrop.training
 from loradrop import LoRAConfig, LoraDropConfig, TrainConfig, fit
 from loradrop import trainer as trainer_module
+from loradrop.callbacks import MethodCallback
+from loradrop.injection import injection_of
 from loradrop.methods import Method
-from loradrop.trainer import MethodCallback, last_checkpoint
+from loradrop.methods.prilora import PRILoRA
+from loradrop.methods.vera import VeRA
+from loradrop.trainer import last_checkpoint
 from loradrop.training import Result, warm_up
 
 # 44 rows in batches of 8: 6 steps an epoch, the last batch small. Both stages end inside an epoch.
@@ -148,6 +151,10 @@ def test_same_seed_same_result(whole: Path, tmp_path: Path) -> None:
     run(tmp_path / "same")
     run(tmp_path / "other", args=replace(ARGS, seed=1))
     assert outcome(tmp_path / "same") == outcome(whole)
+    model = make_model()
+    torch.manual_seed(99)  # the run's own seed counts, from the first adapter on
+    run(tmp_path / "reseeded", model=model)
+    assert outcome(tmp_path / "reseeded") == outcome(whole)
     assert outcome(tmp_path / "other")["tensors"] != outcome(whole)["tensors"]
 
 
@@ -164,7 +171,7 @@ def test_what_a_run_leaves(whole: Path) -> None:
     assert [e["stage"] for e in history[:4]] == ["warmup"] * 4 and history[4]["stage"] == "main"
     model = make_model()
     loradrop.load(model, whole / "adapter")
-    assert model.lora_bank.plan.to_dict() == plan
+    assert injection_of(model).plan.to_dict() == plan
 
 
 def test_checkpoints_hold_only_what_is_trained(whole: Path) -> None:
@@ -186,23 +193,15 @@ def test_checkpoints_hold_only_what_is_trained(whole: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counting(Method):
-    """Counts its events, and pulls every factor towards zero."""
+class Watching(Method):
+    """Notes its events and what they bring."""
 
-    name: ClassVar[str] = "counting"
-    events: ClassVar[Counter[str]] = Counter()
-    weight: float = 0.0
+    name: ClassVar[str] = "watching"
+    statistics: ClassVar[tuple[str, ...]] = ("moment", "sqnorm")
+    events: ClassVar[list[tuple[int, dict[str, Any]]]] = []
 
-    def on_backward_end(self, bank: Any, step: int) -> None:
-        assert all(parameter.grad is not None for parameter in bank.parameters())
-        self.events["backward"] += 1
-
-    def on_step_end(self, bank: Any, step: int) -> None:
-        assert step == self.events["backward"]
-        self.events["step"] += 1
-
-    def penalty(self, bank: Any) -> torch.Tensor | None:
-        return self.weight * sum(parameter.square().sum() for parameter in bank.parameters())
+    def on_step_end(self, bank: Any, step: int, statistics: Any) -> None:
+        self.events.append((step, dict(statistics)))
 
 
 # --- killed at any moment ---------------------------------------------------------------------
@@ -309,7 +308,7 @@ def test_killed_and_resumed(moment: Callable[[], list[At]], whole: Path, tmp_pat
     assert outcome(tmp_path) == outcome(whole)
 
 
-# --- resuming what is no plain checkpoint -----------------------------------------------------
+# --- resuming what is not a plain checkpoint -----------------------------------------------------
 
 
 def interrupted(folder: Path, stage: str, step: int, **options: Any) -> None:
@@ -631,8 +630,8 @@ def without_dropout() -> nn.Module:
 
 
 def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
-    """The same losses, gradients and scores, as many rows; also with a method's penalty."""
-    histories, scores = [], []
+    """The same losses, gradients, scores and moments, as many rows."""
+    histories, scores, moments = [], [], []
     for size in (1, 4):
         args = replace(
             ARGS, steps=12, log_every=1, batch_size=8 // size, gradient_accumulation=size
@@ -641,15 +640,18 @@ def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
         whole = run(tmp_path / f"{size}", drop, args, model=without_dropout())
         assert whole.plan.scores["rows"] == WARMUP
         scores.append(list(whole.plan.scores["values"].values()))
-        pulled = replace(PLAIN, lora_dropout=0.0, method=Counting(weight=0.1))
-        Counting.events.clear()
-        result = run(tmp_path / f"{size}p", pulled, args, model=without_dropout())
-        assert Counting.events["step"] == 12
+        watched = replace(PLAIN, lora_dropout=0.0, method=Watching())
+        Watching.events.clear()
+        result = run(tmp_path / f"{size}w", watched, args, model=without_dropout())
+        assert [step for step, _ in Watching.events] == list(range(1, 13))
+        moments.append(torch.stack([sum(found["moment"]) for _, found in Watching.events]))
         logged = [*whole.history, *result.history]
         histories.append([(e["loss"], e["grad_norm"]) for e in logged if "grad_norm" in e])
     for other, measured in zip(histories[1:], scores[1:], strict=True):
         assert other == [pytest.approx(pair, rel=1e-3) for pair in histories[0]]
         assert measured == pytest.approx(scores[0], rel=1e-2)
+    assert moments[0].min() > 0
+    torch.testing.assert_close(moments[1], moments[0], rtol=1e-3, atol=0)
 
 
 def test_warmup_too_short_to_measure(tmp_path: Path) -> None:
@@ -662,7 +664,7 @@ def test_warmup_too_short_to_measure(tmp_path: Path) -> None:
 def test_bf16(
     native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(loradrop.settings, "native_bf16", lambda: native)
+    monkeypatch.setattr(trainer_module, "native_bf16", lambda: native)
     seen: set[torch.dtype] = set()
     model = make_model()
     query = model.bert.encoder.layer[0].attention.self.query
@@ -757,23 +759,44 @@ def test_train_config_names_what_is_wrong(wrong: dict[str, Any]) -> None:
 # --- the seams --------------------------------------------------------------------------------
 
 
-def test_events_and_penalty_of_a_method(tmp_path: Path) -> None:
-    Counting.events.clear()
-    size = {}
-    for weight in (0.0, 10.0):
-        model = make_model()
-        run(tmp_path / str(weight), LoRAConfig(**LORA, method=Counting(weight=weight)), model=model)
-        size[weight] = sum(float(p.detach().norm()) for p in model.lora_bank.A)
-        assert Counting.events == {"backward": TOTAL, "step": TOTAL}
-        Counting.events.clear()
-    assert size[10.0] < 0.9 * size[0.0]
+def test_a_method_of_one_stage_sees_every_step(tmp_path: Path) -> None:
+    Watching.events.clear()
+    model = make_model()
+    run(tmp_path, LoRAConfig(**LORA, method=Watching()), model=model)
+    assert [step for step, _ in Watching.events] == list(range(1, TOTAL + 1))
+    for _, found in Watching.events:
+        assert found.keys() == {"moment", "sqnorm"}
+        for target, moment in zip(model.lora_bank.targets, found["moment"], strict=True):
+            assert moment.shape == (target.in_features,) and moment.min() > 0
+
+
+def test_a_method_without_statistics_sees_every_step(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Blind(Watching):
+        statistics: ClassVar[tuple[str, ...]] = ()
+
+    Watching.events.clear()
+    run(tmp_path, LoRAConfig(**LORA, method=Blind()))
+    assert Watching.events == [(step, {}) for step in range(1, TOTAL + 1)]
+
+
+@pytest.mark.parametrize("method", [VeRA(), PRILoRA(prune_every=3)], ids=["vera", "prilora"])
+@pytest.mark.parametrize("step", [3, 14, TOTAL])
+def test_a_bank_of_other_tensors_is_resumed(method: Method, step: int, tmp_path: Path) -> None:
+    config = LoRAConfig(**LORA, method=method)
+    result = run(tmp_path / "whole", config)
+    assert result.plan.warmup is None and result.plan.kept is None
+    interrupted(tmp_path / "other", "main", step, config=config)
+    run(tmp_path / "other", config, resume=True)
+    assert outcome(tmp_path / "other") == outcome(tmp_path / "whole")
+    assert result.metrics["loss"] < 1.09  # ln 3: it has learnt
 
 
 @pytest.mark.parametrize("settled", [False, True])
 def test_callback_in_a_stock_trainer(settled: bool, tmp_path: Path) -> None:
     model = make_model()
     loradrop.inject(model, settling(0.49) if settled else DROP)
-    events = MethodCallback(model, collect=True)
+    events = MethodCallback(model, statistics=["sqnorm"], settle_every=2 * settled)
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=WARMUP + 4,

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loradrop.bank import AdapterBank, bank_of
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal, scale
 from loradrop.formats.peft_file import PeftFile, read
+from loradrop.injection import Adapters, adapters_of
 from loradrop.surgery import remove
 
 
@@ -84,11 +84,11 @@ def verify(
     where not. The model is as before afterwards. Raises ValueError for no batches and for a file
     that is damaged or of another model, FileNotFoundError for none.
     """
-    bank, file = bank_of(model), read(path)
+    adapters, file = adapters_of(model), read(path)
     required = tuple(refusal(engine, file).engine for engine in engines or ENGINES[:1])
     eps = [torch.finfo(t.dtype).eps for t in file.tensors.values() if t.is_floating_point()]
     delta_tolerance = max(1e-5, 4 * max(eps, default=0.0))
-    rows = tuple(_compare(engine, bank, file, delta_tolerance) for engine in ENGINES)
+    rows = tuple(_compare(engine, adapters, file, delta_tolerance) for engine in ENGINES)
     loaded, loader = _loaded(model, path, file)
     native, other = _outputs(model, loaded, batches)
     difference = float((native - other).abs().max())
@@ -99,12 +99,14 @@ def verify(
     return Report(rows, difference, relative, tolerance, delta_tolerance, loader, required)
 
 
-def _compare(engine: str, bank: AdapterBank, file: PeftFile, tolerance: float) -> EngineVerdict:
+def _compare(
+    engine: str, adapters: Adapters, file: PeftFile, tolerance: float
+) -> EngineVerdict:
     """The engine's verdict on the file, and the error of the file's deltas under its scale rule."""
     verdict, modules, worst, where = refusal(engine, file), file.modules, 0.0, ""
-    targets = {target.name: i for i, target in enumerate(bank.targets)}
+    targets = {target.name: i for i, target in enumerate(adapters.plan.targets)}
     for name in dict.fromkeys((*targets, *modules)):
-        delta = bank.delta(targets[name]) if name in targets else None
+        delta = adapters.delta(targets[name]) if name in targets else None
         native = torch.zeros(()) if delta is None else delta.cpu()
         found = torch.zeros(())
         if name in modules:

@@ -1,4 +1,4 @@
-"""The native files: every tensor once, and the plan. `save` and `load` are their own inverse.
+"""The native files: every tensor once, and the plan. `loading.load` is the inverse of `save`.
 
 `adapter.safetensors` holds the bank's tensors (`bank.*`) and those trained whole (`saved.*`); its
 header holds the plan and a checksum, so one file that is replaced atomically is the truth.
@@ -10,31 +10,46 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loradrop.bank import AdapterBank, bank_of
 from loradrop.files import read_json, replacing, write_json
-from loradrop.plan import Plan, base_of, plan_of
+from loradrop.injection import Adapters, adapters_of, injection_of
+from loradrop.plan import Plan
 
 TENSORS, PLAN, FOLDER = "adapter.safetensors", "plan.json", "loradrop_adapter"
+_BANK, _TRAINED = "bank.", "saved."
 _log = logging.getLogger(__name__)
+
+
+class NativeFile(NamedTuple):
+    """A native adapter as it is on disk.
+
+    bank      the bank's tensors by their names in its state dict
+    trained   the base tensors trained whole, by their names in the model
+    """
+
+    plan: Plan
+    bank: dict[str, Tensor]
+    trained: dict[str, Tensor]
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters, the modules trained whole and the plan into the folder `path`,
     atomically.
     """
-    bank, plan = bank_of(model), plan_of(model).to_dict()
-    tensors = {f"bank.{k}": v.detach().cpu().contiguous() for k, v in bank.state_dict().items()}
-    base = model.state_dict()
-    tensors |= {
-        f"saved.{k}": base[k].detach().cpu().contiguous().clone() for k in bank.surgery.saved
-    }
+    write(adapters_of(model), path)
+
+
+def write(adapters: Adapters, path: str | os.PathLike[str]) -> None:
+    """`save` of a snapshot."""
+    plan = adapters.plan.to_dict()
+    tensors = {f"{_BANK}{k}": v.detach().cpu().contiguous() for k, v in adapters.state.items()}
+    tensors |= {f"{_TRAINED}{k}": v.cpu().contiguous().clone() for k, v in adapters.trained.items()}
     text = json.dumps(plan)
     metadata = {
         "format": "pt",
@@ -47,68 +62,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     write_json(Path(path) / PLAN, plan)
 
 
-def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
-    """Put the adapters that `save` wrote into `model`, injecting them where it has none.
+def read(path: str | os.PathLike[str]) -> NativeFile:
+    """A native adapter: a folder, or its safetensors file.
 
-    Returns the bank. Raises ValueError for a file that is damaged, newer, a pickle, or of another
-    model (which tensors differ).
-    """
-    from loradrop.surgery import inject
-
-    plan, tensors = read(path)
-    injected = isinstance(getattr(model, "lora_bank", None), AdapterBank)
-    _require_fit(model, plan, tensors, path)
-    bank = bank_of(model) if injected else inject(model, plan.config)
-    if bank.surgery.merged is not None:
-        raise ValueError(
-            "the adapters are merged into the weights: call loradrop.remove(model) first"
-        )
-    if bank.targets != plan.targets:
-        here, there = ({target.name for target in x.targets} for x in (bank, plan))
-        differing = ", ".join(sorted(here ^ there)[:5]) or "the ranks"
-        raise ValueError(
-            f"{path} adapts other targets than the model ({differing} differ): "
-            "call loradrop.remove(model) first"
-        )
-    scaling = [plan.config.scaling(target.name) for target in plan.targets]
-    if bank.scaling != scaling or bank.config.method.name != plan.config.method.name:
-        raise ValueError(
-            f"{path} was trained with another lora_alpha, alpha_pattern, use_rslora or method than "
-            "the model was injected with: call loradrop.remove(model) first"
-        )
-    if plan.base.get("fingerprint") not in (None, base_of(model)["fingerprint"]):
-        _log.warning(
-            "%s was trained on %s, whose tensors are not all those of this model; its targets fit",
-            path,
-            plan.base.get("id"),
-        )
-    restore(model, plan, tensors)
-    return bank
-
-
-def restore(model: nn.Module, plan: Plan, tensors: dict[str, Tensor]) -> None:
-    """Fill an injected model with what `read` returned."""
-    bank = bank_of(model)
-    owned = {k.removeprefix("bank."): v for k, v in tensors.items() if k.startswith("bank.")}
-    device = next((p.device for p in bank.parameters()), torch.device("cpu"))
-    pairs = [
-        (owned[f"A.{k}"].to(device), owned[f"B.{k}"].to(device))
-        for k in range(sum(key.startswith("A.") for key in owned))
-    ]
-    bank.assign(plan.slots, pairs)
-    bank.load_state_dict(owned)
-    base = model.state_dict(keep_vars=True)
-    with torch.no_grad():
-        for key, value in tensors.items():
-            if key.startswith("saved."):
-                base[key.removeprefix("saved.")].copy_(value)
-    bank.plan = plan
-
-
-def read(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, Tensor]]:
-    """The plan and the tensors of a native adapter: a folder, or its safetensors file.
-
-    Raises as `load`.
+    Raises FileNotFoundError where there is none, ValueError for a file that is damaged, newer, a
+    pickle, or not an adapter of loradrop.
     """
     path = Path(path)
     file = path / TENSORS if path.is_dir() else path
@@ -156,34 +114,11 @@ def read(path: str | os.PathLike[str]) -> tuple[Plan, dict[str, Tensor]]:
                 beside,
                 file,
             )
-    return plan, tensors
-
-
-def _require_fit(model: nn.Module, plan: Plan, tensors: dict[str, Tensor], path: Any) -> None:
-    from loradrop.layers import shape_of
-
-    modules, base = dict(model.named_modules()), model.state_dict()
-    wrong = []
-    for target in plan.targets:
-        module = modules.get(target.name)
-        here = None if module is None else shape_of(module)
-        if here != (target.in_features, target.out_features):
-            found = "not there" if here is None else f"{here[0]} -> {here[1]}"
-            wanted = f"{target.in_features} -> {target.out_features}"
-            wrong.append(f"{target.name}: {wanted} in the file, {found} in the model")
-    for key, value in tensors.items():
-        name = key.removeprefix("saved.")
-        if key.startswith("saved.") and (name not in base or base[name].shape != value.shape):
-            shape = tuple(base[name].shape) if name in base else "not there"
-            wrong.append(f"{name}: {tuple(value.shape)} in the file, {shape} in the model")
-    if wrong:
-        more = f"\n  and {len(wrong) - 8} more" * (len(wrong) > 8)
-        base_name = plan.base.get("id") or plan.base.get("class")
-        raise ValueError(
-            f"{path} is an adapter for another model ({base_name}). These differ:\n  "
-            + "\n  ".join(wrong[:8])
-            + more
-        )
+    bank, trained = (
+        {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
+        for part in (_BANK, _TRAINED)
+    )
+    return NativeFile(plan, bank, trained)
 
 
 def _refuse_pickle(file: Path) -> None:
@@ -221,8 +156,7 @@ class SavePretrained:
         """
         state = kwargs.pop("state_dict", None) or self.model.state_dict()
         base = {k: v for k, v in state.items() if not k.startswith("lora_bank.")}
-        bank = bank_of(self.model)
-        if bank.surgery.merged is not None:
+        if injection_of(self.model).merged is not None:
             raise ValueError(
                 "the adapters are merged for now: call loradrop.remove(model), "
                 "or loradrop.export(model, path, format='merged')"

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loradrop._version import __version__
-from loradrop.bank import AdapterBank, bank_of
 from loradrop.files import replacing, write_json, write_text
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal
 from loradrop.formats.peft_file import (
@@ -30,9 +29,10 @@ from loradrop.formats.peft_file import (
     layout_of,
     task_of,
 )
+from loradrop.injection import Adapters, adapters_of, base_of, injection_of
 from loradrop.layers import is_conv1d
-from loradrop.plan import base_of
-from loradrop.surgery import folded
+from loradrop.plan import Plan
+from loradrop.surgery import merged_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = ("peft", "merged")
@@ -59,17 +59,17 @@ def export(
     The model stays as it is, bit for bit. Raises ValueError for what the format cannot hold, and
     with the engine's name and reason for what a named engine refuses.
     """
-    bank = bank_of(model)
+    adapters = adapters_of(model)
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: choose one of {', '.join(FORMATS)}")
     if format == "merged":
         if dtype is not None or engines is not None:
             raise ValueError("dtype and engines are of the PEFT format: a merged model is plain")
-        _save_merged(model, bank, Path(path))
+        _save_merged(model, Path(path))
         return []
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
-    file = _peft_file(model, bank, DTYPES[dtype or "float32"], base_id)
+    file = _peft_file(model, adapters, DTYPES[dtype or "float32"], base_id)
     verdicts = [refusal(engine, file) for engine in ENGINES]
     required = [refusal(engine, file).engine for engine in engines or ENGINES[:1]]
     for verdict in verdicts:
@@ -79,7 +79,7 @@ def export(
     (folder / CONFIG).unlink(missing_ok=True)  # written last: without it a folder is no adapter
     with replacing(folder / TENSORS) as draft:
         save_file(dict(file.tensors), draft, {"format": "pt"})
-    write_text(folder / "README.md", _card(model, bank, file, verdicts))
+    write_text(folder / "README.md", _card(model, adapters.plan, file, verdicts))
     write_json(folder / CONFIG, file.config)
     refusals = [f"{v.engine} cannot take it ({v.reason})" for v in verdicts if not v.ok]
     if refusals:
@@ -88,18 +88,17 @@ def export(
 
 
 def _peft_file(
-    model: nn.Module, bank: AdapterBank, dtype: torch.dtype, base_id: str | None
+    model: nn.Module, adapters: Adapters, dtype: torch.dtype, base_id: str | None
 ) -> PeftFile:
-    layout = layout_of(model, bank)
-    pairs = [bank.factors(i) for i in range(len(bank.targets))]
-    rank = max((pair[0].shape[0] for pair in pairs if pair is not None), default=1)
+    layout, targets = layout_of(model, adapters), adapters.plan.targets
+    rank = max((pair[0].shape[0] for pair in adapters.factors if pair is not None), default=1)
     r = max(8, 1 << (rank - 1).bit_length())  # a power of two: vLLM takes few others
     tensors: dict[str, Tensor] = {}
-    for target, s, pair in zip(bank.targets, bank.scaling, pairs, strict=True):
+    for target, s, pair in zip(targets, adapters.scaling, adapters.factors, strict=True):
         A = torch.zeros(r, target.in_features, dtype=dtype)
         B = torch.zeros(target.out_features, r, dtype=dtype)
         if pair is not None:  # one without stays zero: SGLang wants q and v in every layer
-            a, b = (factor.detach().cpu() for factor in pair)
+            a, b = (factor.cpu() for factor in pair)
             b = s * b.to(torch.promote_types(b.dtype, torch.float32))
             A[: a.shape[0]], B[:, : a.shape[0]] = a, b
         for name, factor in (("A", A), ("B", B)):
@@ -119,30 +118,27 @@ def _peft_file(
         "inference_mode": True,
         "r": r,
         "lora_alpha": r,
-        "lora_dropout": bank.config.lora_dropout,
+        "lora_dropout": adapters.plan.config.lora_dropout,
         "target_modules": layout.target_modules,
         "bias": "none",
-        "fan_in_fan_out": any(is_conv1d(model.get_submodule(t.name)) for t in bank.targets),
+        "fan_in_fan_out": any(is_conv1d(model.get_submodule(t.name)) for t in targets),
         "modules_to_save": layout.modules_to_save or None,
         "init_lora_weights": True,
     }
     return PeftFile(config, tensors)
 
 
-def _card(
-    model: nn.Module, bank: AdapterBank, file: PeftFile, verdicts: list[EngineVerdict]
-) -> str:
+def _card(model: nn.Module, plan: Plan, file: PeftFile, verdicts: list[EngineVerdict]) -> str:
     """The model card: what was kept and shared, how to use it, and what each engine says."""
-    base, users = file.config["base_model_name_or_path"], Counter(bank.slots)
-    users[None] = 0
+    base = file.config["base_model_name_or_path"]
     public = base if base and not Path(base).exists() else None  # a folder means nothing elsewhere
     rows: dict[str, Counter[str]] = {}
-    for target, slot in zip(bank.targets, bank.slots, strict=True):
-        fate = ("none", "own", "shared")[min(users[slot], 2)]
-        rows.setdefault(target.kind, Counter())[fate] += 1
+    states = plan.assignment.states
+    for target, state in zip(plan.targets, states, strict=True):
+        rows.setdefault(target.kind, Counter())[state] += 1
     total = sum(rows.values(), Counter())
-    pools = sum(count > 1 for count in users.values())
-    own = [t.name for t, slot in zip(bank.targets, bank.slots, strict=True) if users[slot] == 1]
+    pools = plan.assignment.adapters - total["own"]
+    own = [t.name for t, state in zip(plan.targets, states, strict=True) if state == "own"]
     loader = task_of(model)[1]
     labels = getattr(getattr(model, "config", None), "num_labels", None)
     said = {True: "takes it", False: "refuses it"}
@@ -158,8 +154,8 @@ def _card(
         "",
         f"# LoRA adapter of {public or type(model).__name__}",
         "",
-        f"Made by loradrop {__version__}, method {bank.config.method.name}: of "
-        f"{len(bank.targets)} adapted layers {total['own']} keep an adapter of their own, "
+        f"Made by loradrop {__version__}, method {plan.config.method.name}: of "
+        f"{len(plan.targets)} adapted layers {total['own']} keep an adapter of their own, "
         f"{total['shared']} share {pools}, and {total['none']} have none.",
         "",
         *("| module type | own | shared | none |", "|---|---|---|---|"),
@@ -187,7 +183,7 @@ def _card(
 
 
 @torch.no_grad()
-def _save_merged(model: nn.Module, bank: AdapterBank, folder: Path) -> None:
+def _save_merged(model: nn.Module, folder: Path) -> None:
     save_pretrained = getattr(type(model), "save_pretrained", None)
     if save_pretrained is None:
         raise ValueError(
@@ -197,8 +193,8 @@ def _save_merged(model: nn.Module, bank: AdapterBank, folder: Path) -> None:
     if (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds an adapter, which would be loaded on top: choose another")
     merged = {}
-    if bank.surgery.merged is None:
-        merged = {id(weight): new for _, weight, new in folded(model)}
+    if injection_of(model).merged is None:
+        merged = {id(weight): new for _, weight, new in merged_weights(model)}
     state = {k: merged.get(id(v), v.detach()) for k, v in base_state(model).items()}
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as draft:

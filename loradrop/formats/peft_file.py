@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import safetensors
 from torch import Tensor, nn
 
-from loradrop.bank import AdapterBank
 from loradrop.files import read_json
-from loradrop.matching import saved_modules
+from loradrop.injection import Adapters
+from loradrop.matching import inside, saved_modules
 
 TENSORS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -88,12 +88,12 @@ class Layout(NamedTuple):
     saved_tensors: list[str]
 
 
-def layout_of(model: nn.Module, bank: AdapterBank) -> Layout:
+def layout_of(model: nn.Module, adapters: Adapters) -> Layout:
     """How PEFT adapts just our targets and saves just our modules.
 
     Raises ValueError where it has no way to.
     """
-    targets = [target.name for target in bank.targets]
+    targets, trained = [target.name for target in adapters.plan.targets], adapters.trained
     modules = dict(model.named_modules(remove_duplicate=False))
     places: dict[nn.Module, set[tuple[nn.Module, str]]] = {}
     for name, module in modules.items():
@@ -104,8 +104,8 @@ def layout_of(model: nn.Module, bank: AdapterBank) -> Layout:
             where = "is the model itself" if not name else "has several names in the model"
             raise ValueError(f"peft cannot adapt {name or type(model).__name__}: it {where}")
     state = base_state(model)
-    trained = bank.surgery.saved
-    saved = [m for m in saved_modules(model, bank.config) if any(inside(k, m) for k in trained)]
+    named = saved_modules(model, adapters.plan.config)
+    saved = [m for m in named if any(inside(key, m) for key in trained)]
     every = {name: m for name, m in modules.items() if name and not inside(name, "lora_bank")}
     once = [name for name, _ in model.named_modules() if name in every]  # as PEFT walks for targets
     reasons = []
@@ -134,11 +134,6 @@ def base_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of an injected model without its bank: the tensors themselves, not copies."""
     state = model.state_dict(keep_vars=True)
     return {key: value for key, value in state.items() if not inside(key, "lora_bank")}
-
-
-def inside(name: str, parent: str) -> bool:
-    """Whether `name` is `parent` or lies in it."""
-    return name == parent or name.startswith(parent + ".")
 
 
 def _spelling(names: list[str], targets: list[str], saved: list[str]) -> list[str] | str | None:

@@ -1,85 +1,88 @@
-"""The seam: a method says what A and B are, and when that changes. The op and the layers never
-know.
+"""The seam: a method makes the bank, which says what A and B are, and says when that changes.
+
+Ops, layers, files and exports never know which method there is.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from loradrop.bank import AdapterBank
-    from loradrop.selection import Scores
+from loradrop.bank import AdapterBank
+from loradrop.pairs import LoRABank
+from loradrop.scores import Scores, Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warmup:
+    """The stage before `update`.
+
+    steps         optimiser steps, at least 1
+    sample_ratio  the part of the training set, drawn by class, that it trains on
+    source        "online": scores of its own passes; "offline": of a pass in eval mode at its end
+    settle_every  ask `settled` every so many steps; 0 never
+    """
+
+    steps: int
+    sample_ratio: float = 1.0
+    source: str = "online"
+    settle_every: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way to compose (A_i, B_i) from what the bank owns. Its fields are its options.
+    """Which bank composes (A_i, B_i), and when it changes. Its fields are its options.
 
-    Subclasses give a `name` and override what they need; a module in `loradrop/methods/` is found
+    Subclasses give a `name` and override what they need. A module in `loradrop/methods/` is found
     by itself, another package's through the entry-point group `loradrop.methods`. State that
-    changes belongs to the bank: parameters and buffers there move and save with the model.
+    changes belongs to the bank: parameters and buffers there move, save and resume with the model.
+
+    statistics   what training collects for the method, for each target:
+                   "sqnorm"   Σ_t w_t ‖s·B·h_t‖², what the warm-up's `Scores` are made of
+                   "moment"   Σ_t w_t x_tk², (K,) float64 for the inputs x of one optimiser step
+                 during the warm-up where there is one, else during all of training
     """
 
     name: ClassVar[str] = ""
-    statistic: ClassVar[str | None] = None  # "sqnorm": collect it during the warm-up
+    statistics: ClassVar[tuple[str, ...]] = ()
 
-    def build(self, bank: "AdapterBank") -> None:
-        """Shape the bank, which holds one fresh (A, B) per target. LoRA leaves it as it is."""
+    def bank(
+        self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]
+    ) -> AdapterBank:
+        """The bank for these targets, in the order of the model's layers.
 
-    def factors(self, bank: "AdapterBank", i: int) -> tuple[Tensor, Tensor]:
-        """(A_i (r, K), B_i (N, r)), differentiable in what the bank owns."""
-        slot = bank.slots[i]
-        assert slot is not None
-        return bank.A[slot], bank.B[slot]
+        Each target has the rank and the s that `LoRAConfig` gives it, and an empty tensor of the
+        dtype and device of its adapter; a method may choose others. The default is LoRA's pairs.
+        """
+        return LoRABank(targets, scaling, likes)
 
-    def warmup_steps(self, total: int) -> int:
-        """Optimiser steps of `total` that come before `update`; 0 for a method of one stage."""
-        return 0
+    def warmup(self, total: int) -> Warmup | None:
+        """The stage before `update`, of `total` steps in all; None for a method of one stage."""
+        return None
 
-    def sample_ratio_of_warmup(self) -> float:
-        """The part of the training set, drawn by class, that the warm-up trains on."""
-        return 1.0
-
-    def settle_interval(self) -> int:
-        """Ask `settled` every so many steps of the warm-up; 0 never."""
-        return 0
-
-    def settled(self, scores: "Scores") -> bool:
+    def settled(self, scores: Scores) -> bool:
         """Whether the warm-up may end now."""
         return False
 
-    def measures_offline(self) -> bool:
-        """Whether the deciding scores come from a pass in eval mode after the warm-up."""
-        return False
-
-    def decide(self, scores: "Scores") -> "list[str] | None":
+    def decide(self, scores: Scores) -> list[str] | None:
         """The names of the targets that keep their own adapter; None where nothing is decided."""
         return None
 
-    def update(self, bank: "AdapterBank", scores: "Scores | None") -> "list[str] | None":
-        """Between the stages: change what the bank owns.
+    def update(self, bank: AdapterBank, scores: Scores | None) -> None:
+        """Between the stages: change what the bank owns. An optimiser is made afterwards.
 
-        The names of the targets that keep their own adapter.
+        Raises ValueError for a method that decides nothing.
         """
-        return None
+        raise ValueError(
+            f"the method {self.name!r} selects nothing: pass kept, or use LoRADrop()"
+        )
 
-    def on_backward_end(self, bank: "AdapterBank", step: int) -> None:
-        """After the last backward pass of a step, before the optimiser's.
+    def on_step_end(
+        self, bank: AdapterBank, step: int, statistics: Mapping[str, Sequence[Tensor | None]]
+    ) -> None:
+        """After optimiser step number `step` (from 1), with what that step collected.
 
-        Gradients are complete.
+        statistics   name -> a tensor for each target, None where its forward was not called;
+                     summed over ranks, on the device of the target
         """
-
-    def on_step_end(self, bank: "AdapterBank", step: int) -> None:
-        """After the optimiser's step."""
-
-    def penalty(self, bank: "AdapterBank") -> Tensor | None:
-        """A differentiable 0-dim term that is added to the loss."""
-        return None
-
-    def state_dict(self, bank: "AdapterBank") -> dict[str, Any]:
-        """Plain data (JSON) beyond the bank's tensors that a resume needs."""
-        return {}
-
-    def load_state_dict(self, bank: "AdapterBank", state: dict[str, Any]) -> None:
-        """Takes what `state_dict` gave."""

@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from loradrop.bank import AdapterBank
-from loradrop.methods.base import Method
+from loradrop.methods.base import Method, Warmup
+from loradrop.pairs import AFTER, INITS, LoRABank
+from loradrop.scores import Scores
 from loradrop.selection import (
     IMPORTANCES,
     SCOPES,
     SHARES,
-    Scores,
     check_choice,
     check_part,
     keep_frequency,
     select,
 )
-from loradrop.sharing import AFTER, INITS, apply
 
 _CHOICES = {
     "scope": SCOPES,
@@ -55,7 +55,7 @@ class LoRADrop(Method):
     """
 
     name: ClassVar[str] = "lora_drop"
-    statistic: ClassVar[str | None] = "sqnorm"
+    statistics: ClassVar[tuple[str, ...]] = ("sqnorm",)
 
     threshold: float | None = None
     keep: int | None = None
@@ -102,8 +102,28 @@ class LoRADrop(Method):
                 f"settle_every={self.settle_every}: choose a whole number of at least 1"
             )
 
+    def warmup(self, total: int) -> Warmup:
+        steps = round(self.probe_steps * total) if self.probe_steps < 1 else int(self.probe_steps)
+        if steps >= total:
+            raise ValueError(
+                f"probe_steps={self.probe_steps:g} leaves none of the {total} steps to train the "
+                "shared adapters: choose fewer"
+            )
+        settle_every = 0 if self.settle_margin is None else self.settle_every
+        return Warmup(
+            steps=max(1, steps),
+            sample_ratio=self.sample_ratio,
+            source=self.source,
+            settle_every=settle_every,
+        )
+
+    def settled(self, scores: Scores) -> bool:
+        if self.settle_margin is None or not scores.rows.any():
+            return False
+        low, high = self.settle_margin, 1.0 - self.settle_margin
+        return all(f <= low or f >= high for f in keep_frequency(scores, self.decide).values())
+
     def decide(self, scores: Scores) -> list[str]:
-        """The names that keep their own adapter."""
         return select(
             scores,
             self.threshold,
@@ -114,43 +134,17 @@ class LoRADrop(Method):
             importance=self.importance,
         )
 
-    def measures_offline(self) -> bool:
-        return self.source == "offline"
-
-    def warmup_steps(self, total: int) -> int:
-        steps = round(self.probe_steps * total) if self.probe_steps < 1 else int(self.probe_steps)
-        if steps >= total:
-            raise ValueError(
-                f"probe_steps={self.probe_steps:g} leaves none of the {total} steps to train the "
-                "shared adapters: choose fewer"
-            )
-        return max(1, steps)
-
-    def sample_ratio_of_warmup(self) -> float:
-        return self.sample_ratio
-
-    def settle_interval(self) -> int:
-        return 0 if self.settle_margin is None else self.settle_every
-
-    def settled(self, scores: Scores) -> bool:
-        if self.settle_margin is None or not scores.rows.any():
-            return False
-        low, high = self.settle_margin, 1.0 - self.settle_margin
-        return all(f <= low or f >= high for f in keep_frequency(scores, self.decide).values())
-
-    def update(self, bank: AdapterBank, scores: Scores | None) -> list[str] | None:
+    def update(self, bank: AdapterBank, scores: Scores | None) -> None:
         if scores is None:
             raise ValueError(
                 "sharing needs scores: call loradrop.probe(model, batches) after some training, "
                 "or pass kept"
             )
-        kept = self.decide(scores)
-        apply(
-            bank,
-            kept,
+        assert isinstance(bank, LoRABank)
+        bank.share(
+            self.decide(scores),
             scores,
             share=self.share,
             init=self.share_init,
             after_select=self.after_select,
         )
-        return kept

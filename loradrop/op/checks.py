@@ -57,7 +57,7 @@ def check_options(
     dropout: float,
     seed: Tensor | None,
     token_weights: Tensor | None,
-    statistic: Tensor | None,
+    sqnorm_sink: Tensor | None,
 ) -> None:
     """The keyword arguments against x; `dropout` is already in range."""
     if dropout > 0.0 and (
@@ -77,9 +77,9 @@ def check_options(
         )
     if token_weights is not None and token_weights.is_complex():
         raise TypeError(f"token_weights is {token_weights.dtype}: give bool, integers or floats")
-    if statistic is not None and (statistic.ndim != 0 or statistic.dtype != torch.float64):
+    if sqnorm_sink is not None and (sqnorm_sink.ndim != 0 or sqnorm_sink.dtype != torch.float64):
         raise ValueError(
-            f"statistic must be a 0-dim float64 leaf, got {_shape(statistic)} of {statistic.dtype}"
+            f"sqnorm_sink must be a 0-dim float64 leaf, got {_shape(sqnorm_sink)} of {sqnorm_sink.dtype}"
         )
 
 

@@ -52,7 +52,7 @@ forward_op = torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor? y0, Tensor A, Tensor B, Tensor? seed, "
-    "Tensor? token_weights, Tensor? statistic, float scaling, float dropout, bool norm, "
+    "Tensor? token_weights, Tensor? sqnorm_sink, float scaling, float dropout, bool norm, "
     "str backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 

@@ -31,7 +31,7 @@ class Call(NamedTuple):
     B: Tensor
     seed: Tensor | None
     token_weights: Tensor | None
-    statistic: Tensor | None
+    sqnorm_sink: Tensor | None
     scaling: float
     dropout: float
     norm: bool
@@ -65,11 +65,11 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
 
 
 def gradients(run: Callable[..., Grads], ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    """One gradient per input of `Call`. That of `statistic` is the norm: autograd sums it over the
+    """One gradient per input of `Call`. That of `sqnorm_sink` is the norm: autograd sums it over the
     passes.
     """
     x, weight, A, B, h, mask, seed, norm = ctx.saved_tensors
-    statistic = norm.double() if ctx.needs_input_grad[8] else None
+    sqnorm_sink = norm.double() if ctx.needs_input_grad[8] else None
     dx = dA = dB = None
     if dy is not None:
         needs = (ctx.needs_input_grad[0], ctx.needs_input_grad[4], ctx.needs_input_grad[5])
@@ -78,7 +78,7 @@ def gradients(run: Callable[..., Grads], ctx: Any, dy: Tensor | None) -> tuple[T
                 ctx.backend, dy, x, weight, A, B, h, mask, ctx.scaling, ctx.dropout, seed, needs
             )
     dy0 = dy if ctx.needs_input_grad[3] else None
-    return dx, None, None, dy0, dA, dB, None, None, statistic, None, None, None, None
+    return dx, None, None, dy0, dA, dB, None, None, sqnorm_sink, None, None, None, None
 
 
 def any_requires_grad(*tensors: Tensor | None) -> bool:

@@ -36,7 +36,7 @@ class _Options(NamedTuple):
     seed: Tensor | None
     token_weights: Tensor | None
     return_sqnorm: bool
-    statistic: Tensor | None
+    sqnorm_sink: Tensor | None
     backend: str | None
 
 
@@ -52,7 +52,7 @@ def lora_linear(
     seed: Tensor | None = None,
     token_weights: Tensor | None = None,
     return_sqnorm: bool = False,
-    statistic: Tensor | None = None,
+    sqnorm_sink: Tensor | None = None,
     backend: str | None = None,
 ) -> Any:
     """y = xWᵀ + b + s·(x Aᵀ)Bᵀ with W and b frozen (Hu et al., arXiv:2106.09685).
@@ -64,7 +64,7 @@ def lora_linear(
     float32 tensor without gradient (Zhou et al., COLING 2025). `token_weights`, of x's shape
     without its last axis and not negative, are the w_t; rows of weight 0 are left out whatever they
     hold. `dropout` is the probability p of dropping an element of x on its way into A; the mask is
-    a function of `seed`, a 0-dim int64 tensor on x's device (`philox.keep_mask`). `statistic`, a
+    a function of `seed`, a 0-dim int64 tensor on x's device (`philox.keep_mask`). `sqnorm_sink`, a
     0-dim float64 leaf, receives sqnorm as its gradient in every backward pass. A and B may be of a
     wider type than x; they are rounded to it. A weight that requires a gradient gets it, through
     `lora_add`. `backend` names one of `dispatch.backends()`.
@@ -72,7 +72,7 @@ def lora_linear(
     Raises ValueError for shapes or values that do not fit, TypeError for dtypes, RuntimeError with
     its reason where a named backend cannot serve.
     """
-    options = _Options(dropout, seed, token_weights, return_sqnorm, statistic, backend)
+    options = _Options(dropout, seed, token_weights, return_sqnorm, sqnorm_sink, backend)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         check_operands(x, weight, bias, A, B)
         return _call(x, None, None, linear(x, weight, bias), A, B, scaling, options)
@@ -90,14 +90,14 @@ def lora_add(
     seed: Tensor | None = None,
     token_weights: Tensor | None = None,
     return_sqnorm: bool = False,
-    statistic: Tensor | None = None,
+    sqnorm_sink: Tensor | None = None,
     backend: str | None = None,
 ) -> Any:
     """y = y0 + s·(x Aᵀ)Bᵀ, for a base y0 (..., N) of x (..., K) that is no plain matrix product.
 
     Everything else as in `lora_linear`. y0 keeps its gradient and is not changed.
     """
-    options = _Options(dropout, seed, token_weights, return_sqnorm, statistic, backend)
+    options = _Options(dropout, seed, token_weights, return_sqnorm, sqnorm_sink, backend)
     return _call(x, None, None, y0, A, B, scaling, options)
 
 
@@ -111,7 +111,7 @@ def _call(
     scaling: float,
     options: _Options,
 ) -> Any:
-    dropout, seed, token_weights, return_sqnorm, statistic, backend = options
+    dropout, seed, token_weights, return_sqnorm, sqnorm_sink, backend = options
     device = x.device.type
     if autocasting(device):
         dtype = torch.get_autocast_dtype(device)
@@ -119,11 +119,11 @@ def _call(
         bias, y0 = _autocast(bias, dtype), _autocast(y0, dtype)
     check_operands(x, weight, bias, A, B, y0)
     dropout = philox.quantize(dropout)
-    check_options(x, dropout, seed, token_weights, statistic)
+    check_options(x, dropout, seed, token_weights, sqnorm_sink)
     rows, n = x.shape[:-1], B.shape[0]
     flat = x.reshape(-1, x.shape[-1])
     compiling = torch.compiler.is_compiling()
-    needs_grad = torch.is_grad_enabled() and any_requires_grad(x, y0, A, B, statistic)
+    needs_grad = torch.is_grad_enabled() and any_requires_grad(x, y0, A, B, sqnorm_sink)
     name = AUTO if backend is None else dispatch.known(backend)
     if not compiling:
         problem = problem_of(flat, weight, A, B, dropout, needs_grad)
@@ -137,10 +137,10 @@ def _call(
         B,
         seed if dropout > 0.0 else None,
         None if token_weights is None else token_weights.reshape(-1),
-        statistic,
+        sqnorm_sink,
         float(scaling),
         dropout,
-        return_sqnorm or statistic is not None,
+        return_sqnorm or sqnorm_sink is not None,
         name,
     )
     run: Callable[..., Any] = forward

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loradrop.bank import Target
 from loradrop.plan import Plan
+from loradrop.scores import Target
 
-MARKS = {"own": "●", "shared": "○", "dropped": "·"}
-MEANINGS = {"own": "own adapter", "shared": "shared adapter", "dropped": "no adapter"}
+MARKS = {"own": "●", "shared": "○", "none": "·"}
+MEANINGS = {"own": "own adapter", "shared": "shared adapter", "none": "no adapter"}
 # The light scheme of assets/report.html. Importance is lightness: it reads with any colour vision.
 INK, MUTED, RULE, OWN = "#1f2a33", "#5f6b76", "#e1e4e3", "#d55e00"
 RAMP, ON_HOT = ("#eaf2ee", "#6fb4bd", "#0a4a70"), 0.65  # light figures from that part on
@@ -58,7 +58,7 @@ class Grid:
         method, frequency = plan.config.method, (plan.warmup or {}).get("frequency") or {}
         scores = (plan.scores or {}).get("values", {})
         joint = getattr(method, "scope", "per_module") == "joint"
-        power = 0.5 if getattr(method, "importance", "sqnorm") == "norm" else 1.0
+        power = 0.5 if getattr(method, "importance", "sqnorm") == "root" else 1.0
         weights = {t: _finite(scores.get(t.name)) ** power for t in plan.targets}
         totals: dict[Any, float] = {}
         for target, weight in weights.items():
@@ -67,14 +67,14 @@ class Grid:
         self.whole = "all targets" if joint else "its module type"
         self.cells: dict[tuple[int | None, str], Cell] = {}
         self.groups: dict[Any, list[Cell]] = {}
-        for target, slot in zip(plan.targets, plan.slots, strict=True):
+        for target, state in zip(plan.targets, plan.assignment.states, strict=True):
             score, (layer, column) = scores.get(target.name), _place(target.name)
             known = score is not None and math.isfinite(score)
             cell = self.cells[layer, column] = Cell(
                 target=target,
                 layer=layer,
                 column=column,
-                state=_state(plan, target, slot),
+                state=state,
                 score=score,
                 weight=weights[target],
                 share=weights[target] / (totals[joint or target.group] or 1.0) if known else None,
@@ -131,13 +131,6 @@ def _spans(numbers: Sequence[int]) -> str:
     runs = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
     ends = [(run[0][1], run[-1][1]) for run in (list(pairs) for _, pairs in runs)]
     return ", ".join(f"{first}–{last}" if first < last else f"{first}" for first, last in ends)
-
-
-def _state(plan: Plan, target: Target, slot: int | None) -> str:
-    if slot is None:
-        return "dropped"
-    own = plan.slots.count(slot) == 1 if plan.kept is None else target.name in plan.kept
-    return "own" if own else "shared"
 
 
 def count_of(cells: Sequence[Cell], state: str) -> int:

@@ -74,7 +74,7 @@ def plot_importance(plan: Plan, path: str | os.PathLike[str]) -> None:
     styles: dict[str, dict[str, Any]] = {
         "own": {"edgecolor": OWN, "linewidth": 1.5},
         "shared": {"edgecolor": f"{MUTED}3c", "linewidth": 0, "hatch": "////"},
-        "dropped": {"facecolor": "none", "edgecolor": "#c9cfce", "linewidth": 1},
+        "none": {"facecolor": "none", "edgecolor": "#c9cfce", "linewidth": 1},
     }
     for (layer, column), cell in grid.cells.items():
         x, y = list(grid.labels).index(column), grid.layers.index(layer)
@@ -82,7 +82,7 @@ def plot_importance(plan: Plan, path: str | os.PathLike[str]) -> None:
         style = {"facecolor": ramp(part)} | (styles[cell.state] if grid.states else {})
         axes.add_patch(Rectangle((x + 0.03, y + 0.06), 0.94, 0.88, **style))
         if grid.scored:
-            color = "white" if part > ON_HOT and cell.state != "dropped" else INK
+            color = "white" if part > ON_HOT and cell.state != "none" else INK
             axes.text(x + 0.5, y + 0.5, cell.percent, color=color, size=9, ha="center", va="center")
     axes.set(xlim=(0, len(heads)), ylim=(len(grid.layers), 0), ylabel="layer")
     axes.set_xticks([x + 0.5 for x in range(len(heads))], heads, parse_math=False)

@@ -1,0 +1,144 @@
+"""Callbacks for transformers' Trainer: the events of a method, and a progress bar."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from loradrop.bank import bank_of
+from loradrop.collector import Collector
+from loradrop.files import read_json, replacing, write_json
+from loradrop.injection import injection_of
+
+STATISTICS, EVENTS = "statistics.safetensors", "events.json"
+
+
+class MethodCallback(TrainerCallback):
+    """Carries the events of the model's method into any training loop of transformers.
+
+    statistics    what to collect over the whole run (`collector.scores()`) and hand to the method
+                  after each step. Where it is empty only the first step is watched, so that a
+                  target whose forward is never called is an error, not an adapter without effect
+    settle_every  end the run early once the method calls its scores settled; asked every so many
+                  steps, 0 never
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        statistics: Sequence[str] = (),
+        mask: str | None = "attention_mask",
+        settle_every: int = 0,
+    ) -> None:
+        self.model, self.bank = model, bank_of(model)
+        self.method = injection_of(model).config.method
+        self.statistics, self.mask, self.settle_every = tuple(statistics), mask, settle_every
+        self.collector: Collector | None = None
+        self.settled = False
+        self.seconds_before = 0.0
+        self._state: dict[str, torch.Tensor] | None = None
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, over all the runs that a resume joins."""
+        return self.seconds_before + time.monotonic() - self._started
+
+    def begin(self) -> None:
+        """Start to collect, from the state that `load` took where there is one."""
+        self._started = time.monotonic()
+        mask = self.mask if self.statistics else None
+        names = self.statistics or ("sqnorm",)
+        self.collector = Collector(
+            self.model, self.bank, online=True, statistics=names, mask=mask
+        )
+        if self._state is not None:
+            self.collector.load_state_dict(self._state)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self.begin()
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        step, collector = state.global_step, self.collector
+        collected: dict[str, list[torch.Tensor | None]] = {}
+        if collector is not None:
+            collected = collector.close_row()
+            if not self.statistics:
+                self.detach()
+                self.collector, collected = None, {}
+        self.method.on_step_end(self.bank, step, collected)
+        if self.settle_every and collector is not None and step % self.settle_every == 0:
+            self.settled = self.method.settled(collector.scores())
+            if self.settled:
+                control.should_training_stop = control.should_save = True
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        self.seconds_before, self._started = self.seconds, time.monotonic()
+        self.detach()
+
+    def save(self, folder: Path, write: bool) -> None:
+        """The state of the statistics; every rank calls it, the first one writes."""
+        state = self.collector.state_dict() if self.collector is not None else {}
+        if write:
+            with replacing(folder / STATISTICS) as draft:
+                save_file(state, draft)
+            events = {"seconds": self.seconds, "settled": self.settled}
+            write_json(folder / EVENTS, events)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote."""
+        self._state = load_file(folder / STATISTICS) if self.statistics else None
+        events = read_json(folder / EVENTS)
+        self.seconds_before, self.settled = float(events["seconds"]), bool(events["settled"])
+
+    def detach(self) -> None:
+        """Stop collecting, also where the run ended with an error; what was collected stays."""
+        if self.collector is not None:
+            self.collector.detach()
+
+
+class Progress(TrainerCallback):
+    """A bar with the loss, the rate and the time left."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc=self.stage,
+                unit="step",
+                dynamic_ncols=True,
+                mininterval=0.5,
+            )
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: Any,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        if self.bar is not None and logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{logs['loss']:.4g}")
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()

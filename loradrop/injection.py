@@ -1,0 +1,107 @@
+"""What a model carries once it is injected, and snapshots of it: the plan, the adapters."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from loradrop.bank import Pair, bank_of, delta_of
+from loradrop.config import LoRAConfig
+from loradrop.env import versions
+from loradrop.plan import Plan
+from loradrop.scores import Scores
+
+
+@dataclass
+class Injection:
+    """The record of one `inject`, beside the bank at the model's root.
+
+    plan            what `fit` or `load` recorded
+    scores          those of the last probe
+    requires_grad, originals, buffers, attributes
+                    what the model had before, so that `remove` restores it bit for bit: originals
+                    are the base tensors that are trained whole, attributes (module, name, value)
+    merged          the weights before a reversible merge; None while the adapters are not merged
+    """
+
+    config: LoRAConfig
+    plan: Plan | None = None
+    scores: Scores | None = None
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    attributes: list[tuple[str, str, Any]] = field(default_factory=list)
+    merged: dict[str, Tensor] | None = None
+
+
+def injection_of(model: nn.Module) -> Injection:
+    """The record of an injected model. Raises ValueError where it has no adapters."""
+    bank_of(model)
+    injection = model._lora_injection
+    assert isinstance(injection, Injection)
+    return injection
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """A snapshot of everything that files and exports need.
+
+    factors   (A (r, K), B (N, r)) of each target, detached; None where it has no adapter
+    scaling   s of each target
+    state     the bank's own tensors by their names in its state dict
+    trained   the base tensors that were trained whole, by their names in the model
+    """
+
+    plan: Plan
+    factors: tuple[Pair | None, ...]
+    scaling: tuple[float, ...]
+    state: Mapping[str, Tensor]
+    trained: Mapping[str, Tensor]
+
+    def delta(self, i: int) -> Tensor | None:
+        """s·B·A (N, K) of target i, as `bank.delta_of`."""
+        return delta_of(self.factors[i], self.scaling[i])
+
+
+def adapters_of(model: nn.Module) -> Adapters:
+    """The adapters of an injected model as they are now. Tensors are not copied."""
+    bank, injection, base = bank_of(model), injection_of(model), model.state_dict()
+    pairs = (bank.factors(i) for i in range(len(bank.targets)))
+    return Adapters(
+        plan=plan_of(model),
+        factors=tuple(None if p is None else (p[0].detach(), p[1].detach()) for p in pairs),
+        scaling=tuple(bank.scaling),
+        state=bank.state_dict(),
+        trained={name: base[name].detach() for name in injection.originals},
+    )
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan of an injected model as it is now: what `fit` or `load` recorded, with today's
+    assignment.
+    """
+    bank, injection = bank_of(model), injection_of(model)
+    now: dict[str, Any] = {"assignment": bank.assignment, "parameters": bank.trainable}
+    if injection.plan is not None:
+        return replace(injection.plan, **now)
+    scores = None if injection.scores is None else injection.scores.to_dict()
+    base = base_of(model)
+    return Plan(config=injection.config, scores=scores, base=base, versions=versions(), **now)
+
+
+def base_of(model: nn.Module) -> dict[str, Any]:
+    """Which model it is: id and revision where its config knows them, and a fingerprint of its
+    tensors.
+    """
+    config = getattr(model, "config", None)
+    shapes = [
+        (k, tuple(v.shape)) for k, v in model.state_dict().items() if not k.startswith("lora_bank.")
+    ]
+    return {
+        "class": type(model).__name__,
+        "id": getattr(config, "_name_or_path", None),
+        "revision": getattr(config, "_commit_hash", None),
+        "fingerprint": hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest(),
+    }

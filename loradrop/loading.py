@@ -1,0 +1,100 @@
+"""Loading: the adapters of a native file into a model."""
+
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from loradrop.bank import AdapterBank, bank_of, has_bank
+from loradrop.config import LoRAConfig
+from loradrop.formats.native import NativeFile, read
+from loradrop.injection import base_of, injection_of
+from loradrop.layers import shape_of
+from loradrop.surgery import inject
+
+_log = logging.getLogger(__name__)
+
+
+def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
+    """Put the adapters that `save` wrote into `model`, injecting them where it has none.
+
+    Returns the bank. Raises ValueError for a file that is damaged, newer, a pickle, or of another
+    model (which tensors differ).
+    """
+    file = read(path)
+    plan = file.plan
+    _require_fit(model, file, path)
+    bank = bank_of(model) if has_bank(model) else inject(model, plan.config)
+    injection = injection_of(model)
+    if injection.merged is not None:
+        raise ValueError(
+            "the adapters are merged into the weights: call loradrop.remove(model) first"
+        )
+    here, there = ({target.name for target in x.targets} for x in (bank, plan))
+    if here != there:
+        raise ValueError(
+            f"{path} adapts other targets than the model ({', '.join(sorted(here ^ there)[:5])} "
+            "differ): call loradrop.remove(model) first"
+        )
+    differing = _differences(injection.config, plan.config, sorted(here))
+    if differing:
+        raise ValueError(
+            f"{path} was trained with {differing} than the model was injected with: "
+            "call loradrop.remove(model) first"
+        )
+    if plan.base.get("fingerprint") not in (None, base_of(model)["fingerprint"]):
+        _log.warning(
+            "%s was trained on %s, whose tensors are not all those of this model; its targets fit",
+            path,
+            plan.base.get("id"),
+        )
+    fill(model, file)
+    return bank
+
+
+def _differences(here: LoRAConfig, there: LoRAConfig, names: list[str]) -> str:
+    """Which options of two configurations give adapters that cannot stand for each other."""
+    found = []
+    if here.method.name != there.method.name:
+        found.append(f"another method ({there.method.name}, not {here.method.name})")
+    if any(here.rank(name) != there.rank(name) for name in names):
+        found.append("another rank (r or rank_pattern)")
+    if any(here.scaling(name) != there.scaling(name) for name in names):
+        found.append("another scale (lora_alpha, alpha_pattern or use_rslora)")
+    return " and ".join(found)
+
+
+@torch.no_grad()
+def fill(model: nn.Module, file: NativeFile) -> None:
+    """Give an injected model the adapters, the trained tensors and the plan of `file`."""
+    bank_of(model).restore(file.plan.assignment, file.bank)
+    base = model.state_dict(keep_vars=True)
+    for name, value in file.trained.items():
+        base[name].copy_(value)
+    injection_of(model).plan = file.plan
+
+
+def _require_fit(model: nn.Module, file: NativeFile, path: Any) -> None:
+    plan, modules, base = file.plan, dict(model.named_modules()), model.state_dict()
+    wrong = []
+    for target in plan.targets:
+        module = modules.get(target.name)
+        here = None if module is None else shape_of(module)
+        if here != (target.in_features, target.out_features):
+            found = "not there" if here is None else f"{here[0]} -> {here[1]}"
+            wanted = f"{target.in_features} -> {target.out_features}"
+            wrong.append(f"{target.name}: {wanted} in the file, {found} in the model")
+    for name, value in file.trained.items():
+        if name not in base or base[name].shape != value.shape:
+            shape = tuple(base[name].shape) if name in base else "not there"
+            wrong.append(f"{name}: {tuple(value.shape)} in the file, {shape} in the model")
+    if wrong:
+        more = f"\n  and {len(wrong) - 8} more" * (len(wrong) > 8)
+        base_name = plan.base.get("id") or plan.base.get("class")
+        raise ValueError(
+            f"{path} is an adapter for another model ({base_name}). These differ:\n  "
+            + "\n  ".join(wrong[:8])
+            + more
+        )

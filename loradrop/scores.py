@@ -1,0 +1,112 @@
+"""Plain data on the ground: what is adapted, how much it matters, and who uses which adapter."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Target(NamedTuple):
+    """A linear map that is adapted: module path, last part of it, K, N and rank."""
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    r: int
+
+    @property
+    def group(self) -> tuple[str, int, int, int]:
+        """Targets of the same group can share an adapter."""
+        return (self.kind, self.in_features, self.out_features, self.r)
+
+    @property
+    def parameters(self) -> int:
+        """Elements of an adapter of its own."""
+        return self.r * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores(Mapping[str, float]):
+    """Name -> Σ over real tokens of ‖s·B·A·x‖², in float64, and where it came from.
+
+    rows    (batches or steps, targets) float64 on the CPU: the score is the sum of its column
+    source  "offline": fixed weights in eval mode; "online": the passes of training itself
+    tokens  rows of x counted, per target
+    """
+
+    targets: tuple[Target, ...]
+    rows: Tensor
+    tokens: int
+    source: str
+
+    @property
+    def values_by_target(self) -> list[float]:
+        """The scores in the order of `targets`."""
+        return [float(v) for v in self.rows.sum(0)]
+
+    def __getitem__(self, name: str) -> float:
+        for target, value in zip(self.targets, self.values_by_target, strict=True):
+            if target.name == name:
+                return value
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (target.name for target in self.targets)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __repr__(self) -> str:
+        rows = f"{len(self.rows)} rows, {self.tokens} tokens"
+        return f"Scores({len(self)} targets, {rows}, {self.source})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for the plan: the sums, not the rows."""
+        return {
+            "source": self.source,
+            "tokens": self.tokens,
+            "rows": len(self.rows),
+            "values": dict(zip(self, self.values_by_target, strict=True)),
+        }
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Which adapter each target uses.
+
+    slots   an adapter's number for each target, None for no adapter; equal numbers share
+    kept    the names that a decision gave an adapter of their own; None before any decision
+    """
+
+    targets: tuple[Target, ...]
+    slots: tuple[int | None, ...]
+    kept: tuple[str, ...] | None = None
+
+    @cached_property
+    def states(self) -> tuple[str, ...]:
+        """ "own", "shared" or "none" for each target. Shared: another target uses it too."""
+        users = Counter(self.slots)
+        return tuple(
+            "none" if slot is None else "own" if users[slot] == 1 else "shared"
+            for slot in self.slots
+        )
+
+    @property
+    def shares(self) -> bool:
+        """Whether any target shares its adapter or has none."""
+        return any(state != "own" for state in self.states)
+
+    @property
+    def adapters(self) -> int:
+        """How many adapters there are."""
+        return len({slot for slot in self.slots if slot is not None})
+
+    @property
+    def parameters(self) -> int:
+        """Elements of all adapters, each once, where each is a plain pair (A, B)."""
+        sizes = dict(zip(self.slots, (t.parameters for t in self.targets), strict=True))
+        return sum(size for slot, size in sizes.items() if slot is not None)
