@@ -76,7 +76,7 @@ class Collector:
         assert leaf is not None
         if leaf.device != x.device:
             leaf = self._values[i] = _leaf(x.device)
-        return {"token_weights": weights, "statistic": leaf}
+        return {"token_weights": weights, "sqnorm_sink": leaf}
 
     def add(self, i: int, norm: Tensor) -> None:
         """Adds an offline norm of target i to the open row."""

@@ -31,7 +31,7 @@ class Method:
         """(A_i (r, K), B_i (N, r)), differentiable in what the bank owns."""
         slot = bank.slots[i]
         assert slot is not None
-        return bank.A[slot], bank.B[slot]
+        return bank.pair(slot)
 
     def warmup_steps(self, total: int) -> int:
         """Optimiser steps of `total` that come before `update`; 0 for a method of one stage."""
