@@ -87,7 +87,7 @@ def report() -> dict[str, Any]:
         "cpu": _cpu(),
         "cuda": _cuda(),
         "extension": cuda.built(),
-        "backends": {backend.name: backend.available() for backend in dispatch.backends()},
+        "backends": {name: backend.missing() for name, backend in dispatch.BACKENDS.items()},
     }
 
 
@@ -105,19 +105,23 @@ def explain(
     """
     import torch
 
-    from loradrop.op import costs, dispatch
+    from loradrop.op import dispatch
+    from loradrop.op.call import Problem
 
     m, k, n = _numbers("layer", layer, "x", 3)
+    device_name = ""
     if chip is not None:
         arch, sms = _numbers("chip", chip, ":", 2)
     elif torch.cuda.is_available():
         facts = torch.cuda.get_device_properties(0)
         arch, sms = 10 * facts.major + facts.minor, facts.multi_processor_count
+        device_name = facts.name
     else:
         return "eager: without a CUDA device the op runs as plain PyTorch calls; name a --chip"
-    problem = costs.Problem(
-        "cuda", getattr(torch, dtype), m, k, n, rank, dropout, True, True, arch, sms
-    )
+    problem = Problem(
+        "cuda", getattr(torch, dtype), m, k, n, rank, dropout,
+        arch=arch, sms=sms, device_name=device_name,
+    )  # fmt: skip
     about = f"{m} tokens, {k} to {n}, rank {rank}, dropout {dropout:g}, {dtype}"
     lines = [f"{about}, sm_{arch} x {sms}"]
     for grad, what in ((True, "forward + backward"), (False, "forward")):

@@ -36,8 +36,13 @@ class LoRAMixin(nn.Module):
             "and load that with PEFT"
         )
 
-    def _adapter(self, x: Tensor) -> dict[str, Any] | None:
-        """The op's arguments for the input x (..., K), None where this layer is its base alone."""
+    def _adapted(
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, y0: Tensor | None = None
+    ) -> Tensor | None:
+        """The op for the input x (..., K), None where this layer is its base alone.
+
+        It runs in every call, so it makes nothing that nobody asked for.
+        """
         bank, i = self._lora
         factors = bank.factors(i) if bank.enabled else None
         if factors is None:
@@ -45,22 +50,22 @@ class LoRAMixin(nn.Module):
         A, B = factors
         if x.device != A.device:  # a model spread over devices
             A, B = A.to(x.device), B.to(x.device)
-        call: dict[str, Any] = {"A": A, "B": B, "scaling": bank.scaling[i]}
+        dropout, seed, collector = 0.0, None, bank.collector
         if self.training and bank.dropout > 0.0:
-            call["dropout"] = bank.dropout
-            call["seed"] = torch.randint(0, 1 << 62, (), device=x.device)
-        if bank.collector is not None:
-            call |= bank.collector.arguments(i, x)
-        return call
-
-    def _collect(self, result: Any) -> Any:
-        """Passes an offline probe's norm on and returns y alone."""
-        if not isinstance(result, tuple):
-            return result
-        bank, i = self._lora
-        assert bank.collector is not None
-        bank.collector.add(i, result[1])
-        return result[0]
+            dropout = bank.dropout
+            seed = torch.randint(0, 1 << 62, (), device=x.device)
+        more = {} if collector is None else collector.arguments(i, x)
+        if y0 is not None:
+            y = lora_add(y0, x, A, B, bank.scaling[i], dropout=dropout, seed=seed, **more)
+        else:
+            assert weight is not None
+            s = bank.scaling[i]
+            y = lora_linear(x, weight, bias, A, B, s, dropout=dropout, seed=seed, **more)
+        if collector is not None and isinstance(y, tuple):  # of an offline probe
+            y, norm = y
+            collector.add(i, norm)
+        result: Tensor = y
+        return result
 
 
 class LoRALinear(LoRAMixin, nn.Linear):
@@ -87,11 +92,8 @@ class LoRALinear(LoRAMixin, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K)  ->  (..., N)"""
-        call = self._adapter(x)
-        if call is None:
-            return super().forward(x)
-        result: Tensor = self._collect(lora_linear(x, self.weight, self.bias, **call))
-        return result
+        y = self._adapted(x, self.weight, self.bias)
+        return super().forward(x) if y is None else y
 
 
 class LoRAConv1D(LoRAMixin):
@@ -102,11 +104,8 @@ class LoRAConv1D(LoRAMixin):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K)  ->  (..., N)"""
-        call = self._adapter(x)
-        if call is None:
-            return super().forward(x)  # type: ignore[no-any-return]
-        result: Tensor = self._collect(lora_linear(x, self.weight.T, self.bias, **call))
-        return result
+        y = self._adapted(x, self.weight.T, self.bias)
+        return super().forward(x) if y is None else y
 
 
 class LoRAOver(LoRAMixin):
@@ -116,10 +115,9 @@ class LoRAOver(LoRAMixin):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., K)  ->  (..., N); further arguments go to the base"""
-        y0 = super().forward(x, *args, **kwargs)
-        call = self._adapter(x)
-        result: Tensor = y0 if call is None else self._collect(lora_add(y0, x, **call))
-        return result
+        y0: Tensor = super().forward(x, *args, **kwargs)
+        y = self._adapted(x, None, None, y0)
+        return y0 if y is None else y
 
 
 class _Picklable:

@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from loradrop.kernels import tiles as config
 from loradrop.kernels.tiles import Machine
+from loradrop.op.call import Call, Needs, Saved
 
 _NAMES = {
     torch.float64: "fp64",
@@ -128,12 +129,10 @@ def call(fused: Any, layer: Layer) -> None:
     bias = empty(n) if layer.bias else None
     y0, weight = (empty(m, n), None) if layer.added else (None, weight)
     weights = empty(m, dtype=torch.float32) if layer.weighted else None
-    _, h, mask, _ = fused.forward(
-        x, weight, bias, y0, A, B, layer.scaling, layer.dropout, seed, weights, layer.norm
-    )
-    fused.backward(
-        dy, x, weight, A, B, h, mask, layer.scaling, layer.dropout, seed, (True, True, True)
-    )
+    s, p = layer.scaling, layer.dropout
+    out = fused.forward(Call(x, weight, bias, y0, A, B, s, p, seed, weights, layer.norm))
+    saved = Saved(x, weight, A, B, out.h, out.mask, seed, s, p)
+    fused.backward(saved, dy, Needs(True, True, True))
 
 
 # Llama-3 8B: q and o, k and v, gate and up, down.

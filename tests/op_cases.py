@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from loradrop.op import dispatch, philox
+from loradrop.op.call import Call, Problem
 from loradrop.op.linear import lora_linear
 from loradrop.testing import Shape, torch_delta
 
@@ -22,7 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 S = 1.3  # no power of two, so that scaling rounds
 SEED = torch.tensor(81985529216486895, device=DEVICE)
 PLAIN = [] if INTERPRETED else ["reference", "eager"]
-KERNELS = [n for n in ("thin", "triton", "cuda") if dispatch.get(n).available() is None]
+KERNELS = [n for n in ("thin", "triton", "cuda") if dispatch.BACKENDS[n].missing() is None]
 _MARKS = () if INTERPRETED else pytest.mark.gpu
 BACKENDS = [*PLAIN, *(pytest.param(name, marks=_MARKS) for name in KERNELS)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -93,26 +94,38 @@ def through_torch(t: Tensors, dtype: torch.dtype, p: float) -> list[Tensor]:
     return [y.detach(), *grads, delta.detach().to(wide).square().sum()]
 
 
+def op(t: Tensors, backend: str | None = None, p: float = 0.0, **more: Any) -> Any:
+    """`lora_linear` of the tensors, with their bias."""
+    operands = (t[name] for name in ("x", "weight", "bias", "A", "B"))
+    seed = SEED if p else None
+    return lora_linear(*operands, S, dropout=p, seed=seed, backend=backend, **more)
+
+
 def through_op(t: Tensors, backend: str | None, p: float) -> list[Tensor]:
+    """y, dx, dA, dB, norm."""
     t = {name: tensor.detach() for name, tensor in t.items()}
     inputs = leaves(t)
-    y, norm = lora_linear(
-        *(t[n] for n in ("x", "weight", "bias", "A", "B")),
-        S,
-        dropout=p,
-        seed=SEED if p else None,
-        return_sqnorm=True,
-        backend=backend,
-    )
+    y, norm = op(t, backend, p, return_sqnorm=True)
     return [y.detach(), *torch.autograd.grad(y, inputs, t["dy"]), norm]
+
+
+def call_of(t: Tensors, p: float = 0.0, scaling: float = S, **more: Any) -> Call:
+    """What a backend gets; p quantised."""
+    operands = [t.get(name) for name in ("x", "weight", "bias", "y0", "A", "B")]
+    return Call(*operands, scaling, p, SEED if p else None, **more)  # type: ignore[arg-type]
 
 
 def factors_in_use(t: Tensors, backend: str, p: float) -> tuple[Tensor, Tensor]:
     """h as the backend rounds it, and B rounded to x's dtype, both in float64."""
-    _, h, _, _ = dispatch.get(backend).forward(
-        t["x"], t["weight"], None, None, t["A"], t["B"], S, p, SEED if p else None, None, False
-    )
+    h = dispatch.BACKENDS[backend].forward(call_of(t, philox.quantize(p))).h
     return h.double(), t["B"].to(t["x"].dtype).double()
+
+
+def must_refuse(problem: Problem) -> bool:
+    """Whether the documented limits of the CUDA kernels leave this problem out."""
+    half = problem.dtype in (torch.bfloat16, torch.float16)
+    whole = problem.aligned and problem.k % 8 == 0 and problem.n % 8 == 0
+    return not (half and whole and problem.r <= 256 and problem.arch == 90)
 
 
 def strided(tensor: Tensor, how: str) -> Tensor:

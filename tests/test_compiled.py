@@ -20,6 +20,7 @@ from op_cases import (
 )
 from torch import Tensor
 
+from loradrop.op.call import Call
 from loradrop.op.function import LoRAFunction
 from loradrop.op.linear import lora_linear
 from loradrop.op.philox import row_bytes
@@ -30,7 +31,7 @@ from loradrop.testing import AWKWARD, Shape
 OPTIONS = {
     "plain": {},
     "dropout, weights, norm": {"p": 0.25, "weights": True, "norm": True},
-    "statistic": {"statistic": True, "norm": True},
+    "sinks": {"sinks": True, "weights": True, "norm": True},
     "y0": {"y0": True},
     "no token": {"m": 0, "norm": True},
     "no token, dropout": {"m": 0, "p": 0.25},
@@ -40,22 +41,29 @@ OPTIONS = {
 
 
 def op_arguments(dtype: torch.dtype, backend: str, **given: Any) -> tuple[Any, ...]:
-    """As `function.Call` lists them."""
+    """The fields of `Call`, the sinks, the backend's name."""
     t = draw(Shape(given.get("m", 5), 8, 6, 3), dtype)
     if given.get("strided"):
         t["x"], t["weight"] = strided(t["x"], "transposed"), strided(t["weight"], "every other")
     x, A, B = leaves(t)
     y0 = strided(t["dy"], "transposed" if given.get("turned") else "plain")
     y0 = y0.requires_grad_() if given.get("y0") else None
-    statistic = torch.zeros((), dtype=torch.float64, device=DEVICE, requires_grad=True)
     p = given.get("p", 0.0)
-    return (
-        *(x, None if given.get("y0") else t["weight"], None, y0, A, B),
+    call = Call(
+        *(x, None if given.get("y0") else t["weight"], None, y0, A, B, S, p),
         SEED if p else None,
         torch.ones(5, device=DEVICE) if given.get("weights") else None,
-        statistic if given.get("statistic") else None,
-        *(S, p, given.get("norm", False), backend),
+        given.get("norm", False),
     )
+    return *call, *(sinks(8) if given.get("sinks") else (None, None)), backend
+
+
+def sinks(k: int) -> list[Tensor]:
+    """Leaves for the norm and the moment."""
+    return [
+        torch.zeros(shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        for shape in ((), (k,))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -92,10 +100,9 @@ def test_opcheck_of_the_backward(p: float, needs: list[bool], backend: str) -> N
     shape = (5, row_bytes(8)) if p else (0,)
     mask = torch.full(shape, 0b10110111, dtype=torch.uint8, device=DEVICE)
     for weight in (t["weight"], None):
-        operands = (t["dy"], t["x"], weight, t["A"], t["B"], h, mask)
+        operands = (t["dy"], t["x"], weight, t["A"], t["B"], h, mask, seed)
         torch.library.opcheck(
-            torch.ops.loradrop.lora_linear_backward.default,
-            (backend, *operands, S, p, seed, needs),
+            torch.ops.loradrop.lora_linear_backward.default, (*operands, S, p, needs, backend)
         )
 
 
@@ -108,35 +115,38 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=short)
 def test_compile_equals_eager(dtype: torch.dtype, p: float, backend: str) -> None:
-    def step(x: Tensor, A: Tensor, B: Tensor, statistic: Tensor) -> tuple[Tensor, Tensor]:
+    def step(
+        x: Tensor, A: Tensor, B: Tensor, sqnorm: Tensor, moment: Tensor
+    ) -> tuple[Tensor, Tensor]:
         y, norm = lora_linear(
-            x * 1.0, t["weight"], t["bias"], A, B, S, dropout=p, seed=SEED,
-            token_weights=weights, return_sqnorm=True, statistic=statistic, backend=backend,
+            x * 1.0, t["weight"], t["bias"], A, B, S, dropout=p, seed=SEED, token_weights=weights,
+            return_sqnorm=True, sqnorm_sink=sqnorm, moment_sink=moment, backend=backend,
         )  # fmt: skip
         return y.tanh(), norm
 
     t = draw(AWKWARD["rank 8"], dtype)
     weights = (torch.arange(37, device=DEVICE) % 2).float()
-    inputs = [*leaves(t), torch.zeros((), dtype=torch.float64, device=DEVICE, requires_grad=True)]
+    inputs = [*leaves(t), *sinks(100)]
     outcomes = []
     for function in (step, compiled(step)):
         y, norm = function(*inputs)
         outcomes.append([y, norm, *torch.autograd.grad(y, inputs, t["dy"])])
-    assert float(outcomes[0][-1]) == float(outcomes[0][1]) > 0
+    assert float(outcomes[0][-2]) == float(outcomes[0][1]) > 0 and outcomes[0][-1].all()
     for one, two in zip(*outcomes, strict=True):
         assert one.dtype == two.dtype
         torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
 
 
 def test_compile_with_dynamic_shapes() -> None:
-    def step(x: Tensor, A: Tensor, B: Tensor, statistic: Tensor) -> Tensor:
-        return lora_linear(x, t["weight"], t["bias"], A, B, S, statistic=statistic)
+    def step(x: Tensor, A: Tensor, B: Tensor, sqnorm: Tensor, moment: Tensor) -> Tensor:
+        return lora_linear(
+            x, t["weight"], t["bias"], A, B, S, sqnorm_sink=sqnorm, moment_sink=moment
+        )
 
     t = draw(AWKWARD["rank 8"])
     fast = compiled(step, dynamic=True)
     for m in (37, 5, 12, 30):
-        x, A, B = leaves(draw(AWKWARD["rank 8"]._replace(m=m)))
-        inputs = (x, A, B, torch.zeros((), dtype=torch.float64, device=DEVICE, requires_grad=True))
+        inputs = [*leaves(draw(AWKWARD["rank 8"]._replace(m=m))), *sinks(100)]
         with torch._dynamo.config.patch(error_on_recompile=m != 37):
             one, two = (torch.autograd.grad(f(*inputs).sum(), inputs) for f in (step, fast))
         for plain, quick in zip(one, two, strict=True):

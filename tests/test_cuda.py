@@ -33,7 +33,7 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(autouse=True)
 def hopper(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("gpu") and (why := cuda.available()):
+    if request.node.get_closest_marker("gpu") and (why := cuda.missing()):
         pytest.skip(why)
 
 
@@ -271,31 +271,39 @@ def test_the_floors_run() -> None:
 
 def test_a_cpu_tensor_is_refused_with_the_reason() -> None:
     a = torch.zeros(8, 8, dtype=torch.bfloat16)
-    for reason in (cuda.supports_gemm(a, a, a, a), cuda.supports_decode(a, a, a, a)):
-        assert reason is not None and ("not built" in reason or "on cpu" in reason)
+    reason = cuda.why_not_gemm(a, a, a, a)
+    assert reason is not None and ("not built" in reason or "on cpu" in reason)
     with pytest.raises(ValueError, match="gemm_ext cannot serve this call: the "):
         cuda.gemm_ext(a, a, None, a, a, 1.0)
     with pytest.raises(ValueError, match="decode cannot serve this call: the "):
         cuda.decode(a, a, None, a, a, 1.0)
+    for floor in (cuda.stream_floor, cuda.barrier_floor):
+        with pytest.raises(ValueError, match="floor cannot serve this call: the "):
+            floor(a, 8, 16) if floor is cuda.stream_floor else floor(a)
 
 
 def test_what_is_built_or_why_not() -> None:
     built = cuda.built()
     assert "arch" in built if isinstance(built, dict) else "LORADROP_BUILD_CUDA=1" in built
     if not torch.cuda.is_available():
-        assert cuda.available() is not None
+        assert cuda.missing() is not None
 
 
 @gpu
 def test_operands_that_do_not_fit_are_refused() -> None:
     p, q, bias, h, l = operands((40, 64, 48, 8), torch.bfloat16, True, True)
-    assert cuda.supports_gemm(p, q, h, l) is None
+    assert cuda.why_not_gemm(p, q, h, l) is None
     odd = torch.zeros(40, 65, dtype=torch.bfloat16, device="cuda")[:, :64]
-    assert "row stride 65" in str(cuda.supports_gemm(odd, q, h, l))
-    assert "16 bytes" in str(cuda.supports_gemm(p[:, 4:], q[4:], h, l))
-    assert "torch.float16" in str(cuda.supports_gemm(p, q.half(), h, l))
-    assert "torch.float32" in str(cuda.supports_gemm(p.float(), q.float(), h.float(), l.float()))
+    assert "row stride 65" in str(cuda.why_not_gemm(odd, q, h, l))
+    assert "16 bytes" in str(cuda.why_not_gemm(p[:, 4:], q[4:], h, l))
+    assert "torch.float16" in str(cuda.why_not_gemm(p, q.half(), h, l))
+    assert "torch.float32" in str(cuda.why_not_gemm(p.float(), q.float(), h.float(), l.float()))
     with pytest.raises(ValueError, match=r"bias is \(48,\), torch.float32"):
         cuda.gemm_ext(p, q, bias.float(), h, l, 1.0)
     with pytest.raises(ValueError, match=r"2\^-32"):
         cuda.gemm_ext(p, q, bias, h, l, float("inf"))
+    with pytest.raises(ValueError, match="row stride 65"):
+        cuda.gemm_ext(odd, q, bias, h, l, 1.0)
+    x, weight, _, A, B = decode_operands((33, 64, 48, 8), torch.bfloat16)
+    with pytest.raises(ValueError, match="33 rows, and decode takes up to 32"):
+        cuda.decode(x, weight, None, A, B, 1.0)

@@ -1,5 +1,6 @@
 """Which backend serves, and why another does not."""
 
+import dataclasses
 import inspect
 import itertools
 import re
@@ -9,40 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import DEVICE, S, draw, each_dtype, through_op
+from op_cases import DEVICE, call_of, draw, each_dtype, must_refuse, op, strided, through_op
 
+from loradrop.kernels.tiles import Machine
+from loradrop.op import call as call_module
 from loradrop.op import costs, dispatch
-from loradrop.op.costs import Problem
-from loradrop.op.function import _aligned, problem_of
+from loradrop.op.call import Problem, as_stored, problem_of, rows_aligned
 from loradrop.op.linear import lora_add, lora_linear
-from loradrop.testing import AWKWARD
+from loradrop.testing import AWKWARD, Shape
 
 H200 = {"arch": 90, "sms": 132}
 LLAMA_Q = Problem("cuda", torch.bfloat16, 8192, 4096, 4096, 16, 0.0, **H200)
-
-
-@pytest.mark.parametrize("part", ["forward", "backward"])
-def test_signatures_are_identical(part: str) -> None:
-    signatures = {
-        b.name: [
-            (p.name, p.kind, p.default)
-            for p in inspect.signature(getattr(b, part)).parameters.values()
-        ]
-        for b in dispatch.backends()
-        if b.available() is None
-    }
-    assert {"reference", "eager"} <= set(signatures)
-    assert all(signature == signatures["reference"] for signature in signatures.values())
-
-
-def test_signatures_of_the_kernels_too() -> None:
-    pytest.importorskip("triton")
-    from loradrop.op import fused
-
-    for part in ("forward", "backward"):
-        want = inspect.signature(getattr(dispatch.get("reference"), part)).parameters
-        for backend in (fused.THIN, fused.TRITON):
-            assert list(inspect.signature(getattr(backend, part)).parameters) == list(want)
 
 
 def test_both_entries_take_the_same_options() -> None:
@@ -59,19 +37,46 @@ def test_both_entries_take_the_same_options() -> None:
 @pytest.mark.parametrize("name", ["thin", "triton", "cuda"])
 def test_a_backend_that_cannot_serve_says_why(name: str) -> None:
     t = draw(AWKWARD["rank 4"])
-    reason = dispatch.get(name).available() or dispatch.get(name).supports(
-        Problem("cpu", torch.float32, 37, 31, 17, 4, 0.0)
-    )
+    backend = dispatch.named(name)
+    reason = backend.refuses(call_of(t))
+    assert reason == (backend.missing() or backend.why_not(problem_of(call_of(t))))
     assert reason, "on the CPU there is a reason"
-    with pytest.raises(RuntimeError) as raised:
-        lora_linear(t["x"], t["weight"], None, t["A"], t["B"], S, backend=name)
+    with pytest.raises(dispatch.RefusedError) as raised:
+        op(t, name)
     assert name in str(raised.value) and reason in str(raised.value)
+    assert raised.value.problem == Problem("cpu", torch.float32, 37, 31, 17, 4, 0.0, grad=False)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_call_is_refused_or_asked_about_once(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A named call asks its backend once; an unnamed one on a CPU asks nobody."""
+    asked: list[Problem] = []
+
+    def why_not(problem: Problem) -> str | None:
+        asked.append(problem)
+        return None
+
+    other = dataclasses.replace(dispatch.BACKENDS["eager"], name="other", why_not=why_not)
+    monkeypatch.setitem(dispatch.BACKENDS, "other", other)
+    t = draw(AWKWARD["rank 4"])
+    t["A"].requires_grad_(grad)
+    y = op(t, "other", 0.25)
+    if grad:
+        y.sum().backward()
+    assert asked == [Problem("cpu", torch.float32, 37, 31, 17, 4, 0.25)]
+    monkeypatch.setattr(dispatch, "choose", None)
+    monkeypatch.setattr(dispatch, "problem_of", None)
+    assert dispatch.serving(call_of(t), None).name == "eager"
+    assert dispatch.serving(call_of(draw(AWKWARD["rank 4"], torch.float64)), None).name == (
+        "reference"
+    )
 
 
 def test_an_unknown_backend_lists_the_known() -> None:
     t = draw(AWKWARD["rank 4"])
-    with pytest.raises(ValueError, match=r"no_such.*reference.*eager.*thin.*triton.*cuda"):
-        lora_linear(t["x"], t["weight"], None, t["A"], t["B"], S, backend="no_such")
+    for function in (op, torch.compile(op, backend="eager", fullgraph=True)):
+        with pytest.raises(ValueError, match=r"no_such.*reference.*eager.*thin.*triton.*cuda"):
+            function(t, "no_such")
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the choice depends on the device's facts")
@@ -96,16 +101,18 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize(("change", "words"), REFUSALS.values(), ids=REFUSALS)
 def test_what_the_kernels_do_not_support(change: dict[str, Any], words: str) -> None:
     for name in ("thin", "triton"):
-        supports = dispatch.get(name).supports
-        assert supports(LLAMA_Q) is None
-        reason = supports(LLAMA_Q._replace(**change))
+        why_not = dispatch.named(name).why_not
+        assert why_not(LLAMA_Q) is None
+        reason = why_not(LLAMA_Q._replace(**change))
         assert reason is not None and re.search(words, reason), reason
 
 
 @pytest.fixture
 def as_if_kernels_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dispatch, "_triton_available", lambda: None)
-    monkeypatch.setattr(dispatch, "_able", lambda _: ("reference", "eager", "thin", "triton"))
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
+    for name in ("thin", "triton"):
+        runs = dataclasses.replace(dispatch.BACKENDS[name], missing=lambda: None)
+        monkeypatch.setitem(dispatch.BACKENDS, name, runs)
     dispatch.choose.cache_clear()
     yield
     dispatch.choose.cache_clear()
@@ -113,7 +120,7 @@ def as_if_kernels_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("as_if_kernels_run")
 def test_a_fallback_says_its_reason_once() -> None:
-    dispatch._say_once.cache_clear()
+    dispatch._warn_once.cache_clear()
     wide = LLAMA_Q._replace(r=300)
     with pytest.warns(UserWarning, match="plain PyTorch calls: .*256, not 300"):
         assert dispatch.choose(wide) == "eager"
@@ -193,18 +200,44 @@ def test_the_roofline_counts_launches_and_never_guesses_a_gemm() -> None:
     ],
 )
 def test_what_the_cuda_kernels_do_not_support(change: dict[str, Any], words: str) -> None:
-    supports = dispatch.get("cuda").supports
-    assert supports(LLAMA_Q) is None
-    assert re.search(words, str(supports(LLAMA_Q._replace(**change))))
+    why_not = dispatch.named("cuda").why_not
+    assert why_not(LLAMA_Q) is None
+    assert re.search(words, str(why_not(LLAMA_Q._replace(**change))))
+
+
+def test_the_cuda_kernels_refuse_what_they_must_and_nothing_else() -> None:
+    """The suite skips what `must_refuse` names, so it must be what the backend refuses."""
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    sizes = itertools.product((1, 37, 8192), (4096, 1000, 31), (4096, 17), (1, 64, 256, 257))
+    for dtype, arch, aligned, (m, k, n, r) in itertools.product(
+        dtypes, (80, 90, 100), (True, False), list(sizes)
+    ):
+        problem = Problem("cuda", dtype, m, k, n, r, 0.0, arch=arch, sms=132, aligned=aligned)
+        assert (dispatch.named("cuda").why_not(problem) is not None) == must_refuse(problem)
 
 
 def test_alignment_is_seen_in_strides() -> None:
     x, weight = torch.zeros(8, 64).bfloat16(), torch.zeros(32, 64).bfloat16()
-    A, B = torch.zeros(4, 64), torch.zeros(32, 4)
-    for device_sees, case in ((True, x), (False, x[:, 1:33]), (True, x[:, :32])):
-        assert _aligned(case) is device_sees
-    assert _aligned(weight.T) and not _aligned(weight[:, ::2])
-    assert problem_of(x, weight, A, B, 0.0).aligned
+    assert rows_aligned(x) and rows_aligned(x[:, :31]) and rows_aligned(x[1:, 8:])
+    assert not rows_aligned(x[:, 1:33]), "begins in between"
+    assert not rows_aligned(torch.zeros(8, 65).bfloat16()[:, :64]), "rows of 130 bytes"
+    assert not rows_aligned(x[:1].expand(8, -1)), "rows in one place"
+    assert not rows_aligned(weight.T) and rows_aligned(as_stored(weight.T))
+    assert not rows_aligned(as_stored(weight[:, ::2]))
+
+
+@pytest.mark.parametrize("which", ["x", "weight"])
+def test_alignment_of_a_call(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(call_module, "machine_of", lambda _: Machine(90, 132))
+    t = draw(Shape(8, 64, 32, 4), torch.bfloat16)
+    assert problem_of(call_of(t)).aligned and (problem_of(call_of(t)).arch == 90)
+    assert problem_of(call_of(t | {which: t[which].T.contiguous().T})).aligned
+    odd = strided(t[which], "offset")
+    assert not problem_of(call_of(t | {which: odd})).aligned
+    added = problem_of(call_of({**t, "weight": None, "y0": t["dy"]}))  # type: ignore[dict-item]
+    assert added.aligned and not added.base
+    monkeypatch.undo()
+    assert problem_of(call_of(t | {which: odd})).aligned, "a CPU does not care"
 
 
 def test_an_explanation_is_what_is_chosen() -> None:
@@ -221,11 +254,36 @@ def test_a_choice_explains_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         **{"r": 16, "dropout": 0, "grad": 1, "us": {"eager": 812.4, "triton": 700.1}},
     }
     monkeypatch.setattr(costs, "measurements", lambda: (point,))
-    said = costs.explain(LLAMA_Q)
-    assert said == "triton: measured at 8000 tokens, in µs: eager 812, triton 700"
+    times = "at 8000 tokens, in µs: eager 812, triton 700"
+    assert costs.explain(LLAMA_Q) == f"triton: measured {times}"
+    point["device"] = "NVIDIA H200"
+    assert costs.explain(LLAMA_Q) == f"triton: measured on NVIDIA H200 {times}"
+
+
+def test_a_measurement_holds_for_its_own_device() -> None:
+    """H100 and H200 are both sm_90 with 132 multiprocessors."""
+    layer = {
+        **{"arch": 90, "sms": 132, "dtype": "bfloat16", "m": 8192, "k": 4096, "n": 4096},
+        **{"r": 16, "dropout": 0, "grad": 1, "us": {"eager": 1.0}},
+    }
+    h100, h200, pcie = (
+        layer | {"device": name, "sms": sms, "m": m}
+        for name, sms, m in (("H100", 132, 8192), ("H200", 132, 7000), ("H100", 114, 8192))
+    )
+    on = {name: LLAMA_Q._replace(device_name=name) for name in ("H100", "H200", "")}
+    for points in ((h100, h200, pcie), (pcie, h200, h100)):
+        assert costs.nearest(on["H100"], points) is h100
+        assert costs.nearest(on["H200"], points) is h200, "before one with as many tokens"
+        assert costs.nearest(on[""], points) is h100
+        assert costs.nearest(on["H100"]._replace(sms=114), points) is pcie
+    assert costs.nearest(on["H100"], [h200]) is None
+    assert costs.nearest(on[""], [h200]) is h200
+    assert costs.nearest(on["H100"], [layer]) is layer
+    assert costs.nearest(on["H100"], [layer, pcie]) is pcie, "the name before the size"
 
 
 def test_the_shipped_measurements_are_well_formed() -> None:
+    keys = {"device", "arch", "sms", "dtype", "m", "k", "n", "r", "dropout", "grad", "us"}
     for point in costs.measurements():
-        assert set(point) == {"arch", "sms", "dtype", "m", "k", "n", "r", "dropout", "grad", "us"}
+        assert set(point) == keys
         assert set(point["us"]) <= set(costs.SERVING)

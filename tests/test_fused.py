@@ -1,11 +1,12 @@
-"""How the fused backends are put together: the CUDA kernels' places taken by PyTorch."""
+"""How the fused backends are put together, with PyTorch in the place of the CUDA kernels."""
 
 import pytest
 import torch
-from op_cases import INTERPRETED, S, Tensors, draw, kept
+from op_cases import INTERPRETED, S, Tensors, call_of, draw
 from torch import Tensor
 
 from loradrop.op import philox, reference
+from loradrop.op.call import Call, Grads, Needs, Output, Saved
 from loradrop.testing import Shape, error
 
 pytestmark = pytest.mark.interpreter
@@ -13,87 +14,96 @@ if not INTERPRETED:
     pytest.skip("Triton's interpreter has a process of its own", allow_module_level=True)
 pytest.importorskip("triton")
 
-from op_cases import SEED  # noqa: E402
+from loradrop.op import fused  # noqa: E402
 
-from loradrop import fused  # noqa: E402
-
-
-def gemm_ext(
-    p: Tensor, q: Tensor, bias: Tensor | None, h: Tensor | None, l: Tensor | None, s: float
-) -> Tensor:
-    """What `cuda.gemm_ext` computes, with its demands: one dtype, rows of whole 16 bytes."""
-    wide = p.float() @ q.float() + (0.0 if bias is None else bias.float())
-    if h is not None and l is not None:
-        for matrix in (p, q, h, l):
-            assert matrix.dtype == p.dtype
-            stored = matrix if matrix.stride(1) == 1 else matrix.T
-            assert stored.stride(1) == 1 and stored.stride(0) % 8 == 0
-        wide += s * (h.float() @ l.float())
-    return wide.to(p.dtype)
+ALL = Needs(True, True, True)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.25])
-@pytest.mark.parametrize("scaling", [2.0, S])
-@pytest.mark.parametrize("r", [4, 8, 12])
-def test_the_cuda_backend(
-    r: int, scaling: float, p: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fused.cuda, "gemm_ext", gemm_ext)
-    monkeypatch.setattr(fused.cuda, "supports_decode", lambda *_: "not here")
-    t = draw(Shape(40, 64, 48, r), torch.float16)
-    q, seed = philox.quantize(p), SEED if p else None
-    operands = (t["x"], t["weight"], t["bias"], None, t["A"], t["B"], scaling, q, seed)
-    y, h, mask, norm = fused.CUDA.forward(*operands, None, True)
-    want, h_want = reference.forward(*operands)
-    assert error(h, h_want) < 1e-3 and error(y, want) < 1e-3
-    assert norm is not None
-    exact = float(reference.sqnorm(h, t["B"], scaling, None))
-    assert float(norm) == pytest.approx(exact, rel=1e-5)
-    rest = (scaling, q, seed, (True, True, True))
-    grads = fused.CUDA.backward(t["dy"], t["x"], t["weight"], t["A"], t["B"], h, mask, *rest)
-    wanted = reference.backward(t["dy"], t["x"], t["weight"], t["A"], t["B"], h, *rest)
-    for grad, exact_grad in zip(grads, wanted, strict=True):
-        assert grad is not None and exact_grad is not None
-        assert error(grad, exact_grad) < 2e-3
+def saved_of(call: Call, out: Output) -> Saved:
+    return Saved(
+        call.x, call.weight, call.A, call.B, out.h, out.mask, call.seed, call.scaling, call.dropout
+    )
 
 
-def test_a_gradient_that_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused.cuda, "gemm_ext", gemm_ext)
-    t = draw(Shape(40, 64, 48, 8), torch.float16)
-    _, h = reference.forward(t["x"], t["weight"], None, None, t["A"], t["B"], S, 0.0, None)
-    dy = torch.ones((), dtype=torch.float16).expand(40, 48)
-    rest = (S, 0.0, None, (True, True, True))
-    grads = fused.CUDA.backward(dy, t["x"], t["weight"], t["A"], t["B"], h, None, *rest)
-    wanted = reference.backward(dy, t["x"], t["weight"], t["A"], t["B"], h, *rest)
+def assert_near(grads: Grads, wanted: Grads) -> None:
     for grad, exact in zip(grads, wanted, strict=True):
         assert grad is not None and exact is not None and error(grad, exact) < 2e-3
 
 
-def test_few_rows_go_to_the_decode_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
+@pytest.fixture
+def by_torch(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """`cuda.gemm_ext` and `cuda.decode` with their demands: one dtype, rows of whole 16 bytes.
 
-    def decode(*args: object) -> tuple[str, str, str]:
-        calls.append(args)
-        return "y", "h", "norm"
+    The x of every call of `decode`.
+    """
+    decoded: list[Tensor] = []
 
-    monkeypatch.setattr(fused.cuda, "supports_decode", lambda *_: None)
-    monkeypatch.setattr(fused.cuda, "decode", decode)
+    def check(*matrices: Tensor) -> None:
+        for matrix in matrices:
+            assert matrix.dtype == torch.float16
+            stored = matrix if matrix.stride(1) == 1 else matrix.T
+            assert stored.stride(1) == 1 and stored.stride(0) % 8 == 0
 
-    def forward(t: Tensors, p: float = 0.0) -> object:
-        seed = SEED if p else None
-        return fused.CUDA.forward(
-            t["x"], t["weight"], None, None, t["A"], t["B"], S, p, seed, None, True
-        )
+    def gemm_ext(
+        p: Tensor, q: Tensor, bias: Tensor | None, h: Tensor | None, l: Tensor | None, s: float
+    ) -> Tensor:
+        wide = p.float() @ q.float() + (0.0 if bias is None else bias.float())
+        check(p, q)
+        if h is not None and l is not None:
+            check(h, l)
+            wide += s * (h.float() @ l.float())
+        return wide.to(p.dtype)
 
-    few = draw(Shape(32, 64, 48, 8), torch.float16)
-    assert forward(few) == ("y", "h", None, "norm")
-    x, _, bias, A, B, scaling, weights, norm = calls.pop()
-    assert x is few["x"] and (bias, scaling, weights, norm) == (None, S, None, True)
-    assert A.dtype == B.dtype == torch.float16
+    def decode(
+        x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float,
+        weights: Tensor | None, sqnorm: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+        check(x, weight, A, B)
+        decoded.append(x)
+        call = Call(x, weight, bias, None, A, B, s, token_weights=weights, sqnorm=sqnorm)
+        y, h, _, norm = reference.forward(call)
+        return y, h, norm
+
     monkeypatch.setattr(fused.cuda, "gemm_ext", gemm_ext)
-    forward(draw(Shape(33, 64, 48, 8), torch.float16))
-    forward(few, 0.25)
-    assert calls == []
+    monkeypatch.setattr(fused.cuda, "decode", decode)
+    return decoded
+
+
+@pytest.mark.usefixtures("by_torch")
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("scaling", [2.0, S])
+@pytest.mark.parametrize("r", [4, 8, 12])
+def test_the_cuda_backend(r: int, scaling: float, p: float) -> None:
+    t = draw(Shape(40, 64, 48, r), torch.float16)
+    call = call_of(t, philox.quantize(p), scaling, sqnorm=True)
+    out, want = fused.CUDA.forward(call), reference.forward(call)
+    assert error(out.h, want.h) < 1e-3 and error(out.y, want.y) < 1e-3
+    assert out.sqnorm is not None
+    exact = float(reference.sqnorm(out.h, t["B"], scaling, None))
+    assert float(out.sqnorm) == pytest.approx(exact, rel=1e-5)
+    saved = saved_of(call, out)
+    for dy in (t["dy"], torch.ones((), dtype=torch.float16).expand(40, 48)):
+        assert_near(fused.CUDA.backward(saved, dy, ALL), reference.backward(saved, dy, ALL))
+
+
+@pytest.mark.parametrize("change", ["none", "a row more", "dropout", "rank 12", "odd rows", "y0"])
+def test_what_goes_to_the_decode_kernel(change: str, by_torch: list[Tensor]) -> None:
+    """Up to 32 rows without dropout, in whole 16 bytes; all else has the right values."""
+    m, r = 32 + (change == "a row more"), 12 if change == "rank 12" else 8
+    t: Tensors = draw(Shape(m, 64, 48, r), torch.float16)
+    if change == "odd rows":
+        t["x"] = torch.cat([t["x"], t["x"][:, :1]], 1)[:, :64]
+    if change == "y0":
+        t |= {"y0": t["dy"], "weight": None, "bias": None}  # type: ignore[dict-item]
+    p = 0.25 if change == "dropout" else 0.0
+    weights = torch.arange(m) % 3
+    call = call_of(t, p, sqnorm=True, token_weights=weights)
+    y, h, _, sqnorm = fused.CUDA.forward(call)
+    want = reference.forward(call)
+    assert error(y, want.y) < 1e-3 and error(h, want.h) < 1e-3
+    assert sqnorm is not None and want.sqnorm is not None
+    assert float(sqnorm) == pytest.approx(float(want.sqnorm), rel=2e-3)
+    assert len(by_torch) == (change == "none")
 
 
 def test_t_does_not_overflow_float16_for_its_scale() -> None:
@@ -102,28 +112,21 @@ def test_t_does_not_overflow_float16_for_its_scale() -> None:
     dy = torch.full((2, 32), 2.0, dtype=torch.float16)
     A, B = torch.full((4, 64), 2.0**-10), torch.full((32, 4), 50.0)
     weight, h = torch.zeros(32, 64, dtype=torch.float16), torch.ones(2, 4, dtype=torch.float16)
-    rest = (37.5, 0.0, None, (True, True, True))
+    saved = Saved(one, weight, A, B, h, None, None, 37.5, 0.0)
     for backend in (fused.THIN, fused.TRITON):
-        dx, dA, _ = backend.backward(dy, one, weight, A, B, h, None, *rest)
+        dx, dA, _ = backend.backward(saved, dy, ALL)
         assert dx is not None and dA is not None
         torch.testing.assert_close(dx, torch.full_like(dx, 4 * 120000 * 2.0**-10))
         torch.testing.assert_close(dA, torch.full_like(dA, 240000.0))
 
 
-def test_a_mask_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_is_drawn_once() -> None:
     """The backward reads the bits that the forward kept, not the seed."""
     t = draw(Shape(20, 64, 48, 8), torch.float16)
-    q = philox.quantize(0.25)
-    operands = (t["x"], t["weight"], None, None, t["A"], t["B"], S, q, SEED, None, False)
-    _, h, mask, _ = fused.TRITON.forward(*operands)
-    assert mask is not None and mask.shape == (20, philox.row_bytes(64))
-    other = torch.tensor(1)
-    rest = (S, q, other, (True, True, True))
-    grads = fused.TRITON.backward(t["dy"], t["x"], t["weight"], t["A"], t["B"], h, mask, *rest)
-    bits = kept(t, 0.25)
-    assert bits is not None
-    want = reference.backward(
-        t["dy"], t["x"], t["weight"], t["A"], t["B"], h, S, q, SEED, (True, True, True)
-    )
-    for grad, exact in zip(grads, want, strict=True):
-        assert grad is not None and exact is not None and error(grad, exact) < 2e-3
+    call = call_of(t, philox.quantize(0.25))
+    out = fused.TRITON.forward(call)
+    assert out.mask is not None and out.mask.shape == (20, philox.row_bytes(64))
+    saved = saved_of(call, out)
+    other = saved._replace(seed=torch.tensor(1))
+    grads = fused.TRITON.backward(other, t["dy"], ALL)
+    assert_near(grads, reference.backward(saved, t["dy"], ALL))

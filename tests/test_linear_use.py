@@ -15,6 +15,7 @@ from op_cases import (
     each_dtype,
     kept,
     leaves,
+    op,
     short,
     through_op,
     torch_delta,
@@ -41,10 +42,7 @@ def test_autocast_does_what_autocast_does(backend: str, p: float) -> None:
             inputs = leaves(d)
             with torch.autocast(DEVICE, HALF, enabled=run != "exact"):
                 if run == "op":
-                    y = lora_linear(
-                        *(d[n] for n in ("x", "weight", "bias", "A", "B")), S,
-                        dropout=p, seed=SEED, backend=backend,
-                    )  # fmt: skip
+                    y = op(d, backend, p)
                 else:
                     y = F.linear(d["x"], d["weight"], d["bias"])
                     y = y + torch_delta(d["x"], d["A"], d["B"], S, kept(d, p), p)
@@ -52,8 +50,10 @@ def test_autocast_does_what_autocast_does(backend: str, p: float) -> None:
             grads = torch.autograd.grad(y, inputs, d["dy"].to(y.dtype))
             assert all(g.dtype == dtype for g in grads)
             results.append([y.detach(), *grads])
-    for i in range(4):
-        assert_within(*(torch.cat([run[i] for run in runs]) for runs in (ours, pytorchs, exact)))
+    m, k, n, r = AWKWARD["rank 8"]
+    for i, additions in enumerate((k + r, n + r, m + n, m + k)):
+        results = (torch.cat([run[i] for run in runs]) for runs in (ours, pytorchs, exact))
+        assert_within(*results, additions)
 
 
 @each_backend
@@ -63,10 +63,7 @@ def test_autocast_around_backward_changes_nothing(backend: str, dtype: torch.dty
     t = draw(AWKWARD["rank 8"], dtype)
     outside = through_op(t, backend, 0.25)
     inputs = leaves(t)
-    y = lora_linear(
-        *(t[n] for n in ("x", "weight", "bias", "A", "B")), S,
-        dropout=0.25, seed=SEED, backend=backend,
-    )  # fmt: skip
+    y = op(t, backend, 0.25)
     with torch.autocast(DEVICE, HALF):
         inside = torch.autograd.grad(y, inputs, t["dy"])
     for one, two in zip(outside[1:4], inside, strict=True):
@@ -121,7 +118,7 @@ def test_the_output_may_be_changed_in_place(backend: str) -> None:
     t = draw(AWKWARD["rank 8"])
     expected = through_op(t, backend, 0.0)
     inputs = leaves(t)
-    y = lora_linear(*(t[n] for n in ("x", "weight", "bias", "A", "B")), S, backend=backend)
+    y = op(t, backend)
     y.mul_(2.0)
     grads = torch.autograd.grad(y, inputs, t["dy"])
     for got, want in zip(grads, expected[1:4], strict=True):
@@ -132,10 +129,7 @@ def test_the_output_may_be_changed_in_place(backend: str) -> None:
 def test_retain_graph_twice(backend: str) -> None:
     t = draw(AWKWARD["rank 8"])
     inputs = leaves(t)
-    y = lora_linear(
-        *(t[n] for n in ("x", "weight", "bias", "A", "B")), S,
-        dropout=0.25, seed=SEED, backend=backend,
-    )  # fmt: skip
+    y = op(t, backend, 0.25)
     first = torch.autograd.grad(y, inputs, t["dy"], retain_graph=True)
     second = torch.autograd.grad(y, inputs, t["dy"])
     for one, two in zip(first, second, strict=True):
@@ -148,7 +142,7 @@ def test_retain_graph_twice(backend: str) -> None:
 def test_double_backward_raises(backend: str) -> None:
     t = draw(AWKWARD["rank 8"])
     inputs = leaves(t)
-    y = lora_linear(*(t[n] for n in ("x", "weight", "bias", "A", "B")), S, backend=backend)
+    y = op(t, backend)
     dx, dA, _ = torch.autograd.grad(y, inputs, t["dy"].requires_grad_(), create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         (dx.square().sum() + dA.sum()).backward()
@@ -158,25 +152,32 @@ def test_double_backward_raises(backend: str) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.25])
 def test_a_recomputed_forward_is_the_same(p: float, reentrant: bool, backend: str) -> None:
-    """Activation checkpointing restores the generator, and with it the seed and the mask."""
-    t = draw(AWKWARD["rank 8"])
+    """Activation checkpointing restores the generator, and with it the seed and the mask.
 
-    def layer(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    The sinks count the pass once.
+    """
+    t = draw(AWKWARD["rank 8"])
+    weights = (torch.arange(37, device=DEVICE) % 3).float()
+
+    def layer(x: Tensor, A: Tensor, B: Tensor, sqnorm: Tensor, moment: Tensor) -> Tensor:
         seed = torch.randint(0, 1 << 62, (), device=DEVICE)
         y: Tensor = lora_linear(
-            x, t["weight"], t["bias"], A, B, S, dropout=p, seed=seed, backend=backend
-        )
+            x, t["weight"], t["bias"], A, B, S, dropout=p, seed=seed, token_weights=weights,
+            sqnorm_sink=sqnorm, moment_sink=moment, backend=backend,
+        )  # fmt: skip
         return y
 
     outcomes = []
     for recompute in (False, True):
         inputs = leaves({name: tensor.detach().clone() for name, tensor in t.items()})
+        wide = {"dtype": torch.float64, "device": DEVICE, "requires_grad": True}
+        inputs += [torch.zeros((), **wide), torch.zeros(100, **wide)]
         torch.manual_seed(5)
         y = checkpoint(layer, *inputs, use_reentrant=reentrant) if recompute else layer(*inputs)
         y.backward(t["dy"])
         outcomes.append([y.detach(), *(leaf.grad for leaf in inputs)])
     for one, two in zip(*outcomes, strict=True):
-        assert torch.equal(one, two)
+        assert torch.equal(one, two) and one.any()
 
 
 def test_no_random_number_is_drawn() -> None:
@@ -190,10 +191,7 @@ def test_inference_mode(backend: str) -> None:
     t = draw(AWKWARD["rank 8"])
     expected = through_op(t, backend, 0.0)
     with torch.inference_mode():
-        y, norm = lora_linear(
-            *(t[n] for n in ("x", "weight", "bias", "A", "B")), S,
-            return_sqnorm=True, backend=backend,
-        )  # fmt: skip
+        y, norm = op(t, backend, return_sqnorm=True)
     assert torch.equal(y, expected[0]) and torch.equal(norm, expected[4])
 
 
@@ -249,8 +247,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "weights with the last axis": ({"token_weights": ones(5, 1)}, r"token_weights.*\(5, 1\)"),
     "weights complex": ({"token_weights": ones(5, dtype=torch.complex64)}, "weights.*complex64"),
     "weights elsewhere": ({"token_weights": ones(5, device="meta")}, "token_weights.*meta"),
-    "statistic of float32": ({"statistic": torch.zeros(())}, "statistic"),
-    "statistic a vector": ({"statistic": ones(1, dtype=torch.float64)}, "statistic"),
+    "sqnorm_sink of float32": ({"sqnorm_sink": torch.zeros(())}, "sqnorm_sink.*float32"),
+    "sqnorm_sink a vector": ({"sqnorm_sink": ones(1, dtype=torch.float64)}, r"sqnorm_sink.*\(1,\)"),
+    "sqnorm_sink elsewhere": (
+        {"sqnorm_sink": ones(dtype=torch.float64, device="meta")}, "sqnorm_sink.*meta"
+    ),
+    "moment_sink of float32": ({"moment_sink": ones(8)}, "moment_sink.*float32"),
+    "moment_sink of another K": (
+        {"moment_sink": ones(9, dtype=torch.float64)}, r"moment_sink.*\(8,\).*\(9,\)"
+    ),
+    "moment_sink elsewhere": (
+        {"moment_sink": ones(8, dtype=torch.float64, device="meta")}, "moment_sink.*meta"
+    ),
 }  # fmt: skip
 
 

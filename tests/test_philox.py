@@ -22,12 +22,16 @@ def oracle(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
     return c0, c1, c2, c3
 
 
-def oracle_kept(seed: int, element: int, p: float) -> bool:
-    """Whether dropout keeps an element: its 16-bit lane of Philox(element >> 3), low half first."""
+def lane(seed: int, element: int) -> int:
+    """The 16 bits of an element: its lane of Philox(element >> 3), low half first."""
     seed, counter = seed % (1 << 64), element >> 3
     words = oracle((counter & LOW, counter >> 32, 0, 0), (seed & LOW, seed >> 32))
-    lane = words[(element & 7) >> 1] >> (16 * (element & 1)) & 0xFFFF
-    return lane >= round(p * 65536)
+    return words[(element & 7) >> 1] >> (16 * (element & 1)) & 0xFFFF
+
+
+def oracle_kept(seed: int, element: int, p: float) -> bool:
+    """Whether dropout keeps an element."""
+    return lane(seed, element) >= round(p * 65536)
 
 
 def seed_of(value: int) -> torch.Tensor:
@@ -120,6 +124,28 @@ def test_mask_far_from_the_start() -> None:
     near_powers = {(1 << k) + d for k in range(3, 20) for d in range(-9, 10)}
     for element in sorted(e for e in near_powers | {rows * columns - 1} if 0 <= e < mask.numel()):
         assert bool(mask[element]) == oracle_kept(9, element, 0.5), element
+
+
+# Elements of seed 9 whose lane is 2¹⁵, the threshold of p = 0.5.
+AT_THE_THRESHOLD = {"low": (217098, 276382, 369614, 514830), "high": (38833,)}
+
+
+@pytest.mark.parametrize("half", AT_THE_THRESHOLD)
+def test_a_lane_at_the_threshold_is_kept(half: str) -> None:
+    mask = philox.keep_mask(seed_of(9), 1_000, 601, 0.5).flatten()
+    for element in AT_THE_THRESHOLD[half]:
+        assert element % 2 == (half == "high")
+        assert lane(9, element) == 1 << 15
+        assert mask[element], element
+
+
+def test_what_is_dropped_is_zero_whatever_it_was() -> None:
+    x = torch.full((4, 15), math.nan)
+    mask = philox.keep_mask(seed_of(3), 4, 15, 0.5)
+    x[mask] = 2.0
+    assert torch.equal(philox.keep(x, seed_of(3), 0.5), 2.0 * mask)
+    assert philox.keep(x, None, 0.0) is x
+    assert (philox.gain(0.0), philox.gain(0.75)) == (1.0, 4.0)
 
 
 def test_mask_of_the_first_rows_is_the_first_rows_of_the_mask() -> None:

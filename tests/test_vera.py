@@ -24,8 +24,8 @@ class Net(nn.Module):
         return self.tall(torch.tanh(self.square(x)))
 
 
-def injected(seed: int = 0, **options: object) -> tuple[Net, loradrop.AdapterBank]:
-    torch.manual_seed(seed)
+def injected(start: int = 0, **options: object) -> tuple[Net, loradrop.AdapterBank]:
+    torch.manual_seed(start)
     net = Net()
     names = ["wide", "tall", "square"]
     config = LoRAConfig(r=R, lora_alpha=48, target_modules=names, method=VeRA(**options))

@@ -1,86 +1,109 @@
-"""The checks of the op's arguments against each other; the messages name what does not fit."""
+"""The checks of the op's arguments against each other; the messages name what does not fit.
+
+They run in every call, so each is one comparison, and what a message needs is made when it is
+raised.
+"""
 
 import torch
 from torch import Tensor
 
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from loradrop.op.function import NO_SINKS, Sinks
+
+_FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
 def check_operands(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    y0: Tensor | None = None,
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, y0: Tensor | None, A: Tensor, B: Tensor
 ) -> None:
-    """Shapes and dtypes of the operands against each other."""
+    """Shapes, dtypes and devices of the operands; x (..., K) and y0 (..., N) as they came."""
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
         raise ValueError(
             f"A (r, K) is {_shape(A)} and B (N, r) is {_shape(B)}: their r must agree and be > 0"
         )
-    if x.ndim == 0 or x.shape[-1] != A.shape[1]:
+    k, n, dtype, device = A.shape[1], B.shape[0], x.dtype, x.device
+    if x.ndim == 0 or x.shape[-1] != k:
         raise ValueError(
             f"x (..., K) is {_shape(x)} and A (r, K) is {_shape(A)}: their K must agree"
         )
-    n, k = B.shape[0], A.shape[1]
-    for name, tensor, want in (
-        ("weight", weight, (n, k)),
-        ("bias", bias, (n,)),
-        ("y0", y0, (*x.shape[:-1], n)),
-    ):
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != tuple(want):
-            raise ValueError(
-                f"{name} is {_shape(tensor)}; x {_shape(x)}, A {_shape(A)} and B {_shape(B)} "
-                f"need {tuple(want)}"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
-        if tensor.dtype != x.dtype:
-            raise TypeError(
-                f"{name} is {tensor.dtype} and x is {x.dtype}: "
-                "cast one, or run under torch.autocast"
-            )
-    for name, tensor in (("x", x), ("A", A), ("B", B)):
-        if tensor.dtype not in _FLOATS:
-            raise TypeError(
-                f"{name} is {tensor.dtype}: float64, float32, bfloat16 or float16 is needed"
-            )
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
+    if weight is not None:
+        if weight.shape != (n, k):
+            raise _misshapen("weight", weight, (n, k), x, A, B)
+        if weight.dtype != dtype or weight.device != device:
+            raise _unlike("weight", weight, x)
+    if bias is not None:
+        if bias.shape != (n,):
+            raise _misshapen("bias", bias, (n,), x, A, B)
+        if bias.dtype != dtype or bias.device != device:
+            raise _unlike("bias", bias, x)
+    if y0 is not None:
+        if y0.shape != (*x.shape[:-1], n):
+            raise _misshapen("y0", y0, (*x.shape[:-1], n), x, A, B)
+        if y0.dtype != dtype or y0.device != device:
+            raise _unlike("y0", y0, x)
+    if dtype not in _FLOATS or A.dtype not in _FLOATS or B.dtype not in _FLOATS:
+        named = {"x": x, "A": A, "B": B}.items()
+        name, of = next((name, t.dtype) for name, t in named if t.dtype not in _FLOATS)
+        raise TypeError(f"{name} is {of}: float64, float32, bfloat16 or float16 is needed")
+    if A.device != device or B.device != device:
+        raise _elsewhere(*(("A", A) if A.device != device else ("B", B)), x)
 
 
 def check_options(
-    x: Tensor,
-    dropout: float,
-    seed: Tensor | None,
-    token_weights: Tensor | None,
-    sqnorm_sink: Tensor | None,
+    x: Tensor, dropout: float, seed: Tensor | None, token_weights: Tensor | None, sinks: Sinks
 ) -> None:
-    """The keyword arguments against x; `dropout` is already in range."""
-    if dropout > 0.0 and (
-        seed is None or seed.ndim != 0 or seed.dtype != torch.int64 or seed.device != x.device
+    """The other arguments against x (..., K); `dropout` is in its range."""
+    if dropout and (
+        seed is None or seed.ndim or seed.dtype != torch.int64 or seed.device != x.device
     ):
         raise ValueError(
             f"dropout={dropout:g} needs a seed: a 0-dim int64 tensor on {x.device}, got {seed!r}"
         )
-    if token_weights is not None and token_weights.shape != x.shape[:-1]:
+    if token_weights is not None:
+        if token_weights.shape != x.shape[:-1]:
+            raise ValueError(
+                f"token_weights is {_shape(token_weights)} and x is {_shape(x)}: "
+                f"{tuple(x.shape[:-1])} is needed"
+            )
+        if token_weights.device != x.device:
+            raise _elsewhere("token_weights", token_weights, x)
+        if token_weights.is_complex():
+            raise TypeError(
+                f"token_weights is {token_weights.dtype}: give bool, integers or floats"
+            )
+    if sinks is not NO_SINKS:
+        _check_sink("sqnorm_sink", sinks.sqnorm, (), x)
+        _check_sink("moment_sink", sinks.moment, (x.shape[-1],), x)
+
+
+def _check_sink(name: str, sink: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+    if sink is None:
+        return
+    if sink.shape != shape or sink.dtype != torch.float64:
         raise ValueError(
-            f"token_weights is {_shape(token_weights)} and x is {_shape(x)}: "
-            f"{tuple(x.shape[:-1])} is needed"
+            f"{name} must be a float64 leaf of shape {shape}, got {_shape(sink)} of {sink.dtype}"
         )
-    if token_weights is not None and token_weights.device != x.device:
-        raise ValueError(
-            f"token_weights is on {token_weights.device} and x on {x.device}: move one"
-        )
-    if token_weights is not None and token_weights.is_complex():
-        raise TypeError(f"token_weights is {token_weights.dtype}: give bool, integers or floats")
-    if sqnorm_sink is not None and (sqnorm_sink.ndim != 0 or sqnorm_sink.dtype != torch.float64):
-        raise ValueError(
-            f"sqnorm_sink must be a 0-dim float64 leaf, got {_shape(sqnorm_sink)} of {sqnorm_sink.dtype}"
-        )
+    if sink.device != x.device:
+        raise _elsewhere(name, sink, x)
+
+
+def _misshapen(
+    name: str, tensor: Tensor, want: tuple[int, ...], x: Tensor, A: Tensor, B: Tensor
+) -> ValueError:
+    return ValueError(
+        f"{name} is {_shape(tensor)}; x {_shape(x)}, A {_shape(A)} and B {_shape(B)} need {want}"
+    )
+
+
+def _unlike(name: str, tensor: Tensor, x: Tensor) -> Exception:
+    if tensor.device != x.device:
+        return _elsewhere(name, tensor, x)
+    return TypeError(
+        f"{name} is {tensor.dtype} and x is {x.dtype}: cast one, or run under torch.autocast"
+    )
+
+
+def _elsewhere(name: str, tensor: Tensor, x: Tensor) -> ValueError:
+    return ValueError(f"{name} is on {tensor.device} and x on {x.device}: move one of them")
 
 
 def _shape(tensor: Tensor) -> str:

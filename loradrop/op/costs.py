@@ -16,27 +16,11 @@ from typing import Any, NamedTuple
 import torch
 
 from loradrop.kernels.tiles import cdiv, rank_tile
+from loradrop.op.call import Problem
 
 SERVING = ("eager", "thin", "triton", "cuda")  # the simpler first: it wins a tie
 MARGIN = 0.02  # a backend replaces a simpler one only if it is faster by more than this
 NEAR = 1.5  # a measurement holds for numbers of tokens up to this factor away
-
-
-class Problem(NamedTuple):
-    """What is known about a call before it runs: x (m, k) times weight (n, k), rank r."""
-
-    device: str
-    dtype: torch.dtype
-    m: int
-    k: int
-    n: int
-    r: int
-    dropout: float
-    grad: bool = True  # whether there will be a backward pass
-    base: bool = True  # whether there is a weight; else y0 is given
-    arch: int = 0  # 10·major + minor of the compute capability, 0 on a CPU
-    sms: int = 0  # multiprocessors
-    aligned: bool = True  # whether x and the weight lie in rows that begin at whole 16 bytes
 
 
 class Rates(NamedTuple):
@@ -114,29 +98,38 @@ def fastest(microseconds: dict[str, float]) -> str:
 
 @functools.cache
 def measurements() -> tuple[dict[str, Any], ...]:
-    """The shipped points: arch, sms, dtype, m, k, n, r, dropout (0 or 1), grad, us by backend."""
+    """The shipped points: device, arch, sms, dtype, m, k, n, r, dropout (0 or 1), grad, and us by
+    backend.
+    """
     file = importlib.resources.files("loradrop") / "assets" / "measured.json"
     return tuple(json.loads(file.read_text(encoding="utf-8"))["points"])
 
 
 def nearest(problem: Problem, points: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The measured point that holds for the problem: the same layer, about as many tokens."""
+    """The measured point that holds for the problem: the same layer, about as many tokens.
+
+    An H100 and an H200 have one architecture and as many multiprocessors, and differ in bandwidth:
+    where both names are known, a point of another device is never taken.
+    """
     if problem.m == 0 or not problem.base or not problem.aligned:
         return None
-    best, closest = None, (math.inf, math.inf, math.inf)
+    best, closest = None, (True, math.inf, math.inf, math.inf)
     for point in points:
+        name = point.get("device", "")
         same = (
             (point["arch"], point["dtype"]) == (problem.arch, str(problem.dtype)[6:])
             and (point["k"], point["n"]) == (problem.k, problem.n)
             and rank_tile(point["r"]) == rank_tile(problem.r)
             and bool(point["dropout"]) == (problem.dropout > 0.0)
             and bool(point["grad"]) == problem.grad
+            and (name == problem.device_name or not name or not problem.device_name)
         )
         if not same:
             continue
         away = abs(math.log(point["m"] / problem.m))
-        # The same chip before all, then the number of tokens, then the rank.
-        distance = (abs(point["sms"] - problem.sms), away, abs(point["r"] - problem.r))
+        # The same device before all, then one of its size, the number of tokens, the rank.
+        others = name != problem.device_name
+        distance = (others, abs(point["sms"] - problem.sms), away, abs(point["r"] - problem.r))
         if distance < closest and away <= math.log(NEAR):
             best, closest = point, distance
     return best
@@ -155,7 +148,8 @@ def explain(problem: Problem, able: Collection[str] = SERVING) -> str:
     point, chosen = nearest(problem, measurements()), choose_measured(problem, able)
     if point is not None and chosen is not None:
         times = ", ".join(f"{name} {us:.0f}" for name, us in point["us"].items())
-        return f"{chosen}: measured at {point['m']} tokens, in µs: {times}"
+        where = f" on {point['device']}" if point.get("device") else ""
+        return f"{chosen}: measured{where} at {point['m']} tokens, in µs: {times}"
     names = ("eager", "thin", "triton")
     times = ", ".join(f"{name} {predict(problem, name):.0f}" for name in names)
     return f"{choose_predicted(problem)}: not measured; the roofline's guess, in µs: {times}"

@@ -20,7 +20,7 @@ _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 @functools.cache
 def _extension() -> Any:
-    """The module loradrop._C, or the reason why there is none."""
+    """The module loradrop._C, or the reason why it is not there."""
     if importlib.util.find_spec("loradrop._C") is None:
         return "not built: LORADROP_BUILD_CUDA=1 pip install --no-build-isolation . does it"
     try:
@@ -30,7 +30,7 @@ def _extension() -> Any:
 
 
 def built() -> dict[str, Any] | str:
-    """What loradrop._C was built for (arch, cuda, debug), or why it cannot be had."""
+    """What loradrop._C was built for (arch, cuda, debug), or why it is not there."""
     extension = _extension()
     return extension if isinstance(extension, str) else dict(extension.build_info())
 
@@ -43,8 +43,8 @@ def _why_not_device(index: int) -> str | None:
     return f"device {index} has compute capability {major}.{minor}, and the kernels need 9.0"
 
 
-def available() -> str | None:
-    """None where the kernels run on the current device, or why not."""
+def missing() -> str | None:
+    """Why the kernels cannot run on the current device, or None."""
     if isinstance(_extension(), str):
         return f"the extension loradrop._C is {_extension()}"
     if not torch.cuda.is_available():
@@ -57,8 +57,16 @@ def _numbers(matrix: Tensor) -> tuple[int, int, int, int, int]:
     return matrix.data_ptr(), rows, columns, matrix.stride(0), matrix.stride(1)
 
 
-def _why_not(*operands: Tensor) -> str | None:
-    """What forbids both kernels: where the operands are, and of which type."""
+def _demand(kernel: str, *operands: Tensor | None) -> None:
+    """Raises ValueError for what forbids every kernel: where operands are, and of which type.
+
+    Their shapes and layouts are the extension's to refuse, when it launches.
+    """
+    if reason := _why_not([operand for operand in operands if operand is not None]):
+        raise ValueError(f"{kernel} cannot serve this call: {reason}")
+
+
+def _why_not(operands: list[Tensor]) -> str | None:
     if isinstance(_extension(), str):
         return f"the extension loradrop._C is {_extension()}"
     first = operands[0]
@@ -93,10 +101,9 @@ def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def supports_gemm(p: Tensor, q: Tensor, h: Tensor | None, l: Tensor | None) -> str | None:
-    """None where `gemm_ext` takes these operands, or why not."""
-    operands = [tensor for tensor in (p, q, h, l) if tensor is not None]
-    if reason := _why_not(*operands):
+def why_not_gemm(p: Tensor, q: Tensor, h: Tensor | None, l: Tensor | None) -> str | None:
+    """Why `gemm_ext` refuses these operands, or None."""
+    if reason := _why_not([tensor for tensor in (p, q, h, l) if tensor is not None]):
         return reason
     rest = (None if tensor is None else _numbers(tensor) for tensor in (h, l))
     reason = _extension().why_not_gemm(_DTYPES[p.dtype], _numbers(p), _numbers(q), *rest)
@@ -125,10 +132,9 @@ def gemm_ext(
     With `overlap` the launch may begin before the one that was launched last has ended: only where
     that one writes h, and no other operand.
 
-    Raises ValueError with the reason for operands that `supports_gemm` refuses.
+    Raises ValueError with the reason that `why_not_gemm` gives.
     """
-    if reason := supports_gemm(p, q, h, l):
-        raise ValueError(f"gemm_ext cannot serve this call: {reason}")
+    _demand("gemm_ext", p, q, h, l)
     _check_vector("bias", bias, p, q.shape[1])
     bias = None if bias is None else bias.contiguous()
     thin = h is not None and l is not None and scaling != 0.0
@@ -149,17 +155,6 @@ def gemm_ext(
         cluster=cluster,
     )
     return out
-
-
-def supports_decode(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, cluster: int = 8
-) -> str | None:
-    """None where `decode` takes these operands, or why not."""
-    if reason := _why_not(x, weight, A, B):
-        return reason
-    operands = map(_numbers, (x, weight, A, B))
-    reason = _extension().why_not_decode(_DTYPES[x.dtype], *operands, cluster)
-    return None if reason is None else str(reason)
 
 
 def _plan(weight: Tensor, cluster: int) -> tuple[int, int]:
@@ -188,10 +183,10 @@ def decode(
 
     All row-major. h is unscaled and rounded, and its product is what y and sqnorm contain.
 
-    Raises ValueError with the reason for operands that `supports_decode` refuses.
+    Raises ValueError with the reason for operands that it cannot read: rows that do not begin at
+    whole 16 bytes, more than 32 tokens, ranks over 128.
     """
-    if reason := supports_decode(x, weight, A, B, cluster):
-        raise ValueError(f"decode cannot serve this call: {reason}")
+    _demand("decode", x, weight, A, B)
     m, n = x.shape[0], weight.shape[0]
     _check_vector("bias", bias, x, n)
     bias = None if bias is None else bias.contiguous()
@@ -232,8 +227,7 @@ def stream_floor(weight: Tensor, m: int, r: int, cluster: int = 8) -> None:
 
     With `barrier_floor`, the time that `decode` cannot beat. For benchmarks.
     """
-    if reason := _why_not(weight):
-        raise ValueError(f"the stream cannot be measured: {reason}")
+    _demand("stream_floor", weight)
     rows, _ = _plan(weight, cluster)
     _extension().stream_weight(
         dtype=_DTYPES[weight.dtype],
@@ -247,8 +241,7 @@ def stream_floor(weight: Tensor, m: int, r: int, cluster: int = 8) -> None:
 
 def barrier_floor(weight: Tensor, cluster: int = 8) -> None:
     """Two cluster barriers on the grid of `decode`, with no work between them. For benchmarks."""
-    if reason := _why_not(weight):
-        raise ValueError(f"the barriers cannot be measured: {reason}")
+    _demand("barrier_floor", weight)
     _, ctas = _plan(weight, cluster)
     device = weight.device
     _extension().cluster_barriers(

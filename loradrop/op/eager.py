@@ -5,6 +5,9 @@ It runs on every device. The delta h·Bᵀ never exists as an array of its own, 
 r x r products: Σ_t w_t ‖s·B·h_t‖² = s²·⟨HᵀDH, BᵀB⟩ with D = diag(w). Both are taken in float64,
 whose sixteen digits leave room for any cancellation that float32 factors can cause, so no second
 form of the norm is needed.
+
+On a small layer the host's time is the layer's time: scales ride on the products, as their alpha,
+and nothing is converted that has its dtype already.
 """
 
 import math
@@ -13,37 +16,37 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from loradrop.op.philox import keep_mask
+from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved
+from loradrop.op.philox import gain, keep, keep_mask
 
 _MANY_ROWS = 512  # where a pass over y outweighs two small copies
 _ROWS_PER_BLOCK = 512  # rows of a half-precision operand widened at a time
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y0: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Call) -> Output:
     """As `reference.forward`."""
-    a, b = A.to(x.dtype), B.to(x.dtype)
-    if dropout == 0.0 or seed is None:
+    x, weight, bias, s = call.x, call.weight, call.bias, call.scaling
+    a, b = _as(call.A, x), _as(call.B, x)
+    if call.seed is None:
         h = linear(x, a)
     else:
-        h = linear(x * keep_mask(seed, x.shape[0], x.shape[1], dropout), a).div_(1.0 - dropout)
-    if weight is None:
-        assert y0 is not None
-        return torch.addmm(y0, h, b.T, alpha=scaling), h
-    if bias is not None and _bias_costs_a_pass(x) and math.frexp(scaling)[0] in (0.5, -0.5):
-        h1 = pad(h, (0, 1), value=1.0 / scaling)  # (M, r + 1); exact for a power of two
+        h = linear(keep(x, call.seed, call.dropout), a).mul_(gain(call.dropout))
+    if call.y0 is not None:
+        y = torch.addmm(call.y0, h, b.t(), alpha=s)
+    elif bias is not None and _bias_costs_a_pass(x) and math.frexp(s)[0] in (0.5, -0.5):
+        assert weight is not None
+        h1 = pad(h, (0, 1), value=1.0 / s)  # (M, r + 1); exact for a power of two
         b1 = torch.cat((b, bias.unsqueeze(1)), 1)  # (N, r + 1)
-        return linear(x, weight).addmm_(h1, b1.T, alpha=scaling), h
-    return linear(x, weight, bias).addmm_(h, b.T, alpha=scaling), h
+        y = linear(x, weight).addmm_(h1, b1.t(), alpha=s)
+    else:
+        assert weight is not None
+        y = linear(x, weight, bias).addmm_(h, b.t(), alpha=s)
+    return Output(y, h, None, sqnorm(h, b, s, call.token_weights) if call.sqnorm else None)
+
+
+def _as(parameter: Tensor, x: Tensor) -> Tensor:
+    dtype = x.dtype
+    return parameter if parameter.dtype == dtype else parameter.to(dtype)
 
 
 def _bias_costs_a_pass(x: Tensor) -> bool:
@@ -51,51 +54,47 @@ def _bias_costs_a_pass(x: Tensor) -> bool:
 
     So it does for bfloat16 on a CPU. As one more column of the thin product the bias is free.
     """
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[0] >= _MANY_ROWS
+    return x.dtype == torch.bfloat16 and x.is_cpu and x.shape[0] >= _MANY_ROWS
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    h: Tensor,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
     """As `reference.backward`."""
-    keep = None
-    if dropout > 0.0 and seed is not None and (needs[0] or needs[1]):
-        keep = keep_mask(seed, x.shape[0], x.shape[1], dropout)
+    x, weight, A, B, h, _, seed, s, p = saved[:9]
+    kept = None
+    if seed is not None and (needs.x or needs.A):
+        kept = keep_mask(seed, x.shape[0], x.shape[1], p)
     dx = dA = dB = None
-    if needs[0] or needs[1]:
-        dh = dy @ (B.to(dy.dtype) * (scaling / (1.0 - dropout)))
-    if needs[0]:
-        a = A.to(x.dtype)
-        if keep is not None:
-            dx = (dh @ a).mul_(keep)
-            dx = dx if weight is None else (dy @ weight).add_(dx)
+    if needs.x or needs.A:
+        # beta = 0 leaves what h holds out, NaN included; it has the shape of dh.
+        dh = torch.addmm(h, dy, _as(B, x), beta=0, alpha=s * gain(p))
+    if needs.x:
+        a = _as(A, x)
+        if kept is not None:
+            dx = torch.where(kept, torch.mm(dh, a), 0.0)
+            dx = dx if weight is None else torch.mm(dy, weight).add_(dx)
         else:
-            dx = dh @ a if weight is None else (dy @ weight).addmm_(dh, a)
-    if needs[1]:
-        dA = _outer(dh, x if keep is None else x * keep, A.dtype)
-    if needs[2]:
-        dB = _outer(dy, h, B.dtype).mul_(scaling)
-    return dx, dA, dB
+            dx = torch.mm(dh, a) if weight is None else torch.mm(dy, weight).addmm_(dh, a)
+    if needs.A:
+        dA = _outer(dh, x if kept is None else torch.where(kept, x, 0.0), 1.0, A)
+    if needs.B:
+        dB = _outer(dy, h, s, B)
+    return Grads(dx, dA, dB)
 
 
-def _outer(p: Tensor, q: Tensor, dtype: torch.dtype) -> Tensor:
-    """pᵀq (P, Q) from p (M, P) and q (M, Q), accumulated at least in float32, in `dtype`."""
-    if p.dtype == dtype or p.dtype == torch.float64:
-        return (p.T @ q).to(dtype)
-    total = p.new_zeros((p.shape[1], q.shape[1]), dtype=torch.float32)
+def _outer(p: Tensor, q: Tensor, scale: float, like: Tensor) -> Tensor:
+    """scale·pᵀq from p (M, P) and q (M, Q), of the shape (P, Q) and the dtype of `like`.
+
+    Accumulated at least in float32.
+    """
+    if p.dtype == like.dtype:
+        return torch.addmm(like, p.t(), q, beta=0, alpha=scale)
+    if p.dtype == torch.float64:
+        return torch.mm(p.t(), q).mul_(scale).to(like.dtype)
+    total = p.new_zeros(like.shape, dtype=torch.float32)
     for rows in range(0, p.shape[0], _ROWS_PER_BLOCK):
         block = slice(rows, rows + _ROWS_PER_BLOCK)
-        total.addmm_(p[block].float().T, q[block].float())
-    return total.to(dtype)
+        total.addmm_(p[block].float().t(), q[block].float(), alpha=scale)
+    return total.to(like.dtype)
 
 
 def sqnorm(h: Tensor, B: Tensor, scaling: float, token_weights: Tensor | None) -> Tensor:
@@ -106,3 +105,6 @@ def sqnorm(h: Tensor, B: Tensor, scaling: float, token_weights: Tensor | None) -
         tokens = torch.where(weights > 0, tokens * weights, 0.0)
     gram = torch.dot((tokens.T @ tokens).flatten(), (b.T @ b).flatten())
     return gram.mul(scaling * scaling).clamp_min(0.0).float()
+
+
+EAGER = Backend("eager", forward, backward)

@@ -19,18 +19,19 @@ from torch.nn.functional import linear, pad
 
 from loradrop.kernels import tiles
 from loradrop.kernels.expand import expand
-from loradrop.kernels.gemm_ext import as_stored, gemm_ext, scale_mode, tma_refuses
+from loradrop.kernels.gemm_ext import gemm_ext, scale_mode
 from loradrop.kernels.gram import norm as norm_of_grams
 from loradrop.kernels.gram import total
 from loradrop.kernels.outer import outer
 from loradrop.kernels.shrink import shrink
 from loradrop.kernels.single_pass import single_pass
 from loradrop.op import cuda, eager
-from loradrop.op.philox import row_bytes
+from loradrop.op.call import Call, Grads, Needs, Output, Saved, as_stored, rows_aligned
+from loradrop.op.philox import gain
 
 SINGLE_PASS_ROWS = 64  # rows up to which one pass over everything may beat two launches
-SINGLE_PASS_RANK = 32  # ... with ranks that are cheap to compute anew for every tile of outputs
-DECODE_ROWS = 32  # rows that the CUDA kernel for decoding takes
+SINGLE_PASS_RANK = 32  # ... with ranks that are cheap to compute again for every tile of outputs
+DECODE_ROWS, DECODE_RANK = 32, 128  # what the CUDA kernel for decoding takes
 
 # p (M, D)   q (D, C)   bias (C,) or None   h (M, r)   l (r, C)   s   mask (M, row_bytes(C)) or None
 Extend = Callable[..., Tensor]
@@ -55,7 +56,8 @@ def by_triton(
 ) -> Tensor:  # fmt: skip
     """The LoRA product as further steps of the sum."""
     machine = tiles.machine_of(p.device)
-    aligned = tma_refuses(p, as_stored(q)[0]) is None and q.shape[1] * q.element_size() % 16 == 0
+    whole = q.shape[1] * q.element_size() % 16 == 0  # the rows of the result
+    aligned = whole and rows_aligned(p) and rows_aligned(as_stored(q))
     cut = tiles.gemm_ext(
         machine, p.dtype, p.shape[0], q.shape[1], first=mask is not None, aligned=aligned
     )
@@ -71,7 +73,7 @@ def by_cuda(
 
     A p in rows that its loads cannot address, such as the gradient of a sum, is copied.
     """
-    if tma_refuses(p) is not None:
+    if not rows_aligned(p):
         p = p.contiguous()
     if mask is not None:
         y = cuda.gemm_ext(p, q, bias, None, None, 1.0)
@@ -82,48 +84,46 @@ def by_cuda(
         l, scale = l * scale, 1.0  # exact
     if missing := -h.shape[1] % 8:  # rows of whole 16 bytes
         h, l = pad(h, (0, missing)), pad(l, (0, 0, 0, missing))
-    if tma_refuses(as_stored(l)[0]) is not None:
+    if not rows_aligned(as_stored(l)):
         l = l.contiguous()
     return cuda.gemm_ext(p, q, bias, h, l, scale)
 
 
-def small_m_triton(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float,
-    token_weights: Tensor | None, norm: bool,
-) -> tuple[Tensor, Tensor, Tensor | None] | None:  # fmt: skip
-    """y, h and the norm of few rows in one pass; None for more, and for wide ranks."""
-    if x.shape[0] > SINGLE_PASS_ROWS or A.shape[0] > SINGLE_PASS_RANK:
+def small_m_triton(call: Call, weights: Tensor | None) -> Output | None:
+    """Few rows in one pass; None for more, and for wide ranks. `weights` of the tokens, float32."""
+    x, weight = call.x, call.weight
+    if weight is None or x.shape[0] > SINGLE_PASS_ROWS or call.A.shape[0] > SINGLE_PASS_RANK:
         return None
     cut = tiles.single_pass(tiles.machine_of(x.device), x.dtype, x.shape[0])
     y, h, parts = single_pass(
-        x, weight, bias, A, B, scaling, cut, norm=norm, token_weights=token_weights
-    )
-    return y, h, None if parts is None else total(parts, scaling)
+        x, weight, call.bias, call.A, call.B, call.scaling, cut,
+        norm=call.sqnorm, token_weights=weights,
+    )  # fmt: skip
+    return Output(y, h, None, None if parts is None else total(parts, call.scaling))
 
 
-def small_m_cuda(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float,
-    token_weights: Tensor | None, norm: bool,
-) -> tuple[Tensor, Tensor, Tensor | None] | None:  # fmt: skip
-    """As `small_m_triton`, by csrc/; None for what its kernel refuses."""
-    if x.shape[0] > DECODE_ROWS:
+def small_m_cuda(call: Call, weights: Tensor | None) -> Output | None:
+    """As `small_m_triton`, by csrc/; None for what its kernel cannot read."""
+    x, weight = call.x, call.weight
+    if weight is None or x.shape[0] > DECODE_ROWS or call.A.shape[0] > DECODE_RANK:
         return None
-    A, B = A.to(x.dtype), B.to(x.dtype)
-    if cuda.supports_decode(x, weight, A, B) is not None:
+    A, B = call.A.to(x.dtype), call.B.to(x.dtype)
+    if not all(map(rows_aligned, (x, weight, A, B))):
         return None
-    return cuda.decode(x, weight, bias, A, B, scaling, token_weights, norm)
+    y, h, sqnorm = cuda.decode(x, weight, call.bias, A, B, call.scaling, weights, call.sqnorm)
+    return Output(y, h, None, sqnorm)
 
 
 def _on_its_device(method: _Method) -> _Method:
-    """Makes the device of the first operand the current one: kernels are launched there."""
+    """Makes the device of x the current one: kernels are launched there."""
 
     @functools.wraps(method)
-    def run(self: Any, first: Tensor, *rest: Any) -> Any:
-        device = first.device
+    def run(self: Any, call: Call | Saved, *rest: Any) -> Any:
+        device = call.x.device
         if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return method(self, first, *rest)
+            return method(self, call, *rest)
         with torch.cuda.device(device):
-            return method(self, first, *rest)
+            return method(self, call, *rest)
 
     return run  # type: ignore[return-value]
 
@@ -136,42 +136,26 @@ class Fused:
     """
 
     extend: Extend
-    few: Callable[..., tuple[Tensor, Tensor, Tensor | None] | None] | None = None
+    few: Callable[[Call, Tensor | None], Output | None] | None = None
 
     @_on_its_device
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        y0: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        scaling: float,
-        dropout: float,
-        seed: Tensor | None,
-        token_weights: Tensor | None,
-        norm: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """As `dispatch.Backend.forward` says."""
+    def forward(self, call: Call) -> Output:
+        """As `reference.forward`; the mask of dropout is kept."""
+        x, weight, bias, y0, A, B, scaling, dropout = call[:8]
         if x.numel() == 0 or B.shape[0] == 0:  # nothing for a kernel to do
-            y, h = eager.forward(x, weight, bias, y0, A, B, scaling, dropout, seed)
-            empty = None
-            if dropout > 0.0:
-                empty = x.new_empty((x.shape[0], row_bytes(x.shape[1])), dtype=torch.uint8)
-            return y, h, empty, x.new_zeros((), dtype=torch.float32) if norm else None
-        machine = tiles.machine_of(x.device)
-        weights = None if token_weights is None or not norm else token_weights.float().contiguous()
-        if self.few is not None and weight is not None and dropout == 0.0:
-            done = self.few(x, weight, bias, A, B, scaling, weights, norm)
+            return eager.forward(call)
+        machine, weights = tiles.machine_of(x.device), None
+        if call.token_weights is not None and call.sqnorm:
+            weights = call.token_weights.float().contiguous()
+        if self.few is not None and dropout == 0.0:
+            done = self.few(call, weights)
             if done is not None:
-                y, h, sqnorm = done
-                return y, h, None, sqnorm
+                return done
         cut = tiles.shrink(machine, x.dtype, x.shape[0], x.shape[1], A.shape[0])
-        in_pass = norm and x.dtype != torch.float32
+        in_pass = call.sqnorm and x.dtype != torch.float32
         thin = shrink(
-            x, A, 1.0 / (1.0 - dropout), cut,
-            dropout=dropout, seed=seed, B=B if in_pass else None, token_weights=weights,
+            x, A, gain(dropout), cut, dropout=dropout, seed=call.seed,
+            B=B if in_pass else None, token_weights=weights,
         )  # fmt: skip
         h = thin.h
         if weight is None:
@@ -182,46 +166,34 @@ class Fused:
         sqnorm = None
         if thin.grams is not None:
             sqnorm = norm_of_grams(thin.grams, h, B, scaling, weights)
-        elif norm:  # float32: the digits of its products need float64
-            sqnorm = eager.sqnorm(h, B, scaling, token_weights)
-        return y, h, thin.mask, sqnorm
+        elif call.sqnorm:  # float32: the digits of its products need float64
+            sqnorm = eager.sqnorm(h, B, scaling, call.token_weights)
+        return Output(y, h, thin.mask, sqnorm)
 
     @_on_its_device
-    def backward(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        h: Tensor,
-        mask: Tensor | None,
-        scaling: float,
-        dropout: float,
-        seed: Tensor | None,
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """As `dispatch.Backend.backward` says."""
+    def backward(self, saved: Saved, dy: Tensor, needs: Needs) -> Grads:
+        """As `reference.backward`, with the mask that `forward` kept."""
+        x, weight, A, B, h, mask, _, scaling, dropout = saved[:9]
         if x.numel() == 0 or dy.numel() == 0:
-            return eager.backward(dy, x, weight, A, B, h, scaling, dropout, seed, needs)
+            return eager.backward(saved, dy, needs)
         machine, (m, k), (n, r) = tiles.machine_of(x.device), x.shape, B.shape
         dx = dA = dB = None
-        scale, rest = scaling / (1.0 - dropout), 1.0
+        scale, rest = scaling * gain(dropout), 1.0
         if x.dtype == torch.float16 and abs(scale) > 1.0:  # t must not overflow for its scale
             scale, rest = 1.0, scale
-        if needs[0] or needs[1]:
+        if needs.x or needs.A:
             cut = tiles.shrink(machine, dy.dtype, m, n, r)
             t = shrink(dy, B.T, scale, cut).h
-        if needs[0] and weight is None:
+        if needs.x and weight is None:
             dx = expand(None, t, A, rest, tiles.expand(machine, x.dtype), mask)
-        elif needs[0]:
+        elif needs.x:
             dx = self.extend(dy, weight, None, t, A, rest, mask)
-        if needs[1]:
+        if needs.A:
             tiles_A = tiles.outer(machine, x.dtype, m, k, r)
             dA = outer(x, t, rest, A.dtype, tiles_A, mask=mask, transposed=True)
-        if needs[2]:
+        if needs.B:
             dB = outer(dy, h, scaling, B.dtype, tiles.outer(machine, x.dtype, m, n, r))
-        return dx, dA, dB
+        return Grads(dx, dA, dB)
 
 
 THIN = Fused(by_cublas)

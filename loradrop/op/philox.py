@@ -28,6 +28,11 @@ def quantize(p: float) -> float:
     return lanes / _RESOLUTION
 
 
+def gain(p: float) -> float:
+    """1/(1−p): what the sum of the kept elements is multiplied by."""
+    return 1.0 / (1.0 - p)
+
+
 def row_bytes(columns: int) -> int:
     """The bytes of one row of a mask kept as bits: whole words of 32 columns, lowest bit first."""
     return -(-columns // 32) * 4
@@ -67,3 +72,11 @@ def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
             torch.ge(word & 0xFFFF, threshold, out=lanes[:, 2 * index])
             torch.ge(word >> 16, threshold, out=lanes[:, 2 * index + 1])
     return kept[:total].view(rows, columns)
+
+
+def keep(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
+    """mask∘x for an x (M, K): zero where dropout drops, whatever x holds there.
+
+    Without a seed nothing is dropped.
+    """
+    return x if seed is None else torch.where(keep_mask(seed, x.shape[0], x.shape[1], p), x, 0.0)

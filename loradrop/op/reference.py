@@ -1,92 +1,81 @@
 """The specification: what every backend of the op must compute, in plain PyTorch.
 
     x (M, K)   W (N, K)   b (N,) or None   A (r, K)   B (N, r)   s a float
-    mask (M, K) from `philox`
+    mask (M, K) from `philox`   c = 1/(1−p)
 
-    forward    h = (mask∘x)Aᵀ / (1−p)        y = xWᵀ + b + s·hBᵀ
+    forward    h = c·(mask∘x)Aᵀ              y = xWᵀ + b + s·hBᵀ
     backward   dh = s·dy B                   dB = s·dyᵀh
-               dA = dhᵀ(mask∘x) / (1−p)      dx = dy W + mask∘(dh A) / (1−p)
+               dA = c·dhᵀ(mask∘x)            dx = dy W + c·mask∘(dh A)
     sqnorm     Σ_t w_t ‖s·B·h_t‖²            (Zhou et al., COLING 2025: the importance of a layer)
+    moment     Σ_t w_t x_tk²                 for each column k of x, before dropout
 
 A and B are rounded to x's dtype, products accumulate in float32 (float64 for float64), h is rounded
 to x's dtype, y and dx come in x's dtype, dA and dB in the parameters' dtype. W and b are frozen.
-Where `weight` is None, `y0` (M, N) stands for xWᵀ + b.
+Where `weight` is None, `y0` (M, N) stands for xWᵀ + b. Rows of weight 0 are left out of a statistic
+whatever they hold.
 """
 
 import torch
 from torch import Tensor
 
-from loradrop.op.philox import keep_mask
+from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved
+from loradrop.op.philox import gain, keep
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _masked(x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
-    if dropout == 0.0 or seed is None:
-        return x
-    return torch.where(keep_mask(seed, x.shape[0], x.shape[1], dropout), x, 0.0)
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y0: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """(y (M, N), h (M, r)), both in x's dtype."""
+def forward(call: Call) -> Output:
+    """y and h, both in x's dtype, and sqnorm; it keeps no mask."""
+    x, s, c = call.x, call.scaling, gain(call.dropout)
     wide = _wide(x.dtype)
-    a, b = A.to(x.dtype).to(wide), B.to(x.dtype).to(wide)
-    h = (_masked(x, dropout, seed).to(wide) @ a.T / (1.0 - dropout)).to(x.dtype)
-    if weight is not None:
-        base = x.to(wide) @ weight.to(wide).T
-        base = base if bias is None else base + bias.to(wide)
+    a, b = call.A.to(x.dtype).to(wide), call.B.to(x.dtype).to(wide)
+    h = (c * (keep(x, call.seed, call.dropout).to(wide) @ a.T)).to(x.dtype)
+    if call.y0 is not None:
+        base = call.y0.to(wide)
     else:
-        assert y0 is not None
-        base = y0.to(wide)
-    return (base + scaling * (h.to(wide) @ b.T)).to(x.dtype).contiguous(), h
+        assert call.weight is not None
+        base = x.to(wide) @ call.weight.to(wide).T
+        base = base if call.bias is None else base + call.bias.to(wide)
+    y = (base + s * (h.to(wide) @ b.T)).to(x.dtype).contiguous()
+    return Output(y, h, None, sqnorm(h, call.B, s, call.token_weights) if call.sqnorm else None)
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    h: Tensor,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx (M, K), dA (r, K), dB (N, r)); None where `needs` says that nobody asks."""
-    wide = _wide(x.dtype)
-    a, b, dy = A.to(x.dtype).to(wide), B.to(x.dtype).to(wide), dy.to(wide)
-    dh = scaling * (dy @ b)
+def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
+    """The gradients that `needs` asks for."""
+    x, weight, s, p, seed = saved.x, saved.weight, saved.scaling, saved.dropout, saved.seed
+    wide, c = _wide(x.dtype), gain(p)
+    a, b, dy = saved.A.to(x.dtype).to(wide), saved.B.to(x.dtype).to(wide), dy.to(wide)
+    dh = s * (dy @ b)
     dx = dA = dB = None
-    if needs[0]:
-        delta = _masked(dh @ a, dropout, seed) / (1.0 - dropout)
+    if needs.x:
+        delta = c * keep(dh @ a, seed, p)
         dx = (delta if weight is None else dy @ weight.to(wide) + delta).to(x.dtype)
-    if needs[1]:
-        dA = (dh.T @ _masked(x, dropout, seed).to(wide) / (1.0 - dropout)).to(A.dtype)
-    if needs[2]:
-        dB = (scaling * (dy.T @ h.to(wide))).to(B.dtype)
-    return dx, dA, dB
+    if needs.A:
+        dA = (c * (dh.T @ keep(x, seed, p).to(wide))).to(saved.A.dtype)
+    if needs.B:
+        dB = (s * (dy.T @ saved.h.to(wide))).to(saved.B.dtype)
+    return Grads(dx, dA, dB)
 
 
 def sqnorm(h: Tensor, B: Tensor, scaling: float, token_weights: Tensor | None) -> Tensor:
-    """Σ_t w_t ‖s·B·h_t‖² by its definition; tokens of weight 0 are left out, whatever they hold.
-
-    h (M, r)   B (N, r)   token_weights (M,) or None  ->  float32, 0-dim
-    """
+    """Σ_t w_t ‖s·B·h_t‖² by its definition, for the rounded h (M, r) and B (N, r): float32."""
     delta = scaling * (h.double() @ B.to(h.dtype).double().T)
-    per_token = delta.square().sum(1)
+    return _sum_over_tokens(delta.square().sum(1), token_weights).float()
+
+
+def moment(x: Tensor, token_weights: Tensor | None) -> Tensor:
+    """Σ_t w_t x_tk² of x (M, K): (K,) float64."""
+    return _sum_over_tokens(x.to(_wide(x.dtype)).square(), token_weights)
+
+
+def _sum_over_tokens(values: Tensor, token_weights: Tensor | None) -> Tensor:
+    """Σ_t w_t·values_t in float64 over the first axis."""
     if token_weights is not None:
-        per_token = torch.where(token_weights > 0, per_token * token_weights, 0.0)
-    return per_token.sum().float()
+        w = token_weights.view(-1, *(1,) * (values.ndim - 1)).to(values.dtype)
+        values = torch.where(w > 0, values * w, 0.0)
+    return values.sum(0, dtype=torch.float64)
+
+
+REFERENCE = Backend("reference", forward, backward)

@@ -1,0 +1,147 @@
+"""The records that a call of the op is made of. Everything else in this folder stands on them.
+
+    Call -> Backend.forward -> Output          Saved, dy, Needs -> Backend.backward -> Grads
+
+A backend gets them whole. `Problem` is a call as plain data, which decides who serves it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from loradrop.kernels.tiles import machine_of
+
+
+class Call(NamedTuple):
+    """What a forward pass reads. Either `weight` or `y0` is None: y0 stands for xWᵀ + b."""
+
+    x: Tensor  # (M, K)
+    weight: Tensor | None  # (N, K), frozen as the bias is
+    bias: Tensor | None  # (N,)
+    y0: Tensor | None  # (M, N)
+    A: Tensor  # (r, K)
+    B: Tensor  # (N, r)
+    scaling: float
+    dropout: float = 0.0  # quantised
+    seed: Tensor | None = None  # 0-dim int64; None exactly where dropout is 0
+    token_weights: Tensor | None = None  # (M,)
+    sqnorm: bool = False  # whether it is asked for
+
+
+class Output(NamedTuple):
+    """What a forward pass gives."""
+
+    y: Tensor  # (M, N)
+    h: Tensor  # (M, r), unscaled
+    mask: Tensor | None  # (M, row_bytes(K)) uint8; None where the backward draws dropout again
+    sqnorm: Tensor | None  # 0-dim float32; None where it was not asked for
+
+
+class Saved(NamedTuple):
+    """What is kept for the backward pass; the last two are for statistics, not for a backend."""
+
+    x: Tensor
+    weight: Tensor | None
+    A: Tensor
+    B: Tensor
+    h: Tensor
+    mask: Tensor | None
+    seed: Tensor | None
+    scaling: float
+    dropout: float
+    token_weights: Tensor | None = None
+    sqnorm: Tensor | None = None
+
+
+class Needs(NamedTuple):
+    """Which gradients somebody asks for."""
+
+    x: bool
+    A: bool
+    B: bool
+
+
+class Grads(NamedTuple):
+    """dx (M, K), dA (r, K), dB (N, r); None where nobody asks."""
+
+    x: Tensor | None
+    A: Tensor | None
+    B: Tensor | None
+
+
+class Problem(NamedTuple):
+    """What is known about a call before it runs: x (m, k) times weight (n, k), rank r."""
+
+    device: str
+    dtype: torch.dtype
+    m: int
+    k: int
+    n: int
+    r: int
+    dropout: float
+    grad: bool = True  # whether there will be a backward pass
+    base: bool = True  # whether there is a weight; else y0 is given
+    arch: int = 0  # 10·major + minor of the compute capability, 0 on a CPU
+    sms: int = 0  # multiprocessors
+    aligned: bool = True  # whether x and the weight lie in `rows_aligned`
+    device_name: str = ""  # as the driver calls it; empty where it is not known
+
+
+def problem_of(call: Call, grad: bool = True) -> Problem:
+    """The plain data of a call."""
+    x, weight = call.x, call.weight
+    (m, k), (n, r), device = x.shape, call.B.shape, x.device
+    arch, sms = machine_of(device)
+    aligned = arch == 0 or all(rows_aligned(as_stored(t)) for t in (x, weight) if t is not None)
+    return Problem(
+        device.type, x.dtype, m, k, n, r, call.dropout, grad, weight is not None,
+        arch, sms, aligned, _device_name(device),
+    )  # fmt: skip
+
+
+@cache
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
+def as_stored(matrix: Tensor) -> Tensor:
+    """The matrix, or its transpose where that is what lies in memory row by row."""
+    return matrix.T if matrix.stride(0) == 1 and matrix.stride(1) != 1 else matrix
+
+
+def rows_aligned(matrix: Tensor) -> bool:
+    """Whether its rows are contiguous, apart, and begin at whole 16 bytes: what TMA and csrc/ read.
+
+    The one place that asks.
+    """
+    size = matrix.element_size()
+    row = matrix.stride(0) * size
+    return (
+        matrix.stride(1) == 1
+        and row % 16 == 0
+        and row >= matrix.shape[1] * size
+        and matrix.data_ptr() % 16 == 0
+    )
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the op, as a value.
+
+    missing    () -> why it cannot run on this machine, or None
+    why_not    (problem) -> why it cannot serve such a call, or None
+    """
+
+    name: str
+    forward: Callable[[Call], Output]
+    backward: Callable[[Saved, Tensor, Needs], Grads]
+    missing: Callable[[], str | None] = lambda: None
+    why_not: Callable[[Problem], str | None] = lambda _: None
+
+    def refuses(self, call: Call) -> str | None:
+        """Why it cannot serve this call here, or None."""
+        return self.missing() or self.why_not(problem_of(call))
