@@ -163,7 +163,7 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def training_arguments(
-    args: TrainConfig, folder: Path, *, steps: int, warm_up: bool, has_dev: bool
+    args: TrainConfig, folder: Path, steps: int, *, warm_up: bool, has_dev: bool
 ) -> TrainingArguments:
     """transformers' arguments for one stage of `steps` optimiser steps; `folder` gets its files."""
     precision = _supported(args.precision)

@@ -94,20 +94,12 @@ def fit(
     empty data, a loss that is not finite, and a resume with other options.
     """
     with tempfile.TemporaryDirectory() as scratch, _forward_kept(model):
-        folder = Path(output_dir or scratch)
         run = _Run(
-            model,
-            train,
-            dev,
-            config,
-            args or TrainConfig(),
-            metric,
-            collate,
-            folder,
-            mask,
-            callbacks,
-        )
-        return run(resume, dict(data or {}))
+            model=model, train=train, dev=dev, config=config, args=args or TrainConfig(),
+            metric=metric, collate=collate, folder=Path(output_dir or scratch), resume=resume,
+            data=dict(data or {}), mask=mask, callbacks=callbacks,
+        )  # fmt: skip
+        return run.whole()
 
 
 def warm_up(
@@ -127,42 +119,39 @@ def warm_up(
     The arguments are those of `fit`. Raises ValueError for a method without a warm-up.
     """
     run = _Run(
-        model, train, None, config, args or TrainConfig(), None, collate, Path(output_dir), mask, ()
-    )
+        model=model, train=train, dev=None, config=config, args=args or TrainConfig(),
+        metric=None, collate=collate, folder=Path(output_dir), resume=resume,
+        data=dict(data or {}), mask=mask, callbacks=(),
+    )  # fmt: skip
     if config.method.warmup(run.total) is None:
         raise ValueError(
             f"the method {config.method.name!r} measures nothing: choose one with a warm-up, such "
             "as lora_drop"
         )
     with _forward_kept(model):
-        run.warm_up(resume, dict(data or {}))
+        run.first_stage()
     return plan_of(model)
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Run:
-    """The state of one `fit`."""
+    """One `fit`; its fields are the arguments of `fit`."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        train: Any,
-        dev: Any,
-        config: LoRAConfig,
-        args: TrainConfig,
-        metric: Metric | None,
-        collate: Callable[[list[Any]], Any] | None,
-        folder: Path,
-        mask: str | None,
-        callbacks: Sequence[Any],
-    ) -> None:
-        self.model, self.train, self.dev, self.config, self.args = model, train, dev, config, args
-        self.metric, self.collate, self.folder, self.mask, self.callbacks = (
-            metric,
-            collate,
-            folder,
-            mask,
-            callbacks,
-        )
+    model: nn.Module
+    train: Any
+    dev: Any
+    config: LoRAConfig
+    args: TrainConfig
+    metric: Metric | None
+    collate: Callable[[list[Any]], Any] | None
+    folder: Path
+    resume: bool
+    data: dict[str, str]
+    mask: str | None
+    callbacks: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        train = self.train
         if not hasattr(train, "__len__"):
             raise ValueError(
                 f"train is a {type(train).__name__} without a length: give a Dataset with one, or "
@@ -170,19 +159,21 @@ class _Run:
             )
         if len(train) == 0:
             raise ValueError("train is empty: give at least one example")
-        batches = (
-            len(train) if isinstance(train, DataLoader) else math.ceil(len(train) / args.batch_size)
-        )
+    @property
+    def total(self) -> int:
+        """Optimiser steps of both stages."""
+        rows, args = len(self.train), self.args
+        loaded = isinstance(self.train, DataLoader)
+        batches = rows if loaded else math.ceil(rows / args.batch_size)
         per_epoch = math.ceil(batches / args.gradient_accumulation)
-        self.total = args.steps or max(1, math.ceil(args.epochs * per_epoch))
+        return args.steps or max(1, math.ceil(args.epochs * per_epoch))
 
-    def __call__(self, resume: bool, data: dict[str, str]) -> Result:
+    def whole(self) -> Result:
         """Both stages."""
-        before = self.warm_up(resume, data)
-        done = int(before["steps"])
-        method = self.config.method
+        before = self.first_stage()
+        done, method = int(before["steps"]), self.config.method
         statistics = () if method.warmup(self.total) else method.statistics
-        trainer, events = self._stage("main", self.total - done, resume, self.train, statistics)
+        trainer, events = self._stage("main", self.total - done, self.train, statistics)
         metrics = {} if self.dev is None else _metrics(trainer.evaluate())
         save(self.model, self.folder / "adapter")
         plan = plan_of(self.model)
@@ -198,10 +189,10 @@ class _Run:
         write_json(self.folder / "result.json", result.to_dict())
         return result
 
-    def warm_up(self, resume: bool, data: dict[str, str]) -> dict[str, Any]:
-        """Inject, and the first stage of a method that has one. Steps, seconds and history."""
-        options = self._options(data)
-        self._require_same_run(options, resume)
+    def first_stage(self) -> dict[str, Any]:
+        """Inject, and the warm-up of a method that has one. Steps, seconds and history."""
+        options = self._options()
+        self._require_same_run(options)
         set_seed(self.args.seed)
         if not has_bank(self.model):
             inject(self.model, self.config)
@@ -213,19 +204,18 @@ class _Run:
             )
         stage = self.config.method.warmup(self.total)
         write_json(self.folder / OPTIONS, options)
-        if resume and (before := self._start()) is not None:
+        if self.resume and (before := self._start()) is not None:
             return before
         if stage is None or bank_of(self.model).assignment.shares:
-            seeds = {"train": self.args.seed}
-            injection.plan = replace(plan_of(self.model), data=data, seeds=seeds)
+            self._record()
             return {"steps": 0, "seconds": 0.0, "history": []}
-        before = self._warm_up(stage, resume, data)
+        before = self._warm_up(stage)
         write_json(self.folder / "warmup.json", before)
         save(self.model, self.folder / "start")
         return before
 
     def _start(self) -> dict[str, Any] | None:
-        """Take what the warm-up ended with, where it is whole; if not, it is made anew."""
+        """Take what the warm-up ended with, where that is whole; None where it has to be made."""
         try:
             start = read(self.folder / "start")
             before: dict[str, Any] = read_json(self.folder / "warmup.json")
@@ -237,21 +227,21 @@ class _Run:
         fill(self.model, start)
         return before
 
-    def _options(self, data: dict[str, str]) -> dict[str, dict[str, Any]]:
+    def _options(self) -> dict[str, dict[str, Any]]:
         """What a resume must agree with: it lies beside the checkpoints."""
-        train: dict[str, Any] = _plain(asdict(self.args))
-        return {
-            "model": base_of(self.model),
-            "data": data,
-            "lora": self.config.to_dict(),
-            "train": train,
-        }
+        lora, train = self.config.to_dict(), _plain(asdict(self.args))
+        return {"model": base_of(self.model), "data": self.data, "lora": lora, "train": train}
 
-    def _require_same_run(self, options: dict[str, dict[str, Any]], resume: bool) -> None:
+    def _record(self, **measured: Any) -> None:
+        """The plan as it is now, with what the run knows of it."""
+        plan, seeds = plan_of(self.model), {"train": self.args.seed}
+        injection_of(self.model).plan = replace(plan, data=self.data, seeds=seeds, **measured)
+
+    def _require_same_run(self, options: dict[str, dict[str, Any]]) -> None:
         file = self.folder / OPTIONS
         if not file.exists():
             return
-        if not resume:
+        if not self.resume:
             raise ValueError(
                 f"{self.folder} holds a run already: resume it, or choose another output"
             )
@@ -264,13 +254,13 @@ class _Run:
                     ": resume with the same, or choose another output"
                 )
 
-    def _warm_up(self, stage: Warmup, resume: bool, data: dict[str, str]) -> dict[str, Any]:
+    def _warm_up(self, stage: Warmup) -> dict[str, Any]:
         """Stage one: train LoRA on every target, measure, decide, share."""
         method, injection, rows = self.config.method, injection_of(self.model), self.train
         if stage.sample_ratio < 1.0:
             rows = _sample(rows, stage.sample_ratio, self.args.seed)
         trainer, events = self._stage(
-            "warmup", stage.steps, resume, rows, method.statistics, stage.settle_every
+            "warmup", stage.steps, rows, method.statistics, stage.settle_every
         )
         steps = trainer.state.global_step
         set_seed(self.args.seed)
@@ -283,21 +273,15 @@ class _Run:
                 f"the warm-up of {steps} steps left B at zero, so nothing was measured: choose a "
                 "longer one"
             )
+        method.update(bank_of(self.model), scores)
         record = {
             "steps": steps,
             "planned": stage.steps,
             "settled": events.settled,
             "frequency": _frequency(method, scores),
         }
-        method.update(bank_of(self.model), scores)
-        injection.plan = None
-        injection.plan = replace(
-            plan_of(self.model),
-            scores=scores.to_dict(),
-            warmup=record,
-            data=data,
-            seeds={"train": self.args.seed},
-        )
+        injection.plan = None  # not what an earlier run recorded
+        self._record(scores=scores.to_dict(), warmup=record)
         return {
             "steps": steps,
             "seconds": events.seconds_before,
@@ -308,25 +292,20 @@ class _Run:
         self,
         name: str,
         steps: int,
-        resume: bool,
         rows: Any,
         statistics: Sequence[str],
         settle_every: int = 0,
     ) -> tuple[LoRATrainer, MethodCallback]:
         """One run of the Trainer on `rows`, from its last whole checkpoint where there is one."""
         folder = self.folder / name
-        checkpoint = last_checkpoint(folder) if resume else None
+        checkpoint = last_checkpoint(folder) if self.resume else None
         events = MethodCallback(
             self.model, statistics=statistics, mask=self.mask, settle_every=settle_every
         )
         trainer = LoRATrainer(
             self.model,
             training_arguments(
-                self.args,
-                folder,
-                steps=steps,
-                warm_up=name == "warmup",
-                has_dev=self.dev is not None,
+                self.args, folder, steps, warm_up=name == "warmup", has_dev=self.dev is not None
             ),
             events=events,
             train_dataset=rows,

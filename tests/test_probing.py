@@ -542,11 +542,13 @@ def on_rank(rank: int, folder: str) -> None:
     model, mine = net(), batches(4)[rank::RANKS]
     offline = loradrop.probe(model, mine)
     parallel = DistributedDataParallel(model)
-    collector = Collector(model, model.lora_bank, online=True)
+    names = ["sqnorm", "moment"]
+    collector = Collector(model, model.lora_bank, online=True, statistics=names)
     for batch in mine:
         with parallel.no_sync() if batch is mine[0] else torch.enable_grad():
             step(parallel, batch).backward()
-    collector.close_row()
+    gradients = [p.grad for p in model.lora_bank.parameters()]
+    moments = collector.close_row()["moment"]
     scores = collector.scores()
     resumed = Collector(model, model.lora_bank, online=True)
     resumed.load_state_dict(collector.state_dict())
@@ -557,7 +559,8 @@ def on_rank(rank: int, folder: str) -> None:
             "resumed": (dict(again), again.tokens),
             "offline": dict(offline),
             "tokens": (scores.tokens, offline.tokens),
-            "gradients": [p.grad for p in model.lora_bank.parameters()],
+            "gradients": gradients,
+            "moments": moments,
         },
         Path(folder) / f"rank{rank}.pt",
     )
@@ -574,7 +577,13 @@ def test_scores_are_summed_over_ranks(tmp_path: Path) -> None:
         assert got["offline"] == pytest.approx(dict(expected), rel=1e-6)
         assert got["tokens"] == (expected.tokens, expected.tokens)
         assert got["resumed"] == (got["online"], expected.tokens)  # each rank's part once
+    collector = Collector(model, model.lora_bank, online=True, statistics=["moment"])
     sum(step(model, batch) / RANKS for batch in data).backward()
+    moments = collector.close_row()["moment"]
+    for got in (zero, one):
+        for found, want in zip(got["moments"], moments, strict=True):
+            assert want.min() > 0
+            torch.testing.assert_close(found, want, rtol=1e-6, atol=0)
     gradients = [p.grad for p in model.lora_bank.parameters()]
     for first, second, want in zip(zero["gradients"], one["gradients"], gradients, strict=True):
         assert torch.equal(first, second)
