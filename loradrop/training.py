@@ -90,7 +90,7 @@ def fit(
     data          fingerprints of the rows, for the plan
     mask          the model's input that marks real tokens, for the statistics
 
-    A model whose targets share already, by `share` or `load`, has no warm-up. Raises ValueError for
+    A model for which `share` or `load` has decided already has no warm-up. Raises ValueError for
     empty data, a loss that is not finite, and a resume with other options.
     """
     with tempfile.TemporaryDirectory() as scratch, _forward_kept(model):
@@ -206,7 +206,8 @@ class _Run:
         write_json(self.folder / OPTIONS, options)
         if self.resume and (before := self._start()) is not None:
             return before
-        if stage is None or bank_of(self.model).assignment.shares:
+        assignment = bank_of(self.model).assignment
+        if stage is None or assignment.shares or assignment.kept is not None:
             self._record()
             return {"steps": 0, "seconds": 0.0, "history": []}
         before = self._warm_up(stage)

@@ -569,6 +569,15 @@ def test_a_shared_model_has_no_warmup(tmp_path: Path) -> None:
     assert result.plan.slots == (0, 1, 2, 1) and result.parameters == 3 * 4 * (32 + 32)
 
 
+def test_a_loaded_model_keeps_what_was_measured(whole: Path, tmp_path: Path) -> None:
+    model = make_model()
+    loradrop.load(model, whole / "adapter")
+    before = injection_of(model).plan
+    plan = run(tmp_path, model=model).plan
+    assert (plan.scores, plan.warmup, plan.kept) == (before.scores, before.warmup, before.kept)
+    assert plan.scores is not None and plan.assignment == before.assignment
+
+
 def test_an_injected_model_keeps_its_configuration(tmp_path: Path) -> None:
     model = make_model()
     loradrop.inject(model, PLAIN)
