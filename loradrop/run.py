@@ -20,7 +20,9 @@ from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.run_config import CONFIG, MINILM, RunConfig, folder_of
 from loradrop.selection import Scores
-from loradrop.text.task import TextTask, collator, load_task, metric_fn, tokenize
+from loradrop.text.examples import TextTask
+from loradrop.text.task import load_task
+from loradrop.text.tokens import collator, metric_fn, tokenize
 from loradrop.training import Result, fit, warm_up
 
 _log = logging.getLogger(__name__)

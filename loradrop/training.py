@@ -28,10 +28,10 @@ from loradrop.formats.native import read, restore, save
 from loradrop.methods import Method
 from loradrop.plan import Plan, base_of, plan_of
 from loradrop.probing import probe
+from loradrop.sampling import stratified_indices
 from loradrop.selection import Scores, keep_frequency
 from loradrop.settings import TrainConfig, training_arguments
 from loradrop.surgery import inject
-from loradrop.text.task import stratified_indices
 from loradrop.trainer import LoRATrainer, MethodCallback, Progress, last_checkpoint
 
 OPTIONS = "options.json"

@@ -28,7 +28,8 @@ import loradrop
 from loradrop import LoRA, LoRADrop
 from loradrop.run import build, load_base, measure, resolve_model, run, warm_up_run
 from loradrop.run_config import MINILM, RunConfig, folder_of, read_config
-from loradrop.text.task import DataConfig, collator, load_task, tokenize
+from loradrop.text.task import DataConfig, load_task
+from loradrop.text.tokens import collator, tokenize
 
 GOOD, BAD = ("good", "great", "fine"), ("bad", "dull", "poor")
 WORDS = (*GOOD, *BAD, "a", "film", "is", "it", "one", "play", "so", "song", "the", "this", "was")

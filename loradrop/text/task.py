@@ -1,33 +1,19 @@
 """The data of a run: texts with labels, split into train and dev, and their tokens.
 
-``load_task`` turns a ``DataConfig`` into a ``TextTask``: the embedded default, a file, a folder, or
+`load_task` turns a `DataConfig` into a `TextTask`: the embedded default, a file, a folder, or
 a data set of the hub, for single sentences, sentence pairs, regression and causal language models.
 """
 
 import hashlib
 import json
-import math
-import random
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loradrop.text.columns import KINDS, Example, find_roles, read_rows
+from loradrop.sampling import stratified_indices
+from loradrop.text.columns import read_examples
+from loradrop.text.examples import KINDS, Example, TextTask
 from loradrop.text.stdlib_docs import AREAS, read_docs
 from loradrop.text.tables import read_source
-from loradrop.text.tokens import TokenizedDataset, collator, metric_fn, tokenize
-
-__all__ = [
-    "DataConfig",
-    "Example",
-    "TextTask",
-    "TokenizedDataset",
-    "collator",
-    "load_task",
-    "metric_fn",
-    "stratified_indices",
-    "tokenize",
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +24,11 @@ class DataConfig:
                  own), a CSV, TSV or JSONL file, a folder with train and dev files, "glue/<task>",
                  or a hub id
     task         "classification", "regression", "causal_lm", or "auto": from the columns and labels
-    text         column; None is found by well-known names, and then so is ``text_pair``
+    text         column; None is "text" or the columns of a GLUE task: sentence, sentence1 and
+                 sentence2, premise and hypothesis, question1 and question2, question and sentence;
+                 for causal_lm prompt and completion
     text_pair    column of the second sentence or, for causal_lm, of the completion
-    label        column; None is found by well-known names
+    label        column; None is "label"
     dev          file (or split of a hub data set); None is the dev or validation file beside a
                  train file, and a part held out of train where there is none
     dev_ratio    that part, by class
@@ -79,55 +67,6 @@ class DataConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise ValueError(f"data.{name}={value!r}: choose a whole number from {minimum} up")
-
-
-@dataclass(frozen=True)
-class TextTask:
-    """Rows ready for any tokenizer; ``fingerprint`` holds the sha256 of train and dev in order."""
-
-    name: str
-    kind: str
-    labels: tuple[str, ...]
-    train: tuple[Example, ...]
-    dev: tuple[Example, ...]
-    metric: str
-    fingerprint: Mapping[str, str]
-
-
-def stratified_indices(
-    labels: Sequence[int] | None, n: int, ratio_or_count: float | int, seed: int
-) -> list[int]:
-    """A random draw from range(n), sorted, with each class's share by largest remainder.
-
-    A float is a ratio (the count is rounded half up, at least 1), an int a count. Remainders tie by
-    class order; without ``labels`` the draw is plain. Raises ValueError for a size outside 1..n.
-    """
-    if isinstance(ratio_or_count, float):
-        count = max(1, math.floor(ratio_or_count * n + 0.5))
-        fits = 0 < ratio_or_count <= 1 and n > 0
-    else:
-        count = ratio_or_count
-        fits = 1 <= count <= n
-    if not fits:
-        raise ValueError(
-            f"cannot draw {ratio_or_count} of {n} rows: give a ratio in (0, 1] or a count in 1..{n}"
-        )
-    if labels is not None and len(labels) != n:
-        raise ValueError(f"{len(labels)} labels for {n} rows: give one label per row")
-    sizes = sorted(Counter(labels if labels is not None else [0] * n).items())
-    quota = {label: count * size // n for label, size in sizes}
-    by_remainder = sorted(sizes, key=lambda item: -(count * item[1] % n))
-    for label, _ in by_remainder[: count - sum(quota.values())]:
-        quota[label] += 1
-    generator = random.Random(seed)
-    keys = [generator.random() for _ in range(n)]
-    chosen = []
-    for index in sorted(range(n), key=keys.__getitem__):
-        label = labels[index] if labels is not None else 0
-        if quota[label]:
-            quota[label] -= 1
-            chosen.append(index)
-    return sorted(chosen)
 
 
 def _draw(rows: Sequence[Example], kind: str, size: float | int, seed: int) -> list[int]:
@@ -184,7 +123,7 @@ def _metric(name: str, kind: str) -> str:
 
 
 def load_task(config: DataConfig) -> TextTask:
-    """The rows that ``config`` asks for, the same for the same configuration and files.
+    """The rows that `config` asks for, the same for the same configuration and files.
 
     Raises FileNotFoundError for a missing file, and ValueError for what is unreadable or does not
     fit the task, naming the row or column and the remedy.
@@ -195,8 +134,8 @@ def load_task(config: DataConfig) -> TextTask:
         labels, train, dev = _stdlib(config)
     else:
         name, train_table, dev_table = read_source(config.source, config.dev)
-        roles = find_roles(train_table, config.task, config.text, config.text_pair, config.label)
-        kind, labels, train, dev = read_rows(train_table, dev_table, roles)
+        columns = config.text, config.text_pair, config.label
+        kind, labels, train, dev = read_examples(train_table, dev_table, config.task, *columns)
     if dev is None:
         train, dev = _hold_out(train, kind, config.dev_ratio, config.seed)
     train = _at_most(train, kind, config.max_train, config.seed)

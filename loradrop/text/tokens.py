@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
-from loradrop.text.columns import KINDS, Example
+from loradrop.text.examples import KINDS, Example, TextTask
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedTokenizerBase
-
-    from loradrop.text.task import TextTask
 
 IGNORED = -100  # the label that losses leave out
 
@@ -47,7 +45,7 @@ def _prompt(row: Example) -> str:
 def _encode_causal(
     rows: Sequence[Example], tokenizer: Any, max_length: int
 ) -> list[dict[str, Any]]:
-    """Prompt, completion and end token, cut at ``max_length``; only the latter two are learned."""
+    """Prompt, completion and end token, cut at `max_length`; only the latter two are learned."""
     prompts = tokenizer([_prompt(row) for row in rows], verbose=False)["input_ids"]
     pairs = [row.pair or "" for row in rows]
     completions = tokenizer(pairs, add_special_tokens=False, verbose=False)["input_ids"]
@@ -73,12 +71,12 @@ def _encode_causal(
 
 
 def tokenize(
-    task: "TextTask", tokenizer: "PreTrainedTokenizerBase", max_length: int
+    task: TextTask, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
     """(train, dev) as tokens. Where neither side of a prompt and its completion has a space at the
     seam, a line break joins them.
 
-    Raises ValueError for a ``max_length`` beyond the tokenizer's own, and for rows of causal_lm
+    Raises ValueError for a `max_length` beyond the tokenizer's own, and for rows of causal_lm
     whose prompt leaves no token of the completion.
     """
     if max_length > tokenizer.model_max_length:
@@ -95,7 +93,7 @@ def tokenize(
 
 
 def collator(
-    task_or_kind: "TextTask | str", tokenizer: "PreTrainedTokenizerBase"
+    task_or_kind: TextTask | str, tokenizer: "PreTrainedTokenizerBase"
 ) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
     """Pads a list of rows to its longest and makes tensors of it; labels of causal_lm with -100.
 
@@ -141,7 +139,7 @@ def _score(metric: str, prediction: "EvalPrediction") -> dict[str, float]:
     return {metric: float((n * np.trace(confusion) - true @ guessed) / size) if size > 0 else 0.0}
 
 
-def metric_fn(task: "TextTask") -> "Callable[[EvalPrediction], dict[str, float]] | None":
+def metric_fn(task: TextTask) -> "Callable[[EvalPrediction], dict[str, float]] | None":
     """Logits and labels -> {task.metric: value}, 0 where a correlation is undefined; None for loss.
 
     Matthews' correlation is Gorodkin's (2004) for any number of classes, the usual one for two.
