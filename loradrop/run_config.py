@@ -11,12 +11,12 @@ import yaml
 
 from loradrop import methods
 from loradrop.config import LoRAConfig, LoraDropConfig, check_keys
+from loradrop.formats.peft import DTYPES
 from loradrop.settings import TrainConfig
 from loradrop.text.task import DataConfig
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 CONFIG = "config.yaml"
-DTYPES = ("float32", "bfloat16", "float16")
 _SHORT = {"model": "id", "data": "source", "method": "name"}  # a section that is one word
 _NAMES: dict[Any, str] = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "text"},
@@ -90,7 +90,7 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     """
     if path is not None and not Path(path).is_file():
         raise FileNotFoundError(
-            f"{path} is no file: give a YAML file, or key=value overrides alone"
+            f"{path} is not a file: give a YAML file, or key=value overrides alone"
         )
     text = "" if path is None else Path(path).read_text(encoding="utf-8")
     raw = _parse(text, str(path)) or {}
@@ -119,13 +119,15 @@ def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{where} is no YAML: {error}") from error
+        raise ValueError(f"{where} is not YAML: {error}") from error
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ValueError(f"{text!r} is no override: write section.key=value, as in train.steps=200")
+        raise ValueError(
+            f"{text!r} is not an override: write section.key=value, as in train.steps=200"
+        )
     *path, last = key.split(".")
     place = raw
     for part in path:
@@ -163,7 +165,7 @@ def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _check(cls: Any, values: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError for a key that is no field of `cls`, and for a value of another type."""
+    """Raises ValueError for a key that is not a field of `cls`, and for a value of another type."""
     check_keys(values, [f.name for f in fields(cls)], where)
     hints = get_type_hints(cls)
     for key, value in values.items():
