@@ -96,6 +96,7 @@ def test_train_without_a_file(
 
 
 def test_train_refuses_a_used_output(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = (work / "run" / "config.yaml").read_text()
     status, out, err = command(capsys, "train", work / "config.yaml")
     assert (status, out) == (2, "")
     assert err.splitlines()[-1] == (
@@ -104,6 +105,7 @@ def test_train_refuses_a_used_output(work: Path, capsys: pytest.CaptureFixture[s
     )
     status, _, err = command(capsys, "train", work / "config.yaml", "--resume", "lora.r=2")
     assert status == 2 and "was begun with other options (lora: r)" in err
+    assert (work / "run" / "config.yaml").read_text() == written
     status, out, _ = command(capsys, "train", work / "config.yaml", "--resume")
     assert status == 0 and "dev accuracy" in out
 

@@ -374,6 +374,7 @@ def test_run_with_arms(
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
     assert "LoRA of half the rank" in page and f"{ours.parameters:,}" in page
+    assert f"loradrop train {tmp_path / 'config.yaml'} output=NEW_FOLDER" in page
     printed = capsys.readouterr().out
     assert f"{ours.parameters:,}" in printed and "dev accuracy" in printed
 

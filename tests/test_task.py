@@ -232,7 +232,9 @@ def test_unreadable_and_missing_files_are_refused_by_name(tmp_path):
     ):
         load_task(DataConfig(source=train, dev=dev))
     other = write(tmp_path / "o.csv", "body,label\nc,1\n")
-    with pytest.raises(ValueError, match=r"train has a column 'text', but .*o.csv:2 has .* body"):
+    with pytest.raises(
+        ValueError, match=r"data.text='text' is not .*o.csv:2 has .* body"
+    ):
         load_task(DataConfig(source=train, dev=other))
     write(tmp_path / "folder" / "train.tsv", "text\tlabel\n")
     with pytest.raises(ValueError, match=r"more than one train file \(train.csv, train.tsv\)"):

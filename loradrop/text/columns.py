@@ -7,9 +7,9 @@ from typing import Any
 from loradrop.text.examples import Example
 from loradrop.text.tables import Table
 
-# The columns where the configuration names none: `label`, and the first of these (text, pair) that
-# the table has. They are the names of the GLUE tasks; a table of prompts has no label.
-LABEL, PROMPT = "label", ("prompt", "completion")
+# The columns where the configuration names none: `label`, and the first (text, pair) that the table
+# has, of TEXTS (the names of the GLUE tasks) or, for causal_lm, of PROMPTS.
+LABEL = "label"
 TEXTS = (
     ("text", None),
     ("sentence1", "sentence2"),
@@ -18,6 +18,7 @@ TEXTS = (
     ("question", "sentence"),
     ("sentence", None),
 )
+PROMPTS = (("prompt", "completion"), ("text", None), ("sentence", None))
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
@@ -31,7 +32,7 @@ def read_examples(
 ) -> tuple[str, tuple[str, ...], list[Example], list[Example] | None]:
     """(kind, names of the classes, train, dev) of the rows of both tables.
 
-    `text`, `pair` and `label` name columns; None is found by `LABEL`, `TEXTS` and `PROMPT`, a pair
+    `text`, `pair` and `label` name columns; None is found by `LABEL`, `TEXTS` and `PROMPTS`, a pair
     only where `text` is not named. Labels become class indices (classification) or floats
     (regression): "0" and "1" read from text are whole numbers, and whole numbers are classes;
     labels with fractions make "auto" a regression.
@@ -42,9 +43,9 @@ def read_examples(
     kind, text, pair, label = _roles(train, kind, text, pair, label)
     tables = [train] if dev is None else [train, dev]
     for table in tables:
-        for column in (text, pair, label):
+        for option, column in {"text": text, "text_pair": pair, "label": label}.items():
             if column is not None and column not in table.columns:
-                raise ValueError(f"train has a column {column!r}, but {_listed(table)}")
+                raise ValueError(f"data.{option}={column!r} is not a column: {_listed(table)}")
     rows = [row for table in tables for row in table.rows]
     places = [place for table in tables for place in table.places]
     texts, pairs = _texts(rows, places, text), _texts(rows, places, pair)
@@ -72,23 +73,19 @@ def _roles(
     table: Table, kind: str, text: str | None, pair: str | None, label: str | None
 ) -> tuple[str, str, str | None, str | None]:
     """(kind, text, pair, label) with the default columns where none are named."""
-    for option, column in {"text": text, "text_pair": pair, "label": label}.items():
-        if column is not None and column not in table.columns:
-            raise ValueError(f"data.{option}={column!r} is not a column: {_listed(table)}")
     if kind == "causal_lm" and label is not None:
         raise ValueError(f"data.label={label!r}: causal_lm has no label; use data.text_pair")
     if kind != "causal_lm" and label is None and LABEL in table.columns:
         label = LABEL
     free = {*table.columns} - {pair, label}
-    if kind == "auto" and label is text is pair is None and free.issuperset(PROMPT):
+    if kind == "auto" and label is text is pair is None and free.issuperset(PROMPTS[0]):
         kind = "causal_lm"
     if label is None and kind != "causal_lm":
         raise ValueError(
             f"there is no label column: {_listed(table)}; name it with data.label, or set "
             "data.task=causal_lm for text without labels"
         )
-    known = [PROMPT, *(names for names in TEXTS if names[1] is None)]
-    known = known if kind == "causal_lm" else list(TEXTS)
+    known = PROMPTS if kind == "causal_lm" else TEXTS
     if text is pair is None:
         text, pair = next((names for names in known if free | {None} >= {*names}), (None, None))
     text = text or next((name for name, _ in known if name in free), None)

@@ -32,10 +32,7 @@ AREAS: Mapping[str, tuple[str, str]] = {
         "operator copy bisect",
         "collections heapq graphlib",
     ),
-    "dates and locales": (
-        "datetime _pydatetime _strptime zoneinfo locale gettext",
-        "calendar",
-    ),
+    "dates and locales": ("datetime _pydatetime _strptime zoneinfo locale gettext", "calendar"),
     "files and paths": (
         "pathlib os ntpath posixpath genericpath nturl2path stat glob fnmatch io _pyio",
         "shutil tempfile fileinput filecmp",
@@ -44,14 +41,8 @@ AREAS: Mapping[str, tuple[str, str]] = {
         "importlib venv compileall py_compile",
         "pkgutil runpy zipimport modulefinder site sysconfig",
     ),
-    "mail": (
-        "email imaplib smtplib poplib quopri base64",
-        "mailbox",
-    ),
-    "numbers": (
-        "decimal _pydecimal fractions random",
-        "statistics numbers",
-    ),
+    "mail": ("email imaplib smtplib poplib quopri base64", "mailbox"),
+    "numbers": ("decimal _pydecimal fractions random", "statistics numbers"),
     "system and terminal": (
         "platform ctypes uuid optparse getopt subprocess signal curses rlcompleter _osx_support",
         "argparse cmd pty tty getpass",

@@ -69,22 +69,20 @@ class DataConfig:
                 raise ValueError(f"data.{name}={value!r}: choose a whole number from {minimum} up")
 
 
-def _draw(rows: Sequence[Example], kind: str, size: float | int, seed: int) -> list[int]:
+def _split(
+    rows: Sequence[Example], kind: str, size: float | int | None, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """(a draw by class, the rest); a `size` of None, or of all rows and more, draws everything."""
+    if size is None or (isinstance(size, int) and size >= len(rows)):
+        return list(rows), []
     labels = [int(row.label or 0) for row in rows] if kind == "classification" else None
-    return stratified_indices(labels, len(rows), size, seed)
-
-
-def _at_most(rows: Sequence[Example], kind: str, count: int | None, seed: int) -> list[Example]:
-    if count is None or count >= len(rows):
-        return list(rows)
-    return [rows[i] for i in _draw(rows, kind, count, seed)]
+    chosen = set(stratified_indices(labels, len(rows), size, seed))
+    drawn = [row for i, row in enumerate(rows) if i in chosen]
+    return drawn, [row for i, row in enumerate(rows) if i not in chosen]
 
 
 def _sha256(rows: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row).encode() + b"\n")
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(json.dumps(row).encode() + b"\n" for row in rows)).hexdigest()
 
 
 def _stdlib(config: DataConfig) -> tuple[tuple[str, ...], list[Example], list[Example]]:
@@ -104,9 +102,8 @@ def _stdlib(config: DataConfig) -> tuple[tuple[str, ...], list[Example], list[Ex
 def _hold_out(
     rows: Sequence[Example], kind: str, ratio: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    chosen = set(_draw(rows, kind, ratio, seed))
-    train = [row for i, row in enumerate(rows) if i not in chosen]
-    dev = [row for i, row in enumerate(rows) if i in chosen]
+    """(train, dev)"""
+    dev, train = _split(rows, kind, ratio, seed)
     lost = {row.label for row in dev} - {row.label for row in train}
     if not train or (kind == "classification" and lost):
         raise ValueError(
@@ -138,8 +135,8 @@ def load_task(config: DataConfig) -> TextTask:
         kind, labels, train, dev = read_examples(train_table, dev_table, config.task, *columns)
     if dev is None:
         train, dev = _hold_out(train, kind, config.dev_ratio, config.seed)
-    train = _at_most(train, kind, config.max_train, config.seed)
-    dev = _at_most(dev, kind, config.max_dev, config.seed)
+    train, _ = _split(train, kind, config.max_train, config.seed)
+    dev, _ = _split(dev, kind, config.max_dev, config.seed)
     return TextTask(
         name=name,
         kind=kind,

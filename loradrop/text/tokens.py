@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from loradrop.text.examples import KINDS, Example, TextTask
@@ -119,24 +120,24 @@ def collator(
     return DataCollatorWithPadding(tokenizer)
 
 
-def _score(metric: str, prediction: "EvalPrediction") -> dict[str, float]:
-    import numpy as np
+def _correlation(a: Any, b: Any) -> float:
+    """Pearson's of two columns; of two one-hot matrices it is Matthews', by Gorodkin (2004)."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    size = ((a * a).sum() * (b * b).sum()) ** 0.5
+    return float((a * b).sum() / size) if size > 0 else 0.0
 
+
+def _score(metric: str, prediction: "EvalPrediction") -> dict[str, float]:
     output = prediction.predictions
     scores = np.asarray(output[0] if isinstance(output, tuple) else output, dtype=np.float64)
     truth = np.asarray(prediction.label_ids).reshape(-1)
     if metric == "pearson":
-        a, b = scores.reshape(-1) - scores.mean(), truth - truth.mean()
-        size = np.sqrt((a * a).sum() * (b * b).sum())
-        return {metric: float((a * b).sum() / size) if size > 0 else 0.0}
+        return {metric: _correlation(scores.reshape(-1), truth)}
     guess = scores.argmax(-1).reshape(-1)
     if metric == "accuracy":
         return {metric: float((guess == truth).mean())}
-    confusion = np.zeros((scores.shape[-1],) * 2)
-    np.add.at(confusion, (truth, guess), 1)
-    true, guessed, n = confusion.sum(1), confusion.sum(0), confusion.sum()
-    size = np.sqrt((n * n - true @ true) * (n * n - guessed @ guessed))
-    return {metric: float((n * np.trace(confusion) - true @ guessed) / size) if size > 0 else 0.0}
+    classes = np.eye(scores.shape[-1])
+    return {metric: _correlation(classes[guess], classes[truth])}
 
 
 def metric_fn(task: TextTask) -> "Callable[[EvalPrediction], dict[str, float]] | None":
