@@ -149,12 +149,7 @@ def test_the_hub_out_of_reach_is_said_plainly(monkeypatch):
         ("e.tsv", "", {}, "e.tsv is empty"),
         ("e.csv", "text,label\n", {}, "e.csv is empty"),
         ("e.jsonl", "\n", {}, "e.jsonl is empty"),
-        (
-            "r.tsv",
-            "text\tlabel\na\t1\nb\n",
-            {},
-            r"r.tsv:3 has 1 cells, its header 2 \(text, label\)",
-        ),
+        ("r.tsv", "text\tlabel\na\t1\nb\n", {}, r"r.tsv:3 has 1 cells, .* 2 \(text, label\)"),
         ("r.csv", "text,label\na,1,2\n", {}, "r.csv:2 has 3 cells"),
         ("q.csv", 'text,label\n"a,1\n', {}, "broken CSV"),
         ("h.csv", "text,text\na,b\n", {}, "names a column twice"),
@@ -163,12 +158,7 @@ def test_the_hub_out_of_reach_is_said_plainly(monkeypatch):
         ("x.parquet", "a", {}, "unknown extension '.parquet': use .csv, .tsv, .jsonl"),
         ("m.csv", "text,y\na,1\n", {}, "no label column: .*m.csv:2 has the columns text, y"),
         ("m.csv", "body,label\na,1\n", {}, "no text column: .*the columns body, label"),
-        (
-            "m.csv",
-            "text,label\na,1\n",
-            {"text": "body"},
-            "data.text='body' is not a column: .*text, lab",
-        ),
+        ("m.csv", "text,label\na,1\n", {"text": "b"}, "data.text='b' is not a column: .*text, l"),
         ("m.csv", "text,label\na,1\n", {"label": "y"}, "data.label='y' is not a column"),
         ("m.csv", "text,label\na,1\n", {"label": "text"}, "no text column"),
         ("m.csv", "text,label\na,1\n", {"text": "label"}, r"used twice \(label, label\)"),
@@ -177,30 +167,20 @@ def test_the_hub_out_of_reach_is_said_plainly(monkeypatch):
             "f.csv",
             "text,label\na,1\nb,.5\n",
             {"task": "classification"},
-            "f.csv:3: .*'.5' is not a class",
+            "f.csv:3: .*'.5' is not a c",
         ),
         (
             "w.csv",
             "text,label\na,1\nb,x\n",
             {"task": "regression"},
-            "w.csv:3: the label 'x' is not a number, which regression needs",
+            "w.csv:3: .*'x' is not a number, ",
         ),
         ("c.csv", "text,label\na,1\nb,1\n", {}, "every row of train has the label 1"),
-        (
-            "n.csv",
-            "text,label\na,1\nb,nan\n",
-            {},
-            "'nan' is not a number or a word: fill it",
-        ),
+        ("n.csv", "text,label\na,1\nb,nan\n", {}, "'nan' is not a number or a word"),
         ("n.csv", "text,label\na,1\nb,\n", {}, "n.csv:3: the label '' is not a number or a word"),
         ("n.csv", "text,label\na,1\nb,1e999\n", {}, "n.csv:3: the label '1e999' is not a number"),
         ("n.jsonl", '{"text": "a", "label": NaN}', {}, "n.jsonl:1: the label nan is not"),
-        (
-            "n.jsonl",
-            '{"text": "a", "label": 1}\n{"text": "b"}',
-            {},
-            "jsonl:2: the label None is not",
-        ),
+        ("n.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}', {}, "jsonl:2: the label None is"),
         ("n.jsonl", '{"text": "a", "label": [1]}', {}, r"\[1\] is not a number or a word"),
         ("t.jsonl", '{"text": 3, "label": 1}', {}, "t.jsonl:1: 'text' is 3, not text"),
         ("s.csv", "text,label\na,1\nb,2\n", {}, "2 rows are too few to hold out"),
@@ -232,9 +212,7 @@ def test_unreadable_and_missing_files_are_refused_by_name(tmp_path):
     ):
         load_task(DataConfig(source=train, dev=dev))
     other = write(tmp_path / "o.csv", "body,label\nc,1\n")
-    with pytest.raises(
-        ValueError, match=r"data.text='text' is not .*o.csv:2 has .* body"
-    ):
+    with pytest.raises(ValueError, match=r"data.text='text' is not .*o.csv:2 has .* body"):
         load_task(DataConfig(source=train, dev=other))
     write(tmp_path / "folder" / "train.tsv", "text\tlabel\n")
     with pytest.raises(ValueError, match=r"more than one train file \(train.csv, train.tsv\)"):
