@@ -3,7 +3,7 @@
 import re
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -72,7 +72,7 @@ class RunConfig:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 3e-3 for a text; here it is the number."""
+    """Reads 3e-3 as a number, which is text in YAML 1.1."""
 
 
 _Loader.add_implicit_resolver(
@@ -85,8 +85,8 @@ _Loader.add_implicit_resolver(
 def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """The YAML file with `section.key=value` overrides on top; `model=ID`, `data=SOURCE` are short.
 
-    Raises ValueError for a key that no section knows, with the nearest one that exists, for values
-    of the wrong type, and for broken YAML.
+    Raises FileNotFoundError for a missing file, and ValueError for an unknown key (with the nearest
+    one that exists), for a value of the wrong type, and for broken YAML.
     """
     if path is not None and not Path(path).is_file():
         raise FileNotFoundError(
@@ -150,22 +150,17 @@ def _section(raw: Mapping[str, Any], name: str, short: str) -> Mapping[str, Any]
 
 def _lora(values: Mapping[str, Any], where: str) -> LoRAConfig:
     method = {"name": "lora_drop", **_section(values, "method", "name")}
-    _check(
-        methods.get(method["name"]),
-        {k: v for k, v in method.items() if k != "name"},
-        f"{where}.method",
-    )
-    _check(LoRAConfig, {k: v for k, v in values.items() if k != "method"}, where)
-    return LoRAConfig.from_dict({**values, "method": method})
+    made = _build(methods.get(method.pop("name")), method, f"{where}.method")
+    rest = {key: value for key, value in values.items() if key != "method"}
+    config: LoRAConfig = _build(LoRAConfig, rest, where)
+    return replace(config, method=made)
 
 
 def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
-    _check(cls, values, where)
-    return cls(**values)
+    """`cls` with these values.
 
-
-def _check(cls: Any, values: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError for a key that is not a field of `cls`, and for a value of another type."""
+    Raises ValueError for a key that is not a field of it, and for a value of another type.
+    """
     check_keys(values, [f.name for f in fields(cls)], where)
     hints = get_type_hints(cls)
     for key, value in values.items():
@@ -175,6 +170,7 @@ def _check(cls: Any, values: Mapping[str, Any], where: str) -> None:
         if not any(_fits(value, kind) for kind in kinds):
             wanted = " or ".join(_NAMES.get(kind, str(kind)) for kind in kinds)
             raise ValueError(f"{where}.{key}={value!r}: give {wanted}")
+    return cls(**values)
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -33,7 +33,7 @@ class DataConfig:
                  train file, and a part held out of train where there is none
     dev_ratio    that part, by class
     max_length   in tokens, special ones included
-    max_train, max_dev   so many rows at most, drawn by class
+    max_train, max_dev   at most that many rows, drawn by class
     seed         of the held-out part and the draws; the training's seed does not touch them
 
     Raises ValueError naming the field, its value and the remedy.
