@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from test_run import write_model, write_table
 
 import loradrop
-from loradrop.cli import main
+from loradrop.cli import Dtype, main
+from loradrop.formats.peft import DTYPES
 from loradrop.methods import available
 from loradrop.run import load_base
 
@@ -231,6 +232,7 @@ def test_export_and_verify(
 def test_export_options(
     work: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert get_args(Dtype) == tuple(DTYPES)
     narrow = tmp_path / "narrow"
     status, *_ = command(capsys, "export", adapter, narrow, "--dtype", "bfloat16")
     assert status == 0
