@@ -46,7 +46,8 @@ setup(
         "torch>=2.11",
         "transformers>=5.13",
         "accelerate>=1.1",
-        *("safetensors", "numpy", "pyyaml", "tqdm", "matplotlib"),
+        "typer>=0.20",
+        *("safetensors", "numpy", "pyyaml", "tqdm", "matplotlib", "jinja2"),
     ],
     extras_require={
         "triton": [TRITON],

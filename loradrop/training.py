@@ -32,10 +32,10 @@ from loradrop.methods import Method
 from loradrop.methods.base import Warmup
 from loradrop.plan import Plan
 from loradrop.probing import probe
+from loradrop.sampling import stratified_indices
 from loradrop.scores import Scores
 from loradrop.selection import keep_frequency
 from loradrop.surgery import inject
-from loradrop.text.task import stratified_indices
 from loradrop.trainer import LoRATrainer, last_checkpoint, training_arguments
 
 OPTIONS = "options.json"

@@ -28,7 +28,8 @@ import loradrop
 from loradrop import LoRA, LoRADrop
 from loradrop.run import build, load_base, measure, resolve_model, run, warm_up_run
 from loradrop.run_config import MINILM, RunConfig, folder_of, read_config
-from loradrop.text.task import DataConfig, collator, load_task, tokenize
+from loradrop.text.task import DataConfig, load_task
+from loradrop.text.tokens import collator, tokenize
 
 GOOD, BAD = ("good", "great", "fine"), ("bad", "dull", "poor")
 WORDS = (*GOOD, *BAD, "a", "film", "is", "it", "one", "play", "so", "song", "the", "this", "was")
@@ -134,9 +135,6 @@ def settings(model: str, data: str, output: Path, *more: str) -> list[str]:
     ]
 
 
-# --- the configuration ------------------------------------------------------------------------
-
-
 def test_defaults() -> None:
     config = read_config(None)
     assert config.model.id == MINILM and config.data.source == "stdlib"
@@ -239,9 +237,12 @@ def test_configuration_goes_through_yaml(tmp_path: Path) -> None:
         (["arms.LoRA drop.r=2"], r"'LoRA-drop' gives none of its own: rename it"),
         (["name=A B", "arms.a-b.r=2"], r"'A B' gives none of its own: rename it"),
         (["arms.?.r=2"], r"'\?' gives none of its own: rename it"),
-        (["steps"], r"'steps' is no override: write section\.key=value, as in train\.steps=200"),
-        (["=3"], r"'=3' is no override"),
-        (["lora.target_modules=[query"], r"lora\.target_modules=\[query is no YAML"),
+        (
+            ["steps"],
+            r"'steps' is not an override: write section\.key=value, as in train\.steps=200",
+        ),
+        (["=3"], r"'=3' is not an override"),
+        (["lora.target_modules=[query"], r"lora\.target_modules=\[query is not YAML"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )
@@ -254,7 +255,7 @@ def test_bad_configuration_is_named(overrides: list[str], message: str) -> None:
     ("text", "message"),
     [
         ("- 1\n- 2\n", r"config\.yaml must hold sections \(model:, .*\), not a list"),
-        ("lora: {r: 8\n", r"config\.yaml is no YAML: (.|\n)*line 2"),
+        ("lora: {r: 8\n", r"config\.yaml is not YAML: (.|\n)*line 2"),
         ("lora:\n  rank: 8\n", r"lora has no option 'rank': did you mean 'rank_pattern'\?"),
         ("optimizer: adam\n", r"config\.yaml has no option 'optimizer': known: arms, data"),
     ],
@@ -267,7 +268,7 @@ def test_bad_file_is_named(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no\.yaml is no file: give a YAML file, or key="):
+    with pytest.raises(FileNotFoundError, match=r"no\.yaml is not a file: give a YAML file, or k"):
         read_config(tmp_path / "no.yaml")
 
 
@@ -276,9 +277,6 @@ def test_demo_configuration_is_valid() -> None:
     assert config.model.id == MINILM and config.data.source == "stdlib"
     assert [lora.method.name for lora in config.arms.values()] == ["lora", "lora"]
     assert config.lora.method.name == "lora_drop"
-
-
-# --- the model --------------------------------------------------------------------------------
 
 
 def test_default_model_comes_from_its_package(
@@ -344,9 +342,6 @@ def test_base_that_cannot_be_loaded_is_named(bert: str, table: str, tmp_path: Pa
         load_base(tmp_path / "plain")
 
 
-# --- runs -------------------------------------------------------------------------------------
-
-
 def test_run_with_arms(
     bert: str, table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -379,6 +374,7 @@ def test_run_with_arms(
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     page = (tmp_path / "report.html").read_text()
     assert "LoRA of half the rank" in page and f"{ours.parameters:,}" in page
+    assert f"loradrop train {tmp_path / 'config.yaml'} output=NEW_FOLDER" in page
     printed = capsys.readouterr().out
     assert f"{ours.parameters:,}" in printed and "dev accuracy" in printed
 

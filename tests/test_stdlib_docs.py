@@ -116,10 +116,6 @@ def test_a_stripped_standard_library_is_an_error(tmp_path):
         read_docs(tmp_path)
 
 
-def test_a_second_reading_gives_the_same_rows(docs):
-    assert read_docs() == docs
-
-
 def test_draws_are_of_the_whole_and_by_their_seed(stdlib, docs, monkeypatch):
     monkeypatch.setattr("loradrop.text.task.read_docs", lambda: docs)
     small = DataConfig(max_train=130, max_dev=40, seed=3)

@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from loradrop.text.task import (
-    DataConfig,
-    Example,
-    TextTask,
-    collator,
-    load_task,
-    metric_fn,
-    tokenize,
-)
+from loradrop.text.examples import Example, TextTask
+from loradrop.text.task import DataConfig, load_task
+from loradrop.text.tokens import collator, metric_fn, tokenize
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "<eos>", "[UNK]", "a", "b", "c", "d", "e"]
 

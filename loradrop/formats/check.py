@@ -209,3 +209,36 @@ def _logits(model: nn.Module, batch: Any) -> Tensor:
     values = [output] if isinstance(output, Tensor) else output
     flat = [value.double().flatten().cpu() for value in values if isinstance(value, Tensor)]
     return torch.cat(flat)
+
+
+@dataclass(frozen=True)
+class MergedReport:
+    """What `verify_merged` found: max|logits_merged − logits_native| over the standard deviation
+    of the native logits, and what it may be.
+    """
+
+    relative: float
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        """Equal logits, up to the rounding of the merged model's dtype."""
+        return self.relative <= self.tolerance  # False for NaN
+
+    def table(self) -> str:
+        """The comparison as a line of text."""
+        verdict = "ok" if self.ok else "DIFFER"
+        return f"logits (merged): {verdict}, {self.relative:.1e} of their standard deviation apart"
+
+
+@torch.no_grad()
+def verify_merged(model: Any, path: str | os.PathLike[str], batches: Iterable[Any]) -> MergedReport:
+    """Load the merged model of transformers in `path`, and compare its logits with `model`'s.
+
+    `model` is of transformers, with the native adapter, and as before afterwards. Raises ValueError
+    for no batches, OSError where `path` holds no model.
+    """
+    merged = type(model).from_pretrained(path, dtype="auto")
+    native, other = _outputs(model, merged, batches)
+    relative = float((native - other).abs().max()) / (float(native.std(correction=0)) or 1.0)
+    return MergedReport(relative, max(1e-4, 16 * torch.finfo(merged.dtype).eps))

@@ -33,7 +33,9 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A target in the grid. `weight` is what selection ranks by, `share` its part of all ranked."""
+    """A target in the grid. `weight` is what selection ranks by, `fraction` its part of all that
+    are ranked together, `frequency` how often the bootstrap kept it.
+    """
 
     target: Target
     layer: int | None
@@ -41,21 +43,25 @@ class Cell:
     state: str
     score: float | None
     weight: float
-    share: float | None
+    fraction: float | None
     frequency: float | None
 
     @property
     def percent(self) -> str:
-        if self.share is None:
+        if self.fraction is None:
             return "–" if self.score is None else str(self.score)
-        return as_percent(self.share)
+        return as_percent(self.fraction)
 
 
 class Grid:
-    """A plan by layer and column; a column is a module's name without the number of its layer."""
+    """A plan by layer and column; a column is a module's name without the number of its layer.
+
+    Everything that a report says about a plan is read from it here, once.
+    """
 
     def __init__(self, plan: Plan) -> None:
-        method, frequency = plan.config.method, (plan.warmup or {}).get("frequency") or {}
+        method, warmup = plan.config.method, plan.warmup or {}
+        frequency = warmup.get("frequency") or {}
         scores = (plan.scores or {}).get("values", {})
         joint = getattr(method, "scope", "per_module") == "joint"
         power = 0.5 if getattr(method, "importance", "sqnorm") == "root" else 1.0
@@ -63,13 +69,15 @@ class Grid:
         totals: dict[Any, float] = {}
         for target, weight in weights.items():
             totals[joint or target.group] = totals.get(joint or target.group, 0.0) + weight
-        self.plan, self.scored = plan, bool(scores)
+        self.config, self.scored = plan.config, bool(scores)
+        self.model_name = str(plan.base.get("id") or plan.base.get("class") or "the model")
         self.whole = "all targets" if joint else "its module type"
         self.cells: dict[tuple[int | None, str], Cell] = {}
         self.groups: dict[Any, list[Cell]] = {}
         for target, state in zip(plan.targets, plan.assignment.states, strict=True):
             score, (layer, column) = scores.get(target.name), _place(target.name)
             known = score is not None and math.isfinite(score)
+            total = totals[joint or target.group] or 1.0
             cell = self.cells[layer, column] = Cell(
                 target=target,
                 layer=layer,
@@ -77,15 +85,16 @@ class Grid:
                 state=state,
                 score=score,
                 weight=weights[target],
-                share=weights[target] / (totals[joint or target.group] or 1.0) if known else None,
+                fraction=weights[target] / total if known else None,
                 frequency=frequency.get(target.name),
             )
             self.groups.setdefault(target.group, []).append(cell)
         self.labels = _labels(list(dict.fromkeys(cell.column for cell in self)))
         self.layers = sorted({c.layer for c in self}, key=lambda n: math.inf if n is None else n)
-        self.top = max((cell.share or 0.0 for cell in self), default=0.0) or 1.0
+        self.top = max((cell.fraction or 0.0 for cell in self), default=0.0) or 1.0
         decided = plan.kept is not None or any(cell.state != "own" for cell in self)
-        self.states = [s for s in MARKS if decided and count_of(list(self), s)]
+        self.states = [s for s in MARKS if decided and count(list(self), s)]
+        self.summary = _summary(plan, sum(c.target.parameters for c in self if c.state == "own"))
 
     def __iter__(self) -> Iterator[Cell]:
         return iter(self.cells.values())
@@ -95,6 +104,10 @@ class Grid:
         target, labels = group[0].target, dict.fromkeys(self.labels[c.column] for c in group)
         name = target.kind if len(labels) > 2 else ", ".join(labels)
         return f"{name} {target.in_features}→{target.out_features} r{target.r}"
+
+    def shade(self, cell: Cell) -> float:
+        """The cell's fraction over the largest one of the grid."""
+        return (cell.fraction or 0.0) / self.top
 
     def heads(self, gap: str) -> list[str]:
         """The labels of the columns, with `gap` where they may break."""
@@ -133,7 +146,23 @@ def _spans(numbers: Sequence[int]) -> str:
     return ", ".join(f"{first}–{last}" if first < last else f"{first}" for first, last in ends)
 
 
-def count_of(cells: Sequence[Cell], state: str) -> int:
+def _summary(plan: Plan, own: int) -> dict[str, str]:
+    """The parameters, the scores and the warm-up in words; `own` parameters are not shared."""
+    size = f"{own:,} own + {plan.parameters - own:,} shared = {plan.parameters:,}"
+    part = as_percent(plan.parameters / plan.full_parameters)
+    found = {"parameters": f"{size}, {part} % of LoRA's {plan.full_parameters:,}"}
+    if scores := plan.scores:
+        rows = f"{scores['rows']:,} {'steps' if scores['source'] == 'online' else 'batches'}"
+        found["scores"] = f"{scores['source']}, {scores['tokens']:,} tokens in {rows}"
+    if warmup := plan.warmup:
+        asked = getattr(plan.config.method, "settle_margin", None) is not None
+        end = "settled" if warmup["settled"] else "not settled" if asked else "no early end"
+        found["warm-up"] = f"{warmup['steps']:,} of {warmup['planned']:,} steps, {end}"
+    return found
+
+
+def count(cells: Sequence[Cell], state: str) -> int:
+    """How many of the cells are in `state`."""
     return sum(cell.state == state for cell in cells)
 
 
@@ -156,26 +185,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def subject_of(plan: Plan) -> str:
-    return str(plan.base.get("id") or plan.base.get("class") or "the model")
-
-
-def summary_of(plan: Plan) -> dict[str, str]:
-    """The parameters, the scores and the warm-up in words."""
-    own = sum(cell.target.parameters for cell in Grid(plan) if cell.state == "own")
-    size = f"{own:,} own + {plan.parameters - own:,} shared = {plan.parameters:,}"
-    part = as_percent(plan.parameters / plan.full_parameters)
-    found = {"parameters": f"{size}, {part} % of LoRA's {plan.full_parameters:,}"}
-    if scores := plan.scores:
-        rows = f"{scores['rows']:,} {'steps' if scores['source'] == 'online' else 'batches'}"
-        found["scores"] = f"{scores['source']}, {scores['tokens']:,} tokens in {rows}"
-    if warmup := plan.warmup:
-        asked = getattr(plan.config.method, "settle_margin", None) is not None
-        end = "settled" if warmup["settled"] else "not settled" if asked else "no early end"
-        found["warm-up"] = f"{warmup['steps']:,} of {warmup['planned']:,} steps, {end}"
-    return found
-
-
 def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
@@ -189,7 +198,7 @@ def plan_table(plan: Plan) -> str:
     def text(layer: int | None, column: str) -> str:
         if (cell := grid.cells.get((layer, column))) is None:
             return ""
-        shade = " ░▒▓█"[math.ceil(4 * (cell.share or 0.0) / grid.top)]
+        shade = " ░▒▓█"[math.ceil(4 * grid.shade(cell))]
         return f"{2 * shade} {cell.percent:>4} {MARKS[cell.state]}"
 
     heads = [head.split("\n") for head in grid.heads("\n")]
@@ -203,11 +212,11 @@ def plan_table(plan: Plan) -> str:
         score, total = sum(_finite(cell.score) for cell in cells), sum(c.weight for c in cells)
         held = as_percent(sum(c.weight for c in cells if c.state == "own") / (total or 1.0))
         scored = [f"{score:.4g}", f"{held} %"] if grid.scored else ["–", "–"]
-        groups.append([name, *(str(count_of(cells, state)) for state in MARKS), *scored])
+        groups.append([name, *(str(count(cells, state)) for state in MARKS), *scored])
     topic = f"importance in % of {grid.whole}" if grid.scored else "importance not measured"
-    lines = [f"{subject_of(plan)}: {topic}", "", *_aligned(rows), ""]
+    lines = [f"{grid.model_name}: {topic}", "", *_aligned(rows), ""]
     lines += ["   ".join(f"{MARKS[s]} {MEANINGS[s]}" for s in MARKS), "", *_aligned(groups), ""]
-    return "\n".join([*lines, *(f"{key:<11} {value}" for key, value in summary_of(plan).items())])
+    return "\n".join([*lines, *(f"{key:<11} {value}" for key, value in grid.summary.items())])
 
 
 def arms_table(arms: Sequence[Arm], metric: str) -> str:

@@ -7,9 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from loradrop.files import replacing
 from loradrop.plan import Plan
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 from loradrop.report.grid import (
     INK,
     MEANINGS,
@@ -22,9 +19,10 @@ from loradrop.report.grid import (
     Arm,
     Grid,
     layer_name,
-    subject_of,
-    summary_of,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -78,7 +76,7 @@ def plot_importance(plan: Plan, path: str | os.PathLike[str]) -> None:
     }
     for (layer, column), cell in grid.cells.items():
         x, y = list(grid.labels).index(column), grid.layers.index(layer)
-        part = (cell.share or 0.0) / grid.top
+        part = grid.shade(cell)
         style = {"facecolor": ramp(part)} | (styles[cell.state] if grid.states else {})
         axes.add_patch(Rectangle((x + 0.03, y + 0.06), 0.94, 0.88, **style))
         if grid.scored:
@@ -100,8 +98,8 @@ def plot_importance(plan: Plan, path: str | os.PathLike[str]) -> None:
         swatch = {"facecolor": RAMP[0]}
         used = {MEANINGS[s]: Patch(**(swatch | styles[s])) for s in grid.states}
         _legend(figure, "lower", used)
-    notes = {f"{key}: {value}": Patch(alpha=0) for key, value in summary_of(plan).items()}
-    _legend(figure, "upper", notes, title=subject_of(plan))
+    notes = {f"{key}: {value}": Patch(alpha=0) for key, value in grid.summary.items()}
+    _legend(figure, "upper", notes, title=grid.model_name)
     _save(figure, path)
 
 
@@ -126,16 +124,17 @@ def _smooth(values: Sequence[float]) -> Any:
     return np.convolve(values, window, "same") / np.convolve(ones, window, "same")
 
 
-def is_told(metric: str) -> bool:
+def is_reported(metric: str) -> bool:
+    """Whether the metric is about the model, not about the time that it took."""
     return not metric.endswith(("runtime", "per_second", "duration", "epoch"))
 
 
 def curves(arms: Sequence[Arm]) -> "Figure":
+    """All arms' training loss by step, and the dev metric below it where it was followed."""
     from matplotlib.lines import Line2D
 
-    keys = {
-        k for arm in arms for e in arm.history for k in e if k.startswith("eval_") and is_told(k)
-    }
+    keys = {key for arm in arms for entry in arm.history for key in entry}
+    keys = {key for key in keys if key.startswith("eval_") and is_reported(key)}
     often = [key for key in keys if any(len(points_of(arm, key)[0]) > 1 for arm in arms)]
     dev = min(often, key=lambda key: (key == "eval_loss", key), default=None)
     figure, shown = _figure(8.4, 6.4 if dev else 4.2), ["loss", dev] if dev else ["loss"]

@@ -1,216 +1,160 @@
 """What the columns of a table are, and what its labels mean: from cells to examples."""
 
-import math
 import re
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from loradrop.text.examples import Example
 from loradrop.text.tables import Table
 
-KINDS = ("classification", "regression", "causal_lm")
+# The columns where the configuration names none: `label`, and the first (text, pair) that the table
+# has, of TEXTS (the names of the GLUE tasks) or, for causal_lm, of PROMPTS.
+LABEL = "label"
 TEXTS = (
-    "sentence",
-    "text",
-    "sentence1",
-    "premise",
-    "question",
-    "question1",
-    "input",
-    "prompt",
-    "content",
-    "document",
-    "review",
-)
-LABELS = ("label", "labels", "class", "category")
-PAIRS = (
+    ("text", None),
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
     ("question1", "question2"),
     ("question", "sentence"),
-    ("question", "passage"),
-    ("text1", "text2"),
-    ("text_a", "text_b"),
+    ("sentence", None),
 )
-COMPLETIONS = (
-    ("prompt", "completion"),
-    ("prompt", "response"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("question", "answer"),
-    ("input", "target"),
-    ("input", "output"),
-    ("source", "target"),
-)
+PROMPTS = (("prompt", "completion"), ("text", None), ("sentence", None))
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
-class Example(NamedTuple):
-    """One row; ``label`` is a class index, a float, or None for causal_lm."""
+def read_examples(
+    train: Table,
+    dev: Table | None,
+    kind: str = "auto",
+    text: str | None = None,
+    pair: str | None = None,
+    label: str | None = None,
+) -> tuple[str, tuple[str, ...], list[Example], list[Example] | None]:
+    """(kind, names of the classes, train, dev) of the rows of both tables.
 
-    text: str
-    pair: str | None
-    label: int | float | None
+    `text`, `pair` and `label` name columns; None is found by `LABEL`, `TEXTS` and `PROMPTS`, a pair
+    only where `text` is not named. Labels become class indices (classification) or floats
+    (regression): "0" and "1" read from text are whole numbers, and whole numbers are classes;
+    labels with fractions make "auto" a regression.
 
-
-class Roles(NamedTuple):
-    """The column of each part; ``kind`` is "auto" where the labels decide."""
-
-    kind: str
-    text: str
-    pair: str | None
-    label: str | None
-
-
-class Labelled(NamedTuple):
-    """``labels`` are class names, () unless ``kind`` is classification."""
-
-    kind: str
-    labels: tuple[str, ...]
-    train: list[Example]
-    dev: list[Example] | None
-
-
-def _listed(table: Table) -> str:
-    return f"{table.places[0]} has the columns {', '.join(table.columns)}"
-
-
-def find_roles(
-    table: Table, task: str, text: str | None, text_pair: str | None, label: str | None
-) -> Roles:
-    """Columns named in the configuration, the others by well-known names.
-
-    A pair is looked for only where ``text`` is not named. Raises ValueError with the columns there
-    are for one that is missing.
+    Raises ValueError with the columns of the table for a column that is missing, and naming the row
+    for text or labels that are missing, not finite, of another kind, or not among train's classes.
     """
-    named = {"data.text": text, "data.text_pair": text_pair, "data.label": label}
-    for option, column in named.items():
-        if column is not None and column not in table.columns:
-            raise ValueError(f"{option}={column!r} is no column: {_listed(table)}")
-    if task == "causal_lm" and label is not None:
-        raise ValueError(f"data.label={label!r}: causal_lm has no label; use data.text_pair")
-    if task != "causal_lm" and label is None:
-        label = next((name for name in LABELS if name in table.columns), None)
-    known = COMPLETIONS if label is None else PAIRS
-    pair = next((pair for pair in known if {*pair} <= {*table.columns} - {label}), None)
-    if label is None and task == "auto" and text is None and text_pair is None and pair:
-        task = "causal_lm"
-    if label is None and task != "causal_lm":
-        raise ValueError(
-            f"there is no label column: {_listed(table)}; name it with data.label, or set "
-            "data.task=causal_lm for text without labels"
-        )
-    if text is None and text_pair is None and pair:
-        text, text_pair = pair
-    if text is None:
-        taken = (label, text_pair)
-        text = next((name for name in TEXTS if name in table.columns and name not in taken), None)
-    if text is None:
-        raise ValueError(f"there is no text column: {_listed(table)}; name it with data.text")
-    used = [column for column in (text, text_pair, label) if column is not None]
-    if len(set(used)) < len(used):
-        raise ValueError(f"a column is used twice ({', '.join(used)}): text, pair and label differ")
-    return Roles(task, text, text_pair, label)
-
-
-def _text(table: Table, index: int, column: str) -> str:
-    cell = table.rows[index].get(column)
-    if not isinstance(cell, str):
-        raise ValueError(
-            f"{table.places[index]}: {column!r} is {cell!r}, not text: fill it or remove the row"
-        )
-    return cell
-
-
-def _texts(table: Table, roles: Roles) -> list[tuple[str, str | None]]:
-    text, pair = roles.text, roles.pair
-    return [
-        (_text(table, i, text), None if pair is None else _text(table, i, pair))
-        for i in range(len(table.rows))
-    ]
-
-
-def _label(cell: Any, place: str) -> int | float | str:
-    if isinstance(cell, str):
-        cell = cell.strip()
-        if _NUMBER.fullmatch(cell):
-            cell = int(cell) if cell.lstrip("+-").isdigit() else float(cell)
-    if isinstance(cell, bool):
-        return int(cell)
-    if cell is None or cell in ("", "nan", "NaN") or cell != cell or cell in (math.inf, -math.inf):
-        raise ValueError(f"{place}: the label is {cell!r}: fill it or remove the row")
-    if not isinstance(cell, (int, float, str)):
-        raise ValueError(f"{place}: the label {cell!r} is neither a number nor text")
-    return cell
-
-
-def _fit_kind(
-    kind: str, values: list[Any], raw: Sequence[Any], places: Sequence[str]
-) -> tuple[str, list[Any]]:
-    """The kind that the labels ask for, and the labels as that kind needs them."""
-    word = next((i for i, value in enumerate(values) if isinstance(value, str)), None)
-    if word is not None:
-        if kind == "regression":
-            raise ValueError(
-                f"{places[word]}: the label {raw[word]!r} is no number, which regression needs: "
-                "repair it or set data.task=classification"
-            )
-        return "classification", [str(cell).strip() for cell in raw]
-    broken = next((i for i, value in enumerate(values) if value != int(value)), None)
-    if kind == "classification" and broken is not None:
-        raise ValueError(
-            f"{places[broken]}: the label {raw[broken]!r} is no class: classes are whole numbers "
-            "or words; set data.task=regression for numbers"
-        )
-    if kind == "auto":
-        fractions = any(isinstance(value, float) for value in values)
-        kind = "regression" if fractions else "classification"
-    return kind, [float(value) if kind == "regression" else int(value) for value in values]
-
-
-def _class_names(
-    values: Sequence[Any], n_train: int, places: Sequence[str], declared: tuple[str, ...]
-) -> tuple[tuple[str, ...], list[int]]:
-    """Class names in order (numbers by size, words by alphabet) and each row's class index."""
-    known = list(range(len(declared))) if declared else sorted(set(values[:n_train]))
-    index = {value: i for i, value in enumerate(known)}
-    for value, place in zip(values, places, strict=True):
-        if value not in index:
-            shown = ", ".join(str(k) for k in known[:20])
-            raise ValueError(
-                f"{place}: the label {value!r} is none of the {len(known)} classes of train "
-                f"({shown}): repair it, or choose another dev set if it has no labels"
-            )
-    return declared or tuple(str(value) for value in known), [index[value] for value in values]
-
-
-def read_rows(train: Table, dev: Table | None, roles: Roles) -> Labelled:
-    """Rows of both tables with labels as class indices (classification) or floats (regression).
-
-    "0" and "1" read from text are whole numbers, and whole numbers are classes; labels with
-    fractions make ``kind="auto"`` a regression. Raises ValueError naming the row for text or labels
-    that are missing, not finite, of another kind, or not among train's classes.
-    """
+    kind, text, pair, label = _roles(train, kind, text, pair, label)
     tables = [train] if dev is None else [train, dev]
     for table in tables:
-        for column in (roles.text, roles.pair, roles.label):
+        for option, column in {"text": text, "text_pair": pair, "label": label}.items():
             if column is not None and column not in table.columns:
-                raise ValueError(f"train has a column {column!r}, but {_listed(table)}")
-    texts = [text for table in tables for text in _texts(table, roles)]
-    labels: Sequence[Any] = [None] * len(texts)
-    kind, n_train = roles.kind, len(train.rows)
+                raise ValueError(f"data.{option}={column!r} is not a column: {_listed(table)}")
+    rows = [row for table in tables for row in table.rows]
+    places = [place for table in tables for place in table.places]
+    texts, pairs = _texts(rows, places, text), _texts(rows, places, pair)
     names: tuple[str, ...] = ()
-    if roles.label is not None:
-        raw = [row.get(roles.label) for table in tables for row in table.rows]
-        places = [place for table in tables for place in table.places]
-        values = [_label(cell, place) for cell, place in zip(raw, places, strict=True)]
-        kind, labels = _fit_kind(kind, values, raw, places)
+    labels: Sequence[Any] = [None] * len(rows)
+    n_train = len(train.rows)
+    if label is not None:
+        kind, labels = _labels(kind, [row.get(label) for row in rows], places)
         if len(set(labels[:n_train])) < 2:
             raise ValueError(
                 f"every row of train has the label {labels[0]!r} ({_listed(train)}): there is "
                 "nothing to learn; check data.label"
             )
         if kind == "classification":
-            declared = train.classes.get(roles.label, ())
-            names, labels = _class_names(labels, n_train, places, declared)
-    rows = [Example(*text, label) for text, label in zip(texts, labels, strict=True)]
-    return Labelled(kind, names, rows[:n_train], None if dev is None else rows[n_train:])
+            names, labels = _classes(labels, n_train, places, train.classes.get(label, ()))
+    examples = list(map(Example, texts, pairs, labels))
+    return kind, names, examples[:n_train], None if dev is None else examples[n_train:]
+
+
+def _listed(table: Table) -> str:
+    return f"{table.places[0]} has the columns {', '.join(table.columns)}"
+
+
+def _roles(
+    table: Table, kind: str, text: str | None, pair: str | None, label: str | None
+) -> tuple[str, str, str | None, str | None]:
+    """(kind, text, pair, label) with the default columns where none are named."""
+    if kind == "causal_lm" and label is not None:
+        raise ValueError(f"data.label={label!r}: causal_lm has no label; use data.text_pair")
+    if kind != "causal_lm" and label is None and LABEL in table.columns:
+        label = LABEL
+    free = {*table.columns} - {pair, label}
+    if kind == "auto" and label is text is pair is None and free.issuperset(PROMPTS[0]):
+        kind = "causal_lm"
+    if label is None and kind != "causal_lm":
+        raise ValueError(
+            f"there is no label column: {_listed(table)}; name it with data.label, or set "
+            "data.task=causal_lm for text without labels"
+        )
+    known = PROMPTS if kind == "causal_lm" else TEXTS
+    if text is pair is None:
+        text, pair = next((names for names in known if free | {None} >= {*names}), (None, None))
+    text = text or next((name for name, _ in known if name in free), None)
+    if text is None:
+        raise ValueError(f"there is no text column: {_listed(table)}; name it with data.text")
+    used = [column for column in (text, pair, label) if column is not None]
+    if len(set(used)) < len(used):
+        raise ValueError(f"a column is used twice ({', '.join(used)}): text, pair and label differ")
+    return kind, text, pair, label
+
+
+def _texts(rows: Sequence[Any], places: Sequence[str], column: str | None) -> Sequence[Any]:
+    cells = [None if column is None else row.get(column) for row in rows]
+    for cell, place in zip(cells, places, strict=True):
+        if column is not None and not isinstance(cell, str):
+            raise ValueError(
+                f"{place}: {column!r} is {cell!r}, not text: fill it or remove the row"
+            )
+    return cells
+
+
+def _parsed(cell: Any) -> int | float | str | None:
+    """A number where the label reads as one, a word otherwise, None where it is neither."""
+    value = cell.strip() if isinstance(cell, str) else cell
+    if isinstance(value, str):
+        if not _NUMBER.fullmatch(value):
+            return None if value in ("", "nan", "NaN") else value
+        value = int(value) if value.lstrip("+-").isdigit() else float(value)
+    if isinstance(value, (int, float)) and abs(value) < float("inf"):  # False for NaN
+        return int(value) if isinstance(value, bool) else value
+    return None
+
+
+def _labels(kind: str, cells: Sequence[Any], places: Sequence[str]) -> tuple[str, Sequence[Any]]:
+    """The kind that the labels ask for, and the labels as that kind needs them."""
+    values: list[Any] = list(map(_parsed, cells))
+
+    def refuse(wrong: Callable[[Any], bool], why: str) -> None:
+        for value, cell, place in zip(values, cells, places, strict=True):
+            if wrong(value):
+                raise ValueError(f"{place}: the label {cell!r} is not {why}")
+
+    refuse(lambda value: value is None, "a number or a word: fill it or remove the row")
+    words = any(isinstance(value, str) for value in values)
+    if kind == "regression":
+        why = "a number, which regression needs: repair it or set data.task=classification"
+        refuse(lambda value: isinstance(value, str), why)
+    elif words:
+        return "classification", [str(cell).strip() for cell in cells]
+    elif kind == "classification":
+        why = "a class: classes are whole numbers or words; set data.task=regression for numbers"
+        refuse(lambda value: value != int(value), why)
+    elif kind == "auto":
+        fractions = any(isinstance(value, float) for value in values)
+        kind = "regression" if fractions else "classification"
+    return kind, list(map(float if kind == "regression" else int, values))
+
+
+def _classes(
+    labels: Sequence[Any], n_train: int, places: Sequence[str], declared: tuple[str, ...]
+) -> tuple[tuple[str, ...], list[int]]:
+    """Class names in order (numbers by size, words by alphabet) and each row's class index."""
+    known = list(range(len(declared))) if declared else sorted(set(labels[:n_train]))
+    index = {label: i for i, label in enumerate(known)}
+    for label, place in zip(labels, places, strict=True):
+        if label not in index:
+            shown = ", ".join(str(k) for k in known[:20])
+            raise ValueError(
+                f"{place}: the label {label!r} is not among the {len(known)} classes of train "
+                f"({shown}): repair it, or choose another dev set if it has no labels"
+            )
+    return declared or tuple(map(str, known)), [index[label] for label in labels]

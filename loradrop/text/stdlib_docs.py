@@ -1,6 +1,6 @@
 """Text that every Python installation has: docstrings of the standard library, by area.
 
-The sources are parsed, never imported. ``AREAS`` names modules that Python 3.11 to 3.14 have in
+The sources are parsed, never imported. `AREAS` names modules that Python 3.11 to 3.14 have in
 common and that distributions do not ship apart (so no tkinter, turtle, idlelib), which keeps the
 rows nearly the same everywhere. Each area gives whole modules to train and others to dev: no module
 has texts on both sides, and a model cannot win by recognising a module's own phrases.
@@ -32,10 +32,7 @@ AREAS: Mapping[str, tuple[str, str]] = {
         "operator copy bisect",
         "collections heapq graphlib",
     ),
-    "dates and locales": (
-        "datetime _pydatetime _strptime zoneinfo locale gettext",
-        "calendar",
-    ),
+    "dates and locales": ("datetime _pydatetime _strptime zoneinfo locale gettext", "calendar"),
     "files and paths": (
         "pathlib os ntpath posixpath genericpath nturl2path stat glob fnmatch io _pyio",
         "shutil tempfile fileinput filecmp",
@@ -44,14 +41,8 @@ AREAS: Mapping[str, tuple[str, str]] = {
         "importlib venv compileall py_compile",
         "pkgutil runpy zipimport modulefinder site sysconfig",
     ),
-    "mail": (
-        "email imaplib smtplib poplib quopri base64",
-        "mailbox",
-    ),
-    "numbers": (
-        "decimal _pydecimal fractions random",
-        "statistics numbers",
-    ),
+    "mail": ("email imaplib smtplib poplib quopri base64", "mailbox"),
+    "numbers": ("decimal _pydecimal fractions random", "statistics numbers"),
     "system and terminal": (
         "platform ctypes uuid optparse getopt subprocess signal curses rlcompleter _osx_support",
         "argparse cmd pty tty getpass",
@@ -76,7 +67,7 @@ ENOUGH_CHARS = 200
 
 
 class Doc(NamedTuple):
-    """The leading paragraphs of one docstring; ``module`` is top-level, ``split`` train or dev."""
+    """The leading paragraphs of one docstring; `module` is top-level, `split` train or dev."""
 
     text: str
     area: str
@@ -85,7 +76,7 @@ class Doc(NamedTuple):
 
 
 def _leading_paragraphs(docstring: str) -> str:
-    """Whole paragraphs up to ``ENOUGH_CHARS`` characters or the first doctest, on one line."""
+    """Whole paragraphs up to `ENOUGH_CHARS` characters or the first doctest, on one line."""
     text = ""
     for paragraph in docstring.strip().split("\n\n"):
         if len(text) >= ENOUGH_CHARS or paragraph.lstrip().startswith(">>>"):
@@ -121,11 +112,11 @@ def _all_docs(stdlib: Path) -> Iterator[Doc]:
 
 
 def read_docs(stdlib: Path | None = None) -> list[Doc]:
-    """The usable docstrings under ``stdlib`` (default: this Python's), in a fixed order.
+    """The usable docstrings under `stdlib` (default: this Python's), in a fixed order.
 
     Whitespace is normalised and texts under 20 characters or 4 words are left out. A text that
     occurs more than once counts at its first place, train before dev; one that occurs in two areas
-    has no right label and is left out. Raises ``ValueError`` where the sources are missing or
+    has no right label and is left out. Raises `ValueError` where the sources are missing or
     stripped, so that fewer than 3,000 texts or an area without train or dev texts remain.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if stdlib is None else stdlib

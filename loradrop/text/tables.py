@@ -1,4 +1,7 @@
-"""Rows from CSV, TSV and JSON-lines files, from folders of them, and from data sets of the hub."""
+"""Rows from CSV, TSV and JSON-lines files, from folders of them, and from data sets of the hub.
+
+Files are read with Python's own modules: so a plain install reads them, and an error names a line.
+"""
 
 import csv
 import gzip
@@ -10,13 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl")
-DEV_NAMES = ("dev", "validation", "valid", "test")
-DEV_SPLITS = ("validation", "validation_matched", "dev", "valid", "test")
+DEV_NAMES = ("dev", "validation", "validation_matched", "valid", "test")
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 
 
 class Table(NamedTuple):
-    """Rows as read; ``places`` says where each stands, ``classes`` what a hub's integers mean."""
+    """Rows as read; `places` says where each stands, `classes` what a hub's integers mean."""
 
     columns: tuple[str, ...]
     rows: Sequence[Mapping[str, Any]]
@@ -24,38 +26,25 @@ class Table(NamedTuple):
     classes: Mapping[str, tuple[str, ...]]
 
 
-class Source(NamedTuple):
-    """``dev`` is None where it has to be held out of ``train``."""
-
-    name: str
-    train: Table
-    dev: Table | None
+def _stem(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(".gz"))
 
 
-def _extension(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
-
-
-def _read_text(path: Path) -> str:
-    raw = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            raw = gzip.decompress(raw)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is no whole gzip file ({error}): fetch it again") from error
+def _text(path: Path) -> str:
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        return raw.decode("utf-8-sig")
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file ({error}): fetch it again") from error
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 (byte {raw[error.start]:#04x} at offset {error.start}): "
-            "convert it to UTF-8"
-        ) from error
+        raise ValueError(f"{path} is not UTF-8 ({error}): convert it to UTF-8") from error
 
 
-def _csv_records(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        for cells in reader:
+        for cells in filter(None, reader):
             yield reader.line_num, cells
     except csv.Error as error:
         raise ValueError(
@@ -66,66 +55,62 @@ def _csv_records(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _tsv_records(text: str) -> Iterator[tuple[int, list[str]]]:
     for number, line in enumerate(text.split("\n"), 1):
-        line = line.removesuffix("\r")
-        yield number, line.split("\t") if line else []
+        if line := line.removesuffix("\r"):
+            yield number, line.split("\t")
 
 
-def _grid(path: Path, records: Iterator[tuple[int, list[str]]]) -> Table:
-    filled = ((number, cells) for number, cells in records if cells)
-    _, header = next(filled, (0, []))
+def _rows(
+    path: Path, records: Iterator[tuple[int, list[str]]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The records below the header as rows."""
+    _, header = next(records, (0, []))
     if len(set(header)) < len(header):
         raise ValueError(f"{path} names a column twice in its header ({', '.join(header)})")
-    rows, places = [], []
-    for number, cells in filled:
+    for number, cells in records:
         if len(cells) != len(header):
             raise ValueError(
                 f"{path}:{number} has {len(cells)} cells, its header {len(header)} "
                 f"({', '.join(header)}): repair or remove the row"
             )
-        rows.append(dict(zip(header, cells, strict=True)))
-        places.append(f"{path}:{number}")
-    return Table(tuple(header), rows, places, {})
+        yield number, dict(zip(header, cells, strict=True))
 
 
-def _json_lines(path: Path, text: str) -> Table:
-    columns: dict[str, None] = {}
-    rows, places = [], []
+def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
         try:
-            row = json.loads(line)
+            row = json.loads(line) if line.strip() else None
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"{path}:{number} is broken JSON ({error}): repair the line"
             ) from error
-        if not isinstance(row, dict):
+        if isinstance(row, dict):
+            yield number, row
+        elif line.strip():
             raise ValueError(f"{path}:{number} is {line[:40]!r}: each line must be a JSON object")
-        columns.update(dict.fromkeys(row))
-        rows.append(row)
-        places.append(f"{path}:{number}")
-    return Table(tuple(columns), rows, places, {})
 
 
 def read_table(path: Path) -> Table:
     """The rows of one file. CSV has quotes, TSV never; both have one header line.
 
-    Raises ``FileNotFoundError``, or ``ValueError`` with the line for what cannot be read.
+    Raises FileNotFoundError, or ValueError with the line for what cannot be read.
     """
-    extension = _extension(path)
+    extension = _stem(path).suffix.lower()
     if extension not in EXTENSIONS:
         known = ", ".join(EXTENSIONS)
         raise ValueError(f"{path} has the unknown extension {extension!r}: use {known} (+ .gz)")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file: check data.source and data.dev")
-    text = _read_text(path)
+        raise FileNotFoundError(f"{path} is not a file: check data.source and data.dev")
     if extension == ".jsonl":
-        table = _json_lines(path, text)
+        records = list(_json_lines(path, _text(path)))
+    elif extension == ".csv":
+        records = list(_rows(path, _csv_records(path, _text(path))))
     else:
-        table = _grid(path, _csv_records(text, path) if extension == ".csv" else _tsv_records(text))
-    if not table.rows:
-        raise ValueError(f"{path} is empty: it needs a row at least (and a header in CSV and TSV)")
-    return table
+        records = list(_rows(path, _tsv_records(_text(path))))
+    if not records:
+        raise ValueError(f"{path} is empty: it needs at least a row (and a header in CSV and TSV)")
+    rows = [row for _, row in records]
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return Table(tuple(columns), rows, [f"{path}:{line}" for line, _ in records], {})
 
 
 def _find(folder: Path, names: Sequence[str]) -> Path | None:
@@ -140,32 +125,33 @@ def _find(folder: Path, names: Sequence[str]) -> Path | None:
     return None
 
 
-def _hub(source: str, dev: str | None) -> Source:
+def _hub(source: str, dev: str | None) -> tuple[str, Table, Table | None]:
     name, _, subset = source.partition(":")
     if source.startswith("glue/"):
         name, subset = "nyu-mll/glue", source.removeprefix("glue/")
         if subset not in GLUE:
-            raise ValueError(f"data.source={source!r} is no GLUE task: choose of {', '.join(GLUE)}")
+            known = ", ".join(GLUE)
+            raise ValueError(f"data.source={source!r} is not a GLUE task: choose one of {known}")
     try:
         import datasets
     except ImportError as error:
         raise ValueError(
-            f"data.source={source!r} is no file or folder here, and data sets of the hub need the "
-            "package datasets: pip install datasets, or name a file"
+            f"data.source={source!r} is not a file or folder here, and data sets of the hub need "
+            "the package datasets: pip install datasets, or name a file"
         ) from error
     try:
         splits = datasets.load_dataset(name, subset or None)
     except Exception as error:
         raise ValueError(
-            f"data.source={source!r} is no file or folder here, and the hub gave no data set of "
+            f"data.source={source!r} is not a file or folder here, and the hub gave no data set of "
             f"this id ({type(error).__name__}: {error}): check the id (id:subset where there are "
             "subsets) and the network, or use a file or data.source=stdlib"
         ) from error
     if "train" not in splits:
         raise ValueError(f"data.source={source!r} has no train split, only {', '.join(splits)}")
     if dev is not None and dev not in splits:
-        raise ValueError(f"data.dev={dev!r} is no split of {source}: it has {', '.join(splits)}")
-    chosen = dev or next((split for split in DEV_SPLITS if split in splits), None)
+        known = ", ".join(splits)
+        raise ValueError(f"data.dev={dev!r} is not a split of {source}: it has {known}")
 
     def table(split: str) -> Table:
         rows = splits[split]
@@ -174,15 +160,17 @@ def _hub(source: str, dev: str | None) -> Source:
         places = [f"{source} {split}[{i}]" for i in range(len(rows))]
         return Table(tuple(rows.column_names), list(rows), places, classes)
 
-    return Source(source, table("train"), table(chosen) if chosen else None)
+    chosen = dev or next((split for split in DEV_NAMES if split in splits), None)
+    return source, table("train"), table(chosen) if chosen else None
 
 
-def read_source(source: str, dev: str | None = None) -> Source:
-    """The train and dev tables of a folder, a file, a GLUE task (``glue/rte``) or a hub id.
+def read_source(source: str, dev: str | None = None) -> tuple[str, Table, Table | None]:
+    """(name, train, dev) of a folder, a file, a GLUE task (`glue/rte`) or a hub id.
 
     A folder holds train.<ext>[.gz] and perhaps a dev, validation, valid or test file, which also
-    counts beside a single file train.<ext>. Hub ids may carry a subset (``id:subset``); a file or
-    folder of the same name goes first. ``dev`` names a file, or a split of a hub data set.
+    counts beside a single file train.<ext>. Hub ids may carry a subset (`id:subset`); a file or
+    folder of the same name goes first. `dev` names a file, or a split of a hub data set; without
+    any, dev is None.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -194,12 +182,11 @@ def read_source(source: str, dev: str | None = None) -> Source:
             )
         path = found
     elif not path.is_file():
-        if _extension(path) in EXTENSIONS or source.startswith((".", "/", "~")):
+        if _stem(path).suffix.lower() in EXTENSIONS or source.startswith((".", "/", "~")):
             raise FileNotFoundError(f"data.source={source!r} does not exist: check the path")
         return _hub(source, dev)
-    name = path.name.removesuffix(".gz").removesuffix(_extension(path))
-    beside = None
+    name, beside = _stem(path).stem, None
     if name == "train":
         name, beside = path.parent.resolve().name, _find(path.parent, DEV_NAMES)
     file = beside if dev is None else Path(dev).expanduser()
-    return Source(name, read_table(path), None if file is None else read_table(file))
+    return name, read_table(path), None if file is None else read_table(file)

@@ -1,33 +1,19 @@
 """The data of a run: texts with labels, split into train and dev, and their tokens.
 
-``load_task`` turns a ``DataConfig`` into a ``TextTask``: the embedded default, a file, a folder, or
+`load_task` turns a `DataConfig` into a `TextTask`: the embedded default, a file, a folder, or
 a data set of the hub, for single sentences, sentence pairs, regression and causal language models.
 """
 
 import hashlib
 import json
-import math
-import random
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from loradrop.text.columns import KINDS, Example, find_roles, read_rows
+from loradrop.sampling import stratified_indices
+from loradrop.text.columns import read_examples
+from loradrop.text.examples import KINDS, Example, TextTask
 from loradrop.text.stdlib_docs import AREAS, read_docs
 from loradrop.text.tables import read_source
-from loradrop.text.tokens import TokenizedDataset, collator, metric_fn, tokenize
-
-__all__ = [
-    "DataConfig",
-    "Example",
-    "TextTask",
-    "TokenizedDataset",
-    "collator",
-    "load_task",
-    "metric_fn",
-    "stratified_indices",
-    "tokenize",
-]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +24,16 @@ class DataConfig:
                  own), a CSV, TSV or JSONL file, a folder with train and dev files, "glue/<task>",
                  or a hub id
     task         "classification", "regression", "causal_lm", or "auto": from the columns and labels
-    text         column; None is found by well-known names, and then so is ``text_pair``
+    text         column; None is "text" or the columns of a GLUE task: sentence, sentence1 and
+                 sentence2, premise and hypothesis, question1 and question2, question and sentence;
+                 for causal_lm prompt and completion
     text_pair    column of the second sentence or, for causal_lm, of the completion
-    label        column; None is found by well-known names
+    label        column; None is "label"
     dev          file (or split of a hub data set); None is the dev or validation file beside a
                  train file, and a part held out of train where there is none
     dev_ratio    that part, by class
     max_length   in tokens, special ones included
-    max_train, max_dev   so many rows at most, drawn by class
+    max_train, max_dev   at most that many rows, drawn by class
     seed         of the held-out part and the draws; the training's seed does not touch them
 
     Raises ValueError naming the field, its value and the remedy.
@@ -81,71 +69,20 @@ class DataConfig:
                 raise ValueError(f"data.{name}={value!r}: choose a whole number from {minimum} up")
 
 
-@dataclass(frozen=True)
-class TextTask:
-    """Rows ready for any tokenizer; ``fingerprint`` holds the sha256 of train and dev in order."""
-
-    name: str
-    kind: str
-    labels: tuple[str, ...]
-    train: tuple[Example, ...]
-    dev: tuple[Example, ...]
-    metric: str
-    fingerprint: Mapping[str, str]
-
-
-def stratified_indices(
-    labels: Sequence[int] | None, n: int, ratio_or_count: float | int, seed: int
-) -> list[int]:
-    """A random draw from range(n), sorted, with each class's share by largest remainder.
-
-    A float is a ratio (the count is rounded half up, at least 1), an int a count. Remainders tie by
-    class order; without ``labels`` the draw is plain. Raises ValueError for a size outside 1..n.
-    """
-    if isinstance(ratio_or_count, float):
-        count = max(1, math.floor(ratio_or_count * n + 0.5))
-        fits = 0 < ratio_or_count <= 1 and n > 0
-    else:
-        count = ratio_or_count
-        fits = 1 <= count <= n
-    if not fits:
-        raise ValueError(
-            f"cannot draw {ratio_or_count} of {n} rows: give a ratio in (0, 1] or a count in 1..{n}"
-        )
-    if labels is not None and len(labels) != n:
-        raise ValueError(f"{len(labels)} labels for {n} rows: give one label per row")
-    sizes = sorted(Counter(labels if labels is not None else [0] * n).items())
-    quota = {label: count * size // n for label, size in sizes}
-    by_remainder = sorted(sizes, key=lambda item: -(count * item[1] % n))
-    for label, _ in by_remainder[: count - sum(quota.values())]:
-        quota[label] += 1
-    generator = random.Random(seed)
-    keys = [generator.random() for _ in range(n)]
-    chosen = []
-    for index in sorted(range(n), key=keys.__getitem__):
-        label = labels[index] if labels is not None else 0
-        if quota[label]:
-            quota[label] -= 1
-            chosen.append(index)
-    return sorted(chosen)
-
-
-def _draw(rows: Sequence[Example], kind: str, size: float | int, seed: int) -> list[int]:
+def _split(
+    rows: Sequence[Example], kind: str, size: float | int | None, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """(a draw by class, the rest); a `size` of None, or of all rows and more, draws everything."""
+    if size is None or (isinstance(size, int) and size >= len(rows)):
+        return list(rows), []
     labels = [int(row.label or 0) for row in rows] if kind == "classification" else None
-    return stratified_indices(labels, len(rows), size, seed)
-
-
-def _at_most(rows: Sequence[Example], kind: str, count: int | None, seed: int) -> list[Example]:
-    if count is None or count >= len(rows):
-        return list(rows)
-    return [rows[i] for i in _draw(rows, kind, count, seed)]
+    chosen = set(stratified_indices(labels, len(rows), size, seed))
+    drawn = [row for i, row in enumerate(rows) if i in chosen]
+    return drawn, [row for i, row in enumerate(rows) if i not in chosen]
 
 
 def _sha256(rows: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(json.dumps(row).encode() + b"\n")
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(json.dumps(row).encode() + b"\n" for row in rows)).hexdigest()
 
 
 def _stdlib(config: DataConfig) -> tuple[tuple[str, ...], list[Example], list[Example]]:
@@ -165,9 +102,8 @@ def _stdlib(config: DataConfig) -> tuple[tuple[str, ...], list[Example], list[Ex
 def _hold_out(
     rows: Sequence[Example], kind: str, ratio: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    chosen = set(_draw(rows, kind, ratio, seed))
-    train = [row for i, row in enumerate(rows) if i not in chosen]
-    dev = [row for i, row in enumerate(rows) if i in chosen]
+    """(train, dev)"""
+    dev, train = _split(rows, kind, ratio, seed)
     lost = {row.label for row in dev} - {row.label for row in train}
     if not train or (kind == "classification" and lost):
         raise ValueError(
@@ -184,7 +120,7 @@ def _metric(name: str, kind: str) -> str:
 
 
 def load_task(config: DataConfig) -> TextTask:
-    """The rows that ``config`` asks for, the same for the same configuration and files.
+    """The rows that `config` asks for, the same for the same configuration and files.
 
     Raises FileNotFoundError for a missing file, and ValueError for what is unreadable or does not
     fit the task, naming the row or column and the remedy.
@@ -195,12 +131,12 @@ def load_task(config: DataConfig) -> TextTask:
         labels, train, dev = _stdlib(config)
     else:
         name, train_table, dev_table = read_source(config.source, config.dev)
-        roles = find_roles(train_table, config.task, config.text, config.text_pair, config.label)
-        kind, labels, train, dev = read_rows(train_table, dev_table, roles)
+        columns = config.text, config.text_pair, config.label
+        kind, labels, train, dev = read_examples(train_table, dev_table, config.task, *columns)
     if dev is None:
         train, dev = _hold_out(train, kind, config.dev_ratio, config.seed)
-    train = _at_most(train, kind, config.max_train, config.seed)
-    dev = _at_most(dev, kind, config.max_dev, config.seed)
+    train, _ = _split(train, kind, config.max_train, config.seed)
+    dev, _ = _split(dev, kind, config.max_dev, config.seed)
     return TextTask(
         name=name,
         kind=kind,

@@ -5,14 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch.utils.data import Dataset
 
-from loradrop.text.columns import KINDS, Example
+from loradrop.text.examples import KINDS, Example, TextTask
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedTokenizerBase
-
-    from loradrop.text.task import TextTask
 
 IGNORED = -100  # the label that losses leave out
 
@@ -47,7 +46,7 @@ def _prompt(row: Example) -> str:
 def _encode_causal(
     rows: Sequence[Example], tokenizer: Any, max_length: int
 ) -> list[dict[str, Any]]:
-    """Prompt, completion and end token, cut at ``max_length``; only the latter two are learned."""
+    """Prompt, completion and end token, cut at `max_length`; only the latter two are learned."""
     prompts = tokenizer([_prompt(row) for row in rows], verbose=False)["input_ids"]
     pairs = [row.pair or "" for row in rows]
     completions = tokenizer(pairs, add_special_tokens=False, verbose=False)["input_ids"]
@@ -73,12 +72,12 @@ def _encode_causal(
 
 
 def tokenize(
-    task: "TextTask", tokenizer: "PreTrainedTokenizerBase", max_length: int
+    task: TextTask, tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
     """(train, dev) as tokens. Where neither side of a prompt and its completion has a space at the
     seam, a line break joins them.
 
-    Raises ValueError for a ``max_length`` beyond the tokenizer's own, and for rows of causal_lm
+    Raises ValueError for a `max_length` beyond the tokenizer's own, and for rows of causal_lm
     whose prompt leaves no token of the completion.
     """
     if max_length > tokenizer.model_max_length:
@@ -95,7 +94,7 @@ def tokenize(
 
 
 def collator(
-    task_or_kind: "TextTask | str", tokenizer: "PreTrainedTokenizerBase"
+    task_or_kind: TextTask | str, tokenizer: "PreTrainedTokenizerBase"
 ) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
     """Pads a list of rows to its longest and makes tensors of it; labels of causal_lm with -100.
 
@@ -121,27 +120,27 @@ def collator(
     return DataCollatorWithPadding(tokenizer)
 
 
-def _score(metric: str, prediction: "EvalPrediction") -> dict[str, float]:
-    import numpy as np
+def _correlation(a: Any, b: Any) -> float:
+    """Pearson's of two columns; of two one-hot matrices it is Matthews', by Gorodkin (2004)."""
+    a, b = a - a.mean(0), b - b.mean(0)
+    size = ((a * a).sum() * (b * b).sum()) ** 0.5
+    return float((a * b).sum() / size) if size > 0 else 0.0
 
+
+def _score(metric: str, prediction: "EvalPrediction") -> dict[str, float]:
     output = prediction.predictions
     scores = np.asarray(output[0] if isinstance(output, tuple) else output, dtype=np.float64)
     truth = np.asarray(prediction.label_ids).reshape(-1)
     if metric == "pearson":
-        a, b = scores.reshape(-1) - scores.mean(), truth - truth.mean()
-        size = np.sqrt((a * a).sum() * (b * b).sum())
-        return {metric: float((a * b).sum() / size) if size > 0 else 0.0}
+        return {metric: _correlation(scores.reshape(-1), truth)}
     guess = scores.argmax(-1).reshape(-1)
     if metric == "accuracy":
         return {metric: float((guess == truth).mean())}
-    confusion = np.zeros((scores.shape[-1],) * 2)
-    np.add.at(confusion, (truth, guess), 1)
-    true, guessed, n = confusion.sum(1), confusion.sum(0), confusion.sum()
-    size = np.sqrt((n * n - true @ true) * (n * n - guessed @ guessed))
-    return {metric: float((n * np.trace(confusion) - true @ guessed) / size) if size > 0 else 0.0}
+    classes = np.eye(scores.shape[-1])
+    return {metric: _correlation(classes[guess], classes[truth])}
 
 
-def metric_fn(task: "TextTask") -> "Callable[[EvalPrediction], dict[str, float]] | None":
+def metric_fn(task: TextTask) -> "Callable[[EvalPrediction], dict[str, float]] | None":
     """Logits and labels -> {task.metric: value}, 0 where a correlation is undefined; None for loss.
 
     Matthews' correlation is Gorodkin's (2004) for any number of classes, the usual one for two.
