@@ -75,6 +75,11 @@ def rank_tile(r: int) -> int:
     return max(16, power_of_two(r))
 
 
+def row_bytes(columns: int) -> int:
+    """The bytes of one row of a mask kept as bits: whole words of 32 columns, lowest bit first."""
+    return cdiv(columns, 32) * 4
+
+
 def shrink(machine: Machine, dtype: torch.dtype, m: int, k: int, r: int) -> ShrinkTiles:
     """For `shrink` of x (m, k) to rank r."""
     ranks = rank_tile(r)
@@ -174,7 +179,7 @@ def expand(machine: Machine, dtype: torch.dtype) -> GemmTiles:
 
 @functools.cache
 def machine_of(device: torch.device) -> Machine:
-    """What the device is; the interpreter for any that is no GPU."""
+    """What the device is; the interpreter for anything but a GPU."""
     if device.type != "cuda":
         return INTERPRETER
     facts = torch.cuda.get_device_properties(device)
@@ -187,3 +192,8 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 
     names = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     return names[dtype]
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of `tl.dot`: float32 without TF32; half precision is exact either way."""
+    return "ieee" if dtype == torch.float32 else "tf32"

@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 
 from loradrop.kernels import expand, gemm_ext, gram, outer, shrink, single_pass  # noqa: E402
-from loradrop.kernels.tiles import GemmTiles, OuterTiles, ShrinkTiles  # noqa: E402
+from loradrop.kernels.tiles import GemmTiles, OuterTiles, ShrinkTiles, row_bytes  # noqa: E402
 
 S = 1.3
 SEED = torch.tensor(-81985529216486895)
@@ -79,15 +79,15 @@ class Case:
         self.h = self.h.contiguous()
         self.mask = pack(self.kept) if p else None
 
-    def shrink(self, config: ShrinkTiles, **more: Any) -> shrink.Shrunk:
+    def shrink(self, tiles: ShrinkTiles, **more: Any) -> shrink.Shrunk:
         scale = 1.0 / (1.0 - self.p)
-        return shrink.shrink(self.x, self.A, scale, config, dropout=self.p, seed=self.seed, **more)
+        return shrink.shrink(self.x, self.A, scale, tiles, dropout=self.p, seed=self.seed, **more)
 
 
 def pack(kept: Tensor) -> Tensor:
     """A mask of booleans as the kernels keep it."""
     m, k = kept.shape
-    bits = torch.zeros(m, 8 * philox.row_bytes(k), dtype=torch.uint8)
+    bits = torch.zeros(m, 8 * row_bytes(k), dtype=torch.uint8)
     bits[:, :k] = kept
     return (bits.view(m, -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
 
@@ -108,7 +108,7 @@ def test_shrink(shape: Shape, dtype: torch.dtype, p: float, split: int, BM: int)
     assert error(found.h, case.h) <= BOUND[dtype]
     assert (found.mask is None) == (p == 0.0)
     if found.mask is not None:
-        assert found.mask.shape == (shape.m, philox.row_bytes(shape.k))
+        assert found.mask.shape == (shape.m, row_bytes(shape.k))
         assert torch.equal(unpack(found.mask, shape.k), case.kept)
 
 
@@ -122,7 +122,7 @@ def test_norm_from_gram_matrices(shape: Shape, split: int, weighted: bool) -> No
         ShrinkTiles(32, 32, split, 4, 2, B_ROWS=64), B=case.B, token_weights=weights
     )
     assert found.grams is not None
-    ours = float(gram.norm(found.grams, found.h, case.B, S, weights))
+    ours = float(gram.sqnorm(found.grams, found.h, case.B, S, weights))
     exact = float(reference.sqnorm(found.h, case.B, S, weights))
     assert ours == pytest.approx(exact, rel=1e-5)
     plain = case.shrink(ShrinkTiles(32, 32, split, 4, 2))
@@ -142,7 +142,7 @@ def test_norm_where_the_inner_product_cancels(r: int, weighted: bool) -> None:
     g, c = (planes.double().sum(0) for planes in found.grams)
     value, size = float((g * c).sum()), float((g * c).abs().sum())
     assert gram._CANCELS * value < size, "the case must reach the second form"
-    ours = float(gram.norm(found.grams, found.h, case.B, S, weights))
+    ours = float(gram.sqnorm(found.grams, found.h, case.B, S, weights))
     exact = float(reference.sqnorm(found.h, case.B, S, weights))
     assert ours == pytest.approx(exact, rel=1e-5)
 
@@ -153,7 +153,7 @@ def test_gram_leaves_out_rows_of_weight_zero() -> None:
         case.x[case.weights == 0] = math.nan
         found = case.shrink(ShrinkTiles(32, 32, 1, 4, 2), B=case.B, token_weights=case.weights)
         assert found.grams is not None
-        ours = float(gram.norm(found.grams, found.h, case.B, S, case.weights))
+        ours = float(gram.sqnorm(found.grams, found.h, case.B, S, case.weights))
         exact = float(reference.sqnorm(found.h, case.B, S, case.weights))
         assert ours == pytest.approx(exact, rel=1e-5)
 
@@ -166,7 +166,7 @@ def test_weights_of_any_size(size: float, r: int) -> None:
     weights = size * case.weights
     found = case.shrink(ShrinkTiles(32, 32, 1, 4, 2), B=case.B, token_weights=weights)
     assert found.grams is not None
-    ours = float(gram.norm(found.grams, found.h, case.B, S, weights))
+    ours = float(gram.sqnorm(found.grams, found.h, case.B, S, weights))
     exact = float(reference.sqnorm(found.h, case.B, S, weights))
     assert ours == pytest.approx(exact, rel=1e-5)
 
@@ -176,7 +176,7 @@ def test_no_weight_at_all() -> None:
     nothing = torch.zeros(SHAPES["small"].m)
     found = case.shrink(ShrinkTiles(32, 32, 1, 4, 2), B=case.B, token_weights=nothing)
     assert found.grams is not None
-    assert float(gram.norm(found.grams, found.h, case.B, S, nothing)) == 0.0
+    assert float(gram.sqnorm(found.grams, found.h, case.B, S, nothing)) == 0.0
 
 
 TILES = {
@@ -265,7 +265,7 @@ def test_gemm_ext_norm_is_of_the_tiles(shape: Shape, dtype: torch.dtype) -> None
     operands = (case.x, case.weight.T, case.bias, case.h, case.B.T, S)
     for weights in (None, case.weights):
         y, parts = gemm_ext.gemm_ext(
-            *operands, TILES["pointers"], 3, norm=True, token_weights=weights
+            *operands, TILES["pointers"], 3, sqnorm=True, token_weights=weights
         )
         plain, _ = gemm_ext.gemm_ext(*operands, TILES["pointers"], 3, first=True)
         assert torch.equal(y, plain)
@@ -329,7 +329,7 @@ def test_single_pass(shape: Shape, dtype: torch.dtype, weighted: bool) -> None:
     case = Case(shape, dtype)
     weights = case.weights if weighted else None
     operands = (case.x, case.weight, case.bias, case.A, case.B, S, GemmTiles(16, 32, 32, 4, 2))
-    y, h, parts = single_pass.single_pass(*operands, norm=True, token_weights=weights)
+    y, h, parts = single_pass.single_pass(*operands, sqnorm=True, token_weights=weights)
     assert error(h, case.h) <= BOUND[dtype]
     assert error(y, case.y) <= BOUND[dtype]
     assert parts is not None
@@ -340,14 +340,31 @@ def test_single_pass(shape: Shape, dtype: torch.dtype, weighted: bool) -> None:
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_the_mask_keeps_its_share(p: float) -> None:
+def test_the_mask_keeps_its_fraction(p: float) -> None:
     m, k = 64, 512
     x, A = torch.ones(m, k), torch.ones(1, k)
     found = shrink.shrink(
         x, A, 1.0, ShrinkTiles(32, 64, 1, 4, 2), dropout=philox.quantize(p), seed=SEED
     )
     assert found.mask is not None
-    share = unpack(found.mask, k).double().mean()
-    assert abs(float(share) - (1 - p)) < 5 * math.sqrt(p * (1 - p) / (m * k))
+    fraction = unpack(found.mask, k).double().mean()
+    assert abs(float(fraction) - (1 - p)) < 5 * math.sqrt(p * (1 - p) / (m * k))
     kept = unpack(found.mask, k).sum(1, keepdim=True)
     assert torch.equal(found.h, kept.float())  # what is multiplied is what the mask says
+
+
+# (seed, element) whose 16 bits of Philox are 2¹⁵, the threshold of p = 0.5; by element & 7.
+AT_THRESHOLD = [
+    *((1698, 48), (1531, 105), (794, 2), (953, 3)),
+    *((653, 28), (1697, 141), (147, 142), (590, 47)),
+]
+
+
+@pytest.mark.parametrize(("seed", "element"), AT_THRESHOLD)
+@pytest.mark.parametrize("k", [75, 80], ids=["ragged", "aligned"])
+def test_an_element_at_the_threshold_is_kept(seed: int, element: int, k: int) -> None:
+    row, column = divmod(element, k)
+    x, A, drawn = torch.ones(2, k), torch.ones(1, k), torch.tensor(seed)
+    for p, kept in ((0.5, True), (0.5 + 2.0**-16, False)):
+        mask = shrink.shrink(x, A, 1.0, ShrinkTiles(16, 32, 1, 4, 2), dropout=p, seed=drawn).mask
+        assert mask is not None and bool(unpack(mask, k)[row, column]) is kept

@@ -20,7 +20,7 @@ from torch.nn.functional import linear, pad
 from loradrop.kernels import tiles
 from loradrop.kernels.expand import expand
 from loradrop.kernels.gemm_ext import as_stored, gemm_ext, scale_mode, tma_refuses
-from loradrop.kernels.gram import norm as norm_of_grams
+from loradrop.kernels.gram import sqnorm as sqnorm_of_grams
 from loradrop.kernels.gram import total
 from loradrop.kernels.outer import outer
 from loradrop.kernels.shrink import shrink
@@ -96,7 +96,7 @@ def small_m_triton(
         return None
     cut = tiles.single_pass(tiles.machine_of(x.device), x.dtype, x.shape[0])
     y, h, parts = single_pass(
-        x, weight, bias, A, B, scaling, cut, norm=norm, token_weights=token_weights
+        x, weight, bias, A, B, scaling, cut, sqnorm=norm, token_weights=token_weights
     )
     return y, h, None if parts is None else total(parts, scaling)
 
@@ -181,7 +181,7 @@ class Fused:
             y = self.extend(x, weight.T, bias, h, B.T, scaling)
         sqnorm = None
         if thin.grams is not None:
-            sqnorm = norm_of_grams(thin.grams, h, B, scaling, weights)
+            sqnorm = sqnorm_of_grams(thin.grams, h, B, scaling, weights)
         elif norm:  # float32: the digits of its products need float64
             sqnorm = eager.sqnorm(h, B, scaling, token_weights)
         return y, h, thin.mask, sqnorm

@@ -9,6 +9,8 @@ and element e takes lane e & 7. It is kept iff its lane is at least round(p·2¹
 import torch
 from torch import Tensor
 
+from loradrop.kernels.tiles import row_bytes as row_bytes
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
@@ -26,11 +28,6 @@ def quantize(p: float) -> float:
     if lanes < 0 or lanes == _RESOLUTION or (lanes == 0 and p > 0):
         raise ValueError(f"dropout={p!r}: choose 0, or a probability in [2**-17, 1 - 2**-17]")
     return lanes / _RESOLUTION
-
-
-def row_bytes(columns: int) -> int:
-    """The bytes of one row of a mask kept as bits: whole words of 32 columns, lowest bit first."""
-    return -(-columns // 32) * 4
 
 
 def philox4x32(counter: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
