@@ -353,18 +353,21 @@ def test_the_mask_keeps_its_fraction(p: float) -> None:
     assert torch.equal(found.h, kept.float())  # what is multiplied is what the mask says
 
 
-# (seed, element) whose 16 bits of Philox are 2¹⁵, the threshold of p = 0.5; by element & 7.
-AT_THRESHOLD = [
-    *((1698, 48), (1531, 105), (794, 2), (953, 3)),
-    *((653, 28), (1697, 141), (147, 142), (590, 47)),
+# (seed, element, lane): the element's 16 bits of Philox, one for each value of element & 7. For an
+# odd element they are the upper half of a word; the lower half is 0 here, so all 32 bits are equal.
+LANES = [
+    *((1698, 48, 32768), (252, 97, 10468), (794, 2, 32768), (2122, 19, 61931)),
+    *((653, 28, 32768), (117, 5, 5176), (147, 142, 32768), (3011, 79, 19769)),
 ]
 
 
-@pytest.mark.parametrize(("seed", "element"), AT_THRESHOLD)
+@pytest.mark.parametrize(("seed", "element", "lane"), LANES)
 @pytest.mark.parametrize("k", [75, 80], ids=["ragged", "aligned"])
-def test_an_element_at_the_threshold_is_kept(seed: int, element: int, k: int) -> None:
+def test_an_element_at_the_threshold_is_kept(seed: int, element: int, lane: int, k: int) -> None:
     row, column = divmod(element, k)
     x, A, drawn = torch.ones(2, k), torch.ones(1, k), torch.tensor(seed)
-    for p, kept in ((0.5, True), (0.5 + 2.0**-16, False)):
-        mask = shrink.shrink(x, A, 1.0, ShrinkTiles(16, 32, 1, 4, 2), dropout=p, seed=drawn).mask
-        assert mask is not None and bool(unpack(mask, k)[row, column]) is kept
+    for threshold, kept in ((lane, True), (lane + 1, False)):
+        found = shrink.shrink(
+            x, A, 1.0, ShrinkTiles(16, 32, 1, 4, 2), dropout=threshold / 65536, seed=drawn
+        )
+        assert found.mask is not None and bool(unpack(found.mask, k)[row, column]) is kept
