@@ -52,11 +52,8 @@ def _shrink(X, A, H, MASK, SEED, WEIGHTS, GRAM, B, GRAM_B, PLANES,
             M, K, r, N, sxm, sxk, sar, sak, shm, smask, sbn, sbr, steps, blocks, scale, lanes,
             BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr,
             DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, GRAMS: tl.constexpr,
-            WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, B_ROWS: tl.constexpr,
-            PDL: tl.constexpr):  # fmt: skip
+            WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, B_ROWS: tl.constexpr):  # fmt: skip
     block, part = tl.program_id(0), tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     if GRAMS and block >= blocks:
         gram_of_b(B, GRAM_B, block - blocks, N, r, sbn, sbr, H.dtype.element_ty, R, B_ROWS, BM)
     else:
@@ -154,7 +151,7 @@ def shrink(
         steps, blocks, scale, round(dropout * 65536),
         BK=tiles.BK, SPLIT=split > 1, DROPOUT=masked, ALIGNED=k % 8 == 0,
         GRAMS=in_pass and split == 1, PRECISION=dot_precision(x.dtype),
-        PDL=tiles.pdl, num_stages=tiles.stages, **facts,
+        num_stages=tiles.stages, **facts,
     )  # fmt: skip
     if split > 1:
         _finish[(blocks + b_blocks,)](

@@ -28,7 +28,6 @@ class ShrinkTiles(NamedTuple):
     stages: int
     B_ROWS: int = 256  # rows of B in one program of its Gram matrix
     gram: int = 64  # the widest rank tile whose Gram matrices are made in the same pass
-    pdl: bool = False  # let the next launch start while this one runs
 
 
 class GemmTiles(NamedTuple):
@@ -41,9 +40,8 @@ class GemmTiles(NamedTuple):
     stages: int
     group: int = 8  # rows of tiles that go through the columns together
     tma: bool = False  # tensor memory accelerator for the wide operands
-    halves: int = 1  # parts in which a tile is stored, each in its turn in shared memory
+    halves: int = 1  # parts in which a tile is stored, one after another through shared memory
     per_sm: int = 1  # programs that live on one multiprocessor
-    pdl: bool = False  # start while the launch before is still running
 
 
 class OuterTiles(NamedTuple):

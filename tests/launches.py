@@ -56,7 +56,6 @@ def _type(value: Any) -> str:
 
 def _launch(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
     options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
-    kwargs.pop("launch_pdl", None)
     given = dict(zip(function.arg_names, args, strict=False)) | kwargs
     assert set(given) == set(function.arg_names), set(given) ^ set(function.arg_names)
     constants, signature, aligned = {}, {}, []

@@ -60,7 +60,7 @@ def by_triton(
         machine, p.dtype, p.shape[0], q.shape[1], first=mask is not None, aligned=aligned
     )
     programs = machine.sms * cut.per_sm
-    return gemm_ext(p, q, bias, h, l, scale, cut, programs, mask=mask)[0]
+    return gemm_ext(p, q, bias, h, l, scale, cut, programs, mask=mask)
 
 
 def by_cuda(
