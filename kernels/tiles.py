@@ -1,8 +1,8 @@
 """How a kernel is cut into tiles: pure functions of the machine and the problem.
 
-They return one of a few dozen configurations, each of which `tests/test_aot.py` compiles for the
-architectures it is for: no spilled register, shared memory within the limit, matrix instructions.
-Nothing is tuned at run time.
+They return one of a few dozen configurations. `tests/test_aot.py` compiles them for the
+architectures they are for and checks spills, shared memory and matrix instructions. Nothing is
+tuned at run time.
 """
 
 import functools

@@ -66,11 +66,11 @@ def _assembler(ptx: str, arch: int) -> dict[str, Any]:
         file.flush()
         command = [TOOLS / name, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-    said = done.stdout + done.stderr
-    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    log = done.stdout + done.stderr
+    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     return {
         "spilled": sum(int(number) for pair in spilled for number in pair),
-        "serialised": "C751" in said,
+        "serialised": "C751" in log,
     }
 
 

@@ -13,6 +13,8 @@ import loradrop
 from loradrop.bank import AdapterBank, bank_of
 from loradrop.layers import LoRALinear
 
+pytestmark = pytest.mark.numbers
+
 DEPTH, WIDTH, R = 4, 6, 2
 
 

@@ -14,6 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import loradrop
 from loradrop.layers import LoRALinear
 
+pytestmark = pytest.mark.numbers
+
 K, N, R = 12, 10, 4
 
 

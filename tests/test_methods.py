@@ -17,6 +17,8 @@ from loradrop.methods import LoRA, Method
 from loradrop.selection import Scores
 from loradrop.sharing import AFTER, INITS
 
+pytestmark = pytest.mark.numbers
+
 WIDTH, R, DEPTH = 10, 3, 3
 
 

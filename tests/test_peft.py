@@ -21,6 +21,8 @@ from loradrop.bank import AdapterBank
 from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS, read
 from loradrop.methods import Method
 
+pytestmark = pytest.mark.numbers
+
 IDS = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(5))
 QV = ["query", "value"]
 

@@ -18,6 +18,8 @@ import loradrop
 from loradrop.collector import Collector
 from loradrop.selection import Scores
 
+pytestmark = pytest.mark.numbers
+
 WIDTH, R, VOCABULARY = 12, 3, 20
 Batch = dict[str, Tensor]
 
