@@ -96,7 +96,8 @@ def share(model: nn.Module, kept: list[str], how: str = "group") -> None:
 
 @torch.no_grad()
 def outputs(model: nn.Module) -> Tensor:
-    named = model(input_ids=IDS)
+    """In float64: two models then differ by the rounding of a file, not by a machine's sums."""
+    named = copy.deepcopy(model).double()(input_ids=IDS)
     return torch.cat([v.flatten() for v in named.values() if isinstance(v, Tensor)])
 
 
