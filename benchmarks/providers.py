@@ -63,7 +63,7 @@ def by_triton(p: Tensor, q: Tensor) -> Tensor:
 
     machine = config.machine_of(p.device)
     tiles = config.gemm_ext(machine, p.dtype, p.shape[0], q.shape[1])
-    return gemm_ext(p, q, None, None, None, 1.0, tiles, machine.sms * tiles.per_sm)[0]
+    return gemm_ext(p, q, None, None, None, 1.0, tiles, machine.sms * tiles.per_sm)
 
 
 def by_cuda(p: Tensor, q: Tensor) -> Tensor:

@@ -228,7 +228,7 @@ void decode(const std::string& dtype, std::uintptr_t y, std::uintptr_t h, const 
             int rows, int cluster, int device, std::uintptr_t stream) {
   demand(why_not_decode(dtype, x_, w_, a_, b_, cluster));
   if (rows < 16 || rows > kDecodeMaxRows || rows % 16 != 0) {
-    throw std::invalid_argument("rows=" + std::to_string(rows) + " is no plan of decode_plan");
+    throw std::invalid_argument("rows=" + std::to_string(rows) + " is not what decode_plan gives");
   }
   if (y == 0 || h == 0 || (planes == 0) != (sqnorm == 0)) {
     throw std::invalid_argument("y, h, and planes together with sqnorm need memory");
@@ -265,7 +265,7 @@ void stream_weight(const std::string& dtype, const Numbers& w_, int rows, int st
   demand(first(why_not_type(dtype), why_not_rows("weight", w)));
   if (rows < 16 || rows > kDecodeMaxRows || rows % 16 != 0 || stages < 1 || stages > 16) {
     throw std::invalid_argument("rows=" + std::to_string(rows) + " and stages=" +
-                                std::to_string(stages) + " are no plan of decode");
+                                std::to_string(stages) + " are not what decode_plan gives");
   }
   const On here(device);
   const int ctas = decode_ctas(static_cast<int>(w.rows), rows, 1);

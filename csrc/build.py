@@ -59,7 +59,7 @@ def _ninja_file(debug: bool) -> str:
 
 
 def build(folder: Path, debug: bool = False) -> tuple[Path, str]:
-    """(the extension in `folder`, what the compilers said). Raises SystemExit with their errors."""
+    """(the extension in `folder`, the compilers' log). Raises SystemExit with their errors."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "build.ninja").write_text(_ninja_file(debug), encoding="utf-8")
     command = [sys.executable, "-m", "ninja", "-C", str(folder)]

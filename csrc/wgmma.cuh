@@ -50,7 +50,7 @@ __device__ inline void pin(float (&d)[Count]) {
   "%100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, "   \
   "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// scale-d is a predicate (0 starts the sum anew); both operands keep their sign; A is K-major.
+// scale-d is a predicate (0 starts a new sum); both operands keep their sign; A is K-major.
 #define LORADROP_WGMMA128(TYPE)                                                                  \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                      \
                "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" LORADROP_R64    \

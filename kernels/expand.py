@@ -13,7 +13,14 @@ from torch import Tensor
 
 from loradrop.kernels.gemm_ext import add_thin, load_tile, mask_words
 from loradrop.kernels.philox import where_kept
-from loradrop.kernels.tiles import GemmTiles, cdiv, rank_step, rank_tile, triton_dtype
+from loradrop.kernels.tiles import (
+    GemmTiles,
+    cdiv,
+    dot_precision,
+    rank_step,
+    rank_tile,
+    triton_dtype,
+)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -59,7 +66,7 @@ def expand(
         h.stride(0), *l.stride(), c, 0 if words is None else words.stride(0), scale,
         BM=tiles.BM, BN=tiles.BN, RANKS=ranks, STEP=rank_step(h.dtype, r),
         HAS_BASE=base is not None, MASKED=mask is not None, DTYPE=triton_dtype(h.dtype),
-        PRECISION="ieee" if h.dtype == torch.float32 else "tf32",
+        PRECISION=dot_precision(h.dtype),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y

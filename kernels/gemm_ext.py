@@ -5,10 +5,9 @@
     forward    p = x    q = Wᵀ   l = Bᵀ       y  = xWᵀ + b + s·hBᵀ
     backward   p = dy   q = W    l = A        dx = dy W + mask∘(tA)
 
-The LoRA product is the last chunk of the sum (`FIRST` off): the wide operands need no h, so the
-main loop can start before h is there. With a mask on the LoRA product, or where the squared norm of
-the product itself is asked for, the chunk comes first: what is in the accumulator then is the
-product alone. Persistent: the programs go through the count in groups that keep q in L2.
+The LoRA product is the last chunk of the sum (`FIRST` off). With a mask on it, it is the first:
+what is in the accumulator then is the LoRA product alone. Persistent: the programs go through the
+tiles in groups that keep q in L2.
 
 A scale other than 1 has to act on the LoRA product only. Last, it multiplies h where that is exact
 (`SCALE` "h"); elsewhere the sum is divided by s before the chunk and multiplied after ("sum"), two
@@ -23,7 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from loradrop.kernels.philox import where_kept
-from loradrop.kernels.tiles import GemmTiles, cdiv, rank_step, rank_tile, triton_dtype
+from loradrop.kernels.tiles import (
+    GemmTiles,
+    cdiv,
+    dot_precision,
+    rank_step,
+    rank_tile,
+    triton_dtype,
+)
 
 
 @triton.jit
@@ -71,13 +77,12 @@ def place_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M"])
-def _gemm_ext(P, Q, H, L, BIAS, Y, MASK, WEIGHTS, NORMS,
+def _gemm_ext(P, Q, H, L, BIAS, Y, MASK,
               M, C, D, r, spm, spd, sqd, sqc, shm, slr, slc, sym, smask, scale, inverse,
               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RANKS: tl.constexpr,
               STEP: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
               Q_T: tl.constexpr, HAS_BIAS: tl.constexpr, FIRST: tl.constexpr,
-              MASKED: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr,
-              SCALE: tl.constexpr, LORA: tl.constexpr, HALVES: tl.constexpr, PDL: tl.constexpr,
+              MASKED: tl.constexpr, SCALE: tl.constexpr, LORA: tl.constexpr, HALVES: tl.constexpr,
               DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(C, BN)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=False):
@@ -87,13 +92,6 @@ def _gemm_ext(P, Q, H, L, BIAS, Y, MASK, WEIGHTS, NORMS,
         if FIRST:
             acc = add_thin(acc, H, L, m, n, M, C, r, shm, slr, slc, 1.0,
                            BM, BN, RANKS, STEP, False, DTYPE, PRECISION)  # fmt: skip
-            if NORM:  # of the product, before its scale
-                square = tl.sum(acc * acc, 1)  # (BM,)
-                if WEIGHTED:
-                    rows = m + tl.arange(0, BM)
-                    weights = tl.load(WEIGHTS + rows, mask=rows < M, other=0.0)
-                    square = tl.where(weights > 0.0, square * weights, 0.0)
-                tl.store(NORMS + tile, tl.sum(square, 0))
             acc *= scale
             if MASKED:
                 acc = where_kept(mask_words(MASK, m, n, M, smask, BM, BN), acc, 32)
@@ -105,8 +103,6 @@ def _gemm_ext(P, Q, H, L, BIAS, Y, MASK, WEIGHTS, NORMS,
                 q = load_tile(Q, d, n, D, C, sqd, sqc, BK, BN, TMA)  # (BK, BN)
             acc = tl.dot(p, q, acc, input_precision=PRECISION)
         if LORA and not FIRST:
-            if PDL:
-                tl.extra.cuda.gdc_wait()  # for h
             if SCALE == "sum":
                 acc *= inverse
             acc = add_thin(acc, H, L, m, n, M, C, r, shm, slr, slc, scale,
@@ -179,27 +175,23 @@ def gemm_ext(
     programs: int,
     *,
     mask: Tensor | None = None,
-    norm: bool = False,
-    token_weights: Tensor | None = None,
     first: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """y = p·q + bias + scale·mask∘(h·l) in p's dtype, and with `norm` the sums of (h·l)² by tile.
+) -> Tensor:
+    """y = p·q + bias + scale·mask∘(h·l) in p's dtype (M, C); without h and l the product alone.
 
     p (M, D)   q (D, C) in either layout   bias (C,) or None   h (M, r) rows contiguous   l (r, C)
-    of any strides and float dtype   mask (M, row_bytes(C)) uint8   token_weights (M,) float32
-    ->  y (M, C), and float32 (count,), weighted by token; without h and l the product p·q alone
+    of any strides and float dtype   mask (M, row_bytes(C)) uint8
 
-    At most `programs` programs run. The LoRA product comes first where a mask or the norm needs it
-    by itself, or `first` asks for it.
+    At most `programs` programs run. The LoRA product comes first where a mask or a scale that no
+    sum can be divided by needs it by itself, or `first` asks for it.
     """
     (m, d), c, r = p.shape, q.shape[1], 1 if h is None else h.shape[1]
     h_row, l_strides = (0, (0, 0)) if h is None or l is None else (h.stride(0), l.stride())
-    first = first or mask is not None or norm or not divides(scale)
+    first = first or mask is not None or not divides(scale)
     y = p.new_empty((m, c))
     stored, turned = as_stored(q)
     tma = tiles.tma and d > 0 and tma_refuses(p, stored, y) is None
     count = cdiv(m, tiles.BM) * cdiv(c, tiles.BN)
-    norms = p.new_empty(count, dtype=torch.float32) if norm else None
     words = None if mask is None else mask.view(torch.int32)
     wide: tuple[object, ...] = (p, q, y)
     if tma:
@@ -211,17 +203,14 @@ def gemm_ext(
             TensorDescriptor.from_tensor(stored, box),
             TensorDescriptor.from_tensor(y, [tiles.BM, tiles.BN // tiles.halves]),
         )
-    ranks, early = rank_tile(r), tiles.pdl and not first and h is not None
     _gemm_ext[(min(programs, count),)](
-        wide[0], wide[1], h, l, bias, wide[2], words, token_weights, norms,
+        wide[0], wide[1], h, l, bias, wide[2], words,
         m, c, d, r, *p.stride(), *q.stride(), h_row, *l_strides, c,
         0 if words is None else words.stride(0), scale, 1.0 / scale if scale else 0.0,
-        BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, RANKS=ranks, STEP=rank_step(p.dtype, r),
+        BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, RANKS=rank_tile(r), STEP=rank_step(p.dtype, r),
         GROUP=tiles.group, TMA=tma, Q_T=turned, HAS_BIAS=bias is not None, FIRST=first,
-        MASKED=mask is not None, NORM=norm, WEIGHTED=token_weights is not None,
-        SCALE=scale_mode(scale, p.dtype), LORA=h is not None, HALVES=tiles.halves, PDL=early,
-        DTYPE=triton_dtype(p.dtype), PRECISION="ieee" if p.dtype == torch.float32 else "tf32",
-        num_warps=tiles.warps, num_stages=tiles.stages, launch_pdl=early,
+        MASKED=mask is not None, SCALE=scale_mode(scale, p.dtype), LORA=h is not None,
+        HALVES=tiles.halves, DTYPE=triton_dtype(p.dtype), PRECISION=dot_precision(p.dtype),
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return y, norms
-
+    return y

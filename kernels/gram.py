@@ -7,8 +7,8 @@ precision numbers are exact in float32, sums over a block are float32, everythin
 in a fixed order.
 
 The inner product cancels where h lies in directions that B maps to almost nothing. Float32 sums
-then lack digits; `_norm` sees it from ⟨|G|, |C|⟩ and takes the norm from the products themselves,
-tile by tile, in one program: slow, seldom, and right.
+then lack digits. `_sqnorm` sees it from ⟨|G|, |C|⟩ and sums the squared products themselves
+instead, tile by tile, in one program: slow, but rarely needed, and exact.
 """
 
 import torch
@@ -136,11 +136,12 @@ def _dot(GRAM, GRAM_B, PARTS, blocks, b_blocks, SIZE: tl.constexpr, SLICE: tl.co
 
 
 @triton.jit(do_not_specialize=["M", "N", "blocks", "b_blocks", "slices"])
-def _norm(PARTS, GRAM, GRAM_B, H, B, WEIGHTS, OUT, M, N, r, shm, sbn, sbr, blocks, b_blocks, slices,
-          scale, R: tl.constexpr, SIZE: tl.constexpr, SLICE: tl.constexpr, WHOLE: tl.constexpr,
-          WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, CANCELS: tl.constexpr,
-          BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
-    """The norm from the inner products, or from the products h·Bᵀ where those cancel."""
+def _sqnorm(PARTS, GRAM, GRAM_B, H, B, WEIGHTS, OUT,
+            M, N, r, shm, sbn, sbr, blocks, b_blocks, slices, scale,
+            R: tl.constexpr, SIZE: tl.constexpr, SLICE: tl.constexpr, WHOLE: tl.constexpr,
+            WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, CANCELS: tl.constexpr,
+            BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+    """The squared norm from the inner products, or from the products h·Bᵀ where those cancel."""
     if WHOLE:
         at = tl.arange(0, SLICE)
         product = _sum_planes(GRAM, blocks, at, SIZE, SLICE)
@@ -197,7 +198,7 @@ def wide_grams(h: Tensor, B: Tensor, token_weights: Tensor | None) -> tuple[Tens
     return grams[0], grams[1]
 
 
-def norm(
+def sqnorm(
     grams: tuple[Tensor, Tensor],
     h: Tensor,
     B: Tensor,
@@ -217,7 +218,7 @@ def norm(
     if slices > 1:
         parts = h.new_empty((slices, 2), dtype=torch.float64)
         _dot[(slices,)](*grams, parts, blocks, b_blocks, SIZE=size, SLICE=_SLICE, num_warps=4)
-    _norm[(1,)](
+    _sqnorm[(1,)](
         parts, *grams, h, B, token_weights, out, m, n, r, h.stride(0), *B.stride(),
         blocks, b_blocks, slices, scale,
         R=rank_tile(r), SIZE=size, SLICE=min(size, _SLICE) if slices == 1 else 64,
@@ -228,8 +229,7 @@ def norm(
 
 
 def total(parts: Tensor, scale: float) -> Tensor:
-    """scale²·Σ parts, 0-dim float32, summed in float64: the norm from the sums of tiles."""
+    """scale²·Σ parts, 0-dim float32, summed in float64: the squared norm from the sums of tiles."""
     out = parts.new_empty((), dtype=torch.float32)
     _total[(1,)](parts, out, parts.numel(), scale, BLOCK=1024, num_warps=4)
     return out
-

@@ -16,18 +16,19 @@ from torch import Tensor
 
 from loradrop.kernels.gemm_ext import mask_words
 from loradrop.kernels.philox import where_kept
-from loradrop.kernels.tiles import OuterTiles, cdiv, rank_tile
+from loradrop.kernels.tiles import OuterTiles, cdiv, dot_precision, rank_tile
 
 
-@triton.jit(do_not_specialize=["M", "share"])
-def _outer(P, Q, OUT, MASK, M, C, r, spm, spc, sqm, sqr, plane, soc, sor, smask, share, scale,
+@triton.jit(do_not_specialize=["M", "rows_per_part"])
+def _outer(P, Q, OUT, MASK,
+           M, C, r, spm, spc, sqm, sqr, plane, soc, sor, smask, rows_per_part, scale,
            BC: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr,
            PRECISION: tl.constexpr):  # fmt: skip
     column, part = tl.program_id(0) * BC, tl.program_id(1)
     columns, ranks = column + tl.arange(0, BC), tl.arange(0, R)
     acc = tl.zeros((R, BC), tl.float32)  # this way round p may come from registers, masked
-    first = part * share
-    for m in range(first, min(M, first + share), BM):
+    first = part * rows_per_part
+    for m in range(first, min(M, first + rows_per_part), BM):
         rows = m + tl.arange(0, BM)
         there, at = rows < M, rows.to(tl.int64)[:, None]
         p = tl.load(P + at * spm + columns.to(tl.int64)[None, :] * spc,
@@ -68,17 +69,18 @@ def outer(
     p (M, C) and q (M, r) of any strides, one dtype   mask (M, row_bytes(C)) uint8
     """
     (m, c), r = p.shape, q.shape[1]
-    share = cdiv(cdiv(m, tiles.split), tiles.BM) * tiles.BM
-    split = cdiv(m, share)
+    rows_per_part = cdiv(cdiv(m, tiles.split), tiles.BM) * tiles.BM
+    split = cdiv(m, rows_per_part)
     shape = (r, c) if transposed else (c, r)
     out = p.new_empty(shape, dtype=dtype)
     planes = out if split == 1 else p.new_empty((split, *shape), dtype=torch.float32)
     words = None if mask is None else mask.view(torch.int32)
     _outer[(cdiv(c, tiles.BC), split)](
         p, q, planes, words, m, c, r, *p.stride(), *q.stride(), out.numel(),
-        *((1, c) if transposed else (r, 1)), 0 if words is None else words.stride(0), share, scale,
+        *((1, c) if transposed else (r, 1)), 0 if words is None else words.stride(0),
+        rows_per_part, scale,
         BC=tiles.BC, BM=tiles.BM, R=rank_tile(r), MASKED=mask is not None,
-        PRECISION="ieee" if p.dtype == torch.float32 else "tf32",
+        PRECISION=dot_precision(p.dtype),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if split > 1:

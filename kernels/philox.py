@@ -1,7 +1,7 @@
 """The dropout mask inside a kernel: one bit an element, the bits of `loradrop.op.philox`.
 
 A byte holds eight neighbouring columns of a row, lowest bit first; a word of 32 bits holds 32. A
-row takes whole words (`loradrop.op.philox.row_bytes`).
+row takes whole words (`tiles.row_bytes`).
 """
 
 import triton

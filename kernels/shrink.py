@@ -21,8 +21,7 @@ from torch import Tensor
 
 from loradrop.kernels.gram import gram, gram_of_b, store_gram, wide_grams
 from loradrop.kernels.philox import draw_bytes, where_kept
-from loradrop.kernels.tiles import ShrinkTiles, cdiv, rank_tile
-from loradrop.op.philox import row_bytes
+from loradrop.kernels.tiles import ShrinkTiles, cdiv, dot_precision, rank_tile, row_bytes
 
 
 class Shrunk(NamedTuple):
@@ -35,13 +34,13 @@ class Shrunk(NamedTuple):
 
 @triton.jit
 def _emit(acc, H, WEIGHTS, GRAM, block, rows, M, r, shm, scale,
-          R: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr):  # fmt: skip
+          R: tl.constexpr, GRAMS: tl.constexpr, WEIGHTED: tl.constexpr):  # fmt: skip
     """Rounds and stores one block of h, and its Gram matrix."""
     ranks = tl.arange(0, R)
     h = (acc * scale).to(H.dtype.element_ty)  # (BM, R)
     place = rows.to(tl.int64)[:, None] * shm + ranks[None, :]
     tl.store(H + place, h, mask=(rows < M)[:, None] & (ranks < r)[None, :])
-    if NORM:
+    if GRAMS:
         weights = rows  # read with WEIGHTED only
         if WEIGHTED:
             weights = tl.load(WEIGHTS + rows, mask=rows < M, other=0.0)  # (BM,)
@@ -52,13 +51,10 @@ def _emit(acc, H, WEIGHTS, GRAM, block, rows, M, r, shm, scale,
 def _shrink(X, A, H, MASK, SEED, WEIGHTS, GRAM, B, GRAM_B, PLANES,
             M, K, r, N, sxm, sxk, sar, sak, shm, smask, sbn, sbr, steps, blocks, scale, lanes,
             BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr,
-            DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, NORM: tl.constexpr,
-            WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, B_ROWS: tl.constexpr,
-            PDL: tl.constexpr):  # fmt: skip
+            DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, GRAMS: tl.constexpr,
+            WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, B_ROWS: tl.constexpr):  # fmt: skip
     block, part = tl.program_id(0), tl.program_id(1)
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-    if NORM and block >= blocks:
+    if GRAMS and block >= blocks:
         gram_of_b(B, GRAM_B, block - blocks, N, r, sbn, sbr, H.dtype.element_ty, R, B_ROWS, BM)
     else:
         rows = block * BM + tl.arange(0, BM)
@@ -86,7 +82,7 @@ def _shrink(X, A, H, MASK, SEED, WEIGHTS, GRAM, B, GRAM_B, PLANES,
             x_at += BK * tl.cast(sxk, tl.int64)
             a_at += BK * tl.cast(sak, tl.int64)
         if not SPLIT:
-            _emit(acc, H, WEIGHTS, GRAM, block, rows, M, r, shm, scale, R, NORM, WEIGHTED)
+            _emit(acc, H, WEIGHTS, GRAM, block, rows, M, r, shm, scale, R, GRAMS, WEIGHTED)
         else:
             place = (part * M + rows).to(tl.int64)[:, None] * R + ranks[None, :]
             tl.store(PLANES + place, acc, mask=(rows < M)[:, None])
@@ -94,11 +90,11 @@ def _shrink(X, A, H, MASK, SEED, WEIGHTS, GRAM, B, GRAM_B, PLANES,
 
 @triton.jit(do_not_specialize=["M", "N", "blocks", "parts"])
 def _finish(PLANES, H, WEIGHTS, GRAM, B, GRAM_B, M, r, N, shm, sbn, sbr, blocks, parts, scale,
-            BM: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr,
+            BM: tl.constexpr, R: tl.constexpr, GRAMS: tl.constexpr,
             WEIGHTED: tl.constexpr, B_ROWS: tl.constexpr):  # fmt: skip
     """Adds the planes of a split K, in their order."""
     block = tl.program_id(0)
-    if NORM and block >= blocks:
+    if GRAMS and block >= blocks:
         gram_of_b(B, GRAM_B, block - blocks, N, r, sbn, sbr, H.dtype.element_ty, R, B_ROWS, BM)
     else:
         rows, ranks = block * BM + tl.arange(0, BM), tl.arange(0, R)
@@ -106,7 +102,7 @@ def _finish(PLANES, H, WEIGHTS, GRAM, B, GRAM_B, M, r, N, shm, sbn, sbr, blocks,
         for part in range(parts):
             place = (part * M + rows).to(tl.int64)[:, None] * R + ranks[None, :]
             acc += tl.load(PLANES + place, mask=(rows < M)[:, None], other=0.0)
-        _emit(acc, H, WEIGHTS, GRAM, block, rows, M, r, shm, scale, R, NORM, WEIGHTED)
+        _emit(acc, H, WEIGHTS, GRAM, block, rows, M, r, shm, scale, R, GRAMS, WEIGHTED)
 
 
 def shrink(
@@ -128,19 +124,19 @@ def shrink(
     """
     (m, k), r, n = x.shape, A.shape[0], 0 if B is None else B.shape[0]
     ranks, masked = rank_tile(r), dropout > 0.0
-    norm = B is not None and ranks <= tiles.gram
-    blocks, b_blocks = cdiv(m, tiles.BM), cdiv(n, tiles.B_ROWS) if norm else 0
+    in_pass = B is not None and ranks <= tiles.gram
+    blocks, b_blocks = cdiv(m, tiles.BM), cdiv(n, tiles.B_ROWS) if in_pass else 0
     steps = cdiv(cdiv(k, tiles.split), tiles.BK)
     split = cdiv(k, steps * tiles.BK)
     h = x.new_empty((m, r))
     mask = x.new_empty((m, row_bytes(k)), dtype=torch.uint8) if masked else None
     grams = planes = None
-    if norm:
+    if in_pass:
         grams = (new_planes(x, blocks, ranks, ranks), new_planes(x, b_blocks, ranks, ranks))
     if split > 1:
         planes = new_planes(x, split, m, ranks)
     gram_h, gram_b = grams or (None, None)
-    weights = token_weights if norm else None
+    weights = token_weights if in_pass else None
     b_strides = (0, 0) if B is None else B.stride()
     facts = {
         "BM": tiles.BM,
@@ -154,15 +150,15 @@ def shrink(
         m, k, r, n, *x.stride(), *A.stride(), h.stride(0), row_bytes(k), *b_strides,
         steps, blocks, scale, round(dropout * 65536),
         BK=tiles.BK, SPLIT=split > 1, DROPOUT=masked, ALIGNED=k % 8 == 0,
-        NORM=norm and split == 1, PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-        PDL=tiles.pdl, num_stages=tiles.stages, **facts,
+        GRAMS=in_pass and split == 1, PRECISION=dot_precision(x.dtype),
+        num_stages=tiles.stages, **facts,
     )  # fmt: skip
     if split > 1:
         _finish[(blocks + b_blocks,)](
             planes, h, weights, gram_h, B, gram_b, m, r, n, h.stride(0), *b_strides, blocks, split,
-            scale, NORM=norm, **facts,
+            scale, GRAMS=in_pass, **facts,
         )  # fmt: skip
-    if B is not None and not norm:
+    if B is not None and not in_pass:
         grams = wide_grams(h, B, token_weights)
     return Shrunk(h, mask, grams)
 

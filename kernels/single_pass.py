@@ -1,9 +1,10 @@
 """The whole forward in one pass: x·Wᵀ and x·Aᵀ in one loop over K, for few rows or narrow outputs.
 
-    h = x Aᵀ        y = xWᵀ + b + s·hBᵀ        norms[tile] = Σ_t w_t ‖h_t Bᵀ‖² over the tile
+    h = x Aᵀ        y = xWᵀ + b + s·hBᵀ        sqnorms[tile] = Σ_t w_t ‖h_t Bᵀ‖² over the tile
 
-Every program computes h anew, which costs r / BN of the product (half of it at r = 16), and reads
-A anew, from L2: for few tokens, where W has to be read anyway and a second launch would cost more.
+Every program computes h again, which costs r / BN of the product (half of it at r = 16), and reads
+A again, from L2. That pays for few tokens, where W has to be read anyway and a second launch would
+cost more.
 The LoRA product has a sum of its own, so its squared norm falls out of the tile, and y has the same
 bits with and without it.
 """
@@ -14,14 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from loradrop.kernels.gemm_ext import load_tile
-from loradrop.kernels.tiles import GemmTiles, cdiv, rank_tile, triton_dtype
+from loradrop.kernels.tiles import GemmTiles, cdiv, dot_precision, rank_tile, triton_dtype
 
 
 @triton.jit(do_not_specialize=["M"])
-def _single_pass(X, W, A, B, BIAS, Y, H, WEIGHTS, NORMS,
+def _single_pass(X, W, A, B, BIAS, Y, H, WEIGHTS, SQNORMS,
                  M, N, K, r, sxm, sxk, swn, swk, sar, sak, sbn, sbr, shm, scale,
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
-                 HAS_BIAS: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr,
+                 HAS_BIAS: tl.constexpr, SQNORM: tl.constexpr, WEIGHTED: tl.constexpr,
                  DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     m, n = tl.program_id(0) * BM, tl.program_id(1) * BN
     acc, thin = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, R), tl.float32)
@@ -38,13 +39,13 @@ def _single_pass(X, W, A, B, BIAS, Y, H, WEIGHTS, NORMS,
         tl.store(H + place, h, mask=(rows < M)[:, None] & (ranks < r)[None, :])
     b = load_tile(B, 0, n, r, N, sbr, sbn, R, BN, False).to(DTYPE)  # (R, BN)
     delta = tl.dot(h, b, input_precision=PRECISION)  # (BM, BN)
-    if NORM:
+    if SQNORM:
         square = tl.sum(delta * delta, 1)  # (BM,)
         if WEIGHTED:
             weights = tl.load(WEIGHTS + rows, mask=rows < M, other=0.0)
             square = tl.where(weights > 0.0, square * weights, 0.0)
         tile = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        tl.store(NORMS + tile, tl.sum(square, 0))
+        tl.store(SQNORMS + tile, tl.sum(square, 0))
     acc += scale * delta
     if HAS_BIAS:
         acc += tl.load(BIAS + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
@@ -61,10 +62,10 @@ def single_pass(
     scale: float,
     tiles: GemmTiles,
     *,
-    norm: bool = False,
+    sqnorm: bool = False,
     token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y, h and, with `norm`, the sums of w·(hBᵀ)² by tile, in float32. Without dropout.
+    """y, h and, with `sqnorm`, the sums of w·(hBᵀ)² by tile, in float32. Without dropout.
 
     x (M, K)   weight (N, K)   A (r, K)   B (N, r), all of any strides   bias (N,) or None
     token_weights (M,) float32   ->  y (M, N), h (M, r), (tiles,) or None
@@ -72,13 +73,13 @@ def single_pass(
     (m, k), (n, r) = x.shape, B.shape
     y, h = x.new_empty((m, n)), x.new_empty((m, r))
     grid = cdiv(m, tiles.BM), cdiv(n, tiles.BN)
-    norms = x.new_empty(grid[0] * grid[1], dtype=torch.float32) if norm else None
+    sqnorms = x.new_empty(grid[0] * grid[1], dtype=torch.float32) if sqnorm else None
     _single_pass[grid](
-        x, weight, A, B, bias, y, h, token_weights, norms,
+        x, weight, A, B, bias, y, h, token_weights, sqnorms,
         m, n, k, r, *x.stride(), *weight.stride(), *A.stride(), *B.stride(), h.stride(0), scale,
         BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, R=rank_tile(r), HAS_BIAS=bias is not None,
-        NORM=norm, WEIGHTED=token_weights is not None, DTYPE=triton_dtype(x.dtype),
-        PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+        SQNORM=sqnorm, WEIGHTED=token_weights is not None, DTYPE=triton_dtype(x.dtype),
+        PRECISION=dot_precision(x.dtype),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return y, h, norms
+    return y, h, sqnorms

@@ -1,8 +1,8 @@
 """How a kernel is cut into tiles: pure functions of the machine and the problem.
 
-They return one of a few dozen configurations, each of which `tests/test_aot.py` compiles for the
-architectures it is for: no spilled register, shared memory within the limit, matrix instructions.
-Nothing is tuned at run time.
+They return one of a few dozen configurations. `tests/test_aot.py` compiles them for the
+architectures they are for and checks spills, shared memory and matrix instructions. Nothing is
+tuned at run time.
 """
 
 import functools
@@ -28,7 +28,6 @@ class ShrinkTiles(NamedTuple):
     stages: int
     B_ROWS: int = 256  # rows of B in one program of its Gram matrix
     gram: int = 64  # the widest rank tile whose Gram matrices are made in the same pass
-    pdl: bool = False  # let the next launch start while this one runs
 
 
 class GemmTiles(NamedTuple):
@@ -41,9 +40,8 @@ class GemmTiles(NamedTuple):
     stages: int
     group: int = 8  # rows of tiles that go through the columns together
     tma: bool = False  # tensor memory accelerator for the wide operands
-    halves: int = 1  # parts in which a tile is stored, each in its turn in shared memory
+    halves: int = 1  # parts in which a tile is stored, one after another through shared memory
     per_sm: int = 1  # programs that live on one multiprocessor
-    pdl: bool = False  # start while the launch before is still running
 
 
 class OuterTiles(NamedTuple):
@@ -73,6 +71,11 @@ def power_of_two(n: int) -> int:
 def rank_tile(r: int) -> int:
     """The width of a tile that holds the rank r: a power of two, and at least the 16 of an MMA."""
     return max(16, power_of_two(r))
+
+
+def row_bytes(columns: int) -> int:
+    """The bytes of one row of a mask kept as bits: whole words of 32 columns, lowest bit first."""
+    return cdiv(columns, 32) * 4
 
 
 def shrink(machine: Machine, dtype: torch.dtype, m: int, k: int, r: int) -> ShrinkTiles:
@@ -174,7 +177,7 @@ def expand(machine: Machine, dtype: torch.dtype) -> GemmTiles:
 
 @functools.cache
 def machine_of(device: torch.device) -> Machine:
-    """What the device is; the interpreter for any that is no GPU."""
+    """What the device is; the interpreter for anything but a GPU."""
     if device.type != "cuda":
         return INTERPRETER
     facts = torch.cuda.get_device_properties(device)
@@ -187,3 +190,8 @@ def triton_dtype(dtype: torch.dtype) -> Any:
 
     names = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     return names[dtype]
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of `tl.dot`: float32 without TF32; half precision is exact either way."""
+    return "ieee" if dtype == torch.float32 else "tf32"

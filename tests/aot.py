@@ -1,16 +1,13 @@
 """Compiles launches ahead of time, without a device, and reads what came out.
 
-    python tests/aot.py ARCH SMS [--full | --known FILE --most N]
+    python tests/aot.py ARCH [--every]
 
-One JSON line for each launch: its kernel, a hash of all that makes it, and either its registers,
-spills, shared memory and instructions, or the error. The installed Triton compiles; another version
-is put before it with PYTHONPATH. Without `--full`, a sample is compiled, and every launch whose
-hash FILE does not hold, unless those are more than N.
+Compiles the named launches of `launches.py`, or every launch. One JSON line for each: its name,
+either its registers, spills, shared memory and instructions or the error, and what is wrong with
+them. The installed Triton compiles; put another version before it with PYTHONPATH.
 """
 
 import argparse
-import functools
-import hashlib
 import json
 import re
 import subprocess
@@ -20,36 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from launches import Launch, launches
+from launches import MACHINES, Launch, launches, named
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loradrop.kernels.tiles import Machine
-
-SAMPLE = 8  # launches that are compiled in any case: those of a model in training
 SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "UTMASTG", "FFMA")
-
-
-def identity(launch: Launch, source: str, arch: int) -> str:
-    """A hash of the kernel's source with all it calls, the specialisation, target and compiler."""
-    text = repr((triton.__version__, arch, source, launch))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def source_of(function: Any) -> str:
-    """The text of a kernel and of every kernel it calls, wherever they stand in their files."""
-    seen, todo = {}, [function]
-    while todo:
-        current = todo.pop()
-        if current.fn.__name__ in seen:
-            continue
-        seen[current.fn.__name__] = current.src
-        names = set(re.findall(r"\w+", current.src))
-        scope = current.fn.__globals__
-        todo += [scope[n] for n in sorted(names) if isinstance(scope.get(n), type(function))]
-    return "\n".join(seen[name] for name in sorted(seen))
+INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "UTMASTG", "STG")
 
 
 def compile_launch(launch: Launch, function: Any, arch: int) -> dict[str, Any]:
@@ -92,11 +66,11 @@ def _assembler(ptx: str, arch: int) -> dict[str, Any]:
         file.flush()
         command = [TOOLS / name, "-v", f"--gpu-name={target}", file.name, "-o", "/dev/null"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-    said = done.stdout + done.stderr
-    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    log = done.stdout + done.stderr
+    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     return {
         "spilled": sum(int(number) for pair in spilled for number in pair),
-        "serialised": "C751" in said,
+        "serialised": "C751" in log,
     }
 
 
@@ -108,6 +82,8 @@ def faults(arch: int, launch: Launch, found: dict[str, Any]) -> list[str]:
     half = constants.get("PRECISION") != "ieee"
     products = launch.kernel not in ("_add_planes", "_dot", "_total", "_finish")
     wrong = []
+    if not has.keys() & {"STG", "UTMASTG"}:
+        wrong.append("nothing is stored")
     if found["spilled"]:
         wrong.append(f"{found['spilled']} bytes of registers are spilled")
     if found["shared"] > SHARED[arch]:
@@ -129,42 +105,27 @@ def faults(arch: int, launch: Launch, found: dict[str, Any]) -> list[str]:
     return wrong
 
 
-def _one(arch: int, sms: int, index: int) -> dict[str, Any]:
-    launch, function = _chosen(arch, sms)[index]
-    facts: dict[str, Any] = {"kernel": launch.kernel, "launch": repr(launch)}
+def examined(name: str, launch: Launch, function: Any, arch: int) -> dict[str, Any]:
+    """The facts of one launch, compiled, with its faults."""
     try:
         found = compile_launch(launch, function, arch)
     except Exception as error:
         found = {"error": f"{type(error).__name__}: {error}"[-400:]}
-    return facts | found | {"faults": faults(arch, launch, found)}
-
-
-@functools.cache
-def _chosen(arch: int, sms: int) -> list[tuple[Launch, Any]]:
-    return list(launches(Machine(arch, sms)).items())
+    return {"name": name, **found, "faults": faults(arch, launch, found)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("arch", type=int)
-    parser.add_argument("sms", type=int)
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--known", type=Path)
-    parser.add_argument("--most", type=int, default=40)
+    parser.add_argument("arch", type=int, choices=MACHINES)
+    parser.add_argument("--every", action="store_true")
     args = parser.parse_args()
-    chosen = _chosen(args.arch, args.sms)
-    names = [identity(launch, source_of(f), args.arch) for launch, f in chosen]
-    known = set(args.known.read_text().split()) if args.known and args.known.exists() else set()
-    new = [i for i, name in enumerate(names) if name not in known]
-    if args.full:
-        todo = list(range(len(names)))
-    else:
-        todo = sorted({*range(SAMPLE), *(new if len(new) <= args.most else ())})
-    counts = {"launches": len(names), "new": len(new), "compiled": len(todo)}
-    print(json.dumps({"triton": triton.__version__} | counts))
-    for index in todo:
-        facts = _one(args.arch, args.sms, index)
-        print(json.dumps({"hash": names[index]} | facts), flush=True)
+    chosen = named(args.arch)
+    if args.every:
+        every = launches(MACHINES[args.arch])
+        chosen = {repr(launch): (launch, function) for launch, function in every.items()}
+    print(json.dumps({"triton": triton.__version__, "launches": len(chosen)}))
+    for name, (launch, function) in chosen.items():
+        print(json.dumps(examined(name, launch, function, args.arch)), flush=True)
     return 0
 
 

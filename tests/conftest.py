@@ -17,19 +17,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("kernels")
-    group.addoption("--all-launches", action="store_true", help="test_aot.py: compile everything")
-    group.addoption("--note-good", action="store_true", help="... and note what is good")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In the interpreter's process only what runs kernels; elsewhere everything but that."""
     chosen, rest = [], []
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         kernels = parameters.get("backend") in ("thin", "triton", "cuda")
-        if kernels and parameters.get("dtype") == torch.float64:
+        if item.get_closest_marker("every_launch") and "every_launch" not in config.option.markexpr:
+            rest.append(item)  # half an hour: only where it is asked for
+        elif kernels and parameters.get("dtype") == torch.float64:
             rest.append(item)  # no kernel computes in float64
         elif INTERPRETED:
             wanted = kernels or item.get_closest_marker("interpreter")

@@ -5,7 +5,7 @@ that are multiples of 16. `record` notes the same, so that what is compiled ahea
 GPU would be asked to run.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -15,9 +15,11 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from loradrop.kernels import tiles as config
+from loradrop.kernels import tiles
 from loradrop.kernels.tiles import Machine
 from loradrop.op.call import Call, Needs, Saved
+
+MACHINES = {arch: Machine(arch, sms) for arch, sms in ((80, 108), (90, 132), (100, 148))}
 
 _NAMES = {
     torch.float64: "fp64",
@@ -55,7 +57,6 @@ def _type(value: Any) -> str:
 
 def _launch(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
     options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
-    kwargs.pop("launch_pdl", None)
     given = dict(zip(function.arg_names, args, strict=False)) | kwargs
     assert set(given) == set(function.arg_names), set(given) ^ set(function.arg_names)
     constants, signature, aligned = {}, {}, []
@@ -92,7 +93,7 @@ def record(machine: Machine) -> Iterator[dict[Launch, JITFunction]]:
 
     with (
         mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(config, "machine_of", lambda _: machine),
+        mock.patch.object(tiles, "machine_of", lambda _: machine),
     ):
         yield found
 
@@ -147,6 +148,7 @@ def layers() -> Iterator[Layer]:
     yield Layer(8192, 4096, 4096, 16, norm=True)
     yield Layer(8192, 4096, 4096, 16, norm=True, weighted=True)
     yield Layer(8, 4096, 4096, 16)
+    yield Layer(8, 4096, 4096, 16, norm=True, weighted=True)
     yield Layer(256, 4096, 4096, 16)
     for r in (64, 128, 256):
         yield Layer(8192, 4096, 4096, r, norm=True)
@@ -169,12 +171,110 @@ def layers() -> Iterator[Layer]:
     yield Layer(5, 768, 768, 16, torch.float32)
 
 
-def launches(machine: Machine) -> dict[Launch, JITFunction]:
-    """Every distinct launch of `layers` on `machine`, by both backends, in their order."""
+def launches(machine: Machine, of: Iterable[Layer] | None = None) -> dict[Launch, JITFunction]:
+    """Every distinct launch of the layers on `machine`, by both backends, in their order."""
     from loradrop.op import fused
 
     with record(machine) as found:
-        for layer in layers():
+        for layer in layers() if of is None else of:
             for backend in (fused.TRITON, fused.THIN):
                 call(backend, layer)
+    return found
+
+
+class Pick(NamedTuple):
+    """The one launch of a layer that calls this kernel with these constants."""
+
+    layer: Layer
+    kernel: str
+    constants: dict[str, Any] = {}  # noqa: RUF012 - never written
+
+
+def _llama(r: int, **more: Any) -> Layer:
+    return Layer(8192, 4096, 4096, r, **more)
+
+
+_NORM = {"norm": True, "weighted": True}
+_FEW = Layer(1, 4096, 4096, 64)
+_FLOAT32 = Layer(2048, 768, 768, 8, torch.float32)
+_RAGGED = Layer(1000, 4100, 1001, 12, dropout=0.1)
+_FORWARD, _BACKWARD = {"sak": 1}, {"sar": 1}  # the strides of A, and of Bᵀ
+NAMED = {
+    80: {
+        "shrink forward r16": Pick(_llama(16), "_shrink", _FORWARD),
+        "gemm_ext forward r16": Pick(_llama(16), "_gemm_ext", {"Q_T": True}),
+        "gemm_ext backward masked, ragged": Pick(_RAGGED, "_gemm_ext", {"MASKED": True}),
+        "outer r128": Pick(_llama(128), "_outer", {"sor": 1}),
+        "single_pass decode r16 with bias": Pick(
+            Layer(8, 4096, 4096, 16, bias=True), "_single_pass"
+        ),
+        "finish of a split K r64": Pick(_FEW, "_finish"),
+        "shrink forward float32 r256 with dropout": Pick(
+            Layer(333, 100, 50, 256, torch.float32, 0.1), "_shrink", {"DROPOUT": True}
+        ),
+        "outer float32 r8": Pick(_FLOAT32, "_outer", {"sor": 1}),
+        "expand float32 r8": Pick(_FLOAT32._replace(added=True), "_expand", {"HAS_BASE": True}),
+        "single_pass decode float32 r8": Pick(_FLOAT32._replace(m=5), "_single_pass"),
+    },
+    90: {
+        "shrink backward r16": Pick(_llama(16), "_shrink", _BACKWARD),
+        "shrink forward r64 with dropout": Pick(
+            _llama(64, dropout=0.1), "_shrink", {"DROPOUT": True}
+        ),
+        "shrink with weighted Gram matrices r64": Pick(_llama(64, **_NORM), "_shrink", _FORWARD),
+        "shrink of few rows, K split r64": Pick(_FEW, "_shrink", _FORWARD),
+        "finish of a split K with weighted Gram matrices r64": Pick(
+            _FEW._replace(**_NORM), "_finish", {"GRAMS": True}
+        ),
+        "weighted Gram matrices r256": Pick(_llama(256, **_NORM), "_gram"),
+        "inner product of Gram matrices r256": Pick(_llama(256, norm=True), "_dot"),
+        "squared norm r128, weighted": Pick(_llama(128, **_NORM), "_sqnorm"),
+        "gemm_ext forward TMA 128x256 r16": Pick(_llama(16), "_gemm_ext", {"Q_T": True}),
+        "gemm_ext forward TMA 128x256 r64 with bias": Pick(
+            _llama(64, bias=True), "_gemm_ext", {"Q_T": True, "HAS_BIAS": True}
+        ),
+        "gemm_ext forward TMA 128x256 float16 r16, the sum scaled": Pick(
+            _llama(16, dtype=torch.float16), "_gemm_ext", {"Q_T": True, "SCALE": "sum"}
+        ),
+        "gemm_ext backward TMA 128x256 masked r128": Pick(
+            _llama(128, dropout=0.1), "_gemm_ext", {"MASKED": True}
+        ),
+        "gemm_ext forward TMA 128x128 r16": Pick(
+            Layer(256, 4096, 4096, 16), "_gemm_ext", {"Q_T": True}
+        ),
+        "gemm_ext forward ragged r12": Pick(_RAGGED, "_gemm_ext", {"Q_T": True, "TMA": False}),
+        "gemm_ext forward float32 r8": Pick(_FLOAT32, "_gemm_ext", {"Q_T": True}),
+        "outer masked r64": Pick(_llama(64, dropout=0.1), "_outer", {"MASKED": True}),
+        "planes of outer added": Pick(Layer(8192, 4096, 4096, 16), "_add_planes"),
+        "single_pass decode r16 with the squared norm, weighted": Pick(
+            Layer(8, 4096, 4096, 16, **_NORM), "_single_pass"
+        ),
+        "total of the tiles' squared norms": Pick(Layer(8, 4096, 4096, 16, **_NORM), "_total"),
+    },
+    100: {
+        "shrink with weighted Gram matrices r32": Pick(_llama(32, **_NORM), "_shrink", _FORWARD),
+        "Gram matrices r128": Pick(_llama(128, norm=True), "_gram"),
+        "squared norm r16": Pick(_llama(16, norm=True), "_sqnorm"),
+        "gemm_ext forward TMA 128x256 r16": Pick(_llama(16), "_gemm_ext", {"Q_T": True}),
+        "gemm_ext backward TMA 128x256 masked r64": Pick(
+            _llama(64, dropout=0.1), "_gemm_ext", {"MASKED": True}
+        ),
+        "outer masked r64": Pick(_llama(64, dropout=0.1), "_outer", {"MASKED": True}),
+        "expand masked r64": Pick(_llama(64, dropout=0.1), "_expand"),
+        "expand without a base r16": Pick(_llama(16, added=True), "_expand", {"HAS_BASE": False}),
+    },
+}
+
+
+def named(arch: int) -> dict[str, tuple[Launch, JITFunction]]:
+    """The launches of NAMED for one architecture; a name that is not one launch is an error."""
+    found = {}
+    for name, (layer, kernel, constants) in NAMED[arch].items():
+        fitting = [
+            (launch, function)
+            for launch, function in launches(MACHINES[arch], [layer]).items()
+            if launch.kernel == kernel and constants.items() <= dict(launch.constants).items()
+        ]
+        assert len(fitting) == 1, f"{name} sm_{arch} names {len(fitting)} launches"
+        found[name] = fitting[0]
     return found

@@ -14,6 +14,8 @@ from loradrop.bank import AdapterBank, bank_of
 from loradrop.layers import LoRALinear
 from loradrop.scores import Assignment
 
+pytestmark = pytest.mark.numbers
+
 DEPTH, WIDTH, R = 4, 6, 2
 
 

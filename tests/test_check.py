@@ -21,6 +21,8 @@ from loradrop.formats.engines import ENGINES, refusal, scale
 from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS, PeftFile
 from loradrop.injection import injection_of
 
+pytestmark = pytest.mark.numbers
+
 IDS = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(5))
 BATCHES = [{"input_ids": IDS[:1]}, {"input_ids": IDS[1:], "attention_mask": IDS[1:] > 20}]
 
@@ -85,7 +87,10 @@ def test_all_engines_take_a_language_model(tmp_path: Path, loader: str) -> None:
     assert report.ok and report.loader == loader
     assert [row.engine for row in report.rows] == list(ENGINES) == list(report.required)
     assert all(row.ok and row.error <= 1e-6 for row in report.rows)
-    assert report.logits < 1e-4 and 0 < report.relative < 1e-4 == report.tolerance
+    assert report.logits < 1e-4 and report.relative < 1e-4 == report.tolerance
+    rewrite(tmp_path, lambda config, _: config.update(lora_alpha=24))  # twice what it was
+    changed = verify(model, tmp_path, BATCHES)
+    assert not changed.ok and changed.logits > 0.1 and changed.relative > 0.1
 
 
 @pytest.mark.parametrize(

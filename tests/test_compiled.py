@@ -26,6 +26,8 @@ from loradrop.op.linear import lora_linear
 from loradrop.op.philox import row_bytes
 from loradrop.testing import AWKWARD, Shape
 
+pytestmark = pytest.mark.numbers
+
 # The custom ops and torch.compile
 
 OPTIONS = {

@@ -124,7 +124,7 @@ def test_registers_and_spills(built: Built) -> None:
         assert used["STACK"] == used["LOCAL"] == 0, (name, line)
         threads = 384 if "gemm_ext_kernel" in name else 288
         assert used["REG"] * threads <= 65536, (name, line)
-        if "gemm_ext_kernel" in name:  # what setmaxnreg shares out anew
+        if "gemm_ext_kernel" in name:  # what setmaxnreg hands out again
             assert used["REG"] * 384 >= 40 * 128 + 232 * 256, (name, line)
 
 

@@ -23,7 +23,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton")
 
 from loradrop.kernels import expand, gemm_ext, gram, outer, shrink, single_pass  # noqa: E402
-from loradrop.kernels.tiles import GemmTiles, OuterTiles, ShrinkTiles  # noqa: E402
+from loradrop.kernels.tiles import GemmTiles, OuterTiles, ShrinkTiles, row_bytes  # noqa: E402
 
 S = 1.3
 SEED = torch.tensor(-81985529216486895)
@@ -79,15 +79,15 @@ class Case:
         self.h = self.h.contiguous()
         self.mask = pack(self.kept) if p else None
 
-    def shrink(self, config: ShrinkTiles, **more: Any) -> shrink.Shrunk:
+    def shrink(self, tiles: ShrinkTiles, **more: Any) -> shrink.Shrunk:
         scale = 1.0 / (1.0 - self.p)
-        return shrink.shrink(self.x, self.A, scale, config, dropout=self.p, seed=self.seed, **more)
+        return shrink.shrink(self.x, self.A, scale, tiles, dropout=self.p, seed=self.seed, **more)
 
 
 def pack(kept: Tensor) -> Tensor:
     """A mask of booleans as the kernels keep it."""
     m, k = kept.shape
-    bits = torch.zeros(m, 8 * philox.row_bytes(k), dtype=torch.uint8)
+    bits = torch.zeros(m, 8 * row_bytes(k), dtype=torch.uint8)
     bits[:, :k] = kept
     return (bits.view(m, -1, 8) << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
 
@@ -108,7 +108,7 @@ def test_shrink(shape: Shape, dtype: torch.dtype, p: float, split: int, BM: int)
     assert error(found.h, case.h) <= BOUND[dtype]
     assert (found.mask is None) == (p == 0.0)
     if found.mask is not None:
-        assert found.mask.shape == (shape.m, philox.row_bytes(shape.k))
+        assert found.mask.shape == (shape.m, row_bytes(shape.k))
         assert torch.equal(unpack(found.mask, shape.k), case.kept)
 
 
@@ -122,7 +122,7 @@ def test_norm_from_gram_matrices(shape: Shape, split: int, weighted: bool) -> No
         ShrinkTiles(32, 32, split, 4, 2, B_ROWS=64), B=case.B, token_weights=weights
     )
     assert found.grams is not None
-    ours = float(gram.norm(found.grams, found.h, case.B, S, weights))
+    ours = float(gram.sqnorm(found.grams, found.h, case.B, S, weights))
     exact = float(reference.sqnorm(found.h, case.B, S, weights))
     assert ours == pytest.approx(exact, rel=1e-5)
     plain = case.shrink(ShrinkTiles(32, 32, split, 4, 2))
@@ -142,7 +142,7 @@ def test_norm_where_the_inner_product_cancels(r: int, weighted: bool) -> None:
     g, c = (planes.double().sum(0) for planes in found.grams)
     value, size = float((g * c).sum()), float((g * c).abs().sum())
     assert gram._CANCELS * value < size, "the case must reach the second form"
-    ours = float(gram.norm(found.grams, found.h, case.B, S, weights))
+    ours = float(gram.sqnorm(found.grams, found.h, case.B, S, weights))
     exact = float(reference.sqnorm(found.h, case.B, S, weights))
     assert ours == pytest.approx(exact, rel=1e-5)
 
@@ -153,7 +153,7 @@ def test_gram_leaves_out_rows_of_weight_zero() -> None:
         case.x[case.weights == 0] = math.nan
         found = case.shrink(ShrinkTiles(32, 32, 1, 4, 2), B=case.B, token_weights=case.weights)
         assert found.grams is not None
-        ours = float(gram.norm(found.grams, found.h, case.B, S, case.weights))
+        ours = float(gram.sqnorm(found.grams, found.h, case.B, S, case.weights))
         exact = float(reference.sqnorm(found.h, case.B, S, case.weights))
         assert ours == pytest.approx(exact, rel=1e-5)
 
@@ -166,7 +166,7 @@ def test_weights_of_any_size(size: float, r: int) -> None:
     weights = size * case.weights
     found = case.shrink(ShrinkTiles(32, 32, 1, 4, 2), B=case.B, token_weights=weights)
     assert found.grams is not None
-    ours = float(gram.norm(found.grams, found.h, case.B, S, weights))
+    ours = float(gram.sqnorm(found.grams, found.h, case.B, S, weights))
     exact = float(reference.sqnorm(found.h, case.B, S, weights))
     assert ours == pytest.approx(exact, rel=1e-5)
 
@@ -176,7 +176,7 @@ def test_no_weight_at_all() -> None:
     nothing = torch.zeros(SHAPES["small"].m)
     found = case.shrink(ShrinkTiles(32, 32, 1, 4, 2), B=case.B, token_weights=nothing)
     assert found.grams is not None
-    assert float(gram.norm(found.grams, found.h, case.B, S, nothing)) == 0.0
+    assert float(gram.sqnorm(found.grams, found.h, case.B, S, nothing)) == 0.0
 
 
 TILES = {
@@ -195,7 +195,7 @@ def test_gemm_ext_forward(shape: Shape, dtype: torch.dtype, tiles: GemmTiles, tu
     case = Case(shape, dtype)
     q = (case.weight.T.contiguous().T if turned else case.weight).T
     for first in (False, True):
-        y, _ = gemm_ext.gemm_ext(case.x, q, case.bias, case.h, case.B.T, S, tiles, 2, first=first)
+        y = gemm_ext.gemm_ext(case.x, q, case.bias, case.h, case.B.T, S, tiles, 2, first=first)
         assert error(y, case.y) <= BOUND[dtype]
 
 
@@ -211,7 +211,7 @@ def test_gemm_ext_scales_only_the_lora_product(scale: float, dtype: torch.dtype)
     case = Case(SHAPES["ragged"], dtype)
     exact = case.x.double() @ case.weight.double().T
     exact += scale * (case.h.double() @ case.B.to(dtype).double().T)
-    y, _ = gemm_ext.gemm_ext(
+    y = gemm_ext.gemm_ext(
         case.x, case.weight.T, None, case.h, case.B.T, scale, TILES["pointers"], 3
     )
     assert error(y, exact) <= BOUND[dtype]
@@ -248,7 +248,7 @@ def test_gemm_ext_backward(shape: Shape, dtype: torch.dtype, p: float, tiles: Ge
     t = (S / (1 - case.p) * (case.dy.float() @ case.B.to(dtype).float())).to(dtype)
     delta = torch.where(case.kept, t.double() @ case.A.to(dtype).double(), 0.0)
     exact = case.dy.double() @ case.weight.double() + delta
-    dx, _ = gemm_ext.gemm_ext(case.dy, case.weight, None, t, case.A, 1.0, tiles, 2, mask=case.mask)
+    dx = gemm_ext.gemm_ext(case.dy, case.weight, None, t, case.A, 1.0, tiles, 2, mask=case.mask)
     assert error(dx, exact) <= BOUND[dtype]
     other = expand.expand(
         case.dy @ case.weight, t, case.A, 1.0, GemmTiles(32, 32, 0, 4, 1), case.mask, in_place=True
@@ -258,27 +258,11 @@ def test_gemm_ext_backward(shape: Shape, dtype: torch.dtype, p: float, tiles: Ge
     assert error(alone, delta) <= BOUND[dtype]
 
 
-@each_shape
-@each_dtype
-def test_gemm_ext_norm_is_of_the_tiles(shape: Shape, dtype: torch.dtype) -> None:
-    case = Case(shape, dtype)
-    operands = (case.x, case.weight.T, case.bias, case.h, case.B.T, S)
-    for weights in (None, case.weights):
-        y, parts = gemm_ext.gemm_ext(
-            *operands, TILES["pointers"], 3, norm=True, token_weights=weights
-        )
-        plain, _ = gemm_ext.gemm_ext(*operands, TILES["pointers"], 3, first=True)
-        assert torch.equal(y, plain)
-        assert parts is not None
-        exact = float(reference.sqnorm(case.h, case.B, S, weights))
-        assert float(gram.total(parts, S)) == pytest.approx(exact, rel=1e-5)
-
-
 @each_dtype
 def test_gemm_ext_without_lora(dtype: torch.dtype) -> None:
     case = Case(SHAPES["ragged"], dtype)
     for tiles in TILES.values():
-        y, _ = gemm_ext.gemm_ext(case.x, case.weight.T, None, None, None, 1.0, tiles, 2)
+        y = gemm_ext.gemm_ext(case.x, case.weight.T, None, None, None, 1.0, tiles, 2)
         assert error(y, case.x.double() @ case.weight.double().T) <= BOUND[dtype]
 
 
@@ -300,7 +284,7 @@ def test_every_tile_has_its_turn_once(tiles_m: int, tiles_n: int, group: int) ->
     q = torch.eye(16, n) * 0 + torch.arange(1.0, n + 1) / 16
     tiles = GemmTiles(16, 32, 16, 4, 2, group=group)
     for programs in (1, 4):
-        y, _ = gemm_ext.gemm_ext(p, q, None, None, None, 1.0, tiles, programs)
+        y = gemm_ext.gemm_ext(p, q, None, None, None, 1.0, tiles, programs)
         torch.testing.assert_close(y, p @ q)
 
 
@@ -329,7 +313,7 @@ def test_single_pass(shape: Shape, dtype: torch.dtype, weighted: bool) -> None:
     case = Case(shape, dtype)
     weights = case.weights if weighted else None
     operands = (case.x, case.weight, case.bias, case.A, case.B, S, GemmTiles(16, 32, 32, 4, 2))
-    y, h, parts = single_pass.single_pass(*operands, norm=True, token_weights=weights)
+    y, h, parts = single_pass.single_pass(*operands, sqnorm=True, token_weights=weights)
     assert error(h, case.h) <= BOUND[dtype]
     assert error(y, case.y) <= BOUND[dtype]
     assert parts is not None
@@ -340,14 +324,34 @@ def test_single_pass(shape: Shape, dtype: torch.dtype, weighted: bool) -> None:
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_the_mask_keeps_its_share(p: float) -> None:
+def test_the_mask_keeps_its_fraction(p: float) -> None:
     m, k = 64, 512
     x, A = torch.ones(m, k), torch.ones(1, k)
     found = shrink.shrink(
         x, A, 1.0, ShrinkTiles(32, 64, 1, 4, 2), dropout=philox.quantize(p), seed=SEED
     )
     assert found.mask is not None
-    share = unpack(found.mask, k).double().mean()
-    assert abs(float(share) - (1 - p)) < 5 * math.sqrt(p * (1 - p) / (m * k))
+    fraction = unpack(found.mask, k).double().mean()
+    assert abs(float(fraction) - (1 - p)) < 5 * math.sqrt(p * (1 - p) / (m * k))
     kept = unpack(found.mask, k).sum(1, keepdim=True)
     assert torch.equal(found.h, kept.float())  # what is multiplied is what the mask says
+
+
+# (seed, element, lane): the element's 16 bits of Philox, one for each value of element & 7. For an
+# odd element they are the upper half of a word; the lower half is 0 here, so all 32 bits are equal.
+LANES = [
+    *((1698, 48, 32768), (252, 97, 10468), (794, 2, 32768), (2122, 19, 61931)),
+    *((653, 28, 32768), (117, 5, 5176), (147, 142, 32768), (3011, 79, 19769)),
+]
+
+
+@pytest.mark.parametrize(("seed", "element", "lane"), LANES)
+@pytest.mark.parametrize("k", [75, 80], ids=["ragged", "aligned"])
+def test_an_element_at_the_threshold_is_kept(seed: int, element: int, lane: int, k: int) -> None:
+    row, column = divmod(element, k)
+    x, A, drawn = torch.ones(2, k), torch.ones(1, k), torch.tensor(seed)
+    for threshold, kept in ((lane, True), (lane + 1, False)):
+        found = shrink.shrink(
+            x, A, 1.0, ShrinkTiles(16, 32, 1, 4, 2), dropout=threshold / 65536, seed=drawn
+        )
+        assert found.mask is not None and bool(unpack(found.mask, k)[row, column]) is kept

@@ -14,6 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import loradrop
 from loradrop.layers import LoRALinear
 
+pytestmark = pytest.mark.numbers
+
 K, N, R = 12, 10, 4
 
 
@@ -238,8 +240,10 @@ def test_compiled_model(p: float) -> None:
     y.backward(dy)
     delta = y.detach() - nn.functional.linear(x, model.weight, model.bias)
     inner = float((dy * delta).sum())
+    roundings = 1e-5 * float((dy * y.detach()).abs().sum())  # of delta and of the sums
     for factor in model.lora_bank.factors(0):
-        assert float((factor.grad * factor).detach().sum()) == pytest.approx(inner, rel=1e-4)
+        found = float((factor.grad * factor).detach().sum())
+        assert abs(found - inner) <= roundings < 1e-3 * abs(inner)
     if p == 0.0:
         torch.testing.assert_close(y, model(x))
     else:

@@ -42,6 +42,8 @@ from loradrop.op import philox, reference
 from loradrop.op.linear import lora_add, lora_linear
 from loradrop.testing import AWKWARD, Shape, assert_within, torch_delta
 
+pytestmark = pytest.mark.numbers
+
 # Values and gradients
 
 

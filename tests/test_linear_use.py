@@ -27,6 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from loradrop.op.linear import lora_add, lora_linear
 from loradrop.testing import AWKWARD, assert_within
 
+pytestmark = pytest.mark.numbers
+
 # Autocast
 
 

@@ -23,6 +23,8 @@ from loradrop.methods.vera import VeRA
 from loradrop.pairs import AFTER, INITS
 from loradrop.scores import Scores, Target
 
+pytestmark = pytest.mark.numbers
+
 WIDTH, R, DEPTH = 10, 3, 3
 
 

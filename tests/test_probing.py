@@ -19,6 +19,8 @@ from loradrop.collector import Collector
 from loradrop.injection import injection_of
 from loradrop.scores import Scores
 
+pytestmark = pytest.mark.numbers
+
 WIDTH, R, VOCABULARY = 12, 3, 20
 Batch = dict[str, Tensor]
 

@@ -13,6 +13,8 @@ from loradrop.op.call import Call, Needs, Saved
 from loradrop.op.linear import lora_add, lora_linear
 from loradrop.testing import torch_delta
 
+pytestmark = pytest.mark.numbers
+
 S, P = 1.3, 0.3
 SEED = torch.tensor(20240601)
 

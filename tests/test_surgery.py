@@ -15,6 +15,8 @@ import loradrop
 from loradrop import LoRAConfig
 from loradrop.layers import LoRALinear
 
+pytestmark = pytest.mark.numbers
+
 WIDTH, R = 8, 3
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loradrop.kernels.tiles import row_bytes
 from loradrop.op import dispatch
 from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved
 from loradrop.op.function import Sinks, gradients, saved_of, saved_tensors
-from loradrop.op.philox import row_bytes
 
 AUTO = "auto"
 _FIELDS = len(Call._fields)

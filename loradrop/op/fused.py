@@ -20,7 +20,7 @@ from torch.nn.functional import linear, pad
 from loradrop.kernels import tiles
 from loradrop.kernels.expand import expand
 from loradrop.kernels.gemm_ext import gemm_ext, scale_mode
-from loradrop.kernels.gram import norm as norm_of_grams
+from loradrop.kernels.gram import sqnorm as sqnorm_of_grams
 from loradrop.kernels.gram import total
 from loradrop.kernels.outer import outer
 from loradrop.kernels.shrink import shrink
@@ -62,7 +62,7 @@ def by_triton(
         machine, p.dtype, p.shape[0], q.shape[1], first=mask is not None, aligned=aligned
     )
     programs = machine.sms * cut.per_sm
-    return gemm_ext(p, q, bias, h, l, scale, cut, programs, mask=mask)[0]
+    return gemm_ext(p, q, bias, h, l, scale, cut, programs, mask=mask)
 
 
 def by_cuda(
@@ -97,7 +97,7 @@ def small_m_triton(call: Call, weights: Tensor | None) -> Output | None:
     cut = tiles.single_pass(tiles.machine_of(x.device), x.dtype, x.shape[0])
     y, h, parts = single_pass(
         x, weight, call.bias, call.A, call.B, call.scaling, cut,
-        norm=call.sqnorm, token_weights=weights,
+        sqnorm=call.sqnorm, token_weights=weights,
     )  # fmt: skip
     return Output(y, h, None, None if parts is None else total(parts, call.scaling))
 
@@ -165,7 +165,7 @@ class Fused:
             y = self.extend(x, weight.T, bias, h, B.T, scaling)
         sqnorm = None
         if thin.grams is not None:
-            sqnorm = norm_of_grams(thin.grams, h, B, scaling, weights)
+            sqnorm = sqnorm_of_grams(thin.grams, h, B, scaling, weights)
         elif call.sqnorm:  # float32: the digits of its products need float64
             sqnorm = eager.sqnorm(h, B, scaling, call.token_weights)
         return Output(y, h, thin.mask, sqnorm)

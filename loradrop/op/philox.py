@@ -9,6 +9,8 @@ and element e takes lane e & 7. It is kept iff its lane is at least round(p·2¹
 import torch
 from torch import Tensor
 
+from loradrop.kernels.tiles import row_bytes as row_bytes
+
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
@@ -31,11 +33,6 @@ def quantize(p: float) -> float:
 def gain(p: float) -> float:
     """1/(1−p): what the sum of the kept elements is multiplied by."""
     return 1.0 / (1.0 - p)
-
-
-def row_bytes(columns: int) -> int:
-    """The bytes of one row of a mask kept as bits: whole words of 32 columns, lowest bit first."""
-    return -(-columns // 32) * 4
 
 
 def philox4x32(counter: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
