@@ -37,7 +37,7 @@ lint: $(DEV) ## ruff, and mypy in strict mode
 bench: $(DEV) ## time the op against its rivals on this machine
 	@$(BIN)/python benchmarks/bench_lora_linear.py
 
-readme: $(DEV) ## the README's tables, from the committed results
+readme: $(DEV) ## the tables of the README and docs/results.md, from the committed results
 	@$(BIN)/python benchmarks/tables.py
 
 clean: ## remove what builds and tools leave; .venv and runs stay

@@ -2,7 +2,8 @@
 
 Every provider gets the same x, W, A and B, and is compared with the float64 reference before it is
 timed: a wrong one gets no number, and the script ends with 1. Several processes measure every cell,
-its providers interleaved; ratios are formed within a process. A second run adds what is missing.
+its providers interleaved; ratios are formed within a process. A second run adds what is missing;
+a provider that ends or hangs its process is named, and costs the others nothing.
 
     python benchmarks/bench_lora_linear.py                                  the CPU, one thread
     python benchmarks/bench_lora_linear.py --device cuda                    one CUDA device, all
@@ -16,8 +17,8 @@ CUDA graph. `frozen`, `cublas` and `gemm_*` are the products without an adapter;
 
 import sys
 
-import harness
-from providers import providers
+from lib import harness
+from lib.providers import providers
 
 BENCH = harness.Bench(
     __file__, providers, {"cpu": "encoders", "cuda": "llama,lorafusion,gqa,decode"}

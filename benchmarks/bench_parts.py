@@ -5,24 +5,31 @@ explain. bfloat16, one CUDA device.
     shrink, outer, addmm_       the thin products; `addmm_` is what the chunk replaces
 
 Forward and backward: xWᵀ and x·Aᵀ, dyW and dy·B, dA and dB. Beside every time stand the operations
-and the fewest bytes of it, and in the file what this GPU copies and multiplies at.
+and the fewest bytes of it, and in the file what this GPU copies and multiplies at. A kernel that
+ends or hangs its process is named, and the others are measured without it.
 
     python benchmarks/bench_parts.py
 """
 
+import argparse
+import gc
+import sys
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import machine
-import single
 import torch
-from grids import shapes
-from providers import by_triton
 from torch import Tensor
+
+from lib import RESULTS, cells, environment, package, timing, workers
+from lib.grids import shapes
+from lib.harness import device_survives, first_line
+from loradrop.testing import error
 
 SHAPES = "8192x4096x4096,8192x4096x14336,8192x14336x4096,8192x4096x1024"
 RANKS = (16, 64)
+CEILINGS = {"what": "ceilings"}
 
 
 class Part(NamedTuple):
@@ -49,35 +56,29 @@ def _product(p: Tensor, q: Tensor, run: Callable[[], Tensor], *more: Tensor) -> 
     return Part(run, partial(value, True), partial(value, False), 2 * m * (d + ranks) * c, bytes_)
 
 
-def parts(m: int, k: int, n: int, r: int) -> dict[str, Part]:
+def parts(m: int, k: int, n: int, r: int, device: str = "cuda") -> dict[str, Part]:
     """By name; those of the backward pass end in " of dx", " of dy", " for dA" or " for dB"."""
-    from loradrop.kernels import tiles as config
-    from loradrop.kernels.outer import outer
-    from loradrop.kernels.shrink import shrink
-    from loradrop.op import fused
 
-    chip, half = config.machine_of(torch.device("cuda")), torch.bfloat16
-    x, W, dy = single.normal(m, k), single.normal(n, k, k**-0.5), single.normal(m, n)
-    A, B = single.normal(r, k, k**-0.5), single.normal(n, r, r**-0.5)
-    h, t = single.normal(m, r), single.normal(m, r)
+    def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(rows, columns, device=device).mul_(scale).bfloat16()
 
-    def wide(p: Tensor, q: Tensor, h: Tensor, l: Tensor) -> tuple[Part, Part, Part]:
-        chunk = partial(fused.by_triton, p, q, None, h, l, 1.0)
-        return (
-            _product(p, q, partial(torch.mm, p, q)),
-            _product(p, q, partial(by_triton, p, q)),
-            _product(p, q, chunk, h, l),
-        )
+    x, W, dy = normal(m, k), normal(n, k, k**-0.5), normal(m, n)
+    A, B = normal(r, k, k**-0.5), normal(n, r, r**-0.5)
+    h, t, y = normal(m, r), normal(m, r), normal(m, n)
+
+    def wide(end: str, p: Tensor, q: Tensor, h: Tensor, l: Tensor) -> dict[str, Part]:
+        return {
+            f"cublas{end}": _product(p, q, partial(torch.mm, p, q)),
+            f"gemm{end}": _product(p, q, partial(package.gemm_triton, p, q)),
+            f"gemm+chunk{end}": _product(p, q, partial(package.gemm_triton, p, q, h, l), h, l),
+        }
 
     def thin(p: Tensor, a: Tensor) -> Part:
-        tiles = config.shrink(chip, half, *p.shape, r)
-        return _product(p, a.T, lambda: shrink(p, a, 1.0, tiles).h)
+        return _product(p, a.T, partial(package.shrink, p, a))
 
     def tall(p: Tensor, q: Tensor) -> Part:
-        tiles = config.outer(chip, half, *p.shape, r)
-        return _product(p.T, q, lambda: outer(p, q, 1.0, half, tiles))
+        return _product(p.T, q, partial(package.outer, p, q))
 
-    y = single.normal(m, n)
     added = Part(
         lambda: y.addmm_(h, B.T, alpha=1e-3),  # y must not overflow
         lambda: y.double() + 1e-3 * h.double() @ B.double().T,
@@ -85,46 +86,93 @@ def parts(m: int, k: int, n: int, r: int) -> dict[str, Part]:
         2 * m * n * r,
         (2 * y.numel() + h.numel() + B.numel()) * y.element_size(),
     )
-    names = "cublas", "gemm", "gemm+chunk"
-    forward = dict(zip(names, wide(x, W.T, h, B.T), strict=True))
-    backward = zip(names, wide(dy, W, t, A), strict=True)
     return {
-        **forward,
+        **wide("", x, W.T, h, B.T),
         "shrink": thin(x, A),
         "addmm_": added,
-        **{f"{name} of dx": part for name, part in backward},
+        **wide(" of dx", dy, W, t, A),
         "shrink of dy": thin(dy, B.T),
         "outer for dA": tall(x, t),
         "outer for dB": tall(dy, h),
     }
 
 
-def floor_us(row: dict[str, float], ceilings: dict[str, float]) -> float:
-    """The larger of operations over rate and bytes over bandwidth."""
-    work = row["flops"] / ceilings["bf16_flops_per_s"], row["bytes"] / ceilings["copy_bytes_per_s"]
-    return 1e6 * max(work)
+def fault(part: Part) -> str | None:
+    """None where a part is within twice PyTorch's error, or what is wrong with it."""
+    exact, plain = part.exact(), part.plain()
+    found, limit = error(part.run(), exact), 2 * error(plain, exact)
+    return None if found <= limit else f"relative error {found:.3g}, PyTorch's is {limit / 2:.3g}"
 
 
-def main() -> None:
-    args = single.arguments(__doc__, __file__)
-    ceilings = machine.ceilings()
-    rows: single.Rows = []
-    for m, k, n in shapes(SHAPES):
-        for r in RANKS:
-            sizes, found = {"M": m, "K": k, "N": n, "r": r}, parts(m, k, n, r)
-            faults = {}
-            for name, part in found.items():
-                exact, plain = part.exact(), part.plain()
-                if fault := single.right(part.run, exact, plain):
-                    faults[name] = {**sizes, "variant": name, "fault": fault}
-            calls = {name: part.run for name, part in found.items() if name not in faults}
-            for row in single.timed(sizes, calls, args.seconds):
-                part = found[row["variant"]]
-                row |= {"flops": part.flops, "bytes": part.bytes}
-                rows.append(row | {"of_floor": row["median_us"] / floor_us(row, ceilings)})
-            rows += faults.values()
-    single.finish(args, rows, "of_floor", {"ceilings": ceilings})
+def measured(
+    found: dict[str, Part],
+    device: str,
+    seconds: float,
+    without: set[str],
+    begin: Callable[[str], None],
+) -> dict[str, Any]:
+    """The figures of the parts of one layer, or the fault of each that has none."""
+    figures, calls = {}, {}
+    for name, part in found.items():
+        if name in without:
+            continue
+        begin(name)
+        try:
+            wrong = fault(part)
+        except Exception as exception:  # a kernel that does not compile is a finding
+            if not device_survives(device):
+                raise workers.BrokenDeviceError(name, first_line(exception)) from None
+            wrong = first_line(exception)
+        if wrong:
+            figures[name] = {"fault": wrong}
+        else:
+            calls[name] = part.run
+    begin(workers.TASK)
+    for name, sample in timing.measure(calls, device, seconds).items() if calls else ():
+        times = {n: round(getattr(sample, n), 2) for n in ("median_us", "p20_us", "p80_us")}
+        figures[name] = times | {"flops": found[name].flops, "bytes": found[name].bytes}
+    return {"parts": figures}
+
+
+def work(
+    args: argparse.Namespace, key: cells.Key, without: set[str], begin: Callable[[str], None]
+) -> dict[str, Any]:
+    """What a worker does with a cell."""
+    torch.set_num_threads(1)
+    gc.collect()
+    if key == CEILINGS:
+        return environment.ceilings()
+    found = parts(*(key[name] for name in "MKNr"), args.device)
+    if "triton" in args.without.split(","):
+        without |= {name for name in found if not name.startswith(("cublas", "addmm_"))}
+    return measured(found, args.device, args.seconds, without, begin)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Ends with 1 where a part is wrong or fails."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda", help="cpu rehearses")
+    parser.add_argument("--shapes", default=SHAPES)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for one size")
+    parser.add_argument("--without", default="", help="backends to leave out: triton")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
+    parser.add_argument("--commit", help="default: git's HEAD")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.device == "cuda":
+        environment.need_cuda("bench_parts")
+    if args.worker:
+        workers.serve(partial(work, args))
+        return 0
+    path = environment.folder(args.results, args.device) / "bench_parts.json"
+    keys: list[cells.Key] = [CEILINGS] if args.device == "cuda" else []
+    sizes = [(*shape, r) for shape in shapes(args.shapes) for r in RANKS]
+    keys += [dict(zip("MKNr", size, strict=True)) for size in sizes]
+    command = [__file__, "--seconds", str(args.seconds), "--without", args.without]
+    return 0 if cells.fill(path, command, keys, 90.0, args) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,8 +12,8 @@ Files, options and protocol are those of `bench_lora_linear.py`.
 
 import sys
 
-import harness
-from providers import probing
+from lib import harness
+from lib.providers import probing
 
 BENCH = harness.Bench(__file__, probing, {"cpu": "encoders", "cuda": "probe"})
 

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from lib import RESULTS
 from loradrop.bank import AdapterBank
 from loradrop.config import LoRAConfig
 from loradrop.files import read_json, write_json
@@ -34,7 +35,7 @@ from loradrop.settings import TrainConfig
 from loradrop.text.task import DataConfig, TextTask, collator, load_task, metric_fn, tokenize
 from loradrop.training import fit
 
-RESULTS = Path(__file__).parent / "results" / "cpu" / "bench_quality.json"
+RESULT = RESULTS / "cpu" / "bench_quality.json"
 TARGETS = ("query", "value")  # the paper's counts fit these
 LEARNING_RATE = 3e-3
 
@@ -178,7 +179,7 @@ def main() -> None:
         "--minutes", type=float, default=float("inf"), help="start no run after so many minutes"
     )
     parser.add_argument("--precision", default="bf16", choices=("float32", "bf16"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     torch.set_num_threads(1)
     tasks = {}

@@ -19,22 +19,21 @@ and a gradient to every B.
 
 import argparse
 import gc
-import json
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import clocks
-import machine
-import timing
 import torch
 from torch import Tensor, nn
 
 import loradrop
-from loradrop.files import read_json, write_json
+from lib import RESULTS, cells, environment, timing, workers
+from lib.harness import first_line
 
 RANK, ALPHA = 16, 32
 ARMS = ("peft_bf16", "peft_fp32", "loradrop", "loradrop_half")
@@ -166,7 +165,7 @@ def run(name: str, arm: str, checkpointing: bool, device: str, seconds: float) -
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     times = timed(step, device, seconds)
-    low, high = clocks.fifths(times)
+    low, high = timing.fifths(times)
     return {
         "median_ms": round(statistics.median(times), 2),
         "p20_ms": round(low, 2),
@@ -178,68 +177,51 @@ def run(name: str, arm: str, checkpointing: bool, device: str, seconds: float) -
     }
 
 
-def _cell(args: argparse.Namespace) -> dict[str, Any]:
-    name, arm, checkpointing = json.loads(args.worker)
+def work(
+    args: argparse.Namespace, key: cells.Key, without: set[str], begin: Callable[[str], None]
+) -> dict[str, Any]:
+    """What a worker does with a cell."""
+    begin(workers.TASK)
     try:
-        return run(name, arm, checkpointing, args.device, args.seconds)
+        return run(*(key[name] for name in ("size", "arm", "checkpointing")), args.device,
+                   args.seconds)  # fmt: skip
     except torch.OutOfMemoryError:
         return {"fault": "out of memory"}
     except AssertionError as error:
-        return {"fault": str(error), "wrong": True}
-
-
-def _measured(args: argparse.Namespace, cell: list[Any]) -> dict[str, Any]:
-    """The figures of a cell, from a process of its own."""
-    options = ["--device", args.device, "--seconds", str(args.seconds)]
-    options += ["--worker", json.dumps(cell)]
-    try:
-        (found,) = timing.in_process(__file__, options)
-    except RuntimeError as error:
-        found = {"fault": str(error), "wrong": True}
-    return found
+        return {"fault": str(error)}
+    except Exception as error:
+        return {"fault": first_line(error)}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Ends with 1 where an arm was wrong."""
+    """Ends with 1 where a cell has no figures."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", help=f"of {', '.join(SIZES)}; default: tiny, on CUDA 1b,8b")
     parser.add_argument("--seconds", type=float, default=10.0, help="of timed steps, for a cell")
-    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    parser.add_argument("--without", default="", help="backends; loradrop goes with them")
+    parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--commit", help="default: git's HEAD")
-    parser.add_argument("--results", type=Path, default=machine.RESULTS)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.device == "cuda":
-        machine.need_cuda("--device cuda")
+        environment.need_cuda("--device cuda")
     if args.worker:
-        print(json.dumps(_cell(args)), flush=True)
+        workers.serve(partial(work, args))
         return 0
     sizes = (args.size or ("tiny" if args.device == "cpu" else "1b,8b")).split(",")
     if unknown := [name for name in sizes if name not in SIZES]:
         sys.exit(f"--size {unknown[0]} is unknown; there are {', '.join(SIZES)}")
-    path = machine.folder(args.results, args.device) / "bench_train_step.json"
-    facts = machine.facts(args.device, args.commit)
-    report = read_json(path) if path.exists() and not args.fresh else {}
-    about = report.get("environment", {})
-    if any(about.get(name) != value for name, value in facts.items()):
-        report = {"environment": machine.environment(args.device, facts), "cells": []}
-    failed = False
-    for name in sizes:
-        for checkpointing in (True, False):
-            for arm in ARMS:
-                key = {"size": name, "arm": arm, "checkpointing": checkpointing}
-                if any(key.items() <= cell.items() for cell in report["cells"]):
-                    continue
-                found = _measured(args, [name, arm, checkpointing])
-                print(*key.values(), found.get("fault") or f"{found['median_ms']} ms", flush=True)
-                if found.pop("wrong", False):
-                    failed = True
-                    continue
-                report["cells"].append(key | found)
-                write_json(path, report)
-    return 1 if failed else 0
+    path = environment.folder(args.results, args.device) / "bench_train_step.json"
+    arms = [arm for arm in ARMS if not (args.without and arm.startswith("loradrop"))]
+    if len(arms) < len(ARMS):
+        print(f"without {args.without}, which the dispatcher might pick, loradrop is left out")
+    order = itertools.product(sizes, (True, False), arms)
+    keys = [{"size": name, "arm": arm, "checkpointing": kept} for name, kept, arm in order]
+    command = [__file__, "--seconds", str(args.seconds)]
+    return 0 if cells.fill(path, command, keys, 300.0, args) else 1
 
 
 if __name__ == "__main__":

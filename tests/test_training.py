@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -36,6 +35,8 @@ from loradrop import trainer as trainer_module
 from loradrop.methods import Method
 from loradrop.trainer import MethodCallback, last_checkpoint
 from loradrop.training import Result, warm_up
+
+datasets = pytest.importorskip("datasets")
 
 # 44 rows in batches of 8: 6 steps an epoch, the last batch small. Both stages end inside an epoch.
 ROWS, TOTAL, WARMUP = 44, 22, 8

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import Case, Output
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+
+from lib.cases import Case, Output
 
 
 def frozen(case: Case) -> Callable[[], Output]:
@@ -117,7 +118,7 @@ def addmm(case: Case) -> Callable[[], Output]:
 
 
 def merged(case: Case) -> Callable[[], Output]:
-    """One product with W + s·B·A, merged anew in every call and rounded to the weight's dtype.
+    """One product with W + s·B·A, merged in every call and rounded to the weight's dtype.
 
     What merging beforehand costs is the frozen product: see there. Small deltas are rounded away in
     half precision, and a mask on the adapter's input has no place: for inference only.

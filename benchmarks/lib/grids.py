@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from itertools import product
 from typing import NamedTuple
 
-from timing import Cell
+from lib.results import Cell
 
 BOTH = ("forward", "forward_backward")
 RANKS = (16, 64, 8, 128)  # the most telling first

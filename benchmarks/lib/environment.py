@@ -1,5 +1,6 @@
 """What was measured on: the columns that every row of one run shares, and the rates of a GPU."""
 
+import os
 import platform
 import statistics
 import subprocess
@@ -8,15 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clocks import cuda_clock
 
+from lib import ROOT, timing
 from loradrop.env import report
-from loradrop.op.costs import Problem
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-_COPY_BYTES = 1 << 30
-_SQUARE = 8192  # a product that fills any GPU
+COPY_BYTES = 1 << 30
+SQUARE = 8192  # a product that fills any GPU
 
 
 def need_cuda(asked_by: str) -> None:
@@ -42,28 +40,30 @@ def folder(results: Path, device: str) -> Path:
     return results / ("cpu" if device == "cpu" else device_name(device).lower().replace(" ", "-"))
 
 
+def _output(*command: str) -> str:
+    """The first line that a command prints; empty where there is no such command."""
+    try:
+        text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    except OSError:
+        return ""
+    return (text.splitlines() or [""])[0].strip()
+
+
 def facts(device: str, commit: str | None) -> dict[str, str]:
     """The columns that are the same in every row of one run."""
-
-    def said(*command: str) -> str:
-        try:
-            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        except FileNotFoundError:
-            return ""
-
     driver = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
     return {
         "device": device_name(device),
         "torch": torch.__version__,
         "triton": report()["packages"]["triton"] or "",
-        "driver": said(*driver).split("\n")[0] if device == "cuda" else "",
-        "commit": commit or said("git", "rev-parse", "--short", "HEAD"),
+        "driver": _output(*driver) if device == "cuda" else "",
+        "commit": commit or _output("git", "rev-parse", "--short", "HEAD"),
     }
 
 
 def environment(device: str, about: dict[str, str]) -> dict[str, Any]:
     """Everything that is known about the machine, for the JSON beside a result file."""
-    known = report() | {"platform": platform.system()} | about
+    known = report() | {"platform": platform.system(), "processors": os.cpu_count()} | about
     return known if device == "cpu" else known | {"chip": chip()}
 
 
@@ -79,20 +79,13 @@ def chip() -> dict[str, int]:
 
 def ceilings() -> dict[str, float]:
     """What the GPU reaches: a large copy in bytes/s (read + written), a product in FLOP/s."""
-    source = torch.empty(_COPY_BYTES, dtype=torch.int8, device="cuda").random_()
+    source = torch.empty(COPY_BYTES, dtype=torch.int8, device="cuda").random_()
     target = torch.empty_like(source)
-    a, b = torch.randn(2, _SQUARE, _SQUARE, device="cuda").bfloat16().unbind()
+    a, b = torch.randn(2, SQUARE, SQUARE, device="cuda").bfloat16().unbind()
     calls = (lambda: target.copy_(source)), (lambda: a @ b)
-    times = [cuda_clock(calls) for _ in range(12)][2:]  # the first two warm up
+    times = [timing.cuda_clock(calls) for _ in range(12)][2:]  # the first two warm up
     copy, product = (statistics.median(column) for column in zip(*times, strict=True))
     return {
-        "copy_bytes_per_s": 2 * _COPY_BYTES / copy * 1e6,
-        "bf16_flops_per_s": 2 * _SQUARE**3 / product * 1e6,
+        "copy_bytes_per_s": 2 * COPY_BYTES / copy * 1e6,
+        "bf16_flops_per_s": 2 * SQUARE**3 / product * 1e6,
     }
-
-
-def problem(x: torch.Tensor, n: int, r: int, dropout: float = 0.0, grad: bool = True) -> Problem:
-    """What the dispatcher knows about the layer of x (M, K) with N outputs and rank r."""
-    m, k = x.shape
-    arch, sms = (chip()["arch"], chip()["sms"]) if x.device.type == "cuda" else (0, 0)
-    return Problem(x.device.type, x.dtype, m, k, n, r, dropout, grad, True, arch, sms)
