@@ -25,14 +25,16 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import lib
 import loradrop
-from lib import RESULTS, cells, environment, timing, workers
+from lib import cells, environment, timing, workers
 from lib.harness import first_line
 
 RANK, ALPHA = 16, 32
@@ -100,6 +102,18 @@ def adapt(model: nn.Module, arm: str, batch: dict[str, Tensor]) -> nn.Module:
     scores = loradrop.probe(model, [{"input_ids": batch["input_ids"][:1]}])
     loradrop.share(model, loradrop.select(scores, budget=0.5))
     return model
+
+
+def able_arms(without: str) -> list[str]:
+    """The arms that can run here; says why others are left out."""
+    reasons = {}
+    if find_spec("peft") is None:
+        reasons["peft"] = "PEFT is not installed"
+    if without:
+        reasons["loradrop"] = f"the dispatcher might pick {without}"
+    for name, reason in reasons.items():
+        print(f"{name} is left out: {reason}")
+    return [arm for arm in ARMS if arm.split("_")[0] not in reasons]
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -203,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--without", default="", help="backends; loradrop goes with them")
     parser.add_argument("--fresh", action="store_true", help="measure everything again")
     parser.add_argument("--commit", help="default: git's HEAD")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=lib.RESULTS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.device == "cuda":
@@ -215,10 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [name for name in sizes if name not in SIZES]:
         sys.exit(f"--size {unknown[0]} is unknown; there are {', '.join(SIZES)}")
     path = environment.folder(args.results, args.device) / "bench_train_step.json"
-    arms = [arm for arm in ARMS if not (args.without and arm.startswith("loradrop"))]
-    if len(arms) < len(ARMS):
-        print(f"without {args.without}, which the dispatcher might pick, loradrop is left out")
-    order = itertools.product(sizes, (True, False), arms)
+    order = itertools.product(sizes, (True, False), able_arms(args.without))
     keys = [{"size": name, "arm": arm, "checkpointing": kept} for name, kept, arm in order]
     command = [__file__, "--seconds", str(args.seconds)]
     return 0 if cells.fill(path, command, keys, 300.0, args) else 1

@@ -155,7 +155,7 @@ def providers(dtype: str, device: str) -> list[Provider]:
 
 def probing(dtype: str, device: str) -> list[Provider]:
     """Those of `bench_probe`: the norm on and off, and hooks as people write them."""
-    named = package.BACKENDS if device == "cuda" else ()
+    backends = package.BACKENDS if device == "cuda" else ()
     return [
         Provider(FROZEN, frozen, bare=True),
         Provider(f"peft_{_short(dtype)}", peft),
@@ -163,5 +163,5 @@ def probing(dtype: str, device: str) -> list[Provider]:
         Provider("peft_hook_b", peft_hook_b, norm=True),
         Provider("loradrop", ours, masks=True),
         _NORM,
-        *(named(backend, norm) for backend in named for norm in (False, True)),
+        *(named(backend, norm) for backend in backends for norm in (False, True)),
     ]

@@ -78,16 +78,22 @@ def ratios(rows: Iterable[Row]) -> "DataFrame":
     import pandas as pd
 
     rows = list(rows)
-    cells = {row["date"]: cell_of(row) for row in rows if row["r"] != "0"}
+    cells = {_group(row): cell_of(row) for row in rows if row["r"] != "0"}
     flat = [
-        {**cells[row["date"]]._asdict(), "date": row["date"], label(row): float(row["median_us"])}
+        {**cells[_group(row)]._asdict(), "date": row["date"], label(row): float(row["median_us"])}
         for row in rows
-        if row["date"] in cells
+        if _group(row) in cells
     ]
     index = [*Cell._fields, "date"]
-    table = pd.DataFrame(flat, columns=None if flat else [*index, FROZEN])
+    labels = dict.fromkeys([FROZEN, *(name for of in flat for name in of if name not in index)])
+    table = pd.DataFrame(flat, columns=[*index, *labels])
     table = table.groupby(index, sort=False).first().dropna(subset=[FROZEN])
     return table.div(table[FROZEN], axis=0).assign(**{FROZEN: table[FROZEN]})
+
+
+def _group(row: Row) -> tuple[str, ...]:
+    """What the rows measured together have in common."""
+    return tuple(row[column] for column in ("dtype", "M", "K", "N", "direction", "date"))
 
 
 def medians(table: "DataFrame") -> "DataFrame":
