@@ -26,4 +26,4 @@ BENCH = harness.Bench(
 
 
 if __name__ == "__main__":
-    sys.exit(harness.main(BENCH, harness.arguments(__doc__, None)))
+    sys.exit(harness.main(BENCH, harness.arguments(__doc__)))

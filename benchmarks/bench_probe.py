@@ -19,4 +19,4 @@ BENCH = harness.Bench(__file__, probing, {"cpu": "encoders", "cuda": "probe"})
 
 
 if __name__ == "__main__":
-    sys.exit(harness.main(BENCH, harness.arguments(__doc__, None)))
+    sys.exit(harness.main(BENCH, harness.arguments(__doc__)))

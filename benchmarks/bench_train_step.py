@@ -26,19 +26,19 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-import lib
-import loradrop
-from lib import cells, environment, timing, workers
-from lib.harness import first_line
+from lib import environment, harness, timing, workers
+from loradrop import LoRAConfig, LoraDropConfig, inject, probe, select, share
+from loradrop.files import read_json, write_json
 
 RANK, ALPHA = 16, 32
 ARMS = ("peft_bf16", "peft_fp32", "loradrop", "loradrop_half")
+SECONDS, PATIENCE = 10.0, 300.0  # of timed steps; until a cell shows a sign of life
+OUT_OF_MEMORY = "out of memory"
 LOSS_ERROR = 0.01  # relative: a bfloat16 model is not more exact
 
 
@@ -87,20 +87,20 @@ def build(size: Size, device: str) -> nn.Module:
 def adapt(model: nn.Module, arm: str, batch: dict[str, Tensor]) -> nn.Module:
     """The model with the adapters of an arm."""
     if arm.startswith("peft"):
-        from peft import LoraConfig, get_peft_model
+        import peft
 
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
-        return get_peft_model(model, config, autocast_adapter_dtype=arm == "peft_fp32")
+        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=arm == "peft_fp32")
     options = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
     if arm == "loradrop":
-        loradrop.inject(model, loradrop.LoRAConfig(**options))
+        inject(model, LoRAConfig(**options))
         return model
-    bank = loradrop.inject(model, loradrop.LoraDropConfig(budget=0.5, **options))
+    bank = inject(model, LoraDropConfig(budget=0.5, **options))
     with torch.no_grad():
         for B in bank.B:  # as if the warm-up had trained them
             B.normal_(std=0.02)
-    scores = loradrop.probe(model, [{"input_ids": batch["input_ids"][:1]}])
-    loradrop.share(model, loradrop.select(scores, budget=0.5))
+    scores = probe(model, [{"input_ids": batch["input_ids"][:1]}])
+    share(model, select(scores, budget=0.5))
     return model
 
 
@@ -192,7 +192,7 @@ def run(name: str, arm: str, checkpointing: bool, device: str, seconds: float) -
 
 
 def work(
-    args: argparse.Namespace, key: cells.Key, without: set[str], begin: Callable[[str], None]
+    args: argparse.Namespace, key: dict[str, Any], without: set[str], begin: Callable[[str], None]
 ) -> dict[str, Any]:
     """What a worker does with a cell."""
     begin(workers.TASK)
@@ -200,25 +200,17 @@ def work(
         return run(*(key[name] for name in ("size", "arm", "checkpointing")), args.device,
                    args.seconds)  # fmt: skip
     except torch.OutOfMemoryError:
-        return {"fault": "out of memory"}
+        return {"fault": OUT_OF_MEMORY}
     except AssertionError as error:
         return {"fault": str(error)}
     except Exception as error:
-        return {"fault": first_line(error)}
+        return {"fault": harness.first_line(error)}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Ends with 1 where a cell has no figures."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser = harness.options(__doc__)
     parser.add_argument("--size", help=f"of {', '.join(SIZES)}; default: tiny, on CUDA 1b,8b")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of timed steps, for a cell")
-    parser.add_argument("--without", default="", help="backends; loradrop goes with them")
-    parser.add_argument("--fresh", action="store_true", help="measure everything again")
-    parser.add_argument("--commit", help="default: git's HEAD")
-    parser.add_argument("--results", type=Path, default=lib.RESULTS)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.device == "cuda":
         environment.need_cuda("--device cuda")
@@ -229,10 +221,32 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [name for name in sizes if name not in SIZES]:
         sys.exit(f"--size {unknown[0]} is unknown; there are {', '.join(SIZES)}")
     path = environment.folder(args.results, args.device) / "bench_train_step.json"
-    order = itertools.product(sizes, (True, False), able_arms(args.without))
-    keys = [{"size": name, "arm": arm, "checkpointing": kept} for name, kept, arm in order]
-    command = [__file__, "--seconds", str(args.seconds)]
-    return 0 if cells.fill(path, command, keys, 300.0, args) else 1
+    facts = environment.facts(args.device, args.commit)
+    known: list[dict[str, Any]] = read_json(path)["cells"] if path.exists() else []
+    wanted = []
+    for name, kept, arm in itertools.product(sizes, (True, False), able_arms(args.without)):
+        key = {"size": name, "arm": arm, "checkpointing": kept}
+        if args.fresh or not holds(key, known, facts["commit"]):
+            wanted.append(key)
+    command = [sys.executable, __file__, "--worker", "--device", args.device]
+    command += ["--seconds", str(args.seconds or SECONDS)]
+    failed = False
+    answers = workers.answers(command, wanted, PATIENCE, fresh=True)
+    for key, answer in zip(wanted, answers, strict=True):
+        found = answer.value or {"fault": "; ".join(answer.lost.values())}
+        known[:] = [cell for cell in known if not key.items() <= cell.items()]
+        known.append(key | found | {"commit": facts["commit"]})
+        environ = environment.environment(args.device, facts)
+        write_json(path, {"environment": environ, "cells": known})
+        failed |= found.get("fault", OUT_OF_MEMORY) != OUT_OF_MEMORY
+        print(*key.values(), found.get("fault") or f"{found['median_ms']} ms", flush=True)
+    return 1 if failed else 0
+
+
+def holds(key: dict[str, Any], cells: list[dict[str, Any]], commit: str) -> bool:
+    """Whether a cell need not be measured: figures hold for every commit, a fault for its own."""
+    same = [cell for cell in cells if key.items() <= cell.items()]
+    return any("fault" not in cell or cell["commit"] == commit for cell in same)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,6 @@ class Command(NamedTuple):
     argv: list[str]
     needs: tuple[str, ...] = ()  # packages
     limit: float = float("inf")  # seconds
-    resumes: bool = True  # goes on where it was cut off
 
 
 class Outcome(NamedTuple):
@@ -97,11 +96,11 @@ def plan(step: str, results: Path, commit: str, left_out: Iterable[str]) -> list
         many = ["-n", str(min(12, os.cpu_count() or 1))] if parallel else []
         pytest += [*many, "-k", " and ".join(spared)] if spared else many
         files = [f"tests/{name}.py" for name in TESTS]
-        return [Command(file, [*pytest, file], ("pytest",), resumes=False) for file in files]
+        return [Command(file, [*pytest, file], ("pytest",)) for file in files]
     if step == "sanitizers":
         tests = [*pytest, "tests/test_gpu.py", "-k", " and ".join(["test_small", *spared])]
         tool = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
-        return [Command(n, [*tool, n, *tests], ("pytest",), 180.0, False) for n in SANITIZERS]
+        return [Command(n, [*tool, n, *tests], ("pytest",), 180.0) for n in SANITIZERS]
     return [Command("smoke", [sys.executable])]
 
 
@@ -168,43 +167,33 @@ class Record:
         self.report["environment"] = facts
         if self.report.get("smoke", {}).get("commit") != self.commit:
             self.report["smoke"] = {"commit": self.commit, "left_out": {}}
+        self.left_out: dict[str, str] = self.report["smoke"]["left_out"]  # backend -> why
 
-    @property
-    def left_out(self) -> dict[str, str]:
-        """Backend -> why the smoke test leaves it out."""
-        return self.report["smoke"]["left_out"]
+    def finished(self, name: str) -> Outcome | None:
+        """The outcome of a command that need not run again at this commit."""
+        known = self.report["steps"].get(name, {})
+        ended = known.get("outcome") in (DONE, FAILED) and known["commit"] == self.commit
+        return Outcome(known["outcome"], known["reason"]) if ended else None
 
-    def finished(self, command: Command) -> bool:
-        """Whether a command need not run again at this commit."""
-        known = self.report["steps"].get(command.name, {})
-        twice = not command.resumes and known.get("cuts", 0) >= 2  # it will never be quicker
-        ended = known.get("outcome") in (DONE, FAILED) or twice
-        return ended and known.get("commit") == self.commit
-
-    def note(self, name: str, found: Outcome, seconds: float = 0.0, cuts: int = 0) -> None:
-        """Writes an outcome; `cuts` is how often the command was cut off, counting this time."""
-        steps = self.report["steps"]
-        stamp = {"seconds": round(seconds, 1), "commit": self.commit, "cuts": cuts}
-        steps[name] = found._asdict() | stamp
+    def note(self, name: str, found: Outcome, seconds: float = 0.0) -> None:
+        """Writes an outcome."""
+        stamp = {"seconds": round(seconds, 1), "commit": self.commit}
+        self.report["steps"][name] = found._asdict() | stamp
         write_json(self.path, self.report)
 
 
 def perform(command: Command, record: Record, seconds: float) -> Outcome:
     """Runs one command if it can run here, and writes what became of it."""
+    # Until it has ended otherwise it counts as cut off: this process itself may be killed.
+    record.note(command.name, Outcome(CUT, "with the whole run"))
+    start = time.monotonic()
     if reason := lacking(command):
         found = Outcome(SKIPPED, reason)
-        record.note(command.name, found)
-        return found
-    known = record.report["steps"].get(command.name, {})
-    cuts = 1 + (known.get("cuts", 0) if known.get("commit") == record.commit else 0)
-    # Until it has ended otherwise it counts as cut off: this process itself may be killed.
-    record.note(command.name, Outcome(CUT, "with the whole run"), 0.0, cuts)
-    start = time.monotonic()
-    if command.name == "smoke":
+    elif command.name == "smoke":
         found = smoke_test(record)
     else:
         found = run(command.argv, min(seconds, command.limit))
-    record.note(command.name, found, time.monotonic() - start, cuts)
+    record.note(command.name, found, time.monotonic() - start)
     return found
 
 
@@ -240,17 +229,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes: dict[str, Outcome] = {}
     for step in chosen:
         for command in plan(step, results, record.commit, record.left_out):
-            if record.finished(command) and not args.again:
-                before = record.report["steps"][command.name]
-                outcomes[command.name] = Outcome(before["outcome"], before["reason"])
-                continue
             left = deadline - time.monotonic()
-            if left < LEAST:
-                outcomes[command.name] = Outcome(CUT, "not begun")
-                continue
-            print(f"{command.name} ...", flush=True)
-            found = outcomes[command.name] = perform(command, record, left)
-            print(f"{command.name}: {': '.join(filter(None, found))}", flush=True)
+            if not args.again and (found := record.finished(command.name)):
+                pass
+            elif left < LEAST:
+                found = Outcome(CUT, "not begun")
+            else:
+                print(f"{command.name} ...", flush=True)
+                found = perform(command, record, left)
+                print(f"{command.name}: {': '.join(filter(None, found))}", flush=True)
+            outcomes[command.name] = found
     print()
     for name, (outcome, reason) in outcomes.items():
         print(f"{name:<28} {outcome:<8} {reason}")

@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 
 import torch
-
+from bench_parts import parts
 from lib.cases import make_case
 from lib.correct import check
 from lib.providers import probing, providers
@@ -20,7 +20,7 @@ def checked(dtype: str, skipped: str = "none") -> set[str]:
     for dropout, direction in ((0.1, "forward_backward"), (0.0, "forward")):
         cell = Cell(dtype, 40, 64, 96, 4, dropout, direction)
         case = replace(make_case(cell, "cpu"), bias=None)
-        for provider in [*providers(dtype, "cuda"), *probing(dtype, "cuda")]:
+        for provider in [each for of in (providers, probing, parts) for each in of(dtype, "cuda")]:
             if provider.name.startswith(skipped) or provider.refuses(cell, case):
                 continue
             check(provider, case, dropout > 0.0)
@@ -30,4 +30,4 @@ def checked(dtype: str, skipped: str = "none") -> set[str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(*sorted(checked(*sys.argv[1:])))
+    print(*checked(*sys.argv[1:]), sep="\n")

@@ -226,7 +226,7 @@ def test_layers_and_what_the_dispatcher_gains(tmp_path: Path) -> None:
     write_csv(tmp_path / "a-gpu", rows)
     write_csv(tmp_path / "cpu", THREE_PROCESSES)
     said = gpu_tables.gpu(tmp_path)
-    assert said.startswith("### a-gpu\n\nTimes over the frozen product; torch 2.0")
+    assert said.startswith("### a-gpu\n\nLayers, over the frozen product; torch 2.0")
     layer = "8192×4096→4096 bf16 r=16 p=0 forward"
     assert cells_of(said, layer) == ["100", "1.30", "1.14", "1.10", "1.09"]
     assert cells_of(said, "8192×4096→64 bf16 r=16 p=0 forward") == ["100", "–", "–", "1.20", "–"]
@@ -235,32 +235,6 @@ def test_layers_and_what_the_dispatcher_gains(tmp_path: Path) -> None:
     assert "takes 1.01 times as long as loradrop (geometric mean of 3; 0.92 to 1.10)" in said
     assert "behind the best provider on 1 of 3: 8192×4096→4096 bf16 r=16 p=0.1 forward + b" in said
     assert "1.14 of loradrop_thin" in said
-
-
-def test_what_the_norm_costs(tmp_path: Path) -> None:
-    hooks = {"peft_bf16": 200, "peft_hook": 300, "peft_hook_b": 220}
-    rows = cell({"loradrop": 100, "loradrop+norm": 100.4, **hooks})
-    rows += cell({"loradrop": 100, "loradrop+norm": 99.0, "loradrop_thin": 90}, 1, N=1024)
-    write_csv(tmp_path, rows, "bench_probe")
-    _, table = gpu_tables.norm(tmp_path)
-    way = "bf16 r=16 p=0 forward"
-    assert cells_of(table, f"8192×4096→4096 {way}") == ["+0.4 %", "+50.0 %", "+10.0 %"]
-    assert cells_of(table, f"8192×4096→1024 {way}") == ["−1.0 %", "–", "–"]
-
-
-def test_kernels_over_their_floor(tmp_path: Path) -> None:
-    rates = {"copy_bytes_per_s": 1e9, "bf16_flops_per_s": 1e12}
-    size = {"M": 8, "K": 4, "N": 2, "r": 16}
-    parts = {
-        "cublas": {"median_us": 110.0, "flops": 1e8, "bytes": 10},  # 100 µs by its operations
-        "shrink": {"median_us": 20.0, "flops": 1e6, "bytes": 16e3},  # 16 µs by its bytes
-        "outer": {"fault": "relative error 1"},
-    }
-    path = tmp_path / "bench_parts.json"
-    path.write_text(json.dumps({"cells": [{"what": "ceilings"} | rates, size | {"parts": parts}]}))
-    _, table = gpu_tables.kernels(tmp_path)
-    assert table.startswith("| kernel | 8×4→2 r=16 |")
-    assert [cells_of(table, name) for name in parts] == [["1.10"], ["1.25"], ["–"]]
 
 
 def test_training_steps(tmp_path: Path) -> None:

@@ -28,6 +28,13 @@ def _outputs(case: Case, run: Callable[[], Output], backward: bool) -> dict[str,
     return found | {"sqnorm": sqnorm}
 
 
+def _doubled(case: Case) -> Case:
+    tensors = {name: t for name, t in vars(case).items() if isinstance(t, Tensor)}
+    return replace(
+        case, **{n: t.detach().double().requires_grad_(t.requires_grad) for n, t in tensors.items()}
+    )
+
+
 @lru_cache(maxsize=4)
 def _truth(case: Case, bare: bool, backward: bool) -> tuple[dict[str, Tensor | None], ...]:
     """What PyTorch's own path gives, and float64; `bare` is without the adapter."""
@@ -45,11 +52,7 @@ def _truth(case: Case, bare: bool, backward: bool) -> tuple[dict[str, Tensor | N
         delta = torch_delta(case.x, A, B, case.scaling, kept, p)
         return F.linear(case.x, case.weight, case.bias) + delta, None
 
-    def double(tensor: Tensor) -> Tensor:
-        return tensor.detach().double().requires_grad_(tensor.requires_grad)
-
-    tensors = {name: t for name, t in vars(case).items() if isinstance(t, Tensor)}
-    wide = replace(case, **{name: double(tensor) for name, tensor in tensors.items()})
+    wide = _doubled(case)
     exact = partial(package.lora_linear, wide, norm=True, backend="reference", seed=seed)
     return _outputs(case, plain, backward), _outputs(wide, exact, backward)
 
@@ -59,6 +62,10 @@ def check(provider: Provider, case: Case, backward: bool) -> None:
 
     A provider whose dropout mask is not ours is checked without dropout. Raises AssertionError.
     """
+    if provider.formula is not None:
+        exact, plain = provider.formula(_doubled(case)), provider.formula(case)
+        assert_within(provider.make(case)()[0], plain, exact, factor=2.0)
+        return
     case = case if provider.masks else replace(case, dropout=0.0)
     torch_path, exact = _truth(case, provider.bare, backward)
     torch.manual_seed(0)  # the same seed of the mask

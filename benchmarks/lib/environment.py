@@ -1,8 +1,7 @@
-"""What was measured on: the columns that every row of one run shares, and the rates of a GPU."""
+"""What it was measured on, and the columns that every row of one run shares."""
 
 import os
 import platform
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +9,8 @@ from typing import Any
 
 import torch
 
-from lib import ROOT, timing
+from lib import ROOT
 from loradrop.env import report
-
-COPY_BYTES = 1 << 30
-SQUARE = 8192  # a product that fills any GPU
 
 
 def need_cuda(asked_by: str) -> None:
@@ -74,18 +70,4 @@ def chip() -> dict[str, int]:
         "arch": 10 * of.major + of.minor,
         "sms": of.multi_processor_count,
         "l2_bytes": of.L2_cache_size,
-    }
-
-
-def ceilings() -> dict[str, float]:
-    """What the GPU reaches: a large copy in bytes/s (read + written), a product in FLOP/s."""
-    source = torch.empty(COPY_BYTES, dtype=torch.int8, device="cuda").random_()
-    target = torch.empty_like(source)
-    a, b = torch.randn(2, SQUARE, SQUARE, device="cuda").bfloat16().unbind()
-    calls = (lambda: target.copy_(source)), (lambda: a @ b)
-    times = [timing.cuda_clock(calls) for _ in range(12)][2:]  # the first two warm up
-    copy, product = (statistics.median(column) for column in zip(*times, strict=True))
-    return {
-        "copy_bytes_per_s": 2 * COPY_BYTES / copy * 1e6,
-        "bf16_flops_per_s": 2 * SQUARE**3 / product * 1e6,
     }

@@ -1,4 +1,4 @@
-"""What the results of the GPUs say: layers, kernels, the norm and a training step.
+"""What the results of the GPUs say: layers, kernels and a training step.
 
 A rival is whoever computes the layer and is not ours.
 """
@@ -9,15 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib import package
-from lib.markdown import SHORT, markdown, signed, unique
+from lib.markdown import SHORT, markdown, unique
 from lib.results import FROZEN, Cell, medians, ratios, read_rows
 from loradrop.files import read_json
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-RIVALS = ("peft", "peft_fp32", "peft_compiled", "addmm", "merged")
+RIVALS = ("peft", "peft_fp32", "peft_compiled", "addmm")
 OWN = tuple(f"loradrop_{name}" for name in package.BACKENDS)
+FILES = {
+    "bench_lora_linear": "Layers",
+    "bench_probe": "Layers with their norm",
+    "bench_parts": "Single kernels",
+}
 SHOWN_RANK = 16
 MARGIN = 1.02  # the dispatcher is behind where another is faster by more than this
 NOTHING = "Not yet measured on a GPU."
@@ -45,25 +50,20 @@ def _shown(cells: "DataFrame") -> "DataFrame":
     return chosen if len(chosen) else cells
 
 
-def layers(folder: Path) -> list[str]:
-    """Every provider over the frozen product, and how the dispatcher does."""
-    if not (rows := read_rows(folder / "bench_lora_linear.csv")):
+def layers(folder: Path, name: str, title: str) -> list[str]:
+    """Every provider over the frozen product."""
+    if not (rows := read_rows(folder / f"{name}.csv")):
         return []
     cells = medians(ratios(rows))
     names = [name for name in cells.columns if name != FROZEN]
+    head = ["layer", "frozen, µs", *names]
     body = [
-        (
-            size(cell),
-            f"{of[FROZEN]:.0f}",
-            *(f"{of[n]:.2f}" if n in of else NOT_SERVED for n in names),
-        )
-        for cell, of in _cells(_shown(cells))
+        (size(c), f"{of[FROZEN]:.0f}", *(f"{of[n]:.2f}" if n in of else NOT_SERVED for n in names))
+        for c, of in _cells(_shown(cells))
     ]
-    about = ", ".join(
-        f"{name} {unique(rows, name)}" for name in ("torch", "triton", "driver", "commit")
-    )
-    table = markdown(("layer", "frozen, µs", *names), body)
-    return [f"Times over the frozen product; {about}:", table, "\n".join(dispatched(cells))]
+    versions = ("torch", "triton", "driver", "commit")
+    about = ", ".join(f"{column} {unique(rows, column)}" for column in versions)
+    return [f"{title}, over the frozen product; {about}:", markdown(head, body), *dispatched(cells)]
 
 
 def dispatched(cells: "DataFrame") -> list[str]:
@@ -82,51 +82,11 @@ def dispatched(cells: "DataFrame") -> list[str]:
     if not gains:
         return []
     return [
-        f"- The best of the others takes {statistics.geometric_mean(gains):.2f} times as long as "
-        f"loradrop (geometric mean of {len(gains)}; {min(gains):.2f} to {max(gains):.2f}).",
-        f"- loradrop is more than 2 % behind the best provider on {len(behind)} of {len(gains)}"
+        f"The best of the others takes {statistics.geometric_mean(gains):.2f} times as long as "
+        f"loradrop (geometric mean of {len(gains)}; {min(gains):.2f} to {max(gains):.2f}). "
+        f"It is more than 2 % behind the best provider on {len(behind)} of {len(gains)}"
         f"{': ' if behind else '.'}{'; '.join(behind)}",
     ]
-
-
-def norm(folder: Path) -> list[str]:
-    """What the norm costs each backend, and forward hooks PEFT, in percent of the layer."""
-    if not (rows := read_rows(folder / "bench_probe.csv")):
-        return []
-    table = ratios(rows)
-    costs = {  # with the norm − without, a process at a time
-        name: table[f"{name}+norm"] / table[name] - 1.0
-        for name in ("loradrop", *OWN)
-        if {name, f"{name}+norm"} <= set(table)
-    }
-    costs |= {h: table[h] / table["peft"] - 1.0 for h in ("peft_hook", "peft_hook_b") if h in table}
-    shown = medians(table.assign(**costs)[list(costs)])
-    body = [
-        (size(cell), *(signed(100 * of[n], " %") if n in of else NOT_SERVED for n in costs))
-        for cell, of in _cells(_shown(shown))
-    ]
-    return ["The squared norm on against off, of the layer:", markdown(("layer", *costs), body)]
-
-
-def kernels(folder: Path) -> list[str]:
-    """Every kernel's time over its floor: operations over rate, or fewest bytes over bandwidth."""
-    path = folder / "bench_parts.json"
-    cells = read_json(path)["cells"] if path.exists() else []
-    rates = next((cell for cell in cells if "copy_bytes_per_s" in cell), None)
-    layers = [cell for cell in cells if cell.get("parts")]
-    if rates is None or not layers:
-        return []
-    names = list(dict.fromkeys(name for cell in layers for name in cell["parts"]))
-
-    def over(part: dict[str, Any] | None) -> str:
-        if part is None or "fault" in part:
-            return NOT_SERVED
-        floor = part["flops"] / rates["bf16_flops_per_s"], part["bytes"] / rates["copy_bytes_per_s"]
-        return f"{part['median_us'] / (1e6 * max(floor)):.2f}"
-
-    head = ("kernel", *("{M}×{K}→{N} r={r}".format(**cell) for cell in layers))
-    body = [(name, *(over(cell["parts"].get(name)) for cell in layers)) for name in names]
-    return ["Every kernel over its floor:", markdown(head, body)]
 
 
 def steps(folder: Path) -> list[str]:
@@ -156,9 +116,10 @@ def gpu(results: Path) -> str:
     parts = []
     for folder in sorted(results.iterdir()) if results.exists() else ():
         if folder.name != "cpu" and folder.is_dir():
-            found = [*layers(folder), *norm(folder), *kernels(folder), *steps(folder)]
+            found = [part for name, title in FILES.items() for part in layers(folder, name, title)]
+            found += steps(folder)
             parts += [f"### {folder.name}", *found] if found else []
-    return "\n\n".join(part for part in parts if part) or NOTHING
+    return "\n\n".join(parts) or NOTHING
 
 
 GPU_TABLES: dict[str, Callable[[Path], str | None]] = {"gpu": gpu}

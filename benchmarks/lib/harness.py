@@ -138,45 +138,50 @@ def run_cell(
     return Measured(rows, errors, left_out, picked)
 
 
-def arguments(doc: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options of every benchmark of layers."""
+def options(doc: str | None) -> argparse.ArgumentParser:
+    """The options of everything that is measured."""
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=style)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--grid", help=f"of {', '.join(grids.GRIDS)}; default: all of the device's")
-    parser.add_argument("--dtype", help="default: float32,bfloat16 on a CPU, bfloat16 on CUDA")
-    parser.add_argument("--shapes", help="MxKxN,... instead of a grid, at rank 8 without dropout")
-    parser.add_argument("--ranks", help="instead of the grid's")
-    parser.add_argument("--dropouts", help="instead of the grid's")
-    parser.add_argument("--directions", help="of forward,forward_backward; default: the grid's")
-    parser.add_argument("--processes", type=int, help="default: 5 on a CPU, 1 on CUDA")
-    parser.add_argument("--seconds", type=float, help="for a cell in one process; default: 5, or 1")
-    parser.add_argument("--fresh", action="store_true", help="measure the cells again")
+    parser.add_argument("--seconds", type=float, help="of timing, for a cell in one process")
     parser.add_argument("--without", default="", help="providers or backends to leave out: a,b")
+    parser.add_argument("--fresh", action="store_true", help="measure again what is there")
     parser.add_argument("--commit", help="default: git's HEAD")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--out", type=Path, help="default: RESULTS/DEVICE/BENCHMARK.csv")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def arguments(doc: str | None, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of every benchmark of layers."""
+    parser = options(doc)
+    parser.add_argument("--grid", help=f"of {', '.join(grids.GRIDS)}; default: all of the device's")
+    parser.add_argument("--dtype", help="default: float32,bfloat16 on a CPU, bfloat16 on CUDA")
+    parser.add_argument("--shapes", help="MxKxN,... instead of the grid's")
+    parser.add_argument("--ranks", help="instead of the grid's")
+    parser.add_argument("--directions", help=f"of {', '.join(grids.DIRECTIONS)}")
+    parser.add_argument("--processes", type=int, help="default: 5 on a CPU, 1 on CUDA")
+    parser.add_argument("--out", type=Path, help="default: RESULTS/DEVICE/BENCHMARK.csv")
     return parser.parse_args(argv)
 
 
 def chosen_cells(args: argparse.Namespace, default: str) -> list[Cell]:
     """The cells that the options ask for. Ends the script for what it cannot read."""
     try:
+        names = (args.grid or default).split(",")
+        if unknown := [name for name in names if name not in grids.GRIDS]:
+            known = ", ".join(grids.GRIDS)
+            raise ValueError(f"--grid {unknown[0]} is unknown; there are {known}")
+        chosen = [grid for name in names for grid in grids.GRIDS[name]]
+        given: dict[str, Any] = {}
         if args.shapes:
-            chosen = [grids.Grid(grids.shapes(args.shapes))]
-        else:
-            names = (args.grid or default).split(",")
-            if unknown := [name for name in names if name not in grids.GRIDS]:
-                known = ", ".join(grids.GRIDS)
-                raise ValueError(f"--grid {unknown[0]} is unknown; there are {known}")
-            chosen = [grid for name in names for grid in grids.GRIDS[name]]
-        given = {}
-        for name, kind in (("ranks", int), ("dropouts", float), ("directions", str)):
-            if getattr(args, name):
-                given[name] = tuple(map(kind, getattr(args, name).split(",")))
-        if unknown := [name for name in given.get("directions", ()) if name not in grids.BOTH]:
-            raise ValueError(f"--directions {unknown[0]}: choose of {', '.join(grids.BOTH)}")
+            given["shapes"] = grids.shapes(args.shapes)
+        if args.ranks:
+            given["ranks"] = tuple(map(int, args.ranks.split(",")))
+        if args.directions:
+            given["directions"] = tuple(args.directions.split(","))
+        if unknown := [n for n in given.get("directions", ()) if n not in grids.DIRECTIONS]:
+            raise ValueError(f"--directions {unknown[0]}: choose of {', '.join(grids.DIRECTIONS)}")
     except ValueError as error:
         sys.exit(str(error))
     return grids.cells([grid._replace(**given) for grid in chosen], args.dtype.split(","))

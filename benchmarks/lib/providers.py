@@ -1,12 +1,9 @@
-"""What is compared: the rivals, the op with the backend that the dispatcher or its user picks, and
-the bare products.
-"""
+"""What is compared: the rivals, and the op with the backend that a user or the dispatcher picks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +11,7 @@ from torch import Tensor
 from lib import package
 from lib.cases import Case, Output
 from lib.results import FROZEN, Cell
-from lib.rivals import addmm, frozen, merged, peft, peft_compiled, peft_hook, peft_hook_b
+from lib.rivals import addmm, frozen, peft, peft_compiled, peft_hook, peft_hook_b
 
 Make = Callable[[Case], Callable[[], Output]]
 COMPILED = (4096, 14336, 16)  # K, N and r at which PEFT is compiled, for half a minute a cell
@@ -32,26 +29,6 @@ def ours(case: Case, norm: bool = False, backend: str | None = None) -> Callable
     return run
 
 
-class Products(torch.autograd.Function):
-    """xWᵀ, and dyW for its gradient, by a `multiply` of (p (M, D), q (D, C))."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, multiply: Callable[..., Tensor]) -> Tensor:
-        ctx.save_for_backward(W)
-        ctx.multiply = multiply
-        return multiply(x, W.T)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (W,) = ctx.saved_tensors
-        return ctx.multiply(dy, W), None, None
-
-
-def products(case: Case, multiply: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Output]:
-    """The frozen products alone, without a bias."""
-    return lambda: (Products.apply(case.x, case.weight, multiply), None)
-
-
 @dataclass(frozen=True)
 class Provider:
     """One way to compute the layer.
@@ -59,7 +36,8 @@ class Provider:
     norm     it gives the squared norm
     wide     float32 adapters beside an x of half precision
     masks    its dropout is the reference's, bit for bit
-    bare     the frozen products alone
+    bare     the frozen product alone
+    formula  of a kernel by itself: what it computes of a case, in any dtype
     silent   the same without the norm, whose y must have the same bits
     backend  whose kernels it runs; it is asked whether it can serve
     rule     cell -> why the provider is left out, or None
@@ -72,6 +50,7 @@ class Provider:
     masks: bool = False
     bare: bool = False
     silent: Make | None = None
+    formula: Callable[[Case], Tensor] | None = None
     backend: str | None = None
     rule: Callable[[Cell], str | None] = lambda _: None
 
@@ -115,15 +94,6 @@ def _compiles(cell: Cell) -> str | None:
     return "compiling takes long: it is compared at {}→{}, r = {} only".format(*COMPILED)
 
 
-def _only_inference(cell: Cell) -> str | None:
-    serves = cell.direction == "forward" and cell.dropout == 0.0
-    return None if serves else "it serves the forward pass without dropout only"
-
-
-def _bare(name: str, multiply: Callable[[Tensor, Tensor], Tensor], **more: Any) -> Provider:
-    return Provider(name, partial(products, multiply=multiply), bare=True, **more)
-
-
 _NORM = Provider("loradrop", partial(ours, norm=True), norm=True, masks=True, silent=ours)
 
 
@@ -144,12 +114,8 @@ def providers(dtype: str, device: str) -> list[Provider]:
         *([Provider("peft_fp32", peft, wide=True)] if short != "fp32" else []),
         Provider("peft_compiled", peft_compiled, rule=_compiles),
         Provider("addmm", addmm),
-        Provider("merged", merged, rule=_only_inference),
         *own,
         *map(named, package.BACKENDS),
-        _bare("cublas", torch.mm),
-        _bare("gemm_triton", package.gemm_triton, backend="triton"),
-        _bare("gemm_cuda", package.gemm_cuda, backend="cuda"),
     ]
 
 

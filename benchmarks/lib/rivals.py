@@ -115,17 +115,3 @@ def addmm(case: Case) -> Callable[[], Output]:
         return Addmm.apply(*operands), None
 
     return run
-
-
-def merged(case: Case) -> Callable[[], Output]:
-    """One product with W + s·B·A, merged in every call and rounded to the weight's dtype.
-
-    What merging beforehand costs is the frozen product: see there. Small deltas are rounded away in
-    half precision, and a mask on the adapter's input has no place: for inference only.
-    """
-
-    def run() -> Output:
-        weight = torch.addmm(case.weight, case.B, case.A, alpha=case.scaling)
-        return F.linear(case.x, weight, case.bias), None
-
-    return run
