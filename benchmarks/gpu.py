@@ -34,15 +34,14 @@ LEAST = 20.0  # seconds below which no step is begun
 DONE, FAILED, SKIPPED, CUT = "done", "failed", "skipped", "cut off"
 TESTS = ("test_gpu", "test_cuda", "test_linear", "test_linear_use", "test_compiled")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
-_LAYERS, _TRAIN = "bench_lora_linear", "bench_train_step"
 BENCHES = {
-    "quick": (_LAYERS, "--grid", "quick"),
-    "parts": ("bench_parts",),
-    "full": (_LAYERS, "--ranks", "16"),
-    "train": (_TRAIN, "--size", "1b"),
-    "probe": ("bench_probe",),
-    "ranks": (_LAYERS,),
-    "8b": (_TRAIN, "--size", "8b"),
+    "quick": "bench_lora_linear --grid quick",
+    "parts": "bench_parts",
+    "full": "bench_lora_linear --ranks 16",
+    "train": "bench_train_step --size 1b",
+    "probe": "bench_probe",
+    "ranks": "bench_lora_linear",
+    "8b": "bench_train_step --size 8b",
 }
 STEPS = ("smoke", "quick", "parts", "full", "train", "tests", "sanitizers", "probe", "ranks", "8b")
 _FACTS = """
@@ -74,7 +73,8 @@ class Outcome(NamedTuple):
 def facts(commit: str | None) -> tuple[str, dict[str, str]]:
     """The folder of this GPU's results, and the facts of the run; asked in a process of its own."""
     command = [sys.executable, "-c", _FACTS, commit or ""]
-    done = subprocess.run(command, cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    folder = ROOT / "benchmarks"
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
     if done.returncode != 0:
         sys.exit((done.stderr.strip().splitlines() or ["PyTorch does not start"])[-1])
     folder, known = json.loads(done.stdout.splitlines()[-1])
@@ -85,10 +85,10 @@ def plan(step: str, results: Path, commit: str, left_out: Iterable[str]) -> list
     """The commands of a step."""
     names = sorted(left_out)
     if step in BENCHES:
-        script, *more = BENCHES[step]
+        script, *more = BENCHES[step].split()
         argv = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--device", "cuda"]
         argv += ["--results", str(results), "--commit", commit, "--without", ",".join(names), *more]
-        return [Command(step, argv, ("transformers",) if script == _TRAIN else ())]
+        return [Command(step, argv, ("transformers",) if "train" in script else ())]
     pytest = [sys.executable, "-m", "pytest", "-q"]
     spared = [f"not ([{name} or -{name})" for name in names]  # as tests are parametrised
     if step == "tests":

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 
 from lib import package
@@ -22,7 +23,7 @@ SECONDS = 45.0  # for one backend, its compilation included
 SMALL, LLAMA = (37, 136, 264), (2048, 4096, 4096)  # M, K, N
 OK, ABSENT = "right", "not here"
 HUNG = "gave no answer"
-Command = Callable[[str], list[str]]
+Command = Callable[[str], list[str]]  # backend -> what checks it
 
 
 def one(backend: str, device: str) -> str:
@@ -50,7 +51,7 @@ def one(backend: str, device: str) -> str:
 
 
 def commands(device: str) -> Command:
-    """Backend -> what checks it."""
+    """The checks on that device."""
     return lambda name: [sys.executable, __file__, "--device", device, "--only", name]
 
 
@@ -64,7 +65,8 @@ def together(names: Iterable[str], command: Command, seconds: float) -> dict[str
             out, errors = child.communicate(timeout=max(1.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             child.kill()
-            child.communicate()
+            with suppress(subprocess.TimeoutExpired):  # one that hangs in a driver stays
+                child.communicate(timeout=5.0)
             found[name] = f"{HUNG} in {seconds:g} s"
             continue
         last = ((out if child.returncode == 0 else errors).strip().splitlines() or [""])[-1]

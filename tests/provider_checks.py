@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import torch
+
 from bench_parts import parts
 from lib.cases import make_case
 from lib.correct import check

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.markdown import SHORT, markdown, signed, unique
+from lib.markdown import SHORT, markdown, unique
 from lib.results import FROZEN, Cell, medians, ratios, read_rows
 from loradrop.files import read_json
 
@@ -79,10 +79,11 @@ def difference(arm: dict[int, float], base: dict[int, float]) -> str:
     pairs = [100 * (arm[seed] - base[seed]) for seed in sorted(arm.keys() & base.keys())]
     if not pairs:
         return NO_RUNS
+    mean = f"{statistics.mean(pairs):+.1f}".replace("-", "−")
     if len(pairs) == 1:
-        return f"{signed(pairs[0])} (n=1)"
+        return f"{mean} (n=1)"
     error = statistics.stdev(pairs) / len(pairs) ** 0.5
-    return f"{signed(statistics.mean(pairs))} ± {error:.1f} (n={len(pairs)})"
+    return f"{mean} ± {error:.1f} (n={len(pairs)})"
 
 
 def _runs(results: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:

@@ -7,7 +7,7 @@ import argparse
 import gc
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
@@ -48,7 +48,6 @@ class Measured(NamedTuple):
     rows: list[Row]
     errors: list[str]
     left_out: list[str]  # who cannot serve, and why
-    chosen: str  # the backend that the dispatcher picked
 
 
 def _timed(run: Callable[[], Output], case: Case, backward: bool) -> None:
@@ -86,7 +85,7 @@ def run_cell(
     device: str,
     seconds: float,
     facts: Row,
-    without: set[str] = frozenset(),  # type: ignore[assignment]
+    without: Collection[str] = (),
     begin: Callable[[str], None] = lambda _: None,
 ) -> Measured:
     """The rows of all providers that are right, and what became of the others.
@@ -99,18 +98,16 @@ def run_cell(
     if grids.in_graph(cell, device):
         count = timing.copies(cases[0].bytes)
         cases += [make_case(cell, device, number) for number in range(1, count)]
-    picked = package.chosen(cases[0], backward)
+    picked, without = package.chosen(cases[0], backward), set(without)
     chosen, calls = {}, {}
     errors, left_out = [], []
     for provider in compared:
         backend = picked if provider.name == "loradrop" else provider.backend
-        if {provider.key, backend} & without:
-            left_out.append(f"{provider.key} is left out, as asked")
-            continue
         begin(provider.key)
         own = [_widened(case) for case in cases] if provider.wide else cases
         try:
-            if reason := provider.refuses(cell, cases[0]):
+            asked = "as asked" if {provider.key, backend} & without else None
+            if reason := asked or provider.refuses(cell, cases[0]):
                 left_out.append(f"{provider.key} is left out: {reason}")
                 continue
             check(provider, own[0], backward)
@@ -135,7 +132,7 @@ def run_cell(
         row |= {name: f"{value:.2f}" for name, value in list(sample._asdict().items())[:3]}
         row["peak_bytes"] = "" if sample.peak_bytes is None else sample.peak_bytes
         rows.append({column: str(row[column]) for column in results.COLUMNS})
-    return Measured(rows, errors, left_out, picked)
+    return Measured(rows, errors, left_out)
 
 
 def options(doc: str | None) -> argparse.ArgumentParser:
@@ -215,7 +212,7 @@ def _measured(
     command += ["--seconds", str(args.seconds), "--commit", args.commit, "--without", args.without]
     answers = workers.answers(command, cells, PATIENCE[args.device])
     for cell, answer in zip(cells, answers, strict=True):
-        found = Measured(*(answer.value or ([], [], [], "")))
+        found = Measured(*(answer.value or ([], [], [])))
         lost = [f"{name or 'the cell'} gets no number: {why}" for name, why in answer.lost.items()]
         yield cell, found._replace(errors=lost + found.errors)
 
@@ -241,33 +238,27 @@ def main(bench: Bench, args: argparse.Namespace) -> int:
         rows = [row for row in rows if row["date"] not in dates]
     beside = csv.with_suffix(".json")
     kept = read_json(beside) if rows and beside.exists() else {}
-    chosen = {Cell(*pick["cell"]): pick["chosen"] for pick in kept.get("dispatcher", ())}
     given_up = {Cell(*of["cell"]) for of in kept.get("given_up", ()) if of["commit"] == args.commit}
     about = _about(args, facts)
     failed, told = False, set()
     for process in range(processes):
-        done = Counter(cell for cell, _ in {_key(row) for row in rows if row["r"] != "0"})
+        measured = {(results.cell_of(row), row["date"]) for row in rows if row["r"] != "0"}
+        done = Counter(cell for cell, _ in measured)
         missing = [cell for cell in cells if done[cell] <= process and cell not in given_up]
         for cell, new in _measured(bench, args, missing):
             rows += new.rows
-            if new.chosen:
-                chosen[cell] = new.chosen
             if not new.rows:
                 given_up.add(cell)
             failed |= bool(new.errors)
             results.write_rows(csv, rows)
-            picks = [{"cell": list(of), "chosen": name} for of, name in chosen.items()]
             lost = [{"cell": list(of), "commit": args.commit} for of in given_up]
-            write_json(beside, about | {"dispatcher": picks, "given_up": lost})
+            write_json(beside, about | {"given_up": lost})
             notes = [note for note in new.left_out if note not in told]
             told |= set(notes)
-            head = f"{process + 1}/{processes}", _line(cell, new.rows)
-            print(*head, *notes, *new.errors, sep="\n  ", flush=True)
+            figures = [f"{results.label(row)} {row['median_us']} µs" for row in new.rows]
+            print(f"{process + 1}/{processes}", *cell, ", ".join(figures) or "nothing measured")
+            print(*(f"  {line}" for line in (*notes, *new.errors)), sep="\n", flush=True)
     return 1 if failed else 0
-
-
-def _key(row: Row) -> tuple[Cell, str]:
-    return results.cell_of(row), row["date"]
 
 
 def _about(args: argparse.Namespace, facts: Row) -> dict[str, Any]:
@@ -282,12 +273,3 @@ def _about(args: argparse.Namespace, facts: Row) -> dict[str, Any]:
     if args.device == "cuda":
         protocol["in_a_graph"] = f"forward of up to {grids.FEW} tokens, inputs rotating"
     return {"environment": environment.environment(args.device, facts), "protocol": protocol}
-
-
-def _line(cell: Cell, rows: list[Row]) -> str:
-    size = "{dtype} {M}x{K}->{N} {direction} r={r} dropout={dropout}".format(**cell._asdict())
-    if not rows:
-        return f"{size}: nothing measured"
-    base = float(rows[0]["median_us"])
-    ratios = (f"{results.label(row)} {float(row['median_us']) / base:.3f}" for row in rows[1:])
-    return f"{size}: {rows[0]['provider']} {base / 1e3:.3f} ms, " + ", ".join(ratios)

@@ -15,8 +15,3 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def unique(rows: Iterable[dict[str, str]], column: str) -> str:
     """The values of a column, each once."""
     return ", ".join(dict.fromkeys(row[column] for row in rows))
-
-
-def signed(value: float, unit: str = "") -> str:
-    """With its sign, one digit, and a true minus."""
-    return f"{value:+.1f}{unit}".replace("-", "−")

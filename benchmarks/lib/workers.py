@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 # One thread, and a C library that keeps freed memory. Otherwise new pages for temporaries cost as
@@ -78,17 +79,16 @@ class _Worker:
     def _listen(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self.events.put(json.loads(line))
+            with suppress(ValueError):  # what a library prints before `serve` has begun
+                self.events.put(json.loads(line))
         self.events.put(None)
 
     def ask(self, task: Any, without: Iterable[str], patience: float) -> tuple[Any, ...]:
         """("result", value) or ("lost", name, reason); the name is None before anybody began."""
         assert self.process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it has ended: the events will say so
             self.process.stdin.write(json.dumps([task, sorted(without)]) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended: the events will say so
         name = None
         while True:
             try:
@@ -110,7 +110,8 @@ class _Worker:
 
     def stop(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        with suppress(subprocess.TimeoutExpired):  # one that hangs in a driver stays
+            self.process.wait(10.0)
         self.errors.close()
 
 
