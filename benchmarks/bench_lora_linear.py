@@ -12,7 +12,7 @@ a provider that ends or hangs its process is named, and costs the others nothing
 Adapters have x's dtype, but for `peft_fp32` beside an x of half precision. There is a bias on a
 CPU (encoders) and none on CUDA (Llama). `forward` runs under `no_grad`; in `forward_backward` x, A
 and B need gradients. On CUDA, a forward pass of up to 32 tokens is one of decoding: it runs in a
-CUDA graph. `frozen`, `cublas` and `gemm_*` are the products without an adapter; their r is 0.
+CUDA graph. `frozen` is the product without an adapter; its r is 0.
 """
 
 import sys

@@ -278,15 +278,3 @@ def test_the_grids_have_the_points_they_are_named_for() -> None:
     decode = [c for c in cells if c.M <= 32]
     assert decode and all(grids.in_graph(c, "cuda") for c in decode)
     assert not any(grids.in_graph(c, "cpu") for c in cells)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("script", ["bench_lora_linear", "bench_probe", "bench_train_step"])
-def test_no_cuda_is_said(tmp_path: Path, script: str) -> None:
-    module, arguments = __import__(script), ["--device", "cuda", "--results", str(tmp_path)]
-    with pytest.raises(SystemExit, match="finds no CUDA device"):
-        if script == "bench_train_step":
-            module.main(arguments)
-        else:
-            harness.main(module.BENCH, harness.arguments(None, arguments))
-    assert not list(tmp_path.iterdir())

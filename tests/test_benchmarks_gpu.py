@@ -2,6 +2,7 @@
 providers, the parts and the training step.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -17,7 +18,7 @@ import torch
 
 import gpu
 import smoke
-from lib import workers
+from lib import harness, workers
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
@@ -85,9 +86,9 @@ for name in sys.argv[2:]:
 WORKER = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
-from lib import workers
+from lib import harness, workers
 
-print("a library prints this too")
+print("a library prints this too", flush=True)
 
 def work(task, without, begin):
     done = [os.getpid()]
@@ -104,7 +105,7 @@ def work(task, without, begin):
         if name == "bad" and task == "broken":
             raise workers.BrokenDeviceError(name, "an illegal address")
         done.append(name)
-    print("a library prints this")
+    print("a library prints this", flush=True)
     begin(workers.TASK)
     if task == "late":
         os._exit(4)
@@ -175,10 +176,10 @@ try:
 except FileExistsError:
     print('right')
 """
-    found = smoke.run(lambda n: [*children(n)[:3], held] if n == "eager" else children(n), 3.0)
+    found = smoke.run(lambda n: [*children(n)[:3], held] if n == "eager" else children(n), 4.0)
     assert found["eager"] == "right" and found["cuda"] == "not here: it is not built"
     wrong = "ended with 1: AssertionError: 37x136->264, dropout 0: y: relative error 1"
-    assert smoke.faulty(found) == {"thin": wrong, "triton": "gave no answer in 3 s"}
+    assert smoke.faulty(found) == {"thin": wrong, "triton": "gave no answer in 4 s"}
 
 
 def test_smoke_checks_values(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +293,6 @@ def test_what_fails_the_smoke_test_is_left_out_of_everything(run_gpu: Any, tmp_p
             spared = "not ([triton or -triton)"
             if step in gpu.BENCHES:
                 assert command.argv[command.argv.index("--without") + 1] == "triton"
-                assert Path(command.argv[1]).is_file()
             else:
                 assert command.argv[command.argv.index("-k") + 1].endswith(spared)
                 assert any((ROOT / part).is_file() for part in command.argv if "tests/" in part)
@@ -317,6 +317,23 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("step", gpu.BENCHES)
+def test_the_benchmarks_know_their_options_and_refuse_without_cuda(
+    step: str, tmp_path: Path
+) -> None:
+    (command,) = gpu.plan(step, tmp_path, "abc", {"triton": "hangs"})
+    module = importlib.import_module(Path(command.argv[1]).stem)
+    with pytest.raises(SystemExit, match="PyTorch finds no CUDA device here"):
+        if step in ("train", "8b"):
+            module.main(command.argv[2:])
+        else:
+            args = harness.arguments(None, [*command.argv[2:], "--dtype", "bfloat16"])
+            assert harness.chosen_cells(args, module.BENCH.grids["cuda"])
+            harness.main(module.BENCH, args)
+    assert not list(tmp_path.iterdir())
 
 
 def test_children_keep_the_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

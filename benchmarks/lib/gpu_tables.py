@@ -4,13 +4,13 @@ A rival is whoever computes the layer and is not ours.
 """
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib import package
-from lib.markdown import SHORT, markdown, unique
-from lib.results import FROZEN, Cell, medians, ratios, read_rows
+from lib.markdown import markdown, unique
+from lib.results import Cell, medians, ratios, read_rows
 from loradrop.files import read_json
 
 if TYPE_CHECKING:
@@ -29,16 +29,10 @@ NOTHING = "Not yet measured on a GPU."
 NOT_SERVED = "–"
 
 
-def size(cell: Cell) -> str:
-    """M×K→N, and what else tells the cells of a device apart."""
-    way = cell.direction.replace("_", " + ")
-    return f"{cell.M}×{cell.K}→{cell.N} {SHORT[cell.dtype]} r={cell.r} p={cell.dropout:g} {way}"
-
-
-def _cells(table: "DataFrame") -> Iterator[tuple[Cell, dict[str, float]]]:
-    """Every cell with the figures that it has."""
-    for index, figures in table.iterrows():
-        yield Cell(*index), figures.dropna().to_dict()
+def _markdown(table: "DataFrame") -> str:
+    """A table with its index; what was not measured is a dash."""
+    table = table.astype(object).where(table.notna(), NOT_SERVED).reset_index()
+    return markdown([str(name) for name in table], table.astype(str).to_numpy())
 
 
 def _shown(cells: "DataFrame") -> "DataFrame":
@@ -51,19 +45,14 @@ def _shown(cells: "DataFrame") -> "DataFrame":
 
 
 def layers(folder: Path, name: str, title: str) -> list[str]:
-    """Every provider over the frozen product."""
+    """Every provider over the frozen product, which is in µs."""
     if not (rows := read_rows(folder / f"{name}.csv")):
         return []
     cells = medians(ratios(rows))
-    names = [name for name in cells.columns if name != FROZEN]
-    head = ["layer", "frozen, µs", *names]
-    body = [
-        (size(c), f"{of[FROZEN]:.0f}", *(f"{of[n]:.2f}" if n in of else NOT_SERVED for n in names))
-        for c, of in _cells(_shown(cells))
-    ]
     versions = ("torch", "triton", "driver", "commit")
     about = ", ".join(f"{column} {unique(rows, column)}" for column in versions)
-    return [f"{title}, over the frozen product; {about}:", markdown(head, body), *dispatched(cells)]
+    table = _markdown(_shown(cells).round(2))
+    return [f"{title}, over the frozen product; {about}:", table, *dispatched(cells)]
 
 
 def dispatched(cells: "DataFrame") -> list[str]:
@@ -71,14 +60,16 @@ def dispatched(cells: "DataFrame") -> list[str]:
     of the rivals.
     """
     gains, behind = [], []
-    for cell, of in _cells(cells):
+    for cell, figures in cells.iterrows():
+        of = figures.dropna()
         rivals, own = ({n: of[n] for n in names if n in of} for names in (RIVALS, OWN))
         if "loradrop" not in of or not rivals:
             continue
         gains.append(min(rivals.values()) / of["loradrop"])
         best = min(rivals | own, key=(rivals | own).__getitem__)
         if of["loradrop"] > MARGIN * of[best]:
-            behind.append(f"{size(cell)}: {of['loradrop'] / of[best]:.2f} of {best}")
+            size = " ".join(map(str, cell))
+            behind.append(f"{size}: {of['loradrop'] / of[best]:.2f} of {best}")
     if not gains:
         return []
     return [
@@ -91,24 +82,22 @@ def dispatched(cells: "DataFrame") -> list[str]:
 
 def steps(folder: Path) -> list[str]:
     """Time and peak memory of a training step."""
+    import pandas as pd
+
     path = folder / "bench_train_step.json"
     cells = read_json(path)["cells"] if path.exists() else []
-    arms = list(dict.fromkeys(cell["arm"] for cell in cells))
-    found = {(cell["size"], cell["checkpointing"], cell["arm"]): cell for cell in cells}
-    body = [
-        (f"{name}, checkpointing {'on' if kept else 'off'}",
-         *(_step(found.get((name, kept, arm))) for arm in arms))
-        for name, kept in dict.fromkeys((cell["size"], cell["checkpointing"]) for cell in cells)
-    ]  # fmt: skip
-    head = ("model", *arms)
-    return ["A training step, ms and peak GiB:", markdown(head, body)] if body else []
+    if not cells:
+        return []
+    flat = pd.DataFrame([cell | {"figures": _step(cell)} for cell in cells])
+    table = flat.pivot(index=["size", "checkpointing"], columns="arm", values="figures")
+    return ["A training step, ms and peak GiB:", _markdown(table)]
 
 
-def _step(cell: dict[str, Any] | None) -> str:
-    if cell is None or "fault" in cell:
-        return NOT_SERVED if cell is None else str(cell["fault"])
+def _step(cell: dict[str, Any]) -> str:
+    if "fault" in cell:
+        return str(cell["fault"])
     peak = cell["peak_bytes"]
-    return f"{cell['median_ms']:.0f}" + (f", {peak / 2**30:.1f}" if peak is not None else "")
+    return f"{cell['median_ms']:.0f}" + ("" if peak is None else f", {peak / 2**30:.1f}")
 
 
 def gpu(results: Path) -> str:

@@ -72,8 +72,8 @@ def ratios(rows: Iterable[Row]) -> "DataFrame":
     """Times over that of the frozen product beside them: a row for each cell in each process, by
     `Cell` and date, a column for each label; `frozen` itself is in µs.
 
-    The rows measured together share their date. Products without an adapter, whose r is 0, belong
-    to the cell that they were measured with.
+    The rows measured together share their date. The frozen product, whose r is 0, belongs to the
+    cell that it was measured with.
     """
     import pandas as pd
 

@@ -27,6 +27,7 @@ SURROUNDINGS = {
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
 }
 TASK = ""  # the name under which the task itself is lost: nobody in it can be blamed
+START = 60.0  # seconds until a worker begins at least; a cold disk is slow
 STRIKES = 2  # processes that one name may end before it is left out of everything
 
 Work = Callable[[Any, set[str], Callable[[str], None]], Any]
@@ -89,17 +90,17 @@ class _Worker:
         with suppress(BrokenPipeError):  # it has ended: the events will say so
             self.process.stdin.write(json.dumps([task, sorted(without)]) + "\n")
             self.process.stdin.flush()
-        name = None
+        name, seconds = None, max(patience, START)
         while True:
             try:
-                event = self.events.get(timeout=patience)
+                event = self.events.get(timeout=seconds)
             except queue.Empty:
-                return "lost", name, f"gave no sign of life for {patience:g} s and was stopped"
+                return "lost", name, f"gave no sign of life for {seconds:g} s and was stopped"
             if event is None:
                 return "lost", name, self._end()
             if event[0] != "begin":
                 return tuple(event)
-            name = event[1]
+            name, seconds = event[1], patience
 
     def _end(self) -> str:
         code = self.process.wait()
