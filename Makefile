@@ -35,7 +35,7 @@ lint: $(DEV) ## ruff, and mypy in strict mode
 	@$(BIN)/mypy
 
 bench: $(DEV) ## time the op against its rivals on this machine
-	@$(BIN)/python benchmarks/bench_lora_linear.py
+	@$(BIN)/python benchmarks/bench_lora_linear.py --fresh
 
 readme: $(DEV) ## the tables of the README and docs/results.md, from the committed results
 	@$(BIN)/python benchmarks/tables.py

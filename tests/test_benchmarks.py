@@ -170,6 +170,8 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Runs the stub on cells with these numbers of tokens, into b.csv: its exit status."""
     script = tmp_path / "bench_stub.py"
     script.write_text(STUB.replace("FOLDER", repr(str(FOLDER))))
+    facts = FACTS | {"device": "1"}
+    monkeypatch.setattr(harness.environment, "facts", lambda _, commit: facts | {"commit": commit})
     bench = harness.Bench(str(script), providers.providers, {"cpu": "encoders"})
 
     def run(*tokens: int, commit: str = "abc") -> int:
@@ -212,6 +214,10 @@ def test_who_ends_its_process_costs_the_others_nothing(
     assert capsys.readouterr().out.count("1/1") == 1
     commits = {row["M"]: row["commit"] for row in results.read_rows(tmp_path / "b.csv")}
     assert commits == {"2": "abc", "3": "abc", "6": "abc"}
+    rows = results.read_rows(tmp_path / "b.csv")
+    results.write_rows(tmp_path / "b.csv", [row | {"device": "another"} for row in rows])
+    assert stub(2) == 0 and measured(tmp_path) == {"2": all_three}
+    assert f"{len(rows)} rows of another machine are replaced" in capsys.readouterr().out
 
 
 def test_a_run_that_is_cut_off_keeps_its_cells(

@@ -86,7 +86,7 @@ for name in sys.argv[2:]:
 WORKER = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
-from lib import harness, workers
+from lib import workers
 
 print("a library prints this too", flush=True)
 

@@ -231,7 +231,10 @@ def main(bench: Bench, args: argparse.Namespace) -> int:
     cells = chosen_cells(args, bench.grids[args.device])
     processes = args.processes or PROCESSES[args.device]
     csv = args.out or environment.folder(args.results, args.device) / f"{bench.name}.csv"
-    rows = results.read_rows(csv)
+    there = results.read_rows(csv)
+    rows = [row for row in there if row["device"] == facts["device"]]
+    if len(rows) < len(there):
+        print(f"{len(there) - len(rows)} rows of another machine are replaced")
     if args.fresh:
         asked = set(cells)
         dates = {row["date"] for row in rows if results.cell_of(row) in asked}
