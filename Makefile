@@ -37,9 +37,9 @@ lint: $(DEV) ## ruff, and mypy in strict mode
 	@$(BIN)/mypy
 
 bench: $(DEV) ## time the op against its rivals on this machine
-	@$(BIN)/python benchmarks/bench_lora_linear.py
+	@$(BIN)/python benchmarks/bench_lora_linear.py --fresh
 
-readme: $(DEV) ## the README's tables, from the committed results
+readme: $(DEV) ## the tables of the README and docs/results.md, from the committed results
 	@$(BIN)/python benchmarks/tables.py
 
 clean: ## remove what builds and tools leave; .venv and runs stay

@@ -57,7 +57,7 @@ setup(
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"),
             *("build", "setuptools", "wheel", "pre-commit", TRITON, PEFT, "datasets"),
-            *("ninja", "pybind11"),
+            *("ninja", "pybind11", "pandas"),
         ],
     },
     entry_points={"console_scripts": ["loradrop = loradrop.cli:main"]},

@@ -2,7 +2,8 @@
 
 Every provider gets the same x, W, A and B, and is compared with the float64 reference before it is
 timed: a wrong one gets no number, and the script ends with 1. Several processes measure every cell,
-its providers interleaved; ratios are formed within a process. A second run adds what is missing.
+its providers interleaved; ratios are formed within a process. A second run adds what is missing;
+a provider that ends or hangs its process is named, and costs the others nothing.
 
     python benchmarks/bench_lora_linear.py                                  the CPU, one thread
     python benchmarks/bench_lora_linear.py --device cuda                    one CUDA device, all
@@ -11,13 +12,13 @@ its providers interleaved; ratios are formed within a process. A second run adds
 Adapters have x's dtype, but for `peft_fp32` beside an x of half precision. There is a bias on a
 CPU (encoders) and none on CUDA (Llama). `forward` runs under `no_grad`; in `forward_backward` x, A
 and B need gradients. On CUDA, a forward pass of up to 32 tokens is one of decoding: it runs in a
-CUDA graph. `frozen`, `cublas` and `gemm_*` are the products without an adapter; their r is 0.
+CUDA graph. `frozen` is the product without an adapter; its r is 0.
 """
 
 import sys
 
-import harness
-from providers import providers
+from lib import harness
+from lib.providers import providers
 
 BENCH = harness.Bench(
     __file__, providers, {"cpu": "encoders", "cuda": "llama,lorafusion,gqa,decode"}
@@ -25,4 +26,4 @@ BENCH = harness.Bench(
 
 
 if __name__ == "__main__":
-    sys.exit(harness.main(BENCH, harness.arguments(__doc__, None)))
+    sys.exit(harness.main(BENCH, harness.arguments(__doc__)))

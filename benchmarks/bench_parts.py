@@ -1,130 +1,109 @@
-"""Each kernel alone, against its own floor: where the time of a layer goes that the floor does not
-explain. bfloat16, one CUDA device.
+"""Each kernel alone: where the time of a layer goes. One CUDA device.
 
-    cublas, gemm, gemm+chunk    the wide product by cuBLAS, by `gemm_ext`, and with the LoRA product
-    shrink, outer, addmm_       the thin products; `addmm_` is what the chunk replaces
+    cublas, gemm, gemm_cuda    the wide product by cuBLAS, by our Triton kernel, by our CUDA kernel
+    gemm+chunk                 by our Triton kernel, with the LoRA product as its last steps
+    shrink, outer, addmm_      the thin products; `addmm_` is what the chunk replaces
+    copy                       of x: what reading and writing it costs; shrink only reads it
 
-Forward and backward: xWᵀ and x·Aᵀ, dyW and dy·B, dA and dB. Beside every time stand the operations
-and the fewest bytes of it, and in the file what this GPU copies and multiplies at.
+Forward and backward: xWᵀ and x·Aᵀ, dyW and dy·B, dA and dB. Files, options and protocol are those
+of `bench_lora_linear.py`; every time is one kernel's, beside the frozen product of the layer.
 
-    python benchmarks/bench_parts.py
+    python benchmarks/bench_parts.py --device cuda
 """
 
+import sys
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
-import machine
-import single
 import torch
-from grids import shapes
-from providers import by_triton
 from torch import Tensor
 
-SHAPES = "8192x4096x4096,8192x4096x14336,8192x14336x4096,8192x4096x1024"
-RANKS = (16, 64)
+from lib import harness, package
+from lib.cases import Case, Output
+from lib.providers import Provider
+from lib.results import FROZEN
+from lib.rivals import frozen
 
 
-class Part(NamedTuple):
-    """A kernel on its operands, what it should give in float64, and what PyTorch gives."""
+class Operands(NamedTuple):
+    """Of one layer: x (M, K), W (N, K), A (r, K), B (N, r), dy and y (M, N), h and t (M, r)."""
 
-    run: Callable[[], Tensor]
-    exact: Callable[[], Tensor]
-    plain: Callable[[], Tensor]
-    flops: int
-    bytes: int
-
-
-def _product(p: Tensor, q: Tensor, run: Callable[[], Tensor], *more: Tensor) -> Part:
-    """A part that is p·q, or p·q + h·l with `more` = (h, l)."""
-    m, d, c = *p.shape, q.shape[1]
-    ranks = more[0].shape[1] if more else 0
-    numbers = m * d + d * c + m * c + sum(t.numel() for t in more)
-
-    def value(wide: bool) -> Tensor:
-        a, b, *rest = (t.double() if wide else t for t in (p, q, *more))
-        return a @ b + rest[0] @ rest[1] if rest else a @ b
-
-    bytes_ = numbers * p.element_size()
-    return Part(run, partial(value, True), partial(value, False), 2 * m * (d + ranks) * c, bytes_)
+    x: Tensor
+    W: Tensor
+    A: Tensor
+    B: Tensor
+    dy: Tensor
+    y: Tensor
+    h: Tensor
+    t: Tensor
 
 
-def parts(m: int, k: int, n: int, r: int) -> dict[str, Part]:
-    """By name; those of the backward pass end in " of dx", " of dy", " for dA" or " for dB"."""
-    from loradrop.kernels import tiles as config
-    from loradrop.kernels.outer import outer
-    from loradrop.kernels.shrink import shrink
-    from loradrop.op import fused
-
-    chip, half = config.machine_of(torch.device("cuda")), torch.bfloat16
-    x, W, dy = single.normal(m, k), single.normal(n, k, k**-0.5), single.normal(m, n)
-    A, B = single.normal(r, k, k**-0.5), single.normal(n, r, r**-0.5)
-    h, t = single.normal(m, r), single.normal(m, r)
-
-    def wide(p: Tensor, q: Tensor, h: Tensor, l: Tensor) -> tuple[Part, Part, Part]:
-        chunk = partial(fused.by_triton, p, q, None, h, l, 1.0)
-        return (
-            _product(p, q, partial(torch.mm, p, q)),
-            _product(p, q, partial(by_triton, p, q)),
-            _product(p, q, chunk, h, l),
-        )
-
-    def thin(p: Tensor, a: Tensor) -> Part:
-        tiles = config.shrink(chip, half, *p.shape, r)
-        return _product(p, a.T, lambda: shrink(p, a, 1.0, tiles).h)
-
-    def tall(p: Tensor, q: Tensor) -> Part:
-        tiles = config.outer(chip, half, *p.shape, r)
-        return _product(p.T, q, lambda: outer(p, q, 1.0, half, tiles))
-
-    y = single.normal(m, n)
-    added = Part(
-        lambda: y.addmm_(h, B.T, alpha=1e-3),  # y must not overflow
-        lambda: y.double() + 1e-3 * h.double() @ B.double().T,
-        lambda: torch.addmm(y, h, B.T, alpha=1e-3),
-        2 * m * n * r,
-        (2 * y.numel() + h.numel() + B.numel()) * y.element_size(),
-    )
-    names = "cublas", "gemm", "gemm+chunk"
-    forward = dict(zip(names, wide(x, W.T, h, B.T), strict=True))
-    backward = zip(names, wide(dy, W, t, A), strict=True)
-    return {
-        **forward,
-        "shrink": thin(x, A),
-        "addmm_": added,
-        **{f"{name} of dx": part for name, part in backward},
-        "shrink of dy": thin(dy, B.T),
-        "outer for dA": tall(x, t),
-        "outer for dB": tall(dy, h),
-    }
+def operands(case: Case) -> Operands:
+    """Those of a case; h, t and y are copies of a part of x, of dy, and of dy."""
+    x, W, A, B, dy = (t.detach() for t in (case.x, case.weight, case.A, case.B, case.dy))
+    h, t = (of[:, : A.shape[0]].contiguous() for of in (x, dy))
+    return Operands(x, W, A, B, dy, dy.clone(), h, t)
 
 
-def floor_us(row: dict[str, float], ceilings: dict[str, float]) -> float:
-    """The larger of operations over rate and bytes over bandwidth."""
-    work = row["flops"] / ceilings["bf16_flops_per_s"], row["bytes"] / ceilings["copy_bytes_per_s"]
-    return 1e6 * max(work)
+Formula = Callable[[Operands], Tensor]
 
 
-def main() -> None:
-    args = single.arguments(__doc__, __file__)
-    ceilings = machine.ceilings()
-    rows: single.Rows = []
-    for m, k, n in shapes(SHAPES):
-        for r in RANKS:
-            sizes, found = {"M": m, "K": k, "N": n, "r": r}, parts(m, k, n, r)
-            faults = {}
-            for name, part in found.items():
-                exact, plain = part.exact(), part.plain()
-                if fault := single.right(part.run, exact, plain):
-                    faults[name] = {**sizes, "variant": name, "fault": fault}
-            calls = {name: part.run for name, part in found.items() if name not in faults}
-            for row in single.timed(sizes, calls, args.seconds):
-                part = found[row["variant"]]
-                row |= {"flops": part.flops, "bytes": part.bytes}
-                rows.append(row | {"of_floor": row["median_us"] / floor_us(row, ceilings)})
-            rows += faults.values()
-    single.finish(args, rows, "of_floor", {"ceilings": ceilings})
+def part(name: str, backend: str | None, kernel: Formula, formula: Formula) -> Provider:
+    """A kernel on the operands of a layer, and what it computes, by PyTorch in any dtype."""
+
+    def make(case: Case) -> Callable[[], Output]:
+        of = operands(case)
+        return lambda: (kernel(of), None)
+
+    return Provider(name, make, formula=lambda case: formula(operands(case)), backend=backend)
+
+
+def wide(end: str, of: Callable[[Operands], tuple[Tensor, ...]]) -> list[Provider]:
+    """The products p·q, and p·q + h·l, of the operands `of` gives."""
+    kernels = {"cublas": (None, torch.mm), "gemm": ("triton", package.gemm_triton),
+               "gemm_cuda": ("cuda", package.gemm_cuda)}  # fmt: skip
+
+    def extended(o: Operands) -> Tensor:
+        p, q, h, l = of(o)
+        return p @ q + h @ l
+
+    return [
+        *(
+            part(
+                name + end,
+                backend,
+                lambda o, kernel=kernel: kernel(*of(o)[:2]),
+                lambda o: torch.mm(*of(o)[:2]),
+            )
+            for name, (backend, kernel) in kernels.items()
+        ),
+        part(f"gemm+chunk{end}", "triton", lambda o: package.gemm_triton(*of(o)), extended),
+    ]
+
+
+def parts(_: str, __: str) -> list[Provider]:
+    """Those of the backward pass end in " of dx", " of dy", " for dA" or " for dB"."""
+    shrink, outer = package.shrink, package.outer
+    return [
+        Provider(FROZEN, frozen, bare=True),
+        part("copy", None, lambda o: o.x.clone(), lambda o: o.x),
+        *wide("", lambda o: (o.x, o.W.T, o.h, o.B.T)),
+        part("shrink", "triton", lambda o: shrink(o.x, o.A), lambda o: o.x @ o.A.T),
+        part(
+            "addmm_",
+            None,
+            lambda o: o.y.addmm_(o.h, o.B.T, alpha=1e-3),  # y must not overflow
+            lambda o: torch.addmm(o.y, o.h, o.B.T, alpha=1e-3),
+        ),
+        *wide(" of dx", lambda o: (o.dy, o.W, o.t, o.A)),
+        part("shrink of dy", "triton", lambda o: shrink(o.dy, o.B.T), lambda o: o.dy @ o.B),
+        part("outer for dA", "triton", lambda o: outer(o.x, o.t), lambda o: o.x.T @ o.t),
+        part("outer for dB", "triton", lambda o: outer(o.dy, o.h), lambda o: o.dy.T @ o.h),
+    ]
+
+
+BENCH = harness.Bench(__file__, parts, {"cpu": "parts", "cuda": "parts"})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(harness.main(BENCH, harness.arguments(__doc__)))

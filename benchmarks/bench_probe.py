@@ -12,11 +12,11 @@ Files, options and protocol are those of `bench_lora_linear.py`.
 
 import sys
 
-import harness
-from providers import probing
+from lib import harness
+from lib.providers import probing
 
 BENCH = harness.Bench(__file__, probing, {"cpu": "encoders", "cuda": "probe"})
 
 
 if __name__ == "__main__":
-    sys.exit(harness.main(BENCH, harness.arguments(__doc__, None)))
+    sys.exit(harness.main(BENCH, harness.arguments(__doc__)))

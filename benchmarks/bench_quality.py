@@ -21,22 +21,22 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from loradrop.settings import TrainConfig
 
-from loradrop.bank import AdapterBank
-from loradrop.config import LoRAConfig
+from lib import RESULTS
+from loradrop.config import LoRAConfig, TrainConfig
+from loradrop.env import versions
 from loradrop.files import read_json, write_json
 from loradrop.methods import LoRA, LoRADrop, Method
-from loradrop.plan import versions
+from loradrop.pairs import LoRABank
 from loradrop.run import build
 from loradrop.run_config import RunConfig
-from loradrop.selection import Scores
+from loradrop.scores import Assignment, Scores
 from loradrop.text.examples import TextTask
 from loradrop.text.task import DataConfig, load_task
 from loradrop.text.tokens import collator, metric_fn, tokenize
 from loradrop.training import fit
 
-RESULTS = Path(__file__).parent / "results" / "cpu" / "bench_quality.json"
+RESULT = RESULTS / "cpu" / "bench_quality.json"
 TARGETS = ("query", "value")  # the paper's counts fit these
 LEARNING_RATE = 3e-3
 
@@ -47,8 +47,10 @@ class HeadOnly(Method):
 
     name: ClassVar[str] = "head_only"
 
-    def build(self, bank: AdapterBank) -> None:
-        bank.assign([None] * len(bank.targets), [])
+    def bank(self, *given: Any) -> LoRABank:
+        bank = super().bank(*given)
+        bank.assign(Assignment(bank.targets, (None,) * len(bank.targets)), [])
+        return bank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +182,7 @@ def main() -> None:
         "--minutes", type=float, default=float("inf"), help="start no run after so many minutes"
     )
     parser.add_argument("--precision", default="bf16", choices=("float32", "bf16"))
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     torch.set_num_threads(1)
     tasks = {}

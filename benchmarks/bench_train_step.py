@@ -19,25 +19,26 @@ and a gradient to every B.
 
 import argparse
 import gc
-import json
+import itertools
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
-import clocks
-import machine
-import timing
 import torch
 from torch import Tensor, nn
 
-import loradrop
+from lib import environment, harness, timing, workers
+from loradrop import LoRAConfig, LoraDropConfig, inject, probe, select, share
 from loradrop.files import read_json, write_json
 
 RANK, ALPHA = 16, 32
 ARMS = ("peft_bf16", "peft_fp32", "loradrop", "loradrop_half")
+SECONDS, PATIENCE = 10.0, 300.0  # of timed steps; until a cell shows a sign of life
+OUT_OF_MEMORY = "out of memory"
 LOSS_ERROR = 0.01  # relative: a bfloat16 model is not more exact
 
 
@@ -86,21 +87,33 @@ def build(size: Size, device: str) -> nn.Module:
 def adapt(model: nn.Module, arm: str, batch: dict[str, Tensor]) -> nn.Module:
     """The model with the adapters of an arm."""
     if arm.startswith("peft"):
-        from peft import LoraConfig, get_peft_model
+        import peft
 
-        config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
-        return get_peft_model(model, config, autocast_adapter_dtype=arm == "peft_fp32")
+        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=arm == "peft_fp32")
     options = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
     if arm == "loradrop":
-        loradrop.inject(model, loradrop.LoRAConfig(**options))
+        inject(model, LoRAConfig(**options))
         return model
-    bank = loradrop.inject(model, loradrop.LoraDropConfig(budget=0.5, **options))
+    bank = inject(model, LoraDropConfig(budget=0.5, **options))
     with torch.no_grad():
         for B in bank.B:  # as if the warm-up had trained them
             B.normal_(std=0.02)
-    scores = loradrop.probe(model, [{"input_ids": batch["input_ids"][:1]}])
-    loradrop.share(model, loradrop.select(scores, budget=0.5))
+    scores = probe(model, [{"input_ids": batch["input_ids"][:1]}])
+    share(model, select(scores, budget=0.5))
     return model
+
+
+def able_arms(without: str) -> list[str]:
+    """The arms that can run here; says why others are left out."""
+    reasons = {}
+    if find_spec("peft") is None:
+        reasons["peft"] = "PEFT is not installed"
+    if without:
+        reasons["loradrop"] = f"the dispatcher might pick {without}"
+    for name, reason in reasons.items():
+        print(f"{name} is left out: {reason}")
+    return [arm for arm in ARMS if arm.split("_")[0] not in reasons]
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -166,7 +179,7 @@ def run(name: str, arm: str, checkpointing: bool, device: str, seconds: float) -
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     times = timed(step, device, seconds)
-    low, high = clocks.fifths(times)
+    low, high = timing.fifths(times)
     return {
         "median_ms": round(statistics.median(times), 2),
         "p20_ms": round(low, 2),
@@ -178,68 +191,62 @@ def run(name: str, arm: str, checkpointing: bool, device: str, seconds: float) -
     }
 
 
-def _cell(args: argparse.Namespace) -> dict[str, Any]:
-    name, arm, checkpointing = json.loads(args.worker)
+def work(
+    args: argparse.Namespace, key: dict[str, Any], without: set[str], begin: Callable[[str], None]
+) -> dict[str, Any]:
+    """What a worker does with a cell."""
+    begin(workers.TASK)
     try:
-        return run(name, arm, checkpointing, args.device, args.seconds)
+        return run(*(key[name] for name in ("size", "arm", "checkpointing")), args.device,
+                   args.seconds)  # fmt: skip
     except torch.OutOfMemoryError:
-        return {"fault": "out of memory"}
+        return {"fault": OUT_OF_MEMORY}
     except AssertionError as error:
-        return {"fault": str(error), "wrong": True}
-
-
-def _measured(args: argparse.Namespace, cell: list[Any]) -> dict[str, Any]:
-    """The figures of a cell, from a process of its own."""
-    options = ["--device", args.device, "--seconds", str(args.seconds)]
-    options += ["--worker", json.dumps(cell)]
-    try:
-        (found,) = timing.in_process(__file__, options)
-    except RuntimeError as error:
-        found = {"fault": str(error), "wrong": True}
-    return found
+        return {"fault": str(error)}
+    except Exception as error:
+        return {"fault": harness.first_line(error)}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Ends with 1 where an arm was wrong."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    """Ends with 1 where a cell has no figures."""
+    parser = harness.options(__doc__)
     parser.add_argument("--size", help=f"of {', '.join(SIZES)}; default: tiny, on CUDA 1b,8b")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of timed steps, for a cell")
-    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
-    parser.add_argument("--commit", help="default: git's HEAD")
-    parser.add_argument("--results", type=Path, default=machine.RESULTS)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.device == "cuda":
-        machine.need_cuda("--device cuda")
+        environment.need_cuda("--device cuda")
     if args.worker:
-        print(json.dumps(_cell(args)), flush=True)
+        workers.serve(partial(work, args))
         return 0
     sizes = (args.size or ("tiny" if args.device == "cpu" else "1b,8b")).split(",")
     if unknown := [name for name in sizes if name not in SIZES]:
         sys.exit(f"--size {unknown[0]} is unknown; there are {', '.join(SIZES)}")
-    path = machine.folder(args.results, args.device) / "bench_train_step.json"
-    facts = machine.facts(args.device, args.commit)
-    report = read_json(path) if path.exists() and not args.fresh else {}
-    about = report.get("environment", {})
-    if any(about.get(name) != value for name, value in facts.items()):
-        report = {"environment": machine.environment(args.device, facts), "cells": []}
+    path = environment.folder(args.results, args.device) / "bench_train_step.json"
+    facts = environment.facts(args.device, args.commit)
+    known: list[dict[str, Any]] = read_json(path)["cells"] if path.exists() else []
+    wanted = []
+    for name, kept, arm in itertools.product(sizes, (True, False), able_arms(args.without)):
+        key = {"size": name, "arm": arm, "checkpointing": kept}
+        if args.fresh or not holds(key, known, facts["commit"]):
+            wanted.append(key)
+    command = [sys.executable, __file__, "--worker", "--device", args.device]
+    command += ["--seconds", str(args.seconds or SECONDS)]
     failed = False
-    for name in sizes:
-        for checkpointing in (True, False):
-            for arm in ARMS:
-                key = {"size": name, "arm": arm, "checkpointing": checkpointing}
-                if any(key.items() <= cell.items() for cell in report["cells"]):
-                    continue
-                found = _measured(args, [name, arm, checkpointing])
-                print(*key.values(), found.get("fault") or f"{found['median_ms']} ms", flush=True)
-                if found.pop("wrong", False):
-                    failed = True
-                    continue
-                report["cells"].append(key | found)
-                write_json(path, report)
+    answers = workers.answers(command, wanted, PATIENCE, fresh=True)
+    for key, answer in zip(wanted, answers, strict=True):
+        found = answer.value or {"fault": "; ".join(answer.lost.values())}
+        known[:] = [cell for cell in known if not key.items() <= cell.items()]
+        known.append(key | found | {"commit": facts["commit"]})
+        environ = environment.environment(args.device, facts)
+        write_json(path, {"environment": environ, "cells": known})
+        failed |= found.get("fault", OUT_OF_MEMORY) != OUT_OF_MEMORY
+        print(*key.values(), found.get("fault") or f"{found['median_ms']} ms", flush=True)
     return 1 if failed else 0
+
+
+def holds(key: dict[str, Any], cells: list[dict[str, Any]], commit: str) -> bool:
+    """Whether a cell need not be measured: figures hold for every commit, a fault for its own."""
+    same = [cell for cell in cells if key.items() <= cell.items()]
+    return any("fault" not in cell or cell["commit"] == commit for cell in same)
 
 
 if __name__ == "__main__":

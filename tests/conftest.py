@@ -61,7 +61,8 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    """A fresh one, unless whoever starts the tests keeps theirs, as benchmarks/gpu.py does."""
+    os.environ.setdefault("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
 
 
 @pytest.fixture(scope="session")

@@ -1,29 +1,18 @@
-"""The README says what the result files say, and the arithmetic between them is right."""
+"""The tables say what the result files say, and the arithmetic between them is right."""
 
 import json
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-BENCHMARKS = ROOT / "benchmarks"
+pytest.importorskip("pandas")
 
+import tables
+from lib import cpu_tables, gpu_tables, measured, results
 
-@pytest.fixture
-def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import tables
-
-    return tables
-
-
-@pytest.fixture
-def timing(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import timing
-
-    return timing
+CHIP = {"arch": 90, "sms": 132, "l2_bytes": 50 << 20}
+HALF = {"dtype": "bfloat16", "device": "GPU", "M": 8192, "K": 4096, "N": 4096}
 
 
 def row(provider: str, us: float, process: int = 0, **columns: object) -> dict[str, str]:
@@ -51,18 +40,34 @@ def group(process: int, frozen: float, peft: float, ours: float, **columns: obje
     ]
 
 
+def cell(us: dict[str, float], date: int = 0, **columns: Any) -> list[dict[str, str]]:
+    """The rows of one cell, rank 16; the frozen product takes 100 µs. A name may end in +norm."""
+    rows = [row("frozen", 100, date, **HALF | columns, r=0)]
+    for name, value in us.items():
+        own = {"r": 16, "norm": int(name.endswith("+norm") or name.startswith("peft_hook"))}
+        rows.append(row(name.removesuffix("+norm"), value, date, **HALF | columns | own))
+    return rows
+
+
 THREE_PROCESSES = [*group(0, 100, 130, 110), *group(1, 200, 240, 230), *group(2, 100, 125, 112)]
 
 
-def write_cell(folder: Path, task: str, arm: str, values: dict[int, float]) -> None:
+def write_csv(folder: Path, rows: list[dict[str, str]], name: str = "bench_lora_linear") -> Path:
+    """A result file, and the JSON beside it."""
+    path = folder / f"{name}.csv"
+    results.write_rows(path, rows)
+    report = {"environment": {"chip": CHIP, "device": "GPU"}}
+    path.with_suffix(".json").write_text(json.dumps(report))
+    return path
+
+
+def write_runs(folder: Path, task: str, arm: str, values: dict[int, float]) -> None:
     path = folder / "cpu" / "bench_quality.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     report = json.loads(path.read_text()) if path.exists() else {"cells": []}
     for seed, value in values.items():
-        cell = {"task": task, "arm": arm, "seed": seed, "metric": "accuracy", "value": value}
-        parameters = 1000 + seed if arm == "drop" else 2000
-        cell |= {"parameters": parameters, "seconds": 1.0, "kept": None, "targets": 12}
-        report["cells"].append(cell)
+        run = {"task": task, "arm": arm, "seed": seed, "metric": "accuracy", "value": value}
+        report["cells"].append(run | {"parameters": 1000 + seed if arm == "drop" else 2000})
     path.write_text(json.dumps(report))
 
 
@@ -70,46 +75,48 @@ def cells_of(table: str, first: str) -> list[str]:
     """The cells of the row that begins so, without the first."""
     lines = [line for line in table.splitlines() if line.startswith(f"| {first} |")]
     assert len(lines) == 1, table
-    return [cell.strip() for cell in lines[0].strip("|").split("|")][1:]
+    return [cell.strip() for cell in lines[0].removeprefix(f"| {first} |").strip("|").split("|")]
 
 
-def test_readme_equals_the_result_files(
-    tables: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+# Documents
+
+
+def test_documents_and_points_equal_the_result_files(capsys: pytest.CaptureFixture[str]) -> None:
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
+    marked = "".join(path.read_text() for path in tables.DOCUMENTS)
+    assert all(f"<!-- table:{name} -->" in marked for name in tables.TABLES)
 
 
 def test_check_writes_nothing_and_writing_satisfies_it(
-    tables: ModuleType,
-    timing: ModuleType,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme, results = tmp_path / "README.md", tmp_path / "results"
+    page, points, found = tmp_path / "page.md", tmp_path / "points.json", tmp_path / "results"
     stale = "top\n<!-- table:lora_linear_cpu -->\nold\n<!-- /table:lora_linear_cpu -->\nend\n"
-    readme.write_text(stale)
-    (results / "cpu").mkdir(parents=True)
-    timing.write_rows(results / "cpu" / "bench_lora_linear.csv", THREE_PROCESSES)
-    arguments = ["--readme", str(readme), "--results", str(results)]
+    page.write_text(stale)
+    points.write_text("{}")
+    write_csv(found / "cpu", THREE_PROCESSES)
+    write_csv(found / "gpu", cell({"loradrop_thin": 112}))
+    arguments = ["--documents", str(page), "--measured", str(points), "--results", str(found)]
     assert tables.main([*arguments, "--check"]) == 1
-    assert "-old" in capsys.readouterr().out
-    assert readme.read_text() == stale
+    said = capsys.readouterr().out
+    assert "-old" in said and '"us": {"thin": 112.0}' in said
+    assert (page.read_text(), points.read_text()) == (stale, "{}")
     assert tables.main(arguments) == 0
-    text = readme.read_text()
+    text = page.read_text()
     assert text.startswith("top\n<!--") and text.endswith("-->\nend\n") and "old" not in text
+    assert json.loads(points.read_text())["points"] == measured.points(found)
     assert tables.main([*arguments, "--check"]) == 0
     assert capsys.readouterr().out == ""
-    timing.write_rows(results / "cpu" / "bench_lora_linear.csv", group(0, 100, 130, 140))
+    write_csv(found / "cpu", group(0, 100, 130, 140))
     assert tables.main([*arguments, "--check"]) == 1
 
 
-def test_a_marker_without_a_result_says_so_and_no_marker_is_no_table(
-    tables: ModuleType, tmp_path: Path
-) -> None:
+def test_a_marker_without_a_result_says_so_and_no_marker_is_no_table(tmp_path: Path) -> None:
     assert tables.fill("nothing here\n", tmp_path) == "nothing here\n"
     for name in tables.TABLES:
         text = f"<!-- table:{name} -->\n<!-- /table:{name} -->\n"
-        filled = f"<!-- table:{name} -->\nnot yet measured\n<!-- /table:{name} -->\n"
+        says = "Not yet measured on a GPU." if name == "gpu" else "not yet measured"
+        filled = f"<!-- table:{name} -->\n{says}\n<!-- /table:{name} -->\n"
         assert tables.fill(text, tmp_path) == filled
 
 
@@ -121,84 +128,147 @@ def test_a_marker_without_a_result_says_so_and_no_marker_is_no_table(
         ("<!-- /table:quality -->\n<!-- table:quality -->\n", "its end marker"),
     ],
 )
-def test_broken_markers_are_named(tables: ModuleType, tmp_path: Path, text: str, says: str) -> None:
+def test_broken_markers_are_named(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         tables.fill(text, tmp_path)
 
 
-def test_ratios_are_formed_within_a_process(timing: ModuleType) -> None:
-    (cell,) = timing.paired(THREE_PROCESSES)
-    assert cell.cell == ("float32", 4, 3, 2, 8, 0.0, "forward")
-    assert cell.frozen_us == [100, 200, 100]
-    assert cell.ratios["loradrop"] == [1.10, 1.15, 1.12]
-    assert cell.median("loradrop") == 1.12  # the ratio of the medians is 1.12 / 1.00 by chance only
-    assert cell.median("peft") == 1.25
-    assert cell.median("peft_hook") == 2.50
+# Ratios
 
 
-def test_goal_by_hand(timing: ModuleType) -> None:
+def test_ratios_are_formed_within_a_process() -> None:
+    table = results.ratios(THREE_PROCESSES)
+    assert list(table["frozen"]) == [100, 200, 100]
+    assert list(table["loradrop"]) == pytest.approx([1.10, 1.15, 1.12])
+    ((index, of),) = results.medians(table).iterrows()
+    assert results.Cell(*index) == ("float32", 4, 3, 2, 8, 0.0, "forward")
+    assert of["loradrop"] == pytest.approx(1.12)  # the ratio of the medians is the same by chance
+    assert (of["peft"], of["peft_hook"]) == (1.25, 2.50)
+
+
+def test_rows_without_their_frozen_product_give_no_ratio() -> None:
+    assert results.ratios([]).empty
+    assert results.ratios(cell({"loradrop": 130})[1:] + THREE_PROCESSES[:1]).empty
+
+
+def test_other_columns_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bench_lora_linear.csv"
+    path.write_text("device,us\ncpu,3\n")
+    with pytest.raises(ValueError, match="columns"):
+        results.read_rows(path)
+    assert results.read_rows(tmp_path / "none.csv") == []
+
+
+# The tables of a CPU
+
+
+def test_overheads_by_hand() -> None:
     rows = [*THREE_PROCESSES, *group(0, 10, 15, 12, dtype="bfloat16")]
-    figures = timing.goal(timing.paired(rows), 8, "forward")
-    assert (figures.cells, figures.processes) == (2, 1)
-    assert figures.peft == pytest.approx(0.25 + 0.5)
-    assert figures.loradrop == pytest.approx(0.12 + 0.2)
-    assert figures.of_peft == pytest.approx(0.32 / 0.75)
-    assert figures.norm == pytest.approx((0.01 + 0.1) / 2)
-    assert timing.goal(timing.paired(rows), 64, "forward") is None
+    figures = cpu_tables.overheads(results.ratios(rows))
+    assert figures["peft"] == pytest.approx(0.25 + 0.5)
+    assert figures["loradrop"] == pytest.approx(0.12 + 0.2)
+    assert figures["of_peft"] == pytest.approx(0.32 / 0.75)
+    assert figures["norm"] == pytest.approx((0.01 + 0.1) / 2)
 
 
-def test_rounding_of_the_cpu_table(tables: ModuleType, timing: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "cpu").mkdir()
-    rows = group(0, 12340, 15000, 13333)
-    timing.write_rows(tmp_path / "cpu" / "bench_lora_linear.csv", rows)
-    table = tables.lora_linear_cpu(tmp_path)
+def test_rounding_of_the_cpu_table(tmp_path: Path) -> None:
+    write_csv(tmp_path / "cpu", group(0, 12340, 15000, 13333))
+    table = cpu_tables.lora_linear_cpu(tmp_path)
     assert cells_of(table, "4×3→2") == ["fp32", "12.3", "1.22", "2.43", "1.08", "1.08"]
     assert "of 1 processes" in table and "a CPU" in table and "commit abc" in table
     assert "0.373 of PEFT's (goal: at most 0.55)" in table
 
 
-def test_gpu_table_reads_every_folder_but_the_cpu(
-    tables: ModuleType, timing: ModuleType, tmp_path: Path
-) -> None:
-    for folder in ("cpu", "some-gpu"):
-        (tmp_path / folder).mkdir()
-    path = tmp_path / "some-gpu" / "bench_lora_linear.csv"
-    timing.write_rows(tmp_path / "cpu" / path.name, THREE_PROCESSES)
-    assert tables.lora_linear_gpu(tmp_path) is None
-    rows = [
-        *group(0, 400, 520, 440, dtype="bfloat16", device="GPU"),
-        row("peft_fp32", 720, dtype="bfloat16"),
-    ]
-    timing.write_rows(path, rows)
-    table = tables.lora_linear_gpu(tmp_path)
-    assert cells_of(table, "4×3→2")[:5] == ["bf16", "8", "0", "forward", "400"]
-    assert cells_of(table, "4×3→2")[5:] == ["1.30", "2.60", "1.10", "1.10", "1.80"]
-
-
-def test_paired_difference_by_hand(tables: ModuleType) -> None:
+def test_paired_difference_by_hand() -> None:
     arm, base = {0: 0.80, 1: 0.84, 2: 0.79, 7: 0.1}, {0: 0.81, 1: 0.82, 2: 0.80, 3: 0.9}
     # −1, +2 and −1 points: mean 0, standard deviation √3, standard error 1
-    assert tables.difference(arm, base) == "+0.0 ± 1.0 (n=3)"
-    assert tables.difference({0: 0.80}, base) == "−1.0 (n=1)"
-    assert tables.difference({9: 0.5}, base) == "not shown"
-    assert tables.spread([0.80, 0.82, 0.84]) == "82.0 ± 2.0 (n=3)"
-    assert tables.spread([0.805]) == "80.5 (n=1)"
+    assert cpu_tables.difference(arm, base) == "+0.0 ± 1.0 (n=3)"
+    assert cpu_tables.difference({0: 0.80}, base) == "−1.0 (n=1)"
+    assert cpu_tables.difference({9: 0.5}, base) == "not shown"
+    assert cpu_tables.spread([0.80, 0.82, 0.84]) == "82.0 ± 2.0 (n=3)"
+    assert cpu_tables.spread([0.805]) == "80.5 (n=1)"
 
 
-def test_quality_table(tables: ModuleType, tmp_path: Path) -> None:
-    write_cell(tmp_path, "stdlib", "LoRA r=8", {0: 0.50, 1: 0.60})
-    write_cell(tmp_path, "mrpc", "LoRA r=8", {0: 0.70})
-    write_cell(tmp_path, "stdlib", "drop", {0: 0.52, 1: 0.60})
-    stdlib, mrpc = tables.quality(tmp_path).split("\n\n")
+def test_quality_and_summary(tmp_path: Path) -> None:
+    write_runs(tmp_path, "stdlib", "LoRA r=8", {0: 0.50, 1: 0.60})
+    write_runs(tmp_path, "mrpc", "LoRA r=8", {0: 0.70})
+    write_runs(tmp_path, "stdlib", "drop", {0: 0.52, 1: 0.60})
+    write_runs(tmp_path, "stdlib", "head only", {0: 0.30})
+    stdlib, mrpc = cpu_tables.quality(tmp_path).split("\n\n")
     assert cells_of(stdlib, "LoRA r=8") == ["2,000", "55.0 ± 7.1 (n=2)", ""]
     assert cells_of(stdlib, "drop") == ["1,000–1,001", "56.0 ± 5.7 (n=2)", "+1.0 ± 1.0 (n=2)"]
     assert cells_of(mrpc, "drop") == ["not shown"] * 3
     assert "dev accuracy" in mrpc.splitlines()[0]
+    short = cpu_tables.summary(tmp_path)
+    assert cells_of(short, "LoRA r=8") == ["2,000", "55.0 ± 7.1 (n=2)"]
+    assert cells_of(short, "head only") == ["2,000", "30.0 (n=1)"] and "| drop" not in short
 
 
-def test_other_columns_are_refused(timing: ModuleType, tmp_path: Path) -> None:
-    path = tmp_path / "bench_lora_linear.csv"
-    path.write_text("device,us\ncpu,3\n")
-    with pytest.raises(ValueError, match="columns"):
-        timing.read_rows(path)
-    assert timing.read_rows(tmp_path / "none.csv") == []
+# The tables of a GPU
+
+
+def test_layers_steps_and_what_the_dispatcher_gains(tmp_path: Path) -> None:
+    both = {"direction": "forward_backward", "dropout": 0.1}
+    rows = [
+        *cell({"peft_bf16": 130, "addmm": 114, "loradrop": 110, "loradrop_thin": 109}),
+        *cell({"peft_bf16": 120, "addmm": 110, "loradrop": 100}, 1, M=2048),
+        *cell({"peft_bf16": 150, "addmm": 110, "loradrop": 120, "loradrop_thin": 105}, 2, **both),
+        *cell({"loradrop": 120}, 3, N=64),
+    ]
+    write_csv(tmp_path / "a-gpu", rows)
+    write_csv(tmp_path / "cpu", THREE_PROCESSES)
+    key = {"size": "8b", "checkpointing": True}
+    runs = [
+        {**key, "arm": "loradrop", "median_ms": 1000.0, "peak_bytes": 2 << 30},
+        {**key, "arm": "peft_bf16", "median_ms": 1200.0, "peak_bytes": 3 << 30},
+        {**key, "checkpointing": False, "arm": "peft_bf16", "fault": "out of memory"},
+    ]
+    (tmp_path / "a-gpu" / "bench_train_step.json").write_text(json.dumps({"cells": runs}))
+    said = gpu_tables.gpu(tmp_path)
+    assert said.startswith("### a-gpu\n\nLayers, over the frozen product; torch 2.0")
+    first, few = "bfloat16 | 8192 | 4096", ["16", "0.0", "forward", "100.0"]
+    assert cells_of(said, f"{first} | 64") == [*few, "–", "–", "1.2", "–"]
+    assert f"| {first} | 4096 | {' | '.join(few)} | 1.3 | 1.14 | 1.1 | 1.09 |" in said
+    assert "| 2048 |" not in said
+    # The best of the others over loradrop: 114/110, 110/100 and 110/120
+    assert "takes 1.01 times as long as loradrop (geometric mean of 3; 0.92 to 1.10)" in said
+    behind = "on 1 of 3: bfloat16 8192 4096 4096 16 0.1 forward_backward: 1.14 of loradrop_thin"
+    assert f"behind the best provider {behind}" in said
+    assert cells_of(said, "8b | True") == ["1000, 2.0", "1200, 3.0"]
+    assert cells_of(said, "8b | False") == ["–", "out of memory"]
+
+
+# The dispatcher's points
+
+
+def test_the_measured_points(tmp_path: Path) -> None:
+    assert measured.text(measured.points(tmp_path)) == '{"schema": 1, "points": []}\n'
+    both = {"direction": "forward_backward", "dropout": 0.1}
+    rows = cell({"peft_bf16": 130, "loradrop": 110, "loradrop_thin": 112.26, "gemm_triton": 1}, 0)
+    rows += cell({"loradrop_thin": 114.26, "loradrop_triton": 109, "loradrop_thin+norm": 1}, 1)
+    rows += cell({"loradrop_triton": 300, "loradrop_eager": 200}, 2, **both)
+    path = write_csv(tmp_path / "a-gpu", rows)
+    first, second = json.loads(measured.text(measured.points(tmp_path)))["points"]
+    layer = {"device": "GPU", "arch": 90, "sms": 132, "dtype": "bfloat16"}
+    layer |= {"k": 4096, "n": 4096, "m": 8192, "r": 16}
+    assert first == {**layer, "dropout": 0, "grad": 0, "us": {"thin": 113.3, "triton": 109.0}}
+    assert second == {**layer, "dropout": 1, "grad": 1, "us": {"eager": 200.0, "triton": 300.0}}
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match=r"bench_lora_linear.json in a-gpu does not say"):
+        measured.points(tmp_path)
+
+
+def test_the_dispatcher_reads_what_was_measured(tmp_path: Path) -> None:
+    import torch
+
+    from loradrop.op.costs import Problem, fastest, nearest
+
+    rows = cell({"loradrop_thin": 112, "loradrop_triton": 109}, 0)
+    rows += cell({"loradrop_thin": 105, "loradrop_triton": 109}, 1, direction="forward_backward")
+    write_csv(tmp_path / "a-gpu", rows)
+    points = measured.points(tmp_path)
+    for grad, best in ((False, "triton"), (True, "thin")):
+        layer = Problem("cuda", torch.bfloat16, 7000, 4096, 4096, 8, 0.0, grad, True, 90, 132)
+        point = nearest(layer, points)
+        assert point is not None and fastest(point["us"]) == best
+        assert nearest(layer._replace(arch=80), points) is None

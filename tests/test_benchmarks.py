@@ -1,23 +1,20 @@
-"""The benchmarks run, and a provider that computes something else gets no number."""
+"""The benchmarks run, resume, and a provider that computes something else gets no number."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from bench_lora_linear import BENCH
+from lib import grids, harness, providers, results, workers
+
 pytest.importorskip("peft")
 
-ROOT = Path(__file__).resolve().parent.parent
-FOLDER = ROOT / "benchmarks"
-SCRIPT = FOLDER / "bench_lora_linear.py"
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 FACTS = dict.fromkeys(("device", "torch", "triton", "driver", "commit"), "")
 SIX = {
     ("frozen", "0"),
@@ -29,35 +26,15 @@ SIX = {
 }
 
 
-@pytest.fixture(autouse=True)
-def folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-
-@pytest.fixture
-def harness(folder: None) -> ModuleType:
-    import harness
-
-    return harness
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def test_end_to_end_and_a_second_run_measures_nothing(tmp_path: Path, harness: ModuleType) -> None:
+def test_end_to_end_and_a_second_run_measures_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "bench.csv"
     arguments = ["--shapes", "24x16x12", "--dtype", "float32", "--processes", "1"]
     arguments += ["--seconds", "0", "--commit", "abc", "--out", str(out)]
-    done = run(*arguments)
-    assert done.returncode == 0, done.stderr
-    rows = harness.timing.read_rows(out)
+    assert harness.main(BENCH, harness.arguments(None, arguments)) == 0
+    assert "1/1 float32 24 16 12 8 0.0 forward frozen" in capsys.readouterr().out
+    rows = results.read_rows(out)
     for direction in ("forward", "forward_backward"):
         found = [row for row in rows if row["direction"] == direction]
         assert {(row["provider"], row["norm"]) for row in found} == SIX
@@ -69,39 +46,31 @@ def test_end_to_end_and_a_second_run_measures_nothing(tmp_path: Path, harness: M
     assert {row["r"] for row in rows if row["provider"] == "frozen"} == {"0"}
     assert {row["commit"] for row in rows} == {"abc"}
     report = json.loads(out.with_suffix(".json").read_text())
-    assert [(goal["r"], goal["direction"]) for goal in report["goals"]] == [
-        (8, "forward"),
-        (8, "forward_backward"),
-    ]
-    assert {pick["chosen"] for pick in report["dispatcher"]} == {"eager"}
-    assert len(report["dispatcher"]) == 2
+    assert report["environment"]["commit"] == "abc" and report["given_up"] == []
     before = out.read_bytes()
-    again = run(*arguments)
-    assert (again.returncode, again.stdout) == (0, ""), again.stderr
+    assert harness.main(BENCH, harness.arguments(None, arguments)) == 0
+    assert capsys.readouterr().out == ""
     assert out.read_bytes() == before
     assert json.loads(out.with_suffix(".json").read_text()) == report
 
 
 def measure(
-    harness: ModuleType, direction: str, dropout: float = 0.0, compared: list | None = None
-) -> Any:
-    import providers
-
-    cell = harness.Cell("float32", 24, 16, 12, 4, dropout, direction)
+    direction: str, dropout: float = 0.0, compared: list | None = None, **more: Any
+) -> harness.Measured:
+    cell = results.Cell("float32", 24, 16, 12, 4, dropout, direction)
     compared = compared or providers.providers("float32", "cpu")
-    return harness.run_cell(compared, cell, "cpu", 0.0, FACTS)
+    return harness.run_cell(compared, cell, "cpu", 0.0, FACTS, **more)
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
-def test_dropout_has_the_reference_s_mask(harness: ModuleType, direction: str) -> None:
-    measured = measure(harness, direction, dropout=0.1)
-    assert (measured.errors, measured.left_out, measured.chosen) == ([], [], "eager")
+def test_dropout_has_the_reference_s_mask(direction: str) -> None:
+    measured = measure(direction, dropout=0.1)
+    assert (measured.errors, measured.left_out) == ([], [])
     assert {(row["provider"], row["norm"]) for row in measured.rows} == SIX
 
 
 def spoilt(what: str) -> Callable[[Any], Any]:
     """Our op with its norm, and one of its results a little off."""
-    import providers
 
     def make(case: Any) -> Any:
         call = providers.ours(case, norm=True)
@@ -134,96 +103,159 @@ def spoilt(what: str) -> Callable[[Any], Any]:
         ("dB", "forward_backward"),
     ],
 )
-def test_a_wrong_provider_gets_no_number(harness: ModuleType, what: str, direction: str) -> None:
-    from providers import Provider, providers
-
-    good = providers("float32", "cpu")
-    compared = [good[0], Provider("wrong", spoilt(what), norm=True), good[-1]]
-    rows, errors, *_ = measure(harness, direction, compared=compared)
+def test_a_wrong_provider_gets_no_number(what: str, direction: str) -> None:
+    good = providers.providers("float32", "cpu")
+    compared = [good[0], providers.Provider("wrong", spoilt(what), norm=True), good[-1]]
+    rows, errors, *_ = measure(direction, compared=compared)
     assert [row["provider"] for row in rows] == ["frozen", "loradrop"]
     assert len(errors) == 1 and errors[0].startswith("wrong+norm is wrong")
     assert f"{what}:" in errors[0]
 
 
-def test_a_failing_provider_costs_the_others_nothing(harness: ModuleType) -> None:
-    from providers import Provider, providers
-
-    good = providers("float32", "cpu")
-    bad = Provider("bad", spoilt("fault"), norm=True)
-    absent = Provider("absent", spoilt("fault"), refuses=lambda *_: "it is not built")
-    rows, errors, left_out, _ = measure(harness, "forward", compared=[good[0], bad, absent])
+def test_a_failing_provider_costs_the_others_nothing() -> None:
+    good = providers.providers("float32", "cpu")
+    bad = providers.Provider("bad", spoilt("fault"), norm=True)
+    absent = providers.Provider("absent", spoilt("fault"), rule=lambda _: "it is not built")
+    rows, errors, left_out = measure("forward", compared=[good[0], bad, absent])
     assert [row["provider"] for row in rows] == ["frozen"]
     assert errors == ["bad+norm fails, and gets no number: RuntimeError: no such kernel"]
     assert left_out == ["absent is left out: it is not built"]
 
 
-def test_a_norm_that_changes_bits_gets_no_number(harness: ModuleType) -> None:
-    from providers import Provider, ours, probing
-
+def test_a_norm_that_changes_bits_gets_no_number() -> None:
     def other(case: Any) -> Any:
-        call = ours(case)
+        call = providers.ours(case)
         return lambda: (call()[0] * (1.0 + 2.0**-23), None)
 
-    compared = [*probing("float32", "cpu")]
-    compared.append(Provider("other", partial(ours, norm=True), True, masks=True, silent=other))
-    rows, errors, *_ = measure(harness, "forward", compared=compared)
+    compared = [*providers.probing("float32", "cpu")]
+    ours = partial(providers.ours, norm=True)
+    compared.append(providers.Provider("other", ours, True, masks=True, silent=other))
+    rows, errors, *_ = measure("forward", compared=compared)
     assert errors == [
         "other+norm is wrong, and gets no number: y: other bits than without the norm"
     ]
-    names = [harness.timing.label(row) for row in rows]
+    names = [results.label(row) for row in rows]
     assert names == ["frozen", "peft", "peft_hook", "peft_hook_b", "loradrop", "loradrop+norm"]
 
 
-def through_main(
-    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, path: Path, answers: list
-) -> int:
-    """The script's verdict; each measuring process is replaced by its answers."""
-    from bench_lora_linear import BENCH
+# A benchmark whose workers need no torch: "bad" ends its process at M = 3, nobody at M = 4.
+STUB = """
+import os, sys
+sys.path.insert(0, FOLDER)
+from lib import results, workers
 
-    def in_process(*_: Any) -> Any:
-        for answer in answers.pop(0):
-            if answer is None:
-                raise RuntimeError("the measuring process ended with -6")
-            yield answer
+def work(task, without, begin):
+    cell = results.Cell(*task)
+    if "bad" not in without:
+        begin("bad")
+        if cell.M == 3:
+            os._exit(6)
+    begin(workers.TASK)
+    if cell.M == 4:
+        os._exit(7)
+    row = dict.fromkeys(results.COLUMNS, "1") | {n: str(v) for n, v in cell._asdict().items()}
+    row |= {"date": f"day {cell.M}", "commit": sys.argv[sys.argv.index("--commit") + 1]}
+    rows = [row | {"provider": "frozen", "r": "0"}, row | {"provider": "good", "norm": "0"}]
+    if "bad" not in without:
+        rows.append(row | {"provider": "bad", "norm": "0"})
+    wrong = ["worse is wrong"] if cell.M == 5 else []
+    return rows, wrong, ["cuda is left out: not built"]
 
-    monkeypatch.setattr(harness.timing, "in_process", in_process)
-    arguments = ["--shapes", "2x2x2,3x2x2", "--dtype", "float32", "--directions", "forward"]
-    arguments += ["--processes", "1", "--commit", "abc", "--out", str(path)]
-    return harness.main(BENCH, harness.arguments(None, arguments))
+workers.serve(work)
+"""
 
 
-def answer(harness: ModuleType, m: int, *errors: str) -> list[Any]:
-    cell = {"dtype": "float32", "M": m, "K": 2, "N": 2, "dropout": 0.0, "direction": "forward"}
-    row = dict.fromkeys(harness.timing.COLUMNS, "1") | cell | {"date": f"day {m}", "norm": "0"}
-    rows = [row | {"provider": "frozen", "r": 0}, row | {"provider": "loradrop", "r": 8}]
-    rows = [{name: str(value) for name, value in row.items()} for row in rows]
-    return [rows, list(errors), ["cuda is left out: not built"], "eager"]
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs the stub on cells with these numbers of tokens, into b.csv: its exit status."""
+    script = tmp_path / "bench_stub.py"
+    script.write_text(STUB.replace("FOLDER", repr(str(FOLDER))))
+    facts = FACTS | {"device": "1"}
+    monkeypatch.setattr(harness.environment, "facts", lambda _, commit: facts | {"commit": commit})
+    bench = harness.Bench(str(script), providers.providers, {"cpu": "encoders"})
+
+    def run(*tokens: int, commit: str = "abc") -> int:
+        shapes = ",".join(f"{m}x2x2" for m in tokens)
+        arguments = ["--shapes", shapes, "--dtype", "float32", "--directions", "forward"]
+        arguments += ["--processes", "1", "--commit", commit, "--out", str(tmp_path / "b.csv")]
+        return harness.main(bench, harness.arguments(None, arguments))
+
+    return run
+
+
+def measured(folder: Path) -> dict[str, list[str]]:
+    """M -> the providers that have a row."""
+    found: dict[str, list[str]] = {}
+    for row in results.read_rows(folder / "b.csv"):
+        found.setdefault(row["M"], []).append(row["provider"])
+    return found
 
 
 def test_red_ends_with_1_and_a_refusal_is_said_once(
-    harness: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    stub: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = [[answer(harness, 2), answer(harness, 3)]]
-    assert through_main(harness, monkeypatch, tmp_path / "good.csv", good) == 0
+    assert stub(1, 2) == 0
     assert capsys.readouterr().out.count("cuda is left out") == 1
-    red = [[answer(harness, 2, "loradrop is wrong"), answer(harness, 3)]]
-    assert through_main(harness, monkeypatch, tmp_path / "red.csv", red) == 1
-    assert "loradrop is wrong" in capsys.readouterr().out
+    assert stub(5) == 1
+    assert "worse is wrong" in capsys.readouterr().out
 
 
-def test_a_process_that_dies_costs_one_cell(
-    harness: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_who_ends_its_process_costs_the_others_nothing(
+    stub: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tmp_path / "b.csv"
-    answers = [[None], [answer(harness, 3)]]
-    assert through_main(harness, monkeypatch, path, answers) == 1
-    assert {row["M"] for row in harness.timing.read_rows(path)} == {"3"}
-    assert answers == []
-    with pytest.raises(RuntimeError, match="ended with -6"):
-        through_main(harness, monkeypatch, tmp_path / "c.csv", [[None], [None]])
+    assert stub(2, 3, 4, 6) == 1
+    all_three = ["frozen", "good", "bad"]
+    assert measured(tmp_path) == {"2": all_three, "3": ["frozen", "good"], "6": all_three}
+    said = capsys.readouterr().out
+    assert "bad gets no number: its process ended with status 6" in said
+    assert "the cell gets no number: its process ended with status 7" in said
+    assert stub(2, 3, 4, 6) == 0 and capsys.readouterr().out == ""  # not tried again ...
+    assert stub(2, 3, 4, 6, commit="def") == 1  # ... but at another commit: the cell given up
+    assert capsys.readouterr().out.count("1/1") == 1
+    commits = {row["M"]: row["commit"] for row in results.read_rows(tmp_path / "b.csv")}
+    assert commits == {"2": "abc", "3": "abc", "6": "abc"}
+    rows = results.read_rows(tmp_path / "b.csv")
+    results.write_rows(tmp_path / "b.csv", [row | {"device": "another"} for row in rows])
+    assert stub(2) == 0 and measured(tmp_path) == {"2": all_three}
+    assert f"{len(rows)} rows of another machine are replaced" in capsys.readouterr().out
+
+
+def test_a_run_that_is_cut_off_keeps_its_cells(
+    stub: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    real = workers.answers
+
+    def answers(command: Any, cells: list[results.Cell], patience: float) -> Any:
+        asked[:] = [cell.M for cell in cells]
+        for answer in real(command, cells, patience):
+            if results.read_rows(tmp_path / "b.csv") and not asked == [2, 6]:
+                raise KeyboardInterrupt
+            yield answer
+
+    monkeypatch.setattr(workers, "answers", answers)
+    with pytest.raises(KeyboardInterrupt):
+        stub(1, 2, 6)
+    assert measured(tmp_path) == {"1": ["frozen", "good", "bad"]}
+    assert stub(1, 2, 6) == 0
+    assert asked == [2, 6] and list(measured(tmp_path)) == ["1", "2", "6"]
+
+
+def test_what_is_left_out_as_asked_and_what_breaks_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    good = providers.providers("float32", "cpu")
+    named = providers.named("triton")
+    compared = [*good[:1], named, good[-2]]
+    found = measure("forward", compared=compared, without={"triton", "peft"})
+    assert [row["provider"] for row in found.rows] == ["frozen", "loradrop"]
+    assert found.left_out == ["loradrop_triton is left out: as asked"]
+    found = measure("forward", compared=compared, without={"eager"})  # which would be picked
+    assert "loradrop is left out: as asked" in found.left_out
+    monkeypatch.setattr(harness, "device_survives", lambda _: False)
+    bad = providers.Provider("bad", spoilt("fault"))
+    with pytest.raises(workers.BrokenDeviceError, match=r"bad.*no such kernel"):
+        measure("forward", compared=[good[0], bad])
 
 
 @pytest.mark.parametrize(
@@ -234,16 +266,12 @@ def test_a_process_that_dies_costs_one_cell(
         ("--directions", "backward", "choose of forward, forward_backward"),
     ],
 )
-def test_bad_options_are_named(harness: ModuleType, option: str, value: str, says: str) -> None:
-    from bench_lora_linear import BENCH
-
+def test_bad_options_are_named(option: str, value: str, says: str) -> None:
     with pytest.raises(SystemExit, match=says):
         harness.main(BENCH, harness.arguments(None, [option, value]))
 
 
-def test_the_grids_have_the_points_they_are_named_for(harness: ModuleType) -> None:
-    from bench_lora_linear import BENCH
-
+def test_the_grids_have_the_points_they_are_named_for() -> None:
     args = harness.arguments(None, ["--device", "cuda", "--dtype", "bfloat16"])
     cells = harness.chosen_cells(args, BENCH.grids["cuda"])
     assert len(cells) == len(set(cells))
@@ -254,17 +282,5 @@ def test_the_grids_have_the_points_they_are_named_for(harness: ModuleType) -> No
     one = harness.arguments(None, ["--grid", "quick", "--dtype", "bfloat16", "--ranks", "4"])
     assert {c.r for c in harness.chosen_cells(one, "llama")} == {4}
     decode = [c for c in cells if c.M <= 32]
-    assert decode and all(harness.grids.in_graph(c, "cuda") for c in decode)
-    assert not any(harness.grids.in_graph(c, "cpu") for c in cells)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("script", ["bench_lora_linear", "bench_probe", "bench_train_step"])
-def test_no_cuda_is_said(harness: ModuleType, tmp_path: Path, script: str) -> None:
-    module, arguments = __import__(script), ["--device", "cuda", "--results", str(tmp_path)]
-    with pytest.raises(SystemExit, match="finds no CUDA device"):
-        if script == "bench_train_step":
-            module.main(arguments)
-        else:
-            harness.main(module.BENCH, harness.arguments(None, arguments))
-    assert not list(tmp_path.iterdir())
+    assert decode and all(grids.in_graph(c, "cuda") for c in decode)
+    assert not any(grids.in_graph(c, "cpu") for c in cells)

@@ -1,210 +1,311 @@
-"""What the benchmarks do on a GPU, as far as a CPU can tell: the providers, the training step, the
-single kernels and the steps that run on a GPU.
-"""
+"""What happens on a GPU, rehearsed without one: a first start, faults, hangs and cuts."""
 
+import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
+import gpu
+import smoke
+from lib import harness, workers
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
-LORA = 4 * 16 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))  # layers · r · Σ (K + N)
-BY_KERNELS = {"gemm_triton", "loradrop_thin", "loradrop_triton", "loradrop_triton+norm"}
+FACTS = {"device": "a GPU", "torch": "2", "triton": "3", "driver": "1", "commit": "abc"}
 
-# Every provider of a GPU that serves here, by values and gradients; those whose dropout is
-# PyTorch's, with its mask too.
-CHECKS = """
-import sys; sys.path.insert(0, {folder!r})
-from dataclasses import replace
-import torch
-from torch.nn.functional import dropout, linear
-from cases import make_case
-from correct import check
-from graph_split import graph_split
-from providers import probing, providers
-from rivals import addmm
-from timing import Cell
 
-torch.set_num_threads(1)
-checked = set()
-for p, direction in ((0.1, "forward_backward"), (0.0, "forward")):
-    cell = Cell({dtype!r}, 40, 64, 96, 4, p, direction)
-    case = replace(make_case(cell, "cpu"), bias=None)
-    for provider in [*providers(cell.dtype, "cuda"), *probing(cell.dtype, "cuda")]:
-        wanted = provider.name != "peft_compiled" and not provider.name.startswith({skip!r})
-        if wanted and provider.refuses(cell, case.x) is None:
-            check(provider, case, p > 0.0)
-            checked.add(provider.key)
-print(*sorted(checked))
+def python(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a folder, without the checkout on Python's path."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    command = [sys.executable, "-c", code, str(ROOT), *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
 
-case = replace(make_case(Cell("float32", 40, 64, 96, 4, 0.25, ""), "cpu"), bias=None)
-leaves = case.x, case.A, case.B
-torch.manual_seed(3)
-dropped = dropout(case.x, case.dropout)
-y = linear(case.x, case.weight) + case.scaling * linear(linear(dropped, case.A), case.B)
-wanted = y, *torch.autograd.grad(y, leaves, case.dy)
-for make in (graph_split, addmm):
-    torch.manual_seed(3)
-    y = make(case)()[0]
-    found = y, *torch.autograd.grad(y, leaves, case.dy)
-    for a, b in zip(found, wanted):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+# A first start
+
+BARE = """
+import importlib.util, runpy, sys
+from pathlib import Path
+root = sys.argv[1]
+sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
+sys.path = [p for p in sys.path if p not in ("", root) and not p.startswith("__editable__")]
+assert importlib.util.find_spec("loradrop") is None
+for absent in ("datasets", "peft", "pandas"):
+    sys.modules[absent] = None
+folder = str(Path(root) / "benchmarks")
+sys.path.insert(0, folder)
+for script in sys.argv[2:]:
+    runpy.run_path(str(Path(folder) / script), run_name="started")
+import loradrop
+print(loradrop.__file__)
 """
 
 
-@pytest.fixture(autouse=True)
-def folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-
-
-def test_the_providers_of_a_gpu_are_right(capsys: pytest.CaptureFixture[str]) -> None:
-    exec(CHECKS.format(folder=str(FOLDER), dtype="bfloat16", skip="none"), {})
-    checked = set(capsys.readouterr().out.split())
-    plain = {"frozen", "peft_fp32", "peft_bf16", "addmm", "graph_split", "merged", "cublas"}
-    assert plain | {"loradrop", "loradrop_eager+norm", "peft_hook_b+norm"} <= checked
-    assert torch.cuda.is_available() or not checked & BY_KERNELS
-
-
-def test_and_by_triton_s_kernels() -> None:
-    """In Triton's interpreter, which needs a process of its own."""
-    pytest.importorskip("triton")
-    code = CHECKS.format(folder=str(FOLDER), dtype="float16", skip="peft")
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
-    )
+def test_scripts_start_where_loradrop_is_not_installed(tmp_path: Path) -> None:
+    """Nor datasets, PEFT and pandas, and from any folder."""
+    scripts = {path.name for path in FOLDER.glob("*.py")} - {"bench_quality.py"}  # trains on a CPU
+    assert {"gpu.py", "smoke.py", "tables.py", "bench_parts.py"} <= scripts
+    done = python(BARE, tmp_path, *scripts)
     assert done.returncode == 0, done.stderr
-    assert BY_KERNELS | {"graph_split"} <= set(done.stdout.split())
+    assert done.stdout.strip() == str(ROOT / "loradrop" / "__init__.py")
 
 
-def test_peft_compiled_and_blocks_of_dy(monkeypatch: pytest.MonkeyPatch) -> None:
-    import graph_split
-    from cases import make_case
-    from correct import check
-    from providers import Provider
-    from rivals import peft_compiled
-    from timing import Cell
-
-    case = make_case(Cell("float32", 24, 16, 12, 4, 0.0, "forward_backward"), "cpu")
-    check(Provider("peft_compiled", partial(peft_compiled, compiler="eager")), case, True)
-    monkeypatch.setattr(graph_split, "rows_per_block", lambda _: 10)  # the last block is short
-    check(Provider("graph_split", graph_split.graph_split), replace(case, bias=None), True)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("script", ["risk_gemm", "risk_pdl", "risk_addmm", "bench_parts"])
-def test_single_kernels_refuse_without_cuda(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
-    monkeypatch.setattr(sys, "argv", [script])
-    with pytest.raises(SystemExit, match=f"{script}: PyTorch finds no CUDA device here"):
-        __import__(script).main()
+def test_the_tests_step_needs_no_datasets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = """
+import importlib, sys
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+sys.modules["datasets"] = None
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+"""
+    done = python(code, tmp_path, *gpu.TESTS)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setitem(sys.modules, "datasets", None)  # what needs it is skipped
+    with pytest.raises(pytest.skip.Exception, match="datasets"):
+        runpy.run_path(str(ROOT / "tests" / "test_training.py"))
 
 
-@pytest.fixture
-def steps(folder: None) -> ModuleType:
-    import bench_train_step
+# Workers that end or hang
 
-    return bench_train_step
+WORKER = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from lib import workers
+
+print("a library prints this too", flush=True)
+
+def work(task, without, begin):
+    done = [os.getpid()]
+    for name in ("first", "bad", "last"):
+        if name in without:
+            continue
+        begin(name)
+        if name == "bad" and task == "segv":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if name == "bad" and task == "exit":
+            sys.exit("a kernel went wrong")
+        if name == "bad" and task == "hang":
+            time.sleep(60)
+        if name == "bad" and task == "broken":
+            raise workers.BrokenDeviceError(name, "an illegal address")
+        done.append(name)
+    print("a library prints this", flush=True)
+    begin(workers.TASK)
+    if task == "late":
+        os._exit(4)
+    return done
+
+workers.serve(work)
+"""
 
 
-@pytest.fixture
-def gpu(folder: None) -> ModuleType:
-    import gpu
-
-    return gpu
+def answers(tasks: list[str], patience: float = 20.0, **more: bool) -> list[workers.Answer]:
+    command = [sys.executable, "-c", WORKER, str(FOLDER)]
+    return list(workers.answers(command, tasks, patience, **more))
 
 
 @pytest.mark.parametrize(
-    ("arm", "checkpointing"),
-    [("peft_bf16", False), ("peft_fp32", True), ("loradrop", True), ("loradrop_half", False)],
+    ("task", "reason"),
+    [
+        ("segv", "its process ended with SIGSEGV: a library prints this"),
+        ("exit", "its process ended with status 1: a kernel went wrong"),
+        ("broken", "an illegal address"),
+        ("hang", "gave no sign of life for 3 s and was stopped"),
+    ],
 )
-def test_a_tiny_step(steps: ModuleType, arm: str, checkpointing: bool) -> None:
-    found = steps.run("tiny", arm, checkpointing, "cpu", 0.0)
-    assert 0 < found["p20_ms"] <= found["median_ms"] <= found["p80_ms"]
-    assert found["tokens"] == 32 and found["steps"] >= 3
-    if arm == "loradrop_half":
-        assert 0 < found["parameters"] <= LORA / 2
-    else:
-        assert found["parameters"] == LORA
+def test_who_ends_or_hangs_a_process_is_named_and_left_out(task: str, reason: str) -> None:
+    fine, faulty, after = answers(["fine", task, "fine"], 3.0 if task == "hang" else 20.0)
+    assert fine.value[1:] == after.value[1:] == ["first", "bad", "last"]
+    assert faulty.value[1:] == ["first", "last"] and faulty.lost == {"bad": reason}
+    assert not fine.lost and not after.lost
+    assert fine.value[0] != faulty.value[0] == after.value[0]  # the new process goes on
 
 
-def test_an_arm_that_changes_the_loss_or_learns_nothing_is_refused(steps: ModuleType) -> None:
-    size = steps.SIZES["tiny"]
-    model, ids = steps.build(size, "cpu"), torch.arange(16)[None] % size.words
-    batch = {"input_ids": ids, "labels": ids}
-    base = float(model(**batch).loss)
-    adapted = steps.adapt(model, "loradrop", batch)
-    steps.check(adapted, base, batch)
-    with pytest.raises(AssertionError, match="the loss is off by"):
-        steps.check(adapted, 2 * base, batch)
-    adapted.lora_bank.enabled = False
-    adapted.lm_head.weight.requires_grad_(True)
-    with pytest.raises(AssertionError):
-        steps.check(adapted, base, batch)
+def test_who_is_left_out_of_the_rest_and_what_is_given_up() -> None:
+    segv, exit_, late, fine = answers(["segv", "exit", "late", "fine"])
+    assert segv.value[1:] == exit_.value[1:] == fine.value[1:] == ["first", "last"]  # two ended
+    ended = "its process ended with status 4: a library prints this"
+    assert late == (None, {"": ended}) and fine.lost == {}  # nobody can be blamed
+    one, two = answers(["fine", "fine"], fresh=True)
+    assert one.value[0] != two.value[0] and one.value[1:] == two.value[1:]
 
 
-def test_cells_go_on_where_they_stopped(
-    steps: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_worker_that_does_not_start_ends_the_run() -> None:
+    command = [sys.executable, "-c", "import no_such_module"]
+    with pytest.raises(RuntimeError, match=r"does not start: .*No module named 'no_such_module'"):
+        list(workers.answers(command, ["a", "b", "c"], 20.0))
+
+
+# The smoke test
+
+CHILDREN = {
+    "eager": "print('right')",
+    "thin": "raise AssertionError('37x136->264, dropout 0: y: relative error 1')",
+    "triton": "import time; time.sleep(60)",
+    "cuda": "print('not here: it is not built')",
+}
+
+
+def children(name: str) -> list[str]:
+    return [sys.executable, "-S", "-c", CHILDREN[name]]
+
+
+def test_a_backend_that_is_wrong_or_hangs_is_named(tmp_path: Path) -> None:
+    """Several that hang are asked again alone: one was only held up by the other."""
+    held = f"""
+import os, time
+try:
+    os.mkdir({str(tmp_path / "once")!r})
+    time.sleep(60)
+except FileExistsError:
+    print('right')
+"""
+    found = smoke.run(lambda n: [*children(n)[:3], held] if n == "eager" else children(n), 4.0)
+    assert found["eager"] == "right" and found["cuda"] == "not here: it is not built"
+    wrong = "ended with 1: AssertionError: 37x136->264, dropout 0: y: relative error 1"
+    assert smoke.faulty(found) == {"thin": wrong, "triton": "gave no answer in 4 s"}
+
+
+def test_smoke_checks_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert smoke.one("eager", "cpu") == "right"
+    assert smoke.one("cuda", "cpu").startswith("not here: ")
+    from lib import package
+
+    right = package.lora_linear
+
+    def wrong(case: Any, **options: Any) -> Any:
+        y, sqnorm = right(case, **options)
+        return (y, sqnorm) if options["backend"] == "reference" else (y * 1.001, sqnorm)
+
+    monkeypatch.setattr(package, "lora_linear", wrong)
+    with pytest.raises(AssertionError, match="37x136->264, dropout 0: y: relative error"):
+        smoke.one("eager", "cpu")
+
+
+# The steps
+
+
+@pytest.fixture
+def run_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """gpu.py with steps of our own, name -> code: gives its status, and each step's record."""
+
+    def run(steps: dict[str, str], *options: str, smoked: Any = None) -> tuple[int, dict[str, Any]]:
+        real = gpu.plan
+
+        def plan(step: str, *more: Any) -> list[gpu.Command]:
+            if step in ("smoke", "sanitizers"):
+                return real(step, *more)
+            return [gpu.Command(step, [sys.executable, "-S", "-c", steps[step], str(tmp_path)])]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "facts", lambda commit: ("a-gpu", FACTS | {"commit": commit}))
+            patch.setattr(gpu, "plan", plan)
+            patch.setattr(gpu.smoke, "run", lambda _: smoked or {"eager": "right"})
+            patch.setattr(gpu, "LEAST", 0.1)
+            patch.setattr(gpu.signal, "signal", lambda *_: None)
+            arguments = [*steps, "--results", str(tmp_path), "--commit", "abc", *options]
+            status = gpu.main(arguments)
+        report = json.loads((tmp_path / "a-gpu" / "gpu.json").read_text())
+        return status, report["steps"]
+
+    return run
+
+
+def outcomes(steps: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    return {name: (step["outcome"], step["reason"]) for name, step in steps.items()}
+
+
+def test_a_missing_tool_is_skipped_and_later_steps_run(
+    run_gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[Any] = []
-
-    def in_process(_: str, argv: list[str]) -> Any:
-        cell = json.loads(argv[-1])
-        asked.append(cell)
-        if cell == ["tiny", "loradrop", False]:
-            raise RuntimeError("the measuring process ended with -6")
-        if cell == ["tiny", "peft_fp32", False]:
-            return [{"fault": "out of memory"}]
-        return [{"median_ms": 1.0}]
-
-    monkeypatch.setattr(steps.timing, "in_process", in_process)
-    arguments = ["--results", str(tmp_path), "--commit", "abc"]
-    assert steps.main(arguments) == 1
-    assert len(asked) == 8
-    asked.clear()
-    assert steps.main(arguments) == 1
-    assert asked == [["tiny", "loradrop", False]]  # what failed is asked for again, and only that
-    cells = json.loads((tmp_path / "cpu" / "bench_train_step.json").read_text())["cells"]
-    assert sum("fault" in cell for cell in cells) == 1 and len(cells) == 7
-    with pytest.raises(SystemExit, match="huge is unknown; there are tiny"):
-        steps.main(["--size", "huge"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, steps = run_gpu({"sanitizers": "", "probe": "pass"})
+    assert status == 0
+    skipped = ("skipped", "compute-sanitizer is not on the PATH")
+    assert outcomes(steps) == {"smoke": ("done", ""), "probe": ("done", "")} | dict.fromkeys(
+        gpu.SANITIZERS, skipped
+    )
+    command = gpu.Command("train", [sys.executable], ("no_such_package",))
+    assert gpu.lacking(command) == "no_such_package is not installed"
 
 
-def test_every_step_is_a_script_that_is_there(gpu: ModuleType, tmp_path: Path) -> None:
-    for step in gpu.STEPS:
-        command = gpu.command(step, tmp_path, "abc")
-        if step in gpu._SANITIZE:
-            assert command[0] == "compute-sanitizer" and "tests/test_gpu.py" in command
-            continue
-        assert command[0] == sys.executable
-        if step != "tests":
-            assert Path(command[1]).is_file()
-            assert (str(tmp_path) in command) == (step not in ("measured", "tables", "roofline"))
+def test_a_failing_step_says_why_and_costs_the_others_nothing(run_gpu: Any) -> None:
+    status, steps = run_gpu({"quick": "print('two is wrong'); raise SystemExit(1)", "parts": ""})
+    assert status == 1
+    assert steps["quick"]["outcome"] == "failed" and steps["quick"]["reason"] == "two is wrong"
+    assert steps["parts"]["outcome"] == "done"
 
 
-def test_a_step_out_of_time_is_stopped_with_its_children(gpu: ModuleType, tmp_path: Path) -> None:
+CELLS = """
+import pathlib, sys, time
+done = pathlib.Path(sys.argv[1]) / "cells"
+for cell in range(4):
+    if cell < len(done.read_text() if done.exists() else ""):
+        continue
+    with done.open("a") as file:
+        file.write("x")
+    if cell == 1:
+        time.sleep(60)
+"""
+
+
+def test_a_step_that_is_cut_off_goes_on(run_gpu: Any, tmp_path: Path) -> None:
+    once = "import pathlib, sys; (pathlib.Path(sys.argv[1]) / 'once').touch(exist_ok=False)"
+    steps = {"quick": once, "parts": CELLS, "full": "pass"}
+    status, found = run_gpu(steps, "--seconds", "4")
+    assert status == 1 and found["parts"]["outcome"] == "cut off"
+    assert found["quick"]["outcome"] == "done" and "full" not in found
+    assert (tmp_path / "cells").read_text() == "xx"
+    status, found = run_gpu(steps)
+    assert status == 0 and (tmp_path / "cells").read_text() == "xxxx"
+    assert [step["outcome"] for step in found.values()] == ["done"] * 4
+    status, found = run_gpu(steps, "--again")
+    assert status == 1 and "FileExistsError" in found["quick"]["reason"]
+
+
+def test_what_fails_the_smoke_test_is_left_out_of_everything(run_gpu: Any, tmp_path: Path) -> None:
+    smoked = {"eager": "right", "triton": "gave no answer in 45 s", "cuda": "not here: no"}
+    status, steps = run_gpu({"quick": "pass"}, smoked=smoked)
+    assert status == 1 and steps["quick"]["outcome"] == "done"
+    why = "left out from here on: triton: gave no answer in 45 s"
+    assert outcomes(steps)["smoke"] == ("failed", why)
+    record = gpu.Record(tmp_path / "a-gpu" / "gpu.json", FACTS)  # the next call
+    assert record.left_out == {"triton": "gave no answer in 45 s"}
+    assert record.finished("smoke") == ("failed", why)
+    for step in gpu.STEPS[1:]:
+        for command in gpu.plan(step, tmp_path, "abc", record.left_out):
+            spared = "not ([triton or -triton)"
+            if step in gpu.BENCHES:
+                assert command.argv[command.argv.index("--without") + 1] == "triton"
+            else:
+                assert command.argv[command.argv.index("-k") + 1].endswith(spared)
+                assert any((ROOT / part).is_file() for part in command.argv if "tests/" in part)
+    assert gpu.Record(tmp_path / "a-gpu" / "gpu.json", FACTS | {"commit": "b"}).left_out == {}
+
+
+def test_a_step_out_of_time_is_stopped_with_its_children(tmp_path: Path) -> None:
     note = tmp_path / "pid"
-    assert gpu.run(["sh", "-c", f"sleep 60 & echo $! > {note}; wait"], 1.0) is None
+    found = gpu.run(["sh", "-c", f"sleep 60 & echo $! > {note}; wait"], 1.0)
+    assert found == ("cut off", "after 1 s")
     for _ in range(100):  # until whoever inherits the child has waited for it
         if not _alive(int(note.read_text())):
             break
         time.sleep(0.1)
     else:
         pytest.fail("the child of the step lives on")
-    assert gpu.run(["sh", "-c", "exit 3"], 60.0) == 3
+    assert gpu.run(["sh", "-c", "echo bad luck; exit 3"], 60.0) == ("failed", "bad luck")
 
 
 def _alive(pid: int) -> bool:
@@ -214,7 +315,31 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_an_unknown_step_is_named(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "fast"])
-    with pytest.raises(SystemExit, match="fast is no step; there are risk_gemm"):
-        gpu.main()
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("step", gpu.BENCHES)
+def test_the_benchmarks_know_their_options_and_refuse_without_cuda(
+    step: str, tmp_path: Path
+) -> None:
+    (command,) = gpu.plan(step, tmp_path, "abc", {"triton": "hangs"})
+    module = importlib.import_module(Path(command.argv[1]).stem)
+    with pytest.raises(SystemExit, match="PyTorch finds no CUDA device here"):
+        if step in ("train", "8b"):
+            module.main(command.argv[2:])
+        else:
+            args = harness.arguments(None, [*command.argv[2:], "--dtype", "bfloat16"])
+            assert harness.chosen_cells(args, module.BENCH.grids["cuda"])
+            harness.main(module.BENCH, args)
+    assert not list(tmp_path.iterdir())
+
+
+def test_children_keep_the_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/kept")
+    assert gpu.surroundings()["TRITON_CACHE_DIR"] == "/kept"
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    assert gpu.surroundings()["TRITON_CACHE_DIR"].endswith(".triton/cache")
+    assert gpu.surroundings()["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+
+
+def test_an_unknown_step_is_named() -> None:
+    with pytest.raises(SystemExit, match="there is not a step fast; there are smoke, quick"):
+        gpu.main(["fast"])

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import datasets
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -39,6 +38,8 @@ from loradrop.methods.prilora import PRILoRA
 from loradrop.methods.vera import VeRA
 from loradrop.trainer import last_checkpoint
 from loradrop.training import Result, warm_up
+
+datasets = pytest.importorskip("datasets")
 
 # 44 rows in batches of 8: 6 steps an epoch, the last batch small. Both stages end inside an epoch.
 ROWS, TOTAL, WARMUP = 44, 22, 8

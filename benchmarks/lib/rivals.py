@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import Case, Output
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+
+from lib.cases import Case, Output
 
 
 def frozen(case: Case) -> Callable[[], Output]:
@@ -112,19 +113,5 @@ def addmm(case: Case) -> Callable[[], Output]:
         dropped = F.dropout(case.x, case.dropout) if case.dropout else None
         operands = (case.x, dropped, case.weight, case.bias, case.A, case.B, case.scaling)
         return Addmm.apply(*operands), None
-
-    return run
-
-
-def merged(case: Case) -> Callable[[], Output]:
-    """One product with W + s·B·A, merged anew in every call and rounded to the weight's dtype.
-
-    What merging beforehand costs is the frozen product: see there. Small deltas are rounded away in
-    half precision, and a mask on the adapter's input has no place: for inference only.
-    """
-
-    def run() -> Output:
-        weight = torch.addmm(case.weight, case.B, case.A, alpha=case.scaling)
-        return F.linear(case.x, weight, case.bias), None
 
     return run

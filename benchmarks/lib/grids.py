@@ -4,9 +4,11 @@ from collections.abc import Iterable
 from itertools import product
 from typing import NamedTuple
 
-from timing import Cell
+from lib.results import Cell
 
 BOTH = ("forward", "forward_backward")
+PARTS = "parts"  # what stands for a direction where kernels are timed by themselves
+DIRECTIONS = (*BOTH, PARTS)
 RANKS = (16, 64, 8, 128)  # the most telling first
 FEW = 32  # tokens up to which a forward pass is one of decoding
 
@@ -53,6 +55,10 @@ GRIDS: dict[str, tuple[Grid, ...]] = {
     "quick": (
         Grid(shapes("8192x4096x4096"), (16,), (0.0, 0.1)),
         Grid(shapes("1x4096x4096"), (16,), directions=("forward",)),
+    ),
+    "parts": (
+        Grid(shapes("8192x4096x4096,8192x4096x14336,8192x14336x4096,8192x4096x1024"), (16, 64),
+             directions=(PARTS,)),
     ),
     "probe": (Grid(shapes(f"{_LLAMA},8192x4096x1024"), (16, 64)),),
 }

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
-from cases import Case, Output
-from providers import Provider
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from loradrop.op import reference
-from loradrop.op.philox import keep_mask, quantize
+from lib import package
+from lib.cases import Case, Output
+from lib.providers import Provider
 from loradrop.testing import assert_within, torch_delta
 
 NORM_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 1e-2}
@@ -29,31 +28,33 @@ def _outputs(case: Case, run: Callable[[], Output], backward: bool) -> dict[str,
     return found | {"sqnorm": sqnorm}
 
 
+def _doubled(case: Case) -> Case:
+    tensors = {name: t for name, t in vars(case).items() if isinstance(t, Tensor)}
+    return replace(
+        case, **{n: t.detach().double().requires_grad_(t.requires_grad) for n, t in tensors.items()}
+    )
+
+
 @lru_cache(maxsize=4)
 def _truth(case: Case, bare: bool, backward: bool) -> tuple[dict[str, Tensor | None], ...]:
     """What PyTorch's own path gives, and float64; `bare` is without the adapter."""
-    p, seed, kept = quantize(case.dropout), None, None
-    if p:
+    p, seed, kept = 0.0, None, None
+    if case.dropout:
         torch.manual_seed(0)
         seed = torch.randint(0, 1 << 62, (), device=case.x.device)
-        kept = keep_mask(seed, *case.x.shape, p)
+        kept, p = package.mask(seed, *case.x.shape, case.dropout)
     A, B = (t.detach().to(case.x.dtype).requires_grad_() for t in (case.A, case.B))
     if bare:
         B = torch.zeros_like(B, requires_grad=True)
+    case = replace(case, A=A, B=B)
 
     def plain() -> Output:
         delta = torch_delta(case.x, A, B, case.scaling, kept, p)
         return F.linear(case.x, case.weight, case.bias) + delta, None
 
-    x, weight, a, b, dy = (t.detach().double() for t in (case.x, case.weight, A, B, case.dy))
-    bias = None if case.bias is None else case.bias.double()
-    y, h = reference.forward(x, weight, bias, None, a, b, case.scaling, p, seed)
-    exact = {"y": y, "sqnorm": reference.sqnorm(h, b, case.scaling, None)}
-    if backward:
-        needs = (True, True, True)
-        grads = reference.backward(dy, x, weight, a, b, h, case.scaling, p, seed, needs)
-        exact |= dict(zip(("dx", "dA", "dB"), grads, strict=True))
-    return _outputs(replace(case, A=A, B=B), plain, backward), exact
+    wide = _doubled(case)
+    exact = partial(package.lora_linear, wide, norm=True, backend="reference", seed=seed)
+    return _outputs(case, plain, backward), _outputs(wide, exact, backward)
 
 
 def check(provider: Provider, case: Case, backward: bool) -> None:
@@ -61,6 +62,10 @@ def check(provider: Provider, case: Case, backward: bool) -> None:
 
     A provider whose dropout mask is not ours is checked without dropout. Raises AssertionError.
     """
+    if provider.formula is not None:
+        exact, plain = provider.formula(_doubled(case)), provider.formula(case)
+        assert_within(provider.make(case)()[0], plain, exact, factor=2.0)
+        return
     case = case if provider.masks else replace(case, dropout=0.0)
     torch_path, exact = _truth(case, provider.bare, backward)
     torch.manual_seed(0)  # the same seed of the mask

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from timing import Cell
 from torch import Tensor, nn
+
+from lib.results import Cell
 
 Output = tuple[Tensor, Tensor | None]  # y, and the squared norm where it is asked for
 

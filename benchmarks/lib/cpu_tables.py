@@ -1,0 +1,146 @@
+"""The tables of what was measured on a CPU: the layer's cost, and the quality of every arm."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.markdown import SHORT, markdown, unique
+from lib.results import FROZEN, Cell, medians, ratios, read_rows
+from loradrop.files import read_json
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+NO_RUNS = "not shown"
+BASELINE = "LoRA r=8"
+SUMMARY = (BASELINE, "LoRA-drop, half", "LoRA r=4", "head only")
+AIMS = {"of_peft": "goal: at most 0.55", "norm": "goal: at most 3 %"}  # forward at r = 8
+SHOWN = {"peft": "PEFT", "peft_hook": "PEFT + norm hook", "loradrop": "loradrop",
+         "loradrop+norm": "loradrop + norm"}  # fmt: skip
+
+
+def overheads(table: "DataFrame") -> dict[str, float]:
+    """Of the processes of some cells: each provider's overhead (ratio − 1), the median over the
+    processes, summed over the cells; ours as a part of PEFT's; and what the norm costs, as a mean.
+    """
+    cells = medians(table.assign(norm=table["loradrop+norm"] - table["loradrop"]))
+    sums = {name: float((cells[name] - 1.0).sum()) for name in SHOWN}
+    return sums | {"of_peft": sums["loradrop"] / sums["peft"], "norm": float(cells["norm"].mean())}
+
+
+def _overheads(table: "DataFrame", r: int, direction: str) -> str:
+    of = overheads(table)
+    aims = AIMS if (r, direction) == (8, "forward") else {}
+    said = {name: f" ({aims[name]})" if name in aims else "" for name in AIMS}
+    return (
+        f"- r = {r}, {direction.replace('_', ' + ')}, overhead (ratio − 1) summed over "
+        f"{len(medians(table))} rows: PEFT {of['peft']:.2f}, with a hook {of['peft_hook']:.2f}, "
+        f"loradrop {of['loradrop']:.2f}, with the norm {of['loradrop+norm']:.2f}. That is "
+        f"{of['of_peft']:.3f} of PEFT's{said['of_peft']}; the norm costs {100 * of['norm']:.1f} % "
+        f"of the linear layer on average{said['norm']}."
+    )
+
+
+def lora_linear_cpu(results: Path) -> str | None:
+    """The forward at r = 8 on a CPU, over the frozen product; below it, overheads summed."""
+    rows = read_rows(results / "cpu" / "bench_lora_linear.csv")
+    if not rows:
+        return None
+    table = ratios(rows).query("dropout == 0.0").dropna(subset=list(SHOWN))
+    shown = table.query("r == 8 and direction == 'forward'")
+    body = []
+    for index, us in medians(shown).iterrows():
+        cell = Cell(*index)
+        sizes = f"{cell.M}×{cell.K}→{cell.N}", SHORT[cell.dtype], f"{us[FROZEN] / 1e3:.1f}"
+        body.append((*sizes, *(f"{us[name]:.2f}" for name in SHOWN)))
+    processes = shown.groupby(list(Cell._fields)).size().min()
+    note = (
+        f"Forward at r = 8 over `F.linear` alone: medians of {processes} processes, one thread, "
+        f"{unique(rows, 'device')}, torch {unique(rows, 'torch')}, "
+        f"commit {unique(rows, 'commit')}."
+    )
+    groups = table.groupby(["r", "direction"])
+    lines = [_overheads(group, r, direction) for (r, direction), group in groups]
+    head = ("M×K→N", "dtype", "linear, ms", *SHOWN.values())
+    return "\n".join((note, "", markdown(head, body), "", *lines))
+
+
+def spread(values: Sequence[float]) -> str:
+    """mean ± standard deviation (n), of values that are parts of one, in percent."""
+    mean = 100 * statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:.1f} (n=1)"
+    return f"{mean:.1f} ± {100 * statistics.stdev(values):.1f} (n={len(values)})"
+
+
+def difference(arm: dict[int, float], base: dict[int, float]) -> str:
+    """Mean of arm − base over the seeds both have ± its standard error, in percentage points."""
+    pairs = [100 * (arm[seed] - base[seed]) for seed in sorted(arm.keys() & base.keys())]
+    if not pairs:
+        return NO_RUNS
+    mean = f"{statistics.mean(pairs):+.1f}".replace("-", "−")
+    if len(pairs) == 1:
+        return f"{mean} (n=1)"
+    error = statistics.stdev(pairs) / len(pairs) ** 0.5
+    return f"{mean} ± {error:.1f} (n={len(pairs)})"
+
+
+def _runs(results: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Task -> arm -> its runs, of every arm that any task has."""
+    path = results / "cpu" / "bench_quality.json"
+    cells = read_json(path)["cells"] if path.exists() else []
+    arms, tasks = (dict.fromkeys(cell[name] for cell in cells) for name in ("arm", "task"))
+    return {
+        task: {arm: [c for c in cells if (c["task"], c["arm"]) == (task, arm)] for arm in arms}
+        for task in tasks
+    }
+
+
+def _parameters(runs: Sequence[dict[str, Any]]) -> str:
+    counts = sorted({run["parameters"] for run in runs})
+    return "–".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
+
+
+def _by_seed(runs: Sequence[dict[str, Any]]) -> dict[int, float]:
+    return {run["seed"]: run["value"] for run in runs}
+
+
+def quality(results: Path) -> str | None:
+    """For every task and arm: size, metric over the seeds, and the paired difference to LoRA."""
+    parts = []
+    for task, arms in _runs(results).items():
+        metric = next(run["metric"] for runs in arms.values() for run in runs)
+        head = (
+            task,
+            "adapter parameters",
+            f"dev {metric}, %: mean ± sd (n)",
+            f"paired difference to {BASELINE} ± its standard error",
+        )
+        base, body = _by_seed(arms.get(BASELINE, [])), []
+        for arm, runs in arms.items():
+            values = _by_seed(runs)
+            against = "" if arm == BASELINE else difference(values, base)
+            figures = (_parameters(runs), spread([*values.values()])) if runs else (NO_RUNS,) * 2
+            body.append((arm, *figures, against))
+        parts.append(markdown(head, body))
+    return "\n\n".join(parts) or None
+
+
+def summary(results: Path) -> str | None:
+    """Four arms on the embedded task."""
+    arms = _runs(results).get("stdlib", {})
+    head = ("stdlib docstrings", "adapter parameters", "dev accuracy, %: mean ± sd (n)")
+    body = [
+        (arm, _parameters(runs), spread([*_by_seed(runs).values()]))
+        for arm in SUMMARY
+        if (runs := arms.get(arm))
+    ]
+    return markdown(head, body) if body else None
+
+
+CPU_TABLES: dict[str, Callable[[Path], str | None]] = {
+    "summary": summary,
+    "quality": quality,
+    "lora_linear_cpu": lora_linear_cpu,
+}

@@ -1,0 +1,107 @@
+"""What the benchmarks take from inside loradrop, all of it, so that a change there is one here.
+
+Importing this imports neither torch nor loradrop.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lib.cases import Case, Output
+
+BACKENDS = ("eager", "thin", "triton", "cuda")  # those a GPU may be served by
+_REFUSES = " cannot serve this call: "
+
+
+class RefusedError(Exception):
+    """A backend cannot serve; the message is its reason."""
+
+
+def lora_linear(
+    case: "Case", *, norm: bool = False, backend: str | None = None, seed: Any = None
+) -> "Output":
+    """The op on the operands of a case. Raises RefusedError where a named backend cannot serve."""
+    from loradrop.op import linear
+
+    operands = (case.x, case.weight, case.bias, case.A, case.B, case.scaling)
+    options = {"dropout": case.dropout, "seed": seed, "return_sqnorm": norm, "backend": backend}
+    try:
+        found = linear.lora_linear(*operands, **options)
+    except RuntimeError as error:
+        if backend is None or _REFUSES not in str(error):
+            raise
+        reason = str(error).split(_REFUSES, 1)[1].split(". Pass ")[0]
+        raise RefusedError(reason) from None
+    return found if norm else (found, None)
+
+
+def refusal(backend: str, case: "Case") -> str | None:
+    """Why a backend cannot serve the case, or None: asked by a call without gradients."""
+    import torch
+
+    seed = torch.zeros((), dtype=torch.int64, device=case.x.device) if case.dropout else None
+    try:
+        with torch.no_grad():
+            lora_linear(case, backend=backend, seed=seed)
+    except RefusedError as refused:
+        return str(refused)
+    return None
+
+
+def chosen(case: "Case", grad: bool) -> str:
+    """The backend that the dispatcher picks."""
+    from loradrop.op import dispatch
+    from loradrop.op.costs import Problem
+
+    (m, k), n, r, device = case.x.shape, *case.B.shape, case.x.device.type
+    arch = sms = 0
+    if device == "cuda":
+        from lib.environment import chip
+
+        arch, sms = chip()["arch"], chip()["sms"]
+    layer = Problem(device, case.x.dtype, m, k, n, r, case.dropout, grad, True, arch, sms)
+    return dispatch.choose(layer)
+
+
+def mask(seed: "Tensor", rows: int, columns: int, dropout: float) -> tuple["Tensor", float]:
+    """What dropout keeps (rows, columns), and the probability as it is rounded."""
+    from loradrop.op.philox import keep_mask, quantize
+
+    p = quantize(dropout)
+    return keep_mask(seed, rows, columns, p), p
+
+
+def gemm_triton(
+    p: "Tensor", q: "Tensor", h: "Tensor | None" = None, l: "Tensor | None" = None
+) -> "Tensor":
+    """p·q + h·l by the Triton product in the tiles of the layer; p·q alone without h and l."""
+    from loradrop.kernels import tiles
+    from loradrop.kernels.gemm_ext import gemm_ext
+
+    machine = tiles.machine_of(p.device)
+    cut = tiles.gemm_ext(machine, p.dtype, p.shape[0], q.shape[1])
+    return gemm_ext(p, q, None, h, l, 1.0, cut, machine.sms * cut.per_sm)
+
+
+def gemm_cuda(p: "Tensor", q: "Tensor") -> "Tensor":
+    """p·q by the CUDA kernel."""
+    from loradrop.op import cuda
+
+    return cuda.gemm_ext(p, q, None, None, None, 1.0)
+
+
+def shrink(p: "Tensor", a: "Tensor") -> "Tensor":
+    """p·aᵀ, thin, by the Triton kernel."""
+    from loradrop.kernels import shrink, tiles
+
+    cut = tiles.shrink(tiles.machine_of(p.device), p.dtype, *p.shape, a.shape[0])
+    return shrink.shrink(p, a, 1.0, cut).h
+
+
+def outer(p: "Tensor", q: "Tensor") -> "Tensor":
+    """pᵀ·q, thin, by the Triton kernel."""
+    from loradrop.kernels import outer, tiles
+
+    cut = tiles.outer(tiles.machine_of(p.device), p.dtype, *p.shape, q.shape[1])
+    return outer.outer(p, q, 1.0, p.dtype, cut)

@@ -1,0 +1,133 @@
+"""What is compared: the rivals, and the op with the backend that a user or the dispatcher picks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from lib import package
+from lib.cases import Case, Output
+from lib.results import FROZEN, Cell
+from lib.rivals import addmm, frozen, peft, peft_compiled, peft_hook, peft_hook_b
+
+Make = Callable[[Case], Callable[[], Output]]
+COMPILED = (4096, 14336, 16)  # K, N and r at which PEFT is compiled, for half a minute a cell
+
+
+def ours(case: Case, norm: bool = False, backend: str | None = None) -> Callable[[], Output]:
+    """The op; without a `backend` the dispatcher picks. Its seed is drawn as the layer does."""
+
+    def run() -> Output:
+        seed = None
+        if case.dropout:
+            seed = torch.randint(0, 1 << 62, (), device=case.x.device)
+        return package.lora_linear(case, norm=norm, backend=backend, seed=seed)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to compute the layer.
+
+    norm     it gives the squared norm
+    wide     float32 adapters beside an x of half precision
+    masks    its dropout is the reference's, bit for bit
+    bare     the frozen product alone
+    formula  of a kernel by itself: what it computes of a case, in any dtype
+    silent   the same without the norm, whose y must have the same bits
+    backend  whose kernels it runs; it is asked whether it can serve
+    rule     cell -> why the provider is left out, or None
+    """
+
+    name: str
+    make: Make
+    norm: bool = False
+    wide: bool = False
+    masks: bool = False
+    bare: bool = False
+    silent: Make | None = None
+    formula: Callable[[Case], Tensor] | None = None
+    backend: str | None = None
+    rule: Callable[[Cell], str | None] = lambda _: None
+
+    @property
+    def key(self) -> str:
+        """Its name, and whether it gives the norm."""
+        return f"{self.name}+norm" if self.norm else self.name
+
+    def refuses(self, cell: Cell, case: Case) -> str | None:
+        """Why it cannot serve or is left out, or None."""
+        if self.name.startswith("peft") and find_spec("peft") is None:
+            return "PEFT is not installed"
+        reason = self.rule(cell)
+        if reason is None and self.backend is not None:
+            reason = package.refusal(self.backend, case)
+        return reason
+
+
+def named(backend: str, norm: bool = False) -> Provider:
+    """The op with that backend."""
+    make = partial(ours, backend=backend)
+    return Provider(
+        f"loradrop_{backend}",
+        partial(make, norm=True) if norm else make,
+        norm=norm,
+        masks=True,
+        silent=make if norm else None,
+        backend=backend,
+        rule=_no_mask_by_calls if backend == "eager" else lambda _: None,
+    )
+
+
+def _no_mask_by_calls(cell: Cell) -> str | None:
+    few = cell.dropout == 0.0 or cell.M * cell.K < 1 << 20
+    return None if few else "its mask takes thousands of launches, too long to be timed"
+
+
+def _compiles(cell: Cell) -> str | None:
+    if (cell.K, cell.N, cell.r) == COMPILED:
+        return None
+    return "compiling takes long: it is compared at {}→{}, r = {} only".format(*COMPILED)
+
+
+_NORM = Provider("loradrop", partial(ours, norm=True), norm=True, masks=True, silent=ours)
+
+
+def _short(dtype: str) -> str:
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
+
+
+def providers(dtype: str, device: str) -> list[Provider]:
+    """Those of `bench_lora_linear`; the frozen product first."""
+    short = _short(dtype)
+    base = [Provider(FROZEN, frozen, bare=True), Provider(f"peft_{short}", peft)]
+    own = [Provider("loradrop", ours, masks=True), _NORM]
+    if device == "cpu":
+        hook = Provider("peft_hook", peft_hook, norm=True)
+        return [*base, hook, Provider("addmm", addmm), *own]
+    return [
+        *base,
+        *([Provider("peft_fp32", peft, wide=True)] if short != "fp32" else []),
+        Provider("peft_compiled", peft_compiled, rule=_compiles),
+        Provider("addmm", addmm),
+        *own,
+        *map(named, package.BACKENDS),
+    ]
+
+
+def probing(dtype: str, device: str) -> list[Provider]:
+    """Those of `bench_probe`: the norm on and off, and hooks as people write them."""
+    backends = package.BACKENDS if device == "cuda" else ()
+    return [
+        Provider(FROZEN, frozen, bare=True),
+        Provider(f"peft_{_short(dtype)}", peft),
+        Provider("peft_hook", peft_hook, norm=True),
+        Provider("peft_hook_b", peft_hook_b, norm=True),
+        Provider("loradrop", ours, masks=True),
+        _NORM,
+        *(named(backend, norm) for backend in backends for norm in (False, True)),
+    ]
