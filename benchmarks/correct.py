@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from loradrop.op import reference
+from loradrop.op.call import Call, Needs, Saved
 from loradrop.op.philox import keep_mask, quantize
 from loradrop.testing import assert_within, torch_delta
 
@@ -47,11 +48,12 @@ def _truth(case: Case, bare: bool, backward: bool) -> tuple[dict[str, Tensor | N
 
     x, weight, a, b, dy = (t.detach().double() for t in (case.x, case.weight, A, B, case.dy))
     bias = None if case.bias is None else case.bias.double()
-    y, h = reference.forward(x, weight, bias, None, a, b, case.scaling, p, seed)
-    exact = {"y": y, "sqnorm": reference.sqnorm(h, b, case.scaling, None)}
+    call = Call(x, weight, bias, None, a, b, case.scaling, p, seed, sqnorm=True)
+    out = reference.forward(call)
+    exact = {"y": out.y, "sqnorm": out.sqnorm}
     if backward:
-        needs = (True, True, True)
-        grads = reference.backward(dy, x, weight, a, b, h, case.scaling, p, seed, needs)
+        saved = Saved(x, weight, a, b, out.h, None, seed, case.scaling, p)
+        grads = reference.backward(saved, dy, Needs(True, True, True))
         exact |= dict(zip(("dx", "dA", "dB"), grads, strict=True))
     return _outputs(replace(case, A=A, B=B), plain, backward), exact
 

@@ -68,9 +68,9 @@ def extend(
 
     p (M, D)   q (D, C)   h (M, r)   l (r, C)   kept (M, C) bool or None
     """
-    triton, layer = dispatch.get("triton"), problem(p, q.shape[1], h.shape[1])
+    triton, layer = dispatch.named("triton"), problem(p, q.shape[1], h.shape[1])
     packable = kept is None or kept.shape[1] % 32 == 0
-    if not packable or triton.available() or triton.supports(layer):
+    if not packable or triton.missing() or triton.why_not(layer):
         delta = (h @ l).mul_(s)
         return F.linear(p, q.T, bias).add_(delta if kept is None else delta * kept)
     from loradrop.kernels import tiles as config

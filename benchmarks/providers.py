@@ -100,11 +100,11 @@ class Provider:
 
 def _named(backend: str, norm: bool = False) -> Provider:
     def refuses(cell: Cell, x: Tensor) -> str | None:
-        of = dispatch.get(backend)
+        of = dispatch.named(backend)
         if backend == "eager" and cell.dropout > 0.0 and x.device.type == "cuda":
             return "its mask takes thousands of launches, too long to be timed"
         grad = cell.direction == "forward_backward"
-        return of.available() or of.supports(problem(x, cell.N, cell.r, cell.dropout, grad))
+        return of.missing() or of.why_not(problem(x, cell.N, cell.r, cell.dropout, grad))
 
     make = partial(ours, backend=backend)
     return Provider(
@@ -121,7 +121,7 @@ def _no_cuda_kernels(cell: Cell, x: Tensor) -> str | None:
     from loradrop.op import cuda
 
     q = x.new_empty(cell.N, cell.K).T
-    return cuda.available() or cuda.supports_gemm(x.detach(), q, None, None)
+    return cuda.missing() or cuda.why_not_gemm(x.detach(), q, None, None)
 
 
 def _no_cutlass(cell: Cell, x: Tensor) -> str | None:
