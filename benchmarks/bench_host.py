@@ -27,7 +27,7 @@ OUT = ROOT / "benchmarks" / "results" / "cpu" / "bench_host.json"
 K, RANK, ALPHA = 256, 8, 16
 TOKENS = (1, 64)
 DIRECTIONS = ("no_grad", "forward", "forward_backward")
-CALLS, BLOCKS = 100, 15  # in a process: calls in a block, blocks of each call
+CALLS, BLOCKS = 60, 11  # in a process: calls in a block, blocks of each call
 
 Call = Callable[[], object]
 
