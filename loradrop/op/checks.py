@@ -7,15 +7,15 @@ raised.
 import torch
 from torch import Tensor
 
+from loradrop.op.call import Call
 from loradrop.op.function import NO_SINKS, Sinks
 
 _FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
-def check_operands(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, y0: Tensor | None, A: Tensor, B: Tensor
-) -> None:
+def check_operands(call: Call) -> None:
     """Shapes, dtypes and devices of the operands; x (..., K) and y0 (..., N) as they came."""
+    x, weight, bias, y0, A, B = call[:6]
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
         raise ValueError(
             f"A (r, K) is {_shape(A)} and B (N, r) is {_shape(B)}: their r must agree and be > 0"
@@ -27,17 +27,17 @@ def check_operands(
         )
     if weight is not None:
         if weight.shape != (n, k):
-            raise _misshapen("weight", weight, (n, k), x, A, B)
+            raise _misshapen("weight", weight, (n, k), call)
         if weight.dtype != dtype or weight.device != device:
             raise _unlike("weight", weight, x)
     if bias is not None:
         if bias.shape != (n,):
-            raise _misshapen("bias", bias, (n,), x, A, B)
+            raise _misshapen("bias", bias, (n,), call)
         if bias.dtype != dtype or bias.device != device:
             raise _unlike("bias", bias, x)
     if y0 is not None:
         if y0.shape != (*x.shape[:-1], n):
-            raise _misshapen("y0", y0, (*x.shape[:-1], n), x, A, B)
+            raise _misshapen("y0", y0, (*x.shape[:-1], n), call)
         if y0.dtype != dtype or y0.device != device:
             raise _unlike("y0", y0, x)
     if dtype not in _FLOATS or A.dtype not in _FLOATS or B.dtype not in _FLOATS:
@@ -48,10 +48,9 @@ def check_operands(
         raise _elsewhere(*(("A", A) if A.device != device else ("B", B)), x)
 
 
-def check_options(
-    x: Tensor, dropout: float, seed: Tensor | None, token_weights: Tensor | None, sinks: Sinks
-) -> None:
+def check_options(call: Call, sinks: Sinks) -> None:
     """The other arguments against x (..., K); `dropout` is in its range."""
+    x, dropout, seed, token_weights = call.x, call.dropout, call.seed, call.token_weights
     if dropout and (
         seed is None or seed.ndim or seed.dtype != torch.int64 or seed.device != x.device
     ):
@@ -86,12 +85,9 @@ def _check_sink(name: str, sink: Tensor | None, shape: tuple[int, ...], x: Tenso
         raise _elsewhere(name, sink, x)
 
 
-def _misshapen(
-    name: str, tensor: Tensor, want: tuple[int, ...], x: Tensor, A: Tensor, B: Tensor
-) -> ValueError:
-    return ValueError(
-        f"{name} is {_shape(tensor)}; x {_shape(x)}, A {_shape(A)} and B {_shape(B)} need {want}"
-    )
+def _misshapen(name: str, tensor: Tensor, want: tuple[int, ...], call: Call) -> ValueError:
+    x, A, B = _shape(call.x), _shape(call.A), _shape(call.B)
+    return ValueError(f"{name} is {_shape(tensor)}; x {x}, A {A} and B {B} need {want}")
 
 
 def _unlike(name: str, tensor: Tensor, x: Tensor) -> Exception:

@@ -149,7 +149,7 @@ def choose(problem: Problem) -> str:
 
 @functools.cache
 def _warn_once(refusal: str) -> None:
-    warnings.warn(f"LoRA runs as plain PyTorch calls: {refusal}", stacklevel=5)
+    warnings.warn(f"LoRA runs as plain PyTorch calls: {refusal}", stacklevel=6)
 
 
 def able_to(problem: Problem) -> list[str]:

@@ -59,13 +59,13 @@ def gradients(
 
     The op chooses its own dtypes, also where autocast is on around `backward`.
     """
-    if autocasting("cpu" if saved.x.is_cpu else saved.x.device.type):
-        with torch.autocast(saved.x.device.type, enabled=False):
+    device = "cpu" if saved.x.is_cpu else saved.x.device.type
+    if autocasting(device):
+        with torch.autocast(device, enabled=False):
             return gradients(backward, saved, dy, needs, sinks)
     grads = Grads(None, None, None) if dy is None else backward(saved, dy, needs)
-    return grads, tuple(
-        of(saved) if wanted else None for of, wanted in zip(STATISTICS, sinks, strict=False)
-    )
+    wanted = zip(STATISTICS, sinks, strict=True) if sinks else ()
+    return grads, tuple(statistic(saved) if wants else None for statistic, wants in wanted)
 
 
 class LoRAFunction(torch.autograd.Function):

@@ -6,7 +6,7 @@ call.
 `reference.py` is the specification. One autograd Function serves the library (`function.py`).
 """
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from loradrop.op.checks import check_operands, check_options
 from loradrop.op.compiled import run_op
 from loradrop.op.function import NO_SINKS, Sinks, autocasting, run
 from loradrop.op.philox import quantize
-
-_Maybe = TypeVar("_Maybe", Tensor, Tensor | None)
 
 
 def lora_linear(
@@ -59,17 +57,11 @@ def lora_linear(
     Raises ValueError for shapes or values that do not fit, TypeError for dtypes, RuntimeError with
     its reason where a named backend cannot serve.
     """
-    y0 = None
+    call = Call(x, weight, bias, None, A, B, scaling, dropout, seed, token_weights, return_sqnorm)
     if weight.requires_grad or (bias is not None and bias.requires_grad):
-        check_operands(x, weight, bias, None, A, B)
-        y0 = linear(x, weight, bias)
-    sinks = NO_SINKS
-    if sqnorm_sink is not None or moment_sink is not None:
-        sinks = Sinks(sqnorm_sink, moment_sink)
-    return _run(
-        x, weight if y0 is None else None, bias if y0 is None else None, y0, A, B,
-        scaling, dropout, seed, token_weights, return_sqnorm, sinks, backend,
-    )  # fmt: skip
+        check_operands(call)
+        call = call._replace(weight=None, bias=None, y0=linear(x, weight, bias))
+    return _run(call, sqnorm_sink, moment_sink, backend)
 
 
 def lora_add(
@@ -91,63 +83,56 @@ def lora_add(
 
     Everything else as in `lora_linear`. y0 keeps its gradient and is not changed.
     """
-    sinks = NO_SINKS
-    if sqnorm_sink is not None or moment_sink is not None:
-        sinks = Sinks(sqnorm_sink, moment_sink)
-    return _run(
-        x, None, None, y0, A, B,
-        scaling, dropout, seed, token_weights, return_sqnorm, sinks, backend,
-    )  # fmt: skip
+    call = Call(x, None, None, y0, A, B, scaling, dropout, seed, token_weights, return_sqnorm)
+    return _run(call, sqnorm_sink, moment_sink, backend)
 
 
 def _run(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y0: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    dropout: float,
-    seed: Tensor | None,
-    token_weights: Tensor | None,
-    return_sqnorm: bool,
-    sinks: Sinks,
-    backend: str | None,
+    call: Call, sqnorm_sink: Tensor | None, moment_sink: Tensor | None, backend: str | None
 ) -> Any:
+    """The op of a call as it came: x (..., K), dropout as it was asked for."""
+    x, returns_sqnorm = call.x, call.sqnorm
     device = "cpu" if x.is_cpu else x.device.type
     if autocasting(device):
         dtype = torch.get_autocast_dtype(device)
-        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
-        bias, y0 = _autocast(bias, dtype), _autocast(y0, dtype)
+        x, weight, bias, y0 = (_autocast(tensor, dtype) for tensor in call[:4])
+        call = call._replace(x=x, weight=weight, bias=bias, y0=y0)
         with torch.autocast(device, enabled=False):  # the op chooses its own dtypes
-            return _run(
-                x, weight, bias, y0, A, B,
-                scaling, dropout, seed, token_weights, return_sqnorm, sinks, backend,
-            )  # fmt: skip
-    check_operands(x, weight, bias, y0, A, B)
-    dropout = quantize(dropout) if dropout else 0.0
-    check_options(x, dropout, seed, token_weights, sinks)
-    shape = x.shape
+            return _run(call, sqnorm_sink, moment_sink, backend)
+    check_operands(call)
+    if call.dropout:
+        call = call._replace(dropout=quantize(call.dropout))
+    elif call.seed is not None:
+        call = call._replace(seed=None)
+    sinks = NO_SINKS
+    if sqnorm_sink is not None or moment_sink is not None:
+        sinks = Sinks(sqnorm_sink, moment_sink)
+        call = call._replace(sqnorm=call.sqnorm or sqnorm_sink is not None)
+    check_options(call, sinks)
+    rows = x.shape[:-1]
     if x.ndim != 2:
-        x = x.reshape(-1, shape[-1])
-        y0 = None if y0 is None else y0.reshape(-1, B.shape[0])
-        token_weights = None if token_weights is None else token_weights.reshape(-1)
-    call = Call(
-        x, weight, bias, y0, A, B, float(scaling), dropout, seed if dropout else None,
-        token_weights, return_sqnorm or sinks.sqnorm is not None,
-    )  # fmt: skip
+        call = _by_rows(call)
     if torch.compiler.is_compiling():
         y, sqnorm = run_op(call, sinks, backend)
     else:
-        grad = torch.is_grad_enabled() and _any_requires_grad(x, y0, A, B, *sinks)
+        grad = torch.is_grad_enabled() and _any_requires_grad(x, call.y0, call.A, call.B, *sinks)
         y, sqnorm = run(dispatch.serving(call, backend, grad), call, sinks, grad)
-    if len(shape) != 2:
-        y = y.reshape(*shape[:-1], B.shape[0])
-    if not return_sqnorm:
+    if x.ndim != 2:
+        y = y.reshape(*rows, y.shape[1])
+    if not returns_sqnorm:
         return y
     assert sqnorm is not None
     return y, sqnorm.detach()
+
+
+def _by_rows(call: Call) -> Call:
+    """With x (M, K) and what goes with its rows."""
+    y0, weights = call.y0, call.token_weights
+    return call._replace(
+        x=call.x.reshape(-1, call.x.shape[-1]),
+        y0=None if y0 is None else y0.reshape(-1, y0.shape[-1]),
+        token_weights=None if weights is None else weights.reshape(-1),
+    )
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
@@ -157,7 +142,7 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _autocast(tensor: _Maybe, dtype: torch.dtype) -> _Maybe:
+def _autocast(tensor: Tensor | None, dtype: torch.dtype) -> Any:
     if tensor is None or tensor.dtype in (dtype, torch.float64):
         return tensor
     return tensor.to(dtype)
