@@ -1,7 +1,7 @@
 """LoRA's bank: plain pairs (A, B), and how targets come to share them."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class LoRABank(AdapterBank):
         slot = self.assignment.slots[i]
         if slot is None:
             return None
-        key, lists = self._keys[slot], self._modules  # indexing a ParameterList takes microseconds
+        key, lists = str(slot), self._modules  # indexing a ParameterList takes microseconds
         A, B = lists["A"]._parameters[key], lists["B"]._parameters[key]  # type: ignore[union-attr]
         assert A is not None and B is not None
         return A, B
@@ -107,17 +107,9 @@ class LoRABank(AdapterBank):
     def device(self) -> torch.device:
         return self.like.device
 
-    def restore(self, assignment: Assignment, tensors: Mapping[str, Tensor]) -> None:
-        super().restore(assignment, tensors)
-        self._number()
-
     def _fill(self, pairs: Sequence[Pair]) -> None:
         self.A = nn.ParameterList(_parameter(A) for A, _ in pairs)
         self.B = nn.ParameterList(_parameter(B) for _, B in pairs)
-        self._number()
-
-    def _number(self) -> None:
-        self._keys = [str(slot) for slot in range(len(self.A))]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRABank":
         super()._apply(fn, recurse)
