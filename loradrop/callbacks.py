@@ -56,9 +56,7 @@ class MethodCallback(TrainerCallback):
         self._started = time.monotonic()
         mask = self.mask if self.statistics else None
         names = self.statistics or ("sqnorm",)
-        self.collector = Collector(
-            self.model, self.bank, online=True, statistics=names, mask=mask
-        )
+        self.collector = Collector(self.model, self.bank, online=True, statistics=names, mask=mask)
         if self._state is not None:
             self.collector.load_state_dict(self._state)
 

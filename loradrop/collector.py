@@ -48,9 +48,7 @@ class Collector:
     ) -> None:
         for name in statistics:
             if name not in _SHAPES:
-                raise ValueError(
-                    f"statistics has {name!r}: choose among {', '.join(_SHAPES)}"
-                )
+                raise ValueError(f"statistics has {name!r}: choose among {', '.join(_SHAPES)}")
         self.bank, self.online, self.mask, self.mask_fn = bank, online, mask, mask_fn
         self.rows: list[Tensor] = []
         self._tokens = torch.zeros((), dtype=torch.int64)

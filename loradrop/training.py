@@ -159,6 +159,7 @@ class _Run:
             )
         if len(train) == 0:
             raise ValueError("train is empty: give at least one example")
+
     @property
     def total(self) -> int:
         """Optimiser steps of both stages."""
@@ -290,12 +291,7 @@ class _Run:
         }
 
     def _stage(
-        self,
-        name: str,
-        steps: int,
-        rows: Any,
-        statistics: Sequence[str],
-        settle_every: int = 0,
+        self, name: str, steps: int, rows: Any, statistics: Sequence[str], settle_every: int = 0
     ) -> tuple[LoRATrainer, MethodCallback]:
         """One run of the Trainer on `rows`, from its last whole checkpoint where there is one."""
         folder = self.folder / name

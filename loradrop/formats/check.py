@@ -99,9 +99,7 @@ def verify(
     return Report(rows, difference, relative, tolerance, delta_tolerance, loader, required)
 
 
-def _compare(
-    engine: str, adapters: Adapters, file: PeftFile, tolerance: float
-) -> EngineVerdict:
+def _compare(engine: str, adapters: Adapters, file: PeftFile, tolerance: float) -> EngineVerdict:
     """The engine's verdict on the file, and the error of the file's deltas under its scale rule."""
     verdict, modules, worst, where = refusal(engine, file), file.modules, 0.0, ""
     targets = {target.name: i for i, target in enumerate(adapters.plan.targets)}
