@@ -5,12 +5,9 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, StrictUndefined
-
-from loradrop.files import write_text
+from loradrop.files import rendered, write_text
 from loradrop.report import grid as grids
 from loradrop.report.grid import INK, MUTED, RULE, SERIES, Arm, Grid
 from loradrop.report.plots import curves, is_reported, points_of
@@ -48,11 +45,8 @@ def write_report(
     metrics = dict.fromkeys(key for arm in arms for key in arm.metrics if is_reported(key))
     logged = any(points_of(arm, "loss")[0] for arm in arms)
     configs = {name: grid.config.to_dict() for name, grid in planned.items()}
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    source = resources.files("loradrop").joinpath("assets", "report.html").read_text("utf-8")
-    page = environment.from_string(source).render(
+    page = rendered(
+        "report.html",
         title=title,
         arms=arms,
         metrics=metrics,
