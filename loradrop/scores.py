@@ -1,5 +1,6 @@
 """Plain data on the ground: what is adapted, how much it matters, and who uses which adapter."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,12 @@ class Target(NamedTuple):
     def parameters(self) -> int:
         """Elements of an adapter of its own."""
         return self.r * (self.in_features + self.out_features)
+
+
+def layer_of(name: str) -> str:
+    """A module's path up to its first number, the layer; "" where it has none."""
+    found = re.search(r"(^|\.)\d+(?=\.|$)", name)
+    return name[: found.end()] if found else ""
 
 
 @dataclass(frozen=True, eq=False)

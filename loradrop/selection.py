@@ -1,6 +1,4 @@
-"""The decision: which targets keep their own adapter, and which share. Pure functions on plain
-data.
-"""
+"""Which targets keep their own adapter, and which share: pure functions on plain data."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -25,8 +23,7 @@ def select(
     scope: str = "per_module",
     importance: str = "sqnorm",
 ) -> list[str]:
-    """The names of the targets that keep their own adapter, in layer order (Zhou et al., COLING
-    2025).
+    """The targets that keep their own adapter, in layer order (Zhou et al., COLING 2025).
 
     Exactly one of
       threshold    in [0, 1]: in every group, the fewest targets whose importances sum to that part
@@ -61,10 +58,7 @@ def select(
             if budget is None or size <= budget * full:
                 break
         else:
-            raise ValueError(
-                f"budget={budget}: one shared adapter per group alone takes more; "
-                "choose a larger budget"
-            )
+            raise ValueError(f"budget={budget}: one shared adapter per group takes more; raise it")
     return _names(scores, picked)
 
 
@@ -130,9 +124,8 @@ def _check(
     given = {"threshold": threshold, "keep": keep, "keep_ratio": keep_ratio, "budget": budget}
     named = [f"{name}={value}" for name, value in given.items() if value is not None]
     if len(named) != 1:
-        raise ValueError(
-            f"give exactly one of {', '.join(given)}; got {', '.join(named) or 'none'}"
-        )
+        got = ", ".join(named) or "none"
+        raise ValueError(f"give exactly one of {', '.join(given)}; got {got}")
     for name in ("threshold", "keep_ratio", "budget"):
         check_part(name, given[name])
     if keep is not None and (not isinstance(keep, int) or not 0 <= keep <= len(scores)):
@@ -168,10 +161,8 @@ def assign(targets: Sequence[Target], kept: Sequence[str], share: str = "group")
     names = [target.name for target in targets]
     for name in kept:
         if name not in names:
-            raise ValueError(
-                f"kept has {name!r}, which is not a target; the targets are "
-                f"{', '.join(sorted(names))}"
-            )
+            known = ", ".join(sorted(names))
+            raise ValueError(f"kept has {name!r}, which is not a target; the targets are {known}")
     chosen, numbers = set(kept), dict[Any, int]()
     slots: list[int | None] = []
     for target in targets:
@@ -187,18 +178,14 @@ def assign(targets: Sequence[Target], kept: Sequence[str], share: str = "group")
 def keep_frequency(
     scores: Scores, decide: Callable[[Scores], list[str]], samples: int = 100, seed: int = 0
 ) -> dict[str, float]:
-    """How often `decide` keeps each target when the rows of `scores` are drawn anew with
-    replacement.
+    """How often `decide` keeps each target when rows of `scores` are drawn with replacement.
 
-    The bootstrap (Efron, 1979) over batches. Rows without any output (B still zero) say nothing and
-    are left out.
+    The bootstrap (Efron, 1979) over batches. Rows without any output (B still zero) are left out.
     """
     rows = scores.rows[scores.rows.any(1)]
     generator, n = torch.Generator().manual_seed(seed), len(rows)
     if n == 0:
-        raise ValueError(
-            "every row of the scores is zero: B is still zero. Train before asking what is stable"
-        )
+        raise ValueError("every row of the scores is zero, as B still is: train before probing")
     counts = dict.fromkeys(scores, 0)
     for _ in range(samples):
         drawn = rows[torch.randint(0, n, (n,), generator=generator)]

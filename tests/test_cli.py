@@ -386,7 +386,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("train train.steps=3 other.yaml", "'other.yaml' is not an override"),
         ("train data=none.csv", "data.source='none.csv' does not exist"),
         ("plan show none", "none"),
-        ("verify none none", "none is not there: give the folder that loradrop.save wrote"),
+        ("verify none none", "none is not there: give the folder loradrop.save wrote"),
     ],
 )
 def test_what_is_wrong_is_named(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from loradrop.sampling import stratified_indices
 from loradrop.text.columns import read_examples
 from loradrop.text.examples import KINDS, Example, TextTask
-from loradrop.text.stdlib_docs import AREAS, read_docs
+from loradrop.text.stdlib_docs import areas, read_docs
 from loradrop.text.tables import read_source
 
 
@@ -92,11 +92,11 @@ def _stdlib(config: DataConfig) -> tuple[tuple[str, ...], list[Example], list[Ex
             "data.source='stdlib' is a classification with columns and a dev set of its own: leave "
             f"data.{', data.'.join(given or ['task'])} out, or set data.source to a file"
         )
-    areas = tuple(AREAS)
+    names = tuple(areas())
     sides: dict[str, list[Example]] = {"train": [], "dev": []}
     for doc in read_docs():
-        sides[doc.split].append(Example(doc.text, None, areas.index(doc.area)))
-    return areas, sides["train"], sides["dev"]
+        sides[doc.split].append(Example(doc.text, None, names.index(doc.area)))
+    return names, sides["train"], sides["dev"]
 
 
 def _hold_out(
