@@ -1,16 +1,18 @@
 """Which targets keep their own adapter, and which share: pure functions on plain data."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from loradrop.scores import Assignment, Scores, Target
 
-IMPORTANCES = ("sqnorm", "root")
-SCOPES = ("per_module", "joint")
-SHARES = ("group", "none")
+CHOICES = {
+    "scope": ("per_module", "joint"),
+    "importance": ("sqnorm", "root"),
+    "share": ("group", "none"),
+}
 
 
 def select(
@@ -38,15 +40,17 @@ def select(
     Ties go to the earlier target. Raises ValueError for options out of range, for NaN or infinite
     scores and, where the decision depends on them, for scores that are all zero.
     """
-    _check(scores, threshold, keep, keep_ratio, budget, scope, importance)
+    check_choice("scope", scope, CHOICES["scope"])
+    check_choice("importance", importance, CHOICES["importance"])
+    given = {"threshold": threshold, "keep": keep, "keep_ratio": keep_ratio, "budget": budget}
+    _check(scores, given)
     values = scores.values_by_target
     if importance == "root":
         values = [math.sqrt(value) for value in values]
     groups = _groups(scores.targets, scope)
     if threshold is not None:
-        picked = {
-            i for members in groups for i in _prefix(scores.targets, values, members, threshold)
-        }
+        prefixes = [_prefix(scores.targets, values, members, threshold) for members in groups]
+        picked = {i for prefix in prefixes for i in prefix}
     else:
         n = len(scores)
         if keep is None and keep_ratio is not None:
@@ -112,26 +116,16 @@ def _quota(
     return picked
 
 
-def _check(
-    scores: Scores,
-    threshold: float | None,
-    keep: int | None,
-    keep_ratio: float | None,
-    budget: float | None,
-    scope: str,
-    importance: str,
-) -> None:
-    given = {"threshold": threshold, "keep": keep, "keep_ratio": keep_ratio, "budget": budget}
+def _check(scores: Scores, given: Mapping[str, Any]) -> None:
     named = [f"{name}={value}" for name, value in given.items() if value is not None]
     if len(named) != 1:
         got = ", ".join(named) or "none"
         raise ValueError(f"give exactly one of {', '.join(given)}; got {got}")
     for name in ("threshold", "keep_ratio", "budget"):
         check_part(name, given[name])
+    keep = given["keep"]
     if keep is not None and (not isinstance(keep, int) or not 0 <= keep <= len(scores)):
         raise ValueError(f"keep={keep}: choose a whole number from 0 to the {len(scores)} targets")
-    check_choice("scope", scope, SCOPES)
-    check_choice("importance", importance, IMPORTANCES)
     for target, value in zip(scores.targets, scores.values_by_target, strict=True):
         if not math.isfinite(value):
             raise ValueError(
@@ -157,7 +151,7 @@ def assign(targets: Sequence[Target], kept: Sequence[str], share: str = "group")
 
     With share="none" the others have no adapter. Raises ValueError for a name that is not a target.
     """
-    check_choice("share", share, SHARES)
+    check_choice("share", share, CHOICES["share"])
     names = [target.name for target in targets]
     for name in kept:
         if name not in names:
