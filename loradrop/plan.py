@@ -63,10 +63,7 @@ class Plan:
             "parameters": self.parameters,
             "scores": self.scores,
             "warmup": self.warmup,
-            "base": dict(self.base),
-            "data": dict(self.data),
-            "seeds": dict(self.seeds),
-            "versions": dict(self.versions),
+            **{name: dict(getattr(self, name)) for name in ("base", "data", "seeds", "versions")},
         }
 
     @classmethod

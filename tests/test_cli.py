@@ -376,10 +376,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("env --layer 1x2x3 --chip H100", "--chip 'H100': write it as 90:132"),
         ("export a", "Missing argument 'out'"),
         ("export a b --format gguf", "'gguf' is not one of 'peft', 'merged'"),
-        (
-            "train none.yaml",
-            "none.yaml is not a file: give a YAML file, or key=value overrides alone",
-        ),
+        ("train none.yaml", "none.yaml is not a file: give a YAML file, or only key=value"),
         ("train trian.steps=3", "has no option 'trian': did you mean 'train'?"),
         ("train train.stepz=3", "train has no option 'stepz': did you mean 'steps'?"),
         ("train lora.method.treshold=1", "has no option 'treshold': did you mean 'threshold'?"),

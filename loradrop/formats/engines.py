@@ -55,7 +55,7 @@ def scale(engine: str, config: Mapping[str, Any], name: str, rank: int) -> float
 
 
 def refusal(engine: str, file: PeftFile) -> EngineVerdict:
-    """What `engine` says to a file when it loads it. Raises ValueError for an unknown engine."""
+    """What `engine` makes of a file when it loads it. Raises ValueError for an unknown engine."""
     if engine not in _REFUSALS:
         raise ValueError(f"engine {engine!r} is unknown: choose among {', '.join(ENGINES)}")
     reason = _REFUSALS[engine](file)

@@ -47,7 +47,7 @@ def export(
     dtype: str | None = None,
     engines: Sequence[str] | None = None,
 ) -> list[EngineVerdict]:
-    """Write the adapters of `model` into the folder `path`. Returns what each engine says to them.
+    """Write the adapters of `model` into the folder `path`. Returns what each engine makes of them.
 
     format    "peft": a uniform PEFT adapter with a model card; "merged": the base model with the
               deltas added in float32 and rounded once, by its `save_pretrained`
@@ -159,7 +159,7 @@ def _save_merged(model: nn.Module, folder: Path) -> None:
     save_pretrained = getattr(type(model), "save_pretrained", None)
     if save_pretrained is None:
         raise ValueError(
-            f"{type(model).__name__} has no save_pretrained, so there is no merged format: call "
+            f"{type(model).__name__} has no save_pretrained, which the merged format needs: call "
             "loradrop.merge(model) and save its state_dict"
         )
     if (folder / CONFIG).exists():

@@ -29,19 +29,18 @@ def _svg(figure: "Figure") -> str:
     return re.sub(r' xmlns(:xlink)?="[^"]*"', "", text[text.index("<svg") :])
 
 
+def _by_doubt(grid: Grid) -> list[grids.Cell]:
+    cells = [cell for cell in grid if cell.frequency is not None]
+    return sorted(cells, key=lambda cell: abs((cell.frequency or 0.0) - 0.5))
+
+
 def write_report(
     path: str | os.PathLike[str], arms: Sequence[Arm], *, title: str, facts: Mapping[str, str]
 ) -> None:
     """One HTML page that needs nothing else: results, importance, decisions, losses, facts."""
     planned = {arm.name: Grid(arm.plan) for arm in arms if arm.plan is not None}
     decided = {name: grid for name, grid in planned.items() if grid.scored or grid.states}
-    drawn = {
-        name: sorted(
-            (cell for cell in grid if cell.frequency is not None),
-            key=lambda cell: abs((cell.frequency or 0.0) - 0.5),
-        )
-        for name, grid in planned.items()
-    }
+    drawn = {name: _by_doubt(grid) for name, grid in planned.items()}
     metrics = dict.fromkeys(key for arm in arms for key in arm.metrics if is_reported(key))
     logged = any(points_of(arm, "loss")[0] for arm in arms)
     configs = {name: grid.config.to_dict() for name, grid in planned.items()}

@@ -53,15 +53,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source.strip():
-            raise ValueError(
-                f'data.source={self.source!r}: name "stdlib", a file or folder, or a hub id'
-            )
+            raise ValueError(f'data.source={self.source!r}: name "stdlib", a path or a hub id')
         if self.task not in ("auto", *KINDS):
             raise ValueError(f"data.task={self.task!r}: choose auto, {', '.join(KINDS)}")
         if not isinstance(self.dev_ratio, float) or not 0 < self.dev_ratio < 1:
             raise ValueError(f"data.dev_ratio={self.dev_ratio!r}: choose a number between 0 and 1")
-        least = {"max_length": 8, "max_train": 2, "max_dev": 1, "seed": 0}
-        for name, minimum in least.items():
+        for name, minimum in {"max_length": 8, "max_train": 2, "max_dev": 1, "seed": 0}.items():
             value = getattr(self, name)
             if value is None and name in ("max_train", "max_dev"):
                 continue
@@ -137,12 +134,6 @@ def load_task(config: DataConfig) -> TextTask:
         train, dev = _hold_out(train, kind, config.dev_ratio, config.seed)
     train, _ = _split(train, kind, config.max_train, config.seed)
     dev, _ = _split(dev, kind, config.max_dev, config.seed)
-    return TextTask(
-        name=name,
-        kind=kind,
-        labels=labels,
-        train=tuple(train),
-        dev=tuple(dev),
-        metric=_metric(name, kind),
-        fingerprint={"train": _sha256(train), "dev": _sha256(dev)},
-    )
+    fingerprint = {"train": _sha256(train), "dev": _sha256(dev)}
+    metric = _metric(name, kind)
+    return TextTask(name, kind, labels, tuple(train), tuple(dev), metric, fingerprint)
