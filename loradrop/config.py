@@ -51,7 +51,7 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
-                raise ValueError(f"{name}={rank!r}: a rank is a whole number of at least 1")
+                raise ValueError(f"{name}={rank!r}: the rank is a whole number of at least 1")
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha <= 0:
                 raise ValueError(f"{name}={alpha!r}: choose a positive number; s = alpha / r")

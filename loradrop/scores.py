@@ -56,10 +56,7 @@ class Scores(Mapping[str, float]):
         return [float(v) for v in self.rows.sum(0)]
 
     def __getitem__(self, name: str) -> float:
-        for target, value in zip(self.targets, self.values_by_target, strict=True):
-            if target.name == name:
-                return value
-        raise KeyError(name)
+        return dict(zip(self, self.values_by_target, strict=True))[name]
 
     def __iter__(self) -> Iterator[str]:
         return (target.name for target in self.targets)

@@ -117,10 +117,7 @@ def warm_up(
         resume, dict(data or {}), mask,
     )  # fmt: skip
     if config.method.warmup(run.total) is None:
-        raise ValueError(
-            f"the method {config.method.name!r} measures nothing: choose one with a warm-up, such "
-            "as lora_drop"
-        )
+        raise ValueError(f"the method {config.method.name!r} measures nothing: try lora_drop")
     with forward_kept(model):
         run.first_stage()
     return plan_of(model)
@@ -221,8 +218,7 @@ class _Run:
         """What a resume must agree with, as the file beside the checkpoints holds it."""
         lora, train = self.config.to_dict(), asdict(self.args)
         data = {"model": base_of(self.model), "data": self.data, "lora": lora, "train": train}
-        plain: dict[str, dict[str, Any]] = json.loads(json.dumps(data))
-        return plain
+        return json.loads(json.dumps(data))  # type: ignore[no-any-return]
 
     def _record(self, **measured: Any) -> None:
         """The plan as it is now, with what the run knows of it."""
@@ -234,7 +230,7 @@ class _Run:
         if not file.exists():
             return
         if not self.resume:
-            raise ValueError(f"{self.folder} holds a run already: resume it, or choose another")
+            raise ValueError(f"{self.folder} holds a run already: resume, or choose another output")
         for section, before in read_json(file).items():
             now = options.get(section, {})
             changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
