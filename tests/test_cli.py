@@ -101,7 +101,7 @@ def test_train_refuses_a_used_output(work: Path, capsys: pytest.CaptureFixture[s
     status, out, err = command(capsys, "train", work / "config.yaml")
     assert (status, out) == (2, "")
     assert err.splitlines()[-1] == (
-        f"loradrop: error: {work / 'run' / 'lora'} holds a run already: resume it, or choose "
+        f"loradrop: error: {work / 'run' / 'lora'} holds a run already: resume, or choose "
         "another output"
     )
     status, _, err = command(capsys, "train", work / "config.yaml", "--resume", "lora.r=2")
