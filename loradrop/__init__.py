@@ -1,5 +1,4 @@
-"""LoRA-drop (Zhou et al., COLING 2025): train LoRA briefly, keep it where its output matters,
-share one elsewhere.
+"""LoRA-drop (Zhou et al., COLING 2025): keep LoRA where its output matters, share one elsewhere.
 
 inject -> probe -> select -> share -> train -> export. Importing this package loads nothing; each
 name is loaded when it is first used.
@@ -39,36 +38,27 @@ if TYPE_CHECKING:
     from loradrop.text.task import load_task as load_task
     from loradrop.training import fit as fit
 
-_HOME = {
-    "AdapterBank": "bank",
-    "DataConfig": "text.task",
-    "LoRA": "methods",
-    "LoRAConfig": "config",
-    "LoRADrop": "methods",
-    "LoRALinear": "layers",
-    "LoraDropConfig": "config",
-    "Method": "methods",
-    "Plan": "plan",
-    "Scores": "scores",
-    "Target": "scores",
-    "TrainConfig": "config",
-    "disabled": "surgery",
-    "export": "formats.peft",
-    "fit": "training",
-    "inject": "surgery",
-    "load": "loading",
-    "load_task": "text.task",
-    "lora_add": "op.linear",
-    "lora_linear": "op.linear",
-    "merge": "surgery",
-    "probe": "probing",
-    "remove": "surgery",
-    "save": "formats.native",
-    "select": "selection",
-    "share": "sharing",
-    "verify": "formats.check",
+_NAMES = {
+    "bank": "AdapterBank",
+    "config": "LoRAConfig LoraDropConfig TrainConfig",
+    "formats.check": "verify",
+    "formats.native": "save",
+    "formats.peft": "export",
+    "layers": "LoRALinear",
+    "loading": "load",
+    "methods": "LoRA LoRADrop Method",
+    "op.linear": "lora_add lora_linear",
+    "plan": "Plan",
+    "probing": "probe",
+    "scores": "Scores Target",
+    "selection": "select",
+    "sharing": "share",
+    "surgery": "disabled inject merge remove",
+    "text.task": "DataConfig load_task",
+    "training": "fit",
 }
-__all__ = list(_HOME)
+_HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:

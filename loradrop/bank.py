@@ -68,9 +68,7 @@ class AdapterBank(nn.Module):
         return x
 
     def factors(self, i: int) -> Pair | None:
-        """(A (r, K), B (N, r)) of target i, differentiable in what the bank owns; None where it has
-        no adapter.
-        """
+        """(A (r, K), B (N, r)) of target i, differentiable; None where it has no adapter."""
         raise NotImplementedError
 
     def index(self, name: str) -> int:
@@ -107,9 +105,7 @@ class AdapterBank(nn.Module):
         self.load_state_dict(dict(tensors))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterBank":
-        """Moves as any module does, but never to a narrower type: float32 adapters stay so on a
-        bf16 base.
-        """
+        """Moves as any module does, but never to a narrower type, such as the bf16 of the base."""
         super()._apply(lambda t: keep_width(fn, t), recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -54,11 +54,8 @@ class MethodCallback(TrainerCallback):
     def begin(self) -> None:
         """Start to collect, from the state that `load` took where there is one."""
         self._started = time.monotonic()
-        mask = self.mask if self.statistics else None
-        names = self.statistics or ("sqnorm",)
-        self.collector = Collector(
-            self.model, self.bank, online=True, statistics=names, mask=mask
-        )
+        mask, names = self.mask if self.statistics else None, self.statistics or ("sqnorm",)
+        self.collector = Collector(self.model, self.bank, online=True, statistics=names, mask=mask)
         if self._state is not None:
             self.collector.load_state_dict(self._state)
 
@@ -91,8 +88,7 @@ class MethodCallback(TrainerCallback):
         if write:
             with replacing(folder / STATISTICS) as draft:
                 save_file(state, draft)
-            events = {"seconds": self.seconds, "settled": self.settled}
-            write_json(folder / EVENTS, events)
+            write_json(folder / EVENTS, {"seconds": self.seconds, "settled": self.settled})
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote."""
@@ -116,28 +112,17 @@ class Progress(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                desc=self.stage,
-                unit="step",
-                dynamic_ncols=True,
-                mininterval=0.5,
-            )
+                desc=self.stage, total=state.max_steps, initial=state.global_step,
+                unit="step", dynamic_ncols=True, mininterval=0.5,
+            )  # fmt: skip
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if self.bar is not None:
             self.bar.update(state.global_step - self.bar.n)
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: Any,
-        logs: dict[str, float] | None = None,
-        **_: Any,
-    ) -> None:
-        if self.bar is not None and logs and "loss" in logs:
-            self.bar.set_postfix(loss=f"{logs['loss']:.4g}")
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None and "loss" in (kwargs.get("logs") or {}):
+            self.bar.set_postfix(loss=f"{kwargs['logs']['loss']:.4g}")
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if self.bar is not None:

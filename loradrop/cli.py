@@ -42,9 +42,7 @@ Engine = Annotated[list[str] | None, Option(help="An engine that must take it; r
 Base = Annotated[str | None, Option(help="The base model, instead of the one in the plan.")]
 Exported = Annotated[Path, Argument(help="The folder that export or merge wrote.")]
 Layer = Annotated[str | None, Option(metavar="MxKxN", help="Explain the backend chosen for it.")]
-Chip = Annotated[
-    str | None, Option(metavar="ARCH:SMS", help="90:132; the first device by default.")
-]
+Chip = Annotated[str | None, Option(metavar="ARCH:SMS", help="As 90:132; the device's by default.")]
 Version = Annotated[bool, Option("--version", help="Show the version.", is_eager=True)]
 
 app = typer.Typer(
@@ -83,13 +81,9 @@ def train(settings: Settings = None, resume: Resume = False, debug: Debug = Fals
 
 @app.command()
 def probe(
-    settings: Settings = None,
-    resume: Resume = False,
-    adapter: Measured = None,
-    batches: Batches = None,
-    split: Split = None,
-    debug: Debug = False,
-) -> None:
+    settings: Settings = None, resume: Resume = False, adapter: Measured = None,
+    batches: Batches = None, split: Split = None, debug: Debug = False,
+) -> None:  # fmt: skip
     """Run only the warm-up and the decision, or measure an adapter."""
     from loradrop.files import write_json
     from loradrop.report.grid import plan_table
@@ -125,14 +119,9 @@ def plan(action: Action, path: Planned, out: Picture = None, debug: Debug = Fals
 
 @app.command()
 def export(
-    adapter: Native,
-    out: Out,
-    format: Format = "peft",
-    engine: Engine = None,
-    model: Base = None,
-    dtype: Dtype | None = None,
-    debug: Debug = False,
-) -> None:
+    adapter: Native, out: Out, format: Format = "peft", engine: Engine = None,
+    model: Base = None, dtype: Dtype | None = None, debug: Debug = False,
+) -> None:  # fmt: skip
     """Write an adapter as a PEFT folder."""
     from loradrop.formats.peft import export
     from loradrop.run import load_base
@@ -187,13 +176,9 @@ def methods(debug: Debug = False) -> None:
 
 @app.command()
 def env(
-    layer: Layer = None,
-    rank: int = 16,
-    dropout: float = 0.0,
-    dtype: Dtype = "bfloat16",
-    chip: Chip = None,
-    debug: Debug = False,
-) -> None:
+    layer: Layer = None, rank: int = 16, dropout: float = 0.0,
+    dtype: Dtype = "bfloat16", chip: Chip = None, debug: Debug = False,
+) -> None:  # fmt: skip
     """Show versions, devices, and which backends run here."""
     from loradrop.env import explain, format_report
 

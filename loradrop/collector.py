@@ -48,9 +48,7 @@ class Collector:
     ) -> None:
         for name in statistics:
             if name not in _SHAPES:
-                raise ValueError(
-                    f"statistics has {name!r}: choose among {', '.join(_SHAPES)}"
-                )
+                raise ValueError(f"statistics has {name!r}: choose among {', '.join(_SHAPES)}")
         self.bank, self.online, self.mask, self.mask_fn = bank, online, mask, mask_fn
         self.rows: list[Tensor] = []
         self._tokens = torch.zeros((), dtype=torch.int64)
@@ -62,12 +60,9 @@ class Collector:
             model.register_forward_hook(self._leave, always_call=True),
         ]
         self._signature = list(inspect.signature(model.forward).parameters)
-        used = [bank.factors(i) for i in range(len(bank.targets))]
+        used = list(zip(bank.targets, map(bank.factors, range(len(bank.targets))), strict=True))
         self._values: dict[str, list[Tensor | None]] = {
-            name: [
-                None if pair is None or not online else _leaf(_SHAPES[name](target), pair[0].device)
-                for target, pair in zip(bank.targets, used, strict=True)
-            ]
+            name: [_leaf(_SHAPES[name](t), p[0].device) if p and online else None for t, p in used]
             for name in statistics
         }
         bank.collector = self
@@ -116,7 +111,7 @@ class Collector:
         if "sqnorm" in closed:
             self.rows.append(_row(closed["sqnorm"]))
         if "moment" in closed and _distributed():
-            _sum_moments(closed["moment"])
+            _sum_moments([value for value in closed["moment"] if value is not None])
         self._pending = 0
         for values in self._values.values():
             for i, value in enumerate(values):
@@ -164,11 +159,8 @@ class Collector:
             given = dict(zip(self._signature, args, strict=False)) | dict(kwargs)
             self._input = given.get(self.mask)
             if self._input is not None and not isinstance(self._input, Tensor):
-                kind = type(self._input).__name__
-                raise ValueError(
-                    f"the model's input {self.mask!r} is a {kind}, not a tensor: "
-                    "pass mask=None or mask_fn="
-                )
+                what = f"{self.mask!r} is a {type(self._input).__name__}, not a tensor"
+                raise ValueError(f"the model's input {what}: pass mask=None or mask_fn=")
         if not torch.compiler.is_compiling():
             self._inside, self._pending = True, 1 if self._recomputed else self._pending + 1
             self._recomputed = False
@@ -226,15 +218,13 @@ def _row(values: Sequence[Tensor | None]) -> Tensor:
     return torch.stack([zero if v is None else v.detach().to(device) for v in values])
 
 
-def _sum_moments(values: Sequence[Tensor | None]) -> None:
+def _sum_moments(values: Sequence[Tensor]) -> None:
     """Sums each moment over ranks, in place and in one call for each device."""
-    found = [value for value in values if value is not None]
-    for device in {value.device for value in found}:
-        here = [value for value in found if value.device == device]
+    for device in {value.device for value in values}:
+        here = [value for value in values if value.device == device]
         flat = torch.cat(here)
         distributed.all_reduce(flat)
-        sizes = [len(value) for value in here]
-        for value, part in zip(here, torch.split(flat, sizes), strict=True):
+        for value, part in zip(here, torch.split(flat, [len(v) for v in here]), strict=True):
             value.copy_(part)
 
 

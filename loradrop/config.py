@@ -51,14 +51,10 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
-                raise ValueError(
-                    f"{name}={rank!r}: the rank of an adapter is a whole number of at least 1"
-                )
+                raise ValueError(f"{name}={rank!r}: the rank is a whole number of at least 1")
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha <= 0:
-                raise ValueError(
-                    f"{name}={alpha!r}: choose a positive number; the delta is scaled by it over r"
-                )
+                raise ValueError(f"{name}={alpha!r}: choose a positive number; s = alpha / r")
         try:
             quantize(self.lora_dropout)
         except (ValueError, TypeError) as error:
@@ -70,13 +66,9 @@ class LoRAConfig:
             if value is not None and not isinstance(value, str):
                 object.__setattr__(self, name, tuple(value))
         if isinstance(self.modules_to_save, str):
-            raise ValueError(
-                f"modules_to_save={self.modules_to_save!r}: give a list of module names"
-            )
+            raise ValueError(f"modules_to_save={self.modules_to_save!r}: give a list of names")
         if not isinstance(self.method, Method):
-            raise ValueError(
-                f"method={self.method!r}: give a loradrop.methods.Method such as LoRADrop()"
-            )
+            raise ValueError(f"method={self.method!r}: give a loradrop Method such as LoRADrop()")
 
     def rank(self, name: str) -> int:
         """The rank of the adapter of the target `name`."""
@@ -98,10 +90,7 @@ class LoRAConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LoRAConfig":
-        """The configuration that `to_dict` wrote.
-
-        Unknown keys are an error that names the nearest known one.
-        """
+        """What `to_dict` wrote. Raises ValueError for an unknown key, naming the nearest known."""
         data = dict(data)
         given = dict(data.pop("method", {"name": "lora"}))
         method_class = methods.get(given.pop("name", "lora"))
@@ -154,14 +143,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "steps",
-            "epochs",
-            "batch_size",
-            "gradient_accumulation",
-            "learning_rate",
-            "log_every",
-            "save_every",
-            "eval_every",
+            *("steps", "epochs", "batch_size", "gradient_accumulation", "learning_rate"),
+            *("log_every", "save_every", "eval_every"),
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -7,14 +7,7 @@ from typing import Any
 from loradrop._version import __version__
 
 PACKAGES = (
-    "torch",
-    "triton",
-    "transformers",
-    "peft",
-    "accelerate",
-    "safetensors",
-    "numpy",
-    "datasets",
+    *("torch", "triton", "transformers", "peft", "accelerate", "safetensors", "numpy", "datasets"),
 )
 
 
@@ -46,11 +39,8 @@ def native_bf16() -> bool:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    return {
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "native_bf16": native_bf16(),
-        "threads": torch.get_num_threads(),
-    }
+    capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return {"capability": capability, "native_bf16": native_bf16(), "threads": threads}
 
 
 def _cuda() -> list[dict[str, Any]]:
@@ -91,13 +81,7 @@ def report() -> dict[str, Any]:
     }
 
 
-def explain(
-    layer: str,
-    rank: int = 16,
-    dropout: float = 0.0,
-    dtype: str = "bfloat16",
-    chip: str | None = None,
-) -> str:
+def explain(layer: str, rank: int, dropout: float, dtype: str, chip: str | None = None) -> str:
     """Which backend an unnamed call gets, in training and without gradients, and why.
 
     layer MxKxN: tokens, in and out features   chip ARCH:SMS, as 90:132 for an H100 or H200; by
@@ -140,21 +124,18 @@ def _numbers(name: str, text: str, between: str, count: int) -> list[int]:
 def format_report() -> str:
     """`report` as a page to read, or to paste into an issue."""
     facts = report()
-    cpu = facts["cpu"]
+    cpu, devices = facts["cpu"], facts["cuda"]
+    bf16 = "native" if cpu["native_bf16"] else "not native"
     rows = [
         ("loradrop", facts["loradrop"]),
         ("Python", f"{facts['python']} on {facts['platform']}"),
         *((name, version or "not installed") for name, version in facts["packages"].items()),
-        (
-            "CPU",
-            f"{cpu['capability']}, bf16 {'native' if cpu['native_bf16'] else 'not native'}, "
-            f"{cpu['threads']} threads",
-        ),
+        ("CPU", f"{cpu['capability']}, bf16 {bf16}, {cpu['threads']} threads"),
         *(
             (f"CUDA {i}", f"{gpu['name']}, sm {gpu['capability']}, {gpu['memory_gib']} GiB")
-            for i, gpu in enumerate(facts["cuda"])
+            for i, gpu in enumerate(devices)
         ),
-        *([] if facts["cuda"] else [("CUDA", "no device")]),
+        *([] if devices else [("CUDA", "no device")]),
         ("loradrop._C", _extension(facts["extension"])),
         *((f"backend {name}", why or "available") for name, why in facts["backends"].items()),
     ]

@@ -1,18 +1,20 @@
-"""Files that are whole or not there: written beside their place, flushed, then moved into it."""
+"""Files that are whole or not there: written beside their place, flushed, then moved into it.
+
+And the package's own: texts and Jinja2 templates in `assets/`.
+"""
 
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a path to write to; it takes the place of `path` when the block ends without an
-    error.
-    """
+    """A path to write to, which takes the place of `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -51,3 +53,23 @@ def read_json(path: str | os.PathLike[str]) -> Any:
             f"{path} is damaged or half-written ({error}): restore it from a copy, "
             "or run the step that writes it again"
         ) from error
+
+
+def asset(name: str) -> str:
+    """The text of a file in `assets/`."""
+    return resources.files("loradrop").joinpath("assets", name).read_text("utf-8")
+
+
+def rendered(name: str, **values: Any) -> str:
+    """The template in `assets/` with these values, escaped where it is HTML.
+
+    Raises `jinja2.UndefinedError` for a value that it lacks.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        autoescape=name.endswith(".html"), trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True, undefined=StrictUndefined,
+    )  # fmt: skip
+    environment.filters["quoted"] = json.dumps
+    return environment.from_string(asset(name)).render(values)

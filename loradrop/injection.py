@@ -79,9 +79,7 @@ def adapters_of(model: nn.Module) -> Adapters:
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan of an injected model as it is now: what `fit` or `load` recorded, with today's
-    assignment.
-    """
+    """The plan of an injected model: what `fit` or `load` recorded, with today's assignment."""
     bank, injection = bank_of(model), injection_of(model)
     now: dict[str, Any] = {"assignment": bank.assignment, "parameters": bank.trainable}
     if injection.plan is not None:
@@ -92,13 +90,10 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def base_of(model: nn.Module) -> dict[str, Any]:
-    """Which model it is: id and revision where its config knows them, and a fingerprint of its
-    tensors.
-    """
+    """Class, id and revision of a model where its config has them, and its tensors' fingerprint."""
     config = getattr(model, "config", None)
-    shapes = [
-        (k, tuple(v.shape)) for k, v in model.state_dict().items() if not k.startswith("lora_bank.")
-    ]
+    own = {k: v for k, v in model.state_dict().items() if not k.startswith("lora_bank.")}
+    shapes = [(key, tuple(value.shape)) for key, value in own.items()]
     return {
         "class": type(model).__name__,
         "id": getattr(config, "_name_or_path", None),

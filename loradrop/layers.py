@@ -27,9 +27,7 @@ class LoRAMixin(nn.Module):
 
     @property
     def base_layer(self) -> NoReturn:
-        """PEFT asks a layer for this before it wraps it: refused, for neither would know of the
-        other.
-        """
+        """Refused: PEFT asks for this before it wraps a layer, and would miss our adapter."""
         raise ValueError(
             f"this {type(self).__name__} carries loradrop adapters, so PEFT cannot wrap it: call "
             "loradrop.remove(model) or merge(model) first, or export(model, path, format='peft') "
@@ -50,16 +48,15 @@ class LoRAMixin(nn.Module):
         A, B = factors
         if x.device != A.device:  # a model spread over devices
             A, B = A.to(x.device), B.to(x.device)
-        dropout, seed, collector = 0.0, None, bank.collector
+        dropout, seed, s, collector = 0.0, None, bank.scaling[i], bank.collector
         if self.training and bank.dropout > 0.0:
             dropout = bank.dropout
             seed = torch.randint(0, 1 << 62, (), device=x.device)
         more = {} if collector is None else collector.arguments(i, x)
         if y0 is not None:
-            y = lora_add(y0, x, A, B, bank.scaling[i], dropout=dropout, seed=seed, **more)
+            y = lora_add(y0, x, A, B, s, dropout=dropout, seed=seed, **more)
         else:
             assert weight is not None
-            s = bank.scaling[i]
             y = lora_linear(x, weight, bias, A, B, s, dropout=dropout, seed=seed, **more)
         if collector is not None and isinstance(y, tuple):  # of an offline probe
             y, norm = y
@@ -109,9 +106,7 @@ class LoRAConv1D(LoRAMixin):
 
 
 class LoRAOver(LoRAMixin):
-    """Any base module that maps (..., K) to (..., N): quantised layers and subclasses of
-    `nn.Linear`.
-    """
+    """Any base that maps (..., K) to (..., N): quantised layers, subclasses of `nn.Linear`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., K)  ->  (..., N); further arguments go to the base"""
@@ -128,10 +123,8 @@ class _Picklable:
         return _blank, (face, base), self.__dict__
 
 
-def _blank(face: type, base: type) -> nn.Module:
-    cls = _adapted_class(face, base)
-    module: nn.Module = cls.__new__(cls)
-    return module
+def _blank(face: type, base: type) -> Any:
+    return object.__new__(_adapted_class(face, base))
 
 
 @functools.cache
@@ -141,7 +134,7 @@ def _adapted_class(face: type, base: type) -> type[nn.Module]:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' `Conv1D`, told without importing transformers."""
+    """Whether it is transformers' `Conv1D`, found without importing transformers."""
     return any(
         c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils"
         for c in type(module).__mro__
@@ -165,9 +158,7 @@ def shape_of(module: nn.Module) -> tuple[int, int] | None:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """The tensor whose device and dtype an adapter of `module` takes after: its weight, or any
-    other it has.
-    """
+    """The tensor that gives an adapter of `module` its device and dtype: the weight, or any."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor):
         return weight

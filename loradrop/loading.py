@@ -29,27 +29,21 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
     bank = bank_of(model) if has_bank(model) else inject(model, plan.config)
     injection = injection_of(model)
     if injection.merged is not None:
-        raise ValueError(
-            "the adapters are merged into the weights: call loradrop.remove(model) first"
-        )
+        raise ValueError("the adapters are merged: call loradrop.remove(model) first")
     here, there = ({target.name for target in x.targets} for x in (bank, plan))
     if here != there:
         raise ValueError(
             f"{path} adapts other targets than the model ({', '.join(sorted(here ^ there)[:5])} "
             "differ): call loradrop.remove(model) first"
         )
-    differing = _differences(injection.config, plan.config, sorted(here))
-    if differing:
+    if differing := _differences(injection.config, plan.config, sorted(here)):
         raise ValueError(
             f"{path} was trained with {differing} than the model was injected with: "
             "call loradrop.remove(model) first"
         )
     if plan.base.get("fingerprint") not in (None, base_of(model)["fingerprint"]):
-        _log.warning(
-            "%s was trained on %s, whose tensors are not all those of this model; its targets fit",
-            path,
-            plan.base.get("id"),
-        )
+        differ = "whose tensors are not all those of this model; its targets fit"
+        _log.warning("%s was trained on %s, %s", path, plan.base.get("id"), differ)
     fill(model, file)
     return bank
 
@@ -93,8 +87,5 @@ def _require_fit(model: nn.Module, file: NativeFile, path: Any) -> None:
     if wrong:
         more = f"\n  and {len(wrong) - 8} more" * (len(wrong) > 8)
         base_name = plan.base.get("id") or plan.base.get("class")
-        raise ValueError(
-            f"{path} is an adapter for another model ({base_name}). These differ:\n  "
-            + "\n  ".join(wrong[:8])
-            + more
-        )
+        what = f"{path} is an adapter for another model ({base_name})"
+        raise ValueError(f"{what}. These differ:\n  " + "\n  ".join(wrong[:8]) + more)

@@ -1,12 +1,14 @@
 """Finding the modules to adapt: names, suffixes or a regex, and a table of what they matched."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from loradrop.config import LoRAConfig
 from loradrop.layers import shape_of
+from loradrop.scores import layer_of
 
 # Query and value projections under the names that transformers' models give them.
 QUERY_VALUE = (
@@ -22,15 +24,10 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
     """The modules that `config` names, each once, in the model's order.
 
     Raises ValueError with a table of what matched, where an entry matches nothing, only some of the
-    layers, a module that is no linear map, a tied embedding, or nothing that can be reached through
-    its forward.
+    layers, a module that is not a linear map or whose forward is never called, or a tied weight.
     """
     heads = saved_modules(model, config)
-    modules = {
-        name: m
-        for name, m in model.named_modules()
-        if not any(inside(name, head) for head in heads)
-    }
+    modules = {n: m for n, m in model.named_modules() if not any(inside(n, h) for h in heads)}
     linear = {name: m for name, m in modules.items() if shape_of(m) is not None}
     wanted = config.target_modules
     if wanted == "all-linear":
@@ -43,7 +40,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
         if not names:
             raise ValueError(
                 f"target_modules=None found no query or value projection in {type(model).__name__}:"
-                f" name the target modules. Its linear layers: {_kinds(linear)}"
+                f" name the target modules. Its linear layers: {kinds_of(linear)}"
             )
     else:
         names = {entry: _suffix(modules, entry) for entry in wanted}
@@ -53,10 +50,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
         _require_coverage(names, linear, excluded)
     chosen = {n for found in names.values() for n in found}
     if not chosen:
-        raise ValueError(
-            f"target_modules={wanted!r} matches no module. "
-            f"Linear layers there are: {_kinds(linear)}"
-        )
+        known = f"Linear layers there are: {kinds_of(linear)}"
+        raise ValueError(f"target_modules={wanted!r} matches no module. {known}")
     owners: dict[int, str] = {}
     for name in (name for name in modules if name in chosen):
         _require_adaptable(model, name, modules[name])
@@ -74,12 +69,12 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
 
     Raises ValueError for an entry without match.
     """
-    names = [name for name, _ in model.named_modules()]
+    names = dict(model.named_modules())
     if config.modules_to_save is None:
         return [name for name in names if name in HEADS]
     found: list[str] = []
     for entry in config.modules_to_save:
-        matches = [name for name in names if name == entry or name.endswith("." + entry)]
+        matches = _suffix(names, entry)
         if not matches:
             top = ", ".join(name for name in names if name and "." not in name)
             raise ValueError(
@@ -106,19 +101,14 @@ def _excluded(modules: Mapping[str, nn.Module], exclude: str | Sequence[str] | N
     return {name for entry in exclude for name in _suffix(modules, entry)}
 
 
-def _kinds(linear: Mapping[str, nn.Module]) -> str:
-    counts: dict[str, int] = {}
-    for name in linear:
-        counts[name.rpartition(".")[2]] = counts.get(name.rpartition(".")[2], 0) + 1
+def kinds_of(names: Iterable[str]) -> str:
+    """How many names there are of each last part, as in "query (12), value (12)"."""
+    counts = Counter(name.rpartition(".")[2] for name in names)
     return ", ".join(f"{kind} ({count})" for kind, count in counts.items()) or "none"
 
 
-def _pattern(name: str) -> str:
-    return re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
-
-
-def _layer(name: str) -> str:
-    return name[: m.end()] if (m := re.search(r"(^|\.)\d+(?=\.|$)", name)) else ""
+def _stack(layer: str) -> str:
+    return f"{layer.rpartition('.')[0]}.*".removeprefix(".")
 
 
 def _require_coverage(
@@ -132,14 +122,14 @@ def _require_coverage(
     for entry, found in names.items():
         stacks: dict[str, set[str]] = {}
         for name in [*linear, *found]:
-            if layer := _layer(name):
-                stacks.setdefault(_pattern(layer), set()).add(layer)
+            if layer := layer_of(name):
+                stacks.setdefault(_stack(layer), set()).add(layer)
         rows.append(f"  {entry}: {len(found)} modules")
         if not found:
             problem = problem or f"target_modules entry {entry!r} matches nothing"
         for stack, layers in stacks.items():
-            hit = {_layer(n) for n in found if n != entry and _pattern(_layer(n)) == stack}
-            skipped = {_layer(n) for n in excluded}
+            hit = layers & {layer_of(n) for n in found if n != entry}
+            skipped = {layer_of(n) for n in excluded}
             missing = sorted(layers - hit - skipped, key=lambda s: int(s.rpartition(".")[2]))
             if hit and missing:
                 rows[-1] += f", none in {', '.join(missing[:6])}{', ...' * (len(missing) > 6)}"
@@ -151,7 +141,7 @@ def _require_coverage(
         raise ValueError(
             f"{problem}. What matched:\n"
             + "\n".join(rows)
-            + f"\nLinear layers there are: {_kinds(linear)}. "
+            + f"\nLinear layers there are: {kinds_of(linear)}. "
             "Correct the entry, or pass strict=False to take what matches"
         )
 
@@ -159,7 +149,7 @@ def _require_coverage(
 def _require_adaptable(model: nn.Module, name: str, module: nn.Module) -> None:
     if shape_of(module) is None:
         raise ValueError(
-            f"target {name!r} is a {type(module).__name__}, which is no linear map "
+            f"target {name!r} is a {type(module).__name__}, which is not a linear map "
             "(..., K) -> (..., N): name a linear layer"
         )
     parent = model.get_submodule(name.rpartition(".")[0]) if name else model

@@ -49,10 +49,8 @@ class LoRABank(AdapterBank):
                 continue
             A, B = pairs[slot]
             if A.shape[1] != target.in_features or B.shape[0] != target.out_features:
-                raise ValueError(
-                    f"slot {slot} holds A {tuple(A.shape)} and B {tuple(B.shape)}, "
-                    f"which do not fit {target}"
-                )
+                shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
+                raise ValueError(f"slot {slot} holds {shapes}, which do not fit {target}")
         self.assignment = assignment
         self._fill(pairs)
 
@@ -65,9 +63,7 @@ class LoRABank(AdapterBank):
         init: str,
         after_select: str,
     ) -> None:
-        """Point all targets but `kept` to one pair per (module type, K, N, r): see
-        `sharing.share`.
-        """
+        """One pair per (module type, K, N, r) for all targets but `kept`: see `sharing.share`."""
         check_choice("init", init, INITS)
         check_choice("after_select", after_select, AFTER)
         if init == "top" and scores is None:

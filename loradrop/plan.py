@@ -63,10 +63,7 @@ class Plan:
             "parameters": self.parameters,
             "scores": self.scores,
             "warmup": self.warmup,
-            "base": dict(self.base),
-            "data": dict(self.data),
-            "seeds": dict(self.seeds),
-            "versions": dict(self.versions),
+            **{name: dict(getattr(self, name)) for name in ("base", "data", "seeds", "versions")},
         }
 
     @classmethod
@@ -94,15 +91,11 @@ class Plan:
             assignment = Assignment(targets, slots, None if kept is None else tuple(kept))
             return cls(config=config, assignment=assignment, **fields)
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"the plan is damaged: {error!r} does not fit schema {SCHEMA}"
-            ) from error
+            raise ValueError(f"the plan is damaged: {error!r} (schema {SCHEMA})") from error
 
 
 def _from_1(data: dict[str, Any]) -> dict[str, Any]:
-    """Schema 1 counted the parameters of plain pairs when it was read, and called the root of the
-    score "norm".
-    """
+    """Schema 1 left the parameters to be counted, of plain pairs, and called the root "norm"."""
     targets = tuple(Target(**target) for target in data["targets"])
     data["parameters"] = Assignment(targets, tuple(data["slots"])).parameters
     method = dict(data["config"].get("method", {}))

@@ -1,17 +1,16 @@
-"""Measuring every target's importance: the squared norm of its LoRA output (Zhou et al., COLING
-2025).
-"""
+"""Each target's importance: the squared norm of its LoRA output (Zhou et al., COLING 2025)."""
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loradrop.bank import bank_of
+from loradrop.batches import call, evaluating
 from loradrop.collector import Collector, MaskFn
 from loradrop.injection import injection_of
 from loradrop.scores import Scores
@@ -27,11 +26,9 @@ def probe(
 ) -> Scores:
     """Name -> Σ over real tokens of ‖s·B·A·x‖² for fixed weights, in float64.
 
-    batches   what the model takes: mappings of keyword arguments, tuples of positional ones, or one
-              tensor
+    batches   mappings of keyword arguments, tuples of positional ones, or single tensors
     mask      the input that marks real tokens; a batch without it, and mask=None, count every token
-    mask_fn   (target name, x, that input) -> weights of x's shape without its last axis; None
-              counts all
+    mask_fn   (target name, x, that input) -> weights of x's shape without its last axis, or None
 
     The model runs in eval mode without dropout. Weights, modes and random states are as before
     afterwards. Under `torch.distributed` the scores are summed over ranks. Raises ValueError for no
@@ -40,43 +37,18 @@ def probe(
     bank, injection = bank_of(model), injection_of(model)
     if injection.merged is not None:
         raise ValueError("the adapters are merged into the weights: call loradrop.remove(model)")
-    modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
-    with _random_state_kept():
+    with _random_state_kept(), evaluating(model):
         collector = Collector(model, bank, online=False, mask=mask, mask_fn=mask_fn)
-        model.eval()
         try:
             for batch in batches:
-                _call(model, _to(batch, device))
+                call(model, batch)
                 collector.close_row()
         finally:
             collector.detach()
-            for module, training in modes:
-                module.training = training
     if not collector.rows:
         raise ValueError("batches is empty: give at least one batch to probe with")
     scores = injection.scores = collector.scores()
     return scores
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, (tuple, list)):
-        model(*batch)
-    else:
-        model(batch)
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _to(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        moved = [_to(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-    return batch
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import logging
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,7 @@ import transformers
 import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    set_seed,
-)
+from transformers import AutoTokenizer, set_seed
 
 from loradrop.config import LoRAConfig
 from loradrop.files import write_json, write_text
@@ -69,9 +64,9 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
         tokenizer = AutoTokenizer.from_pretrained(where, revision=config.model.revision)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    auto: Any = AutoModelForCausalLM
+    auto: Any = transformers.AutoModelForCausalLM
     if task.kind != "causal_lm":
-        auto = AutoModelForSequenceClassification
+        auto = transformers.AutoModelForSequenceClassification
         labels = {i: label for i, label in enumerate(task.labels)} or {0: "value"}
         options |= {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
         regression = task.kind == "regression"
@@ -101,8 +96,8 @@ def load_base(
     cls = getattr(transformers, str(base.get("class")), None)
     if cls is None or not where:
         raise ValueError(
-            f"the plan names no model to load (class {base.get('class')}, id {base.get('id')!r}): "
-            "give the id or path of a model of transformers"
+            f"the plan does not name a model to load (class {base.get('class')}, id "
+            f"{base.get('id')!r}): give the id or path of a model of transformers"
         )
     revision = None if model_id else base.get("revision")
     with _naming(where):
@@ -140,11 +135,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Result]:
         results[name] = train_arm(config, task, lora, folder_of(config, name), resume)
         if len(results) == 1:  # not before: the folder may belong to a run with other options
             write_text(folder / CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
-    shown = [field.name for field in fields(Arm) if field.name != "name"]
-    arms = [
-        Arm(name=name, **{key: getattr(result, key) for key in shown})
-        for name, result in results.items()
-    ]
+    arms = [Arm(name=name, **vars(result)) for name, result in results.items()]
     main = results[config.name].plan
     write_json(folder / "plan.json", main.to_dict())
     if main.scores is not None:

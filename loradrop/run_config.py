@@ -88,15 +88,12 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     one that exists), for a value of the wrong type, and for broken YAML.
     """
     if path is not None and not Path(path).is_file():
-        raise FileNotFoundError(
-            f"{path} is not a file: give a YAML file, or key=value overrides alone"
-        )
+        raise FileNotFoundError(f"{path} is not a file: give a YAML file, or only key=value")
     text = "" if path is None else Path(path).read_text(encoding="utf-8")
     raw = _parse(text, str(path)) or {}
     if not isinstance(raw, dict):
-        raise ValueError(
-            f"{path} must hold sections (model:, data:, lora:, train:), not a {type(raw).__name__}"
-        )
+        kind = type(raw).__name__
+        raise ValueError(f"{path} must hold sections (model:, data:, lora:, train:), not a {kind}")
     for override in overrides:
         _override(raw, override)
     check_keys(raw, [f.name for f in fields(RunConfig)], str(path or "the configuration"))
@@ -124,9 +121,7 @@ def _parse(text: str, where: str) -> Any:
 def _override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
-        raise ValueError(
-            f"{text!r} is not an override: write section.key=value, as in train.steps=200"
-        )
+        raise ValueError(f"{text!r} is not an override: write section.key=value (train.steps=200)")
     *path, last = key.split(".")
     place = raw
     for part in path:

@@ -1,9 +1,14 @@
 """Random draws that keep the proportions of the classes."""
 
 import math
+import operator
 import random
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.utils.data import Subset
 
 
 def stratified_indices(
@@ -41,3 +46,29 @@ def stratified_indices(
             quota[labels[index]] -= 1
             chosen.append(index)
     return sorted(chosen)
+
+
+def sample_of(train: Any, ratio: float, seed: int) -> "Subset[Any]":
+    """A part of the data set, drawn by class where its rows have whole numbers as labels."""
+    from torch.utils.data import DataLoader, Subset
+
+    if isinstance(train, DataLoader):
+        raise ValueError(
+            f"sample_ratio={ratio} needs a dataset to draw from, not a DataLoader: pass its "
+            "dataset, or sample_ratio=1"
+        )
+    first, labels = train[0], None
+    key = next((k for k in ("labels", "label") if k in first and _is_class(first[k])), None)
+    if key is not None:
+        at_once = key in getattr(train, "column_names", ())  # a Dataset of `datasets`
+        column = train[key] if at_once else (train[i][key] for i in range(len(train)))
+        labels = [int(label) for label in column]
+    return Subset(train, stratified_indices(labels, len(train), ratio, seed))
+
+
+def _is_class(label: Any) -> bool:
+    try:
+        operator.index(label)
+    except TypeError:
+        return False
+    return True

@@ -1,5 +1,6 @@
 """Plain data on the ground: what is adapted, how much it matters, and who uses which adapter."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,12 @@ class Target(NamedTuple):
         return self.r * (self.in_features + self.out_features)
 
 
+def layer_of(name: str) -> str:
+    """A module's path up to its first number, the layer; "" where it has none."""
+    found = re.search(r"(^|\.)\d+(?=\.|$)", name)
+    return name[: found.end()] if found else ""
+
+
 @dataclass(frozen=True, eq=False)
 class Scores(Mapping[str, float]):
     """Name -> Σ over real tokens of ‖s·B·A·x‖², in float64, and where it came from.
@@ -49,10 +56,7 @@ class Scores(Mapping[str, float]):
         return [float(v) for v in self.rows.sum(0)]
 
     def __getitem__(self, name: str) -> float:
-        for target, value in zip(self.targets, self.values_by_target, strict=True):
-            if target.name == name:
-                return value
-        raise KeyError(name)
+        return dict(zip(self, self.values_by_target, strict=True))[name]
 
     def __iter__(self) -> Iterator[str]:
         return (target.name for target in self.targets)

@@ -1,18 +1,18 @@
-"""The decision: which targets keep their own adapter, and which share. Pure functions on plain
-data.
-"""
+"""Which targets keep their own adapter, and which share: pure functions on plain data."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from loradrop.scores import Assignment, Scores, Target
 
-IMPORTANCES = ("sqnorm", "root")
-SCOPES = ("per_module", "joint")
-SHARES = ("group", "none")
+CHOICES = {
+    "scope": ("per_module", "joint"),
+    "importance": ("sqnorm", "root"),
+    "share": ("group", "none"),
+}
 
 
 def select(
@@ -25,8 +25,7 @@ def select(
     scope: str = "per_module",
     importance: str = "sqnorm",
 ) -> list[str]:
-    """The names of the targets that keep their own adapter, in layer order (Zhou et al., COLING
-    2025).
+    """The targets that keep their own adapter, in layer order (Zhou et al., COLING 2025).
 
     Exactly one of
       threshold    in [0, 1]: in every group, the fewest targets whose importances sum to that part
@@ -41,15 +40,17 @@ def select(
     Ties go to the earlier target. Raises ValueError for options out of range, for NaN or infinite
     scores and, where the decision depends on them, for scores that are all zero.
     """
-    _check(scores, threshold, keep, keep_ratio, budget, scope, importance)
+    check_choice("scope", scope, CHOICES["scope"])
+    check_choice("importance", importance, CHOICES["importance"])
+    given = {"threshold": threshold, "keep": keep, "keep_ratio": keep_ratio, "budget": budget}
+    _check(scores, given)
     values = scores.values_by_target
     if importance == "root":
         values = [math.sqrt(value) for value in values]
     groups = _groups(scores.targets, scope)
     if threshold is not None:
-        picked = {
-            i for members in groups for i in _prefix(scores.targets, values, members, threshold)
-        }
+        prefixes = [_prefix(scores.targets, values, members, threshold) for members in groups]
+        picked = {i for prefix in prefixes for i in prefix}
     else:
         n = len(scores)
         if keep is None and keep_ratio is not None:
@@ -61,10 +62,7 @@ def select(
             if budget is None or size <= budget * full:
                 break
         else:
-            raise ValueError(
-                f"budget={budget}: one shared adapter per group alone takes more; "
-                "choose a larger budget"
-            )
+            raise ValueError(f"budget={budget}: one shared adapter per group takes more; raise it")
     return _names(scores, picked)
 
 
@@ -118,27 +116,16 @@ def _quota(
     return picked
 
 
-def _check(
-    scores: Scores,
-    threshold: float | None,
-    keep: int | None,
-    keep_ratio: float | None,
-    budget: float | None,
-    scope: str,
-    importance: str,
-) -> None:
-    given = {"threshold": threshold, "keep": keep, "keep_ratio": keep_ratio, "budget": budget}
+def _check(scores: Scores, given: Mapping[str, Any]) -> None:
     named = [f"{name}={value}" for name, value in given.items() if value is not None]
     if len(named) != 1:
-        raise ValueError(
-            f"give exactly one of {', '.join(given)}; got {', '.join(named) or 'none'}"
-        )
+        got = ", ".join(named) or "none"
+        raise ValueError(f"give exactly one of {', '.join(given)}; got {got}")
     for name in ("threshold", "keep_ratio", "budget"):
         check_part(name, given[name])
+    keep = given["keep"]
     if keep is not None and (not isinstance(keep, int) or not 0 <= keep <= len(scores)):
         raise ValueError(f"keep={keep}: choose a whole number from 0 to the {len(scores)} targets")
-    check_choice("scope", scope, SCOPES)
-    check_choice("importance", importance, IMPORTANCES)
     for target, value in zip(scores.targets, scores.values_by_target, strict=True):
         if not math.isfinite(value):
             raise ValueError(
@@ -164,14 +151,12 @@ def assign(targets: Sequence[Target], kept: Sequence[str], share: str = "group")
 
     With share="none" the others have no adapter. Raises ValueError for a name that is not a target.
     """
-    check_choice("share", share, SHARES)
+    check_choice("share", share, CHOICES["share"])
     names = [target.name for target in targets]
     for name in kept:
         if name not in names:
-            raise ValueError(
-                f"kept has {name!r}, which is not a target; the targets are "
-                f"{', '.join(sorted(names))}"
-            )
+            known = ", ".join(sorted(names))
+            raise ValueError(f"kept has {name!r}, which is not a target; the targets are {known}")
     chosen, numbers = set(kept), dict[Any, int]()
     slots: list[int | None] = []
     for target in targets:
@@ -187,18 +172,14 @@ def assign(targets: Sequence[Target], kept: Sequence[str], share: str = "group")
 def keep_frequency(
     scores: Scores, decide: Callable[[Scores], list[str]], samples: int = 100, seed: int = 0
 ) -> dict[str, float]:
-    """How often `decide` keeps each target when the rows of `scores` are drawn anew with
-    replacement.
+    """How often `decide` keeps each target when rows of `scores` are drawn with replacement.
 
-    The bootstrap (Efron, 1979) over batches. Rows without any output (B still zero) say nothing and
-    are left out.
+    The bootstrap (Efron, 1979) over batches. Rows without any output (B still zero) are left out.
     """
     rows = scores.rows[scores.rows.any(1)]
     generator, n = torch.Generator().manual_seed(seed), len(rows)
     if n == 0:
-        raise ValueError(
-            "every row of the scores is zero: B is still zero. Train before asking what is stable"
-        )
+        raise ValueError("every row of the scores is zero, as B still is: train before probing")
     counts = dict.fromkeys(scores, 0)
     for _ in range(samples):
         drawn = rows[torch.randint(0, n, (n,), generator=generator)]

@@ -1,9 +1,6 @@
-"""Model surgery: `inject` puts the adapters in, `merge` folds them into the weights, `remove`
-restores the model.
-"""
+"""`inject` puts the adapters in, `merge` folds them into the weights, `remove` takes them out."""
 
 import logging
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,7 +13,7 @@ from loradrop.config import LoRAConfig
 from loradrop.formats.native import SavePretrained
 from loradrop.injection import Injection, injection_of
 from loradrop.layers import adapt, build_bank, freeze, is_conv1d, is_plain, restore
-from loradrop.matching import find_targets, saved_modules
+from loradrop.matching import find_targets, inside, kinds_of, saved_modules
 from loradrop.scores import Target
 
 _log = logging.getLogger(__name__)
@@ -29,24 +26,23 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     trainable. Raises ValueError for targets that cannot be adapted (a table of what matched), ranks
     beyond min(in_features, out_features), and models that already carry adapters.
     """
+    name, modules = type(model).__name__, list(model.modules())
     of_peft = getattr(model, "peft_config", None) is not None
-    if of_peft or any(hasattr(module, "lora_A") for module in model.modules()):
+    if of_peft or any(hasattr(module, "lora_A") for module in modules):
         raise ValueError(
-            f"{type(model).__name__} carries PEFT adapters: merge or unload them first. "
-            "loradrop's own layers and PEFT's do not mix"
+            f"{name} carries PEFT adapters: merge or unload them first. loradrop's own layers and "
+            "PEFT's do not mix"
         )
-    if any(isinstance(module, AdapterBank) for module in model.modules()):
-        raise ValueError(
-            f"{type(model).__name__} is injected already: call loradrop.remove(model) first"
-        )
+    if any(isinstance(module, AdapterBank) for module in modules):
+        raise ValueError(f"{name} is injected already: call loradrop.remove(model) first")
     found = find_targets(model, config)
     trained = saved_modules(model, config)
     bank = build_bank(config, found)
     injection = Injection(config, requires_grad=freeze(model))
     for prefix in trained:
         part = model.get_submodule(prefix)
-        for name, tensor in part.state_dict(prefix=prefix + ".").items():
-            injection.originals[name] = tensor.detach().clone()
+        for key, tensor in part.state_dict(prefix=prefix + ".").items():
+            injection.originals[key] = tensor.detach().clone()
         part.requires_grad_(True)
     injection.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     for i, (_, module) in enumerate(found):
@@ -55,12 +51,8 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     model.lora_bank, model._lora_injection = bank, injection  # type: ignore[assignment]
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
-    kinds = Counter(target.kind for target in bank.targets)
-    _log.info(
-        "adapted %s; trained whole: %s",
-        ", ".join(f"{kind} ({count})" for kind, count in kinds.items()),
-        ", ".join(trained) or "nothing",
-    )
+    kinds = kinds_of(target.name for target in bank.targets)
+    _log.info("adapted %s; trained whole: %s", kinds, ", ".join(trained) or "nothing")
     return bank
 
 
@@ -79,10 +71,8 @@ def _avoid_fused_paths(model: nn.Module, bank: AdapterBank) -> list[tuple[str, s
     changed: list[tuple[str, str, Any]] = []
     for name, module in model.named_modules():
         for kind, (attribute, value) in _UNFUSED.items():
-            inside = any(
-                target.name.startswith(f"{name}." if name else "") for target in bank.targets
-            )
-            if isinstance(module, kind) and inside and hasattr(module, attribute):
+            within = any(not name or inside(target.name, name) for target in bank.targets)
+            if isinstance(module, kind) and within and hasattr(module, attribute):
                 changed.append((name, attribute, getattr(module, attribute)))
                 setattr(module, attribute, value)
     return changed
@@ -93,10 +83,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes without its adapters. Raises ValueError while they are merged."""
     bank = bank_of(model)
     if injection_of(model).merged is not None:
-        raise ValueError(
-            "the adapters are merged into the weights: "
-            "call loradrop.remove(model) for the base model"
-        )
+        raise ValueError("the adapters are merged: call loradrop.remove(model) for the base model")
     before, bank.enabled = bank.enabled, False
     try:
         yield
@@ -110,7 +97,7 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> None:
 
     The adapters are gone afterwards and the layers are what they were before `inject`. With
     `keep_original` the original weights are kept beside the adapters, and `remove` restores them
-    bit for bit. Raises ValueError for a base whose weight is no plain matrix (a quantised layer).
+    bit for bit. Raises ValueError for a weight that is not a plain matrix (a quantised layer).
     """
     bank, injection = bank_of(model), injection_of(model)
     if injection.merged is not None:
@@ -177,7 +164,7 @@ def remove(model: nn.Module) -> None:
     if getattr(model, "_loradrop_merged", False) and not has_bank(model):
         raise ValueError(
             "the adapters were merged without keep_original=True, so the original weights are gone:"
-            " load the base model anew"
+            " load the base model again"
         )
     injection = injection_of(model)
     for name, weight in (injection.merged or {}).items():

@@ -1,9 +1,11 @@
 """transformers' Trainer with checkpoints of adapters, and its arguments in our words."""
 
-import hashlib
 import logging
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +29,13 @@ _CHECKPOINTING = next(
     if name in TrainingArguments.__dataclass_fields__
 )
 COMPLETE = "complete.json"
+_WRAPPED = ("forward", "_original_forward")  # what accelerate's mixed precision sets on a model
+_TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 _log = logging.getLogger(__name__)
 
 
 class LoRATrainer(Trainer):
-    """A Trainer whose checkpoints hold adapters, statistics, optimiser, and tell if they are whole.
+    """A Trainer whose checkpoints hold adapters, statistics, optimiser, and whether they are whole.
 
     The data may be DataLoaders; everything else is `transformers.Trainer`. Raises ValueError at the
     first loss that is not finite, and for reentrant checkpointing under DDP without a static graph,
@@ -76,16 +80,29 @@ class LoRATrainer(Trainer):
             self.train()
             return
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-        ended = (
-            state.global_step >= self.args.max_steps or read_json(checkpoint / EVENTS)["settled"]
-        )
-        if not ended:
+        settled = read_json(checkpoint / EVENTS)["settled"]
+        if state.global_step < self.args.max_steps and not settled:
             self.train(resume_from_checkpoint=str(checkpoint))
             return
         self._load_from_checkpoint(str(checkpoint))  # `train` would take a step more
         self.state = state
         self.events.begin()
         self.events.detach()
+
+    def dev_metrics(self) -> dict[str, Any]:
+        """Those of `evaluate`, without the epoch and the timings, which differ from run to run."""
+        found = self.evaluate().items()
+        kept = {k: v for k, v in found if k != "epoch" and not k.endswith(_TIMINGS)}
+        return {key.removeprefix("eval_"): value for key, value in kept.items()}
+
+    def history(self, stage: str, offset: int = 0) -> list[dict[str, Any]]:
+        """What was logged at each step, without summaries and timings; `offset` steps before."""
+        return [
+            {k: v for k, v in entry.items() if not k.endswith(_TIMINGS)}
+            | {"stage": stage, "step": int(entry["step"]) + offset}
+            for entry in self.state.log_history
+            if "train_runtime" not in entry
+        ]
 
     def compute_loss(
         self,
@@ -128,12 +145,22 @@ class LoRATrainer(Trainer):
         fill(self.events.model, read(str(self.state.best_model_checkpoint)))
 
 
+@contextmanager
+def forward_kept(model: nn.Module) -> Iterator[None]:
+    """Mixed precision wraps `model.forward`; afterwards it is as it was, and can be pickled."""
+    before = {key: model.__dict__[key] for key in _WRAPPED if key in model.__dict__}
+    try:
+        yield
+    finally:
+        for key in _WRAPPED:
+            model.__dict__.pop(key, None)
+        model.__dict__.update(before)
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint. Half-written and damaged ones are named and removed."""
-    found = sorted(
-        folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True
-    )
-    for checkpoint in found:
+    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    for checkpoint in reversed(found):
         reason = _damage(checkpoint)
         if reason is None:
             return checkpoint
@@ -143,11 +170,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    return {
-        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.name != COMPLETE
-    }
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != COMPLETE]
+    return {str(f.relative_to(folder)): sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def _damage(checkpoint: Path) -> str | None:
@@ -199,9 +223,6 @@ def training_arguments(
 
 def _supported(precision: str) -> str:
     if precision == "bf16" and not torch.cuda.is_available() and not native_bf16():
-        _log.warning(
-            "this CPU has no native bfloat16, which would be many times slower: computing in "
-            "float32"
-        )
+        _log.warning("this CPU has no native bfloat16 and would be slow: computing in float32")
         return "float32"
     return precision

@@ -6,18 +6,17 @@ The boundary is a file: once `start/` holds the adapters that the main run begin
 goes on from there.
 """
 
+import json
 import logging
 import math
-import operator
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -32,15 +31,13 @@ from loradrop.methods import Method
 from loradrop.methods.base import Warmup
 from loradrop.plan import Plan
 from loradrop.probing import probe
-from loradrop.sampling import stratified_indices
+from loradrop.sampling import sample_of
 from loradrop.scores import Scores
 from loradrop.selection import keep_frequency
 from loradrop.surgery import inject
-from loradrop.trainer import LoRATrainer, last_checkpoint, training_arguments
+from loradrop.trainer import LoRATrainer, forward_kept, last_checkpoint, training_arguments
 
 OPTIONS = "options.json"
-_WRAPPED = ("forward", "_original_forward")  # what accelerate's mixed precision sets on a model
-_TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 _log = logging.getLogger(__name__)
 Metric = Callable[[Any], dict[str, float]]
 
@@ -58,10 +55,8 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for result.json; the plan has a file of its own."""
-        return {
-            name: getattr(self, name)
-            for name in ("metrics", "parameters", "steps", "seconds", "history")
-        }
+        names = ("metrics", "parameters", "steps", "seconds", "history")
+        return {name: getattr(self, name) for name in names}
 
 
 def fit(
@@ -93,11 +88,10 @@ def fit(
     A model for which `share` or `load` has decided already has no warm-up. Raises ValueError for
     empty data, a loss that is not finite, and a resume with other options.
     """
-    with tempfile.TemporaryDirectory() as scratch, _forward_kept(model):
+    with tempfile.TemporaryDirectory() as scratch, forward_kept(model):
         run = _Run(
-            model=model, train=train, dev=dev, config=config, args=args or TrainConfig(),
-            metric=metric, collate=collate, folder=Path(output_dir or scratch), resume=resume,
-            data=dict(data or {}), mask=mask, callbacks=callbacks,
+            model, train, config, args or TrainConfig(), collate, Path(output_dir or scratch),
+            resume, dict(data or {}), mask, dev, metric, callbacks,
         )  # fmt: skip
         return run.whole()
 
@@ -119,46 +113,40 @@ def warm_up(
     The arguments are those of `fit`. Raises ValueError for a method without a warm-up.
     """
     run = _Run(
-        model=model, train=train, dev=None, config=config, args=args or TrainConfig(),
-        metric=None, collate=collate, folder=Path(output_dir), resume=resume,
-        data=dict(data or {}), mask=mask, callbacks=(),
+        model, train, config, args or TrainConfig(), collate, Path(output_dir),
+        resume, dict(data or {}), mask,
     )  # fmt: skip
     if config.method.warmup(run.total) is None:
-        raise ValueError(
-            f"the method {config.method.name!r} measures nothing: choose one with a warm-up, such "
-            "as lora_drop"
-        )
-    with _forward_kept(model):
+        raise ValueError(f"the method {config.method.name!r} measures nothing: try lora_drop")
+    with forward_kept(model):
         run.first_stage()
     return plan_of(model)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Run:
     """One `fit`; its fields are the arguments of `fit`."""
 
     model: nn.Module
     train: Any
-    dev: Any
     config: LoRAConfig
     args: TrainConfig
-    metric: Metric | None
     collate: Callable[[list[Any]], Any] | None
     folder: Path
     resume: bool
     data: dict[str, str]
     mask: str | None
-    callbacks: Sequence[Any]
+    dev: Any = None
+    metric: Metric | None = None
+    callbacks: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
-        train = self.train
-        if not hasattr(train, "__len__"):
-            raise ValueError(
-                f"train is a {type(train).__name__} without a length: give a Dataset with one, or "
-                "a list"
-            )
-        if len(train) == 0:
+        if not hasattr(self.train, "__len__"):
+            kind = type(self.train).__name__
+            raise ValueError(f"train is a {kind} without a length: give a sized Dataset or a list")
+        if len(self.train) == 0:
             raise ValueError("train is empty: give at least one example")
+
     @property
     def total(self) -> int:
         """Optimiser steps of both stages."""
@@ -174,17 +162,15 @@ class _Run:
         done, method = int(before["steps"]), self.config.method
         statistics = () if method.warmup(self.total) else method.statistics
         trainer, events = self._stage("main", self.total - done, self.train, statistics)
-        metrics = {} if self.dev is None else _metrics(trainer.evaluate())
+        metrics = {} if self.dev is None else trainer.dev_metrics()
         save(self.model, self.folder / "adapter")
         plan = plan_of(self.model)
+        history = [*before["history"], *trainer.history("main", done)]
+        seconds = float(before["seconds"]) + events.seconds_before
         result = Result(
-            metrics=metrics,
-            parameters=plan.parameters,
-            steps=self.total,
-            seconds=float(before["seconds"]) + events.seconds_before,
-            history=[*before["history"], *_history(trainer, "main", done)],
-            plan=plan,
-        )
+            metrics=metrics, parameters=plan.parameters, steps=self.total,
+            seconds=seconds, history=history, plan=plan,
+        )  # fmt: skip
         write_json(self.folder / "plan.json", plan.to_dict())
         write_json(self.folder / "result.json", result.to_dict())
         return result
@@ -229,9 +215,10 @@ class _Run:
         return before
 
     def _options(self) -> dict[str, dict[str, Any]]:
-        """What a resume must agree with: it lies beside the checkpoints."""
-        lora, train = self.config.to_dict(), _plain(asdict(self.args))
-        return {"model": base_of(self.model), "data": self.data, "lora": lora, "train": train}
+        """What a resume must agree with, as the file beside the checkpoints holds it."""
+        lora, train = self.config.to_dict(), asdict(self.args)
+        data = {"model": base_of(self.model), "data": self.data, "lora": lora, "train": train}
+        return json.loads(json.dumps(data))  # type: ignore[no-any-return]
 
     def _record(self, **measured: Any) -> None:
         """The plan as it is now, with what the run knows of it."""
@@ -243,9 +230,7 @@ class _Run:
         if not file.exists():
             return
         if not self.resume:
-            raise ValueError(
-                f"{self.folder} holds a run already: resume it, or choose another output"
-            )
+            raise ValueError(f"{self.folder} holds a run already: resume, or choose another output")
         for section, before in read_json(file).items():
             now = options.get(section, {})
             changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
@@ -259,7 +244,7 @@ class _Run:
         """Stage one: train LoRA on every target, measure, decide, share."""
         method, injection, rows = self.config.method, injection_of(self.model), self.train
         if stage.sample_ratio < 1.0:
-            rows = _sample(rows, stage.sample_ratio, self.args.seed)
+            rows = sample_of(rows, stage.sample_ratio, self.args.seed)
         trainer, events = self._stage(
             "warmup", stage.steps, rows, method.statistics, stage.settle_every
         )
@@ -270,32 +255,17 @@ class _Run:
         else:
             scores = injection.scores = events.collector.scores()
         if not any(scores.values()):
-            raise ValueError(
-                f"the warm-up of {steps} steps left B at zero, so nothing was measured: choose a "
-                "longer one"
-            )
+            raise ValueError(f"the warm-up of {steps} steps left B at zero: make it longer")
         method.update(bank_of(self.model), scores)
-        record = {
-            "steps": steps,
-            "planned": stage.steps,
-            "settled": events.settled,
-            "frequency": _frequency(method, scores),
-        }
+        record = {"steps": steps, "planned": stage.steps, "settled": events.settled}
         injection.plan = None  # not what an earlier run recorded
-        self._record(scores=scores.to_dict(), warmup=record)
-        return {
-            "steps": steps,
-            "seconds": events.seconds_before,
-            "history": _history(trainer, "warmup", 0),
-        }
+        warmup = record | {"frequency": _frequency(method, scores)}
+        self._record(scores=scores.to_dict(), warmup=warmup)
+        history = trainer.history("warmup")
+        return {"steps": steps, "seconds": events.seconds_before, "history": history}
 
     def _stage(
-        self,
-        name: str,
-        steps: int,
-        rows: Any,
-        statistics: Sequence[str],
-        settle_every: int = 0,
+        self, name: str, steps: int, rows: Any, statistics: Sequence[str], settle_every: int = 0
     ) -> tuple[LoRATrainer, MethodCallback]:
         """One run of the Trainer on `rows`, from its last whole checkpoint where there is one."""
         folder = self.folder / name
@@ -303,16 +273,16 @@ class _Run:
         events = MethodCallback(
             self.model, statistics=statistics, mask=self.mask, settle_every=settle_every
         )
+        warm_up, has_dev = name == "warmup", self.dev is not None
+        own = rows.collate_fn if isinstance(rows, DataLoader) else None
+        arguments = training_arguments(self.args, folder, steps, warm_up=warm_up, has_dev=has_dev)
         trainer = LoRATrainer(
             self.model,
-            training_arguments(
-                self.args, folder, steps, warm_up=name == "warmup", has_dev=self.dev is not None
-            ),
+            arguments,
             events=events,
             train_dataset=rows,
             eval_dataset=self.dev,
-            data_collator=self.collate
-            or (rows.collate_fn if isinstance(rows, DataLoader) else None),
+            data_collator=self.collate or own,
             compute_metrics=self.metric,
             callbacks=[Progress(name), *self.callbacks],
         )
@@ -328,63 +298,3 @@ def _frequency(method: Method, scores: Scores) -> dict[str, float] | None:
     if method.decide(scores) is None or len(scores.rows) < 2:
         return None
     return keep_frequency(scores, lambda drawn: method.decide(drawn) or [])
-
-
-def _sample(train: Any, ratio: float, seed: int) -> Subset[Any]:
-    if isinstance(train, DataLoader):
-        raise ValueError(
-            f"sample_ratio={ratio} needs a dataset to draw from, not a DataLoader: pass its "
-            "dataset, or sample_ratio=1"
-        )
-    first = train[0]
-    key = next((k for k in ("labels", "label") if k in first and _is_class(first[k])), None)
-    columns = getattr(train, "column_names", ())  # of `datasets`, where a column is read at once
-    labels = None
-    if key is not None:
-        labels = [
-            int(v)
-            for v in (train[key] if key in columns else (train[i][key] for i in range(len(train))))
-        ]
-    return Subset(train, stratified_indices(labels, len(train), ratio, seed))
-
-
-def _is_class(label: Any) -> bool:
-    try:
-        operator.index(label)
-    except TypeError:
-        return False
-    return True
-
-
-@contextmanager
-def _forward_kept(model: nn.Module) -> Iterator[None]:
-    """Mixed precision wraps `model.forward`; afterwards it is as it was, and can be pickled."""
-    before = {key: model.__dict__[key] for key in _WRAPPED if key in model.__dict__}
-    try:
-        yield
-    finally:
-        for key in _WRAPPED:
-            model.__dict__.pop(key, None)
-        model.__dict__.update(before)
-
-
-def _metrics(logged: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the epoch and the timings, which differ from run to run."""
-    kept = {k: v for k, v in logged.items() if k != "epoch" and not k.endswith(_TIMINGS)}
-    return {key.removeprefix("eval_"): value for key, value in kept.items()}
-
-
-def _history(trainer: LoRATrainer, stage: str, offset: int) -> list[dict[str, Any]]:
-    """What was logged at each step, without the Trainer's summaries and timings."""
-    return [
-        {k: v for k, v in entry.items() if not k.endswith(_TIMINGS)}
-        | {"stage": stage, "step": int(entry["step"]) + offset}
-        for entry in trainer.state.log_history
-        if "train_runtime" not in entry
-    ]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -313,7 +313,7 @@ class TestBadInput:
 
     def test_of_another_architecture(self, tmp_path: Path) -> None:
         exported(Net, tmp_path, target_modules=["lin"], r=4)
-        with pytest.raises(ValueError, match="adapts lin, which LlamaForCausalLM has not"):
+        with pytest.raises(ValueError, match="adapts lin, which LlamaForCausalLM does not have"):
             verify(adapt(llama()), tmp_path, BATCHES)
 
     def test_a_file_that_peft_cannot_load(self, tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def rename(*kinds: str) -> tuple[str, ...]:
         ("peft", lora_file(peft_type="IA3"), "peft_type is 'IA3'"),
         ("peft", lora_file(use_dora=True), "use_dora"),
         ("peft", lora_file(rank_pattern={"q_proj": 4}), "q_proj has rank 8.*should have 4"),
-        ("vllm", lora_file(extra="score.weight"), "score.weight is no lora_A or lora_B"),
+        ("vllm", lora_file(extra="score.weight"), "score.weight is not a lora_A or lora_B"),
         ("vllm", lora_file(modules_to_save=["lm_head"]), "modules_to_save has lm_head"),
         ("vllm", lora_file(use_dora=True), "use_dora is not supported"),
         ("vllm", lora_file(lora_bias=True), "lora_bias is not supported"),
@@ -366,13 +366,13 @@ def rename(*kinds: str) -> tuple[str, ...]:
         ("vllm", lora_file(rank=1024), "rank 1024 is beyond its cap of 512"),
         ("sglang", lora_file(use_dora=True), "use_dora"),
         ("sglang", lora_file(target_modules=".*proj"), "regex"),
-        ("sglang", lora_file(extra="score.weight"), "drops score.weight without a word"),
+        ("sglang", lora_file(extra="score.weight"), "silently ignores score.weight"),
         ("sglang", lora_file(("transformer.h.0.attn.c_attn",)), "drops transformer.h.0.attn"),
         ("sglang", lora_file(rank=4), "q_proj has rank 4, not r=8"),
         ("sglang", lora_file(rename("q_proj")), "q_proj lacks its partner v_proj"),
         ("sglang", lora_file(rename("v_proj")), "v_proj lacks its partner q_proj"),
         ("sglang", lora_file(rename("k_proj", "v_proj")), "k_proj lacks its partner q_proj"),
-        ("llama.cpp", lora_file(extra="classifier.weight"), "classifier.weight is no lora_A"),
+        ("llama.cpp", lora_file(extra="classifier.weight"), "classifier.weight is not a lora_A"),
         ("llama.cpp", lora_file(fan_in_fan_out=True), "Conv1D"),
     ],
 )

@@ -101,7 +101,7 @@ def test_train_refuses_a_used_output(work: Path, capsys: pytest.CaptureFixture[s
     status, out, err = command(capsys, "train", work / "config.yaml")
     assert (status, out) == (2, "")
     assert err.splitlines()[-1] == (
-        f"loradrop: error: {work / 'run' / 'lora'} holds a run already: resume it, or choose "
+        f"loradrop: error: {work / 'run' / 'lora'} holds a run already: resume, or choose "
         "another output"
     )
     status, _, err = command(capsys, "train", work / "config.yaml", "--resume", "lora.r=2")
@@ -376,17 +376,14 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("env --layer 1x2x3 --chip H100", "--chip 'H100': write it as 90:132"),
         ("export a", "Missing argument 'out'"),
         ("export a b --format gguf", "'gguf' is not one of 'peft', 'merged'"),
-        (
-            "train none.yaml",
-            "none.yaml is not a file: give a YAML file, or key=value overrides alone",
-        ),
+        ("train none.yaml", "none.yaml is not a file: give a YAML file, or only key=value"),
         ("train trian.steps=3", "has no option 'trian': did you mean 'train'?"),
         ("train train.stepz=3", "train has no option 'stepz': did you mean 'steps'?"),
         ("train lora.method.treshold=1", "has no option 'treshold': did you mean 'threshold'?"),
         ("train train.steps=3 other.yaml", "'other.yaml' is not an override"),
         ("train data=none.csv", "data.source='none.csv' does not exist"),
         ("plan show none", "none"),
-        ("verify none none", "none is not there: give the folder that loradrop.save wrote"),
+        ("verify none none", "none is not there: give the folder loradrop.save wrote"),
     ],
 )
 def test_what_is_wrong_is_named(

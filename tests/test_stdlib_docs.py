@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loradrop.text.stdlib_docs import AREAS, read_docs
+from loradrop.text.stdlib_docs import areas, read_docs
 from loradrop.text.task import DataConfig, load_task
 
 
@@ -25,8 +25,8 @@ def test_stdlib_is_large_unique_and_spread_over_areas(stdlib):
     rows = [*stdlib.train, *stdlib.dev]
     counts = Counter(row.label for row in rows)
     assert len(rows) >= 3000 and len({row.text for row in rows}) == len(rows)
-    assert stdlib.labels == tuple(AREAS) and len(stdlib.labels) >= 10
-    assert set(counts) == set(range(len(AREAS)))
+    assert stdlib.labels == tuple(areas()) and len(stdlib.labels) >= 10
+    assert set(counts) == set(range(len(areas())))
     assert max(counts.values()) < 0.2 * len(rows) and min(counts.values()) >= 100
     assert (stdlib.kind, stdlib.metric, stdlib.name) == ("classification", "accuracy", "stdlib")
 
@@ -43,7 +43,8 @@ def test_no_module_stands_on_both_sides_or_in_two_areas(docs):
     for doc in docs:
         places.setdefault(doc.module, set()).add((doc.area, doc.split))
     assert all(len(found) == 1 for found in places.values())
-    listed = [module for sides in AREAS.values() for side in sides for module in side.split()]
+    sides = [side for area in areas().values() for side in area.values()]
+    listed = " ".join(sides).split()
     assert len(listed) == len(set(listed))
 
 
@@ -57,8 +58,8 @@ def test_stdlib_texts_are_normalised_prose(docs):
 
 def fill(stdlib: Path) -> None:
     """A standard library in which every module has 60 texts, and fails where it is imported."""
-    for sides in AREAS.values():
-        for module in " ".join(sides).split():
+    for sides in areas().values():
+        for module in " ".join(sides.values()).split():
             texts = [f"def f{i}():\n    'Text {i} of {module}, one of many.'" for i in range(60)]
             (stdlib / f"{module}.py").write_text("\n".join(["raise SystemExit", *texts]))
 
@@ -72,7 +73,8 @@ def test_sources_are_parsed_and_not_imported(tmp_path):
         "tarfile",
         "train",
     )
-    assert len(rows) == 60 * sum(len(" ".join(sides).split()) for sides in AREAS.values())
+    sides = [side for area in areas().values() for side in area.values()]
+    assert len(rows) == 60 * len(" ".join(sides).split())
 
 
 def test_repeated_texts_count_once_and_ambiguous_ones_never(tmp_path):
@@ -123,7 +125,7 @@ def test_draws_are_of_the_whole_and_by_their_seed(stdlib, docs, monkeypatch):
     assert first == second and first.fingerprint == second.fingerprint
     assert (len(first.train), len(first.dev)) == (130, 40)
     assert set(first.train) < set(stdlib.train) and set(first.dev) < set(stdlib.dev)
-    assert len({row.label for row in first.train}) == len(AREAS)
+    assert len({row.label for row in first.train}) == len(areas())
     other = load_task(DataConfig(max_train=130, seed=4))
     assert first.fingerprint["train"] != other.fingerprint["train"]
     assert other.fingerprint["dev"] == stdlib.fingerprint["dev"]

@@ -422,7 +422,7 @@ def test_resume_with_other_options_is_refused(
 def test_used_output_is_refused(whole: Path) -> None:
     before = outcome(whole)
     with pytest.raises(
-        ValueError, match=r"holds a run already: resume it, or choose another output"
+        ValueError, match=r"holds a run already: resume, or choose another output"
     ):
         run(whole)
     assert outcome(whole) == before
@@ -588,7 +588,7 @@ def test_an_injected_model_keeps_its_configuration(tmp_path: Path) -> None:
 
 
 def test_warmup_needs_a_method_that_measures(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'lora' measures nothing: choose one with a warm-up"):
+    with pytest.raises(ValueError, match="'lora' measures nothing: try lora_drop"):
         warm_up(make_model(), make_rows(), PLAIN, output_dir=tmp_path)
     with pytest.raises(ValueError, match="leaves none of the 4 steps"):
         run(tmp_path, args=replace(ARGS, steps=4))

@@ -10,32 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loradrop.batches import call, evaluating
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal, scale
 from loradrop.formats.peft_file import PeftFile, read
 from loradrop.injection import Adapters, adapters_of
 from loradrop.surgery import remove
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `verify` found.
+    """What `verify` or `verify_merged` found.
 
-    rows             one verdict per engine
-    logits           max|logits_file − logits_native| over all batches
+    logits           max|logits_export − logits_native| over all batches
     relative         the same over the standard deviation of the native logits
     tolerance        of `relative`
+    loader           what computed the export's logits: "peft", "replay" where it is not installed,
+                     or "merged"
+    rows             one verdict per engine; none for a merged model
     delta_tolerance  of every row's `error`
-    loader           what computed the file's logits: "peft", or "replay" where it is not installed
     required         the engines that have to take the file
     """
 
-    rows: tuple[EngineVerdict, ...]
     logits: float
     relative: float
     tolerance: float
-    delta_tolerance: float
     loader: str
-    required: tuple[str, ...]
+    rows: tuple[EngineVerdict, ...] = ()
+    delta_tolerance: float = 0.0
+    required: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -51,7 +53,7 @@ class Report:
 
     def table(self) -> str:
         """The rows as text, and the comparison of the logits below them."""
-        lines = [f"{'engine':<10} {'verdict':<8} {'delta error':<12} reason"]
+        lines = [f"{'engine':<10} {'verdict':<8} {'delta error':<12} reason"] if self.rows else []
         for row in self.rows:
             verdict = "ok" if row.ok else "WRONG" if self._wrong(row) else "refused"
             error = "-" if row.error is None else f"{row.error:.1e}"
@@ -75,14 +77,14 @@ def verify(
 ) -> Report:
     """Load the PEFT file in `path` beside the native adapter of `model`, and compare them.
 
-    batches    what the model takes, as for `probe`: the logits of both are compared on them
+    batches    as for `probe`: the logits of both are compared on them
     engines    those that have to take the file for `Report.ok`, None for PEFT; all are reported
     tolerance  of the logits over their standard deviation; None is 1e-4 in float32 and
                16 eps of a narrower dtype of the model or the file
 
     The file is loaded into a copy of the base model, by PEFT where it is installed and by its rule
     where not. The model is as before afterwards. Raises ValueError for no batches and for a file
-    that is damaged or of another model, FileNotFoundError for none.
+    that is damaged or of another model, FileNotFoundError for a missing one.
     """
     adapters, file = adapters_of(model), read(path)
     required = tuple(refusal(engine, file).engine for engine in engines or ENGINES[:1])
@@ -90,18 +92,17 @@ def verify(
     delta_tolerance = max(1e-5, 4 * max(eps, default=0.0))
     rows = tuple(_compare(engine, adapters, file, delta_tolerance) for engine in ENGINES)
     loaded, loader = _loaded(model, path, file)
-    native, other = _outputs(model, loaded, batches)
-    difference = float((native - other).abs().max())
+    logits, relative = _difference(model, loaded, batches)
     if tolerance is None:
         eps += [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
         tolerance = 1e-4 if max(eps) < 1e-6 else min(16 * max(eps), 0.25)
-    relative = difference / (float(native.std(correction=0)) or 1.0)
-    return Report(rows, difference, relative, tolerance, delta_tolerance, loader, required)
+    return Report(
+        logits=logits, relative=relative, tolerance=tolerance, loader=loader,
+        rows=rows, delta_tolerance=delta_tolerance, required=required,
+    )  # fmt: skip
 
 
-def _compare(
-    engine: str, adapters: Adapters, file: PeftFile, tolerance: float
-) -> EngineVerdict:
+def _compare(engine: str, adapters: Adapters, file: PeftFile, tolerance: float) -> EngineVerdict:
     """The engine's verdict on the file, and the error of the file's deltas under its scale rule."""
     verdict, modules, worst, where = refusal(engine, file), file.modules, 0.0, ""
     targets = {target.name: i for i, target in enumerate(adapters.plan.targets)}
@@ -138,7 +139,7 @@ def _loaded(
             base.get_submodule(name)
         except AttributeError as error:
             raise ValueError(
-                f"the file adapts {name}, which {type(model).__name__} has not: this is the "
+                f"the file adapts {name}, which {type(model).__name__} does not have: this is the "
                 "export of another model"
             ) from error
     try:
@@ -178,67 +179,35 @@ class _Delta:
         return torch.add(y, x @ self.A.to(x).T @ self.B.to(x).T, alpha=self.s).to(y.dtype)
 
 
-def _outputs(model: nn.Module, loaded: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
-    """What the two say about the batches in eval mode, each flat in float64."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    loaded.eval()
-    try:
-        pairs = [(_logits(model, batch), _logits(loaded, batch)) for batch in batches]
-    finally:
-        for module, training in modes:
-            module.training = training
+def _difference(model: nn.Module, other: nn.Module, batches: Iterable[Any]) -> tuple[float, float]:
+    """The largest difference of their logits in eval mode, and it over the model's deviation."""
+    other.eval()
+    with evaluating(model):
+        pairs = [(_logits(call(model, batch)), _logits(call(other, batch))) for batch in batches]
     if not pairs:
         raise ValueError("batches is empty: give at least one batch to compare on")
-    native, other = (torch.cat(side) for side in zip(*pairs, strict=True))
-    return native, other
+    native, others = (torch.cat(side) for side in zip(*pairs, strict=True))
+    difference = float((native - others).abs().max())
+    return difference, difference / (float(native.std(correction=0)) or 1.0)
 
 
-def _logits(model: nn.Module, batch: Any) -> Tensor:
-    """The logits for a batch where the model names any, else all its tensors but the loss."""
-    device = next(model.parameters()).device
-    if isinstance(batch, Mapping):
-        named = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        output = model(**named)
-    else:
-        positional = batch if isinstance(batch, (tuple, list)) else (batch,)
-        output = model(*(value.to(device) for value in positional))
+def _logits(output: Any) -> Tensor:
+    """The logits where the output names any, else all its tensors but the loss, flat in float64."""
     if isinstance(output, Mapping):
         named = {k: v for k, v in output.items() if k != "loss"}
         output = [named["logits"]] if "logits" in named else list(named.values())
     values = [output] if isinstance(output, Tensor) else output
-    flat = [value.double().flatten().cpu() for value in values if isinstance(value, Tensor)]
-    return torch.cat(flat)
-
-
-@dataclass(frozen=True)
-class MergedReport:
-    """What `verify_merged` found: max|logits_merged − logits_native| over the standard deviation
-    of the native logits, and what it may be.
-    """
-
-    relative: float
-    tolerance: float
-
-    @property
-    def ok(self) -> bool:
-        """Equal logits, up to the rounding of the merged model's dtype."""
-        return self.relative <= self.tolerance  # False for NaN
-
-    def table(self) -> str:
-        """The comparison as a line of text."""
-        verdict = "ok" if self.ok else "DIFFER"
-        return f"logits (merged): {verdict}, {self.relative:.1e} of their standard deviation apart"
+    return torch.cat([v.double().flatten().cpu() for v in values if isinstance(v, Tensor)])
 
 
 @torch.no_grad()
-def verify_merged(model: Any, path: str | os.PathLike[str], batches: Iterable[Any]) -> MergedReport:
+def verify_merged(model: Any, path: str | os.PathLike[str], batches: Iterable[Any]) -> Report:
     """Load the merged model of transformers in `path`, and compare its logits with `model`'s.
 
     `model` is of transformers, with the native adapter, and as before afterwards. Raises ValueError
     for no batches, OSError where `path` holds no model.
     """
     merged = type(model).from_pretrained(path, dtype="auto")
-    native, other = _outputs(model, merged, batches)
-    relative = float((native - other).abs().max()) / (float(native.std(correction=0)) or 1.0)
-    return MergedReport(relative, max(1e-4, 16 * torch.finfo(merged.dtype).eps))
+    logits, relative = _difference(model, merged, batches)
+    tolerance = max(1e-4, 16 * torch.finfo(merged.dtype).eps)
+    return Report(logits=logits, relative=relative, tolerance=tolerance, loader="merged")

@@ -55,7 +55,7 @@ def scale(engine: str, config: Mapping[str, Any], name: str, rank: int) -> float
 
 
 def refusal(engine: str, file: PeftFile) -> EngineVerdict:
-    """What `engine` says to a file when it loads it. Raises ValueError for an unknown engine."""
+    """What `engine` makes of a file when it loads it. Raises ValueError for an unknown engine."""
     if engine not in _REFUSALS:
         raise ValueError(f"engine {engine!r} is unknown: choose among {', '.join(ENGINES)}")
     reason = _REFUSALS[engine](file)
@@ -90,7 +90,7 @@ def _peft_refuses(file: PeftFile) -> str | None:
 def _vllm_refuses(file: PeftFile) -> str | None:
     for name in file.others:
         if ".base_layer." not in name and "lora_embedding_" not in name:
-            return f"{name} is no lora_A or lora_B tensor"
+            return f"{name} is not a lora_A or lora_B tensor"
     for module in file.config.get("modules_to_save") or ():
         if module not in ("classifier", "score"):
             return f"modules_to_save has {module}: only classifier and score are taken"
@@ -114,11 +114,11 @@ def _sglang_refuses(file: PeftFile) -> str | None:
     if isinstance(targets, str) and targets not in ("all-linear", "all"):
         return "target_modules is a regex: it takes a list of module names"
     for name in file.others:
-        return f"it drops {name} without a word, and would run the base model's"
+        return f"it silently ignores {name}, and would run the base model's"
     ranks = {name: a.shape[0] for name, (a, _) in file.modules.items()}
     for name, rank in ranks.items():
         if not re.search(r"layers\.\d+\.|embed_tokens|lm_head", name):
-            return f"it drops {name} without a word: it reads only names with 'layers.<number>.'"
+            return f"it silently ignores {name}: it reads only names with 'layers.<number>.'"
         if rank != r:
             return f"{name} has rank {rank}, not r={r}: its buffers hold one rank"
         parent, _, kind = name.rpartition(".")
@@ -131,7 +131,7 @@ def _sglang_refuses(file: PeftFile) -> str | None:
 def _llama_cpp_refuses(file: PeftFile) -> str | None:
     for name in file.others:
         if not any(part in name for part in _LLAMA_CPP_KEEPS):
-            return f"{name} is no lora_A or lora_B tensor"
+            return f"{name} is not a lora_A or lora_B tensor"
     if file.config.get("fan_in_fan_out"):
         return "fan_in_fan_out: its converter transposes Conv1D weights, and the adapter with them"
     return None

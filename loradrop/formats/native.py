@@ -39,9 +39,7 @@ class NativeFile(NamedTuple):
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the adapters, the modules trained whole and the plan into the folder `path`,
-    atomically.
-    """
+    """Write the adapters, the modules trained whole and the plan into `path`, atomically."""
     write(adapters_of(model), path)
 
 
@@ -50,13 +48,9 @@ def write(adapters: Adapters, path: str | os.PathLike[str]) -> None:
     plan = adapters.plan.to_dict()
     tensors = {f"{_BANK}{k}": v.detach().cpu().contiguous() for k, v in adapters.state.items()}
     tensors |= {f"{_TRAINED}{k}": v.cpu().contiguous().clone() for k, v in adapters.trained.items()}
-    text = json.dumps(plan)
-    metadata = {
-        "format": "pt",
-        "loradrop_schema": str(plan["schema"]),
-        "plan": text,
-        "sha256": _checksum(tensors, text),
-    }
+    text, schema = json.dumps(plan), str(plan["schema"])
+    metadata = {"format": "pt", "loradrop_schema": schema, "plan": text}
+    metadata["sha256"] = _checksum(tensors, text)
     with replacing(Path(path) / TENSORS) as draft:
         save_file(tensors, draft, metadata)
     write_json(Path(path) / PLAN, plan)
@@ -71,12 +65,9 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
     path = Path(path)
     file = path / TENSORS if path.is_dir() else path
     if not file.exists():
-        nested = path / FOLDER / TENSORS
-        if not nested.exists():
-            raise FileNotFoundError(
-                f"{file} is not there: give the folder that loradrop.save wrote"
-            )
-        file = nested
+        missing, file = file, path / FOLDER / TENSORS
+        if not file.exists():
+            raise FileNotFoundError(f"{missing} is not there: give the folder loradrop.save wrote")
     _refuse_pickle(file)
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
@@ -89,7 +80,7 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
         ) from error
     if "plan" not in metadata:
         raise ValueError(
-            f"{file} is no native loradrop adapter (its header has no plan): "
+            f"{file} is not a native loradrop adapter (its header has no plan): "
             "load a PEFT file with PEFT"
         )
     try:
@@ -108,17 +99,13 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
         except ValueError:
             agrees = False
         if not agrees:
-            _log.warning(
-                "%s is not the plan in the header of %s (an interrupted save, or edited); "
-                "the header counts",
-                beside,
-                file,
-            )
-    bank, trained = (
-        {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
-        for part in (_BANK, _TRAINED)
-    )
-    return NativeFile(plan, bank, trained)
+            why = "(an interrupted save, or edited); the header counts"
+            _log.warning("%s is not the plan in the header of %s %s", beside, file, why)
+    return NativeFile(plan, _part(tensors, _BANK), _part(tensors, _TRAINED))
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _refuse_pickle(file: Path) -> None:
@@ -143,17 +130,13 @@ def _checksum(tensors: dict[str, Tensor], plan: str) -> str:
 
 
 class SavePretrained:
-    """`model.save_pretrained` of an injected model: the base model's files, and the adapters in a
-    folder beside them.
-    """
+    """`save_pretrained` of an injected model: the base model, and its adapters in a folder."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As `PreTrainedModel.save_pretrained`; the adapters go to
-        `<save_directory>/loradrop_adapter`.
-        """
+        """As `PreTrainedModel.save_pretrained`, with the adapters in `loradrop_adapter/`."""
         state = kwargs.pop("state_dict", None) or self.model.state_dict()
         base = {k: v for k, v in state.items() if not k.startswith("lora_bank.")}
         if injection_of(self.model).merged is not None:

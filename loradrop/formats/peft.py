@@ -5,7 +5,6 @@ true scale folded into B in float32, and lora_alpha = r. So lora_alpha / r = 1 f
 reads patterns and rslora, and for one that does not.
 """
 
-import json
 import logging
 import os
 import tempfile
@@ -18,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loradrop._version import __version__
-from loradrop.files import replacing, write_json, write_text
+from loradrop.files import rendered, replacing, write_json, write_text
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal
 from loradrop.formats.peft_file import (
     CONFIG,
@@ -48,7 +47,7 @@ def export(
     dtype: str | None = None,
     engines: Sequence[str] | None = None,
 ) -> list[EngineVerdict]:
-    """Write the adapters of `model` into the folder `path`. Returns what each engine says to them.
+    """Write the adapters of `model` into the folder `path`. Returns what each engine makes of them.
 
     format    "peft": a uniform PEFT adapter with a model card; "merged": the base model with the
               deltas added in float32 and rounded once, by its `save_pretrained`
@@ -132,54 +131,27 @@ def _card(model: nn.Module, plan: Plan, file: PeftFile, verdicts: list[EngineVer
     """The model card: what was kept and shared, how to use it, and what each engine says."""
     base = file.config["base_model_name_or_path"]
     public = base if base and not Path(base).exists() else None  # a folder means nothing elsewhere
-    rows: dict[str, Counter[str]] = {}
-    states = plan.assignment.states
-    for target, state in zip(plan.targets, states, strict=True):
-        rows.setdefault(target.kind, Counter())[state] += 1
-    total = sum(rows.values(), Counter())
-    pools = plan.assignment.adapters - total["own"]
-    own = [t.name for t, state in zip(plan.targets, states, strict=True) if state == "own"]
+    states = list(zip(plan.targets, plan.assignment.states, strict=True))
+    kinds: dict[str, Counter[str]] = {}
+    for target, state in states:
+        kinds.setdefault(target.kind, Counter())[state] += 1
     loader = task_of(model)[1]
     labels = getattr(getattr(model, "config", None), "num_labels", None)
-    said = {True: "takes it", False: "refuses it"}
     extra = f", num_labels={labels}" if labels and loader.endswith("Classification") else ""
-    lines = [
-        "---",
-        *([f"base_model: {json.dumps(public)}"] if public else []),
-        "library_name: peft",
-        "tags:",
-        *("- lora", "- loradrop"),
-        *([f"- {json.dumps(f'base_model:adapter:{public}')}"] if public else []),
-        "---",
-        "",
-        f"# LoRA adapter of {public or type(model).__name__}",
-        "",
-        f"Made by loradrop {__version__}, method {plan.config.method.name}: of "
-        f"{len(plan.targets)} adapted layers {total['own']} keep an adapter of their own, "
-        f"{total['shared']} share {pools}, and {total['none']} have none.",
-        "",
-        *("| module type | own | shared | none |", "|---|---|---|---|"),
-        *(f"| {kind} | {n['own']} | {n['shared']} | {n['none']} |" for kind, n in rows.items()),
-        "",
-        *([f"Own: {', '.join(own)}.", ""] if total["shared"] or total["none"] else []),
-        "## Use",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        *([f"from transformers import {loader}", ""] if loader.startswith("Auto") else [""]),
-        f"base = {loader}.from_pretrained({(public or 'path/to/the/base/model')!r}{extra})",
-        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
-        "```",
-        "",
-        "## File",
-        "",
-        f"Every adapter is written out for each of its layers, padded with zeros to rank "
-        f"{file.config['r']}, with its scale in B: any loader applies it with the factor 1.",
-        "",
-        *("| engine | |", "|---|---|"),
-        *(f"| {v.engine} | {': '.join(filter(None, (said[v.ok], v.reason)))} |" for v in verdicts),
-    ]
-    return "\n".join(lines) + "\n"
+    return rendered(
+        "model_card.md",
+        public=public,
+        title=public or type(model).__name__,
+        plan=plan,
+        version=__version__,
+        kinds=kinds,
+        total=sum(kinds.values(), Counter()),
+        own=[target.name for target, state in states if state == "own"],
+        loader=loader,
+        arguments=f"{public or 'path/to/the/base/model'!r}{extra}",
+        rank=file.config["r"],
+        verdicts=verdicts,
+    )
 
 
 @torch.no_grad()
@@ -187,7 +159,7 @@ def _save_merged(model: nn.Module, folder: Path) -> None:
     save_pretrained = getattr(type(model), "save_pretrained", None)
     if save_pretrained is None:
         raise ValueError(
-            f"{type(model).__name__} has no save_pretrained, so there is no merged format: call "
+            f"{type(model).__name__} has no save_pretrained, which the merged format needs: call "
             "loradrop.merge(model) and save its state_dict"
         )
     if (folder / CONFIG).exists():

@@ -50,7 +50,7 @@ class PeftFile(NamedTuple):
 
     @property
     def others(self) -> dict[str, Tensor]:
-        """The tensors that are no lora_A or lora_B, by their names in the base model."""
+        """All but the lora_A and lora_B tensors, by their names in the base model."""
         keys = [key for key in self.tensors if not key.endswith((_A, _B))]
         return {key.removeprefix(PREFIX): self.tensors[key] for key in keys}
 
@@ -63,7 +63,7 @@ class PeftFile(NamedTuple):
 def read(path: str | os.PathLike[str]) -> PeftFile:
     """The adapter in the folder `path`.
 
-    Raises FileNotFoundError where there is none, ValueError for a damaged one; reads no pickle.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one; never reads a pickle.
     """
     file = Path(path) / TENSORS
     if not file.exists():
@@ -80,7 +80,7 @@ def read(path: str | os.PathLike[str]) -> PeftFile:
 
 
 class Layout(NamedTuple):
-    """How PEFT is told what lies where: the task, its targets, and what it wraps whole."""
+    """What PEFT's configuration says: the task, its targets, and what it wraps whole."""
 
     task: str | None
     target_modules: list[str] | str
@@ -89,10 +89,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(model: nn.Module, adapters: Adapters) -> Layout:
-    """How PEFT adapts just our targets and saves just our modules.
-
-    Raises ValueError where it has no way to.
-    """
+    """How PEFT adapts just our targets and saves just our modules; ValueError where it cannot."""
     targets, trained = [target.name for target in adapters.plan.targets], adapters.trained
     modules = dict(model.named_modules(remove_duplicate=False))
     places: dict[nn.Module, set[tuple[nn.Module, str]]] = {}

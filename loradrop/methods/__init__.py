@@ -1,6 +1,4 @@
-"""Methods that compose (A_i, B_i). A module in this folder is a method; nothing else needs to know
-of it.
-"""
+"""Methods that compose (A_i, B_i). A module in this folder is found without being registered."""
 
 import functools
 import importlib
@@ -18,9 +16,7 @@ __all__ = ["LoRA", "LoRADrop", "Method", "available", "get"]
 
 @functools.cache
 def available() -> Mapping[str, type[Method]]:
-    """Every method by its name: the modules of this folder, then the entry points of other
-    packages.
-    """
+    """Every method by its name: of this folder's modules, then of other packages' entry points."""
     found: dict[str, type[Method]] = {}
     for module in pkgutil.iter_modules(__path__):
         members = vars(importlib.import_module(f"{__name__}.{module.name}")).values()

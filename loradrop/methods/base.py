@@ -74,9 +74,7 @@ class Method:
 
         Raises ValueError for a method that decides nothing.
         """
-        raise ValueError(
-            f"the method {self.name!r} selects nothing: pass kept, or use LoRADrop()"
-        )
+        raise ValueError(f"the method {self.name!r} selects nothing: pass kept, or use LoRADrop()")
 
     def on_step_end(
         self, bank: AdapterBank, step: int, statistics: Mapping[str, Sequence[Tensor | None]]

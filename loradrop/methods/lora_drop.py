@@ -16,24 +16,9 @@ from loradrop.bank import AdapterBank
 from loradrop.methods.base import Method, Warmup
 from loradrop.pairs import AFTER, INITS, LoRABank
 from loradrop.scores import Scores
-from loradrop.selection import (
-    IMPORTANCES,
-    SCOPES,
-    SHARES,
-    check_choice,
-    check_part,
-    keep_frequency,
-    select,
-)
+from loradrop.selection import CHOICES, check_choice, check_part, keep_frequency, select
 
-_CHOICES = {
-    "scope": SCOPES,
-    "importance": IMPORTANCES,
-    "share": SHARES,
-    "share_init": INITS,
-    "after_select": AFTER,
-    "source": ("online", "offline"),
-}
+_CHOICES = CHOICES | {"share_init": INITS, "after_select": AFTER, "source": ("online", "offline")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,14 +78,11 @@ class LoRADrop(Method):
             )
         if not 0.0 < self.sample_ratio <= 1.0:
             raise ValueError(f"sample_ratio={self.sample_ratio}: choose a number in (0, 1]")
-        if self.settle_margin is not None and not 0.0 <= self.settle_margin < 0.5:
-            raise ValueError(
-                f"settle_margin={self.settle_margin}: choose a number in [0, 0.5), or None"
-            )
+        margin = self.settle_margin
+        if margin is not None and not 0.0 <= margin < 0.5:
+            raise ValueError(f"settle_margin={margin}: choose a number in [0, 0.5), or None")
         if self.settle_every < 1:
-            raise ValueError(
-                f"settle_every={self.settle_every}: choose a whole number of at least 1"
-            )
+            raise ValueError(f"settle_every={self.settle_every}: choose a whole number from 1 up")
 
     def warmup(self, total: int) -> Warmup:
         steps = round(self.probe_steps * total) if self.probe_steps < 1 else int(self.probe_steps)
@@ -111,11 +93,9 @@ class LoRADrop(Method):
             )
         settle_every = 0 if self.settle_margin is None else self.settle_every
         return Warmup(
-            steps=max(1, steps),
-            sample_ratio=self.sample_ratio,
-            source=self.source,
-            settle_every=settle_every,
-        )
+            steps=max(1, steps), sample_ratio=self.sample_ratio,
+            source=self.source, settle_every=settle_every,
+        )  # fmt: skip
 
     def settled(self, scores: Scores) -> bool:
         if self.settle_margin is None or not scores.rows.any():
@@ -125,14 +105,9 @@ class LoRADrop(Method):
 
     def decide(self, scores: Scores) -> list[str]:
         return select(
-            scores,
-            self.threshold,
-            keep=self.keep,
-            keep_ratio=self.keep_ratio,
-            budget=self.budget,
-            scope=self.scope,
-            importance=self.importance,
-        )
+            scores, self.threshold, keep=self.keep, keep_ratio=self.keep_ratio,
+            budget=self.budget, scope=self.scope, importance=self.importance,
+        )  # fmt: skip
 
     def update(self, bank: AdapterBank, scores: Scores | None) -> None:
         if scores is None:
@@ -141,10 +116,5 @@ class LoRADrop(Method):
                 "or pass kept"
             )
         assert isinstance(bank, LoRABank)
-        bank.share(
-            self.decide(scores),
-            scores,
-            share=self.share,
-            init=self.share_init,
-            after_select=self.after_select,
-        )
+        kept, init, after = self.decide(scores), self.share_init, self.after_select
+        bank.share(kept, scores, share=self.share, init=init, after_select=after)

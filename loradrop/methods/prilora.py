@@ -11,7 +11,6 @@ there: the formula of S, its norm and β, the cadence, the ratio and its scope, 
 ranks, one s for all layers.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,7 +21,7 @@ from torch import Tensor
 from loradrop.bank import AdapterBank
 from loradrop.methods.base import Method
 from loradrop.pairs import LoRABank
-from loradrop.scores import Target
+from loradrop.scores import Target, layer_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,11 +50,9 @@ class PRILoRA(Method):
     def __post_init__(self) -> None:
         for name, rank in (("r_start", self.r_start), ("r_end", self.r_end)):
             if rank is not None and (not isinstance(rank, int) or rank < 1):
-                raise ValueError(f"{name}={rank!r}: choose a whole number of at least 1, or None")
+                raise ValueError(f"{name}={rank!r}: choose a whole number from 1 up, or None")
         if not isinstance(self.prune_every, int) or self.prune_every < 1:
-            raise ValueError(
-                f"prune_every={self.prune_every!r}: choose a whole number of at least 1"
-            )
+            raise ValueError(f"prune_every={self.prune_every!r}: choose a whole number from 1 up")
         for name, part in (("prune_ratio", self.prune_ratio), ("beta", self.beta)):
             if not 0.0 <= part < 1.0:
                 raise ValueError(f"{name}={part!r}: choose a number in [0, 1)")
@@ -68,11 +65,11 @@ class PRILoRA(Method):
 
     def ranked(self, targets: Sequence[Target]) -> list[Target]:
         """The targets with their ranks by depth, layers in the order in which they come."""
-        layers = list(dict.fromkeys(layer for t in targets if (layer := _layer(t.name))))
+        layers = list(dict.fromkeys(layer for t in targets if (layer := layer_of(t.name))))
         last = max(1, len(layers) - 1)
         ranked = []
         for target in targets:
-            if layer := _layer(target.name):
+            if layer := layer_of(target.name):
                 first = self.r_start or max(1, round(target.r / 2))
                 end = self.r_end or max(1, round(3 * target.r / 2))
                 depth = layers.index(layer) / last
@@ -113,9 +110,3 @@ class PRILoRABank(LoRABank):
     def input_norm(self, i: int) -> Tensor:
         """X̄ (K,) of target i, float32."""
         return self.get_buffer(f"input_norm_{i}")
-
-
-def _layer(name: str) -> str:
-    """The module path up to its first number, "" where it has none."""
-    found = re.search(r"(^|\.)\d+(?=\.|$)", name)
-    return name[: found.end()] if found else ""

@@ -56,12 +56,11 @@ class VeRABank(AdapterBank):
         self, targets: Sequence[Target], likes: Sequence[Tensor], d_initial: float, seed: int
     ) -> None:
         super().__init__(targets, [1.0] * len(targets))
-        r = max(target.r for target in targets)
         random = torch.Generator().manual_seed(seed)
-        for name, shape in (
-            ("A", (r, max(target.in_features for target in targets))),
-            ("B", (max(target.out_features for target in targets), r)),
-        ):
+        r = max(target.r for target in targets)
+        k = max(target.in_features for target in targets)
+        n = max(target.out_features for target in targets)
+        for name, shape in (("A", (r, k)), ("B", (n, r))):
             drawn = torch.empty(shape)
             nn.init.kaiming_uniform_(drawn, generator=random)
             self.register_buffer(name, drawn.to(likes[0]))

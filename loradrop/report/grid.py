@@ -33,8 +33,10 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """A target in the grid. `weight` is what selection ranks by, `fraction` its part of all that
-    are ranked together, `frequency` how often the bootstrap kept it.
+    """A target in the grid.
+
+    weight     what selection ranks by;  fraction: its part of all that are ranked together
+    frequency  how often the bootstrap kept it
     """
 
     target: Target
@@ -79,15 +81,10 @@ class Grid:
             known = score is not None and math.isfinite(score)
             total = totals[joint or target.group] or 1.0
             cell = self.cells[layer, column] = Cell(
-                target=target,
-                layer=layer,
-                column=column,
-                state=state,
-                score=score,
-                weight=weights[target],
-                fraction=weights[target] / total if known else None,
+                target=target, layer=layer, column=column, state=state, score=score,
+                weight=weights[target], fraction=weights[target] / total if known else None,
                 frequency=frequency.get(target.name),
-            )
+            )  # fmt: skip
             self.groups.setdefault(target.group, []).append(cell)
         self.labels = _labels(list(dict.fromkeys(cell.column for cell in self)))
         self.layers = sorted({c.layer for c in self}, key=lambda n: math.inf if n is None else n)

@@ -5,12 +5,9 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, StrictUndefined
-
-from loradrop.files import write_text
+from loradrop.files import rendered, write_text
 from loradrop.report import grid as grids
 from loradrop.report.grid import INK, MUTED, RULE, SERIES, Arm, Grid
 from loradrop.report.plots import curves, is_reported, points_of
@@ -32,27 +29,23 @@ def _svg(figure: "Figure") -> str:
     return re.sub(r' xmlns(:xlink)?="[^"]*"', "", text[text.index("<svg") :])
 
 
+def _by_doubt(grid: Grid) -> list[grids.Cell]:
+    cells = [cell for cell in grid if cell.frequency is not None]
+    return sorted(cells, key=lambda cell: abs((cell.frequency or 0.0) - 0.5))
+
+
 def write_report(
     path: str | os.PathLike[str], arms: Sequence[Arm], *, title: str, facts: Mapping[str, str]
 ) -> None:
     """One HTML page that needs nothing else: results, importance, decisions, losses, facts."""
     planned = {arm.name: Grid(arm.plan) for arm in arms if arm.plan is not None}
     decided = {name: grid for name, grid in planned.items() if grid.scored or grid.states}
-    drawn = {
-        name: sorted(
-            (cell for cell in grid if cell.frequency is not None),
-            key=lambda cell: abs((cell.frequency or 0.0) - 0.5),
-        )
-        for name, grid in planned.items()
-    }
+    drawn = {name: _by_doubt(grid) for name, grid in planned.items()}
     metrics = dict.fromkeys(key for arm in arms for key in arm.metrics if is_reported(key))
     logged = any(points_of(arm, "loss")[0] for arm in arms)
     configs = {name: grid.config.to_dict() for name, grid in planned.items()}
-    environment = Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    source = resources.files("loradrop").joinpath("assets", "report.html").read_text("utf-8")
-    page = environment.from_string(source).render(
+    page = rendered(
+        "report.html",
         title=title,
         arms=arms,
         metrics=metrics,

@@ -7,19 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from loradrop.files import replacing
 from loradrop.plan import Plan
-from loradrop.report.grid import (
-    INK,
-    MEANINGS,
-    MUTED,
-    ON_HOT,
-    OWN,
-    RAMP,
-    RULE,
-    SERIES,
-    Arm,
-    Grid,
-    layer_name,
-)
+from loradrop.report import grid as look
+from loradrop.report.grid import INK, MEANINGS, MUTED, RAMP, RULE, SERIES, Arm, Grid, layer_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,7 +59,7 @@ def plot_importance(plan: Plan, path: str | os.PathLike[str]) -> None:
     figure = _figure(max(6.6, width), 2.3 + 0.32 * len(grid.layers))
     axes, ramp = figure.subplots(), LinearSegmentedColormap.from_list("importance", RAMP)
     styles: dict[str, dict[str, Any]] = {
-        "own": {"edgecolor": OWN, "linewidth": 1.5},
+        "own": {"edgecolor": look.OWN, "linewidth": 1.5},
         "shared": {"edgecolor": f"{MUTED}3c", "linewidth": 0, "hatch": "////"},
         "none": {"facecolor": "none", "edgecolor": "#c9cfce", "linewidth": 1},
     }
@@ -80,13 +69,11 @@ def plot_importance(plan: Plan, path: str | os.PathLike[str]) -> None:
         style = {"facecolor": ramp(part)} | (styles[cell.state] if grid.states else {})
         axes.add_patch(Rectangle((x + 0.03, y + 0.06), 0.94, 0.88, **style))
         if grid.scored:
-            color = "white" if part > ON_HOT and cell.state != "none" else INK
+            color = "white" if part > look.ON_HOT and cell.state != "none" else INK
             axes.text(x + 0.5, y + 0.5, cell.percent, color=color, size=9, ha="center", va="center")
     axes.set(xlim=(0, len(heads)), ylim=(len(grid.layers), 0), ylabel="layer")
     axes.set_xticks([x + 0.5 for x in range(len(heads))], heads, parse_math=False)
-    axes.set_yticks(
-        [y + 0.5 for y in range(len(grid.layers))], [layer_name(n) for n in grid.layers]
-    )
+    axes.set_yticks([y + 0.5 for y in range(len(grid.layers))], [*map(layer_name, grid.layers)])
     axes.xaxis.tick_top()
     _bare(axes)
     if grid.scored:
@@ -95,8 +82,7 @@ def plot_importance(plan: Plan, path: str | os.PathLike[str]) -> None:
         figure.colorbar(scale, cax=strip, format="%g").set_label(f"% of {grid.whole}")
         _bare(strip)
     if grid.states:
-        swatch = {"facecolor": RAMP[0]}
-        used = {MEANINGS[s]: Patch(**(swatch | styles[s])) for s in grid.states}
+        used = {MEANINGS[s]: Patch(**({"facecolor": RAMP[0]} | styles[s])) for s in grid.states}
         _legend(figure, "lower", used)
     notes = {f"{key}: {value}": Patch(alpha=0) for key, value in grid.summary.items()}
     _legend(figure, "upper", notes, title=grid.model_name)
@@ -142,10 +128,8 @@ def curves(arms: Sequence[Arm]) -> "Figure":
     panels = figure.subplots(len(shown), sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     handles, ends = dict[str, Line2D](), set[int]()
     for i, arm in enumerate(arms):
-        style: dict[str, Any] = {
-            "color": SERIES[i % len(SERIES)],
-            "linestyle": "-" if i < len(SERIES) else "--",
-        }
+        line = "-" if i < len(SERIES) else "--"
+        style: dict[str, Any] = {"color": SERIES[i % len(SERIES)], "linestyle": line}
         handles[arm.name] = Line2D([], [], linewidth=1.8, **style)
         for stage in ("warmup", "main"):
             steps, losses = points_of(arm, "loss", stage)

@@ -11,12 +11,8 @@ from loradrop.text.tables import Table
 # has, of TEXTS (the names of the GLUE tasks) or, for causal_lm, of PROMPTS.
 LABEL = "label"
 TEXTS = (
-    ("text", None),
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("sentence", None),
+    *(("text", None), ("sentence1", "sentence2"), ("premise", "hypothesis")),
+    *(("question1", "question2"), ("question", "sentence"), ("sentence", None)),
 )
 PROMPTS = (("prompt", "completion"), ("text", None), ("sentence", None))
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -101,9 +97,7 @@ def _texts(rows: Sequence[Any], places: Sequence[str], column: str | None) -> Se
     cells = [None if column is None else row.get(column) for row in rows]
     for cell, place in zip(cells, places, strict=True):
         if column is not None and not isinstance(cell, str):
-            raise ValueError(
-                f"{place}: {column!r} is {cell!r}, not text: fill it or remove the row"
-            )
+            raise ValueError(f"{place}: {column!r} is {cell!r}, not text: fill it or drop the row")
     return cells
 
 

@@ -1,69 +1,32 @@
 """Text that every Python installation has: docstrings of the standard library, by area.
 
-The sources are parsed, never imported. `AREAS` names modules that Python 3.11 to 3.14 have in
-common and that distributions do not ship apart (so no tkinter, turtle, idlelib), which keeps the
-rows nearly the same everywhere. Each area gives whole modules to train and others to dev: no module
-has texts on both sides, and a model cannot win by recognising a module's own phrases.
+The sources are parsed, never imported. assets/stdlib_areas.yaml names modules that Python 3.11 to
+3.14 have in common and that distributions do not ship apart (so no tkinter, turtle, idlelib), which
+keeps the rows nearly the same everywhere. Each area gives whole modules to train and others to dev,
+so a model cannot win by recognising a module's own phrases.
 """
 
 import ast
+import functools
 import sysconfig
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-# area -> (modules of train, modules of dev). Private twins stand beside the public name, because
-# docstrings move between the two from version to version (datetime -> _pydatetime in 3.12).
-AREAS: Mapping[str, tuple[str, str]] = {
-    "archives and storage": (
-        "tarfile pickle pickletools copyreg gzip bz2 lzma _compression compression shelve dbm",
-        "zipfile zipapp sqlite3",
-    ),
-    "code inspection": (
-        "inspect dis opcode tokenize token typing annotationlib pyclbr code codeop tabnanny",
-        "ast _ast_unparse symtable",
-    ),
-    "concurrency": (
-        "asyncio multiprocessing contextvars",
-        "threading _threading_local concurrent queue sched",
-    ),
-    "data structures": (
-        "_collections_abc functools weakref _weakrefset contextlib dataclasses types enum "
-        "operator copy bisect",
-        "collections heapq graphlib",
-    ),
-    "dates and locales": ("datetime _pydatetime _strptime zoneinfo locale gettext", "calendar"),
-    "files and paths": (
-        "pathlib os ntpath posixpath genericpath nturl2path stat glob fnmatch io _pyio",
-        "shutil tempfile fileinput filecmp",
-    ),
-    "imports and packages": (
-        "importlib venv compileall py_compile",
-        "pkgutil runpy zipimport modulefinder site sysconfig",
-    ),
-    "mail": ("email imaplib smtplib poplib quopri base64", "mailbox"),
-    "numbers": ("decimal _pydecimal fractions random", "statistics numbers"),
-    "system and terminal": (
-        "platform ctypes uuid optparse getopt subprocess signal curses rlcompleter _osx_support",
-        "argparse cmd pty tty getpass",
-    ),
-    "testing and debugging": (
-        "unittest logging pdb bdb cProfile profile pstats warnings _py_warnings",
-        "doctest trace traceback tracemalloc timeit linecache",
-    ),
-    "text and data formats": (
-        "xml configparser difflib codecs re reprlib shlex",
-        "json html _markupbase plistlib tomllib csv netrc textwrap string stringprep pprint",
-    ),
-    "web and sockets": (
-        "http ftplib socket ssl selectors ipaddress socketserver xmlrpc wsgiref",
-        "urllib webbrowser mimetypes",
-    ),
-}
+import yaml
+
+from loradrop.files import asset
 
 MIN_CHARS, MIN_WORDS = 20, 4
 MIN_TEXTS = 3000
 ENOUGH_CHARS = 200
+
+
+@functools.cache
+def areas() -> Mapping[str, Mapping[str, str]]:
+    """Area -> the modules of "train" and of "dev", separated by spaces."""
+    found: dict[str, dict[str, str]] = yaml.safe_load(asset("stdlib_areas.yaml"))
+    return found
 
 
 class Doc(NamedTuple):
@@ -87,10 +50,9 @@ def _leading_paragraphs(docstring: str) -> str:
 
 def _docstrings(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_bytes(), filename=str(file))):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring:
-                yield docstring
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        if isinstance(node, documented) and (docstring := ast.get_docstring(node)):
+            yield docstring
 
 
 def _sources(stdlib: Path, module: str) -> list[Path]:
@@ -103,8 +65,8 @@ def _sources(stdlib: Path, module: str) -> list[Path]:
 
 
 def _all_docs(stdlib: Path) -> Iterator[Doc]:
-    for area, sides in AREAS.items():
-        for split, modules in zip(("train", "dev"), sides, strict=True):
+    for area, sides in areas().items():
+        for split, modules in sides.items():
             for module in modules.split():
                 for file in _sources(stdlib, module):
                     for docstring in _docstrings(file):
@@ -131,10 +93,10 @@ def read_docs(stdlib: Path | None = None) -> list[Doc]:
         if len(text) >= MIN_CHARS and len(text.split()) >= MIN_WORDS and text not in ambiguous
     ]
     filled = {(doc.area, doc.split) for doc in docs}
-    if len(docs) < MIN_TEXTS or len(filled) < 2 * len(AREAS):
+    if len(docs) < MIN_TEXTS or len(filled) < 2 * len(areas()):
         raise ValueError(
             f"data.source='stdlib' needs the sources of Python's standard library, but {root} has "
-            f"only {len(docs)} usable docstrings in {len(filled)} of {2 * len(AREAS)} parts (a "
+            f"only {len(docs)} usable docstrings in {len(filled)} of {2 * len(areas())} parts (a "
             "zipped or stripped installation?): use a full Python, or set data.source to a file, "
             "a folder or a hub id"
         )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl")
 DEV_NAMES = ("dev", "validation", "validation_matched", "valid", "test")
+Record = tuple[int, dict[str, Any]]  # a line's number, and the row in it
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 
 
@@ -59,9 +60,7 @@ def _tsv_records(text: str) -> Iterator[tuple[int, list[str]]]:
             yield number, line.split("\t")
 
 
-def _rows(
-    path: Path, records: Iterator[tuple[int, list[str]]]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def _rows(path: Path, records: Iterator[tuple[int, list[str]]]) -> Iterator[Record]:
     """The records below the header as rows."""
     _, header = next(records, (0, []))
     if len(set(header)) < len(header):
@@ -75,14 +74,12 @@ def _rows(
         yield number, dict(zip(header, cells, strict=True))
 
 
-def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_lines(path: Path, text: str) -> Iterator[Record]:
     for number, line in enumerate(text.split("\n"), 1):
         try:
             row = json.loads(line) if line.strip() else None
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}:{number} is broken JSON ({error}): repair the line"
-            ) from error
+            raise ValueError(f"{path}:{number} is broken JSON ({error}): repair it") from error
         if isinstance(row, dict):
             yield number, row
         elif line.strip():
@@ -100,12 +97,12 @@ def read_table(path: Path) -> Table:
         raise ValueError(f"{path} has the unknown extension {extension!r}: use {known} (+ .gz)")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: check data.source and data.dev")
+    text = _text(path)
     if extension == ".jsonl":
-        records = list(_json_lines(path, _text(path)))
-    elif extension == ".csv":
-        records = list(_rows(path, _csv_records(path, _text(path))))
+        records = list(_json_lines(path, text))
     else:
-        records = list(_rows(path, _tsv_records(_text(path))))
+        cells = _csv_records(path, text) if extension == ".csv" else _tsv_records(text)
+        records = list(_rows(path, cells))
     if not records:
         raise ValueError(f"{path} is empty: it needs at least a row (and a header in CSV and TSV)")
     rows = [row for _, row in records]
@@ -174,8 +171,7 @@ def read_source(source: str, dev: str | None = None) -> tuple[str, Table, Table 
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        found = _find(path, ["train"])
-        if found is None:
+        if (found := _find(path, ["train"])) is None:
             raise FileNotFoundError(
                 f"the folder {path} has no train file: add train{', train'.join(EXTENSIONS)} (or "
                 "with .gz), or set data.source to a file"

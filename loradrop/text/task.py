@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from loradrop.sampling import stratified_indices
 from loradrop.text.columns import read_examples
 from loradrop.text.examples import KINDS, Example, TextTask
-from loradrop.text.stdlib_docs import AREAS, read_docs
+from loradrop.text.stdlib_docs import areas, read_docs
 from loradrop.text.tables import read_source
 
 
@@ -53,15 +53,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source.strip():
-            raise ValueError(
-                f'data.source={self.source!r}: name "stdlib", a file or folder, or a hub id'
-            )
+            raise ValueError(f'data.source={self.source!r}: name "stdlib", a path or a hub id')
         if self.task not in ("auto", *KINDS):
             raise ValueError(f"data.task={self.task!r}: choose auto, {', '.join(KINDS)}")
         if not isinstance(self.dev_ratio, float) or not 0 < self.dev_ratio < 1:
             raise ValueError(f"data.dev_ratio={self.dev_ratio!r}: choose a number between 0 and 1")
-        least = {"max_length": 8, "max_train": 2, "max_dev": 1, "seed": 0}
-        for name, minimum in least.items():
+        for name, minimum in {"max_length": 8, "max_train": 2, "max_dev": 1, "seed": 0}.items():
             value = getattr(self, name)
             if value is None and name in ("max_train", "max_dev"):
                 continue
@@ -92,11 +89,11 @@ def _stdlib(config: DataConfig) -> tuple[tuple[str, ...], list[Example], list[Ex
             "data.source='stdlib' is a classification with columns and a dev set of its own: leave "
             f"data.{', data.'.join(given or ['task'])} out, or set data.source to a file"
         )
-    areas = tuple(AREAS)
+    names = tuple(areas())
     sides: dict[str, list[Example]] = {"train": [], "dev": []}
     for doc in read_docs():
-        sides[doc.split].append(Example(doc.text, None, areas.index(doc.area)))
-    return areas, sides["train"], sides["dev"]
+        sides[doc.split].append(Example(doc.text, None, names.index(doc.area)))
+    return names, sides["train"], sides["dev"]
 
 
 def _hold_out(
@@ -137,12 +134,6 @@ def load_task(config: DataConfig) -> TextTask:
         train, dev = _hold_out(train, kind, config.dev_ratio, config.seed)
     train, _ = _split(train, kind, config.max_train, config.seed)
     dev, _ = _split(dev, kind, config.max_dev, config.seed)
-    return TextTask(
-        name=name,
-        kind=kind,
-        labels=labels,
-        train=tuple(train),
-        dev=tuple(dev),
-        metric=_metric(name, kind),
-        fingerprint={"train": _sha256(train), "dev": _sha256(dev)},
-    )
+    fingerprint = {"train": _sha256(train), "dev": _sha256(dev)}
+    metric = _metric(name, kind)
+    return TextTask(name, kind, labels, tuple(train), tuple(dev), metric, fingerprint)

@@ -32,10 +32,8 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
 def _encode(rows: Sequence[Example], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
     pairs = [row.pair for row in rows] if rows and rows[0].pair is not None else None
     tokens = tokenizer([row.text for row in rows], pairs, truncation=True, max_length=max_length)
-    return [
-        {key: tokens[key][i] for key in tokens} | {"labels": row.label}
-        for i, row in enumerate(rows)
-    ]
+    columns = {**tokens, "labels": [row.label for row in rows]}
+    return [{key: column[i] for key, column in columns.items()} for i in range(len(rows))]
 
 
 def _prompt(row: Example) -> str:
@@ -86,11 +84,8 @@ def tokenize(
             "that this model takes: lower it"
         )
     encode = _encode_causal if task.kind == "causal_lm" else _encode
-    train, dev = (
-        TokenizedDataset(encode(rows, tokenizer, max_length) if rows else [])
-        for rows in (task.train, task.dev)
-    )
-    return train, dev
+    train, dev = (encode(r, tokenizer, max_length) if r else [] for r in (task.train, task.dev))
+    return TokenizedDataset(train), TokenizedDataset(dev)
 
 
 def collator(
