@@ -1,15 +1,19 @@
 """Tiny seeded models of transformers, and what many tests do with a model."""
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import loradrop
 from loradrop import LoRAConfig
 from loradrop.injection import injection_of
 
+Make, Options = Callable[[], Any], dict[str, Any]
 IDS = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(5))
 LM = {"num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": 1}
 
@@ -104,3 +108,45 @@ def assert_same(model: nn.Module, before: dict[str, Any]) -> None:
         assert torch.equal(tensor, states[1][key]), key
     for what, value in after.items():
         assert value == before[what], what
+
+
+# A model of its own: two layers whose targets are query and value
+
+WIDTH, R, VOCABULARY = 12, 3, 20
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.drop = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(torch.tanh(self.query(x)) * self.value(x))
+
+
+class Net(nn.Module):
+    """From ids or embeddings; `reentrant` turns on activation checkpointing."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers, self.reentrant = nn.ModuleList([Layer(), Layer()]), reentrant
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = input_ids if input_ids.is_floating_point() else self.embed(input_ids)
+        if self.reentrant and not x.requires_grad:
+            x = x.detach().requires_grad_()
+        again = functools.partial(checkpoint, use_reentrant=self.reentrant)
+        for layer in self.layers:
+            x = layer(x) if self.reentrant is None else again(layer, x)
+        return x
+
+
+def net(reentrant: bool | None = None, **options: Any) -> Any:
+    """A `Net` with adapters that are awake."""
+    model = Net(reentrant)
+    targets = ["query", "value"]
+    loradrop.inject(model, LoRAConfig(r=R, lora_alpha=4, target_modules=targets, **options))
+    return wake(model)

@@ -20,25 +20,18 @@ pytestmark = pytest.mark.numbers
 DEPTH, WIDTH, R = 4, 6, 2
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
-
-
 class Tower(nn.Module):
     """Equal layers without nonlinearity, so that whole numbers stay whole."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(DEPTH))
+        self.layers = nn.ModuleList()
+        for _ in range(DEPTH):
+            self.layers.append(nn.ModuleDict({"proj": nn.Linear(WIDTH, WIDTH)}))
         self.side = nn.Linear(WIDTH, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.side(sum(layer(x) for layer in self.layers))
+        return self.side(sum(layer.proj(x) for layer in self.layers))
 
 
 def tower(kept: list[str] | None = None, **options: Any) -> tuple[Tower, AdapterBank]:

@@ -12,7 +12,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from models import IDS, assert_same, bert, fill, llama, outputs, share, snapshot
+from models import IDS, Make, Options, assert_same, bert, fill, llama, outputs, share, snapshot
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -256,35 +256,28 @@ def test_a_good_file_that_begins_like_a_pickle(model: Any, path: Path) -> None:
     assert same(loaded(path), model)
 
 
-OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
-    "fewer layers": (
-        lambda: bert(2),
-        r"another model.*\n  bert\.encoder\.layer\.2\.attention\.self\.query: 32 -> 32 in the "
-        r"file, not there in the model\n  bert\.encoder\.layer\.2\.attention\.self\.value",
-    ),
-    "another width": (
-        lambda: bert(hidden=64),
-        r"query: 32 -> 32 in the file, 64 -> 64 in the model",
-    ),
-    "another head": (
-        lambda: bert(num_labels=5),
-        r"classifier\.weight: \(2, 32\) in the file, \(5, 32\) in the model",
-    ),
-    "another architecture": (llama, r"These differ:\n  bert\.encoder\.layer\.0.*not there"),
-    "injected with other targets": (
-        lambda: adapt(bert(), LoRAConfig(r=4, target_modules=["key"])),
-        r"adapts other targets.*loradrop\.remove\(model\)",
-    ),
-    "injected with another scale": (  # never another scale in silence
-        lambda: adapt(bert(), LoRAConfig(r=4, lora_alpha=40)),
-        "another scale .*lora_alpha",
-    ),
-}
+def injected(**options: Any) -> Any:
+    return adapt(bert(), LoRAConfig(r=4, **options))
 
 
-@pytest.mark.parametrize(("make", "message"), OTHERS.values(), ids=OTHERS)
-def test_another_model(make: Callable[[], Any], message: str, path: Path) -> None:
-    refused(message, path, make())
+HEAD = r"classifier\.weight: \(2, 32\) in the file, \(5, 32\) in the model"
+FEWER = (
+    r"another model.*\n  bert\.encoder\.layer\.2\.attention\.self\.query: 32 -> 32 in the file, "
+    r"not there in the model\n  bert\.encoder\.layer\.2\.attention\.self\.value"
+)
+OTHERS: list[tuple[Make, Options, str]] = [
+    (bert, {"layers": 2}, FEWER),
+    (bert, {"hidden": 64}, "query: 32 -> 32 in the file, 64 -> 64 in the model"),
+    (bert, {"num_labels": 5}, HEAD),
+    (llama, {}, r"These differ:\n  bert\.encoder\.layer\.0.*not there"),
+    (injected, {"target_modules": ["key"]}, r"adapts other targets.*loradrop\.remove\(model\)"),
+    (injected, {"lora_alpha": 40}, "another scale .*lora_alpha"),  # never in silence
+]
+
+
+@pytest.mark.parametrize(("make", "options", "message"), OTHERS)
+def test_another_model(make: Make, options: Options, message: str, path: Path) -> None:
+    refused(message, path, make(**options))
 
 
 class TestPlan:
