@@ -4,26 +4,14 @@ import copy
 import importlib
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import models
 import pytest
 import torch
-from models import (
-    adapt,
-    assert_same,
-    bert,
-    distilbert,
-    fill,
-    gpt2,
-    llama,
-    outputs,
-    roberta,
-    share,
-    snapshot,
-)
+from models import Make, Options, adapt, assert_same, bert, fill, llama, outputs, share, snapshot
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -77,17 +65,17 @@ PATTERNS = {"rank_pattern": {"value": 11}, "alpha_pattern": {"1.*query": 3, "val
         (lambda: bert(cls="ForQuestionAnswering"), {}, "QUESTION_ANS"),
         (lambda: bert(cls="Model"), {}, "FEATURE_EXTRACTION"),
         (lambda: bert(cls="ForMaskedLM"), {}, None),
-        (roberta, {}, "SEQ_CLS"),  # a head of two layers
-        (distilbert, {}, "SEQ_CLS"),  # PEFT saves pre_classifier as it ends in classifier
+        (models.roberta, {}, "SEQ_CLS"),  # a head of two layers
+        (models.distilbert, {}, "SEQ_CLS"),  # PEFT saves pre_classifier as it ends in classifier
         # a task that would save a target whole is left out
-        (distilbert, {"target_modules": ["pre_classifier"], "modules_to_save": []}, None),
+        (models.distilbert, {"target_modules": ["pre_classifier"], "modules_to_save": []}, None),
         (llama, {"target_modules": "all-linear"}, "CAUSAL_LM"),
         (lambda: llama("ForSequenceClassification"), {}, "SEQ_CLS"),
-        (gpt2, {"target_modules": ["c_attn", "c_fc"]}, "CAUSAL_LM"),
+        (models.gpt2, {"target_modules": ["c_attn", "c_fc"]}, "CAUSAL_LM"),
     ],
 )
 def test_stock_peft_reads_it_to_the_same_logits(
-    make: Callable[[], nn.Module], options: dict[str, Any], task: str | None, tmp_path: Path
+    make: Make, options: Options, task: str | None, tmp_path: Path
 ) -> None:
     model = adapt(make(), **options)
     with loradrop.disabled(model):
@@ -218,45 +206,44 @@ def twice() -> nn.Module:
     return adapt(model, target_modules="lin", r=4)
 
 
-def two_targets_of_one_weight() -> nn.Module:
+def two_of_one_weight() -> nn.Module:
     model = adapt(llama())
     one, two = model.model.layers
     two.self_attn.q_proj.weight = one.self_attn.q_proj.weight
     return model
 
 
-PRE = {"target_modules": ["pre_classifier"], "modules_to_save": ["classifier"]}
-REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
-    "a target in what it saves whole": (
-        *(lambda: adapt(distilbert(), **PRE), {}),
-        r"peft.*saves whole.*classifier.*pre_classifier",
-    ),
-    "the model itself": (
-        *(lambda: loradrop.LoRALinear(16, 16), {}),
-        "LoRALinear: it is the model itself",
-    ),
-    "a module of several names": (twice, {}, "lin: it has several names"),
-    "a trained tensor tied to another": (
-        *(lambda: adapt(llama(tie_word_embeddings=True), modules_to_save=["lm_head"]), {}),
-        r"lm_head.weight apart from model.embed_tokens",
-    ),
-    "no adapters": (llama, {}, r"no loradrop adapters: call loradrop\.inject"),
-    "merged without save_pretrained": (
-        lambda: adapt(Plain(), target_modules=["lin"]),
-        {"format": "merged"},
-        "Plain has no save_pretrained",
-    ),
-    "a weight of two targets": (
-        *(two_targets_of_one_weight, {"format": "merged"}),
-        r"q_proj is tied .*layers\.1\.self_attn\.q_proj",
-    ),
-}
+def saved_whole() -> nn.Module:
+    options = {"target_modules": ["pre_classifier"], "modules_to_save": ["classifier"]}
+    return adapt(models.distilbert(), **options)
 
 
-@pytest.mark.parametrize(("make", "options", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_a_format_cannot_hold(
-    make: Callable[[], nn.Module], options: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def tied() -> nn.Module:
+    return adapt(llama(tie_word_embeddings=True), modules_to_save=["lm_head"])
+
+
+def lm() -> nn.Module:
+    return adapt(llama())
+
+
+MERGED = {"format": "merged"}
+REFUSED: list[tuple[Make, Options, str]] = [
+    (saved_whole, {}, r"peft.*saves whole.*classifier.*pre_classifier"),
+    (lambda: loradrop.LoRALinear(16, 16), {}, "LoRALinear: it is the model itself"),
+    (twice, {}, "lin: it has several names"),
+    (tied, {}, r"lm_head.weight apart from model.embed_tokens"),
+    (llama, {}, r"no loradrop adapters: call loradrop\.inject"),
+    (lambda: adapt(Plain(), target_modules=["lin"]), MERGED, "Plain has no save_pretrained"),
+    (two_of_one_weight, MERGED, r"q_proj is tied .*layers\.1\.self_attn\.q_proj"),
+    (lm, {"format": "gguf"}, "format='gguf': choose one of peft, merged"),
+    (lm, {"dtype": "int8"}, "dtype='int8': choose one of float32, bfloat16, float16"),
+    (lm, {"engines": ["ollama"]}, "engine 'ollama' is unknown: choose among peft, vllm"),
+    (lm, {**MERGED, "dtype": "float16"}, "of the PEFT format"),
+]
+
+
+@pytest.mark.parametrize(("make", "options", "message"), REFUSED)
+def test_what_is_refused(make: Make, options: Options, message: str, tmp_path: Path) -> None:
     refused(message, make(), tmp_path, **options)
 
 
@@ -280,33 +267,6 @@ class TestEngines:
         assert [verdict.ok for verdict in verdicts] == [True, False, False, False]
         assert [v.engine in caplog.text for v in verdicts[1:]] == [True] * 3
         assert "refuses it: classifier" in (tmp_path / "README.md").read_text()
-
-    @pytest.mark.parametrize(
-        ("r", "expected"),
-        [
-            (20, (True, "needs --max-lora-rank 32")),
-            (513, (False, "rank 1024 is beyond its cap of 512")),
-        ],
-    )
-    def test_ranks_of_vllm(self, r: int, expected: tuple[bool, str], tmp_path: Path) -> None:
-        verdict = export(adapt(Plain(520), target_modules=["lin"], r=r), tmp_path)[1]
-        assert verdict.engine == "vllm" and (verdict.ok, verdict.reason) == expected
-
-    def test_conv1d_is_not_for_llama_cpp(self, tmp_path: Path) -> None:
-        assert "Conv1D" in export(adapt(gpt2()), tmp_path)[3].reason
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"format": "gguf"}, "format='gguf': choose one of peft, merged"),
-        ({"dtype": "int8"}, "dtype='int8': choose one of float32, bfloat16, float16"),
-        ({"engines": ["ollama"]}, "engine 'ollama' is unknown: choose among peft, vllm"),
-        ({"format": "merged", "dtype": "float16"}, "of the PEFT format"),
-    ],
-)
-def test_unknown_options(options: dict[str, Any], message: str, tmp_path: Path) -> None:
-    refused(message, adapt(llama()), tmp_path, **options)
 
 
 def test_model_card(tmp_path: Path) -> None:
@@ -368,8 +328,8 @@ def reload_merged(model: nn.Module, path: Path) -> None:
 
 
 class TestMerged:
-    @pytest.mark.parametrize("make", [bert, roberta, llama, gpt2])
-    def test_loads_to_the_same_logits(self, make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    @pytest.mark.parametrize("make", [bert, models.roberta, llama, models.gpt2])
+    def test_loads_to_the_same_logits(self, make: Make, tmp_path: Path) -> None:
         model = make()
         base = outputs(model)
         native = outputs(adapt(model, lora_alpha=3))
