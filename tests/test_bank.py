@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import wake
 from torch import Tensor, nn
 
 import loradrop
@@ -19,25 +20,18 @@ pytestmark = pytest.mark.numbers
 DEPTH, WIDTH, R = 4, 6, 2
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
-
-
 class Tower(nn.Module):
     """Equal layers without nonlinearity, so that whole numbers stay whole."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Block() for _ in range(DEPTH))
+        self.layers = nn.ModuleList()
+        for _ in range(DEPTH):
+            self.layers.append(nn.ModuleDict({"proj": nn.Linear(WIDTH, WIDTH)}))
         self.side = nn.Linear(WIDTH, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.side(sum(layer(x) for layer in self.layers))
+        return self.side(sum(layer.proj(x) for layer in self.layers))
 
 
 def tower(kept: list[str] | None = None, **options: Any) -> tuple[Tower, AdapterBank]:
@@ -45,12 +39,10 @@ def tower(kept: list[str] | None = None, **options: Any) -> tuple[Tower, Adapter
     torch.manual_seed(0)
     model = Tower()
     config = loradrop.LoRAConfig(r=R, target_modules=["proj", "side"], **options)
-    bank = loradrop.inject(model, config)
+    loradrop.inject(model, config)
     if kept is not None:
         loradrop.share(model, kept)
-    for B in bank.B:
-        nn.init.normal_(B)
-    return model, bank
+    return wake(model), model.lora_bank
 
 
 def storages(bank: AdapterBank) -> list[int]:
@@ -62,7 +54,7 @@ def test_targets_slots_and_factors() -> None:
     assert bank_of(model) is bank is model.lora_bank
     names = [f"layers.{i}.proj" for i in range(DEPTH)] + ["side"]
     assert [target.name for target in bank.targets] == names
-    assert bank.slots == tuple(range(DEPTH + 1))
+    assert bank.slots == tuple(range(DEPTH + 1)) == tuple(map(bank.index, names))
     for i, target in enumerate(bank.targets):
         module = model.get_submodule(target.name)
         assert (target.in_features, target.out_features) == tuple(module.weight.T.shape)
@@ -72,26 +64,23 @@ def test_targets_slots_and_factors() -> None:
         assert isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter)
         assert (A.shape, B.shape) == ((R, WIDTH), (target.out_features, R))
         assert A.dtype == B.dtype == torch.float32
-        assert bank.index(target.name) == i
+    assert not list(bank.buffers())  # they would be broadcast from rank 0 and cast with the model
 
 
-def test_an_unknown_name_lists_the_known() -> None:
+def test_refusals() -> None:
     _, bank = tower()
     with pytest.raises(KeyError, match=r"layers\.9.*layers\.0\.proj"):
         bank.index("layers.9")
-
-
-def test_a_model_without_bank_says_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"Tower.*inject"):
         bank_of(Tower())
+    with pytest.raises(ValueError, match=r"slot 0.*side"):
+        bank.assign(Assignment(bank.targets, (0,) * (DEPTH + 1)), [(bank.A[0], bank.B[0])])
 
 
 def test_delta_is_what_the_layer_adds() -> None:
     model, bank = tower(lora_alpha=5)
-    x = torch.randn(7, WIDTH)
-    layer = model.layers[2].proj
+    x, layer, delta = torch.randn(7, WIDTH), model.layers[2].proj, bank.delta(2)
     added = layer(x) - nn.functional.linear(x, layer.weight, layer.bias)
-    delta = bank.delta(2)
     assert (delta.shape, delta.dtype, delta.requires_grad) == ((WIDTH, WIDTH), torch.float32, False)
     torch.testing.assert_close(delta, 2.5 * bank.B[2].detach() @ bank.A[2].detach())
     torch.testing.assert_close(added, x @ delta.T, rtol=1e-5, atol=1e-5)
@@ -103,11 +92,8 @@ def test_delta_is_what_the_layer_adds() -> None:
 
 def test_a_shared_adapter_is_stored_once() -> None:
     model, bank = tower([])
-    assert [bank.factors(i)[0] is bank.factors(0)[0] for i in range(DEPTH + 1)] == [
-        *[True] * DEPTH,
-        False,
-    ]
-    assert len(bank.A) == len(bank.B) == 2
+    first = [bank.factors(i)[0] is bank.factors(0)[0] for i in range(DEPTH + 1)]
+    assert first == [*[True] * DEPTH, False] and len(bank.A) == len(bank.B) == 2
     adapters = [key for key in model.state_dict() if key.startswith("lora_bank.")]
     assert adapters == [f"lora_bank.{part}" for part in ("A.0", "A.1", "B.0", "B.1")]
     assert len(set(storages(bank))) == 4
@@ -118,22 +104,18 @@ def test_a_shared_adapter_is_stored_once() -> None:
 def test_a_shared_adapter_gets_the_sum_of_its_gradients() -> None:
     """Against an unshared copy of equal values; whole numbers sum exactly in any order."""
     model, bank = tower([])
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.copy_(torch.randint(-3, 4, tensor.shape))
+    for tensor in model.state_dict().values():
+        tensor.copy_(torch.randint(-3, 4, tensor.shape))
     unshared = copy.deepcopy(model)
-    own = unshared.lora_bank
-    pairs = [
-        (A.detach().clone(), B.detach().clone()) for A, B in map(own.factors, range(DEPTH + 1))
-    ]
-    own.assign(Assignment(own.targets, tuple(range(DEPTH + 1))), pairs)
+    own, every = unshared.lora_bank, range(DEPTH + 1)
+    pairs = [tuple(factor.detach().clone() for factor in own.factors(i)) for i in every]
+    own.assign(Assignment(own.targets, tuple(every)), pairs)
+    x = torch.randint(-3, 4, (11, WIDTH), generator=torch.Generator().manual_seed(1)).float()
     for each in (model, unshared):
-        x = torch.randint(-3, 4, (11, WIDTH), generator=torch.Generator().manual_seed(1)).float()
         each(x).square().sum().backward()
     for shared, single in ((bank.A[0], own.A), (bank.B[0], own.B)):
-        total = sum(parameter.grad for parameter in single[:DEPTH])
         assert shared.grad.abs().max() > 0 and all(p.grad.abs().max() > 0 for p in single)
-        assert torch.equal(shared.grad, total)
+        assert torch.equal(shared.grad, sum(parameter.grad for parameter in single[:DEPTH]))
 
 
 def test_sharing_again_never_aliases() -> None:
@@ -157,12 +139,6 @@ def test_sharing_after_everything_was_dropped() -> None:
     assert (A.shape, B.shape) == ((R, WIDTH), (3, R))
 
 
-def test_assign_refuses_a_pair_that_does_not_fit() -> None:
-    _, bank = tower()
-    with pytest.raises(ValueError, match=r"slot 0.*side"):
-        bank.assign(Assignment(bank.targets, (0,) * (DEPTH + 1)), [(bank.A[0], bank.B[0])])
-
-
 # Copies
 
 
@@ -184,29 +160,21 @@ def test_a_copy_has_its_own_bank(how: Any, kept: list[str] | None) -> None:
     x = torch.randn(5, WIDTH)
     expected = model(x).detach()
     twin = how(model)
-    assert bank_of(twin) is not bank
+    other = bank_of(twin)
+    assert other is not bank and not set(storages(bank)) & set(storages(other))
     linears = [block.proj for block in twin.layers] + [twin.side]
-    assert all(layer._lora[0] is twin.lora_bank for layer in linears)
-    assert type(twin.side) is LoRALinear
-    assert not set(storages(bank)) & set(storages(twin.lora_bank))
+    assert all(layer._lora[0] is other for layer in linears) and type(twin.side) is LoRALinear
+    assert bank.slots == other.slots and bank.targets == other.targets
     assert torch.equal(twin(x), expected)
-    with torch.no_grad():
-        for B in twin.lora_bank.B:
-            B.zero_()
-    assert not torch.equal(twin(x), expected)
-    assert torch.equal(model(x), expected)
-    twin.zero_grad()
+    assert not torch.equal(wake(twin, 0.0)(x), expected) and torch.equal(model(x), expected)
     twin(x).sum().backward()
     assert all(p.grad is None for p in model.parameters())
-    assert bank.slots == twin.lora_bank.slots and bank.targets == twin.lora_bank.targets
 
 
 def test_state_dict_goes_into_another_injected_model() -> None:
-    model, _ = tower()
-    other, _ = tower()
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(1.0)
+    (model, _), (other, _) = tower(), tower()
+    for parameter in other.parameters():
+        parameter.data.add_(1.0)
     x = torch.randn(5, WIDTH)
     assert not torch.equal(other(x), model(x))
     assert other.load_state_dict(model.state_dict()).missing_keys == []
@@ -227,51 +195,33 @@ def dtypes(module: nn.Module) -> set[torch.dtype]:
 )
 def test_adapters_stay_float32_on_a_half_base(cast: Any) -> None:
     model, bank = tower()
-    before = {key: tensor.clone() for key, tensor in bank.state_dict().items()}
-    cast(model)
-    base = model.layers[0].proj.weight.dtype
+    before = copy.deepcopy(bank.state_dict())
+    base = cast(model).layers[0].proj.weight.dtype
     assert base in (torch.bfloat16, torch.float16)
     assert dtypes(model.layers) == {base} and dtypes(bank) == {torch.float32}
-    for key, tensor in bank.state_dict().items():
-        assert torch.equal(tensor, before[key])
+    assert all(torch.equal(tensor, before[key]) for key, tensor in bank.state_dict().items())
     y = model(torch.randn(5, WIDTH, dtype=base))
     y.float().square().sum().backward()
     assert y.dtype == base
-    for i in range(DEPTH + 1):
-        assert all(f.grad.dtype == torch.float32 and f.grad.any() for f in bank.factors(i))
+    assert all(f.grad.dtype == torch.float32 and f.grad.any() for f in bank.parameters())
 
 
-def test_adapters_on_a_half_base_start_in_float32() -> None:
-    model = Tower().bfloat16()
-    bank = loradrop.inject(model, loradrop.LoRAConfig(r=R, target_modules=["side"]))
-    assert dtypes(bank) == {torch.float32}
+@pytest.mark.parametrize("options", [{}, {"adapter_dtype": "base"}])
+def test_adapters_made_on_a_half_base(options: dict[str, Any]) -> None:
+    config = loradrop.LoRAConfig(r=R, target_modules=["side"], **options)
+    dtype = torch.bfloat16 if options else torch.float32
+    assert dtypes(loradrop.inject(Tower().bfloat16(), config)) == {dtype}
 
 
-def test_adapters_follow_to_double() -> None:
+def test_adapters_follow_to_double_trainable_and_in_use() -> None:
     model, bank = tower()
     x = torch.randn(5, WIDTH)
     expected = model(x)
-    model.double()
-    assert dtypes(model) == dtypes(bank) == {torch.float64}
-    torch.testing.assert_close(model(x.double()).float(), expected)
-
-
-def test_adapter_dtype_base() -> None:
-    model = Tower().bfloat16()
-    config = loradrop.LoRAConfig(r=R, target_modules=["side"], adapter_dtype="base")
-    assert dtypes(loradrop.inject(model, config)) == {torch.bfloat16}
-
-
-def test_moving_keeps_parameters_trainable_and_in_use() -> None:
-    model, bank = tower()
     model.double().to("cpu")
+    assert dtypes(model) == dtypes(bank) == {torch.float64}
+    y = model(x.double())
+    torch.testing.assert_close(y.float(), expected)
+    y.sum().backward()
+    assert all(p.requires_grad and p.is_leaf and p.grad is not None for p in bank.parameters())
     for i in range(DEPTH + 1):
-        assert all(f.requires_grad and f.is_leaf for f in bank.factors(i))
-    model(torch.randn(5, WIDTH).double()).sum().backward()
-    assert all(parameter.grad is not None for parameter in bank.parameters())
-
-
-def test_statistics_are_no_buffers() -> None:
-    """Buffers would be broadcast from rank 0 and cast with the model."""
-    _, bank = tower()
-    assert not list(bank.buffers())
+        assert bank.factors(i)[0] is bank.A[i] and bank.factors(i)[1] is bank.B[i]

@@ -1,6 +1,5 @@
 """The check of an export: equal files pass, every way to differ from the native adapter shows."""
 
-import copy
 import json
 import math
 import re
@@ -11,58 +10,27 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
+from models import IDS, Make, Options, adapt, assert_same, bert, gpt2, llama, share, snapshot
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loradrop
-from loradrop import LoRAConfig, export, verify
+from loradrop import export, verify
 from loradrop.formats.engines import ENGINES, refusal, scale
 from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS, PeftFile
-from loradrop.injection import injection_of
 
 pytestmark = pytest.mark.numbers
 
-IDS = torch.randint(3, 50, (2, 9), generator=torch.Generator().manual_seed(5))
 BATCHES = [{"input_ids": IDS[:1]}, {"input_ids": IDS[1:], "attention_mask": IDS[1:] > 20}]
 
 
-def bert() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
-    config = hf.BertConfig(**sizes, intermediate_size=48, initializer_range=0.2)
-    return hf.BertForSequenceClassification(config).eval()
-
-
-def llama() -> nn.Module:
-    torch.manual_seed(0)
-    sizes = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2, intermediate_size=48)
-    heads = dict(num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, **heads, initializer_range=0.2)).eval()
-
-
-def gpt2() -> nn.Module:
-    torch.manual_seed(0)
-    config = hf.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=4, n_positions=32)
-    return hf.GPT2LMHeadModel(config).eval()
-
-
-def adapt(model: nn.Module, **options: Any) -> nn.Module:
-    """Inject, and give every trained tensor a value that shows in the logits."""
-    bank, state = loradrop.inject(model, LoRAConfig(**options)), model.state_dict()
-    torch.manual_seed(1)
-    for tensor in (*bank.parameters(), *(state[name] for name in injection_of(model).originals)):
-        tensor.data.add_(torch.randn(tensor.shape) * 0.3)
-    return model
-
-
-def exported(make: Callable[[], nn.Module], path: Path, **options: Any) -> nn.Module:
+def exported(make: Make, path: Path, **options: Any) -> Any:
     model = adapt(make(), **options)
     export(model, path)
     return model
 
 
-def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> None:
+def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], Any]) -> None:
     """Change the configuration and the tensors of a PEFT folder in place."""
     config, tensors = json.loads((path / CONFIG).read_text()), load_file(path / TENSORS)
     change(config, tensors)
@@ -101,8 +69,8 @@ def test_all_engines_take_a_language_model(tmp_path: Path, loader: str) -> None:
         (gpt2, {"target_modules": ["c_attn", "c_fc"]}),
     ],
 )
-def test_refusals_are_told_and_required_where_named(
-    make: Callable[[], nn.Module], options: dict[str, Any], tmp_path: Path, loader: str
+def test_refusals_are_reported_and_count_where_named(
+    make: Make, options: Options, tmp_path: Path, loader: str
 ) -> None:
     model = exported(make, tmp_path, **options)
     report = verify(model, tmp_path, BATCHES)
@@ -116,11 +84,7 @@ def test_refusals_are_told_and_required_where_named(
 
 @pytest.mark.parametrize("how", ["group", "none"])
 def test_shared_and_dropped_adapters(how: str, tmp_path: Path) -> None:
-    model = adapt(llama())
-    bank = model.lora_bank
-    loradrop.share(model, [bank.targets[0].name], share=how)
-    for parameter in bank.parameters():
-        parameter.data.normal_(0, 0.3)
+    model = share(adapt(llama()), [0], how)
     export(model, tmp_path)
     assert verify(model, tmp_path, BATCHES, engines=ENGINES).ok
 
@@ -128,56 +92,40 @@ def test_shared_and_dropped_adapters(how: str, tmp_path: Path) -> None:
 def peft_saves(path: Path, **options: Any) -> nn.Module:
     """A file that PEFT wrote, and a native model with the same factors under the same options."""
     peft = pytest.importorskip("peft")
-    options = {"target_modules": ["q_proj", "v_proj"], **options}
+    options = {"target_modules": ["q_proj", "v_proj"], "r": 4, "lora_alpha": 8, **options}
     model = adapt(llama(), **options)
     saved = peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", **options))
     for i, target in enumerate(model.lora_bank.targets):
         layer = saved.base_model.model.get_submodule(target.name)
-        for side, factor in zip(
-            (layer.lora_A, layer.lora_B), model.lora_bank.factors(i), strict=True
-        ):
-            side["default"].weight.data.copy_(factor.data)
+        A, B = model.lora_bank.factors(i)
+        layer.lora_A["default"].weight.data.copy_(A.data)
+        layer.lora_B["default"].weight.data.copy_(B.data)
     saved.save_pretrained(path)
     return model
 
 
-class TestWhatPeftWrites:
-    """Its own files say by patterns and rslora what SGLang and llama.cpp do not read."""
+# PEFT's own files say by patterns and rslora what SGLang and llama.cpp do not read.
+RANKS, ALPHAS = {"rank_pattern": {"v_proj": 8}}, {"alpha_pattern": {"1.*q_proj": 24}}
+THEIRS: list[tuple[Options, list[str]]] = [
+    (RANKS | ALPHAS, ["sglang", "llama.cpp"]),
+    (RANKS, ["sglang"]),
+    ({"use_rslora": True}, ["sglang", "llama.cpp"]),
+    ({}, []),
+]
 
-    def verdicts(self, model: nn.Module, path: Path) -> dict[str, bool]:
-        report = verify(model, path, BATCHES)
-        assert report.relative <= 1e-4  # PEFT itself reads it right
-        wrong = [row for row in report.rows if row.error > 0.05]
-        assert report.ok == (not wrong) and all(f"{row.engine} " in report.table() for row in wrong)
-        assert report.table().count("WRONG") == len(wrong)
-        return {row.engine: row.ok for row in report.rows}
 
-    def test_heterogeneous(self, tmp_path: Path) -> None:
-        patterns = {"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"1.*q_proj": 24}}
-        model = peft_saves(tmp_path, r=4, lora_alpha=8, **patterns)
-        expected = {"peft": True, "vllm": True, "sglang": False, "llama.cpp": False}
-        assert self.verdicts(model, tmp_path) == expected
-        assert not verify(model, tmp_path, BATCHES).ok
-
-    def test_rank_pattern_alone(self, tmp_path: Path) -> None:
-        model = peft_saves(tmp_path, r=4, lora_alpha=8, rank_pattern={"v_proj": 8})
-        expected = {"peft": True, "vllm": True, "sglang": False, "llama.cpp": True}
-        assert self.verdicts(model, tmp_path) == expected
-
-    def test_rslora(self, tmp_path: Path) -> None:
-        model = peft_saves(tmp_path, r=4, lora_alpha=8, use_rslora=True)
-        expected = {"peft": True, "vllm": True, "sglang": False, "llama.cpp": False}
-        assert self.verdicts(model, tmp_path) == expected
-
-    def test_plain(self, tmp_path: Path) -> None:
-        model = peft_saves(tmp_path, r=4, lora_alpha=8)
-        assert set(self.verdicts(model, tmp_path).values()) == {True}
-
-    def test_our_export_of_the_heterogeneous_one_is_right_for_all(self, tmp_path: Path) -> None:
-        patterns = {"rank_pattern": {"v_proj": 8}, "alpha_pattern": {"1.*q_proj": 24}}
-        model = peft_saves(tmp_path / "theirs", r=4, lora_alpha=8, **patterns)
-        export(model, tmp_path / "ours")
-        assert verify(model, tmp_path / "ours", BATCHES, engines=ENGINES).ok
+@pytest.mark.parametrize(("options", "failing"), THEIRS)
+def test_what_peft_writes(options: Options, failing: list[str], tmp_path: Path) -> None:
+    model = peft_saves(tmp_path / "theirs", **options)
+    report = verify(model, tmp_path / "theirs", BATCHES)
+    assert report.relative <= 1e-4  # PEFT itself reads it right
+    assert [row.engine for row in report.rows if not row.ok] == failing
+    wrong = [row for row in report.rows if row.error > 0.05]
+    assert report.ok == (not wrong) and (wrong or "alpha_pattern" not in options)
+    assert all(f"{row.engine} " in report.table() for row in wrong)
+    assert report.table().count("WRONG") == len(wrong)
+    export(model, tmp_path / "ours")  # is right for all
+    assert verify(model, tmp_path / "ours", BATCHES, engines=ENGINES).ok
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), None])
@@ -185,10 +133,8 @@ def test_a_changed_file_shows(value: float | None, tmp_path: Path, loader: str) 
     model = exported(llama, tmp_path)
 
     def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        key = next(key for key in tensors if "layers.1.self_attn.v_proj.lora_B" in key)
-        tensors[key] = (
-            tensors[key] * 1.01 if value is None else torch.full_like(tensors[key], value)
-        )
+        B = next(t for key, t in tensors.items() if "layers.1.self_attn.v_proj.lora_B" in key)
+        B.mul_(1.01) if value is None else B.fill_(value)
 
     rewrite(tmp_path, change)
     report = verify(model, tmp_path, BATCHES)
@@ -219,9 +165,8 @@ def test_a_missing_adapter_shows(tmp_path: Path) -> None:
 
 
 def test_an_adapter_too_many_shows(tmp_path: Path) -> None:
-    model = exported(llama, tmp_path, target_modules=["q_proj", "v_proj", "k_proj"])
-    loradrop.remove(model)
-    fewer = adapt(model, target_modules=["q_proj", "v_proj"])
+    exported(llama, tmp_path, target_modules=["q_proj", "v_proj", "k_proj"])
+    fewer = adapt(llama(), target_modules=["q_proj", "v_proj"])
     report = verify(fewer, tmp_path, BATCHES)
     assert not report.ok and report.rows[0].error == math.inf
 
@@ -240,13 +185,10 @@ def test_narrow_dtypes_have_their_own_tolerance(dtype: str, tmp_path: Path) -> N
 def test_the_model_stays_as_it_is(tmp_path: Path, loader: str) -> None:
     model = exported(bert, tmp_path).train()
     model.bert.encoder.eval()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
+    before, bank = snapshot(model), model.lora_bank
     modes, random = [m.training for m in model.modules()], torch.get_rng_state()
-    bank = model.lora_bank
     assert verify(model, tmp_path, BATCHES).ok
-    after = model.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert_same(model, before)
     assert [m.training for m in model.modules()] == modes and model.lora_bank is bank
     assert torch.equal(torch.get_rng_state(), random)
 
@@ -258,7 +200,7 @@ def test_a_reversible_merge_is_compared_with_its_base(tmp_path: Path) -> None:
 
 
 class Net(nn.Module):
-    """A model that is none of transformers: tensors in, a tensor out."""
+    """Not a model of transformers: tensors in, a tensor out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -268,64 +210,67 @@ class Net(nn.Module):
         return self.lin(x)
 
 
+SMALL = {"target_modules": ["lin"], "r": 4}
+
+
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"x": x}])
 def test_batches_of_any_kind(wrap: Callable[[Tensor], Any], tmp_path: Path, loader: str) -> None:
-    model = exported(Net, tmp_path, target_modules=["lin"], r=4)
+    model = exported(Net, tmp_path, **SMALL)
     assert verify(model, tmp_path, (wrap(torch.randn(3, 16)) for _ in range(2))).ok
 
 
-class TestBadInput:
-    def test_no_batches(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="batches is empty"):
-            verify(exported(llama, tmp_path), tmp_path, [])
+def only_a_pickle(path: Path) -> None:
+    (path / TENSORS).unlink()
+    torch.save({"x": torch.ones(1)}, path / "adapter_model.bin")
 
-    def test_no_file(self, tmp_path: Path) -> None:
-        with pytest.raises(FileNotFoundError, match=r"adapter_model\.safetensors is not there$"):
-            verify(adapt(llama()), tmp_path, BATCHES)
 
-    def test_a_pickle_is_not_read(self, tmp_path: Path) -> None:
-        torch.save({"x": torch.ones(1)}, tmp_path / "adapter_model.bin")
-        with pytest.raises(FileNotFoundError, match="a pickle that can run any code"):
-            verify(adapt(llama()), tmp_path, BATCHES)
+def truncate(path: Path) -> None:
+    whole = (path / TENSORS).read_bytes()
+    (path / TENSORS).write_bytes(whole[: len(whole) // 2])
 
-    def test_truncated(self, tmp_path: Path) -> None:
-        model = exported(llama, tmp_path)
-        whole = (tmp_path / TENSORS).read_bytes()
-        (tmp_path / TENSORS).write_bytes(whole[: len(whole) // 2])
-        with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged"):
-            verify(model, tmp_path, BATCHES)
 
-    def test_a_half_written_configuration(self, tmp_path: Path) -> None:
-        model = exported(llama, tmp_path)
-        (tmp_path / CONFIG).write_text('{"r": ')
-        with pytest.raises(ValueError, match=r"adapter_config\.json is damaged"):
-            verify(model, tmp_path, BATCHES)
+def narrow(path: Path) -> None:
+    sliced = {k: v[:, :5].contiguous() for k, v in load_file(path / TENSORS).items() if "_A" in k}
+    rewrite(path, lambda _, tensors: tensors.update(sliced))
 
-    def test_of_another_size(self, tmp_path: Path) -> None:
-        exported(llama, tmp_path)
 
-        def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-            tensors |= {k: v[:, :5].contiguous() for k, v in tensors.items() if "lora_A" in k}
+def rank_4(path: Path) -> None:
+    rewrite(path, lambda config, _: config.update(r=4))
 
-        rewrite(tmp_path, change)
-        with pytest.raises(ValueError, match=r"q_proj is \(32, 5\) .* export of another model"):
-            verify(adapt(llama()), tmp_path, BATCHES)
 
-    def test_of_another_architecture(self, tmp_path: Path) -> None:
-        exported(Net, tmp_path, target_modules=["lin"], r=4)
-        with pytest.raises(ValueError, match="adapts lin, which LlamaForCausalLM does not have"):
-            verify(adapt(llama()), tmp_path, BATCHES)
+def of_another(path: Path) -> None:
+    exported(Net, path, **SMALL)
 
-    def test_a_file_that_peft_cannot_load(self, tmp_path: Path) -> None:
+
+GONE, DAMAGED = FileNotFoundError, r"adapter_config\.json is damaged"
+DAMAGE: list[tuple[Callable[[Path], Any], type[Exception], str]] = [
+    (lambda path: (path / TENSORS).unlink(), GONE, r"adapter_model\.safetensors is not there$"),
+    (only_a_pickle, GONE, "a pickle that can run any code"),
+    (truncate, ValueError, r"adapter_model\.safetensors is damaged"),
+    (lambda path: (path / CONFIG).write_text('{"r": '), ValueError, DAMAGED),
+    (narrow, ValueError, r"q_proj is \(32, 5\) .* export of another model"),
+    (of_another, ValueError, "adapts lin, which LlamaForCausalLM does not have"),
+    (rank_4, ValueError, r"PEFT cannot load .* into LlamaForCausalLM"),
+]
+
+
+@pytest.mark.parametrize(("damage", "error", "message"), DAMAGE)
+def test_damage_has_a_name(
+    damage: Callable[[Path], Any], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    if "PEFT" in message:
         pytest.importorskip("peft")
-        model = exported(llama, tmp_path)
-        rewrite(tmp_path, lambda config, _: config.update(r=4))
-        with pytest.raises(ValueError, match=r"PEFT cannot load .* into LlamaForCausalLM"):
-            verify(model, tmp_path, BATCHES)
+    model = exported(llama, tmp_path)
+    damage(tmp_path)
+    with pytest.raises(error, match=message):
+        verify(model, tmp_path, BATCHES)
 
-    def test_without_adapters(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"call loradrop\.inject"):
-            verify(llama(), tmp_path, BATCHES)
+
+def test_without_batches_or_adapters(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="batches is empty"):
+        verify(exported(llama, tmp_path), tmp_path, [])
+    with pytest.raises(ValueError, match=r"call loradrop\.inject"):
+        verify(llama(), tmp_path, BATCHES)
 
 
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj")
@@ -396,11 +341,3 @@ def test_scale_rules() -> None:
     assert [scale(engine, config, v, 4) for engine in ENGINES] == [3, 3, 2, 8]
     config["use_rslora"] = False
     assert [scale(engine, config, v, 4) for engine in ENGINES] == [1.5, 1.5, 2, 8]
-
-
-def test_a_copy_is_loaded_not_the_model(tmp_path: Path, loader: str) -> None:
-    model = exported(llama, tmp_path)
-    twin = copy.deepcopy(model)
-    verify(model, tmp_path, BATCHES)
-    assert [name for name, _ in model.named_modules()] == [name for name, _ in twin.named_modules()]
-    assert not any(module._forward_hooks for module in model.modules())

@@ -7,24 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+from models import WIDTH, Make, Net, assert_same, gpt2, llama, net, snapshot, wake
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import loradrop
 from loradrop.layers import LoRALinear
 
 pytestmark = pytest.mark.numbers
 
-K, N, R = 12, 10, 4
-
-
-def wake(model: nn.Module, size: float = 1.0) -> None:
-    """B away from zero, as after some training."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for B in model.lora_bank.B:
-            B.copy_(torch.randn(B.shape, generator=generator) * size)
+K, N, R = WIDTH, 10, 4
+each_p = pytest.mark.parametrize("p", [0.0, 0.4])
+each_mode = pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode, torch.enable_grad]
+)
 
 
 def inject(model: nn.Module, *targets: str, **options: Any) -> loradrop.AdapterBank:
@@ -32,54 +27,28 @@ def inject(model: nn.Module, *targets: str, **options: Any) -> loradrop.AdapterB
     return loradrop.inject(model, config)
 
 
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down = nn.Linear(K, 2 * K), nn.Linear(2 * K, K)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(torch.tanh(self.up(x)))
-
-
-class Stack(nn.Module):
-    """Two blocks, with activation checkpointing if asked for."""
-
-    def __init__(self, reentrant: bool | None = None) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.blocks, self.reentrant = nn.ModuleList([Block(), Block()]), reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            if self.reentrant is None:
-                x = block(x)
-            else:
-                x = checkpoint(block, x, use_reentrant=self.reentrant)
-        return x
-
-
-def stack(reentrant: bool | None = None, **options: Any) -> Stack:
-    model = Stack(reentrant)
-    inject(model, "up", "down", **options)
-    wake(model)
-    return model
+def base_of(layer: nn.Linear, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, layer.weight, layer.bias)
 
 
 # One on its own
 
 
 def test_standalone_layer() -> None:
+    """It starts as nn.Linear does, and its adapter alone trains."""
+    torch.manual_seed(0)
+    plain = nn.Linear(K, N)
     torch.manual_seed(0)
     layer = LoRALinear(K, N, r=R, lora_alpha=6)
+    assert torch.equal(layer.weight, plain.weight) and torch.equal(layer.bias, plain.bias)
     assert isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (K, N)
     keys = ["weight", "bias", "lora_bank.A.0", "lora_bank.B.0"]
     assert list(layer.state_dict()) == keys
     assert [k for k, p in layer.named_parameters() if p.requires_grad] == keys[2:]
     x = torch.randn(3, 5, K)
-    base = nn.functional.linear(x, layer.weight, layer.bias)
+    base = base_of(layer, x)
     assert torch.equal(layer(x), base)
-    wake(layer)
-    A, B = layer.lora_bank.factors(0)
+    A, B = wake(layer).lora_bank.factors(0)
     torch.testing.assert_close(layer(x), base + 1.5 * x @ A.T @ B.T)
     layer(x).sum().backward()
     assert A.grad.any() and B.grad.any() and layer.weight.grad is None
@@ -90,14 +59,6 @@ def test_standalone_layer_takes_the_arguments_of_linear() -> None:
     assert layer.bias is None and layer.weight.dtype == torch.bfloat16
     assert layer.lora_bank.A[0].dtype == torch.float32
     assert layer(torch.ones(2, K, dtype=torch.bfloat16)).dtype == torch.bfloat16
-
-
-def test_standalone_layer_starts_as_linear_does() -> None:
-    torch.manual_seed(0)
-    plain = nn.Linear(K, N)
-    torch.manual_seed(0)
-    layer = LoRALinear(K, N, r=R)
-    assert torch.equal(layer.weight, plain.weight) and torch.equal(layer.bias, plain.bias)
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
@@ -111,10 +72,8 @@ def test_standalone_layers_in_a_model(how: Callable[[Any], Any]) -> None:
 
 @pytest.mark.parametrize("end", [loradrop.merge, loradrop.remove], ids=["merge", "remove"])
 def test_standalone_layer_becomes_a_linear(end: Callable[[nn.Module], None]) -> None:
-    layer = LoRALinear(K, N, r=R)
-    wake(layer)
-    x, before = torch.randn(2, K), layer.weight.clone()
-    expected = layer(x) if end is loradrop.merge else nn.functional.linear(x, before, layer.bias)
+    layer, x = wake(LoRALinear(K, N, r=R)), torch.randn(2, K)
+    expected = layer(x) if end is loradrop.merge else base_of(layer, x)
     end(layer)
     assert type(layer) is nn.Linear and list(layer.state_dict()) == ["weight", "bias"]
     torch.testing.assert_close(layer(x), expected)
@@ -130,16 +89,15 @@ def test_standalone_layer_refuses_a_rank(r: int) -> None:
 
 
 @pytest.mark.parametrize("shape", [(K,), (1, K), (1, 1, K), (0, K), (2, 3, K)], ids=str)
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@each_mode
 def test_any_batch_in_any_mode(mode: Any, shape: tuple[int, ...]) -> None:
-    model = stack()
-    x = torch.randn(shape)
+    model, x = net(), torch.randn(shape)
     expected = model(x).detach()
     with mode():
         y = model(x)
     assert y.shape == shape and torch.equal(y, expected)
     with loradrop.disabled(model):
-        assert torch.equal(model(x), Stack()(x))
+        assert torch.equal(model(x), Net()(x))
 
 
 def test_layers_of_a_sequential() -> None:
@@ -149,55 +107,47 @@ def test_layers_of_a_sequential() -> None:
     expected = model(x)
     inject(model, "0", "2")
     assert torch.equal(model(x), expected)
-    wake(model)
-    assert not torch.equal(model(x), expected)
+    assert not torch.equal(wake(model)(x), expected)
 
 
 def test_eval_and_p_zero_draw_no_random_number() -> None:
-    model = stack(lora_dropout=0.5).eval()
+    model, without = net(lora_dropout=0.5).eval(), net()
     x, before = torch.randn(2, K), torch.get_rng_state()
     first = model(x)
-    assert torch.equal(model(x), first)
-    stack_without = stack()
-    torch.set_rng_state(before)
-    assert torch.equal(stack_without(x), first)
+    assert torch.equal(model(x), first) and torch.equal(without(x), first)
     assert torch.equal(torch.get_rng_state(), before)
-    model.train()
-    assert not torch.equal(model(x), first)
+    assert not torch.equal(model.train()(x), first)
     assert not torch.equal(torch.get_rng_state(), before)
 
 
 def test_dropout_is_repeated_by_the_seed_and_not_between_layers() -> None:
-    model = stack(lora_dropout=0.5)
+    model = net(lora_dropout=0.5)
     x, outputs = torch.randn(2, K), []
     for seed in (7, 7, 8):
         torch.manual_seed(seed)
         outputs.append(model(x))
     assert torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[0], outputs[2])
-    layer = LoRALinear(K, K, r=R, lora_dropout=0.5)
-    wake(layer)
+    layer = wake(LoRALinear(K, K, r=R, lora_dropout=0.5))
     assert not torch.equal(layer(x), layer(x))
 
 
 def test_dropout_keeps_the_mean() -> None:
     torch.manual_seed(0)
-    layer = LoRALinear(K, N, r=R, lora_dropout=0.3)
-    wake(layer)
+    layer = wake(LoRALinear(K, N, r=R, lora_dropout=0.3))
     x = torch.randn(1, K)
     with torch.no_grad():
-        expected = layer.eval()(x) - nn.functional.linear(x, layer.weight, layer.bias)
-        layer.train()
-        drawn = layer(x.expand(40_000, K)) - nn.functional.linear(x, layer.weight, layer.bias)
+        expected = layer.eval()(x) - base_of(layer, x)
+        drawn = layer.train()(x.expand(40_000, K)) - base_of(layer, x)
     deviation = drawn.std(0) / 40_000**0.5
     assert (drawn.mean(0) - expected).abs().div(deviation).max() < 5
 
 
 def test_hooks_and_identity_survive() -> None:
-    model = Stack()
-    layer, weight, seen = model.blocks[0].up, model.blocks[0].up.weight, []
+    model = Net()
+    layer, weight, seen = model.layers[0].query, model.layers[0].query.weight, []
     layer.register_forward_hook(lambda *_: seen.append(1))
-    inject(model, "up", "down")
-    assert model.blocks[0].up is layer and layer.weight is weight
+    inject(model, "query", "value")
+    assert model.layers[0].query is layer and layer.weight is weight
     assert type(layer) is LoRALinear and isinstance(layer, nn.Linear)
     model(torch.randn(1, K))
     loradrop.remove(model)
@@ -208,7 +158,7 @@ def test_hooks_and_identity_survive() -> None:
 # Activation checkpointing
 
 
-def gradients(model: Stack, seed: int = 3) -> list[Tensor]:
+def gradients(model: Net, seed: int = 3) -> list[Tensor]:
     x = torch.randn(6, K, generator=torch.Generator().manual_seed(2)).requires_grad_()
     torch.manual_seed(seed)
     y = model(x)
@@ -216,30 +166,27 @@ def gradients(model: Stack, seed: int = 3) -> list[Tensor]:
     return [y.detach(), x.grad, *(p.grad for p in model.lora_bank.parameters())]
 
 
-@pytest.mark.parametrize("p", [0.0, 0.4])
+@each_p
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_checkpointing_changes_no_bit(reentrant: bool, p: float) -> None:
-    plain = gradients(stack(lora_dropout=p))
-    checkpointed = gradients(stack(reentrant, lora_dropout=p))
+    plain = gradients(net(lora_dropout=p))
+    checkpointed = gradients(net(reentrant, lora_dropout=p))
     assert all(tensor.abs().max() > 0 for tensor in plain)
-    for one, two in zip(plain, checkpointed, strict=True):
-        assert torch.equal(one, two)
+    assert all(map(torch.equal, plain, checkpointed)) and len(plain) == len(checkpointed)
     if p:
-        assert not torch.equal(plain[0], gradients(stack(lora_dropout=p), seed=4)[0])
+        assert not torch.equal(plain[0], gradients(net(lora_dropout=p), seed=4)[0])
 
 
-@pytest.mark.parametrize("p", [0.0, 0.4])
+@each_p
 def test_compiled_model(p: float) -> None:
     """For one mask y is linear in A and in B of the last layer: <dA, A> = <dy, delta> = <dB, B>."""
-    model = LoRALinear(K, N, r=R, lora_dropout=p)
-    wake(model)
+    model = wake(LoRALinear(K, N, r=R, lora_dropout=p))
     torch.compiler.reset()
     fast = torch.compile(model, fullgraph=True, backend="aot_eager")
     x, dy = torch.randn(9, K), torch.randn(9, N)
     y = fast(x)
     y.backward(dy)
-    delta = y.detach() - nn.functional.linear(x, model.weight, model.bias)
-    inner = float((dy * delta).sum())
+    inner = float((dy * (y.detach() - base_of(model, x))).sum())
     roundings = 1e-5 * float((dy * y.detach()).abs().sum())  # of delta and of the sums
     for factor in model.lora_bank.factors(0):
         found = float((factor.grad * factor).detach().sum())
@@ -285,34 +232,24 @@ class Holder(nn.Module):
         return self.layer(x, *args, **kwargs)
 
 
-BASES = {
-    "int8": lambda: Int8Linear(nn.Linear(K, N)),
-    "subclass": lambda: Doubling(K, N),
-}
+BASES = {"int8": lambda: Int8Linear(nn.Linear(K, N)), "subclass": lambda: Doubling(K, N)}
 
 
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
-def test_over_any_base(base: Callable[[], nn.Module]) -> None:
+def test_over_any_base(base: Make) -> None:
     torch.manual_seed(0)
     model = Holder(base())
-    original, kind, keys = copy.deepcopy(model), type(model.layer), list(model.state_dict())
-    bank = inject(model, "layer", lora_alpha=2)
-    x = torch.randn(5, K, requires_grad=True)
+    original, before = copy.deepcopy(model), snapshot(model)
+    inject(model, "layer", lora_alpha=2)
+    x, dy = torch.randn(5, K, requires_grad=True), torch.randn(5, N)
     y0 = original(x)
-    assert torch.equal(model(x), y0)
-    assert isinstance(model.layer, kind)
-    assert list(model.state_dict()) == [*keys, "lora_bank.A.0", "lora_bank.B.0"]
-    wake(model)
-    A, B = bank.factors(0)
+    assert torch.equal(model(x), y0) and isinstance(model.layer, type(original.layer))
+    assert list(model.state_dict()) == [*before["state"], "lora_bank.A.0", "lora_bank.B.0"]
+    A, B = wake(model).lora_bank.factors(0)
     assert A.dtype == torch.float32
-    dy = torch.randn(5, N)
-    inputs = (x, A, B)
     y, expected = model(x), y0 + 0.5 * x @ A.T @ B.T
-    torch.testing.assert_close(y, expected)
-    for got, want in zip(
-        torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True
-    ):
-        torch.testing.assert_close(got, want)
+    got, want = (torch.autograd.grad(out, (x, A, B), dy) for out in (y, expected))
+    torch.testing.assert_close((y, *got), (expected, *want))
     scores = loradrop.probe(model, [x.detach()])
     assert scores["layer"] == pytest.approx(float((y - y0).detach().square().sum()), rel=1e-5)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -320,7 +257,7 @@ def test_over_any_base(base: Callable[[], nn.Module]) -> None:
     with loradrop.disabled(model):
         assert torch.equal(model(x), y0)
     loradrop.remove(model)
-    assert type(model.layer) is kind and list(model.state_dict()) == keys
+    assert_same(model, before)
     assert torch.equal(model(x), y0)
 
 
@@ -332,28 +269,21 @@ def test_arguments_of_the_base_pass_through() -> None:
     assert torch.equal(model(x, 3.0, shift=1.0), expected)
 
 
-def test_a_quantised_weight_is_not_merged() -> None:
-    model = Holder(BASES["int8"]())
-    inject(model, "layer")
-    before = model.layer.weight.clone()
-    with pytest.raises(ValueError, match=r"layer.*dequantise"):
-        loradrop.merge(model)
-    assert torch.equal(model.layer.weight, before)
-    assert model(torch.randn(2, K)).shape == (2, N)
+NOT_MERGED = [
+    ("int8", r"layer.*dequantise"),
+    ("subclass", r"layer is a .*, whose forward is its own"),
+]
 
 
-def test_a_base_with_a_forward_of_its_own_is_merged_rightly_or_not_at_all() -> None:
-    """W + s·B·A under Doubling counts the delta twice."""
-    model = Holder(Doubling(K, N))
+@pytest.mark.parametrize(("base", "message"), NOT_MERGED)
+def test_a_base_that_is_not_merged(base: str, message: str) -> None:
+    """Int8 is no plain weight, and W + s·B·A under Doubling would count the delta twice."""
+    model, x = Holder(BASES[base]()), torch.randn(5, K)
     inject(model, "layer")
-    wake(model)
-    x = torch.randn(5, K)
-    expected = model(x).detach()
-    try:
+    expected, weight = wake(model)(x).detach(), model.layer.weight.clone()
+    with pytest.raises(ValueError, match=message):
         loradrop.merge(model)
-    except ValueError as error:
-        assert "layer" in str(error)
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.layer.weight, weight) and torch.equal(model(x), expected)
 
 
 # PyTorch's shortcuts
@@ -370,35 +300,19 @@ class Encoder(nn.Module):
         return self.encoder(x, src_key_padding_mask=padding)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@each_mode
 @pytest.mark.parametrize("padded", [False, True], ids=["no mask", "padding mask"])
 def test_encoder_layer_never_skips_its_adapters(padded: bool, mode: Any) -> None:
-    """Eval mode's fused path reads the weights directly. A refusal by name would do, too."""
+    """Eval mode's fused path reads the weights directly."""
     model, x = Encoder(), torch.randn(3, 5, K)
     padding = torch.arange(5).expand(3, 5) >= torch.tensor([[5], [3], [4]]) if padded else None
-    try:
-        inject(model, "linear1", "linear2")
-        wake(model)
-        expected = model.train()(x, padding).detach()
-        with mode():
-            y = model.eval()(x, padding)
-    except (ValueError, RuntimeError) as error:
-        assert "linear1" in str(error)
-    else:
-        real = slice(None) if padding is None else ~padding
-        torch.testing.assert_close(y[real], expected[real], rtol=1e-4, atol=1e-4)
-
-
-def test_encoder_layer_is_probed_or_refused_by_name() -> None:
-    model, x = Encoder(), torch.randn(3, 5, K)
-    try:
-        inject(model, "linear1", "linear2")
-        wake(model)
-        scores = loradrop.probe(model, [x])
-    except (ValueError, RuntimeError) as error:
-        assert "encoder.layers.0.linear1" in str(error)
-    else:
-        assert all(value > 0 for value in scores.values())
+    inject(model, "linear1", "linear2")
+    expected = wake(model).train()(x, padding).detach()
+    with mode():
+        y = model.eval()(x, padding)
+    real = slice(None) if padding is None else ~padding
+    torch.testing.assert_close(y[real], expected[real], rtol=1e-4, atol=1e-4)
+    assert all(value > 0 for value in loradrop.probe(model, [x]).values())
 
 
 @pytest.mark.parametrize(
@@ -415,36 +329,11 @@ def test_out_proj_of_multihead_attention_is_refused(targets: Any) -> None:
 # Language models
 
 
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=None,
-        bos_token_id=1,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=64, n_positions=64, n_embd=32, n_layer=2, n_head=4,
-        pad_token_id=0, eos_token_id=None, bos_token_id=1,
-    )  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
-
-
 MODELS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     "llama": (llama, ["q_proj", "v_proj", "down_proj"]),
     "gpt2": (gpt2, ["c_attn", "c_proj", "c_fc"]),
 }
+TEXT = torch.randint(2, 50, (3, 6), generator=torch.Generator().manual_seed(0))
 each_model = pytest.mark.parametrize(("make", "targets"), MODELS.values(), ids=MODELS)
 
 
@@ -456,15 +345,13 @@ def continued(model: Any, ids: Tensor, **options: Any) -> Tensor:
 
 @each_model
 @pytest.mark.parametrize("batch", [1, 3])
-def test_generate_with_cache(make: Callable[[], Any], targets: list[str], batch: int) -> None:
-    model = make().double()  # so that no tie of two tokens is decided by rounding
-    ids = torch.randint(2, 64, (batch, 5), generator=torch.Generator().manual_seed(0))
+def test_generate_with_cache(make: Make, targets: list[str], batch: int) -> None:
+    model, ids = make().double(), TEXT[:batch]  # double: no rounding decides a tie of two tokens
     base = continued(model, ids)
     inject(model, *targets)
     assert torch.equal(continued(model, ids), base)
-    wake(model, 0.5)
-    adapted = continued(model, ids)
-    assert adapted.shape == (batch, 17) and not torch.equal(adapted, base)
+    adapted = continued(wake(model, 0.5), ids)
+    assert adapted.shape == (batch, 18) and not torch.equal(adapted, base)
     assert torch.equal(continued(model, ids, use_cache=False), adapted)
     with torch.inference_mode():
         assert torch.equal(continued(model, ids), adapted)
@@ -479,9 +366,7 @@ def test_generate_with_cache(make: Callable[[], Any], targets: list[str], batch:
 
 
 @each_model
-def test_conv1d_and_linear_compute_their_definition(
-    make: Callable[[], Any], targets: list[str]
-) -> None:
+def test_definition_of_conv1d_and_linear(make: Make, targets: list[str]) -> None:
     model = make()
     bank = inject(model, *targets, lora_alpha=6)
     wake(model)
@@ -495,10 +380,7 @@ def test_conv1d_and_linear_compute_their_definition(
 
 
 @each_model
-def test_gradient_checkpointing_of_transformers(
-    make: Callable[[], Any], targets: list[str]
-) -> None:
-    ids = torch.randint(2, 64, (2, 6), generator=torch.Generator().manual_seed(0))
+def test_gradient_checkpointing_of_transformers(make: Make, targets: list[str]) -> None:
     outcomes = []
     for reentrant in (None, True, False):
         model = make()
@@ -508,15 +390,13 @@ def test_gradient_checkpointing_of_transformers(
             model.enable_input_require_grads()
             enable = getattr(model, "activation_checkpointing_enable", None)
             (enable or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
-        model.train()
-        for module in model.modules():
+        for module in model.train().modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
         torch.manual_seed(5)
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = model(input_ids=TEXT, labels=TEXT, use_cache=False).loss
         loss.backward()
         outcomes.append([loss.detach(), *(p.grad for p in model.lora_bank.parameters())])
-    assert all(tensor.any() for tensor in outcomes[0])
-    for other in outcomes[1:]:
-        for one, two in zip(outcomes[0], other, strict=True):
-            assert torch.equal(one, two)
+    plain, *others = outcomes
+    assert all(tensor.any() for tensor in plain)
+    assert all(all(map(torch.equal, plain, other)) for other in others)
