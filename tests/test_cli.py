@@ -19,6 +19,8 @@ from loradrop.formats.peft import DTYPES
 from loradrop.methods import available
 from loradrop.run import load_base
 
+Capsys = pytest.CaptureFixture[str]
+
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -44,12 +46,25 @@ def adapter(work: Path) -> Path:
     return work / "run" / "lora-drop" / "adapter"
 
 
-def command(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+def command(capsys: Capsys, *arguments: Any) -> tuple[int, str, str]:
     """(exit status, stdout, stderr) of `loradrop` with these arguments."""
     capsys.readouterr()
     status = main([str(argument) for argument in arguments])
     printed = capsys.readouterr()
     return status, printed.out, printed.err
+
+
+def works(capsys: Capsys, *arguments: Any) -> str:
+    """stdout of `loradrop` with these arguments, which do not fail."""
+    status, out, err = command(capsys, *arguments)
+    assert status == 0, err
+    return out
+
+
+def fails(capsys: Capsys, message: str, *arguments: Any) -> None:
+    """`loradrop` with these arguments is an error with this message."""
+    status, out, err = command(capsys, *arguments)
+    assert (status, out) == (2, "") and message in err.partition("loradrop: error: ")[2]
 
 
 def python(*arguments: Any) -> tuple[int, str, str]:
@@ -61,128 +76,95 @@ def python(*arguments: Any) -> tuple[int, str, str]:
 def test_train(work: Path) -> None:
     """In a process of its own: the tables and the files on stdout, progress alone on stderr."""
     output = work / "other"
-    status, out, err = python(
-        *("-m", "loradrop", "train", work / "config.yaml", f"output={output}"),
-        *("arms=", "train.steps=8", "--resume"),
-    )
+    options = (work / "config.yaml", f"output={output}", "arms=", "train.steps=8", "--resume")
+    status, out, err = python("-m", "loradrop", "train", *options)
     assert status == 0, err
     table, _, files = out.partition("\nwrote ")
     assert "held by" in table and "dev accuracy" in table and "LoRA-drop" in table
     wrote = [Path(line.strip()) for line in files.splitlines()]
-    assert wrote == [
-        *(output / name for name in ("report.html", "importance.png", "loss.png")),
-        *(output / name for name in ("plan.json", "config.yaml", "lora-drop/adapter")),
-    ]
+    names = ("report.html", "importance.png", "loss.png", "plan.json", "config.yaml")
+    assert wrote == [output / name for name in (*names, "lora-drop/adapter")]
     assert all(path.exists() for path in wrote)
     assert json.loads((output / "lora-drop" / "result.json").read_text())["steps"] == 8
     # A finished bar is the last part of its line.
     lines = [line.rpartition("\r")[2] for line in err.split("\n") if line]
-    assert [line.partition(":")[0].partition(",")[0] for line in lines] == [
-        *("films", "LoRA-drop", "adapted query (3)", "warmup", "main")
-    ]
+    heads = [line.partition(":")[0].partition(",")[0] for line in lines]
+    assert heads == ["films", "LoRA-drop", "adapted query (3)", "warmup", "main"]
     assert "100%" in lines[-1] and "loss=" in lines[-1]
 
 
-def test_train_without_a_file(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    status, out, _ = command(
-        *(capsys, "train", f"model={work / 'base'}", f"data={work / 'films.csv'}", "--resume"),
-        *("lora.r=2", "lora.method=lora", "train.steps=2", f"output={tmp_path}", "name=LoRA"),
-        "data.max_length=16",
-    )
-    assert status == 0 and str(tmp_path / "lora" / "adapter") in out
+def test_train_without_a_file(work: Path, tmp_path: Path, capsys: Capsys) -> None:
+    given = (f"model={work / 'base'}", f"data={work / 'films.csv'}", f"output={tmp_path}")
+    changed = ("lora.r=2", "lora.method=lora", "train.steps=2", "name=LoRA", "data.max_length=16")
+    out = works(capsys, "train", *given, "--resume", *changed)
+    assert str(tmp_path / "lora" / "adapter") in out
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["config"]["r"] == 2 and plan["config"]["method"] == {"name": "lora"}
 
 
-def test_train_refuses_a_used_output(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_refuses_a_used_output(work: Path, capsys: Capsys) -> None:
     written = (work / "run" / "config.yaml").read_text()
     status, out, err = command(capsys, "train", work / "config.yaml")
-    assert (status, out) == (2, "")
-    assert err.splitlines()[-1] == (
-        f"loradrop: error: {work / 'run' / 'lora'} holds a run already: resume, or choose "
-        "another output"
-    )
-    status, _, err = command(capsys, "train", work / "config.yaml", "--resume", "lora.r=2")
-    assert status == 2 and "was begun with other options (lora: r)" in err
+    refusal = f"{work / 'run' / 'lora'} holds a run already: resume, or choose another output"
+    assert (status, out, err.splitlines()[-1]) == (2, "", f"loradrop: error: {refusal}")
+    options = ("train", work / "config.yaml", "--resume", "lora.r=2")
+    fails(capsys, "was begun with other options (lora: r)", *options)
     assert (work / "run" / "config.yaml").read_text() == written
-    status, out, _ = command(capsys, "train", work / "config.yaml", "--resume")
-    assert status == 0 and "dev accuracy" in out
+    assert "dev accuracy" in works(capsys, "train", work / "config.yaml", "--resume")
 
 
-def test_interrupted_says_how_to_go_on(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_says_how_to_go_on(capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("loradrop.run.run", interrupt)
+    again = "loradrop train 'name=a b' --resume continues from the last checkpoint"
     for arguments in (("train", "name=a b"), ("train", "name=a b", "--resume")):
         status, _, err = command(capsys, *arguments)
-        assert status == 130
-        assert err.splitlines()[-1] == (
-            "loradrop: interrupted: loradrop train 'name=a b' --resume continues from the last "
-            "checkpoint"
-        )
+        assert (status, err.splitlines()[-1]) == (130, f"loradrop: interrupted: {again}")
     monkeypatch.setattr("loradrop.env.format_report", interrupt)
     assert command(capsys, "env") == (130, "", "loradrop: interrupted\n")
 
 
-def test_probe_is_the_warm_up(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_probe_is_the_warm_up(work: Path, tmp_path: Path, capsys: Capsys) -> None:
     arguments = ("probe", work / "config.yaml", f"output={tmp_path}")
-    status, out, _ = command(capsys, *arguments)
-    assert status == 0 and f"wrote {tmp_path / 'plan.json'}" in out and "held by" in out
+    out = works(capsys, *arguments)
+    assert f"wrote {tmp_path / 'plan.json'}" in out and "held by" in out
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["warmup"]["steps"] == 4 and plan["scores"]["source"] == "online"
     assert not (tmp_path / "lora-drop" / "main").exists()
     assert command(capsys, *arguments)[0] == 2
-    status, again, _ = command(capsys, *arguments, "--resume")
-    assert (status, again) == (0, out)
-    assert command(capsys, "train", work / "config.yaml", f"output={tmp_path}", "--resume")[0] == 0
+    assert works(capsys, *arguments, "--resume") == out
+    works(capsys, "train", work / "config.yaml", f"output={tmp_path}", "--resume")
     assert json.loads((tmp_path / "plan.json").read_text())["scores"] == plan["scores"]
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])
 def test_probe_measures_an_adapter(
-    split: str, work: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    split: str, work: Path, adapter: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
-    status, out, _ = command(
-        *(capsys, "probe", work / "config.yaml", f"output={tmp_path}"),
-        *("--adapter", adapter, "--batches", 1, "--split", split),
-    )
+    measured = ("--adapter", adapter, "--batches", 1, "--split", split)
+    out = works(capsys, "probe", work / "config.yaml", f"output={tmp_path}", *measured)
     file = tmp_path / "scores.json"
-    assert status == 0 and f"wrote {file}" in out and "offline" in out
+    assert f"wrote {file}" in out and "offline" in out
     scores = json.loads(file.read_text())
     assert (scores["source"], scores["split"], scores["rows"]) == ("offline", split, 1)
     assert scores["adapter"] == str(adapter) and len(scores["values"]) == 6
     assert all(value > 0 for value in scores["values"].values())
 
 
-def test_probe_errors(
-    work: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_probe_errors(work: Path, adapter: Path, tmp_path: Path, capsys: Capsys) -> None:
     start = ("probe", work / "config.yaml", f"output={tmp_path}")
-    for more, message in (
-        (("--batches", 1), "--batches and --split need --adapter"),
-        (("lora.method=lora",), "the method 'lora' measures nothing"),
-        (("--adapter", adapter, "--batches", 0), "batches is empty"),
-        (("--adapter", tmp_path / "none"), "is not there"),
-    ):
-        status, _, err = command(capsys, *start, *more)
-        assert status == 2 and message in err.splitlines()[-1]
+    fails(capsys, "--batches and --split need --adapter", *start, "--batches", 1)
+    fails(capsys, "the method 'lora' measures nothing", *start, "lora.method=lora")
+    fails(capsys, "batches is empty", *start, "--adapter", adapter, "--batches", 0)
+    fails(capsys, "is not there", *start, "--adapter", tmp_path / "none")
 
 
-def test_plan(
-    work: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan(work: Path, adapter: Path, tmp_path: Path, capsys: Capsys) -> None:
     run = work / "run"
-    shown = [
-        command(capsys, "plan", "show", path)
-        for path in (run, run / "plan.json", adapter, adapter / "adapter.safetensors")
-    ]
+    paths = (run, run / "plan.json", adapter, adapter / "adapter.safetensors")
+    shown = [command(capsys, "plan", "show", path) for path in paths]
     assert shown[0][0] == 0 and shown == [shown[0]] * 4
     assert all(word in shown[0][1] for word in ("query", "value", "●", "○", "warm-up"))
     out = tmp_path / "heat.png"
@@ -193,34 +175,26 @@ def test_plan(
     assert (status, printed) == (0, f"\nwrote {beside}\n") and beside.exists()
 
 
-def test_plan_errors(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    newer = tmp_path / "newer.json"
+def test_plan_errors(work: Path, tmp_path: Path, capsys: Capsys) -> None:
+    newer, damaged = tmp_path / "newer.json", tmp_path / "damaged.json"
     plan = json.loads((work / "run" / "plan.json").read_text())
     newer.write_text(json.dumps(plan | {"schema": 99}))
-    damaged = tmp_path / "damaged.json"
     damaged.write_text('{"schema": 1')
-    for path, message in (
-        (tmp_path, "plan.json"),
-        (tmp_path / "none.json", "none.json"),
-        (newer, "the plan has schema 99"),
-        (damaged, f"{damaged} is damaged or half-written"),
-        (work / "films.csv", "is damaged"),
-    ):
-        status, out, err = command(capsys, "plan", "show", path)
-        assert (status, out) == (2, "") and err.startswith("loradrop: error: ") and message in err
+    fails(capsys, "plan.json", "plan", "show", tmp_path)
+    fails(capsys, "none.json", "plan", "show", tmp_path / "none.json")
+    fails(capsys, "the plan has schema 99", "plan", "show", newer)
+    fails(capsys, f"{damaged} is damaged or half-written", "plan", "show", damaged)
+    fails(capsys, "is damaged", "plan", "show", work / "films.csv")
     status, _, err = command(capsys, "plan", "shwo", work)
     assert status == 2 and "'shwo' is not one of 'show', 'plot'" in err
 
 
-def test_export_and_verify(
-    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_and_verify(adapter: Path, tmp_path: Path, capsys: Capsys) -> None:
     out = tmp_path / "peft"
-    status, printed, _ = command(capsys, "export", adapter, out)
-    assert status == 0 and f"wrote {out}" in printed and "peft       takes it" in printed
+    printed = works(capsys, "export", adapter, out)
+    assert f"wrote {out}" in printed and "peft       takes it" in printed
     assert (out / "adapter_config.json").exists() and (out / "adapter_model.safetensors").exists()
-    status, printed, _ = command(capsys, "verify", adapter, out)
-    assert status == 0 and "logits (peft): ok" in printed
+    assert "logits (peft): ok" in works(capsys, "verify", adapter, out)
     file = out / "adapter_model.safetensors"
     tensors = load_file(file)
     key = next(key for key in tensors if "lora_B" in key)
@@ -229,71 +203,55 @@ def test_export_and_verify(
     assert status == 1 and "WRONG" in printed
 
 
-def test_export_options(
-    work: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_options(work: Path, adapter: Path, tmp_path: Path, capsys: Capsys) -> None:
     assert get_args(Dtype) == tuple(DTYPES)
     narrow = tmp_path / "narrow"
-    status, *_ = command(capsys, "export", adapter, narrow, "--dtype", "bfloat16")
-    assert status == 0
+    works(capsys, "export", adapter, narrow, "--dtype", "bfloat16")
     factors = {k: t.dtype for k, t in load_file(narrow / "adapter_model.safetensors").items()}
     assert {dtype for key, dtype in factors.items() if "lora_" in key} == {torch.bfloat16}
-    assert command(capsys, "verify", adapter, narrow)[0] == 0
-    refused = tmp_path / "refused"
-    status, _, err = command(capsys, "export", adapter, refused, "--engine", "sglang")
-    assert status == 2 and "sglang cannot take this adapter" in err and not refused.exists()
+    works(capsys, "verify", adapter, narrow)
+    out = ("export", adapter, tmp_path / "refused")
+    fails(capsys, "sglang cannot take this adapter", *out, "--engine", "sglang")
+    fails(capsys, "the model 'not/there' cannot be loaded", *out, "--model", "not/there")
+    assert not (tmp_path / "refused").exists()
     # The same model under another path, without a tokenizer
     moved = tmp_path / "moved"
     moved.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(work / "base" / name, moved)
-    status, printed, _ = command(capsys, "verify", adapter, narrow, "--model", moved)
-    assert status == 0 and "comparing on arbitrary tokens" in printed
-    status, *_ = command(capsys, "export", adapter, tmp_path / "named", "--model", moved)
+    options = ("verify", adapter, narrow, "--model", moved)
+    assert "comparing on arbitrary tokens" in works(capsys, *options)
+    works(capsys, "export", adapter, tmp_path / "named", "--model", moved)
     config = json.loads((tmp_path / "named" / "adapter_config.json").read_text())
-    assert status == 0 and config["base_model_name_or_path"] == str(moved)
-    status, _, err = command(capsys, "export", adapter, tmp_path / "x", "--model", "not/there")
-    assert status == 2 and "loradrop: error: the model 'not/there' cannot be loaded" in err
+    assert config["base_model_name_or_path"] == str(moved)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "dtype"),
-    [
-        (("merge",), torch.float32),
-        (("export", "--format", "merged"), torch.float32),
-        (("merge", "--dtype", "bfloat16"), torch.bfloat16),
-    ],
-)
-def test_merge_and_verify(
-    arguments: tuple[str, ...],
-    dtype: torch.dtype,
-    adapter: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+MERGES = {"merge": torch.float32, "export --format merged": torch.float32}
+MERGES["merge --dtype bfloat16"] = torch.bfloat16
+
+
+@pytest.mark.parametrize("line", MERGES)
+def test_merge_and_verify(line: str, adapter: Path, tmp_path: Path, capsys: Capsys) -> None:
     out = tmp_path / "merged"
-    status, printed, _ = command(capsys, *arguments, adapter, out)
-    assert status == 0 and f"wrote {out}" in printed
-    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {dtype}
+    assert f"wrote {out}" in works(capsys, *line.split(), adapter, out)
+    dtypes = {tensor.dtype for tensor in load_file(out / "model.safetensors").values()}
+    assert dtypes == {MERGES[line]}
     assert (out / "tokenizer.json").exists()
-    status, printed, _ = command(capsys, "verify", adapter, out)
-    assert status == 0 and printed.startswith("logits (merged): ok")
+    assert works(capsys, "verify", adapter, out).startswith("logits (merged): ok")
     model, _ = load_base(adapter)  # without the adapter
     model.save_pretrained(out)
     status, printed, _ = command(capsys, "verify", adapter, out)
     assert status == 1 and "DIFFER" in printed
 
 
-def test_pickle_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pickle_is_refused(tmp_path: Path, capsys: Capsys) -> None:
     torch.save({"A": torch.zeros(1)}, tmp_path / "adapter.safetensors")
     for arguments in (("export", tmp_path, tmp_path / "out"), ("plan", "show", tmp_path)):
-        status, _, err = command(capsys, *arguments)
-        assert status == 2 and "is a pickle, which can run any code when it is loaded" in err
+        fails(capsys, "is a pickle, which can run any code when it is loaded", *arguments)
 
 
-def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = command(capsys, "methods")
-    assert status == 0
+def test_methods(capsys: Capsys) -> None:
+    out = works(capsys, "methods")
     assert "lora: LoRA (Hu et al., arXiv:2106.09685): every target has its own A and B.\n" in out
     assert "keep LoRA where its output matters, share one elsewhere.\n" in out
     names = [line.partition(":")[0] for line in out.splitlines() if not line.startswith(" ")]
@@ -301,12 +259,9 @@ def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
     assert "    probe_steps      0.1\n" in out and "    source           'online'\n" in out
 
 
-def test_env(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = command(capsys, "env")
-    assert status == 0 and loradrop.__version__ in out and torch.__version__ in out
-
-
-def test_version() -> None:
+def test_env_and_version(capsys: Capsys) -> None:
+    out = works(capsys, "env")
+    assert loradrop.__version__ in out and torch.__version__ in out
     version = f"loradrop {loradrop.__version__}\n"
     for arguments in (["--version"], ["--version", "env"]):
         assert python("-m", "loradrop", *arguments) == (0, version, "")
@@ -321,8 +276,7 @@ import sys
 from loradrop.cli import main
 status = main({arguments!r})
 heavy = {{"torch", "transformers", "yaml", "numpy", "matplotlib", "jinja2"}} & set(sys.modules)
-assert not heavy, heavy
-sys.exit(status)
+sys.exit(str(heavy) if heavy else status)
 """
     status, out, err = python("-c", code)
     assert status == (0 if arguments and arguments[-1] in ("--help", "-h") else 2), err
@@ -343,23 +297,21 @@ def test_help_is_instant() -> None:
     assert help < 2 * bare
 
 
-def test_env_explains_a_choice(capsys: pytest.CaptureFixture[str]) -> None:
+def test_env_explains_a_choice(capsys: Capsys) -> None:
     layer = ("--layer", "8192x4096x4096", "--rank", "64", "--dropout", "0.1")
-    status, out, _ = command(capsys, "env", *layer, "--chip", "90:132")
-    assert status == 0
+    out = works(capsys, "env", *layer, "--chip", "90:132")
     first, *choices = out.splitlines()
     assert "8192 tokens, 4096 to 4096, rank 64, dropout 0.1, bfloat16, sm_90 x 132" in first
     assert [line.split()[0] for line in choices] == ["forward", "forward"]
     assert all("measured" in line and ", in µs: " in line for line in choices)
 
 
-def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    status, out, _ = command(capsys, "--help")
+def test_help_names_every_command(capsys: Capsys) -> None:
     names = ("train", "probe", "plan", "export", "merge", "verify", "methods", "env")
-    assert status == 0 and all(f"\n  {name} " in out for name in names)
+    assert all(f"\n  {name} " in works(capsys, "--help") for name in names)
     for name in names:
-        status, out, _ = command(capsys, name, "--help")
-        assert status == 0 and f"Usage: loradrop {name}" in out and "--debug" in out
+        out = works(capsys, name, "--help")
+        assert f"Usage: loradrop {name}" in out and "--debug" in out
         assert "completion" not in out and out.isascii()  # neither typer's options nor its boxes
 
 
@@ -376,7 +328,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ("env --layer 1x2x3 --chip H100", "--chip 'H100': write it as 90:132"),
         ("export a", "Missing argument 'out'"),
         ("export a b --format gguf", "'gguf' is not one of 'peft', 'merged'"),
-        ("train none.yaml", "none.yaml is not a file: give a YAML file, or only key=value"),
+        ("train no.yaml", "no.yaml is not a file: give a YAML file, or only key=value"),
         ("train trian.steps=3", "has no option 'trian': did you mean 'train'?"),
         ("train train.stepz=3", "train has no option 'stepz': did you mean 'steps'?"),
         ("train lora.method.treshold=1", "has no option 'treshold': did you mean 'threshold'?"),
@@ -387,11 +339,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_what_is_wrong_is_named(
-    arguments: str,
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    arguments: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
 ) -> None:
     monkeypatch.chdir(tmp_path)
     status, out, err = command(capsys, *arguments.split())
@@ -400,9 +348,7 @@ def test_what_is_wrong_is_named(
     assert not list(tmp_path.iterdir())
 
 
-def test_overrides_may_stand_after_options(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overrides_may_stand_after_options(capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
     def spy(config: Any, resume: bool) -> dict[str, Any]:
@@ -419,6 +365,6 @@ def test_overrides_may_stand_after_options(
     assert seen == [(3, 5, True)] * 3
 
 
-def test_debug_shows_where_an_error_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+def test_debug_shows_where_an_error_comes_from(capsys: Capsys) -> None:
     with pytest.raises(ValueError, match="has no option"):
         command(capsys, "train", "trian.steps=3", "--debug")

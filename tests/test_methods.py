@@ -5,6 +5,7 @@ import importlib.metadata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -42,10 +43,8 @@ class Layer(nn.Module):
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layers, self.classifier = (
-            nn.ModuleList(Layer() for _ in range(DEPTH)),
-            nn.Linear(WIDTH, 2),
-        )
+        self.layers = nn.ModuleList(Layer() for _ in range(DEPTH))
+        self.classifier = nn.Linear(WIDTH, 2)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -65,11 +64,11 @@ def net(method: Method | None = None, **options: Any) -> Any:
     return model
 
 
-def train(model: Any, steps: int = 4, rate: float = 0.02) -> None:
+def train(model: Any, steps: int = 4) -> Any:
     """A loop of one's own, with the method's events."""
     bank, method = model.lora_bank, injection_of(model).config.method
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0)
     names = method.statistics or ("sqnorm",)
     collector = Collector(model, bank, online=True, statistics=names, mask=None)
     for step in range(1, steps + 1):
@@ -78,6 +77,15 @@ def train(model: Any, steps: int = 4, rate: float = 0.02) -> None:
         method.on_step_end(bank, step, collector.close_row())
         optimizer.zero_grad()
     collector.detach()
+    return model
+
+
+def loss(model: Any) -> float:
+    return float((model(X) - 1.0).square().mean().detach())
+
+
+def same(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
 def values(model: Any) -> list[Tensor]:
@@ -116,9 +124,7 @@ class Core(Method):
 
 
 class CoreBank(AdapterBank):
-    def __init__(
-        self, targets: Sequence[Target], scaling: Sequence[float], start: float
-    ) -> None:
+    def __init__(self, targets: Sequence[Target], scaling: Sequence[float], start: float) -> None:
         super().__init__(targets, scaling)
         self.left, self.right = nn.ParameterDict(), nn.ParameterDict()
         for _, K, N, r in {t.group for t in targets}:
@@ -128,9 +134,8 @@ class CoreBank(AdapterBank):
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def factors(self, i: int) -> tuple[Tensor, Tensor]:
-        target = self.targets[i]
-        A = self.core[i] @ self.right[f"{target.in_features}"]
-        return A, self.left[f"{target.out_features}"]
+        _, _, K, N, _ = self.targets[i]
+        return self.core[i] @ self.right[f"{K}"], self.left[f"{N}"]
 
 
 EVERY: dict[str, Method] = {name: cls() for name, cls in methods.available().items()}
@@ -147,13 +152,6 @@ def test_the_methods_are_there() -> None:
 
 
 @each_method
-def test_the_model_is_unchanged_at_injection(method: Method) -> None:
-    torch.manual_seed(0)
-    expected = Net()(X)
-    assert torch.equal(net(method)(X), expected)
-
-
-@each_method
 def test_a_step_changes_only_adapters_and_the_head(method: Method) -> None:
     model = net(method)
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -161,18 +159,15 @@ def test_a_step_changes_only_adapters_and_the_head(method: Method) -> None:
     statistics = {f"lora_bank.{name}" for name, _ in model.lora_bank.named_buffers()}
     assert any(name.startswith("lora_bank.") for name in trainable)
     assert all(name.startswith(("lora_bank.", "classifier.")) for name in trainable)
-    first = (model(X) - 1.0).square().mean()
-    train(model)
-    assert (model(X) - 1.0).square().mean() < first
+    first = loss(model)
+    assert loss(train(model)) < first
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert trainable <= changed <= trainable | statistics
 
 
 @each_method
 def test_factors_have_their_shapes_and_gradients(method: Method) -> None:
-    model = net(method)
-    bank = model.lora_bank
-    train(model)
+    bank = train(net(method)).lora_bank
     for i, t in enumerate(bank.targets):
         A, B = bank.factors(i)
         assert (A.shape, B.shape) == ((t.r, t.in_features), (t.out_features, t.r))
@@ -183,9 +178,16 @@ def test_factors_have_their_shapes_and_gradients(method: Method) -> None:
 
 
 @each_method
-def test_merged_equals_adapted(method: Method) -> None:
-    model = net(method)
-    train(model)
+def test_probed_exported_and_merged(method: Method, tmp_path: Path) -> None:
+    model = train(net(method))
+    found = loradrop.probe(model, [X], mask=None)
+    assert len(found) == 3 * DEPTH and all(value > 0 for value in found.values())
+    loradrop.export(model, tmp_path)
+    modules = read_peft(tmp_path).modules
+    assert len(modules) == 3 * DEPTH
+    for i, target in enumerate(model.lora_bank.targets):
+        A, B = modules[target.name]
+        torch.testing.assert_close(B @ A, model.lora_bank.delta(i))
     adapted = model(X).detach()
     with loradrop.disabled(model):
         assert not torch.allclose(model(X), adapted)
@@ -194,37 +196,27 @@ def test_merged_equals_adapted(method: Method) -> None:
 
 
 @each_method
-def test_remove_restores(method: Method) -> None:
+def test_injecting_changes_no_output_and_removing_restores(method: Method) -> None:
     torch.manual_seed(0)
-    expected = Net().state_dict()
-    model = net(method)
-    train(model)
-    loradrop.remove(model)
-    assert list(model.state_dict()) == list(expected)
-    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+    plain, model = Net(), net(method)
+    assert torch.equal(model(X), plain(X))
+    loradrop.remove(train(model))
+    found, expected = model.state_dict(), plain.state_dict()
+    assert list(found) == list(expected) and same([*found.values()], [*expected.values()])
 
 
 @each_method
-def test_copies_and_state(method: Method) -> None:
-    model = net(method)
-    train(model)
+def test_copies_state_and_seed(method: Method) -> None:
+    model = train(net(method))
     twin = copy.deepcopy(model)
     assert torch.equal(twin(X), model(X))
-    train(twin)
-    assert not torch.equal(twin(X), model(X))
+    assert not torch.equal(train(twin)(X), model(X))
+    assert torch.equal(train(net(method))(X), model(X))  # the same seed, the same adapters
     fresh = net(method)
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(fresh(X), model(X))
     storages = [v.untyped_storage().data_ptr() for v in model.lora_bank.state_dict().values()]
     assert len(set(storages)) == len(storages)
-
-
-@each_method
-def test_any_method_can_be_probed(method: Method) -> None:
-    model = net(method)
-    train(model)
-    found = loradrop.probe(model, [X], mask=None)
-    assert len(found) == 3 * DEPTH and all(value > 0 for value in found.values())
 
 
 @each_method
@@ -238,39 +230,16 @@ def test_options_survive_a_file(method: Method) -> None:
 @pytest.mark.parametrize("injected", [False, True])
 @pytest.mark.usefixtures("registered")
 def test_saved_and_loaded(method: Method, injected: bool, tmp_path: Path) -> None:
-    model = net(method)
-    train(model)
+    model = train(net(method))
     loradrop.save(model, tmp_path)
     torch.manual_seed(0)
     found = net(method) if injected else Net()
     bank = loradrop.load(found, tmp_path)
     assert torch.equal(found(X), model(X)) and bank.targets == model.lora_bank.targets
     before, after = model.lora_bank.state_dict(), bank.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert list(before) == list(after) and same([*before.values()], [*after.values()])
     assert plan_of(found) == plan_of(model)
-    train(found)  # and it trains on
-    assert not torch.equal(found(X), model(X))
-
-
-@each_method
-def test_exported_to_peft(method: Method, tmp_path: Path) -> None:
-    model = net(method)
-    train(model)
-    loradrop.export(model, tmp_path)
-    modules = read_peft(tmp_path).modules
-    assert len(modules) == 3 * DEPTH
-    for i, target in enumerate(model.lora_bank.targets):
-        A, B = modules[target.name]
-        torch.testing.assert_close(B @ A, model.lora_bank.delta(i))
-
-
-@each_method
-def test_the_same_seed_gives_the_same_adapters(method: Method) -> None:
-    first, second = net(method), net(method)
-    train(first)
-    train(second)
-    assert torch.equal(first(X), second(X))
+    assert not torch.equal(train(found)(X), model(X))  # and it trains on
 
 
 OWN = 3 * 2 * R * WIDTH * 2 + 3 * R * 3 * WIDTH  # query and value, and up
@@ -278,22 +247,17 @@ OWN = 3 * 2 * R * WIDTH * 2 + 3 * R * 3 * WIDTH  # query and value, and up
 GROWING = sum(r * (2 * 2 * WIDTH + 3 * WIDTH) for r in (2, 3, 4))
 
 
-@pytest.mark.parametrize(
-    ("method", "expected"),
-    [
-        (LoRA(), OWN),
-        (LoRADrop(), OWN),
-        (VeRA(), 3 * (3 * R + 4 * WIDTH)),
-        (PRILoRA(), GROWING),
-        (Core(), 9 * R * R + R * (WIDTH + WIDTH + 2 * WIDTH)),
-    ],
-    ids=["lora", "lora_drop", "vera", "prilora", "from outside"],
-)
-def test_trainable_parameters(method: Method, expected: int) -> None:
-    model = net(method)
+PARAMETERS = {
+    **{"lora": OWN, "lora_drop": OWN, "vera": 3 * (3 * R + 4 * WIDTH), "prilora": GROWING},
+    "from outside": 9 * R * R + R * (WIDTH + WIDTH + 2 * WIDTH),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_trainable_parameters(name: str) -> None:
+    model = net(EVERY[name])
     trainable = [p for n, p in model.named_parameters() if p.requires_grad and "bank" in n]
-    assert sum(p.numel() for p in trainable) == expected
-    assert plan_of(model).parameters == expected
+    assert sum(p.numel() for p in trainable) == plan_of(model).parameters == PARAMETERS[name]
 
 
 # A method from outside
@@ -302,16 +266,12 @@ def test_trainable_parameters(method: Method, expected: int) -> None:
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if another package had the entry point."""
-
-    class Entry:
-        def load(self) -> type[Method]:
-            return Core
-
-    def entry_points(**selection: str) -> list[Entry]:
-        return [Entry()] if selection == {"group": "loradrop.methods"} else []
-
+    entry = SimpleNamespace(load=lambda: Core)
     methods.available.cache_clear()
-    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    monkeypatch.setattr(
+        *(importlib.metadata, "entry_points"),
+        lambda **selection: [entry] if selection == {"group": "loradrop.methods"} else [],
+    )
     yield
     methods.available.cache_clear()
 
@@ -329,13 +289,6 @@ def test_it_is_not_found_without_one() -> None:
         methods.get("core")
 
 
-def test_a_method_that_selects_nothing_says_so() -> None:
-    model = net(LoRA())
-    loradrop.probe(model, [X], mask=None)
-    with pytest.raises(ValueError, match=r"'lora'.*kept"):
-        loradrop.share(model)
-
-
 @pytest.mark.parametrize("method", [VeRA(), Core()], ids=["vera", "from outside"])
 def test_a_bank_without_pairs_cannot_share_them(method: Method) -> None:
     model = net(method)
@@ -343,8 +296,12 @@ def test_a_bank_without_pairs_cannot_share_them(method: Method) -> None:
         loradrop.share(model, ["layers.0.query"])
 
 
-def test_a_plain_method_has_one_stage() -> None:
-    assert LoRA().warmup(100) is None and LoRA().decide(scores(net())) is None
+def test_a_plain_method_has_one_stage_and_selects_nothing() -> None:
+    model = net(LoRA())
+    assert LoRA().warmup(100) is None and LoRA().decide(scores(model)) is None
+    loradrop.probe(model, [X], mask=None)
+    with pytest.raises(ValueError, match=r"'lora'.*kept"):
+        loradrop.share(model)
     with pytest.raises(AttributeError):
         LoRA().name = "other"
 
@@ -386,14 +343,11 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
         LoraDropConfig(**options)
 
 
-def test_defaults() -> None:
+def test_defaults_and_unknown_options() -> None:
     assert LoRADrop().threshold == 0.9 and LoRADrop().scope == "per_module"
     assert LoRADrop(keep=3).threshold is None
     flat = LoraDropConfig(r=4, threshold=0.7, target_modules=["query"])
     assert flat == LoRAConfig(r=4, target_modules=["query"], method=LoRADrop(threshold=0.7))
-
-
-def test_an_unknown_option_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"'treshold'.*'threshold'"):
         LoraDropConfig(treshold=0.9)
     with pytest.raises(ValueError, match=r"'lora_alhpa'.*'lora_alpha'"):
@@ -407,27 +361,19 @@ def test_warmup_steps(probe_steps: float, total: int, expected: int) -> None:
     assert LoRADrop(probe_steps=probe_steps).warmup(total).steps == expected
 
 
-def test_the_warmup_has_the_options() -> None:
+def test_the_warmup_has_the_options_and_leaves_some_steps() -> None:
     stage = LoRADrop(sample_ratio=0.5, source="offline", settle_every=7).warmup(10)
     assert (stage.sample_ratio, stage.source, stage.settle_every) == (0.5, "offline", 0)
     assert LoRADrop(settle_margin=0.1, settle_every=7).warmup(10).settle_every == 7
-
-
-def test_a_warmup_that_leaves_nothing() -> None:
     with pytest.raises(ValueError, match=r"probe_steps=10.*10 steps"):
         LoRADrop(probe_steps=10).warmup(10)
 
 
 def test_settled() -> None:
-    model = net(LoRADrop())
-    clear = Scores(
-        model.lora_bank.targets,
-        torch.tensor([[float(i + 1) ** 3 for i in range(3 * DEPTH)]] * 20, dtype=torch.float64),
-        tokens=1,
-        source="online",
-    )
+    targets = net(LoRADrop()).lora_bank.targets
+    cubes = torch.tensor([[float(i + 1) ** 3 for i in range(3 * DEPTH)]] * 20).double()
     noise = torch.rand(20, 3 * DEPTH, generator=torch.Generator().manual_seed(0)).double()
-    doubtful = Scores(clear.targets, noise, tokens=1, source="online")
+    clear, doubtful = (Scores(targets, rows, tokens=1, source="online") for rows in (cubes, noise))
     method = LoRADrop(keep_ratio=0.5, settle_margin=0.05)
     assert method.settled(clear) and not method.settled(doubtful)
     assert not LoRADrop(keep_ratio=0.5).settled(clear)
@@ -446,12 +392,9 @@ def test_sharing_before_probing() -> None:
 
 
 def test_share_by_the_methods_own_options() -> None:
-    model = net(LoRADrop(keep=3, share="none", after_select="continue"))
-    train(model)
-    before, found = values(model), scores(model)
+    model = train(net(LoRADrop(keep=3, share="none", after_select="continue")))
+    before, kept, bank = values(model), loradrop.select(scores(model), keep=3), model.lora_bank
     loradrop.share(model)
-    kept = loradrop.select(found, keep=3)
-    bank = model.lora_bank
     assert [t.name for t, s in zip(bank.targets, bank.slots, strict=True) if s is not None] == kept
     i = bank.index(kept[0])
     assert torch.equal(bank.factors(i)[0], before[2 * i])
@@ -460,8 +403,7 @@ def test_share_by_the_methods_own_options() -> None:
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("after_select", AFTER)
 def test_where_adapters_start(init: str, after_select: str) -> None:
-    model = net(LoRADrop())
-    train(model)
+    model = train(net(LoRADrop()))
     before, bank = values(model), model.lora_bank
     scores(model, {"layers.1.query": 90.0})
     kept = ["layers.0.query", "layers.2.up"]
@@ -471,17 +413,14 @@ def test_where_adapters_start(init: str, after_select: str) -> None:
         return tuple(before[2 * bank.index(name) + part] for part in (0, 1))
 
     def is_fresh(pair: tuple[Tensor, Tensor]) -> bool:
-        known = [old(t.name)[0] for t in bank.targets]
-        bound = pair[0].shape[1] ** -0.5
-        assert pair[0].any() and float(pair[0].detach().abs().max()) <= bound
-        return not pair[1].any() and not any(
-            torch.equal(pair[0], A) for A in known if A.shape == pair[0].shape
-        )
+        A, B = pair
+        assert A.any() and float(A.detach().abs().max()) <= A.shape[1] ** -0.5
+        return not B.any() and not any(torch.equal(A, old(t.name)[0]) for t in bank.targets)
 
     for name in kept:
         pair = bank.factors(bank.index(name))
         if after_select == "continue":
-            assert all(torch.equal(one, two) for one, two in zip(pair, old(name), strict=True))
+            assert same(pair, old(name))
         else:
             assert is_fresh(pair)
 
@@ -491,35 +430,32 @@ def test_where_adapters_start(init: str, after_select: str) -> None:
     if init == "fresh":
         assert is_fresh(shared)
     elif init == "top":
-        assert all(torch.equal(one, two) for one, two in zip(shared, members[0], strict=True))
+        assert same(shared, members[0])
     else:
         for part in (0, 1):
             torch.testing.assert_close(shared[part], (members[0][part] + members[1][part]) / 2)
-    assert all(p.requires_grad and p.is_leaf and p.grad is None for p in bank.parameters())
-    assert all(p.dtype == torch.float32 for p in bank.parameters())
+    for p in bank.parameters():
+        assert p.requires_grad and p.is_leaf and p.grad is None and p.dtype == torch.float32
 
 
-@pytest.mark.parametrize(
-    ("kept", "share", "adapters"),
-    [
-        (["layers.0.query"], "group", 1 + 3),
-        ([], "group", 3),
-        ([], "none", 0),
-        (["layers.0.query", "layers.1.up"], "none", 2),
-        ([f"layers.{i}.query" for i in range(DEPTH)], "group", 3 + 2),
-        ([f"layers.{i}.{kind}" for i in range(DEPTH) for kind in TARGETS], "group", 9),
-    ],
-    ids=["one kept", "none kept", "nothing left", "two alone", "nothing to share", "all kept"],
-)
+KEPT: dict[str, tuple[list[str], str, int]] = {
+    "one kept": (["layers.0.query"], "group", 1 + 3),
+    "none kept": ([], "group", 3),
+    "nothing left": ([], "none", 0),
+    "two alone": (["layers.0.query", "layers.1.up"], "none", 2),
+    "nothing to share": ([f"layers.{i}.query" for i in range(DEPTH)], "group", 3 + 2),
+    "all kept": ([f"layers.{i}.{k}" for i in range(DEPTH) for k in TARGETS], "group", 9),
+}
+
+
+@pytest.mark.parametrize(("kept", "share", "adapters"), KEPT.values(), ids=KEPT)
 def test_adapters_after_sharing(kept: list[str], share: str, adapters: int) -> None:
     model = net(LoRADrop())
     loradrop.share(model, kept, share=share)
     bank = model.lora_bank
     assert len(bank.A) == len(bank.B) == adapters
-    used = {slot for slot in bank.slots if slot is not None}
-    assert used == set(range(adapters))
-    train(model)
-    adapted = model(X).detach()
+    assert set(bank.slots) - {None} == set(range(adapters))
+    adapted = train(model)(X).detach()
     loradrop.merge(model)
     torch.testing.assert_close(model(X), adapted, rtol=1e-4, atol=1e-5)
 
@@ -527,52 +463,43 @@ def test_adapters_after_sharing(kept: list[str], share: str, adapters: int) -> N
 def test_a_group_of_one() -> None:
     model = net(LoRADrop(), target_modules=["layers.0.down", "query"], strict=False)
     loradrop.share(model, ["layers.1.query"])
-    bank = model.lora_bank
-    assert len(bank.A) == 3
-    alone = [slot for slot in bank.slots if bank.slots.count(slot) == 1]
-    assert len(alone) == 2
+    slots = model.lora_bank.slots
+    assert len(model.lora_bank.A) == 3 and [slots.count(s) for s in slots].count(1) == 2
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"kept": ["layers.9.query"]}, r"'layers\.9\.query'.*layers\.0\.query"),
-        ({"kept": [], "share": "all"}, r"share='all'.*group, none"),
-        ({"kept": [], "init": "zero"}, r"init='zero'.*fresh, mean, top"),
-        ({"kept": [], "after_select": "keep"}, r"after_select='keep'.*reinit, continue"),
-    ],
-    ids=["kept", "share", "init", "after_select"],
-)
-def test_sharing_refuses(options: dict[str, Any], message: str) -> None:
-    model = net(LoRADrop())
+WRONG = {
+    "kept": (["layers.9.query"], r"'layers\.9\.query'.*layers\.0\.query"),
+    "share": ("all", r"share='all'.*group, none"),
+    "init": ("zero", r"init='zero'.*fresh, mean, top"),
+    "after_select": ("keep", r"after_select='keep'.*reinit, continue"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_sharing_refuses(name: str) -> None:
+    model, (value, message) = net(LoRADrop()), WRONG[name]
     before = values(model)
     with pytest.raises(ValueError, match=message):
-        loradrop.share(model, **options)
-    assert all(torch.equal(one, two) for one, two in zip(values(model), before, strict=True))
+        loradrop.share(model, **({"kept": []} | {name: value}))
+    assert same(values(model), before)
 
 
 def test_sharing_is_repeated_by_the_seed() -> None:
-    results = []
-    for _ in range(2):
-        model = net(LoRADrop())
+    models = [net(LoRADrop()), net(LoRADrop())]
+    for model in models:
         torch.manual_seed(5)
         loradrop.share(model, ["layers.0.query"])
-        results.append(values(model))
-    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+    assert same(*map(values, models))
 
 
 def test_the_whole_of_it() -> None:
     """Train, probe, select, share, train on: half the parameters, and what is left still learns."""
-    model = net(LoRADrop(budget=0.5))
-    train(model)
+    model = train(net(LoRADrop(budget=0.5)))
     found = loradrop.probe(model, [X], mask=None)
     loradrop.share(model)
-    trainable = sum(p.numel() for p in model.lora_bank.parameters())
-    assert trainable <= OWN / 2
+    assert sum(p.numel() for p in model.lora_bank.parameters()) <= OWN / 2
     kept = loradrop.select(found, budget=0.5)
     assert 0 < len(kept) < 3 * DEPTH
-    before = (model(X) - 1.0).square().mean()
-    train(model, 20)
-    assert (model(X) - 1.0).square().mean() < before
-    later = loradrop.probe(model, [X], mask=None)
-    assert all(value > 0 for value in later.values())
+    before = loss(model)
+    assert loss(train(model, 20)) < before
+    assert all(value > 0 for value in loradrop.probe(model, [X], mask=None).values())

@@ -14,16 +14,8 @@ from packaging.requirements import Requirement
 from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = (
-    "setup.py",
-    "MANIFEST.in",
-    "pyproject.toml",
-    "README.md",
-    "LICENSE",
-    "loradrop",
-    "kernels",
-    "csrc",
-)
+FILES = ("setup.py", "MANIFEST.in", "pyproject.toml", "README.md", "LICENSE")
+WHEEL = ("pip", "wheel", "--no-build-isolation", "--no-deps", "-w")
 
 
 @pytest.fixture
@@ -31,24 +23,19 @@ def source(tmp_path: Path) -> Path:
     """A copy to build in, links kept as links."""
     copy = tmp_path / "source"
     copy.mkdir()
-    for name in SOURCES:
-        if (ROOT / name).is_dir():
-            ignore = shutil.ignore_patterns("__pycache__", "*.so")
-            shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
-        else:
-            shutil.copy(ROOT / name, copy)
+    for name in FILES:
+        shutil.copy(ROOT / name, copy)
+    for name in ("loradrop", "kernels", "csrc"):
+        ignore = shutil.ignore_patterns("__pycache__", "*.so")
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
     return copy
 
 
-def build(source: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=source,
-        env=os.environ | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def python(folder: Path, *arguments: str, **variables: str) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of an interpreter started in the folder."""
+    command, env = [sys.executable, *arguments], os.environ | variables
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
 
 
 def wheel(folder: Path) -> zipfile.ZipFile:
@@ -66,17 +53,13 @@ def modules() -> set[str]:
 
 def test_wheel(source: Path, tmp_path: Path) -> None:
     (source / "kernels" / "a_kernel.py").write_text("")
-    done = build(
-        source, "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), "."
-    )
-    assert done.returncode == 0, done.stdout
+    status, out, err = python(source, "-m", *WHEEL, str(tmp_path), ".")
+    assert status == 0, out + err
     files = set(wheel(tmp_path).namelist())
     (info,) = {name.split("/")[0] for name in files} - {"loradrop"}
     assert info.startswith("loradrop-") and info.endswith(".dist-info")
-    assert {name for name in files if name.endswith(".py")} == {
-        *modules(),
-        "loradrop/kernels/a_kernel.py",
-    }
+    built = {name for name in files if name.endswith(".py")}
+    assert built == {*modules(), "loradrop/kernels/a_kernel.py"}
     assets = {f"loradrop/assets/{path.name}" for path in (ROOT / "loradrop/assets").iterdir()}
     assert {"loradrop/py.typed", *assets} <= files
 
@@ -91,43 +74,34 @@ def test_wheel(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kernels", [[], ["a_kernel.py"]], ids=["no kernels", "a kernel"])
-def test_sdist_builds_the_same_modules(source: Path, tmp_path: Path, kernels: list[str]) -> None:
+def test_sdist_has_the_extension_and_builds_the_same_modules(
+    source: Path, tmp_path: Path, kernels: list[str]
+) -> None:
     for name in kernels:
         (source / "kernels" / name).write_text("")
-    done = build(source, "build", "--no-isolation", "--outdir", str(tmp_path / "dist"))
-    assert done.returncode == 0, done.stdout
-    built = {name for name in wheel(tmp_path / "dist").namelist() if name.endswith(".py")}
+    dist = tmp_path / "dist"
+    status, out, err = python(source, "-m", "build", "--no-isolation", "--outdir", str(dist))
+    assert status == 0, out + err
+    built = {name for name in wheel(dist).namelist() if name.endswith(".py")}
     assert built == modules() | {f"loradrop/kernels/{name}" for name in kernels}
-
-
-def test_cuda_build_is_refused_with_its_reason(source: Path, tmp_path: Path) -> None:
-    done = build(
-        source,
-        *("pip", "wheel", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), "."),
-        LORADROP_BUILD_CUDA="1",
-        PATH="",
-    )
-    assert done.returncode != 0
-    assert "asks for loradrop._C, which cannot be built: nvcc is not on PATH" in done.stdout
-    assert "Unset the variable" in done.stdout
-    assert "Traceback" not in done.stdout
-
-
-def test_sdist_carries_the_sources_of_the_extension(source: Path, tmp_path: Path) -> None:
-    done = build(source, "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path))
-    assert done.returncode == 0, done.stdout
-    (path,) = tmp_path.glob("*.tar.gz")
+    (path,) = dist.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir() if path.is_file()} <= names
 
 
+def test_cuda_build_is_refused_with_its_reason(source: Path, tmp_path: Path) -> None:
+    asked = {"LORADROP_BUILD_CUDA": "1", "PATH": ""}
+    status, out, err = python(source, "-m", *WHEEL, str(tmp_path), ".", **asked)
+    said = out + err
+    assert status != 0
+    assert "asks for loradrop._C, which cannot be built: nvcc is not on PATH" in said
+    assert "Unset the variable" in said and "Traceback" not in said
+
+
 def test_setup_imports_no_torch() -> None:
     code = "import runpy, sys; runpy.run_path('setup.py'); assert 'torch' not in sys.modules"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "--name"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stdout) == (0, "loradrop\n"), done.stderr
+    assert python(ROOT, "-c", code, "--name")[:2] == (0, "loradrop\n")
 
 
 LLAMA = """
@@ -141,15 +115,9 @@ print(is_kernels_available(), found and found.__file__)
 
 def import_llama(*path: Path) -> str:
     """What transformers makes of `kernels` with the repository's root first on sys.path."""
-    done = subprocess.run(
-        [sys.executable, "-c", LLAMA],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, path))},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+    status, out, err = python(ROOT, "-c", LLAMA, PYTHONPATH=os.pathsep.join(map(str, path)))
+    assert status == 0, err
+    return out.strip()
 
 
 def test_llama_imports_from_the_root_without_kernels_of_hugging_face() -> None:
@@ -166,25 +134,20 @@ def __getattr__(name):
 
 
 def test_llama_imports_from_the_root_beside_an_installed_kernels(tmp_path: Path) -> None:
-    package = tmp_path / "kernels"
+    package, info = tmp_path / "kernels", tmp_path / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
     package.mkdir()
     (package / "__init__.py").write_text(STAND_IN)
-    info = tmp_path / f"kernels-{KERNELS_MIN_VERSION}.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n"
-    )
+    metadata = ("Metadata-Version: 2.1", "Name: kernels", f"Version: {KERNELS_MIN_VERSION}", "")
+    (info / "METADATA").write_text("\n".join(metadata))
     assert import_llama(tmp_path) == f"True {package / '__init__.py'}"
 
 
 @pytest.mark.slow
 def test_llama_imports_from_the_root_beside_the_real_kernels(tmp_path: Path) -> None:
     needed = f"kernels>={KERNELS_MIN_VERSION},<{KERNELS_MAX_VERSION}"
-    done = build(
-        ROOT,
-        *("pip", "install", "--quiet", "--only-binary", ":all:", "--retries", "0"),
-        *("--timeout", "20", "--target", str(tmp_path), "-c", "constraints.txt", needed),
-    )
-    if done.returncode != 0:
+    options = ("--quiet", "--only-binary", ":all:", "--retries", "0", "--timeout", "20")
+    options += ("--target", str(tmp_path), "-c", "constraints.txt")
+    if python(ROOT, "-m", "pip", "install", *options, needed)[0] != 0:
         pytest.skip(f"{needed} cannot be had here")
     assert import_llama(tmp_path) == f"True {tmp_path / 'kernels/__init__.py'}"

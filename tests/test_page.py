@@ -22,6 +22,7 @@ from loradrop.selection import assign
 QUERY, VALUE = "encoder.layer.{}.attention.self.query", "encoder.layer.{}.attention.self.value"
 SCORES = [10.0, 5.0, 30.0, 5.0, 60.0, 90.0]  # query and value of layer 0, then 1, then 2
 KEPT = [QUERY.format(2), VALUE.format(2)]
+T5 = "block.0.layer.0.SelfAttention.q"
 VOID = {"meta", "link", "br", "wbr", "img", "hr", "use", "path"}
 
 
@@ -57,16 +58,9 @@ def make_arm(plan: Plan | None = None, name: str = "LoRA-drop", **changes: Any) 
         for step in range(5, 101, 5)
     ]
     history += [{"step": s, "stage": "main", "eval_f1": s / 200} for s in (50, 100)]
-    values: dict[str, Any] = {
-        "name": name,
-        "parameters": 1234567,
-        "metrics": {"f1": 0.87654, "runtime": 3.0},
-        "seconds": 83.4,
-        "steps": 100,
-        "history": history,
-        "plan": plan,
-    }
-    return Arm(**(values | changes))
+    metrics = {"f1": 0.87654, "runtime": 3.0}
+    values = {"parameters": 1234567, "metrics": metrics, "seconds": 83.4, "steps": 100}
+    return Arm(**({"name": name, "history": history, "plan": plan} | values | changes))
 
 
 def bert(layers: int = 2) -> Plan:
@@ -148,13 +142,10 @@ def test_plan_table_has_the_shares_and_marks_of_the_plan() -> None:
     assert table.startswith("someone/encoder:")
 
 
-def test_dropped_targets_are_marked_and_cost_nothing() -> None:
+def test_dropped_targets_cost_nothing_joint_ones_are_parts_of_all_and_norms_are_roots() -> None:
     table = plan_table(make_plan(share="none"))
     assert [mark for cells in grid_of(table).values() for _, _, mark in cells] == list("····●●")
     assert "640 own + 0 shared = 640, 33 % of LoRA's 1,920" in table
-
-
-def test_joint_selection_shows_parts_of_all_and_norms_their_roots() -> None:
     joint = grid_of(plan_table(make_plan(scope="joint")))
     assert [number for _, number, _ in joint["2"]] == ["30", "45"]
     rooted = grid_of(plan_table(make_plan(scores=[1, 1, 4, 1, 49, 4], importance="root")))
@@ -165,31 +156,26 @@ def test_modules_of_the_same_type_have_columns_of_their_own() -> None:
     table = plan_table(bert())
     assert grid_of(table)["–"] == [("██", "100", "●")]  # nobody shares it
     heads = table[table.index("\n") : table.index("\n0 ")].split()
-    assert (
-        heads
-        == [*("attention.", "output.", "output.", "pooler."), "layer", "query"] + ["dense"] * 3
-    )
+    above = ["attention.", "output.", "output.", "pooler."]
+    assert heads == [*above, "layer", "query", *["dense"] * 3]
     assert "attention.output.dense, output.dense 64→16 r4   1   3   0" in table
     assert "pooler.dense 48→32 r4" in table
 
 
 @pytest.mark.parametrize(
-    ("names", "labels"),
+    ("first", "second", "labels"),
     [
-        (["model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"], ["up_proj", "q_proj"]),
-        (["h.0.attn.c_proj", "h.0.mlp.c_proj"], ["attn.​c_proj", "mlp.​c_proj"]),
-        (
-            ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"],
-            ["encoder…​q", "decoder…​q"],
-        ),
-        (["0", "2"], ["*"]),
-        (["dense", "layer.0.dense"], ["dense", "dense"]),
+        ("model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj", ["up_proj", "q_proj"]),
+        ("h.0.attn.c_proj", "h.0.mlp.c_proj", ["attn.​c_proj", "mlp.​c_proj"]),
+        (f"encoder.{T5}", f"decoder.{T5}", ["encoder…​q", "decoder…​q"]),
+        ("0", "2", ["*"]),
+        ("dense", "layer.0.dense", ["dense", "dense"]),
     ],
 )
 def test_columns_are_named_by_what_tells_them_apart(
-    tmp_path: Path, names: list[str], labels: list[str]
+    tmp_path: Path, first: str, second: str, labels: list[str]
 ) -> None:
-    page = page_of(tmp_path, make_arm(make_plan(names, [1.0] * len(names), names[:1])))
+    page = page_of(tmp_path, make_arm(make_plan([first, second], [1.0, 1.0], [first])))
     texts = [text for _, text in page.cells]
     start = texts.index("layer") + 1
     assert texts[start : start + len(labels)] == labels
@@ -208,9 +194,7 @@ def test_a_plan_without_scores_or_decision(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_scores_that_are_zero_or_no_number_are_shown_as_they_are(
-    tmp_path: Path, value: float
-) -> None:
+def test_scores_of_zero_or_not_finite_are_shown_as_they_are(tmp_path: Path, value: float) -> None:
     plan = make_plan(scores=[value] * 6)
     grid = grid_of(plan_table(plan))
     marks = {"0": "○", "1": "○", "2": "●"}
@@ -231,32 +215,25 @@ def test_arms_table_rows() -> None:
     ]
 
 
-def test_heat_map_grows_with_the_plan(tmp_path: Path) -> None:
+def test_heat_map_grows_with_the_plan_and_shows_it(tmp_path: Path) -> None:
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     names = [f"model.layers.{l}.{kind}" for l in range(32) for kind in kinds]
     big = make_plan(names, [float(i) for i in range(224)], names[100:])
-    plot_importance(make_plan(), tmp_path / "small.png")
-    plot_importance(big, tmp_path / "big.png")
-    small_size, big_size = size_of(tmp_path / "small.png"), size_of(tmp_path / "big.png")
-    assert big_size[0] / 7 > 100 and big_size[1] / 32 > 40
-    assert small_size[1] < big_size[1] / 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["big.png", "small.png"]
-
-
-def test_heat_map_shows_importance_and_decision(tmp_path: Path) -> None:
-    """Another number, or another mark, is another picture."""
-    images = []
+    plot_importance(big, tmp_path / "map.png")
+    width, height = size_of(tmp_path / "map.png")
+    assert width / 7 > 100 and height / 32 > 40
+    images = set()  # another number, or another mark, is another picture
     for plan in (make_plan(), make_plan(scores=SCORES[::-1]), make_plan(kept=KEPT[:1])):
         plot_importance(plan, tmp_path / "map.png")
-        images.append((tmp_path / "map.png").read_bytes())
-    assert len(set(images)) == 3
+        images.add((tmp_path / "map.png").read_bytes())
+        assert size_of(tmp_path / "map.png")[1] < height / 3
+    assert len(images) == 3 and [path.name for path in tmp_path.iterdir()] == ["map.png"]
 
 
 @pytest.mark.parametrize("losses", [0, 1, 40], ids=lambda n: f"{n} losses")
 def test_plot_history(tmp_path: Path, losses: int) -> None:
-    history = [
-        {"step": s, "stage": "main", "loss": math.nan if s == 3 else s} for s in range(losses)
-    ]
+    numbers = [math.nan if s == 3 else s for s in range(losses)]
+    history = [{"step": s, "stage": "main", "loss": loss} for s, loss in enumerate(numbers)]
     arms = [make_arm(name=f"arm {i}", history=history) for i in range(8)]
     plot_history(arms, tmp_path / "loss.png")
     plot_history([make_arm()], tmp_path / "with_dev.png")
@@ -278,10 +255,8 @@ def test_report_has_the_results_and_the_plan(tmp_path: Path) -> None:
     plan = make_plan(frequency=frequency)
     page = page_of(tmp_path, make_arm(name="LoRA"), make_arm(plan), model="m", command="c --x y")
     texts = [text for _, text in page.cells]
-    assert texts[:10] == [
-        *("", "adapter parameters", "dev f1", "steps", "time"),
-        *("LoRA", "1,234,567", "0.8765", "100", "1 min 23 s"),
-    ]
+    assert texts[:5] == ["", "adapter parameters", "dev f1", "steps", "time"]
+    assert texts[5:10] == ["LoRA", "1,234,567", "0.8765", "100", "1 min 23 s"]
     squares = [(kind, text) for kind, text in page.cells if kind.startswith("cell")]
     assert [kind for kind, _ in squares] == ["cell shared"] * 4 + ["cell own high"] * 2
     numbers = [text.partition("encoder")[0] for _, text in squares]
@@ -290,17 +265,12 @@ def test_report_has_the_results_and_the_plan(tmp_path: Path) -> None:
     assert "shared adapter, 320 parameters" in tip
     assert "score 30: 30 % of its module type" in tip
     assert "rank 2 of 3" in tip and "kept in 30 % of" in tip
-    assert "own adapter: 1 of 3" in page.text and "shared adapter: 2 of 3" in page.text
-    assert "0–1" in page.text
-    assert "4 of 6 targets alike in every draw" in page.text
+    says = ["own adapter: 1 of 3", "shared adapter: 2 of 3", "0–1", "c --x y", '"lora_alpha"']
+    says += ["4 of 6 targets alike in every draw", "online, 12,345 tokens in 20 steps"]
+    assert all(part in page.text for part in [*says, "20 of 30 steps, settled"])
     calls = texts[texts.index("the closest calls") + 3 :]
-    assert calls[:6] == [
-        *(VALUE.format(2), "52 %", "● own adapter"),
-        *(QUERY.format(1), "30 %", "○ shared adapter"),
-    ]
-    assert "online, 12,345 tokens in 20 steps" in page.text
-    assert "20 of 30 steps, settled" in page.text
-    assert "c --x y" in page.text and '"lora_alpha"' in page.text
+    assert calls[:3] == [VALUE.format(2), "52 %", "● own adapter"]
+    assert calls[3:6] == [QUERY.format(1), "30 %", "○ shared adapter"]
     assert "runtime" not in page.text
 
 

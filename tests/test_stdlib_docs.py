@@ -29,16 +29,14 @@ def test_stdlib_is_large_unique_and_spread_over_areas(stdlib):
     assert set(counts) == set(range(len(areas())))
     assert max(counts.values()) < 0.2 * len(rows) and min(counts.values()) >= 100
     assert (stdlib.kind, stdlib.metric, stdlib.name) == ("classification", "accuracy", "stdlib")
-
-
-def test_stdlib_dev_is_a_fifth_of_every_area(stdlib):
+    # dev is a fifth of every area
     train, dev = (Counter(row.label for row in rows) for rows in (stdlib.train, stdlib.dev))
     assert 0.2 <= len(stdlib.dev) / len(stdlib.train + stdlib.dev) <= 0.25
     for label, name in enumerate(stdlib.labels):
         assert 0.15 <= dev[label] / (train[label] + dev[label]) <= 0.32, name
 
 
-def test_no_module_stands_on_both_sides_or_in_two_areas(docs):
+def test_texts_are_normalised_prose_and_no_module_has_two_places(docs):
     places: dict[str, set[tuple[str, str]]] = {}
     for doc in docs:
         places.setdefault(doc.module, set()).add((doc.area, doc.split))
@@ -46,9 +44,6 @@ def test_no_module_stands_on_both_sides_or_in_two_areas(docs):
     sides = [side for area in areas().values() for side in area.values()]
     listed = " ".join(sides).split()
     assert len(listed) == len(set(listed))
-
-
-def test_stdlib_texts_are_normalised_prose(docs):
     for doc in docs:
         assert doc.text == " ".join(doc.text.split())
         assert len(doc.text) >= 20 and len(doc.text.split()) >= 4
@@ -67,12 +62,8 @@ def fill(stdlib: Path) -> None:
 def test_sources_are_parsed_and_not_imported(tmp_path):
     fill(tmp_path)
     rows = read_docs(tmp_path)
-    assert rows[0] == (
-        "Text 0 of tarfile, one of many.",
-        "archives and storage",
-        "tarfile",
-        "train",
-    )
+    first = "Text 0 of tarfile, one of many."
+    assert rows[0] == (first, "archives and storage", "tarfile", "train")
     sides = [side for area in areas().values() for side in area.values()]
     assert len(rows) == 60 * len(" ".join(sides).split())
 
@@ -92,9 +83,8 @@ def test_leading_paragraphs_stop_where_it_is_enough_and_at_examples(tmp_path):
     paragraphs = ["Short  first\n    line here.", "b " * 99, "c c", ">>> d", "e"]
     docstring = "\n\n    ".join(paragraphs)
     (tmp_path / "heapq.py").write_text(f'def f():\n    """{docstring}"""')
-    (tmp_path / "graphlib.py").write_text(
-        '"""One two three four words.\n\n    >>> 1\n\n    Not this."""'
-    )
+    module = '"""One two three four words.\n\n    >>> 1\n\n    Not this."""'
+    (tmp_path / "graphlib.py").write_text(module)
     texts = {doc.module: doc.text for doc in read_docs(tmp_path)}
     assert texts["heapq"] == "Short first line here. " + " ".join("b" * 99)
     assert texts["graphlib"] == "One two three four words."

@@ -19,10 +19,9 @@ def write(path: Path, text: str) -> str:
 
 
 def test_a_folder_of_tsv_knows_no_quotes_and_reads_digits_as_classes(tmp_path):
-    write(
-        tmp_path / "train.tsv.gz", 'sentence1\tsentence2\tlabel\n"So", he\tsaid\t1\r\na "b\tc\t0\n'
-    )
-    write(tmp_path / "dev.tsv.gz", "sentence1\tsentence2\tlabel\nx\ty\t1\n")
+    header = "sentence1\tsentence2\tlabel\n"
+    write(tmp_path / "train.tsv.gz", header + '"So", he\tsaid\t1\r\na "b\tc\t0\n')
+    write(tmp_path / "dev.tsv.gz", header + "x\ty\t1\n")
     made = load_task(DataConfig(source=str(tmp_path)))
     assert made.train == (Example('"So", he', "said", 1), Example('a "b', "c", 0))
     assert made.dev == (Example("x", "y", 1),)
@@ -104,9 +103,9 @@ def test_the_held_out_part_keeps_the_class_shares(tmp_path):
 
 def test_a_hub_data_set_brings_its_class_names(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    names = datasets.ClassLabel(names=["entailment", "not_entailment"])
-    features = {"sentence1": datasets.Value("string"), "sentence2": datasets.Value("string")}
-    features = datasets.Features(features | {"label": names})
+    names, text = datasets.ClassLabel(names=["entailment", "not_entailment"]), "string"
+    features = {f"sentence{i}": datasets.Value(text) for i in (1, 2)} | {"label": names}
+    features = datasets.Features(features)
     columns = {"sentence1": ["a", "b"], "sentence2": ["c", "d"]}
     made = {
         split: datasets.Dataset.from_dict(columns | {"label": labels}, features=features)
@@ -118,12 +117,12 @@ def test_a_hub_data_set_brings_its_class_names(monkeypatch):
     assert asked == [("nyu-mll/glue", "rte")]
     assert rte.labels == ("entailment", "not_entailment")
     assert rte.dev == (Example("a", "c", 1), Example("b", "d", 1))
-    with pytest.raises(
-        ValueError, match=r"glue/rte test\[0\]: the label -1 is not among the 2 classes"
+    for dev, message in (
+        ("test", r"glue/rte test\[0\]: the label -1 is not among the 2 classes"),
+        ("extra", r"'extra' is not a split .* train, validation, test"),
     ):
-        load_task(DataConfig(source="glue/rte", dev="test"))
-    with pytest.raises(ValueError, match=r"'extra' is not a split .* train, validation, test"):
-        load_task(DataConfig(source="glue/rte", dev="extra"))
+        with pytest.raises(ValueError, match=message):
+            load_task(DataConfig(source="glue/rte", dev=dev))
 
 
 def test_the_hub_out_of_reach_is_said_plainly(monkeypatch):
@@ -141,6 +140,9 @@ def test_the_hub_out_of_reach_is_said_plainly(monkeypatch):
         load_task(DataConfig(source="imdb"))
     with pytest.raises(ValueError, match="'glue/foo' is not a GLUE task: choose one of cola, sst2"):
         load_task(DataConfig(source="glue/foo"))
+
+
+HALF, WORD = "text,label\na,1\nb,.5\n", "text,label\na,1\nb,x\n"
 
 
 @pytest.mark.parametrize(
@@ -163,18 +165,8 @@ def test_the_hub_out_of_reach_is_said_plainly(monkeypatch):
         ("m.csv", "text,label\na,1\n", {"label": "text"}, "no text column"),
         ("m.csv", "text,label\na,1\n", {"text": "label"}, r"used twice \(label, label\)"),
         ("m.csv", "text,y\na,b\n", {"task": "causal_lm", "label": "y"}, "causal_lm has no label"),
-        (
-            "f.csv",
-            "text,label\na,1\nb,.5\n",
-            {"task": "classification"},
-            "f.csv:3: .*'.5' is not a c",
-        ),
-        (
-            "w.csv",
-            "text,label\na,1\nb,x\n",
-            {"task": "regression"},
-            "w.csv:3: .*'x' is not a number, ",
-        ),
+        ("f.csv", HALF, {"task": "classification"}, "f.csv:3: .*'.5' is not a c"),
+        ("w.csv", WORD, {"task": "regression"}, "w.csv:3: .*'x' is not a number, "),
         ("c.csv", "text,label\na,1\nb,1\n", {}, "every row of train has the label 1"),
         ("n.csv", "text,label\na,1\nb,nan\n", {}, "'nan' is not a number or a word"),
         ("n.csv", "text,label\na,1\nb,\n", {}, "n.csv:3: the label '' is not a number or a word"),
@@ -192,31 +184,26 @@ def test_bad_tables_are_refused_by_name(tmp_path, name, text, options, message):
 
 
 def test_unreadable_and_missing_files_are_refused_by_name(tmp_path):
-    (tmp_path / "latin.csv").write_bytes("text,label\ncaf\xe9,1\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin.csv is not UTF-8 .*byte 0xe9 in position 14"):
-        load_task(DataConfig(source=str(tmp_path / "latin.csv")))
-    (tmp_path / "cut.tsv.gz").write_bytes(gzip.compress(b"text\tlabel\n" * 99)[:-9])
-    with pytest.raises(ValueError, match=r"cut.tsv.gz is not a whole gzip file"):
-        load_task(DataConfig(source=str(tmp_path / "cut.tsv.gz")))
-    with pytest.raises(FileNotFoundError, match=r"no\.csv' does not exist"):
-        load_task(DataConfig(source=str(tmp_path / "no.csv")))
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"has no train file: add train.csv"):
-        load_task(DataConfig(source=str(tmp_path / "folder")))
-    train = write(tmp_path / "folder" / "train.csv", "text,label\na,1\nb,2\n")
-    with pytest.raises(FileNotFoundError, match=r"gone.csv is not a file"):
-        load_task(DataConfig(source=train, dev=str(tmp_path / "gone.csv")))
+    def refuses(kind, message, source, dev=None):
+        with pytest.raises(kind, match=message):
+            load_task(DataConfig(source=str(source), dev=dev))
+
+    latin, cut, folder = (tmp_path / name for name in ("latin.csv", "cut.tsv.gz", "folder"))
+    latin.write_bytes("text,label\ncaf\xe9,1\n".encode("latin-1"))
+    refuses(ValueError, r"latin.csv is not UTF-8 .*byte 0xe9 in position 14", latin)
+    cut.write_bytes(gzip.compress(b"text\tlabel\n" * 99)[:-9])
+    refuses(ValueError, r"cut.tsv.gz is not a whole gzip file", cut)
+    refuses(FileNotFoundError, r"no\.csv' does not exist", tmp_path / "no.csv")
+    folder.mkdir()
+    refuses(FileNotFoundError, r"has no train file: add train.csv", folder)
+    train = write(folder / "train.csv", "text,label\na,1\nb,2\n")
+    refuses(FileNotFoundError, r"gone.csv is not a file", train, str(tmp_path / "gone.csv"))
     dev = write(tmp_path / "d.csv", "text,label\nc,3\n")
-    with pytest.raises(
-        ValueError, match=r"d.csv:2: the label 3 is not among the 2 classes .*\(1, 2\)"
-    ):
-        load_task(DataConfig(source=train, dev=dev))
+    refuses(ValueError, r"d.csv:2: the label 3 is not among the 2 classes .*\(1, 2\)", train, dev)
     other = write(tmp_path / "o.csv", "body,label\nc,1\n")
-    with pytest.raises(ValueError, match=r"data.text='text' is not .*o.csv:2 has .* body"):
-        load_task(DataConfig(source=train, dev=other))
-    write(tmp_path / "folder" / "train.tsv", "text\tlabel\n")
-    with pytest.raises(ValueError, match=r"more than one train file \(train.csv, train.tsv\)"):
-        load_task(DataConfig(source=str(tmp_path / "folder")))
+    refuses(ValueError, r"data.text='text' is not .*o.csv:2 has .* body", train, other)
+    write(folder / "train.tsv", "text\tlabel\n")
+    refuses(ValueError, r"more than one train file \(train.csv, train.tsv\)", folder)
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,8 @@ WORDS = ["[PAD]", "[CLS]", "[SEP]", "<eos>", "[UNK]", "a", "b", "c", "d", "e"]
 @pytest.fixture
 def encoder():
     """[CLS] x [SEP] y [SEP] over the words a to e, which have the ids 5 to 9."""
-    return make(
-        "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", cls="[CLS]", sep="[SEP]", pad="[PAD]"
-    )
+    special = {"cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]"}
+    return make("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1", **special)
 
 
 @pytest.fixture
@@ -37,15 +36,10 @@ def make(single, pair, **special):
     made.post_processor = processors.TemplateProcessing(
         single=single, pair=pair, special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
-    tokens = {f"{name}_token": token for name, token in special.items()}
-    inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        unk_token="[UNK]",
-        model_max_length=32,
-        model_input_names=inputs,
-        **tokens,
-    )
+    options = {f"{name}_token": token for name, token in special.items()}
+    options["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    options |= {"unk_token": "[UNK]", "model_max_length": 32}
+    return PreTrainedTokenizerFast(tokenizer_object=made, **options)
 
 
 def task(kind, train, dev=(), metric="accuracy") -> TextTask:
@@ -64,11 +58,8 @@ def test_sentences_and_pairs_become_ids(encoder):
         "attention_mask": [1] * 6,
         "labels": 1,
     }
-
-
-def test_long_rows_are_cut(encoder):
-    rows, _ = tokenize(task("classification", [("a " * 20, "b", 0)]), encoder, 8)
-    assert rows[0]["input_ids"] == [1, 5, 5, 5, 5, 2, 6, 2]
+    long, _ = tokenize(task("classification", [("a " * 20, "b", 0)]), encoder, 8)
+    assert long[0]["input_ids"] == [1, 5, 5, 5, 5, 2, 6, 2]
 
 
 def test_classes_and_numbers_are_padded_to_the_longest(encoder):
@@ -96,14 +87,10 @@ def test_a_completion_is_learned_with_its_end_and_its_prompt_is_not(decoder):
     assert decoder.pad_token is None
 
 
-def test_text_alone_is_learned_whole(decoder):
-    rows, _ = tokenize(task("causal_lm", [("a b c", None, None)]), decoder, 8)
-    assert rows[0]["input_ids"] == rows[0]["labels"] == [5, 6, 7, 3]
-    rows, _ = tokenize(task("causal_lm", [("a " * 20, None, None)]), decoder, 8)
-    assert rows[0]["input_ids"] == rows[0]["labels"] == [5] * 8
-
-
-def test_a_separator_does_not_stand_between_prompt_and_completion(encoder):
+def test_text_alone_is_learned_whole_and_no_separator_parts_a_pair(decoder, encoder):
+    for text, ids in (("a b c", [5, 6, 7, 3]), ("a " * 20, [5] * 8)):
+        rows, _ = tokenize(task("causal_lm", [(text, None, None)]), decoder, 8)
+        assert rows[0]["input_ids"] == rows[0]["labels"] == ids
     rows, _ = tokenize(task("causal_lm", [("a", "b", None)]), encoder, 8)
     assert rows[0]["input_ids"] == [1, 5, 6] and rows[0]["labels"] == [-100, -100, 6]
 
@@ -121,15 +108,12 @@ def test_a_line_break_joins_only_where_there_is_no_space():
     assert seen[0] == ["q\n", "q ", "q", "\n"] and seen[1] == ["a", "a", " a", "a"]
 
 
-def test_rows_that_do_not_fit_are_refused(encoder, decoder):
+def test_what_cannot_be_tokens_or_batches_is_refused(encoder, decoder):
     with pytest.raises(ValueError, match=r"data.max_length=64 is more than the 32 tokens"):
         tokenize(task("classification", [("a", None, 0)]), encoder, 64)
     long = task("causal_lm", [("a " * 9, "b", None), ("a " * 20, "b", None), ("a", "b", None)])
     with pytest.raises(ValueError, match=r"2 of 3 rows have nothing to learn.*=8 .* has 20 tokens"):
         tokenize(long, decoder, 8)
-
-
-def test_a_collator_needs_a_known_task_and_a_token_to_pad_with(encoder, decoder):
     with pytest.raises(ValueError, match="no task 'ner': choose classification"):
         collator("ner", encoder)
     with pytest.raises(ValueError, match=r"no pad token: set tokenizer.pad_token"):
@@ -139,10 +123,8 @@ def test_a_collator_needs_a_known_task_and_a_token_to_pad_with(encoder, decoder)
 def score(metric, logits, labels):
     from transformers import EvalPrediction
 
-    compute = metric_fn(
-        task("regression" if metric == "pearson" else "classification", [], metric=metric)
-    )
-    compute = pickle.loads(pickle.dumps(compute))
+    kind = "regression" if metric == "pearson" else "classification"
+    compute = pickle.loads(pickle.dumps(metric_fn(task(kind, [], metric=metric))))
     return compute(EvalPrediction(predictions=logits, label_ids=np.array(labels)))
 
 

@@ -1,0 +1,219 @@
+"""Training ends the same after a kill at any moment, and from whatever a kill leaves behind."""
+
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import training_runs as tiny
+from training_runs import At, interrupted, make_model, make_rows, outcome, run, stop
+
+from loradrop import trainer, training
+from loradrop.formats import native
+
+# --- killed at any moment ---------------------------------------------------------------------
+
+Moment = tuple[str, int] | tuple[Any, str, str] | tuple[Any, str, str, int]
+MOMENTS: dict[str, Moment] = {  # after a step of a stage, or at a call with a path
+    "before the first checkpoint": ("warmup", 3),
+    "in the warm-up": ("warmup", 6),
+    "a checkpoint of the warm-up": (trainer.LoRATrainer, "_save_rng_state", "warmup/checkpoint-8"),
+    "between warm-up and start": (training, "save", "start"),
+    "writing start": (native, "write_json", "start/plan.json"),
+    "before the first checkpoint of main": ("main", 2),
+    "a checkpoint of main": (trainer, "write_json", "main/checkpoint-8/complete.json"),
+    "replacing a file of main": (os, "replace", "checkpoint-8/adapter.safetensors", 2),
+    "in the main run": ("main", 11),
+    "after the last step": ("main", tiny.TOTAL - tiny.WARMUP),
+    "before the result": (training, "save", "adapter"),
+}
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at_call(owner: Any, name: str, ending: str, number: int = 1) -> None:
+    """Kill at the so-and-so-many-th call of `owner.name` whose last path part ends so."""
+    original, calls = getattr(owner, name), Counter[str]()
+
+    def spied(*args: Any, **kwargs: Any) -> Any:
+        paths = [str(arg) for arg in args if isinstance(arg, (str, Path))]
+        calls["hits"] += any(path.endswith(ending) for path in paths)
+        if calls["hits"] == number:
+            kill()
+        return original(*args, **kwargs)
+
+    setattr(owner, name, spied)
+
+
+def doomed(folder: Path, moment: str) -> None:
+    torch.set_num_threads(1)
+    where, *more = MOMENTS[moment]
+    if isinstance(where, str):
+        run(folder, callbacks=[At(where, *more, kill)])
+    else:
+        kill_at_call(where, *more)
+        run(folder)
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_and_resumed(moment: str, whole: Path, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")  # it imports once, and has run nothing
+    context.set_forkserver_preload(["loradrop.training", "datasets"])
+    process = context.Process(target=doomed, args=(tmp_path, moment))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "result.json").exists()
+    run(tmp_path, resume=True)
+    assert outcome(tmp_path) == outcome(whole)
+
+
+# --- resuming what is not a plain checkpoint -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int, Path], None]:
+    """Copies what a run leaves that was stopped after a step of a stage; each is made once."""
+    made = tmp_path_factory.mktemp("stopped")
+
+    def copy(stage: str, step: int, to: Path) -> None:
+        folder = made / f"{stage}-{step}"
+        if not folder.exists():
+            interrupted(folder, stage, step)
+        shutil.copytree(folder, to, dirs_exist_ok=True)
+
+    return copy
+
+
+def flipped(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
+
+
+HALF = "{folder} was being written when the run ended; going on from an earlier"
+DAMAGED, FILE = "{file} is damaged or half-written", "{folder} is damaged ({file.name})"
+WARM_UP = "Going on from the warm-up's last checkpoint"
+SPOILT: dict[str, tuple[Callable[[bytes], bytes] | None, list[str]]] = {
+    "main/checkpoint-8/complete.json": (None, [HALF]),
+    "warmup/checkpoint-4/optimizer.pt": (flipped, [FILE]),
+    "warmup/checkpoint-4/adapter.safetensors": (flipped, [FILE]),
+    "warmup/checkpoint-4/complete.json": (flipped, ["{folder} ", DAMAGED]),
+    "warmup/checkpoint-4/rng_state.pth": (lambda content: content[:100], [FILE]),
+    "start/adapter.safetensors": (lambda content: content[:200], [DAMAGED, WARM_UP]),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_what_is_damaged_is_named_and_made_again(
+    name: str, whole: Path, stopped: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopped(*(("warmup", 7) if name.startswith("warmup") else ("main", 9)), tmp_path)
+    file, (spoil, says) = tmp_path / name, SPOILT[name]
+    content = file.read_bytes()
+    file.unlink()
+    if spoil:
+        file.write_bytes(spoil(content))
+    with caplog.at_level(logging.WARNING, "loradrop"):
+        run(tmp_path, resume=True)
+    for part in says:
+        assert part.format(file=file, folder=file.parent) in caplog.text
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_damaged_options_are_named(stopped: Any, tmp_path: Path) -> None:
+    stopped("warmup", 1, tmp_path)
+    (tmp_path / "options.json").write_text("{")
+    with pytest.raises(ValueError, match=r"options.json is damaged or half-written"):
+        run(tmp_path, resume=True)
+
+
+def test_resume_of_a_finished_run_trains_no_more(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    steps: list[int] = []
+    run(tmp_path, resume=True, callbacks=tiny.counting(steps))
+    assert outcome(tmp_path) == outcome(whole) and not steps
+
+
+def test_resume_without_anything_to_resume_starts(whole: Path, tmp_path: Path) -> None:
+    run(tmp_path, resume=True)
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_resume_with_the_model_in_memory(whole: Path, tmp_path: Path) -> None:
+    model = make_model()
+    interrupted(tmp_path, "main", 9, model=model)
+    assert model.lora_bank.collector is None
+    run(tmp_path, resume=True, model=model)
+    assert outcome(tmp_path) == outcome(whole)
+
+
+OTHER: dict[str, dict[str, Any]] = {
+    r"train: learning_rate": {"args": replace(tiny.ARGS, learning_rate=0.5)},
+    r"train: seed, steps": {"args": replace(tiny.ARGS, steps=30, seed=3)},
+    r"lora: r\)": {"config": replace(tiny.DROP, r=2)},
+    r"lora: method": {"config": tiny.PLAIN},
+    r"model: fingerprint": {"model": make_model(labels=4)},
+}
+
+
+@pytest.mark.parametrize("named", OTHER)
+def test_resume_with_other_options_is_refused(named: str, stopped: Any, tmp_path: Path) -> None:
+    stopped("warmup", 1, tmp_path)
+    refusal = rf"was begun with other options \({named}.*choose another"
+    with pytest.raises(ValueError, match=refusal):
+        run(tmp_path, resume=True, **OTHER[named])
+
+
+def test_used_output_is_refused(whole: Path) -> None:
+    before = outcome(whole)
+    with pytest.raises(ValueError, match="holds a run already: resume, or choose another output"):
+        run(whole)
+    assert outcome(whole) == before
+
+
+def test_an_error_before_training_leaves_the_output_free(whole: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="matches nothing"):
+        run(tmp_path, replace(tiny.DROP, target_modules=["qwery"]))
+    run(tmp_path)
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_warm_up_alone_and_then_the_rest(whole: Path, tmp_path: Path) -> None:
+    options = {"args": tiny.ARGS, "output_dir": tmp_path, "data": {"train": "a fingerprint"}}
+    plan = training.warm_up(make_model(), make_rows(), tiny.DROP, **options)
+    assert plan.warmup["steps"] == tiny.WARMUP and not (tmp_path / "main").exists()
+    run(tmp_path, resume=True)
+    assert outcome(tmp_path) == outcome(whole)
+    assert json.loads(json.dumps(plan.to_dict())) == outcome(whole)["plan"]
+
+
+def test_killed_once_settled(runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(tiny.StopError):
+        patch.setattr(training, "save", lambda *_: stop())
+        run(tmp_path, tiny.SETTLING)
+    run(tmp_path, tiny.SETTLING, resume=True)
+    assert outcome(tmp_path) == outcome(runs["settling"][0])
+
+
+@pytest.mark.parametrize("method", ["vera", "prilora"])
+@pytest.mark.parametrize("step", [3, 14, tiny.TOTAL])
+def test_a_bank_of_other_tensors_is_resumed(
+    method: str, step: int, runs: tiny.Runs, tmp_path: Path
+) -> None:
+    config, (folder, result, _) = tiny.CONFIGS[method], runs[method]
+    assert result.plan.warmup is None and result.plan.kept is None
+    assert result.metrics["loss"] < 1.09  # ln 3: it has learnt
+    interrupted(tmp_path, "main", step, config=config)
+    run(tmp_path, config, resume=True)
+    assert outcome(tmp_path) == outcome(folder)
