@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from loradrop.config import LoraDropConfig as LoraDropConfig
     from loradrop.config import TrainConfig as TrainConfig
     from loradrop.formats.check import verify as verify
-    from loradrop.formats.native import save as save
     from loradrop.formats.peft import export as export
     from loradrop.layers import LoRALinear as LoRALinear
     from loradrop.loading import load as load
     from loradrop.methods import LoRA as LoRA
     from loradrop.methods import LoRADrop as LoRADrop
     from loradrop.methods import Method as Method
+    from loradrop.native import save as save
     from loradrop.op.linear import lora_add as lora_add
     from loradrop.op.linear import lora_linear as lora_linear
     from loradrop.plan import Plan as Plan
@@ -42,7 +42,7 @@ _NAMES = {
     "bank": "AdapterBank",
     "config": "LoRAConfig LoraDropConfig TrainConfig",
     "formats.check": "verify",
-    "formats.native": "save",
+    "native": "save",
     "formats.peft": "export",
     "layers": "LoRALinear",
     "loading": "load",

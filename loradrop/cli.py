@@ -197,7 +197,7 @@ def _config(settings: Sequence[str] | None) -> "RunConfig":
 def _plan_at(path: Path) -> "Plan":
     """The plan in a plan.json, a native adapter, or the folder of a run."""
     from loradrop.files import read_json
-    from loradrop.formats.native import PLAN, TENSORS, read
+    from loradrop.native import PLAN, TENSORS, read
     from loradrop.plan import Plan
 
     if path.suffix == ".json" or (path.is_dir() and not (path / TENSORS).exists()):

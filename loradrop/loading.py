@@ -9,9 +9,9 @@ from torch import nn
 
 from loradrop.bank import AdapterBank, bank_of, has_bank
 from loradrop.config import LoRAConfig
-from loradrop.formats.native import NativeFile, read
 from loradrop.injection import base_of, injection_of
 from loradrop.layers import shape_of
+from loradrop.native import NativeFile, read
 from loradrop.surgery import inject
 
 _log = logging.getLogger(__name__)

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer, set_seed
 
 from loradrop.config import LoRAConfig
 from loradrop.files import write_json, write_text
-from loradrop.formats.native import read
 from loradrop.formats.peft import DTYPES
 from loradrop.loading import load
+from loradrop.native import read
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.report.grid import Arm, arms_table, plan_table

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, bank_of, has_bank
 from loradrop.config import LoRAConfig
-from loradrop.formats.native import SavePretrained
 from loradrop.injection import Injection, injection_of
 from loradrop.layers import adapt, build_bank, freeze, is_conv1d, is_plain, restore
 from loradrop.matching import find_targets, inside, kinds_of, saved_modules
+from loradrop.native import SavePretrained
 from loradrop.scores import Target
 
 _log = logging.getLogger(__name__)

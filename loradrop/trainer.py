@@ -19,8 +19,8 @@ from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.config import TrainConfig
 from loradrop.env import native_bf16
 from loradrop.files import read_json, write_json
-from loradrop.formats.native import read, save
 from loradrop.loading import fill
+from loradrop.native import read, save
 
 # transformers renamed the argument; both names mean the same.
 _CHECKPOINTING = next(

@@ -24,11 +24,11 @@ from loradrop.bank import bank_of, has_bank
 from loradrop.callbacks import MethodCallback, Progress
 from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.files import read_json, write_json
-from loradrop.formats.native import read, save
 from loradrop.injection import base_of, injection_of, plan_of
 from loradrop.loading import fill
 from loradrop.methods import Method
 from loradrop.methods.base import Warmup
+from loradrop.native import read, save
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.sampling import sample_of

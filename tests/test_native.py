@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import loradrop
 from loradrop import LoRAConfig, LoraDropConfig, Plan
 from loradrop.files import read_json, write_json
-from loradrop.formats.native import FOLDER, PLAN, TENSORS, read
 from loradrop.injection import injection_of, plan_of
+from loradrop.native import FOLDER, PLAN, TENSORS, read
 
 OURS = LoraDropConfig(r=4, lora_alpha=12)
 
@@ -257,7 +257,7 @@ def test_a_good_file_that_begins_like_a_pickle(model: Any, path: Path) -> None:
 
 
 def injected(**options: Any) -> Any:
-    return adapt(bert(), LoRAConfig(r=4, **options))
+    return adapt(bert(), LoRAConfig(**{"r": 4} | options))
 
 
 HEAD = r"classifier\.weight: \(2, 32\) in the file, \(5, 32\) in the model"
@@ -272,6 +272,7 @@ OTHERS: list[tuple[Make, Options, str]] = [
     (llama, {}, r"These differ:\n  bert\.encoder\.layer\.0.*not there"),
     (injected, {"target_modules": ["key"]}, r"adapts other targets.*loradrop\.remove\(model\)"),
     (injected, {"lora_alpha": 40}, "another scale .*lora_alpha"),  # never in silence
+    (injected, {"r": 2, "lora_alpha": 6}, r"another rank \(r or rank_pattern\)"),
 ]
 
 
@@ -280,7 +281,26 @@ def test_another_model(make: Make, options: Options, message: str, path: Path) -
     refused(message, path, make(**options))
 
 
+def test_into_adapters_of_another_dtype_and_number(tmp_path: Path) -> None:
+    """What is in the file holds: its dtype, and as many adapters as it has."""
+    half = adapt(bert().bfloat16(), LoRAConfig(r=4, adapter_dtype="base"))
+    loradrop.save(half, tmp_path)
+    found = share(injected(), [])
+    loradrop.load(found, tmp_path)
+    assert found.lora_bank.A[0].dtype == torch.bfloat16 and len(found.lora_bank.A) == 6
+    for i in range(6):
+        assert torch.equal(found.lora_bank.delta(i), half.lora_bank.delta(i))
+
+
 class TestPlan:
+    def test_follows_the_model(self, path: Path) -> None:
+        found = loaded(path)
+        assert plan_of(found).parameters == found.lora_bank.trainable == read(path).plan.parameters
+        loradrop.share(found, [])
+        plan = plan_of(found)
+        assert plan.parameters == found.lora_bank.trainable < read(path).plan.parameters
+        assert plan.assignment == found.lora_bank.assignment and plan.kept == ()
+
     def test_a_newer_schema(self, path: Path) -> None:
         def newer(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
             metadata["plan"] = json.dumps(json.loads(metadata["plan"]) | {"schema": 99})

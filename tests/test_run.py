@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 import loradrop
 from loradrop import LoRA, LoRADrop
-from loradrop.formats.native import read
+from loradrop.native import read
 from loradrop.run import build, load_base, measure, resolve_model, run, warm_up_run
 from loradrop.run_config import MINILM, RunConfig, folder_of, read_config
 from loradrop.text.task import DataConfig, load_task

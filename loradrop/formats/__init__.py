@@ -1,1 +1,1 @@
-"""Adapters on disk: the native file, the PEFT file, and the proof that both say the same."""
+"""Adapters for others: the PEFT file, what each engine reads, and the proof that both say the same."""
