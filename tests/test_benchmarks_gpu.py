@@ -69,6 +69,7 @@ for name in sys.argv[2:]:
 """
     python(code, tmp_path, *gpu.TESTS)
     monkeypatch.setitem(sys.modules, "datasets", None)  # what needs it is skipped
+    monkeypatch.delitem(sys.modules, "training_runs", raising=False)
     with pytest.raises(pytest.skip.Exception, match="datasets"):
         runpy.run_path(str(ROOT / "tests" / "test_training.py"))
 

@@ -17,8 +17,7 @@ import torch
 import training_runs as tiny
 from training_runs import At, interrupted, make_model, make_rows, outcome, run, stop
 
-from loradrop import trainer, training
-from loradrop.formats import native
+from loradrop import native, trainer, training
 
 # --- killed at any moment ---------------------------------------------------------------------
 

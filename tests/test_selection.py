@@ -399,5 +399,5 @@ def test_keep_frequency_of_a_clear_case_and_of_steps_without_output() -> None:
     expected = {"layers.0.q": 1, "layers.1.q": 0, "layers.2.q": 1}
     assert keep_frequency(many_rows(*steps), keep_two) == expected
     assert keep_frequency(many_rows(*([0, 0, *step] for step in steps)), keep_two) == expected
-    with pytest.raises(ValueError, match="B is still zero"):
+    with pytest.raises(ValueError, match="every row of the scores is zero, as B still is"):
         keep_frequency(many_rows([0, 0], [0, 0]), keep_two)
