@@ -312,7 +312,7 @@ def rename(*kinds: str) -> tuple[str, ...]:
         ("sglang", lora_file(use_dora=True), "use_dora"),
         ("sglang", lora_file(target_modules=".*proj"), "regex"),
         ("sglang", lora_file(extra="score.weight"), "silently ignores score.weight"),
-        ("sglang", lora_file(("transformer.h.0.attn.c_attn",)), "silently ignores transformer.h.0.attn"),
+        ("sglang", lora_file(("transformer.h.0.attn.c_attn",)), "silently ignores transformer.h"),
         ("sglang", lora_file(rank=4), "q_proj has rank 4, not r=8"),
         ("sglang", lora_file(rename("q_proj")), "q_proj lacks its partner v_proj"),
         ("sglang", lora_file(rename("v_proj")), "v_proj lacks its partner q_proj"),

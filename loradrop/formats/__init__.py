@@ -1,1 +1,1 @@
-"""Adapters for others: the PEFT file, what each engine reads, and the proof that both say the same."""
+"""Adapters for others: the PEFT file, how engines read it, and the proof that all say the same."""
