@@ -225,3 +225,10 @@ def test_adapters_follow_to_double_trainable_and_in_use() -> None:
     assert all(p.requires_grad and p.is_leaf and p.grad is not None for p in bank.parameters())
     for i in range(DEPTH + 1):
         assert bank.factors(i)[0] is bank.A[i] and bank.factors(i)[1] is bank.B[i]
+
+
+def test_a_printed_model_shows_its_bank_in_one_line() -> None:
+    (model, _), base = tower(["side"]), Tower()
+    added = [line.strip() for line in str(model).splitlines() if "Bank" in line]
+    assert added == [f"(lora_bank): LoRABank(targets={DEPTH + 1}, adapters=2)"]
+    assert len(str(model).splitlines()) == len(str(base).splitlines()) + 1

@@ -458,3 +458,10 @@ def test_scores_are_summed_over_ranks(tmp_path: Path) -> None:
         torch.testing.assert_close(got["moments"], moments, rtol=1e-6, atol=0)
         assert all(map(torch.equal, got["gradients"], ranks[0]["gradients"]))
         torch.testing.assert_close(got["gradients"], gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_an_unknown_statistic_lists_the_known() -> None:
+    model = net()
+    with pytest.raises(ValueError, match="statistics has 'median': choose among sqnorm, moment"):
+        Collector(model, model.lora_bank, online=True, statistics=["median"])
+    assert not model._forward_hooks and model.lora_bank.collector is None
