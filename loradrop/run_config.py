@@ -99,15 +99,19 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     check_keys(raw, [f.name for f in fields(RunConfig)], str(path or "the configuration"))
     lora = _section(raw, "lora", "r")
     arms = _section(raw, "arms", "LoRA")
+    main = _lora(lora, "lora")
+    named = {key: str(raw[key]) for key in ("name", "output") if key in raw}
+    if main.method.name != "lora_drop":
+        named = {"name": main.method.name} | named
     return RunConfig(
         model=_build(ModelConfig, _section(raw, "model", "id"), "model"),
         data=_build(DataConfig, _section(raw, "data", "source"), "data"),
-        lora=_lora(lora, "lora"),
+        lora=main,
         train=_build(TrainConfig, _section(raw, "train", "steps"), "train"),
         arms={
             str(name): _lora({**lora, **_section(arms, name, "r")}, f"arms.{name}") for name in arms
         },
-        **{key: str(raw[key]) for key in ("name", "output") if key in raw},
+        **named,
     )
 
 

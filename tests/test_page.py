@@ -5,6 +5,7 @@ import math
 import re
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -312,3 +313,12 @@ def test_every_decided_arm_has_a_map(tmp_path: Path) -> None:
     arms = [make_arm(make_plan(), name=name) for name in ("one", "two")]
     page = page_of(tmp_path, *arms, make_arm(make_plan(scores=None, kept=None), name="plain"))
     assert re.findall("Importance by layer: (.*)", page.text) == ["one", "two"]
+
+
+def test_a_bank_without_pairs_has_one_number(tmp_path: Path) -> None:
+    """Its elements do not divide into those of targets."""
+    plan = replace(make_plan(kept=None, scores=None), parameters=4800)
+    assert "parameters  4,800, 250 % of LoRA's 1,920" in plan_table(plan)
+    page = page_of(tmp_path, make_arm(plan))
+    assert "320 parameters" not in page.text and "4,800" in page.text
+    assert "320 parameters" in page_of(tmp_path, make_arm(make_plan())).text

@@ -420,3 +420,15 @@ def test_measure_is_an_offline_probe(trained: RunConfig) -> None:
             scores = measure(config, adapter, split=split, batches=count)
             assert dict(scores) == dict(loradrop.probe(model, batches[:count]))
             assert scores.source == "offline" and len(scores.rows) == (count or len(batches))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "LoRA-drop"),
+        (["lora.method=vera"], "vera"),
+        (["lora.method=vera", "name=mine"], "mine"),
+    ],
+)
+def test_a_run_has_the_name_of_its_method(overrides: list[str], name: str) -> None:
+    assert read_config(None, overrides).name == name

@@ -91,7 +91,10 @@ class Grid:
         self.top = max((cell.fraction or 0.0 for cell in self), default=0.0) or 1.0
         decided = plan.kept is not None or any(cell.state != "own" for cell in self)
         self.states = [s for s in MARKS if decided and count(list(self), s)]
-        self.summary = _summary(plan, sum(c.target.parameters for c in self if c.state == "own"))
+        # Other banks than plain pairs do not have so many elements for each target.
+        self.of_pairs = plan.assignment.parameters == plan.parameters
+        own = sum(cell.target.parameters for cell in self if cell.state == "own")
+        self.summary = _summary(plan, own if self.of_pairs else None)
 
     def __iter__(self) -> Iterator[Cell]:
         return iter(self.cells.values())
@@ -143,9 +146,13 @@ def _spans(numbers: Sequence[int]) -> str:
     return ", ".join(f"{first}–{last}" if first < last else f"{first}" for first, last in ends)
 
 
-def _summary(plan: Plan, own: int) -> dict[str, str]:
-    """The parameters, the scores and the warm-up in words; `own` parameters are not shared."""
-    size = f"{own:,} own + {plan.parameters - own:,} shared = {plan.parameters:,}"
+def _summary(plan: Plan, own: int | None) -> dict[str, str]:
+    """The parameters, the scores and the warm-up in words; `own` parameters are not shared, None
+    where nobody can tell them apart.
+    """
+    size = f"{plan.parameters:,}"
+    if own is not None:
+        size = f"{own:,} own + {plan.parameters - own:,} shared = {size}"
     part = as_percent(plan.parameters / plan.full_parameters)
     found = {"parameters": f"{size}, {part} % of LoRA's {plan.full_parameters:,}"}
     if scores := plan.scores:
