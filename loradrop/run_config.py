@@ -102,7 +102,8 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     main = _lora(lora, "lora")
     named = {key: str(raw[key]) for key in ("name", "output") if key in raw}
     if main.method.name != "lora_drop":
-        named = {"name": main.method.name} | named
+        taken = _slug(main.method.name) in map(_slug, map(str, arms))
+        named = {"name": "main" if taken else main.method.name} | named
     return RunConfig(
         model=_build(ModelConfig, _section(raw, "model", "id"), "model"),
         data=_build(DataConfig, _section(raw, "data", "source"), "data"),

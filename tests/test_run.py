@@ -428,6 +428,7 @@ def test_measure_is_an_offline_probe(trained: RunConfig) -> None:
         ([], "LoRA-drop"),
         (["lora.method=vera"], "vera"),
         (["lora.method=vera", "name=mine"], "mine"),
+        (["lora.method=lora", "arms.LoRA.r=2"], "main"),
     ],
 )
 def test_a_run_has_the_name_of_its_method(overrides: list[str], name: str) -> None:
