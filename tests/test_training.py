@@ -161,6 +161,8 @@ def test_online_scores_are_those_of_the_passes(whole: Path) -> None:
     assert all(value > 0 for value in plan["scores"]["values"].values())
     first = load_file(whole / "warmup" / "checkpoint-4" / "statistics.safetensors")["rows"]
     last = load_file(whole / "warmup" / "checkpoint-8" / "statistics.safetensors")["rows"]
+    for checkpoint in whole.glob("main/checkpoint-*"):  # after the warm-up nothing is collected
+        assert load_file(checkpoint / "statistics.safetensors") == {}
     assert first.dtype == torch.float64 and torch.equal(first, last[:4])
     assert torch.equal(last[0], torch.zeros_like(last[0]))  # B is zero before the first update
     assert last.sum(0).tolist() == list(plan["scores"]["values"].values())
