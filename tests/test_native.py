@@ -281,11 +281,12 @@ def test_another_model(make: Make, options: Options, message: str, path: Path) -
     refused(message, path, make(**options))
 
 
-def test_into_adapters_of_another_dtype_and_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True])
+def test_into_adapters_of_another_dtype_and_number(shared: bool, tmp_path: Path) -> None:
     """What is in the file holds: its dtype, and as many adapters as it has."""
     half = adapt(bert().bfloat16(), LoRAConfig(r=4, adapter_dtype="base"))
     loradrop.save(half, tmp_path)
-    found = share(injected(), [])
+    found = share(injected(), []) if shared else injected()
     loradrop.load(found, tmp_path)
     assert found.lora_bank.A[0].dtype == torch.bfloat16 and len(found.lora_bank.A) == 6
     for i in range(6):
