@@ -18,6 +18,7 @@ from op_cases import (
     leaves,
     op,
     short,
+    sink,
     strided,
 )
 from torch import Tensor
@@ -58,15 +59,7 @@ def op_arguments(dtype: torch.dtype, backend: str, **given: Any) -> tuple[Any, .
         torch.ones(5, device=DEVICE) if given.get("weights") else None,
         given.get("norm", False),
     )
-    return *call, *(sinks(8) if given.get("sinks") else (None, None)), backend
-
-
-def sinks(k: int) -> list[Tensor]:
-    """Leaves for the norm and the moment."""
-    return [
-        torch.zeros(shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
-        for shape in ((), (k,))
-    ]
+    return *call, *((sink(), sink(8)) if given.get("sinks") else (None, None)), backend
 
 
 @pytest.mark.parametrize(
@@ -139,7 +132,7 @@ def test_compile_equals_eager(dtype: torch.dtype, p: float, backend: str) -> Non
 
     t = draw(AWKWARD["rank 8"], dtype)
     weights = (torch.arange(37, device=DEVICE) % 2).float()
-    plain, quick = both_ways(step, [*leaves(t), *sinks(100)], t["dy"])
+    plain, quick = both_ways(step, [*leaves(t), sink(), sink(100)], t["dy"])
     _, norm, *_, of_sqnorm, of_moment = plain
     assert float(of_sqnorm) == float(norm) > 0 and of_moment.all()
     assert_close(quick, plain, rtol=1e-6, atol=1e-6)
@@ -154,7 +147,7 @@ def test_compile_with_dynamic_shapes() -> None:
     t = draw(AWKWARD["rank 8"])
     fast = compiled(step, dynamic=True)
     for m in (37, 5, 12, 30):
-        inputs = [*leaves(draw(AWKWARD["rank 8"]._replace(m=m))), *sinks(100)]
+        inputs = [*leaves(draw(AWKWARD["rank 8"]._replace(m=m))), sink(), sink(100)]
         with torch._dynamo.config.patch(error_on_recompile=m != 37):
             one, two = (torch.autograd.grad(f(*inputs).sum(), inputs) for f in (step, fast))
         assert_close(two, one)

@@ -31,6 +31,7 @@ from op_cases import (
     op,
     plain_backend,
     short,
+    sink,
     strided,
     through_op,
     through_torch,
@@ -41,7 +42,7 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.testing import assert_close
 
 from loradrop.op import philox, reference
-from loradrop.op.linear import lora_add, lora_linear
+from loradrop.op.linear import lora_linear
 from loradrop.testing import AWKWARD, Shape, assert_within, torch_delta
 
 pytestmark = pytest.mark.numbers
@@ -153,23 +154,17 @@ def test_scaling_does_not_overflow_float16(backend: str) -> None:
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("more", [(), ("weight", "bias"), ("y0",)], ids=str)
 @plain_backend
-def test_gradcheck(backend: str, p: float) -> None:
+def test_gradcheck(backend: str, more: tuple[str, ...], p: float) -> None:
     t = draw(Shape(3, 5, 4, 2), torch.float64)
-    more: dict[str, Any] = {"dropout": p, "seed": SEED if p else None, "backend": backend}
+    t |= {"y0": t["dy"]} if "y0" in more else {}
+    names = (*LEAVES, *more)
 
-    def frozen(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return lora_linear(x, t["weight"], t["bias"], A, B, S, **more)
+    def function(*inputs: Tensor) -> Tensor:
+        return op(t | dict(zip(names, inputs, strict=True)), backend, p)
 
-    def trained(x: Tensor, A: Tensor, B: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return lora_linear(x, weight, bias, A, B, S, **more)
-
-    def added(x: Tensor, A: Tensor, B: Tensor, y0: Tensor) -> Tensor:
-        return lora_add(y0, x, A, B, S, **more)
-
-    weight, bias, y0 = (t[name].clone().requires_grad_() for name in ("weight", "bias", "dy"))
-    for function, more_inputs in ((frozen, ()), (trained, (weight, bias)), (added, (y0,))):
-        assert torch.autograd.gradcheck(function, (*leaves(t), *more_inputs))
+    assert torch.autograd.gradcheck(function, [t[name].requires_grad_() for name in names])
 
 
 @each_backend
@@ -180,16 +175,14 @@ def test_every_subset_of_gradients(
     entry: str, needs: tuple[bool, ...], p: float, backend: str
 ) -> None:
     t = draw(Shape(5, 8, 6, 2), torch.float32)
-    names = (*LEAVES, "y0" if entry == "lora_add" else "weight")
-    t["y0"] = t["dy"] + 1
+    t |= {"y0": t["dy"] + 1} if entry == "lora_add" else {}
+    names = (*LEAVES, "y0" if "y0" in t else "weight")
 
     def run(wanted: tuple[bool, ...]) -> list[Tensor | None]:
         d = {name: tensor.clone() for name, tensor in t.items()}
         for name, need in zip(names, wanted, strict=True):
             d[name].requires_grad_(need)
-        base = (d["y0"], d["x"]) if entry == "lora_add" else (d["x"], d["weight"], None)
-        function = lora_add if entry == "lora_add" else lora_linear
-        y = function(*base, d["A"], d["B"], S, dropout=p, seed=SEED, backend=backend)
+        y = op(d, backend, p)
         assert y.requires_grad == any(wanted)
         if any(wanted):
             y.backward(t["dy"])
@@ -222,7 +215,7 @@ def test_lora_add_is_the_op_over_any_base(backend: str) -> None:
     t = draw(AWKWARD["rank 8"], widest(backend))
     x, A, B = leaves(t)
     y0 = torch.tanh(F.linear(x, t["weight"], t["bias"]))
-    y, norm = lora_add(y0, x, A, B, S, return_sqnorm=True, backend=backend)
+    y, norm = op(t | {"y0": y0}, backend, return_sqnorm=True)
     delta = torch_delta(x, A, B, S)
     assert_close(y, y0 + delta, **near(y.dtype))
     assert float(norm) == pytest.approx(float(delta.detach().square().sum()), rel=1e-6)
@@ -274,11 +267,6 @@ def test_h_is_unscaled(backend: str) -> None:
     for p, x in ((0.0, t["x"]), (q, t["x"] * kept(t, q) / (1 - q))):
         h, _ = factors_in_use(t, backend, p)
         assert_close(h, x.double() @ t["A"].double().T, **near(t["x"].dtype))
-
-
-def sink(*shape: int) -> Tensor:
-    """A leaf for a statistic, still empty."""
-    return torch.zeros(shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
 
 
 @each_dtype
