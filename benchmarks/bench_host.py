@@ -13,7 +13,6 @@ less the products that it cannot do without.
 import argparse
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
@@ -119,14 +118,6 @@ def commit(checkout: Path) -> str:
     return subprocess.run(git, cwd=checkout, capture_output=True, text=True).stdout.strip()
 
 
-def processor() -> str:
-    """The name of the CPU, as far as the system gives one."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def results(runs: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
     """A row for each number of tokens and direction: the medians, and what became of them."""
     rows = []
@@ -157,6 +148,7 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure()))
         return
+    from lib.environment import device_name  # this checkout's, so not in `--measure`
     from loradrop.env import report
 
     checkouts = {"before": args.before.resolve()} if args.before else {}
@@ -167,7 +159,7 @@ def main() -> None:
             runs[which].append(in_a_process(checkout))
     facts = report()
     facts = {key: facts[key] for key in ("python", "packages", "cpu")}
-    facts["cpu"]["name"] = processor()
+    facts["cpu"]["name"] = device_name("cpu")
     environment = facts | {"commits": {which: commit(path) for which, path in checkouts.items()}}
     protocol = {"clock": "process time", "processes": args.processes, "calls": CALLS,
                 "blocks": BLOCKS, "K": K, "N": K, "r": RANK, "dtype": "float32"}  # fmt: skip

@@ -12,6 +12,7 @@ rest.
 import argparse
 import dataclasses
 import json
+import math
 import platform
 import random
 import time
@@ -61,9 +62,8 @@ class InverseDrop(LoRADrop):
 
     def decide(self, scores: Scores) -> list[str]:
         rows = scores.rows.sum(0, keepdim=True)
-        return super().decide(
-            dataclasses.replace(scores, rows=rows.max() - rows + 1e-9 * rows.max())
-        )
+        least = rows.max() - rows + 1e-9 * rows.max()
+        return super().decide(dataclasses.replace(scores, rows=least))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,15 +144,8 @@ def run_cell(task: TextTask, name: str, seed: int, arm: str, precision: str) -> 
     lora = dataclasses.replace(arms(seed)[arm], modules_to_save=tuple(missing))
     rows, dev = tokenize(task, tokenizer, setting.max_length)
     started = time.process_time()
-    result = fit(
-        model,
-        rows,
-        dev,
-        lora,
-        args=train,
-        metric=metric_fn(task),
-        collate=collator(task, tokenizer),
-    )
+    given = {"metric": metric_fn(task), "collate": collator(task, tokenizer)}
+    result = fit(model, rows, dev, lora, args=train, **given)
     kept = result.plan.kept
     return {
         "task": name,
@@ -168,19 +161,12 @@ def run_cell(task: TextTask, name: str, seed: int, arm: str, precision: str) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--data",
-        type=Path,
-        help="folder with mrpc/ and sst2/; without it only the embedded task runs",
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("--data", type=Path, help="has mrpc/ and sst2/; default: stdlib alone")
     parser.add_argument("--tasks", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument(
-        "--minutes", type=float, default=float("inf"), help="start no run after so many minutes"
-    )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no run starts")
     parser.add_argument("--precision", default="bf16", choices=("float32", "bf16"))
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()

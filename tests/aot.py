@@ -81,28 +81,24 @@ def faults(arch: int, launch: Launch, found: dict[str, Any]) -> list[str]:
     has, constants = found["instructions"], dict(launch.constants)
     half = constants.get("PRECISION") != "ieee"
     products = launch.kernel not in ("_add_planes", "_dot", "_total", "_finish")
-    wrong = []
-    if not has.keys() & {"STG", "UTMASTG"}:
-        wrong.append("nothing is stored")
-    if found["spilled"]:
-        wrong.append(f"{found['spilled']} bytes of registers are spilled")
-    if found["shared"] > SHARED[arch]:
-        wrong.append(f"{found['shared']} bytes of shared memory, more than {SHARED[arch]}")
-    if found["serialised"]:
-        wrong.append("ptxas serialises the warpgroup products")
-    if products and half and not has.keys() & {"HGMMA", "HMMA", "UTCHMMA"}:
-        wrong.append("no matrix instruction")
+    spilled, shared = found["spilled"], found["shared"]
     wide = launch.kernel in ("_gemm_ext", "_shrink", "_outer") and half
     tall = constants["R" if launch.kernel == "_outer" else "BM"] >= 64 if wide else False
     newest = {90: "HGMMA", 100: "UTCHMMA"}.get(arch)
-    if tall and newest is not None and newest not in has:
-        wrong.append(f"no {newest}")
-    if constants.get("TMA") and not {"UTMALDG", "UTMASTG"} <= has.keys():
-        wrong.append("no tensor memory access")
+    tma, matrix = constants.get("TMA"), has.keys() & {"HGMMA", "HMMA", "UTCHMMA"}
     rows = {"_gemm_ext": "spm", "_shrink": "sxm", "_outer": "spm"}.get(launch.kernel)
-    if wide and rows in launch.aligned and not constants.get("TMA") and "LDGSTS" not in has:
-        wrong.append("loads are not asynchronous")
-    return wrong
+    plain = wide and rows in launch.aligned and not tma
+    rules = {
+        "nothing is stored": not has.keys() & {"STG", "UTMASTG"},
+        f"{spilled} bytes of registers are spilled": spilled,
+        f"{shared} bytes of shared memory, more than {SHARED[arch]}": shared > SHARED[arch],
+        "ptxas serialises the warpgroup products": found["serialised"],
+        "no matrix instruction": products and half and not matrix,
+        f"no {newest}": tall and newest is not None and newest not in has,
+        "no tensor memory access": tma and not {"UTMALDG", "UTMASTG"} <= has.keys(),
+        "loads are not asynchronous": plain and "LDGSTS" not in has,
+    }
+    return [words for words, broken in rules.items() if broken]
 
 
 def examined(name: str, launch: Launch, function: Any, arch: int) -> dict[str, Any]:

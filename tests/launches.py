@@ -195,19 +195,19 @@ def _llama(r: int, **more: Any) -> Layer:
 
 
 _NORM = {"norm": True, "weighted": True}
-_FEW = Layer(1, 4096, 4096, 64)
+_DROPPED = _llama(64, dropout=0.1)
+_FEW, _DECODE = Layer(1, 4096, 4096, 64), Layer(8, 4096, 4096, 16)
 _FLOAT32 = Layer(2048, 768, 768, 8, torch.float32)
 _RAGGED = Layer(1000, 4100, 1001, 12, dropout=0.1)
 _FORWARD, _BACKWARD = {"sak": 1}, {"sar": 1}  # the strides of A, and of Bᵀ
+_MASKED, _TURNED = {"MASKED": True}, {"Q_T": True}
 NAMED = {
     80: {
         "shrink forward r16": Pick(_llama(16), "_shrink", _FORWARD),
-        "gemm_ext forward r16": Pick(_llama(16), "_gemm_ext", {"Q_T": True}),
-        "gemm_ext backward masked, ragged": Pick(_RAGGED, "_gemm_ext", {"MASKED": True}),
+        "gemm_ext forward r16": Pick(_llama(16), "_gemm_ext", _TURNED),
+        "gemm_ext backward masked, ragged": Pick(_RAGGED, "_gemm_ext", _MASKED),
         "outer r128": Pick(_llama(128), "_outer", {"sor": 1}),
-        "single_pass decode r16 with bias": Pick(
-            Layer(8, 4096, 4096, 16, bias=True), "_single_pass"
-        ),
+        "single_pass decode r16 with bias": Pick(_DECODE._replace(bias=True), "_single_pass"),
         "finish of a split K r64": Pick(_FEW, "_finish"),
         "shrink forward float32 r256 with dropout": Pick(
             Layer(333, 100, 50, 256, torch.float32, 0.1), "_shrink", {"DROPOUT": True}
@@ -218,9 +218,7 @@ NAMED = {
     },
     90: {
         "shrink backward r16": Pick(_llama(16), "_shrink", _BACKWARD),
-        "shrink forward r64 with dropout": Pick(
-            _llama(64, dropout=0.1), "_shrink", {"DROPOUT": True}
-        ),
+        "shrink forward r64 with dropout": Pick(_DROPPED, "_shrink", {"DROPOUT": True}),
         "shrink with weighted Gram matrices r64": Pick(_llama(64, **_NORM), "_shrink", _FORWARD),
         "shrink of few rows, K split r64": Pick(_FEW, "_shrink", _FORWARD),
         "finish of a split K with weighted Gram matrices r64": Pick(
@@ -229,7 +227,7 @@ NAMED = {
         "weighted Gram matrices r256": Pick(_llama(256, **_NORM), "_gram"),
         "inner product of Gram matrices r256": Pick(_llama(256, norm=True), "_dot"),
         "squared norm r128, weighted": Pick(_llama(128, **_NORM), "_sqnorm"),
-        "gemm_ext forward TMA 128x256 r16": Pick(_llama(16), "_gemm_ext", {"Q_T": True}),
+        "gemm_ext forward TMA 128x256 r16": Pick(_llama(16), "_gemm_ext", _TURNED),
         "gemm_ext forward TMA 128x256 r64 with bias": Pick(
             _llama(64, bias=True), "_gemm_ext", {"Q_T": True, "HAS_BIAS": True}
         ),
@@ -237,30 +235,26 @@ NAMED = {
             _llama(16, dtype=torch.float16), "_gemm_ext", {"Q_T": True, "SCALE": "sum"}
         ),
         "gemm_ext backward TMA 128x256 masked r128": Pick(
-            _llama(128, dropout=0.1), "_gemm_ext", {"MASKED": True}
+            _llama(128, dropout=0.1), "_gemm_ext", _MASKED
         ),
-        "gemm_ext forward TMA 128x128 r16": Pick(
-            Layer(256, 4096, 4096, 16), "_gemm_ext", {"Q_T": True}
-        ),
+        "gemm_ext forward TMA 128x128 r16": Pick(_DECODE._replace(m=256), "_gemm_ext", _TURNED),
         "gemm_ext forward ragged r12": Pick(_RAGGED, "_gemm_ext", {"Q_T": True, "TMA": False}),
-        "gemm_ext forward float32 r8": Pick(_FLOAT32, "_gemm_ext", {"Q_T": True}),
-        "outer masked r64": Pick(_llama(64, dropout=0.1), "_outer", {"MASKED": True}),
-        "planes of outer added": Pick(Layer(8192, 4096, 4096, 16), "_add_planes"),
+        "gemm_ext forward float32 r8": Pick(_FLOAT32, "_gemm_ext", _TURNED),
+        "outer masked r64": Pick(_DROPPED, "_outer", _MASKED),
+        "planes of outer added": Pick(_llama(16), "_add_planes"),
         "single_pass decode r16 with the squared norm, weighted": Pick(
-            Layer(8, 4096, 4096, 16, **_NORM), "_single_pass"
+            _DECODE._replace(**_NORM), "_single_pass"
         ),
-        "total of the tiles' squared norms": Pick(Layer(8, 4096, 4096, 16, **_NORM), "_total"),
+        "total of the tiles' squared norms": Pick(_DECODE._replace(**_NORM), "_total"),
     },
     100: {
         "shrink with weighted Gram matrices r32": Pick(_llama(32, **_NORM), "_shrink", _FORWARD),
         "Gram matrices r128": Pick(_llama(128, norm=True), "_gram"),
         "squared norm r16": Pick(_llama(16, norm=True), "_sqnorm"),
-        "gemm_ext forward TMA 128x256 r16": Pick(_llama(16), "_gemm_ext", {"Q_T": True}),
-        "gemm_ext backward TMA 128x256 masked r64": Pick(
-            _llama(64, dropout=0.1), "_gemm_ext", {"MASKED": True}
-        ),
-        "outer masked r64": Pick(_llama(64, dropout=0.1), "_outer", {"MASKED": True}),
-        "expand masked r64": Pick(_llama(64, dropout=0.1), "_expand"),
+        "gemm_ext forward TMA 128x256 r16": Pick(_llama(16), "_gemm_ext", _TURNED),
+        "gemm_ext backward TMA 128x256 masked r64": Pick(_DROPPED, "_gemm_ext", _MASKED),
+        "outer masked r64": Pick(_DROPPED, "_outer", _MASKED),
+        "expand masked r64": Pick(_DROPPED, "_expand"),
         "expand without a base r16": Pick(_llama(16, added=True), "_expand", {"HAS_BASE": False}),
     },
 }

@@ -15,7 +15,7 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 
 from loradrop.op import dispatch, philox
 from loradrop.op.call import Call, Problem
-from loradrop.op.linear import lora_linear
+from loradrop.op.linear import lora_add, lora_linear
 from loradrop.testing import Shape, torch_delta
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -49,6 +49,8 @@ def near(dtype: torch.dtype) -> dict[str, float]:
     return {"rtol": bound, "atol": bound}
 
 
+SAME_BITS = {"rtol": 0.0, "atol": 0.0}
+
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 plain_backend = pytest.mark.parametrize("backend", PLAIN)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
@@ -77,10 +79,13 @@ def leaves(t: Tensors) -> list[Tensor]:
     return [t[name].requires_grad_() for name in LEAVES]
 
 
+def sink(*shape: int) -> Tensor:
+    """A leaf for a statistic, still empty."""
+    return torch.zeros(shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
+
+
 def kept(t: Tensors, p: float) -> Tensor | None:
-    rows = t["x"].shape[:-1].numel()
-    mask = philox.keep_mask(SEED, rows, t["x"].shape[-1], p) if p else None
-    return None if mask is None else mask.view(t["x"].shape)
+    return philox.keep_mask(SEED, *t["x"].shape, p) if p else None
 
 
 def through_torch(t: Tensors, dtype: torch.dtype, p: float) -> list[Tensor]:
@@ -95,10 +100,11 @@ def through_torch(t: Tensors, dtype: torch.dtype, p: float) -> list[Tensor]:
 
 
 def op(t: Tensors, backend: str | None = None, p: float = 0.0, **more: Any) -> Any:
-    """`lora_linear` of the tensors, with their bias."""
-    operands = (t[name] for name in ("x", "weight", "bias", "A", "B"))
-    seed = SEED if p else None
-    return lora_linear(*operands, S, dropout=p, seed=seed, backend=backend, **more)
+    """`lora_linear` of the tensors, with their bias; `lora_add` where there is a y0."""
+    more |= {"dropout": p, "seed": SEED if p else None, "backend": backend}
+    if "y0" in t:
+        return lora_add(t["y0"], t["x"], t["A"], t["B"], S, **more)
+    return lora_linear(t["x"], t["weight"], t["bias"], t["A"], t["B"], S, **more)
 
 
 def through_op(t: Tensors, backend: str | None, p: float) -> list[Tensor]:

@@ -10,15 +10,19 @@ from op_cases import (
     HALF,
     INTERPRETED,
     KERNELS,
+    SAME_BITS,
     SEED,
     S,
     draw,
     each_backend,
     leaves,
+    op,
     short,
+    sink,
     strided,
 )
 from torch import Tensor
+from torch.testing import assert_close
 
 from loradrop.op.call import Call
 from loradrop.op.function import LoRAFunction
@@ -27,8 +31,6 @@ from loradrop.op.philox import row_bytes
 from loradrop.testing import AWKWARD, Shape
 
 pytestmark = pytest.mark.numbers
-
-# The custom ops and torch.compile
 
 OPTIONS = {
     "plain": {},
@@ -57,15 +59,7 @@ def op_arguments(dtype: torch.dtype, backend: str, **given: Any) -> tuple[Any, .
         torch.ones(5, device=DEVICE) if given.get("weights") else None,
         given.get("norm", False),
     )
-    return *call, *(sinks(8) if given.get("sinks") else (None, None)), backend
-
-
-def sinks(k: int) -> list[Tensor]:
-    """Leaves for the norm and the moment."""
-    return [
-        torch.zeros(shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
-        for shape in ((), (k,))
-    ]
+    return *call, *((sink(), sink(8)) if given.get("sinks") else (None, None)), backend
 
 
 @pytest.mark.parametrize(
@@ -113,13 +107,23 @@ def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
     return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
 
 
+def both_ways(
+    step: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor], dy: Tensor
+) -> list[list[Tensor]]:
+    """What a step gives, and the gradients of its first result: as it is, and compiled."""
+    outcomes = []
+    for function in (step, compiled(step)):
+        y, *rest = function(*inputs)
+        outcomes.append([y, *rest, *torch.autograd.grad(y, inputs, dy)])
+    return outcomes
+
+
 @each_backend
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=short)
 def test_compile_equals_eager(dtype: torch.dtype, p: float, backend: str) -> None:
-    def step(
-        x: Tensor, A: Tensor, B: Tensor, sqnorm: Tensor, moment: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def step(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        x, A, B, sqnorm, moment = inputs
         y, norm = lora_linear(
             x * 1.0, t["weight"], t["bias"], A, B, S, dropout=p, seed=SEED, token_weights=weights,
             return_sqnorm=True, sqnorm_sink=sqnorm, moment_sink=moment, backend=backend,
@@ -128,15 +132,10 @@ def test_compile_equals_eager(dtype: torch.dtype, p: float, backend: str) -> Non
 
     t = draw(AWKWARD["rank 8"], dtype)
     weights = (torch.arange(37, device=DEVICE) % 2).float()
-    inputs = [*leaves(t), *sinks(100)]
-    outcomes = []
-    for function in (step, compiled(step)):
-        y, norm = function(*inputs)
-        outcomes.append([y, norm, *torch.autograd.grad(y, inputs, t["dy"])])
-    assert float(outcomes[0][-2]) == float(outcomes[0][1]) > 0 and outcomes[0][-1].all()
-    for one, two in zip(*outcomes, strict=True):
-        assert one.dtype == two.dtype
-        torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+    plain, quick = both_ways(step, [*leaves(t), sink(), sink(100)], t["dy"])
+    _, norm, *_, of_sqnorm, of_moment = plain
+    assert float(of_sqnorm) == float(norm) > 0 and of_moment.all()
+    assert_close(quick, plain, rtol=1e-6, atol=1e-6)
 
 
 def test_compile_with_dynamic_shapes() -> None:
@@ -148,38 +147,30 @@ def test_compile_with_dynamic_shapes() -> None:
     t = draw(AWKWARD["rank 8"])
     fast = compiled(step, dynamic=True)
     for m in (37, 5, 12, 30):
-        inputs = [*leaves(draw(AWKWARD["rank 8"]._replace(m=m))), *sinks(100)]
+        inputs = [*leaves(draw(AWKWARD["rank 8"]._replace(m=m))), sink(), sink(100)]
         with torch._dynamo.config.patch(error_on_recompile=m != 37):
             one, two = (torch.autograd.grad(f(*inputs).sum(), inputs) for f in (step, fast))
-        for plain, quick in zip(one, two, strict=True):
-            torch.testing.assert_close(plain, quick)
+        assert_close(two, one)
 
 
 def test_compile_of_lora_add() -> None:
-    def step(y0: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return lora_add(y0, x, A, B, S)
+    def step(*inputs: Tensor) -> tuple[Tensor]:
+        return (lora_add(*inputs, S),)
 
     t = draw(AWKWARD["rank 8"])
     inputs = [t["dy"].clone().requires_grad_(), *leaves(t)]
-    one, two = (torch.autograd.grad(f(*inputs), inputs, t["dy"]) for f in (step, compiled(step)))
-    for plain, quick in zip(one, two, strict=True):
-        torch.testing.assert_close(plain, quick)
+    assert_close(*both_ways(step, inputs, t["dy"]))
 
 
 def test_compile_under_autocast() -> None:
-    def step(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    def step(x: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor]:
         with torch.autocast(DEVICE, torch.bfloat16):
-            return lora_linear(x, t["weight"], t["bias"], A, B, S)
+            return (lora_linear(x, t["weight"], t["bias"], A, B, S),)
 
     t = draw(AWKWARD["rank 8"])
-    inputs = leaves(t)
-    outcomes = []
-    for run in (step, compiled(step)):
-        y = run(*inputs)
-        assert y.dtype == torch.bfloat16
-        outcomes.append([y, *torch.autograd.grad(y, inputs, t["dy"].bfloat16())])
-    for one, two in zip(*outcomes, strict=True):
-        assert torch.equal(one, two)
+    plain, quick = both_ways(step, leaves(t), t["dy"].bfloat16())
+    assert plain[0].dtype == torch.bfloat16
+    assert_close(quick, plain, **SAME_BITS)
 
 
 def test_compiled_code_uses_the_custom_op() -> None:
@@ -191,8 +182,6 @@ def test_compiled_code_uses_the_custom_op() -> None:
 
     t = draw(AWKWARD["rank 8"])
     torch.compiler.reset()
-    torch.compile(lora_linear, backend=spy, fullgraph=True)(
-        *(t[n] for n in ("x", "weight", "bias", "A", "B")), S
-    )
+    torch.compile(op, backend=spy, fullgraph=True)(t)
     assert "torch.ops.loradrop.lora_linear" in graphs[0]
     assert LoRAFunction.__name__ not in graphs[0]

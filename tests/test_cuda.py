@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,11 @@ def torch_gemm(p: Tensor, q: Tensor, bias: Tensor | None, h: Tensor, l: Tensor, 
     return base.addmm_(h.contiguous(), l.contiguous(), alpha=s)
 
 
+def assert_gemm(out: Tensor, *operands: Any) -> None:
+    """`out` is p·q + bias + s·h·l of the operands."""
+    assert_within(out, torch_gemm(*operands), exact_gemm(*operands))
+
+
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -89,9 +95,8 @@ def test_gemm(shape: str, turned: tuple[int, int], dtype: torch.dtype) -> None:
     for with_bias in (None, bias):
         for s in (1.0, 2.0, -0.3, 16.0 / 3.0):
             poison(m, n, dtype)
-            out = cuda.gemm_ext(p, q, with_bias, h, l, s)
-            exact, torch_path = (f(p, q, with_bias, h, l, s) for f in (exact_gemm, torch_gemm))
-            assert_within(out, torch_path, exact)
+            given = (p, q, with_bias, h, l, s)
+            assert_gemm(cuda.gemm_ext(*given), *given)
 
 
 @gpu
@@ -123,9 +128,8 @@ def test_gemm_without_a_thin_product(dtype: torch.dtype) -> None:
 def test_a_scale_does_not_overflow_float16() -> None:
     p, q, _, h, l = operands((256, 64, 256, 16), torch.float16, True, True)
     h, l = h * 5e3, l * 1e-3
-    out = cuda.gemm_ext(p, q, None, h, l, 24.0)  # s·h is far beyond 65504, s·h·l is not
-    exact = exact_gemm(p, q, None, h, l, 24.0)
-    assert error(out, exact) < 1e-3
+    given = (p, q, None, h, l, 24.0)  # s·h is far beyond 65504, s·h·l is not
+    assert error(cuda.gemm_ext(*given), exact_gemm(*given)) < 1e-3
 
 
 @gpu
@@ -181,8 +185,7 @@ def test_gemm_beyond_int32() -> None:
     q, h, l = (matrix(*size, torch.bfloat16) for size in ((k, n), (m, r), (r, n)))
     out = cuda.gemm_ext(p, q, None, h, l, 2.0)
     last = slice(m - 1000, m)
-    exact, torch_path = (f(p[last], q, None, h[last], l, 2.0) for f in (exact_gemm, torch_gemm))
-    assert_within(out[last], torch_path, exact)
+    assert_gemm(out[last], p[last], q, None, h[last], l, 2.0)
 
 
 # ---- decode ----------------------------------------------------------------------------------
@@ -222,12 +225,9 @@ def test_decode(shape: str, cluster: int, dtype: torch.dtype) -> None:
         poison(m, n, dtype)
         poison(m, r, dtype)
         y, h, norm = cuda.decode(x, weight, with_bias, A, B, s, weights, True, cluster=cluster)
-        exact_h = x.double() @ A.double().T
-        torch_h = x @ A.T
-        assert_within(h, torch_h, exact_h)
+        assert_within(h, x @ A.T, x.double() @ A.double().T)
         # With the h that was rounded: its error is not that of the product.
-        exact, torch_path = (f(x, weight.T, with_bias, h, B.T, s) for f in (exact_gemm, torch_gemm))
-        assert_within(y, torch_path, exact)
+        assert_gemm(y, x, weight.T, with_bias, h, B.T, s)
         assert norm is not None
         assert error(norm, reference.sqnorm(h, B, s, weights)) < 1e-5
 
@@ -253,8 +253,7 @@ def test_decode_is_deterministic(cluster: int) -> None:
     first = cuda.decode(x, weight, bias, A, B, 0.3, None, True, cluster=cluster)
     for _ in range(100):
         again = cuda.decode(x, weight, bias, A, B, 0.3, None, True, cluster=cluster)
-        for one, other in zip(first, again, strict=True):
-            assert torch.equal(one, other)
+        torch.testing.assert_close(again, first, rtol=0.0, atol=0.0)
 
 
 @gpu
@@ -277,9 +276,9 @@ def test_a_cpu_tensor_is_refused_with_the_reason() -> None:
         cuda.gemm_ext(a, a, None, a, a, 1.0)
     with pytest.raises(ValueError, match="decode cannot serve this call: the "):
         cuda.decode(a, a, None, a, a, 1.0)
-    for floor in (cuda.stream_floor, cuda.barrier_floor):
+    for floor in (lambda: cuda.stream_floor(a, 8, 16), lambda: cuda.barrier_floor(a)):
         with pytest.raises(ValueError, match="floor cannot serve this call: the "):
-            floor(a, 8, 16) if floor is cuda.stream_floor else floor(a)
+            floor()
 
 
 def test_what_is_built_or_why_not() -> None:

@@ -1,7 +1,7 @@
 """What only a device can show: repeatable bits, CUDA graphs, long offsets, saved memory.
 
-The op's whole suite (`test_ops.py` and its neighbours) runs on a CUDA device by itself, over every
-backend. `benchmarks/gpu.py` runs `test_small` under compute-sanitizer.
+The op's whole suite (`test_linear.py` and its neighbours) runs on a CUDA device by itself, over
+every backend. `benchmarks/gpu.py` runs `test_small` under compute-sanitizer.
 """
 
 import math
@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import KERNELS, SEED, S, Tensors, draw, leaves, through_torch
+from op_cases import KERNELS, SAME_BITS, SEED, S, Tensors, draw, leaves, op, through_torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from loradrop.op import philox
 from loradrop.op.linear import lora_linear
@@ -31,10 +32,7 @@ def run(t: Tensors, backend: str, p: float = 0.0) -> list[Tensor]:
     t = {name: tensor.detach() for name, tensor in t.items()}
     inputs = leaves(t)
     poison()
-    y, norm = lora_linear(
-        *(t[n] for n in ("x", "weight", "bias", "A", "B")), S,
-        dropout=p, seed=SEED if p else None, return_sqnorm=True, backend=backend,
-    )  # fmt: skip
+    y, norm = op(t, backend, p, return_sqnorm=True)
     return [y.detach(), norm, *torch.autograd.grad(y, inputs, t["dy"])]
 
 
@@ -52,9 +50,8 @@ def poison() -> None:
 def test_against_float64(name: str, dtype: torch.dtype, p: float, backend: str) -> None:
     t = draw(TABLE[name], dtype)
     y, _, *grads = run(t, backend, p)
-    ours = [y, *grads]
     theirs, exact = through_torch(t, dtype, p), through_torch(t, torch.float64, p)
-    for what, *values in zip(("y", "dx", "dA", "dB"), ours, theirs, exact, strict=False):
+    for what, *values in zip(("y", "dx", "dA", "dB"), (y, *grads), theirs, exact, strict=False):
         try:
             assert_within(*values)
         except AssertionError as error:
@@ -68,8 +65,7 @@ def test_a_hundred_runs_give_the_same_bits(m: int, p: float, backend: str) -> No
     t = draw(Shape(m, 2048, 1024, 16), torch.bfloat16)
     first = run(t, backend, p)
     for _ in range(99):
-        for one, two in zip(first, run(t, backend, p), strict=True):
-            assert torch.equal(one, two)
+        assert_close(run(t, backend, p), first, **SAME_BITS)
 
 
 @each_kernel
@@ -103,8 +99,7 @@ def test_cuda_graph(p: float, backend: str) -> None:
                 t[name].copy_(fresh[name])
             seed.fill_(number)
         graph.replay()
-        for one, two in zip(captured, step(), strict=True):
-            assert torch.equal(one, two)
+        assert_close(captured, step(), **SAME_BITS)
 
 
 @each_kernel
@@ -160,12 +155,9 @@ def test_what_is_saved_for_backward(backend: str) -> None:
             saved.append(tensor)
             return tensor
 
-        inputs = leaves(t)
+        leaves(t)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            lora_linear(
-                inputs[0], t["weight"], None, inputs[1], inputs[2], S,
-                dropout=p, seed=SEED if p else None, backend=backend,
-            )  # fmt: skip
+            op(t, backend, p)
         known = {tensor.data_ptr() for tensor in (*t.values(), SEED)}
         fresh = {s.data_ptr(): s.untyped_storage().nbytes() for s in saved}
         total = sum(size for pointer, size in fresh.items() if pointer not in known)
@@ -177,9 +169,7 @@ def test_a_second_device(backend: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one device")
     t = {name: tensor.to("cuda:1") for name, tensor in draw(Shape(64, 128, 96, 8)).items()}
-    y = lora_linear(t["x"], t["weight"], None, t["A"], t["B"], S, backend=backend)
-    want = lora_linear(t["x"], t["weight"], None, t["A"], t["B"], S, backend="reference")
-    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+    assert_close(op(t, backend), op(t, "reference"), rtol=1e-4, atol=1e-4)
 
 
 @each_kernel

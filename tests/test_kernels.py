@@ -41,7 +41,9 @@ each_wide_shape = pytest.mark.parametrize(
     "shape", [SHAPES[name] for name in ("one token", "ragged", "aligned", "wide rank")], ids=str
 )
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+each_weighting = pytest.mark.parametrize("weighted", [False, True])
 each_p = pytest.mark.parametrize("p", [0.0, 0.25])
+GRAMS = ShrinkTiles(32, 32, 1, 4, 2)
 BOUND = {torch.float32: 2e-6, torch.float16: 1e-3}
 
 
@@ -112,71 +114,52 @@ def test_shrink(shape: Shape, dtype: torch.dtype, p: float, split: int, BM: int)
         assert torch.equal(unpack(found.mask, shape.k), case.kept)
 
 
-@each_shape
-@pytest.mark.parametrize("split", [1, 2])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_norm_from_gram_matrices(shape: Shape, split: int, weighted: bool) -> None:
-    case = Case(shape, torch.float16)
-    weights = case.weights if weighted else None
-    found = case.shrink(
-        ShrinkTiles(32, 32, split, 4, 2, B_ROWS=64), B=case.B, token_weights=weights
-    )
+def assert_norm(case: Case, weights: Tensor | None, tiles: ShrinkTiles = GRAMS) -> shrink.Shrunk:
+    """The norm by Gram matrices is that of the h beside them."""
+    found = case.shrink(tiles, B=case.B, token_weights=weights)
     assert found.grams is not None
     ours = float(gram.sqnorm(found.grams, found.h, case.B, S, weights))
     exact = float(reference.sqnorm(found.h, case.B, S, weights))
     assert ours == pytest.approx(exact, rel=1e-5)
-    plain = case.shrink(ShrinkTiles(32, 32, split, 4, 2))
-    assert torch.equal(found.h, plain.h)  # the norm changes no bit
+    return found
+
+
+@each_shape
+@pytest.mark.parametrize("split", [1, 2])
+@each_weighting
+def test_norm_from_gram_matrices(shape: Shape, split: int, weighted: bool) -> None:
+    case = Case(shape, torch.float16)
+    tiles = GRAMS._replace(split=split, B_ROWS=64)
+    found = assert_norm(case, case.weights if weighted else None, tiles)
+    assert torch.equal(found.h, case.shrink(tiles).h)  # the norm changes no bit
 
 
 @pytest.mark.parametrize("r", [8, 64, 100])
-@pytest.mark.parametrize("weighted", [False, True])
+@each_weighting
 def test_norm_where_the_inner_product_cancels(r: int, weighted: bool) -> None:
     case = Case(Shape(70, 64, 40, r), torch.float16)
     case.B = case.B[:, :1] * (1 + 2.0**-6 * torch.rand(40, r))
     signs = torch.where(torch.arange(r) % 2 == 0, 1.0, -1.0).unsqueeze(1)
     case.A = case.A[:1] * signs
-    weights = case.weights if weighted else None
-    found = case.shrink(ShrinkTiles(32, 32, 1, 4, 2), B=case.B, token_weights=weights)
-    assert found.grams is not None
+    found = assert_norm(case, case.weights if weighted else None)
     g, c = (planes.double().sum(0) for planes in found.grams)
     value, size = float((g * c).sum()), float((g * c).abs().sum())
     assert gram._CANCELS * value < size, "the case must reach the second form"
-    ours = float(gram.sqnorm(found.grams, found.h, case.B, S, weights))
-    exact = float(reference.sqnorm(found.h, case.B, S, weights))
-    assert ours == pytest.approx(exact, rel=1e-5)
 
 
-def test_gram_leaves_out_rows_of_weight_zero() -> None:
-    for r in (8, 100):
-        case = Case(Shape(40, 64, 40, r), torch.float16)
-        case.x[case.weights == 0] = math.nan
-        found = case.shrink(ShrinkTiles(32, 32, 1, 4, 2), B=case.B, token_weights=case.weights)
-        assert found.grams is not None
-        ours = float(gram.sqnorm(found.grams, found.h, case.B, S, case.weights))
-        exact = float(reference.sqnorm(found.h, case.B, S, case.weights))
-        assert ours == pytest.approx(exact, rel=1e-5)
+@pytest.mark.parametrize("r", [8, 100])
+def test_gram_leaves_out_rows_of_weight_zero(r: int) -> None:
+    case = Case(Shape(40, 64, 40, r), torch.float16)
+    case.x[case.weights == 0] = math.nan
+    assert_norm(case, case.weights)
 
 
-@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0, 1e5])
+@pytest.mark.parametrize("size", [0.0, 1e-6, 1e-3, 1.0, 1e5])
 @pytest.mark.parametrize("r", [8, 100])
 def test_weights_of_any_size(size: float, r: int) -> None:
     """float16 holds neither 1e5·h nor the digits of 1e-6·h; the pieces are scaled."""
     case = Case(Shape(40, 64, 40, r), torch.float16)
-    weights = size * case.weights
-    found = case.shrink(ShrinkTiles(32, 32, 1, 4, 2), B=case.B, token_weights=weights)
-    assert found.grams is not None
-    ours = float(gram.sqnorm(found.grams, found.h, case.B, S, weights))
-    exact = float(reference.sqnorm(found.h, case.B, S, weights))
-    assert ours == pytest.approx(exact, rel=1e-5)
-
-
-def test_no_weight_at_all() -> None:
-    case = Case(SHAPES["small"], torch.float16)
-    nothing = torch.zeros(SHAPES["small"].m)
-    found = case.shrink(ShrinkTiles(32, 32, 1, 4, 2), B=case.B, token_weights=nothing)
-    assert found.grams is not None
-    assert float(gram.sqnorm(found.grams, found.h, case.B, S, nothing)) == 0.0
+    assert_norm(case, size * case.weights)
 
 
 TILES = {
@@ -185,11 +168,12 @@ TILES = {
     "halves": GemmTiles(32, 64, 32, 4, 2, tma=True, halves=2),
     "pointers, halves": GemmTiles(64, 32, 64, 4, 2, halves=2),
 }
+each_tiles = pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
 
 
 @each_wide_shape
 @each_dtype
-@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
+@each_tiles
 @pytest.mark.parametrize("turned", [False, True], ids=["rows", "turned"])
 def test_gemm_ext_forward(shape: Shape, dtype: torch.dtype, tiles: GemmTiles, turned: bool) -> None:
     case = Case(shape, dtype)
@@ -211,9 +195,8 @@ def test_gemm_ext_scales_only_the_lora_product(scale: float, dtype: torch.dtype)
     case = Case(SHAPES["ragged"], dtype)
     exact = case.x.double() @ case.weight.double().T
     exact += scale * (case.h.double() @ case.B.to(dtype).double().T)
-    y = gemm_ext.gemm_ext(
-        case.x, case.weight.T, None, case.h, case.B.T, scale, TILES["pointers"], 3
-    )
+    operands = (case.x, case.weight.T, None, case.h, case.B.T)
+    y = gemm_ext.gemm_ext(*operands, scale, TILES["pointers"], 3)
     assert error(y, exact) <= BOUND[dtype]
 
 
@@ -242,7 +225,7 @@ def test_a_scale_acts_on_h_only_where_that_is_exact(
 @each_wide_shape
 @each_dtype
 @each_p
-@pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
+@each_tiles
 def test_gemm_ext_backward(shape: Shape, dtype: torch.dtype, p: float, tiles: GemmTiles) -> None:
     case = Case(shape, dtype, p)
     t = (S / (1 - case.p) * (case.dy.float() @ case.B.to(dtype).float())).to(dtype)
@@ -250,20 +233,18 @@ def test_gemm_ext_backward(shape: Shape, dtype: torch.dtype, p: float, tiles: Ge
     exact = case.dy.double() @ case.weight.double() + delta
     dx = gemm_ext.gemm_ext(case.dy, case.weight, None, t, case.A, 1.0, tiles, 2, mask=case.mask)
     assert error(dx, exact) <= BOUND[dtype]
-    other = expand.expand(
-        case.dy @ case.weight, t, case.A, 1.0, GemmTiles(32, 32, 0, 4, 1), case.mask, in_place=True
-    )
-    assert error(other, exact) <= 2 * BOUND[dtype]
-    alone = expand.expand(None, t, case.A, 1.0, GemmTiles(32, 32, 0, 4, 1), case.mask)
+    base, thin = case.dy @ case.weight, (t, case.A, 1.0, GemmTiles(32, 32, 0, 4, 1), case.mask)
+    assert error(expand.expand(base, *thin, in_place=True), exact) <= 2 * BOUND[dtype]
+    alone = expand.expand(None, *thin)
     assert error(alone, delta) <= BOUND[dtype]
 
 
 @each_dtype
-def test_gemm_ext_without_lora(dtype: torch.dtype) -> None:
+@each_tiles
+def test_gemm_ext_without_lora(tiles: GemmTiles, dtype: torch.dtype) -> None:
     case = Case(SHAPES["ragged"], dtype)
-    for tiles in TILES.values():
-        y = gemm_ext.gemm_ext(case.x, case.weight.T, None, None, None, 1.0, tiles, 2)
-        assert error(y, case.x.double() @ case.weight.double().T) <= BOUND[dtype]
+    y = gemm_ext.gemm_ext(case.x, case.weight.T, None, None, None, 1.0, tiles, 2)
+    assert error(y, case.x.double() @ case.weight.double().T) <= BOUND[dtype]
 
 
 def test_what_the_accelerator_refuses() -> None:
@@ -308,7 +289,7 @@ def test_outer(shape: Shape, dtype: torch.dtype, p: float, split: int) -> None:
 
 @each_shape
 @each_dtype
-@pytest.mark.parametrize("weighted", [False, True])
+@each_weighting
 def test_single_pass(shape: Shape, dtype: torch.dtype, weighted: bool) -> None:
     case = Case(shape, dtype)
     weights = case.weights if weighted else None
@@ -316,7 +297,6 @@ def test_single_pass(shape: Shape, dtype: torch.dtype, weighted: bool) -> None:
     y, h, parts = single_pass.single_pass(*operands, sqnorm=True, token_weights=weights)
     assert error(h, case.h) <= BOUND[dtype]
     assert error(y, case.y) <= BOUND[dtype]
-    assert parts is not None
     exact = float(reference.sqnorm(h, case.B, S, weights))
     assert float(gram.total(parts, S)) == pytest.approx(exact, rel=1e-5)
     without = single_pass.single_pass(*operands)
@@ -326,15 +306,11 @@ def test_single_pass(shape: Shape, dtype: torch.dtype, weighted: bool) -> None:
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_the_mask_keeps_its_fraction(p: float) -> None:
     m, k = 64, 512
-    x, A = torch.ones(m, k), torch.ones(1, k)
-    found = shrink.shrink(
-        x, A, 1.0, ShrinkTiles(32, 64, 1, 4, 2), dropout=philox.quantize(p), seed=SEED
-    )
-    assert found.mask is not None
-    fraction = unpack(found.mask, k).double().mean()
-    assert abs(float(fraction) - (1 - p)) < 5 * math.sqrt(p * (1 - p) / (m * k))
-    kept = unpack(found.mask, k).sum(1, keepdim=True)
-    assert torch.equal(found.h, kept.float())  # what is multiplied is what the mask says
+    operands = (torch.ones(m, k), torch.ones(1, k), 1.0, ShrinkTiles(32, 64, 1, 4, 2))
+    found = shrink.shrink(*operands, dropout=philox.quantize(p), seed=SEED)
+    kept = unpack(found.mask, k)
+    assert abs(float(kept.double().mean()) - (1 - p)) < 5 * math.sqrt(p * (1 - p) / (m * k))
+    assert torch.equal(found.h, kept.sum(1, keepdim=True).float())  # what the mask says
 
 
 # (seed, element, lane): the element's 16 bits of Philox, one for each value of element & 7. For an
@@ -349,9 +325,7 @@ LANES = [
 @pytest.mark.parametrize("k", [75, 80], ids=["ragged", "aligned"])
 def test_an_element_at_the_threshold_is_kept(seed: int, element: int, lane: int, k: int) -> None:
     row, column = divmod(element, k)
-    x, A, drawn = torch.ones(2, k), torch.ones(1, k), torch.tensor(seed)
+    operands = (torch.ones(2, k), torch.ones(1, k), 1.0, ShrinkTiles(16, 32, 1, 4, 2))
     for threshold, kept in ((lane, True), (lane + 1, False)):
-        found = shrink.shrink(
-            x, A, 1.0, ShrinkTiles(16, 32, 1, 4, 2), dropout=threshold / 65536, seed=drawn
-        )
-        assert found.mask is not None and bool(unpack(found.mask, k)[row, column]) is kept
+        found = shrink.shrink(*operands, dropout=threshold / 65536, seed=torch.tensor(seed))
+        assert bool(unpack(found.mask, k)[row, column]) is kept

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lib import package
 from lib.cases import Case, Output
+from lib.markdown import SHORT
 from lib.results import FROZEN, Cell
 from lib.rivals import addmm, frozen, peft, peft_compiled, peft_hook, peft_hook_b
 
@@ -97,21 +98,16 @@ def _compiles(cell: Cell) -> str | None:
 _NORM = Provider("loradrop", partial(ours, norm=True), norm=True, masks=True, silent=ours)
 
 
-def _short(dtype: str) -> str:
-    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[dtype]
-
-
 def providers(dtype: str, device: str) -> list[Provider]:
     """Those of `bench_lora_linear`; the frozen product first."""
-    short = _short(dtype)
-    base = [Provider(FROZEN, frozen, bare=True), Provider(f"peft_{short}", peft)]
+    base = [Provider(FROZEN, frozen, bare=True), Provider(f"peft_{SHORT[dtype]}", peft)]
     own = [Provider("loradrop", ours, masks=True), _NORM]
     if device == "cpu":
         hook = Provider("peft_hook", peft_hook, norm=True)
         return [*base, hook, Provider("addmm", addmm), *own]
     return [
         *base,
-        *([Provider("peft_fp32", peft, wide=True)] if short != "fp32" else []),
+        *([Provider("peft_fp32", peft, wide=True)] if dtype != "float32" else []),
         Provider("peft_compiled", peft_compiled, rule=_compiles),
         Provider("addmm", addmm),
         *own,
@@ -124,7 +120,7 @@ def probing(dtype: str, device: str) -> list[Provider]:
     backends = package.BACKENDS if device == "cuda" else ()
     return [
         Provider(FROZEN, frozen, bare=True),
-        Provider(f"peft_{_short(dtype)}", peft),
+        Provider(f"peft_{SHORT[dtype]}", peft),
         Provider("peft_hook", peft_hook, norm=True),
         Provider("peft_hook_b", peft_hook_b, norm=True),
         Provider("loradrop", ours, masks=True),

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from lib.markdown import SHORT
+
 if TYPE_CHECKING:
     from pandas import DataFrame
 
@@ -62,8 +64,7 @@ def label(row: Row) -> str:
 
     `+norm` marks the provider that gives the squared norm too; of a hook that goes without saying.
     """
-    matching = {"float32": "peft_fp32", "bfloat16": "peft_bf16", "float16": "peft_fp16"}
-    name = "peft" if row["provider"] == matching[row["dtype"]] else row["provider"]
+    name = "peft" if row["provider"] == f"peft_{SHORT[row['dtype']]}" else row["provider"]
     hooked = name.startswith("peft_hook")
     return f"{name}+norm" if row["norm"] == "1" and not hooked else name
 

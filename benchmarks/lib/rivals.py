@@ -27,12 +27,8 @@ def _peft_layer(case: Case) -> nn.Module:
     base.weight = nn.Parameter(case.weight, requires_grad=False)
     if case.bias is not None:
         base.bias = nn.Parameter(case.bias, requires_grad=False)
-    config = LoraConfig(
-        r=r,
-        lora_alpha=int(case.scaling * r),
-        lora_dropout=case.dropout,
-        target_modules=["linear"],
-    )
+    sizes = {"r": r, "lora_alpha": int(case.scaling * r)}
+    config = LoraConfig(**sizes, lora_dropout=case.dropout, target_modules=["linear"])
     layer = inject_adapter_in_model(config, nn.ModuleDict({"linear": base}))["linear"]
     layer.lora_A["default"].weight, layer.lora_B["default"].weight = case.A, case.B
     return layer
@@ -79,15 +75,9 @@ class Addmm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor | None,
-        W: Tensor,
-        b: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        s: float,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, dropped: Tensor | None, W: Tensor, b: Tensor | None, A: Tensor,
+        B: Tensor, s: float,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, dropped, W, A, B)
         ctx.scaling = s
         h = (x if dropped is None else dropped) @ A.T
