@@ -24,10 +24,12 @@ from torch import Tensor
 from loradrop.kernels.philox import where_kept
 from loradrop.kernels.tiles import (
     GemmTiles,
+    as_stored,
     cdiv,
     dot_precision,
     rank_step,
     rank_tile,
+    rows_aligned,
     triton_dtype,
 )
 
@@ -147,23 +149,6 @@ def divides(scale: float) -> bool:
     return scale == 0.0 or 2.0**-40 < abs(scale) < 2.0**40
 
 
-def tma_refuses(*tensors: Tensor) -> str | None:
-    """Why the tensor memory accelerator cannot read or write one of these, None if it can."""
-    for tensor in tensors:
-        row = tensor.stride(0) * tensor.element_size()
-        if tensor.stride(1) != 1:
-            return f"strides {tuple(tensor.stride())}: neighbours in a row must be adjacent"
-        if row % 16 or tensor.data_ptr() % 16 or row < tensor.shape[1] * tensor.element_size():
-            return f"rows of {row} bytes, the first at {tensor.data_ptr() % 16} modulo 16, not 16's"
-    return None
-
-
-def as_stored(matrix: Tensor) -> tuple[Tensor, bool]:
-    """A matrix (D, C) as it lies in memory, and whether that is its transpose."""
-    turned = matrix.stride(0) == 1 and matrix.stride(1) != 1
-    return (matrix.T, True) if turned else (matrix, False)
-
-
 def gemm_ext(
     p: Tensor,
     q: Tensor,
@@ -189,8 +174,9 @@ def gemm_ext(
     h_row, l_strides = (0, (0, 0)) if h is None or l is None else (h.stride(0), l.stride())
     first = first or mask is not None or not divides(scale)
     y = p.new_empty((m, c))
-    stored, turned = as_stored(q)
-    tma = tiles.tma and d > 0 and tma_refuses(p, stored, y) is None
+    stored = as_stored(q)
+    turned = stored is not q
+    tma = tiles.tma and d > 0 and all(map(rows_aligned, (p, stored, y)))
     count = cdiv(m, tiles.BM) * cdiv(c, tiles.BN)
     words = None if mask is None else mask.view(torch.int32)
     wide: tuple[object, ...] = (p, q, y)

@@ -9,6 +9,7 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Machine(NamedTuple):
@@ -16,6 +17,7 @@ class Machine(NamedTuple):
 
     arch: int  # 10·major + minor of the compute capability
     sms: int  # multiprocessors
+    name: str = ""  # as the driver calls it; empty where it is not known
 
 
 class ShrinkTiles(NamedTuple):
@@ -181,7 +183,27 @@ def machine_of(device: torch.device) -> Machine:
     if device.type != "cuda":
         return INTERPRETER
     facts = torch.cuda.get_device_properties(device)
-    return Machine(10 * facts.major + facts.minor, facts.multi_processor_count)
+    return Machine(10 * facts.major + facts.minor, facts.multi_processor_count, facts.name)
+
+
+def as_stored(matrix: Tensor) -> Tensor:
+    """The matrix, or its transpose where that is what lies in memory row by row."""
+    return matrix.T if matrix.stride(0) == 1 and matrix.stride(1) != 1 else matrix
+
+
+def rows_aligned(matrix: Tensor) -> bool:
+    """Whether its rows are contiguous, apart, and begin at whole 16 bytes: what TMA and csrc/ read.
+
+    The one place that asks.
+    """
+    size = matrix.element_size()
+    row = matrix.stride(0) * size
+    return (
+        matrix.stride(1) == 1
+        and row % 16 == 0
+        and row >= matrix.shape[1] * size
+        and matrix.data_ptr() % 16 == 0
+    )
 
 
 def triton_dtype(dtype: torch.dtype) -> Any:

@@ -23,10 +23,10 @@ from op_cases import (
 )
 from torch.testing import assert_close
 
-from loradrop.kernels.tiles import Machine
+from loradrop.kernels.tiles import Machine, as_stored, rows_aligned
 from loradrop.op import call as call_module
 from loradrop.op import costs, dispatch
-from loradrop.op.call import Problem, as_stored, problem_of, rows_aligned
+from loradrop.op.call import Problem, problem_of
 from loradrop.op.linear import lora_add, lora_linear
 from loradrop.testing import AWKWARD, Shape
 

@@ -247,15 +247,6 @@ def test_gemm_ext_without_lora(tiles: GemmTiles, dtype: torch.dtype) -> None:
     assert error(y, case.x.double() @ case.weight.double().T) <= BOUND[dtype]
 
 
-def test_what_the_accelerator_refuses() -> None:
-    good = torch.zeros(4, 16, dtype=torch.float16)
-    assert gemm_ext.tma_refuses(good, good) is None
-    assert "adjacent" in str(gemm_ext.tma_refuses(good.T))
-    assert "bytes" in str(gemm_ext.tma_refuses(good[:, :8], torch.zeros(4, 12).half()))
-    assert "modulo 16" in str(gemm_ext.tma_refuses(good[:, 1:]))
-    assert gemm_ext.tma_refuses(good[:1].expand(4, -1)) is not None
-
-
 @pytest.mark.parametrize(("tiles_m", "tiles_n"), [(1, 1), (3, 5), (8, 2), (17, 4), (5, 1)])
 @pytest.mark.parametrize("group", [1, 2, 8])
 def test_every_tile_has_its_turn_once(tiles_m: int, tiles_n: int, group: int) -> None:

@@ -7,13 +7,12 @@ A backend gets them whole. `Problem` is a call as plain data, which decides who 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loradrop.kernels.tiles import machine_of
+from loradrop.kernels.tiles import as_stored, machine_of, rows_aligned
 
 
 class Call(NamedTuple):
@@ -94,38 +93,14 @@ class Problem(NamedTuple):
 def problem_of(call: Call, grad: bool = True) -> Problem:
     """The plain data of a call."""
     x, weight = call.x, call.weight
-    (m, k), (n, r), device = x.shape, call.B.shape, x.device
-    arch, sms = machine_of(device)
-    aligned = arch == 0 or all(rows_aligned(as_stored(t)) for t in (x, weight) if t is not None)
-    return Problem(
-        device.type, x.dtype, m, k, n, r, call.dropout, grad, weight is not None,
-        arch, sms, aligned, _device_name(device),
-    )  # fmt: skip
-
-
-@cache
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-
-
-def as_stored(matrix: Tensor) -> Tensor:
-    """The matrix, or its transpose where that is what lies in memory row by row."""
-    return matrix.T if matrix.stride(0) == 1 and matrix.stride(1) != 1 else matrix
-
-
-def rows_aligned(matrix: Tensor) -> bool:
-    """Whether its rows are contiguous, apart, and begin at whole 16 bytes: what TMA and csrc/ read.
-
-    The one place that asks.
-    """
-    size = matrix.element_size()
-    row = matrix.stride(0) * size
-    return (
-        matrix.stride(1) == 1
-        and row % 16 == 0
-        and row >= matrix.shape[1] * size
-        and matrix.data_ptr() % 16 == 0
+    (m, k), (n, r), machine = x.shape, call.B.shape, machine_of(x.device)
+    aligned = machine.arch == 0 or all(
+        rows_aligned(as_stored(t)) for t in (x, weight) if t is not None
     )
+    return Problem(
+        x.device.type, x.dtype, m, k, n, r, call.dropout, grad, weight is not None,
+        machine.arch, machine.sms, aligned, machine.name,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -26,20 +26,11 @@ def check_operands(call: Call) -> None:
             f"x (..., K) is {_shape(x)} and A (r, K) is {_shape(A)}: their K must agree"
         )
     if weight is not None:
-        if weight.shape != (n, k):
-            raise _misshapen("weight", weight, (n, k), call)
-        if weight.dtype != dtype or weight.device != device:
-            raise _unlike("weight", weight, x)
+        _check_like_x("weight", weight, (n, k), call)
     if bias is not None:
-        if bias.shape != (n,):
-            raise _misshapen("bias", bias, (n,), call)
-        if bias.dtype != dtype or bias.device != device:
-            raise _unlike("bias", bias, x)
+        _check_like_x("bias", bias, (n,), call)
     if y0 is not None:
-        if y0.shape != (*x.shape[:-1], n):
-            raise _misshapen("y0", y0, (*x.shape[:-1], n), call)
-        if y0.dtype != dtype or y0.device != device:
-            raise _unlike("y0", y0, x)
+        _check_like_x("y0", y0, (*x.shape[:-1], n), call)
     if dtype not in _FLOATS or A.dtype not in _FLOATS or B.dtype not in _FLOATS:
         named = {"x": x, "A": A, "B": B}.items()
         name, of = next((name, t.dtype) for name, t in named if t.dtype not in _FLOATS)
@@ -85,17 +76,17 @@ def _check_sink(name: str, sink: Tensor | None, shape: tuple[int, ...], x: Tenso
         raise _elsewhere(name, sink, x)
 
 
-def _misshapen(name: str, tensor: Tensor, want: tuple[int, ...], call: Call) -> ValueError:
-    x, A, B = _shape(call.x), _shape(call.A), _shape(call.B)
-    return ValueError(f"{name} is {_shape(tensor)}; x {x}, A {A} and B {B} need {want}")
-
-
-def _unlike(name: str, tensor: Tensor, x: Tensor) -> Exception:
+def _check_like_x(name: str, tensor: Tensor, want: tuple[int, ...], call: Call) -> None:
+    x = call.x
+    if tensor.shape != want:
+        shapes = f"x {_shape(x)}, A {_shape(call.A)} and B {_shape(call.B)}"
+        raise ValueError(f"{name} is {_shape(tensor)}; {shapes} need {want}")
     if tensor.device != x.device:
-        return _elsewhere(name, tensor, x)
-    return TypeError(
-        f"{name} is {tensor.dtype} and x is {x.dtype}: cast one, or run under torch.autocast"
-    )
+        raise _elsewhere(name, tensor, x)
+    if tensor.dtype != x.dtype:
+        raise TypeError(
+            f"{name} is {tensor.dtype} and x is {x.dtype}: cast one, or run under torch.autocast"
+        )
 
 
 def _elsewhere(name: str, tensor: Tensor, x: Tensor) -> ValueError:

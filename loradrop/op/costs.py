@@ -7,7 +7,6 @@ host. Its constants are assumptions; a measurement always outranks them.
 """
 
 import functools
-import importlib.resources
 import json
 import math
 from collections.abc import Collection, Iterable
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from loradrop.files import asset
 from loradrop.kernels.tiles import cdiv, rank_tile
 from loradrop.op.call import Problem
 
@@ -101,8 +101,7 @@ def measurements() -> tuple[dict[str, Any], ...]:
     """The shipped points: device, arch, sms, dtype, m, k, n, r, dropout (0 or 1), grad, and us by
     backend.
     """
-    file = importlib.resources.files("loradrop") / "assets" / "measured.json"
-    return tuple(json.loads(file.read_text(encoding="utf-8"))["points"])
+    return tuple(json.loads(asset("measured.json"))["points"])
 
 
 def nearest(problem: Problem, points: Iterable[dict[str, Any]]) -> dict[str, Any] | None:

@@ -36,77 +36,77 @@ def built() -> dict[str, Any] | str:
 
 
 @functools.cache
-def _why_not_device(index: int) -> str | None:
-    major, minor = torch.cuda.get_device_capability(index)
+def _why_not_on(device: int | None) -> str | None:
+    if isinstance(_extension(), str):
+        return f"the extension loradrop._C is {_extension()}"
+    if device is None:
+        return "there is no CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) == (9, 0):
         return None
-    return f"device {index} has compute capability {major}.{minor}, and the kernels need 9.0"
+    return f"device {device} has compute capability {major}.{minor}, and the kernels need 9.0"
 
 
 def missing() -> str | None:
     """Why the kernels cannot run on the current device, or None."""
-    if isinstance(_extension(), str):
-        return f"the extension loradrop._C is {_extension()}"
-    if not torch.cuda.is_available():
-        return "there is no CUDA device"
-    return _why_not_device(torch.cuda.current_device())
+    return _why_not_on(torch.cuda.current_device() if torch.cuda.is_available() else None)
 
 
-def _numbers(matrix: Tensor) -> tuple[int, int, int, int, int]:
-    rows, columns = matrix.shape
-    return matrix.data_ptr(), rows, columns, matrix.stride(0), matrix.stride(1)
-
-
-def _demand(kernel: str, *operands: Tensor | None) -> None:
-    """Raises ValueError for what forbids every kernel: where operands are, and of which type.
+def _why_not(*given: Tensor | None) -> str | None:
+    """What forbids every kernel: where operands are, and of which type.
 
     Their shapes and layouts are the extension's to refuse, when it launches.
     """
-    if reason := _why_not([operand for operand in operands if operand is not None]):
-        raise ValueError(f"{kernel} cannot serve this call: {reason}")
-
-
-def _why_not(operands: list[Tensor]) -> str | None:
-    if isinstance(_extension(), str):
-        return f"the extension loradrop._C is {_extension()}"
-    first = operands[0]
+    first, *others = (operand for operand in given if operand is not None)
     if first.device.type != "cuda":
         return f"the operands are on {first.device}, not on a CUDA device"
     if first.dtype not in _DTYPES:
         return f"the operands are {first.dtype}, and the kernels take bfloat16 and float16"
-    for other in operands:
+    for other in others:
         if other.device != first.device or other.dtype != first.dtype:
             return (
                 f"one operand is {first.dtype} on {first.device}, another {other.dtype} on "
                 f"{other.device}"
             )
-    return _why_not_device(first.device.index)
+    return _why_not_on(first.device.index)
 
 
-def _check_vector(name: str, vector: Tensor | None, like: Tensor, size: int) -> None:
+def _demand(kernel: str, *operands: Tensor | None) -> None:
+    if reason := _why_not(*operands):
+        raise ValueError(f"{kernel} cannot serve this call: {reason}")
+
+
+def _vector(name: str, vector: Tensor | None, size: int, like: Tensor) -> Tensor | None:
+    """The vector in one piece. Raises ValueError unless it is (size,), as `like` in all else."""
     if vector is None:
-        return
+        return None
     if vector.shape != (size,) or vector.dtype != like.dtype or vector.device != like.device:
         raise ValueError(
             f"{name} is {tuple(vector.shape)}, {vector.dtype}, on {vector.device} where "
             f"({size},), {like.dtype}, on {like.device} is needed"
         )
+    return vector.contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+def _numbers(matrix: Tensor | None) -> tuple[int, ...] | None:
+    return None if matrix is None else (matrix.data_ptr(), *matrix.shape, *matrix.stride())
+
+
+def _launch(kernel: str, on: Tensor, **arguments: Any) -> None:
+    """Launches a kernel of the extension on the device of `on`, on its current stream."""
+    stream = torch.cuda.current_stream(on.device).cuda_stream
+    getattr(_extension(), kernel)(device=on.device.index, stream=stream, **arguments)
 
 
 def why_not_gemm(p: Tensor, q: Tensor, h: Tensor | None, l: Tensor | None) -> str | None:
     """Why `gemm_ext` refuses these operands, or None."""
-    if reason := _why_not([tensor for tensor in (p, q, h, l) if tensor is not None]):
+    if reason := _why_not(p, q, h, l):
         return reason
-    rest = (None if tensor is None else _numbers(tensor) for tensor in (h, l))
-    reason = _extension().why_not_gemm(_DTYPES[p.dtype], _numbers(p), _numbers(q), *rest)
+    reason = _extension().why_not_gemm(_DTYPES[p.dtype], *map(_numbers, (p, q, h, l)))
     return None if reason is None else str(reason)
 
 
@@ -135,25 +135,15 @@ def gemm_ext(
     Raises ValueError with the reason that `why_not_gemm` gives.
     """
     _demand("gemm_ext", p, q, h, l)
-    _check_vector("bias", bias, p, q.shape[1])
-    bias = None if bias is None else bias.contiguous()
-    thin = h is not None and l is not None and scaling != 0.0
+    bias = _vector("bias", bias, q.shape[1], p)
+    if h is None or l is None or scaling == 0.0:
+        h = l = None
     out = p.new_empty((p.shape[0], q.shape[1]))
-    _extension().gemm_ext(
-        dtype=_DTYPES[p.dtype],
-        out=_numbers(out),
-        p=_numbers(p),
-        q=_numbers(q),
-        bias=_pointer(bias),
-        h=_numbers(h) if h is not None and thin else None,
-        l=_numbers(l) if l is not None and thin else None,
-        scaling=float(scaling),
-        overlap=overlap,
-        device=p.device.index,
-        stream=_stream(p.device),
-        tile_n=tile_n,
-        cluster=cluster,
-    )
+    _launch(
+        "gemm_ext", p, dtype=_DTYPES[p.dtype], out=_numbers(out), p=_numbers(p), q=_numbers(q),
+        bias=_pointer(bias), h=_numbers(h), l=_numbers(l), scaling=float(scaling),
+        overlap=overlap, tile_n=tile_n, cluster=cluster,
+    )  # fmt: skip
     return out
 
 
@@ -188,37 +178,21 @@ def decode(
     """
     _demand("decode", x, weight, A, B)
     m, n = x.shape[0], weight.shape[0]
-    _check_vector("bias", bias, x, n)
-    bias = None if bias is None else bias.contiguous()
+    bias = _vector("bias", bias, n, x)
+    planes = sqnorm = None
     if token_weights is not None:
-        if token_weights.shape != (m,) or token_weights.device != x.device:
-            raise ValueError(
-                f"token_weights is {tuple(token_weights.shape)} on {token_weights.device} where "
-                f"({m},) on {x.device} is needed"
-            )
-        token_weights = token_weights.float().contiguous()
+        like = x.new_empty(0, dtype=torch.float32)
+        token_weights = _vector("token_weights", token_weights.float(), m, like)
     rows, ctas = _plan(weight, cluster)
     y, h = x.new_empty((m, n)), x.new_empty((m, A.shape[0]))
-    planes = x.new_empty(ctas, dtype=torch.float32) if norm else None
-    sqnorm = x.new_empty((), dtype=torch.float32) if norm else None
-    _extension().decode(
-        dtype=_DTYPES[x.dtype],
-        y=y.data_ptr(),
-        h=h.data_ptr(),
-        x=_numbers(x),
-        w=_numbers(weight),
-        bias=_pointer(bias),
-        a=_numbers(A),
-        b=_numbers(B),
-        scaling=float(scaling),
-        weights=_pointer(token_weights),
-        planes=_pointer(planes),
-        sqnorm=_pointer(sqnorm),
-        rows=rows,
-        cluster=cluster,
-        device=x.device.index,
-        stream=_stream(x.device),
-    )
+    if norm:
+        planes, sqnorm = (x.new_empty(shape, dtype=torch.float32) for shape in ((ctas,), ()))
+    _launch(
+        "decode", x, dtype=_DTYPES[x.dtype], y=_pointer(y), h=_pointer(h), x=_numbers(x),
+        w=_numbers(weight), bias=_pointer(bias), a=_numbers(A), b=_numbers(B),
+        scaling=float(scaling), weights=_pointer(token_weights), planes=_pointer(planes),
+        sqnorm=_pointer(sqnorm), rows=rows, cluster=cluster,
+    )  # fmt: skip
     return y, h, sqnorm
 
 
@@ -229,21 +203,13 @@ def stream_floor(weight: Tensor, m: int, r: int, cluster: int = 8) -> None:
     """
     _demand("stream_floor", weight)
     rows, _ = _plan(weight, cluster)
-    _extension().stream_weight(
-        dtype=_DTYPES[weight.dtype],
-        w=_numbers(weight),
-        rows=rows,
-        stages=_extension().decode_stages(rows, m, r),
-        device=weight.device.index,
-        stream=_stream(weight.device),
-    )
+    stages = _extension().decode_stages(rows, m, r)
+    dtype, w = _DTYPES[weight.dtype], _numbers(weight)
+    _launch("stream_weight", weight, dtype=dtype, w=w, rows=rows, stages=stages)
 
 
 def barrier_floor(weight: Tensor, cluster: int = 8) -> None:
     """Two cluster barriers on the grid of `decode`, with no work between them. For benchmarks."""
     _demand("barrier_floor", weight)
     _, ctas = _plan(weight, cluster)
-    device = weight.device
-    _extension().cluster_barriers(
-        cluster=cluster, ctas=ctas, device=device.index, stream=_stream(device)
-    )
+    _launch("cluster_barriers", weight, cluster=cluster, ctas=ctas)

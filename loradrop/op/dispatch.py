@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from loradrop.op import costs, cuda
-from loradrop.op.call import Backend, Call, Problem, problem_of
+from loradrop.op.call import Backend, Call, Problem, Saved, problem_of
 from loradrop.op.eager import EAGER
 from loradrop.op.reference import REFERENCE
 
@@ -74,22 +74,22 @@ def why_not_cuda(problem: Problem) -> str | None:
     return why_not_triton(problem)
 
 
-def _kernels(name: str, part: str) -> Callable[..., Any]:
-    """`part` of a backend in fused.py, which imports Triton: only when it first runs."""
-
-    def run(*args: Any) -> Any:
-        from loradrop.op import fused
-
-        return getattr(getattr(fused, name), part)(*args)
-
-    return run
-
-
 def _fused(
     name: str, missing: Callable[[], str | None], why_not: Callable[[Problem], str | None]
 ) -> Backend:
-    forward, backward = (_kernels(name.upper(), part) for part in ("forward", "backward"))
-    return Backend(name, forward, backward, missing, why_not)
+    """A backend of fused.py, which imports Triton: only when it first runs."""
+
+    def part(of: str) -> Callable[..., Any]:
+        def run(call: Call | Saved, *rest: Any) -> Any:
+            from loradrop.op import fused
+
+            here = torch.cuda.device_of(call.x)  # type: ignore[no-untyped-call]
+            with here:  # where kernels are launched
+                return getattr(getattr(fused, name.upper()), of)(call, *rest)
+
+        return run
+
+    return Backend(name, part("forward"), part("backward"), missing, why_not)
 
 
 BACKENDS = {

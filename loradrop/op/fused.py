@@ -8,10 +8,8 @@ with t = s·dyB/(1 − p). `thin` leaves the wide product to cuBLAS and adds the
 `shrink`, and kept as one bit an element.
 """
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,8 +23,9 @@ from loradrop.kernels.gram import total
 from loradrop.kernels.outer import outer
 from loradrop.kernels.shrink import shrink
 from loradrop.kernels.single_pass import single_pass
+from loradrop.kernels.tiles import as_stored, rows_aligned
 from loradrop.op import cuda, eager
-from loradrop.op.call import Call, Grads, Needs, Output, Saved, as_stored, rows_aligned
+from loradrop.op.call import Call, Grads, Needs, Output, Saved
 from loradrop.op.philox import gain
 
 SINGLE_PASS_ROWS = 64  # rows up to which one pass over everything may beat two launches
@@ -35,7 +34,11 @@ DECODE_ROWS, DECODE_RANK = 32, 128  # what the CUDA kernel for decoding takes
 
 # p (M, D)   q (D, C)   bias (C,) or None   h (M, r)   l (r, C)   s   mask (M, row_bytes(C)) or None
 Extend = Callable[..., Tensor]
-_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def _add_masked(y: Tensor, h: Tensor, l: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    cut = tiles.expand(tiles.machine_of(y.device), y.dtype)
+    return expand(y, h, l, scale, cut, mask, in_place=True)
 
 
 def by_cublas(
@@ -44,10 +47,9 @@ def by_cublas(
 ) -> Tensor:  # fmt: skip
     """p·q + bias by cuBLAS, and the LoRA product in place on its fresh output."""
     y = linear(p, q.T, bias)
-    if mask is None:
-        return y.addmm_(h, l.to(h.dtype), alpha=scale)
-    cut = tiles.expand(tiles.machine_of(p.device), p.dtype)
-    return expand(y, h, l, scale, cut, mask, in_place=True)
+    if mask is not None:
+        return _add_masked(y, h, l, scale, mask)
+    return y.addmm_(h, l.to(h.dtype), alpha=scale)
 
 
 def by_triton(
@@ -76,9 +78,7 @@ def by_cuda(
     if not rows_aligned(p):
         p = p.contiguous()
     if mask is not None:
-        y = cuda.gemm_ext(p, q, bias, None, None, 1.0)
-        cut = tiles.expand(tiles.machine_of(p.device), p.dtype)
-        return expand(y, h, l, scale, cut, mask, in_place=True)
+        return _add_masked(cuda.gemm_ext(p, q, bias, None, None, 1.0), h, l, scale, mask)
     l = l.to(p.dtype)
     if scale_mode(scale, p.dtype) == "h":
         l, scale = l * scale, 1.0  # exact
@@ -114,20 +114,6 @@ def small_m_cuda(call: Call, weights: Tensor | None) -> Output | None:
     return Output(y, h, None, sqnorm)
 
 
-def _on_its_device(method: _Method) -> _Method:
-    """Makes the device of x the current one: kernels are launched there."""
-
-    @functools.wraps(method)
-    def run(self: Any, call: Call | Saved, *rest: Any) -> Any:
-        device = call.x.device
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
-            return method(self, call, *rest)
-        with torch.cuda.device(device):
-            return method(self, call, *rest)
-
-    return run  # type: ignore[return-value]
-
-
 @dataclass(frozen=True)
 class Fused:
     """`forward` and `backward` over one way to compute the wide product.
@@ -138,7 +124,6 @@ class Fused:
     extend: Extend
     few: Callable[[Call, Tensor | None], Output | None] | None = None
 
-    @_on_its_device
     def forward(self, call: Call) -> Output:
         """As `reference.forward`; the mask of dropout is kept."""
         x, weight, bias, y0, A, B, scaling, dropout = call[:8]
@@ -170,7 +155,6 @@ class Fused:
             sqnorm = eager.sqnorm(h, B, scaling, call.token_weights)
         return Output(y, h, thin.mask, sqnorm)
 
-    @_on_its_device
     def backward(self, saved: Saved, dy: Tensor, needs: Needs) -> Grads:
         """As `reference.backward`, with the mask that `forward` kept."""
         x, weight, A, B, h, mask, _, scaling, dropout = saved[:9]

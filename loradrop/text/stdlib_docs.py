@@ -20,6 +20,7 @@ from loradrop.files import asset
 MIN_CHARS, MIN_WORDS = 20, 4
 MIN_TEXTS = 3000
 ENOUGH_CHARS = 200
+_DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @functools.cache
@@ -48,13 +49,6 @@ def _leading_paragraphs(docstring: str) -> str:
     return text
 
 
-def _docstrings(file: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(file.read_bytes(), filename=str(file))):
-        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-        if isinstance(node, documented) and (docstring := ast.get_docstring(node)):
-            yield docstring
-
-
 def _sources(stdlib: Path, module: str) -> list[Path]:
     package = stdlib / module
     if package.is_dir():
@@ -69,8 +63,9 @@ def _all_docs(stdlib: Path) -> Iterator[Doc]:
         for split, modules in sides.items():
             for module in modules.split():
                 for file in _sources(stdlib, module):
-                    for docstring in _docstrings(file):
-                        yield Doc(_leading_paragraphs(docstring), area, module, split)
+                    for node in ast.walk(ast.parse(file.read_bytes(), filename=str(file))):
+                        if isinstance(node, _DOCUMENTED) and (text := ast.get_docstring(node)):
+                            yield Doc(_leading_paragraphs(text), area, module, split)
 
 
 def read_docs(stdlib: Path | None = None) -> list[Doc]:
