@@ -1,5 +1,6 @@
 """The command `loradrop`. Each part imports what it needs, so that `--help` is instant."""
 
+import io
 import logging
 import os
 import shlex
@@ -247,6 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Before torch is loaded: threads that spin while they wait stall each other on shared cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):  # a terminal or a log may lack some characters
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     argv = list(sys.argv[1:] if argv is None else argv)
     log, handler = logging.getLogger("loradrop"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -30,7 +30,7 @@ class LoRAConfig:
                       score, qa_outputs)
     adapter_dtype     "float32", or "base" for the dtype of each target's weight
     strict            False allows `target_modules` entries that match nothing, or only some of the
-                      layers
+                      layers, and exclusions and patterns that match nothing
 
     Raises ValueError naming the field, its value and the remedy.
     """
@@ -162,5 +162,10 @@ def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> No
             raise ValueError(f"{where} has no option {key!r}: {hint}")
 
 
+def matches(key: str, name: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern`, a regex, matches the end of the name."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
 def _first_match(pattern: Mapping[str, float], name: str, default: float) -> float:
-    return next((v for key, v in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next((value for key, value in pattern.items() if matches(key, name)), default)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from loradrop.config import LoRAConfig
+from loradrop.config import LoRAConfig, matches
 from loradrop.layers import shape_of
 from loradrop.scores import layer_of
 
@@ -46,9 +46,10 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
         names = {entry: _suffix(modules, entry) for entry in wanted}
     excluded = _excluded(modules, config.exclude_modules)
     names = {entry: [n for n in found if n not in excluded] for entry, found in names.items()}
+    chosen = {n for found in names.values() for n in found}
     if config.strict:
         _require_coverage(names, linear, excluded)
-    chosen = {n for found in names.values() for n in found}
+        _require_used(config, modules, chosen)
     if not chosen:
         known = f"Linear layers there are: {kinds_of(linear)}"
         raise ValueError(f"target_modules={wanted!r} matches no module. {known}")
@@ -89,11 +90,11 @@ def inside(name: str, parent: str) -> bool:
     return name == parent or name.startswith(parent + ".")
 
 
-def _suffix(modules: Mapping[str, nn.Module], entry: str) -> list[str]:
+def _suffix(modules: Mapping[str, object], entry: str) -> list[str]:
     return [name for name in modules if name == entry or name.endswith("." + entry)]
 
 
-def _excluded(modules: Mapping[str, nn.Module], exclude: str | Sequence[str] | None) -> set[str]:
+def _excluded(modules: Mapping[str, object], exclude: str | Sequence[str] | None) -> set[str]:
     if exclude is None:
         return set()
     if isinstance(exclude, str):
@@ -143,6 +144,23 @@ def _require_coverage(
             + "\n".join(rows)
             + f"\nLinear layers there are: {kinds_of(linear)}. "
             "Correct the entry, or pass strict=False to take what matches"
+        )
+
+
+def _require_used(config: LoRAConfig, modules: Iterable[str], chosen: Iterable[str]) -> None:
+    """Every exclusion names a module, and every pattern of ranks and alphas a target."""
+    exclude, unused = config.exclude_modules, list[str]()
+    for entry in [exclude] if isinstance(exclude, str) else exclude or ():
+        if not _excluded(dict.fromkeys(modules), exclude if entry == exclude else [entry]):
+            unused.append(f"exclude_modules has {entry!r}, which matches no module")
+    for name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, name):
+            if not any(matches(key, target) for target in chosen):
+                unused.append(f"{name} has {key!r}, which matches no target")
+    if unused:
+        raise ValueError(
+            f"{'; '.join(unused)}. The targets: {kinds_of(chosen)}. Correct it, or pass "
+            "strict=False to leave what matches nothing without effect"
         )
 
 

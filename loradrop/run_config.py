@@ -1,5 +1,6 @@
 """The YAML file of a run: sections with strict keys, and `key=value` overrides on top."""
 
+import os
 import re
 import types
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ class ModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "id", os.path.expanduser(self.id))
         if self.dtype not in DTYPES:
             raise ValueError(f"model.dtype={self.dtype!r}: choose one of {', '.join(DTYPES)}")
 
@@ -49,6 +51,7 @@ class RunConfig:
     output: str = "runs/loradrop"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output", os.path.expanduser(self.output))
         names = [*self.arms, self.name]
         for i, name in enumerate(names):
             if not _slug(name) or _slug(name) in map(_slug, names[:i]):

@@ -97,11 +97,14 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> None:
 
     The adapters are gone afterwards and the layers are what they were before `inject`. With
     `keep_original` the original weights are kept beside the adapters, and `remove` restores them
-    bit for bit. Raises ValueError for a weight that is not a plain matrix (a quantised layer).
+    bit for bit. Raises ValueError, before any weight changes, for a weight that is not a plain
+    matrix (a quantised or parametrised layer) and for a merged weight that is not finite.
     """
     bank, injection = bank_of(model), injection_of(model)
     if injection.merged is not None:
         raise ValueError("the adapters are merged already")
+    for _ in merged_weights(model):
+        pass  # refuses before the first weight changes
     originals: dict[str, Tensor] = {}
     for name, weight, merged in merged_weights(model):
         if keep_original:
@@ -118,7 +121,8 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> None:
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(a target's name, its weight, W + s·B·A in float32 rounded once), one after another.
 
-    Targets without an adapter are left out. Raises ValueError as `merge`, before the first.
+    Targets without an adapter are left out. Raises ValueError as `merge`: for a weight that is not
+    plain before the first, for one that is not finite when it comes.
     """
     bank = bank_of(model)
     weights = {target.name: _plain_weight(model, target) for target in bank.targets}
@@ -128,11 +132,23 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
             transposed = is_conv1d(model.get_submodule(name))
             delta = (delta.T if transposed else delta).to(weight.device)
             wide = torch.promote_types(weight.dtype, delta.dtype)
-            yield name, weight, (weight.to(wide) + delta).to(weight.dtype)
+            merged = (weight.to(wide) + delta).to(weight.dtype)
+            if not merged.isfinite().all():
+                raise ValueError(
+                    f"the merged weight of {name} is not finite in {weight.dtype}: its training "
+                    "diverged, or the dtype is too narrow. Train again, or merge into a wider dtype"
+                )
+            yield name, weight, merged
 
 
 def _plain_weight(model: nn.Module, target: Target) -> Tensor:
     module = model.get_submodule(target.name)
+    if "weight" not in module._parameters and isinstance(getattr(module, "weight", None), Tensor):
+        raise ValueError(
+            f"the weight of {target.name} is computed whenever it is read (a parametrisation, "
+            "weight or spectral normalisation, pruning), so a merge would be lost: make it a plain "
+            "parameter first, as torch.nn.utils.parametrize.remove_parametrizations does"
+        )
     weight, elements = module.weight, target.in_features * target.out_features
     floats = isinstance(weight, Tensor) and weight.is_floating_point()
     if not isinstance(weight, Tensor) or not floats or weight.numel() != elements:

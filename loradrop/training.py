@@ -90,8 +90,9 @@ def fit(
     """
     with tempfile.TemporaryDirectory() as scratch, forward_kept(model):
         run = _Run(
-            model, train, config, args or TrainConfig(), collate, Path(output_dir or scratch),
-            resume, dict(data or {}), mask, dev, metric, callbacks,
+            model, train, config, args or TrainConfig(), collate,
+            Path(output_dir or scratch).expanduser(), resume, dict(data or {}), mask,
+            dev, metric, callbacks,
         )  # fmt: skip
         return run.whole()
 
@@ -113,7 +114,7 @@ def warm_up(
     The arguments are those of `fit`. Raises ValueError for a method without a warm-up.
     """
     run = _Run(
-        model, train, config, args or TrainConfig(), collate, Path(output_dir),
+        model, train, config, args or TrainConfig(), collate, Path(output_dir).expanduser(),
         resume, dict(data or {}), mask,
     )  # fmt: skip
     if config.method.warmup(run.total) is None:
@@ -233,7 +234,8 @@ class _Run:
             raise ValueError(f"{self.folder} holds a run already: resume, or choose another output")
         for section, before in read_json(file).items():
             now = options.get(section, {})
-            changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+            names = {*before, *now}
+            changed = sorted(k for k in names if not _equal(before.get(k), now.get(k)))
             if changed:
                 raise ValueError(
                     f"{self.folder} was begun with other options ({section}: {', '.join(changed)})"
@@ -292,6 +294,13 @@ class _Run:
         finally:
             events.detach()
         return trainer, events
+
+
+def _equal(before: Any, now: Any) -> bool:
+    """Lists of names are sets: their order says nothing."""
+    if isinstance(before, list) and isinstance(now, list):
+        return sorted(map(str, before)) == sorted(map(str, now))
+    return bool(before == now)
 
 
 def _frequency(method: Method, scores: Scores) -> dict[str, float] | None:

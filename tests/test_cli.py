@@ -1,6 +1,7 @@
 """The command, each part from its arguments to its exit status and its files."""
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -281,6 +282,13 @@ sys.exit(str(heavy) if heavy else status)
     status, out, err = python("-c", code)
     assert status == (0 if arguments and arguments[-1] in ("--help", "-h") else 2), err
     assert (out or err).startswith("Usage: loradrop")
+
+
+def test_a_terminal_that_lacks_characters(work: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "loradrop", "plan", "show", str(work / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True)
+    assert done.returncode == 0 and b"?" in done.stdout and not done.stderr
 
 
 def test_help_is_instant() -> None:

@@ -12,7 +12,7 @@ import models
 import pytest
 import torch
 from models import Make, Options, adapt, assert_same, bert, fill, llama, outputs, share, snapshot
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loradrop
@@ -337,6 +337,24 @@ class TestMerged:
         reload_merged(model, tmp_path)
         assert not [key for key in load_file(tmp_path / "model.safetensors") if "lora" in key]
         assert torch.equal(outputs(model), native)
+
+    def test_what_was_written_is_read_back(self, tmp_path: Path) -> None:
+        class Hub(nn.Module):
+            """Its save_pretrained takes any argument and saves its own state dict."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.query = nn.Linear(4, 4)
+
+            def save_pretrained(self, folder: str, **_: Any) -> None:
+                save_file({"weight": self.query.weight.detach()}, f"{folder}/model.safetensors")
+
+        model = Hub()
+        loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["query"]))
+        models.wake(model)
+        with pytest.raises(ValueError, match=r"Hub does not write.*loradrop\.merge"):
+            export(model, tmp_path, "merged")
+        assert not list(tmp_path.iterdir())
 
     def test_rounds_once(self, tmp_path: Path) -> None:
         model = adapt(llama().to(torch.bfloat16))

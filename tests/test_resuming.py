@@ -18,6 +18,8 @@ import training_runs as tiny
 from training_runs import At, interrupted, make_model, make_rows, outcome, run, stop
 
 from loradrop import native, trainer, training
+from loradrop.files import read_json, write_json
+from loradrop.training import OPTIONS
 
 # --- killed at any moment ---------------------------------------------------------------------
 
@@ -172,6 +174,15 @@ def test_resume_with_other_options_is_refused(named: str, stopped: Any, tmp_path
     refusal = rf"was begun with other options \({named}.*choose another"
     with pytest.raises(ValueError, match=refusal):
         run(tmp_path, resume=True, **OTHER[named])
+
+
+def test_the_order_of_target_modules_may_differ(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    options = read_json(tmp_path / "run" / OPTIONS)
+    options["lora"]["target_modules"].reverse()
+    assert len(options["lora"]["target_modules"]) > 1
+    write_json(tmp_path / "run" / OPTIONS, options)
+    run(tmp_path / "run", resume=True)
 
 
 def test_used_output_is_refused(whole: Path) -> None:

@@ -163,6 +163,12 @@ def test_sections_and_overrides(tmp_path: Path) -> None:
     assert (config.name, config.output) == ("ours", "runs/loradrop")
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somebody")
+    config = read_config(None, ["output=~/runs", "model=~/bert"])
+    assert (config.output, config.model.id) == ("/somebody/runs", "/somebody/bert")
+
+
 def test_overrides_go_into_short_forms(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("model: some/model\nlora: {method: lora_drop}\n")

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from models import Make, Options, assert_same, bert, gpt2, snapshot, wake
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import loradrop
 from loradrop import LoRAConfig
@@ -326,6 +328,38 @@ def test_tied_weights_are_not_merged(targets: list[str]) -> None:
     torch.testing.assert_close(model.first.weight, Tied().first.weight, rtol=0, atol=0)
 
 
+def normed(module: nn.Linear) -> None:
+    nn.utils.parametrizations.weight_norm(module)
+
+
+def pruned(module: nn.Linear) -> None:
+    prune.l1_unstructured(module, "weight", 0.5)
+
+
+@pytest.mark.parametrize("change", [normed, nn.utils.spectral_norm, pruned])
+def test_computed_weights_are_not_merged(change: Callable[[nn.Linear], Any]) -> None:
+    net = Net()
+    change(net.layers[1].mix)
+    loradrop.inject(net, config("mix"))
+    before = snapshot(wake(net))
+    with pytest.raises(ValueError, match=r"weight of layers\.1\.mix is computed.*would be lost"):
+        loradrop.merge(net)
+    assert_same(net, before)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, math.inf), (torch.float16, 1e6)])
+def test_a_merge_that_is_not_finite_changes_nothing(dtype: torch.dtype, size: float) -> None:
+    net = injected("mix")
+    net.to(dtype)
+    net.lora_bank.float()
+    wake(net)
+    net.lora_bank.B[1].data *= size
+    before = snapshot(net)
+    with pytest.raises(ValueError, match=rf"layers\.1\.mix is not finite in {dtype}"):
+        loradrop.merge(net)
+    assert_same(net, before)
+
+
 def test_disabled_is_the_base_and_ends_with_the_block() -> None:
     model, base = injected(), output(Net())
     adapted = output(model)
@@ -378,6 +412,10 @@ REFUSED: list[tuple[Make, list[str], Options, str]] = [
     (Net, ["embed"], LOOSE, "embed.*Embedding.*linear"),
     (gpt2, ["lm_head"], {}, r"lm_head.*tied.*transformer\.wte"),
     (Outer, [], {"target_modules": None}, r"target_modules.*a \(1\), b \(1\)"),
+    (Net, ["mix"], {"exclude_modules": ["mix2"]}, "exclude_modules has 'mix2'.*no module"),
+    (Net, ["mix"], {"exclude_modules": ".*mix2"}, "exclude_modules has '.*mix2'.*no module"),
+    (Net, ["mix"], {"rank_pattern": {"value": 2}}, r"rank_pattern has 'value'.*mix \(3\).*strict"),
+    (Net, ["mix"], {"alpha_pattern": {"layers.7.mix": 2}}, "alpha_pattern has 'layers.7.mix'"),
     (injected, ["mix"], {}, "remove"),
     (lambda: Outer(injected()), ["a"], {}, "remove"),
     (Net, [], {"modules_to_save": ["no_head"]}, "'no_head'.*classifier"),

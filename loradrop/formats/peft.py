@@ -9,14 +9,16 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loradrop._version import __version__
+from loradrop.bank import bank_of
 from loradrop.files import rendered, replacing, write_json, write_text
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal
 from loradrop.formats.peft_file import (
@@ -171,8 +173,26 @@ def _save_merged(model: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as draft:
         save_pretrained(model, draft, state_dict=state)
+        targets: list[Any] = [model.get_submodule(t.name).weight for t in bank_of(model).targets]
+        _require_merged(Path(draft), [merged.get(id(w), w) for w in targets], type(model).__name__)
         for old in folder.glob("model*.safetensors*"):  # of a save in more or fewer parts
             old.unlink()
         for file in sorted(Path(draft).iterdir(), key=lambda file: file.name == "config.json"):
             with replacing(folder / file.name) as place:
                 os.replace(file, place)
+
+
+def _require_merged(folder: Path, merged: Iterable[Tensor], model: str) -> None:
+    """Reads back what was written: raises ValueError unless every merged weight is in it."""
+    written: dict[tuple[int, ...], list[Tensor]] = {}
+    for file in folder.rglob("*.safetensors"):
+        for tensor in load_file(file).values():
+            written.setdefault(tuple(tensor.shape), []).append(tensor)
+    for weight in merged:
+        alike = written.get(tuple(weight.shape), [])
+        if not any(torch.equal(weight.detach().cpu(), tensor) for tensor in alike):
+            raise ValueError(
+                f"the save_pretrained of {model} does not write the weights it is given, so the "
+                "file would be the base model without its adapters: call loradrop.merge(model), "
+                "and save the model that this leaves"
+            )
