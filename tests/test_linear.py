@@ -21,6 +21,7 @@ from op_cases import (
     SEED,
     S,
     Tensors,
+    assert_each_within,
     draw,
     each_backend,
     each_dtype,
@@ -61,23 +62,12 @@ def test_error_is_within_that_of_pytorch(
     draws = 32 if m * r < 100 else 1 if k > 1000 else 5  # enough roundings to compare
     if INTERPRETED:  # slow
         draws = min(draws, 8 if m == 1 else 2)
-    runs = []
-    for seed in range(draws):
-        t = draw(AWKWARD[name], dtype, seed)
-        results = (
-            through_op(t, backend, p),
-            through_torch(t, dtype, p),
-            through_torch(t, torch.float64, p),
-        )
-        runs.append([[value.flatten() for value in result] for result in results])
-        assert [v.dtype for v in results[0]] == [dtype, dtype, *[t["A"].dtype] * 2, torch.float32]
-    sums = {"y": k + r, "dx": n + r, "dA": m + n, "dB": m + k}
-    for i, (what, additions) in enumerate(sums.items()):
-        ours, pytorchs, exact = (torch.cat([run[j][i] for run in runs]) for j in range(3))
-        try:
-            assert_within(ours, pytorchs, exact, additions)
-        except AssertionError as error:
-            raise AssertionError(f"{what}: {error}") from None
+    drawn = [draw(AWKWARD[name], dtype, seed) for seed in range(draws)]
+    ours = [through_op(t, backend, p) for t in drawn]
+    pytorchs, exact = ([through_torch(t, d, p) for t in drawn] for d in (dtype, torch.float64))
+    wide = drawn[0]["A"].dtype
+    assert [v.dtype for v in ours[0]] == [dtype, dtype, wide, wide, torch.float32]
+    assert_each_within(ours, pytorchs, exact, (k + r, n + r, m + n, m + k))
 
 
 @each_dtype
