@@ -158,9 +158,9 @@ def layers() -> Iterator[Layer]:
     yield Layer(8192, 4096, 4096, 16, scaling=1.7)
     yield Layer(8192, 4096, 4096, 16, dtype=torch.float16, norm=True)
     yield Layer(8192, 4096, 4096, 16, adapters=torch.bfloat16)
-    yield Layer(1000, 4100, 1001, 12, dropout=0.1)
-    yield Layer(2048, 768, 768, 8, dtype=torch.float32, dropout=0.1)
-    yield Layer(1, 4096, 4096, 64, dropout=0.1, norm=True)
+    yield _RAGGED
+    yield _FLOAT32._replace(dropout=0.1)
+    yield _FEW._replace(dropout=0.1, norm=True)
     yield Layer(2048, 4096, 1024, 32, torch.float16, norm=True)
     yield Layer(8192, 4096, 4096, 128, norm=True, weighted=True)
     for r in (16, 256):

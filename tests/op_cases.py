@@ -6,6 +6,7 @@ own, the kernels; on a CUDA device all of them.
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ if INTERPRETED:  # it multiplies bfloat16 wrongly, and no kernel computes in flo
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
 LEAVES = ("x", "A", "B")
 Tensors = dict[str, Tensor]
+Results = list[list[Tensor]]  # of each draw y, dx, dA, dB, and maybe more
 
 
 def short(value: Any) -> str | None:
@@ -100,10 +102,7 @@ def through_torch(t: Tensors, dtype: torch.dtype, p: float) -> list[Tensor]:
 
 
 def assert_each_within(
-    ours: list[list[Tensor]],
-    pytorchs: list[list[Tensor]],
-    exact: list[list[Tensor]],
-    additions: tuple[int, int, int, int] = (0, 0, 0, 0),
+    ours: Results, pytorchs: Results, exact: Results, additions: Sequence[int] = (0, 0, 0, 0)
 ) -> None:
     """`assert_within` for y, dx, dA and dB, each over all draws; the error names which."""
     for i, (what, count) in enumerate(zip(("y", "dx", "dA", "dB"), additions, strict=True)):

@@ -109,7 +109,6 @@ def test_shrink(shape: Shape, dtype: torch.dtype, p: float, split: int, BM: int)
 def assert_norm(case: Case, weights: Tensor | None, tiles: ShrinkTiles = GRAMS) -> shrink.Shrunk:
     """The norm by Gram matrices is that of the h beside them."""
     found = case.shrink(tiles, B=case.B, token_weights=weights)
-    assert found.grams is not None
     ours = float(gram.sqnorm(found.grams, found.h, case.B, S, weights))
     exact = float(reference.sqnorm(found.h, case.B, S, weights))
     assert ours == pytest.approx(exact, rel=1e-5)
@@ -254,7 +253,7 @@ def test_every_tile_has_its_turn_once(tiles_m: int, tiles_n: int, group: int) ->
     """The walk of `place_tile`, through a product whose tiles are single elements' neighbours."""
     m, n = 16 * tiles_m, 32 * tiles_n
     p = torch.arange(1.0, m + 1).unsqueeze(1).repeat(1, 16)
-    q = torch.eye(16, n) * 0 + torch.arange(1.0, n + 1) / 16
+    q = torch.arange(1.0, n + 1).repeat(16, 1) / 16
     tiles = GemmTiles(16, 32, 16, 4, 2, group=group)
     for programs in (1, 4):
         y = gemm_ext.gemm_ext(p, q, None, None, None, 1.0, tiles, programs)
