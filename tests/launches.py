@@ -144,26 +144,23 @@ def layers() -> Iterator[Layer]:
     """What people run, then what is awkward; the most telling first."""
     for k, n in LLAMA:
         yield Layer(8192, k, n, 16)
-    yield Layer(8192, 4096, 4096, 16, dropout=0.1)
-    yield Layer(8192, 4096, 4096, 16, norm=True)
-    yield Layer(8192, 4096, 4096, 16, norm=True, weighted=True)
-    yield Layer(8, 4096, 4096, 16)
-    yield Layer(8, 4096, 4096, 16, norm=True, weighted=True)
+    for more in ({"dropout": 0.1}, {"norm": True}, _NORM, {"turned": True}, {"bias": True}):
+        yield _llama(16, **more)
+    yield _DECODE
+    yield _DECODE._replace(**_NORM)
     yield Layer(256, 4096, 4096, 16)
     for r in (64, 128, 256):
-        yield Layer(8192, 4096, 4096, r, norm=True)
-        yield Layer(8192, 4096, 4096, r, dropout=0.1)
-    yield Layer(8192, 4096, 4096, 16, turned=True)
-    yield Layer(8192, 4096, 4096, 16, bias=True)
+        yield _llama(r, norm=True)
+        yield _llama(r, dropout=0.1)
     yield Layer(40, 768, 768, 16, bias=True)
     for p in (0.0, 0.1):
         yield Layer(2048, 768, 768, 16, dropout=p, added=True)
     yield Layer(8192, 4096, 4096, 16, scaling=1.7)
     yield Layer(8192, 4096, 4096, 16, dtype=torch.float16, norm=True)
     yield Layer(8192, 4096, 4096, 16, adapters=torch.bfloat16)
-    yield Layer(1000, 4100, 1001, 12, dropout=0.1)
-    yield Layer(2048, 768, 768, 8, dtype=torch.float32, dropout=0.1)
-    yield Layer(1, 4096, 4096, 64, dropout=0.1, norm=True)
+    yield _RAGGED
+    yield _FLOAT32._replace(dropout=0.1)
+    yield _FEW._replace(dropout=0.1, norm=True)
     yield Layer(2048, 4096, 1024, 32, torch.float16, norm=True)
     yield Layer(8192, 4096, 4096, 128, norm=True, weighted=True)
     for r in (16, 256):

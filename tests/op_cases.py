@@ -6,6 +6,7 @@ own, the kernels; on a CUDA device all of them.
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 from loradrop.op import dispatch, philox
 from loradrop.op.call import Call, Problem
 from loradrop.op.linear import lora_add, lora_linear
-from loradrop.testing import Shape, torch_delta
+from loradrop.testing import Shape, assert_within, torch_delta
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -32,6 +33,7 @@ if INTERPRETED:  # it multiplies bfloat16 wrongly, and no kernel computes in flo
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
 LEAVES = ("x", "A", "B")
 Tensors = dict[str, Tensor]
+Results = list[list[Tensor]]  # of each draw y, dx, dA, dB, and maybe more
 
 
 def short(value: Any) -> str | None:
@@ -99,9 +101,21 @@ def through_torch(t: Tensors, dtype: torch.dtype, p: float) -> list[Tensor]:
     return [y.detach(), *grads, delta.detach().to(wide).square().sum()]
 
 
+def assert_each_within(
+    ours: Results, pytorchs: Results, exact: Results, additions: Sequence[int] = (0, 0, 0, 0)
+) -> None:
+    """`assert_within` for y, dx, dA and dB, each over all draws; the error names which."""
+    for i, (what, count) in enumerate(zip(("y", "dx", "dA", "dB"), additions, strict=True)):
+        values = (torch.cat([run[i].flatten() for run in runs]) for runs in (ours, pytorchs, exact))
+        try:
+            assert_within(*values, count)
+        except AssertionError as error:
+            raise AssertionError(f"{what}: {error}") from None
+
+
 def op(t: Tensors, backend: str | None = None, p: float = 0.0, **more: Any) -> Any:
     """`lora_linear` of the tensors, with their bias; `lora_add` where there is a y0."""
-    more |= {"dropout": p, "seed": SEED if p else None, "backend": backend}
+    more = {"dropout": p, "seed": SEED if p else None, "backend": backend} | more
     if "y0" in t:
         return lora_add(t["y0"], t["x"], t["A"], t["B"], S, **more)
     return lora_linear(t["x"], t["weight"], t["bias"], t["A"], t["B"], S, **more)

@@ -47,10 +47,6 @@ def matrix(rows: int, columns: int, dtype: torch.dtype, size: float = 1.0) -> Te
     return memory[:, :columns]
 
 
-def either_way(rows: int, columns: int, dtype: torch.dtype, size: float, turned: bool) -> Tensor:
-    return matrix(columns, rows, dtype, size).T if turned else matrix(rows, columns, dtype, size)
-
-
 def poison(rows: int, columns: int, dtype: torch.dtype) -> None:
     """The next tensor of this size probably gets memory full of NaN."""
     torch.full((rows, columns), float("nan"), dtype=dtype, device="cuda")
@@ -62,8 +58,8 @@ def operands(
     """p, q, bias, h, l, so that both products are of size 1."""
     m, k, n, r = shape
     p, h = matrix(m, k, dtype), matrix(m, r, dtype)
-    q = either_way(k, n, dtype, k**-0.5, q_turned)
-    l = either_way(r, n, dtype, r**-0.5, l_turned)
+    q = matrix(n, k, dtype, k**-0.5).T if q_turned else matrix(k, n, dtype, k**-0.5)
+    l = matrix(n, r, dtype, r**-0.5).T if l_turned else matrix(r, n, dtype, r**-0.5)
     return p, q, matrix(1, n, dtype)[0], h, l
 
 
@@ -228,7 +224,6 @@ def test_decode(shape: str, cluster: int, dtype: torch.dtype) -> None:
         assert_within(h, x @ A.T, x.double() @ A.double().T)
         # With the h that was rounded: its error is not that of the product.
         assert_gemm(y, x, weight.T, with_bias, h, B.T, s)
-        assert norm is not None
         assert error(norm, reference.sqnorm(h, B, s, weights)) < 1e-5
 
 
@@ -297,12 +292,13 @@ def test_operands_that_do_not_fit_are_refused() -> None:
     assert "16 bytes" in str(cuda.why_not_gemm(p[:, 4:], q[4:], h, l))
     assert "torch.float16" in str(cuda.why_not_gemm(p, q.half(), h, l))
     assert "torch.float32" in str(cuda.why_not_gemm(p.float(), q.float(), h.float(), l.float()))
-    with pytest.raises(ValueError, match=r"bias is \(48,\), torch.float32"):
-        cuda.gemm_ext(p, q, bias.float(), h, l, 1.0)
-    with pytest.raises(ValueError, match=r"2\^-32"):
-        cuda.gemm_ext(p, q, bias, h, l, float("inf"))
-    with pytest.raises(ValueError, match="row stride 65"):
-        cuda.gemm_ext(odd, q, bias, h, l, 1.0)
+    for given, words in (
+        ((p, q, bias.float(), h, l, 1.0), r"bias is \(48,\), torch.float32"),
+        ((p, q, bias, h, l, float("inf")), r"2\^-32"),
+        ((odd, q, bias, h, l, 1.0), "row stride 65"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            cuda.gemm_ext(*given)
     x, weight, _, A, B = decode_operands((33, 64, 48, 8), torch.bfloat16)
     with pytest.raises(ValueError, match="33 rows, and decode takes up to 32"):
         cuda.decode(x, weight, None, A, B, 1.0)

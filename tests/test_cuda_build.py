@@ -22,15 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("setup.py", "MANIFEST.in", "pyproject.toml", "README.md", "LICENSE", "loradrop", "csrc")
 MAX_SHARED = 232448  # bytes that one block of a Hopper SM may have
 
+MISSING = [name for name in ("pybind11", "ninja") if importlib.util.find_spec(name) is None]
+
 pytestmark = [
     pytest.mark.aot,
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH"),
-    *(
-        pytest.mark.skipif(
-            importlib.util.find_spec(package) is None, reason=f"{package} is not installed"
-        )
-        for package in ("pybind11", "ninja")
-    ),
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
 ]
 
 
@@ -186,32 +183,6 @@ GEMM = {
 }
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({}, None),
-        ({"h": None, "l": None}, None),
-        ({"p": (ALIGNED, 1, 64, 3, 1)}, "1 and 100"),  # the stride of a single row is nothing
-        ({"dtype": "float32"}, "float32"),
-        ({"p": (ALIGNED + 8, 100, 64, 64, 1)}, "16 bytes"),
-        ({"p": (ALIGNED, 100, 64, 65, 1)}, "row stride 65"),
-        ({"p": (ALIGNED, 100, 64, 1, 104)}, "column stride 104"),
-        ({"p": (ALIGNED, 0, 64, 64, 1)}, "(0, 64)"),
-        ({"p": (ALIGNED, 1 << 31, 64, 64, 1)}, "2^31"),
-        ({"q": (ALIGNED, 72, 40, 40, 1)}, "64 and 72"),
-        ({"q": (ALIGNED, 64, 36, 40, 1)}, "36 columns"),
-        ({"q": (ALIGNED, 64, 40, 80, 2)}, "column stride"),
-        ({"h": None}, "together"),
-        ({"h": (ALIGNED, 99, 5, 8, 1)}, "100 and 99"),
-        ({"l": (ALIGNED, 5, 48, 1, 8)}, "40 and 48"),
-        ({"l": (ALIGNED, 5, 40, 1, 5)}, "row stride 5"),
-    ],
-)
-def test_gemm_refusals(kernels: ModuleType, change: dict[str, Any], reason: str | None) -> None:
-    found = kernels.why_not_gemm(**(GEMM | change))
-    assert found is None if reason is None else reason in found
-
-
 DECODE = {
     "dtype": "float16",
     "x": (ALIGNED, 32, 64, 64, 1),
@@ -222,41 +193,58 @@ DECODE = {
 }
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({}, None),
-        ({"x": (ALIGNED, 33, 64, 64, 1)}, "33 rows"),
-        ({"w": (ALIGNED, 37, 64, 1, 40)}, "column stride 40"),
-        ({"b": (ALIGNED, 37, 5, 5, 1)}, "row stride 5"),
-        ({"b": (ALIGNED, 37, 6, 8, 1)}, "5 and 6"),
-        ({"a": (ALIGNED, 136, 64, 64, 1), "b": (ALIGNED, 37, 136, 136, 1)}, "rank is 136"),
-        ({"cluster": 3}, "cluster=3"),
-    ],
-)
-def test_decode_refusals(kernels: ModuleType, change: dict[str, Any], reason: str | None) -> None:
-    found = kernels.why_not_decode(**(DECODE | change))
+REFUSALS = [
+    (GEMM, {}, None),
+    (GEMM, {"h": None, "l": None}, None),
+    (GEMM, {"p": (ALIGNED, 1, 64, 3, 1)}, "1 and 100"),  # the stride of a single row is nothing
+    (GEMM, {"dtype": "float32"}, "float32"),
+    (GEMM, {"p": (ALIGNED + 8, 100, 64, 64, 1)}, "16 bytes"),
+    (GEMM, {"p": (ALIGNED, 100, 64, 65, 1)}, "row stride 65"),
+    (GEMM, {"p": (ALIGNED, 100, 64, 1, 104)}, "column stride 104"),
+    (GEMM, {"p": (ALIGNED, 0, 64, 64, 1)}, "(0, 64)"),
+    (GEMM, {"p": (ALIGNED, 1 << 31, 64, 64, 1)}, "2^31"),
+    (GEMM, {"q": (ALIGNED, 72, 40, 40, 1)}, "64 and 72"),
+    (GEMM, {"q": (ALIGNED, 64, 36, 40, 1)}, "36 columns"),
+    (GEMM, {"q": (ALIGNED, 64, 40, 80, 2)}, "column stride"),
+    (GEMM, {"h": None}, "together"),
+    (GEMM, {"h": (ALIGNED, 99, 5, 8, 1)}, "100 and 99"),
+    (GEMM, {"l": (ALIGNED, 5, 48, 1, 8)}, "40 and 48"),
+    (GEMM, {"l": (ALIGNED, 5, 40, 1, 5)}, "row stride 5"),
+    (DECODE, {}, None),
+    (DECODE, {"x": (ALIGNED, 33, 64, 64, 1)}, "33 rows"),
+    (DECODE, {"w": (ALIGNED, 37, 64, 1, 40)}, "column stride 40"),
+    (DECODE, {"b": (ALIGNED, 37, 5, 5, 1)}, "row stride 5"),
+    (DECODE, {"b": (ALIGNED, 37, 6, 8, 1)}, "5 and 6"),
+    (DECODE, {"a": (ALIGNED, 136, 64, 64, 1), "b": (ALIGNED, 37, 136, 136, 1)}, "rank is 136"),
+    (DECODE, {"cluster": 3}, "cluster=3"),
+]
+
+
+@pytest.mark.parametrize(("operands", "change", "reason"), REFUSALS)
+def test_refusals(
+    kernels: ModuleType, operands: dict[str, Any], change: dict[str, Any], reason: str | None
+) -> None:
+    why_not = kernels.why_not_gemm if operands is GEMM else kernels.why_not_decode
+    found = why_not(**(operands | change))
     assert found is None if reason is None else reason in found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_launch_without_a_device_is_refused(kernels: ModuleType) -> None:
     launch = {"device": 0, "stream": 0, "bias": 0, "scaling": 2.0}
-    out = (ALIGNED, 100, 40, 40, 1)
-    with pytest.raises(RuntimeError, match=r"no CUDA device: .*driver"):
-        kernels.gemm_ext(**GEMM, **launch, out=out, overlap=False, tile_n=0, cluster=0)
-    with pytest.raises(ValueError, match="out's and q's columns"):
-        wrong = (ALIGNED, 100, 48, 48, 1)
-        kernels.gemm_ext(**GEMM, **launch, out=wrong, overlap=False, tile_n=0, cluster=0)
-    with pytest.raises(ValueError, match=r"2\^-32"):
-        kernels.gemm_ext(
-            **GEMM, **(launch | {"scaling": 0.0}), out=out, overlap=False, tile_n=0, cluster=0
-        )
-    pointers = {"y": ALIGNED, "h": ALIGNED, "weights": 0, "planes": 0, "sqnorm": 0}
-    with pytest.raises(RuntimeError, match=r"no CUDA device: .*driver"):
-        kernels.decode(**DECODE, **launch, **pointers, rows=16)
-    with pytest.raises(ValueError, match="rows=17"):
-        kernels.decode(**DECODE, **launch, **pointers, rows=17)
+    gemm = GEMM | launch | {"out": (ALIGNED, 100, 40, 40, 1), "overlap": False}
+    gemm, wide = gemm | {"tile_n": 0, "cluster": 0}, {"out": (ALIGNED, 100, 48, 48, 1)}
+    decode = DECODE | launch | {"y": ALIGNED, "h": ALIGNED, "rows": 16}
+    decode |= {"weights": 0, "planes": 0, "sqnorm": 0}
+    for kernel, change, error, words in (
+        (kernels.gemm_ext, gemm, RuntimeError, r"no CUDA device: .*driver"),
+        (kernels.gemm_ext, gemm | wide, ValueError, "out's and q's columns"),
+        (kernels.gemm_ext, gemm | {"scaling": 0.0}, ValueError, r"2\^-32"),
+        (kernels.decode, decode, RuntimeError, r"no CUDA device: .*driver"),
+        (kernels.decode, decode | {"rows": 17}, ValueError, "rows=17"),
+    ):
+        with pytest.raises(error, match=words):
+            kernel(**change)
 
 
 def test_the_debug_build_has_deadlines(folder: Path) -> None:

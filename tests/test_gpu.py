@@ -9,13 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import KERNELS, SAME_BITS, SEED, S, Tensors, draw, leaves, op, through_torch
+from op_cases import (
+    KERNELS,
+    SAME_BITS,
+    SEED,
+    S,
+    Tensors,
+    assert_each_within,
+    draw,
+    leaves,
+    op,
+    through_torch,
+)
 from torch import Tensor
 from torch.testing import assert_close
 
 from loradrop.op import philox
 from loradrop.op.linear import lora_linear
-from loradrop.testing import Shape, assert_within
+from loradrop.testing import Shape
 
 pytestmark = pytest.mark.gpu
 each_kernel = pytest.mark.parametrize("backend", KERNELS or ["triton"])
@@ -50,12 +61,8 @@ def poison() -> None:
 def test_against_float64(name: str, dtype: torch.dtype, p: float, backend: str) -> None:
     t = draw(TABLE[name], dtype)
     y, _, *grads = run(t, backend, p)
-    theirs, exact = through_torch(t, dtype, p), through_torch(t, torch.float64, p)
-    for what, *values in zip(("y", "dx", "dA", "dB"), (y, *grads), theirs, exact, strict=False):
-        try:
-            assert_within(*values)
-        except AssertionError as error:
-            raise AssertionError(f"{what}: {error}") from None
+    pytorchs, exact = ([through_torch(t, d, p)] for d in (dtype, torch.float64))
+    assert_each_within([[y, *grads]], pytorchs, exact)
 
 
 @each_kernel
@@ -77,10 +84,7 @@ def test_cuda_graph(p: float, backend: str) -> None:
     inputs = leaves(t)
 
     def step() -> list[Tensor]:
-        y, norm = lora_linear(
-            *(t[n] for n in ("x", "weight", "bias", "A", "B")), S,
-            dropout=p, seed=seed if p else None, return_sqnorm=True, backend=backend,
-        )  # fmt: skip
+        y, norm = op(t, backend, p, seed=seed if p else None, return_sqnorm=True)
         return [y.detach(), norm, *torch.autograd.grad(y, inputs, t["dy"])]
 
     stream = torch.cuda.Stream()

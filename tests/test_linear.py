@@ -21,6 +21,7 @@ from op_cases import (
     SEED,
     S,
     Tensors,
+    assert_each_within,
     draw,
     each_backend,
     each_dtype,
@@ -61,23 +62,12 @@ def test_error_is_within_that_of_pytorch(
     draws = 32 if m * r < 100 else 1 if k > 1000 else 5  # enough roundings to compare
     if INTERPRETED:  # slow
         draws = min(draws, 8 if m == 1 else 2)
-    runs = []
-    for seed in range(draws):
-        t = draw(AWKWARD[name], dtype, seed)
-        results = (
-            through_op(t, backend, p),
-            through_torch(t, dtype, p),
-            through_torch(t, torch.float64, p),
-        )
-        runs.append([[value.flatten() for value in result] for result in results])
-        assert [v.dtype for v in results[0]] == [dtype, dtype, *[t["A"].dtype] * 2, torch.float32]
-    sums = {"y": k + r, "dx": n + r, "dA": m + n, "dB": m + k}
-    for i, (what, additions) in enumerate(sums.items()):
-        ours, pytorchs, exact = (torch.cat([run[j][i] for run in runs]) for j in range(3))
-        try:
-            assert_within(ours, pytorchs, exact, additions)
-        except AssertionError as error:
-            raise AssertionError(f"{what}: {error}") from None
+    drawn = [draw(AWKWARD[name], dtype, seed) for seed in range(draws)]
+    ours = [through_op(t, backend, p) for t in drawn]
+    pytorchs, exact = ([through_torch(t, d, p) for t in drawn] for d in (dtype, torch.float64))
+    wide = drawn[0]["A"].dtype
+    assert [v.dtype for v in ours[0]] == [dtype, dtype, wide, wide, torch.float32]
+    assert_each_within(ours, pytorchs, exact, (k + r, n + r, m + n, m + k))
 
 
 @each_dtype
@@ -95,6 +85,8 @@ def test_error_of_the_norm_is_within_that_of_pytorch(
     )
     # A square is off by twice as much as what it is of.
     assert_within(ours, pytorchs, exact, 4 * (k + r + 1))
+    # Each is a 0-dim float32 tensor that autograd does not follow, though x, A and B are leaves.
+    assert (ours.shape, ours.dtype, ours.requires_grad) == ((len(drawn),), torch.float32, False)
 
 
 @pytest.mark.parametrize("wrong", ["zeros", "nan", "sign", "scale", "shape"])
@@ -138,7 +130,6 @@ def test_gradients_of_half_inputs_are_summed_in_float32(backend: str, dtype: tor
     x, one = (torch.ones(n, 1, dtype=dtype, device=DEVICE) for n in (2049, 1))
     A, B = (torch.ones(1, 1, requires_grad=True, device=DEVICE) for _ in range(2))
     lora_linear(x, one, None, A, B, 1.0, backend=backend).sum().backward()
-    assert A.grad is not None and B.grad is not None
     assert (float(A.grad), float(B.grad)) == (2049.0, 2049.0)
 
 
@@ -231,7 +222,10 @@ def test_lora_add_is_the_op_over_any_base(backend: str) -> None:
 @pytest.mark.parametrize("B_is", ["random", "cancelling"])
 @each_backend
 def test_norm_accuracy(backend: str, B_is: str, dtype: torch.dtype, p: float) -> None:
-    """Within 1e-5 of ‖|B||h|‖², also where B·h cancels almost to nothing."""
+    """Within 1e-5 of ‖|B||s·h|‖² for the h that is kept, which is unscaled.
+
+    Also where B·h cancels almost to nothing.
+    """
     t = draw(AWKWARD["rank 64"], dtype)
     if B_is == "cancelling":
         other = 2.0**-6 * torch.rand(130, 64, generator=torch.Generator().manual_seed(1))
@@ -260,15 +254,6 @@ def test_norm_is_of_the_h_that_was_added(backend: str, dtype: torch.dtype) -> No
         assert float(norm) == pytest.approx(float(y.double().square().sum()), rel=2**-23)
 
 
-@each_backend
-def test_h_is_unscaled(backend: str) -> None:
-    t = draw(AWKWARD["rank 8"], widest(backend))
-    q = philox.quantize(0.25)
-    for p, x in ((0.0, t["x"]), (q, t["x"] * kept(t, q) / (1 - q))):
-        h, _ = factors_in_use(t, backend, p)
-        assert_close(h, x.double() @ t["A"].double().T, **near(t["x"].dtype))
-
-
 @each_dtype
 @each_backend
 def test_a_statistic_changes_no_bit(backend: str, dtype: torch.dtype) -> None:
@@ -288,15 +273,6 @@ def test_a_statistic_changes_no_bit(backend: str, dtype: torch.dtype) -> None:
         outcomes.append([y, *torch.autograd.grad(y, inputs, t["dy"])])
     for other in outcomes[1:]:
         assert_close(other, outcomes[0], **SAME_BITS)
-
-
-@each_dtype
-@each_backend
-def test_norm_is_a_float32_scalar_without_gradient(backend: str, dtype: torch.dtype) -> None:
-    t = draw(AWKWARD["rank 4"], dtype)
-    leaves(t)
-    _, norm = op(t, backend, return_sqnorm=True)
-    assert (norm.dtype, norm.shape, norm.requires_grad) == (torch.float32, (), False)
 
 
 WEIGHTS = {
@@ -342,7 +318,6 @@ def test_moment_of_x(
         w = None if weights is None else weights.view(rows)
         y = op(d, backend, 0.25, token_weights=w, moment_sink=moment)
         y.backward(t["dy"].view(y.shape))
-        assert moment.grad is not None
         assert_close(moment.grad.cpu(), want, rtol=1e-5, atol=0.0)
 
 
@@ -491,10 +466,7 @@ def test_rounding_is_all_that_differs_from_the_equations(
 @pytest.mark.parametrize("scaling", [2.0, 0.25, 1.7, -0.5])
 def test_a_bias_on_many_half_precision_rows(scaling: float) -> None:
     """Where the bias travels as a column of the thin product, y is no worse than PyTorch's."""
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(s, generator=generator).bfloat16() for s in ((640, 48), (40, 48)))
-    bias = 3 * torch.randn(40, generator=generator).bfloat16()
-    A, B = (torch.randn(s, generator=generator) for s in ((8, 48), (40, 8)))
+    x, weight, bias, A, B, _ = draw(Shape(640, 48, 40, 8), torch.bfloat16).values()
     y = lora_linear(x, weight, bias, A, B, scaling, backend="eager")
     a, b = A.bfloat16(), B.bfloat16()
     h = (x.double() @ a.double().T).bfloat16()

@@ -11,6 +11,7 @@ from op_cases import (
     SAME_BITS,
     SEED,
     S,
+    assert_each_within,
     draw,
     each_backend,
     each_dtype,
@@ -28,7 +29,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from loradrop.op.linear import lora_add, lora_linear
-from loradrop.testing import AWKWARD, assert_within
+from loradrop.testing import AWKWARD
 
 pytestmark = pytest.mark.numbers
 
@@ -56,9 +57,7 @@ def test_autocast_does_what_autocast_does(backend: str, p: float) -> None:
             assert all(g.dtype == dtype for g in grads)
             results.append([y.detach(), *grads])
     m, k, n, r = AWKWARD["rank 8"]
-    for i, additions in enumerate((k + r, n + r, m + n, m + k)):
-        results = (torch.cat([run[i] for run in runs]) for runs in (ours, pytorchs, exact))
-        assert_within(*results, additions)
+    assert_each_within(ours, pytorchs, exact, (k + r, n + r, m + n, m + k))
 
 
 @each_backend
@@ -154,10 +153,8 @@ def test_a_recomputed_forward_is_the_same(p: float, reentrant: bool, backend: st
 
     def layer(x: Tensor, A: Tensor, B: Tensor, sqnorm: Tensor, moment: Tensor) -> Tensor:
         seed = torch.randint(0, 1 << 62, (), device=DEVICE)
-        return lora_linear(
-            x, t["weight"], t["bias"], A, B, S, dropout=p, seed=seed, token_weights=weights,
-            sqnorm_sink=sqnorm, moment_sink=moment, backend=backend,
-        )  # fmt: skip
+        given = {"token_weights": weights, "sqnorm_sink": sqnorm, "moment_sink": moment}
+        return op(t | {"x": x, "A": A, "B": B}, backend, p, seed=seed, **given)
 
     outcomes = []
     for recompute in (False, True):
