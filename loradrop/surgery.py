@@ -143,18 +143,18 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
 
 def _plain_weight(model: nn.Module, target: Target) -> Tensor:
     module = model.get_submodule(target.name)
-    if "weight" not in module._parameters and isinstance(getattr(module, "weight", None), Tensor):
-        raise ValueError(
-            f"the weight of {target.name} is computed whenever it is read (a parametrisation, "
-            "weight or spectral normalisation, pruning), so a merge would be lost: make it a plain "
-            "parameter first, as torch.nn.utils.parametrize.remove_parametrizations does"
-        )
     weight, elements = module.weight, target.in_features * target.out_features
     floats = isinstance(weight, Tensor) and weight.is_floating_point()
     if not isinstance(weight, Tensor) or not floats or weight.numel() != elements:
         raise ValueError(
             f"{target.name} is a {type(module).__name__} without a plain weight: "
             "dequantise the model before merging"
+        )
+    if "weight" not in module._parameters:
+        raise ValueError(
+            f"the weight of {target.name} is computed whenever it is read (a parametrisation, "
+            "weight or spectral normalisation, pruning), so a merge would be lost: make it a plain "
+            "parameter first, as torch.nn.utils.parametrize.remove_parametrizations does"
         )
     if not is_plain(module):
         raise ValueError(
