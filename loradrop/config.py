@@ -162,10 +162,10 @@ def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> No
             raise ValueError(f"{where} has no option {key!r}: {hint}")
 
 
-def matches(key: str, name: str) -> bool:
+def pattern_matches(key: str, name: str) -> bool:
     """Whether a key of `rank_pattern` or `alpha_pattern`, a regex, matches the end of the name."""
     return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
 def _first_match(pattern: Mapping[str, float], name: str, default: float) -> float:
-    return next((value for key, value in pattern.items() if matches(key, name)), default)
+    return next((value for key, value in pattern.items() if pattern_matches(key, name)), default)

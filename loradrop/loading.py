@@ -2,6 +2,7 @@
 
 import logging
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,8 +27,10 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
     file = read(path)
     plan = file.plan
     _require_fit(model, file, path)
-    bank = bank_of(model) if has_bank(model) else inject(model, plan.config)
-    injection = injection_of(model)
+    if not has_bank(model):  # the targets themselves are compared below
+        inject(model, replace(plan.config, strict=False))
+        injection_of(model).config = plan.config
+    bank, injection = bank_of(model), injection_of(model)
     if injection.merged is not None:
         raise ValueError("the adapters are merged: call loradrop.remove(model) first")
     here, there = ({target.name for target in x.targets} for x in (bank, plan))

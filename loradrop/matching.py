@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from loradrop.config import LoRAConfig, matches
+from loradrop.config import LoRAConfig, pattern_matches
 from loradrop.layers import shape_of
 from loradrop.scores import layer_of
 
@@ -49,7 +49,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
     chosen = {n for found in names.values() for n in found}
     if config.strict:
         _require_coverage(names, linear, excluded)
-        _require_used(config, modules, chosen)
+        _require_used(config, dict(model.named_modules()), chosen)
     if not chosen:
         known = f"Linear layers there are: {kinds_of(linear)}"
         raise ValueError(f"target_modules={wanted!r} matches no module. {known}")
@@ -90,11 +90,11 @@ def inside(name: str, parent: str) -> bool:
     return name == parent or name.startswith(parent + ".")
 
 
-def _suffix(modules: Mapping[str, object], entry: str) -> list[str]:
+def _suffix(modules: Mapping[str, nn.Module], entry: str) -> list[str]:
     return [name for name in modules if name == entry or name.endswith("." + entry)]
 
 
-def _excluded(modules: Mapping[str, object], exclude: str | Sequence[str] | None) -> set[str]:
+def _excluded(modules: Mapping[str, nn.Module], exclude: str | Sequence[str] | None) -> set[str]:
     if exclude is None:
         return set()
     if isinstance(exclude, str):
@@ -147,15 +147,17 @@ def _require_coverage(
         )
 
 
-def _require_used(config: LoRAConfig, modules: Iterable[str], chosen: Iterable[str]) -> None:
+def _require_used(
+    config: LoRAConfig, modules: Mapping[str, nn.Module], chosen: Iterable[str]
+) -> None:
     """Every exclusion names a module, and every pattern of ranks and alphas a target."""
-    exclude, unused = config.exclude_modules, list[str]()
-    for entry in [exclude] if isinstance(exclude, str) else exclude or ():
-        if not _excluded(dict.fromkeys(modules), exclude if entry == exclude else [entry]):
+    exclude, unused = config.exclude_modules or (), list[str]()
+    for entry in [exclude] if isinstance(exclude, str) else exclude:
+        if not _excluded(modules, entry if isinstance(exclude, str) else [entry]):
             unused.append(f"exclude_modules has {entry!r}, which matches no module")
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):
-            if not any(matches(key, target) for target in chosen):
+            if not any(pattern_matches(key, target) for target in chosen):
                 unused.append(f"{name} has {key!r}, which matches no target")
     if unused:
         raise ValueError(

@@ -103,8 +103,9 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> None:
     bank, injection = bank_of(model), injection_of(model)
     if injection.merged is not None:
         raise ValueError("the adapters are merged already")
+    # Computed twice, so that all are known to be finite and no second copy of the model is held.
     for _ in merged_weights(model):
-        pass  # refuses before the first weight changes
+        pass
     originals: dict[str, Tensor] = {}
     for name, weight, merged in merged_weights(model):
         if keep_original:

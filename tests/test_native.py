@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,16 @@ def refused(message: str, path: Path, found: Any = None) -> None:
     with pytest.raises(ValueError, match=message):
         loradrop.load(found, path)
     assert_same(found, before)
+
+
+def test_a_pattern_without_effect_does_not_stop_a_load(tmp_path: Path) -> None:
+    loose = replace(OURS, exclude_modules=("gone",), rank_pattern={"gone": 2}, strict=False)
+    model = adapt(bert(), loose)
+    injection_of(model).config = replace(loose, strict=True)  # as earlier versions allowed
+    loradrop.save(model, tmp_path)
+    found = loaded(tmp_path)
+    assert same(found, model) and injection_of(found).config == injection_of(model).config
+
 
 
 @pytest.fixture

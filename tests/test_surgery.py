@@ -429,6 +429,9 @@ def test_refusals(make: Make, targets: list[str], options: Options, words: str) 
 
 def test_what_is_not_refused() -> None:
     assert len(loradrop.inject(part(), config(strict=False)).targets) == 5
+    head = LoRAConfig(target_modules="all-linear", exclude_modules=["classifier", "dense"])
+    kinds = {target.kind for target in loradrop.inject(bert(), head).targets}
+    assert kinds == {"query", "key", "value"}
     assert loradrop.inject(Net(), config(rank_pattern={"query": WIDTH})).targets[0].r == WIDTH
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     assert names(loradrop.inject(model, config("0", "2"))) == ["0", "2"]

@@ -9,9 +9,8 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -170,11 +169,12 @@ def _save_merged(model: nn.Module, folder: Path) -> None:
     if injection_of(model).merged is None:
         merged = {id(weight): new for _, weight, new in merged_weights(model)}
     state = {k: merged.get(id(v), v.detach()) for k, v in base_state(model).items()}
+    targets = (f"{target.name}.weight" for target in bank_of(model).targets)
+    weights = {key: state[key] for key in targets}  # saving takes them out of the state
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as draft:
         save_pretrained(model, draft, state_dict=state)
-        targets: list[Any] = [model.get_submodule(t.name).weight for t in bank_of(model).targets]
-        _require_merged(Path(draft), [merged.get(id(w), w) for w in targets], type(model).__name__)
+        _require_written(Path(draft), weights, type(model).__name__)
         for old in folder.glob("model*.safetensors*"):  # of a save in more or fewer parts
             old.unlink()
         for file in sorted(Path(draft).iterdir(), key=lambda file: file.name == "config.json"):
@@ -182,15 +182,14 @@ def _save_merged(model: nn.Module, folder: Path) -> None:
                 os.replace(file, place)
 
 
-def _require_merged(folder: Path, merged: Iterable[Tensor], model: str) -> None:
-    """Reads back what was written: raises ValueError unless every merged weight is in it."""
-    written: dict[tuple[int, ...], list[Tensor]] = {}
-    for file in folder.rglob("*.safetensors"):
-        for tensor in load_file(file).values():
-            written.setdefault(tuple(tensor.shape), []).append(tensor)
-    for weight in merged:
-        alike = written.get(tuple(weight.shape), [])
-        if not any(torch.equal(weight.detach().cpu(), tensor) for tensor in alike):
+def _require_written(folder: Path, weights: Mapping[str, Tensor], model: str) -> None:
+    """Reads back what was saved. Raises ValueError unless each of the weights is in it."""
+    files = map(load_file, folder.rglob("*.safetensors"))
+    written = {key: tensor for file in files for key, tensor in file.items()}
+    for key, weight in weights.items():
+        # A class may rename tensors as it saves them.
+        places = [written[key]] if key in written else written.values()
+        if not any(torch.equal(weight.cpu(), tensor) for tensor in places):
             raise ValueError(
                 f"the save_pretrained of {model} does not write the weights it is given, so the "
                 "file would be the base model without its adapters: call loradrop.merge(model), "
