@@ -173,6 +173,28 @@ def test_keep_takes_the_largest() -> None:
     assert kept(scores_of([0, 3, 0]), keep=2) == [0, 1]
 
 
+SPLITS = {  # keep -> counts per group: floors, then by remainder, ties to the earlier group
+    "even": ((4, 4), 4, [2, 2]),
+    "odd, tie to the first": ((4, 4), 5, [3, 2]),
+    "by size": ((6, 3), 3, [2, 1]),
+    "largest remainder": ((6, 3), 4, [3, 1]),
+    "small groups may get none": ((10, 1), 3, [3, 0]),
+    "small groups may get one": ((2, 10), 4, [1, 3]),
+    "tie of all": ((1, 1, 1), 2, [1, 1, 0]),
+    "tie of unlike sizes": ((4, 1, 1), 2, [2, 0, 0]),
+    "tie of unlike sizes, reversed": ((1, 1, 4), 2, [1, 0, 1]),
+    "none": ((3, 2), 0, [0, 0]),
+    "all": ((3, 2), 5, [3, 2]),
+}
+
+
+@pytest.mark.parametrize(("sizes", "keep", "expected"), SPLITS.values(), ids=SPLITS)
+def test_keep_is_split_by_largest_remainder(sizes: Any, keep: int, expected: list[int]) -> None:
+    scores = grouped(*([float(i + 1) for i in range(size)] for size in sizes))
+    positions = kept(scores, keep=keep)
+    assert len(positions) == keep and per_group(scores, positions) == expected
+
+
 def by_largest_remainder(sizes: list[int], keep: int) -> list[int]:
     """Floors of the exact shares, then one more by remainder; a tie goes to the earlier group."""
     exact = [Fraction(keep * size, sum(sizes)) for size in sizes]
@@ -291,6 +313,20 @@ def test_scores_that_are_all_zero_say_that_b_is_zero(options: dict[str, Any]) ->
 # Slots
 
 
+def test_assign() -> None:
+    targets = [target(0, "q"), target(0, "v"), target(1, "q"), target(1, "v"), target(2, "q")]
+    names = [t.name for t in targets]
+    assert assign(targets, names).slots == (0, 1, 2, 3, 4)
+    assert assign(targets, []).slots == (0, 1, 0, 1, 0)
+    assert assign(targets, [names[2]]).slots == (0, 1, 2, 1, 0)
+    assert assign(targets, [names[2], names[1]], "none").slots == (None, 0, 1, None, None)
+    assert assign(targets, [], "none").slots == (None,) * 5
+    with pytest.raises(ValueError, match=r"'layers\.9\.q'.*layers\.0\.q"):
+        assign(targets, ["layers.9.q"])
+    with pytest.raises(ValueError, match=r"share='no_such'.*group, none"):
+        assign(targets, [], "no_such")
+
+
 def test_an_assignment_says_who_shares() -> None:
     targets = [target(0, "q"), target(0, "v"), target(1, "q"), target(2, "q"), target(1, "v")]
     before = Assignment(tuple(targets), (0, 1, 2, 3, 4))
@@ -324,9 +360,10 @@ def test_targets_of_a_type_shape_and_rank_share(shapes: list[Any], data: st.Data
         slots = assign(targets, names, how).slots
         used = [slot for slot in slots if slot is not None]
         assert list(dict.fromkeys(used)) == list(range(len(set(used))))
-        for t, slot in zip(targets, slots, strict=True):
+        for t, shape, slot in zip(targets, shapes, slots, strict=True):
             users = [u for u, other in zip(targets, slots, strict=True) if other == slot]
-            sharing = [u for u in targets if u.group == t.group and u.name not in names]
+            alike = [u for u, other in zip(targets, shapes, strict=True) if other == shape]
+            sharing = [u for u in alike if u.name not in names]
             assert users == [t] if t.name in names else slot is None or users == sharing
             assert (slot is None) == (how == "none" and t.name not in names)
 
