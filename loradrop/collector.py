@@ -8,7 +8,6 @@ checkpointing, accumulation and compilation alike, and `close_row` reads the lea
 for the device.
 """
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,9 +16,10 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from loradrop.bank import AdapterBank
+from loradrop.masks import MASK, MaskFn, TokenMasks
+from loradrop.ranks import is_distributed, is_first, reduced
 from loradrop.scores import Scores, Target
 
-MaskFn = Callable[[str, Tensor, Tensor | None], Tensor | None]
 _SHAPES: dict[str, Callable[[Target], tuple[int, ...]]] = {
     "sqnorm": lambda target: (),
     "moment": lambda target: (target.in_features,),
@@ -31,7 +31,9 @@ class Collector:
 
     statistics  names of what is collected: "sqnorm", "moment"
     online      True: of the backward passes; False: sqnorm alone, of the forward passes
-    mask        the name of the model's input that marks real tokens, or None to count every token
+    mask        the name of the model's input that marks real tokens, or None to count every token;
+                the decoder of an encoder–decoder has its own, as decoder_attention_mask. A target
+                whose rows are not its tokens, as a pooler's, counts whole
     mask_fn     (target name, x, that input) -> weights of the shape of x without its last axis, or
                 None for all
     """
@@ -43,23 +45,23 @@ class Collector:
         *,
         online: bool,
         statistics: Sequence[str] = ("sqnorm",),
-        mask: str | None = "attention_mask",
+        mask: str | None = MASK,
         mask_fn: MaskFn | None = None,
     ) -> None:
         for name in statistics:
             if name not in _SHAPES:
                 raise ValueError(f"statistics has {name!r}: choose among {', '.join(_SHAPES)}")
-        self.bank, self.online, self.mask, self.mask_fn = bank, online, mask, mask_fn
+        self.bank, self.online = bank, online
+        self.masks = TokenMasks(model, bank.targets, mask, mask_fn)
         self.rows: list[Tensor] = []
+        self.called = [False] * len(bank.targets)
         self._tokens = torch.zeros((), dtype=torch.int64)
-        self._input: Tensor | None = None
         self._inside = self._recomputed = False
         self._pending = 0  # forward passes whose backward may still come
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
         ]
-        self._signature = list(inspect.signature(model.forward).parameters)
         used = list(zip(bank.targets, map(bank.factors, range(len(bank.targets))), strict=True))
         self._values: dict[str, list[Tensor | None]] = {
             name: [_leaf(_SHAPES[name](t), p[0].device) if p and online else None for t, p in used]
@@ -72,6 +74,7 @@ class Collector:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.masks.detach()
         if self.bank.collector is self:
             self.bank.collector = None
 
@@ -100,19 +103,20 @@ class Collector:
         """Ends a batch (offline) or an optimiser step (online).
 
         Returns name -> what it collected for each target, moments summed over ranks; None where a
-        target has no adapter. Raises RuntimeError naming targets that were never called.
+        target has no adapter or was not called, which counts as zero.
         """
         closed = {
             name: [v.grad if self.online and v is not None else v for v in values]
             for name, values in self._values.items()
         }
         for values in closed.values():
-            self._require_called(values)
+            self.called = [c or v is not None for c, v in zip(self.called, values, strict=True)]
         if "sqnorm" in closed:
             self.rows.append(_row(closed["sqnorm"]))
-        if "moment" in closed and _distributed():
-            _sum_moments([value for value in closed["moment"] if value is not None])
+        if "moment" in closed and is_distributed():
+            closed["moment"] = self._summed(closed["moment"])
         self._pending = 0
+        self.masks.forget()
         for values in self._values.values():
             for i, value in enumerate(values):
                 if self.online and value is not None:
@@ -121,26 +125,46 @@ class Collector:
                     values[i] = None
         return closed
 
-    def _require_called(self, values: Sequence[Tensor | None]) -> None:
-        targets = zip(self.bank.targets, self.bank.slots, values, strict=True)
-        silent = [target.name for target, slot, v in targets if slot is not None and v is None]
-        if silent:
+    def _summed(self, moments: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The moments summed over ranks; one that was called on another rank alone is zero here."""
+        leaves = self._values["moment"]
+        here = [
+            torch.zeros_like(leaf) if leaf is not None and value is None else value
+            for leaf, value in zip(leaves, moments, strict=True)
+        ]
+        _sum_moments([value for value in here if value is not None])
+        return here
+
+    def silent(self) -> list[str]:
+        """The targets with an adapter whose forward was called in no row so far, on no rank."""
+        called = torch.tensor(self.called)
+        if is_distributed():
+            called = reduced(called.int(), distributed.ReduceOp.MAX)
+        found = zip(self.bank.targets, self.bank.slots, called.tolist(), strict=True)
+        return [target.name for target, slot, was in found if slot is not None and not was]
+
+    def require_called(self) -> None:
+        """Raises RuntimeError naming the targets that are `silent`."""
+        if silent := self.silent():
             raise RuntimeError(
                 f"the forward of {', '.join(silent)} was never called: its module reads the weight "
                 "directly (as nn.MultiheadAttention does with out_proj, and fused inference paths "
-                "do), or this input does not reach it. Take it out of target_modules"
+                "do), or no input so far reached it. Name it in exclude_modules, or pass "
+                "strict=False if it is reached later"
             )
 
     def state_dict(self) -> dict[str, Tensor]:
         """The rows and the token count so far, summed over ranks, for a checkpoint."""
         scores = self.scores()
-        return {"rows": scores.rows, "tokens": torch.tensor(scores.tokens)}
+        tokens, called = torch.tensor(scores.tokens), torch.tensor(self.called)
+        return {"rows": scores.rows, "tokens": tokens, "called": called}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave; the sums count on the first rank alone."""
-        first = not _distributed() or distributed.get_rank() == 0
+        first = is_first()
         self.rows = [row if first else torch.zeros_like(row) for row in state["rows"]]
         self._tokens = state["tokens"].clone() if first else torch.zeros_like(state["tokens"])
+        self.called = state["called"].tolist()
 
     def scores(self) -> Scores:
         """The rows so far, summed over the ranks of `torch.distributed` where it runs."""
@@ -148,63 +172,49 @@ class Collector:
         if self.rows:
             rows = torch.stack([row.cpu() for row in self.rows])
         tokens = int(self._tokens)
-        if _distributed():
+        if is_distributed():
             rows, tokens = _sum_over_ranks(rows, tokens)
         return Scores(self.bank.targets, rows, tokens, "online" if self.online else "offline")
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.online and not torch.is_grad_enabled():
             return
-        if self.mask is not None:
-            given = dict(zip(self._signature, args, strict=False)) | dict(kwargs)
-            self._input = given.get(self.mask)
-            if self._input is not None and not isinstance(self._input, Tensor):
-                what = f"{self.mask!r} is a {type(self._input).__name__}, not a tensor"
-                raise ValueError(f"the model's input {what}: pass mask=None or mask_fn=")
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(
+                "nn.DataParallel runs the layers of its replicas in threads, which would mix their "
+                "statistics: start one process per GPU with torchrun instead"
+            )
+        given = self.masks.enter(args, kwargs)
         if not torch.compiler.is_compiling():
             self._inside, self._pending = True, 1 if self._recomputed else self._pending + 1
             self._recomputed = False
-        self._count(args, kwargs)
+        self._count(given)
 
     def _leave(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():
             self._inside = False
 
-    def _count(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._input is not None:
-            count = (self._input > 0).sum()
+    def _count(self, given: Mapping[str, Any]) -> None:
+        if (mask := self.masks.current) is not None:
+            count = (mask > 0).sum()
             self._tokens = self._tokens.to(count.device) + count
             return
-        first = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        first = next((v for v in given.values() if isinstance(v, Tensor)), None)
         if first is not None:  # ids (B, S), or embeddings (B, S, K)
             shape = first.shape[:-1] if first.is_floating_point() else first.shape
             self._tokens = self._tokens + shape.numel()
 
     def _weights(self, i: int, x: Tensor) -> Tensor | None:
-        name = self.bank.targets[i].name
-        if self._input is not None and not self._inside and not torch.compiler.is_compiling():
+        masked = self.masks.current is not None
+        if masked and not self._inside and not torch.compiler.is_compiling():
             if self._pending > 1:
                 raise RuntimeError(
                     "activations are recomputed after several forward passes, so loradrop cannot "
-                    f"tell whose {self.mask!r} belongs to {name}: pass mask=None, or run backward "
-                    "after each"
+                    f"tell whose {self.masks.mask!r} belongs to {self.bank.targets[i].name}: pass "
+                    "mask=None, or run backward after each"
                 )
             self._recomputed = True
-        weights = self._input if self.mask_fn is None else self.mask_fn(name, x, self._input)
-        if weights is None:
-            return None
-        if weights.shape != x.shape[:-1]:
-            source = repr(self.mask) if self.mask_fn is None else "what mask_fn returned"
-            raise ValueError(
-                f"{source} is {tuple(weights.shape)}, but the input of {name} is {tuple(x.shape)}: "
-                "its tokens are not those of the mask (packed, pooled or cross-attended). "
-                "Pass mask=None to count all of them, or mask_fn="
-            )
-        return weights.to(x.device)
-
-
-def _distributed() -> bool:
-    return distributed.is_available() and distributed.is_initialized()
+        return self.masks.weights(i, x)
 
 
 def _leaf(shape: Sequence[int], device: torch.device) -> Tensor:
@@ -229,12 +239,8 @@ def _sum_moments(values: Sequence[Tensor]) -> None:
 
 
 def _sum_over_ranks(rows: Tensor, tokens: int) -> tuple[Tensor, int]:
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    longest = torch.tensor(len(rows), device=device)
-    distributed.all_reduce(longest, distributed.ReduceOp.MAX)
-    padded = torch.zeros(int(longest), rows.shape[1], dtype=torch.float64, device=device)
+    longest = reduced(torch.tensor(len(rows)), distributed.ReduceOp.MAX)
+    padded = torch.zeros(int(longest), rows.shape[1], dtype=torch.float64)
     padded[: len(rows)] = rows
-    count = torch.tensor(tokens, device=device)
-    distributed.all_reduce(padded)
-    distributed.all_reduce(count)
-    return padded.cpu(), int(count)
+    total = distributed.ReduceOp.SUM
+    return reduced(padded, total), int(reduced(torch.tensor(tokens), total))

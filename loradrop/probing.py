@@ -11,8 +11,9 @@ from torch import nn
 
 from loradrop.bank import bank_of
 from loradrop.batches import call, evaluating
-from loradrop.collector import Collector, MaskFn
+from loradrop.collector import Collector
 from loradrop.injection import injection_of
+from loradrop.masks import MASK, MaskFn
 from loradrop.scores import Scores
 
 
@@ -21,13 +22,15 @@ def probe(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    mask: str | None = "attention_mask",
+    mask: str | None = MASK,
     mask_fn: MaskFn | None = None,
 ) -> Scores:
     """Name -> Σ over real tokens of ‖s·B·A·x‖² for fixed weights, in float64.
 
     batches   mappings of keyword arguments, tuples of positional ones, or single tensors
-    mask      the input that marks real tokens; a batch without it, and mask=None, count every token
+    mask      the input that marks real tokens; a batch without it, and mask=None, count every
+              token. Decoders have their own (decoder_attention_mask), and targets whose rows are
+              not its tokens, as a pooler's, count whole
     mask_fn   (target name, x, that input) -> weights of x's shape without its last axis, or None
 
     The model runs in eval mode without dropout. Weights, modes and random states are as before
@@ -47,6 +50,7 @@ def probe(
             collector.detach()
     if not collector.rows:
         raise ValueError("batches is empty: give at least one batch to probe with")
+    collector.require_called()
     scores = injection.scores = collector.scores()
     return scores
 

@@ -167,17 +167,14 @@ class Packed(Net):
         return super().forward(input_ids.flatten())
 
 
-def test_a_mask_that_does_not_fit_names_the_target() -> None:
+def test_tokens_in_one_row_keep_their_mask() -> None:
     model, data = net(), batches()
     expected = probed(model, data)
     model.__class__ = Packed
-    with pytest.raises(ValueError, match=r"attention_mask.*layers\.0\.query") as raised:
-        loradrop.probe(model, data)
-    for part in ("(2, 5)", "(10, 12)", "mask=None", "mask_fn="):
-        assert part in str(raised.value)
+    assert probed(model, data) == pytest.approx(expected, rel=1e-5)
     by_row = probed(model, data, mask_fn=lambda _, x, mask: mask.flatten())
     assert by_row == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match=r"mask_fn.*layers\.0\.query"):
+    with pytest.raises(ValueError, match=r"mask_fn.*layers\.0\.query is \(2, 5\).*\(10, 12\)"):
         loradrop.probe(model, data, mask_fn=lambda _, x, mask: mask)
     listed = [b | {"attention_mask": b["attention_mask"].tolist()} for b in data]
     with pytest.raises(ValueError, match=r"attention_mask.*list"):
@@ -197,8 +194,25 @@ def test_a_target_that_is_never_called_is_named() -> None:
     model.__class__ = Partly
     with pytest.raises(RuntimeError, match=r"forward of layers\.1\.value was never called"):
         loradrop.probe(model, batches())
-    with pytest.raises(RuntimeError, match=r"forward of layers\.1\.value was never called"):
-        online(model, batches(1))
+    with collecting(model) as collector, pytest.raises(RuntimeError, match=r"layers\.1\.value was"):
+        step(model, batches()[0]).backward()
+        collector.close_row()
+        collector.require_called()
+
+
+def test_a_target_that_is_called_now_and_then_counts_zero_where_it_is_not() -> None:
+    model, data = net(), batches()
+    whole = loradrop.probe(model, data)
+
+    def some() -> Iterable[Batch]:
+        for i, batch in enumerate(data):
+            model.__class__ = Partly if i % 2 else Net
+            yield batch
+
+    scores = loradrop.probe(model, some())
+    want = whole.rows.clone()
+    want[1::2, -1] = 0.0
+    torch.testing.assert_close(scores.rows[:, [0, 3]], want[:, [0, 3]], **EXACT)
 
 
 def test_everything_is_as_before() -> None:

@@ -1,0 +1,147 @@
+"""Which rows of a target's input are real tokens: the model's masks, fitted to what targets see."""
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from loradrop.scores import Target
+
+MaskFn = Callable[[str, Tensor, Tensor | None], Tensor | None]
+MASK = "attention_mask"
+_log = logging.getLogger(__name__)
+
+
+class TokenMasks:
+    """The masks of the forward pass that runs, and which of them belongs to a target.
+
+    mask, mask_fn   as for `loradrop.probe`
+    current         the input named `mask`, or None
+    """
+
+    def __init__(
+        self, model: nn.Module, targets: Sequence[Target], mask: str | None, mask_fn: MaskFn | None
+    ) -> None:
+        self.mask, self.mask_fn, self.targets = mask, mask_fn, targets
+        self.current: Tensor | None = None
+        self._of_decoder: Tensor | None = None
+        self._encoded: Tensor | None = None  # what the decoder of an encoder–decoder attends to
+        self._cached = False
+        self._transposed, self._said = set[int](), set[str]()
+        self._names = list(inspect.signature(model.forward).parameters)
+        self._in_decoder = in_decoder(model, targets)
+        self._handle: RemovableHandle | None = None
+        if (decoder := _part(model, "get_decoder")) is not None:
+            hook = self._enter_decoder
+            self._handle = decoder.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def enter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """A forward pass of the model begins. Returns its inputs by name."""
+        given = dict(zip(self._names, args, strict=False)) | dict(kwargs)
+        for value in list(given.values()):  # a batch that is passed as one input
+            if isinstance(value, Mapping):
+                given = {**value, **given}
+        if self.mask is not None:
+            self.current = _tensor(given, self.mask)
+            self._of_decoder = _tensor(given, f"decoder_{self.mask}")
+        self._cached = given.get("past_key_values") is not None
+        return given
+
+    def _enter_decoder(self, _: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        encoded = kwargs.get("encoder_hidden_states")
+        self._encoded = encoded if isinstance(encoded, Tensor) else None
+
+    def forget(self) -> None:
+        """Let go of what the last forward pass computed."""
+        self._encoded = None
+
+    def detach(self) -> None:
+        """Stop watching the model."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def weights(self, i: int, x: Tensor) -> Tensor | None:
+        """The weights of the rows of x (..., K), the input of target i; None to count all.
+
+        Raises ValueError for what `mask_fn` returns in another shape.
+        """
+        name, rows = self.targets[i].name, x.shape[:-1]
+        if self.mask_fn is not None:
+            weights = self.mask_fn(name, x, self.current)
+            if weights is not None and weights.shape != rows:
+                raise ValueError(
+                    f"what mask_fn returned for {name} is {tuple(weights.shape)}, but its input is "
+                    f"{tuple(x.shape)}: return one weight per row, or None to count all of them"
+                )
+            return None if weights is None else weights.to(x.device)
+        of_decoder = self._in_decoder[i] and not _same(x, self._encoded)
+        mask = self._of_decoder if of_decoder else self.current
+        if mask is None:
+            return None
+        transposed = i in self._transposed
+        weights = fitted(mask, rows, transposed=transposed, cached=self._cached)
+        if not torch.compiler.is_compiling():
+            if weights is None and self.targets[i].kind not in self._said:
+                self._said.add(self.targets[i].kind)
+                given = f"{self.mask!r} is {tuple(mask.shape)}"
+                why = "the rows are not those tokens, so all of them count. mask_fn= weighs them"
+                _log.warning("%s, the input of %s %s: %s", given, name, tuple(x.shape), why)
+            elif weights is not None and mask.shape != rows == mask.shape[::-1]:
+                self._transposed.add(i)
+        return None if weights is None else weights.to(x.device)
+
+
+def fitted(
+    mask: Tensor, rows: Sequence[int], *, transposed: bool = False, cached: bool = False
+) -> Tensor | None:
+    """The mask as weights of an input whose shape without its last axis is `rows`.
+
+    A mask (B, S) fits rows (B, S) and (S, B), its tokens in another grouping such as (B·S,) and,
+    where keys and values of earlier tokens are `cached`, its last tokens alone. `transposed`
+    decides where B = S. None where the rows are not the tokens of the mask (pooled, of relative
+    positions, of another input), and for a mask of pairs of tokens (4-D).
+    """
+    rows, shape = tuple(rows), tuple(mask.shape)
+    if mask.ndim == 2 and rows == shape[::-1] and (transposed or rows != shape):
+        return mask.T
+    if mask.ndim < 4 and math.prod(rows) == mask.numel():
+        return mask.reshape(rows)
+    if cached and mask.ndim == len(rows) == 2 and rows[0] == shape[0] and rows[1] < shape[1]:
+        return mask[:, -rows[1] :]
+    return None
+
+
+def in_decoder(model: nn.Module, targets: Sequence[Target]) -> list[bool]:
+    """Which targets are outside the encoder of an encoder–decoder, and see other tokens."""
+    if (encoder := _part(model, "get_encoder")) is None:
+        return [False] * len(targets)
+    inside = set(encoder.modules())
+    return [model.get_submodule(target.name) not in inside for target in targets]
+
+
+def _part(model: nn.Module, getter: str) -> nn.Module | None:
+    """The encoder or the decoder of an encoder–decoder of transformers."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    found = getattr(model, getter, lambda: None)()
+    return found if isinstance(found, nn.Module) and found is not model else None
+
+
+def _tensor(given: Mapping[str, Any], name: str) -> Tensor | None:
+    mask = given.get(name)
+    if mask is not None and not isinstance(mask, Tensor):
+        what = f"{name!r} is a {type(mask).__name__}, not a tensor"
+        raise ValueError(f"the model's input {what}: pass mask=None or mask_fn=")
+    return mask
+
+
+def _same(x: Tensor, other: Tensor | None) -> bool:
+    """Whether both are the same values in memory, also where one was detached from the other."""
+    if x is other or other is None or torch.compiler.is_compiling():
+        return x is other
+    return x.shape == other.shape and x.data_ptr() == other.data_ptr() != 0

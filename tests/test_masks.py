@@ -1,0 +1,148 @@
+"""Masks of tokens: which rows of a target's input they are."""
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from models import build
+from torch import Tensor
+
+import loradrop
+from loradrop.masks import fitted
+
+MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
+IDS = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(2))
+REAL = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0]])
+LABELS = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ((2, 3), MASK),
+        ((3, 2), MASK.T),
+        ((6,), MASK.flatten()),
+        ((1, 6), MASK.reshape(1, 6)),
+        ((2, 2), None),
+        ((2,), None),
+        ((4, 3), None),
+    ],
+)
+def test_rows_of_a_mask(rows: tuple[int, ...], expected: Tensor | None) -> None:
+    found = fitted(MASK, rows)
+    assert (found is None) == (expected is None)
+    assert expected is None or (found is not None and torch.equal(found, expected))
+
+
+def test_a_cache_leaves_the_last_tokens() -> None:
+    found = fitted(MASK, (2, 1), cached=True)
+    assert found is not None and torch.equal(found, MASK[:, -1:])
+
+
+def test_as_many_rows_as_tokens() -> None:
+    square = torch.tensor([[1, 1], [0, 0]])
+    for transposed, expected in ((False, square), (True, square.T)):
+        found = fitted(square, (2, 2), transposed=transposed)
+        assert found is not None and torch.equal(found, expected)
+
+
+def test_a_mask_of_pairs_is_not_one_of_tokens() -> None:
+    assert fitted(torch.ones(2, 1, 3, 3), (2, 3)) is None
+    assert fitted(torch.ones(1, 1, 1, 6), (2, 3)) is None
+
+
+def bart() -> Any:
+    sizes = dict(d_model=32, encoder_layers=2, decoder_layers=2, decoder_start_token_id=2)
+    sizes |= dict(encoder_attention_heads=2, decoder_attention_heads=2)
+    sizes |= dict(encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32)
+    return build("BartForConditionalGeneration", "BartConfig", **sizes)
+
+
+def t5() -> Any:
+    sizes = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    return build("T5ForConditionalGeneration", "T5Config", **sizes)
+
+
+def probed(model: Any, **inputs: Tensor) -> loradrop.Scores:
+    return loradrop.probe(model, [{"input_ids": IDS, "labels": LABELS, **inputs}])
+
+
+@pytest.mark.parametrize("make", [bart, t5])
+def test_the_decoder_has_tokens_of_its_own(make: Any) -> None:
+    """Both sides have six tokens a row, so that shapes alone say nothing."""
+    model = make().double()
+    names = ["q", "k", "v"] if make is t5 else ["q_proj", "k_proj", "v_proj"]
+    bank = loradrop.inject(model, loradrop.LoRAConfig(r=4, lora_alpha=4, target_modules=names))
+    for B in bank.B:
+        torch.nn.init.normal_(B)
+    every = probed(model)
+    plain = probed(model, attention_mask=torch.ones_like(REAL))
+    assert dict(plain) == pytest.approx(dict(every), rel=1e-9)
+    decoder = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]])
+    masks: dict[str, Tensor] = {"attention_mask": REAL, "decoder_attention_mask": decoder}
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str, x: Tensor, mask: Tensor | None) -> None:
+        seen[name] = x.detach().clone()
+
+    loradrop.probe(model, [{"input_ids": IDS, "labels": LABELS, **masks}], mask_fn=note)
+    scores = probed(model, **masks)
+    crossed = 0
+    for i, target in enumerate(bank.targets):
+        A, B = bank.factors(i)
+        norms = (seen[target.name] @ A.double().T @ B.double().T).square().sum(-1).detach()
+        cross = any(part in target.name for part in ("encoder_attn", "EncDecAttention"))
+        of_encoder = not target.name.startswith(("decoder", "model.decoder"))
+        crossed += cross and not target.kind.startswith("q")
+        mask = REAL if of_encoder or (cross and not target.kind.startswith("q")) else decoder
+        assert scores[target.name] == pytest.approx(float((norms * mask).sum()), rel=1e-6)
+    assert crossed == 4
+
+
+def test_a_pooler_counts_whole_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = dict(intermediate_size=48, max_position_embeddings=32)
+    model = build("BertModel", "BertConfig", **sizes)
+    bank = loradrop.inject(model, loradrop.LoRAConfig(r=4, target_modules="all-linear"))
+    for B in bank.B:
+        torch.nn.init.normal_(B)
+    with caplog.at_level(logging.WARNING, "loradrop"):
+        batch = {"input_ids": IDS, "attention_mask": REAL}
+        scores = loradrop.probe(model, [batch, batch])
+    assert scores["pooler.dense"] > 0
+    assert [r.getMessage() for r in caplog.records if "pooler" in r.getMessage()] == [
+        "'attention_mask' is (2, 6), the input of pooler.dense (2, 32): the rows are not those "
+        "tokens, so all of them count. mask_fn= weighs them"
+    ]
+
+
+def test_a_batch_that_is_one_input() -> None:
+    class Outer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.lin = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, features: dict[str, Tensor]) -> Tensor:
+            return self.lin(self.embed(features["input_ids"]))
+
+    torch.manual_seed(0)
+    model = Outer()
+    bank = loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["lin"]))
+    torch.nn.init.normal_(bank.B[0])
+    features = {"input_ids": IDS, "attention_mask": REAL}
+    scores = loradrop.probe(model, [(features,)])
+    flat = {"input_ids": IDS[REAL.bool()][None]}
+    assert scores.tokens == 5
+    assert scores["lin"] == pytest.approx(loradrop.probe(model, [(flat,)])["lin"], rel=1e-5)
+
+
+def test_replicas_in_threads_are_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["0"], strict=False))
+    replica = model._replicate_for_data_parallel()
+    replica.__dict__["_modules"] = model._modules
+    with pytest.raises(RuntimeError, match=r"DataParallel.*torchrun"):
+        from loradrop.collector import Collector
+
+        Collector(replica, model.lora_bank, online=False)
+        replica(torch.ones(2, 4))
