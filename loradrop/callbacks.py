@@ -1,5 +1,6 @@
 """Callbacks for transformers' Trainer: the events of a method, and a progress bar."""
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,16 +16,20 @@ from loradrop.bank import bank_of
 from loradrop.collector import Collector
 from loradrop.files import read_json, replacing, write_json
 from loradrop.injection import injection_of
+from loradrop.masks import MASK, MaskFn
 
 STATISTICS, EVENTS = "statistics.safetensors", "events.json"
+WATCHED = 20  # steps after which a target that was never called is named
+_log = logging.getLogger(__name__)
 
 
 class MethodCallback(TrainerCallback):
     """Carries the events of the model's method into any training loop of transformers.
 
     statistics    what to collect over the whole run (`collector.scores()`) and hand to the method
-                  after each step. Where it is empty only the first step is watched, so that a
-                  target whose forward is never called is an error, not an adapter without effect
+                  after each step. Where it is empty the first steps are watched, so that a target
+                  whose forward is never called is an error, not an adapter without effect
+    mask, mask_fn   of the statistics, as for `probe`
     settle_every  end the run early once the method calls its scores settled; asked every so many
                   steps, 0 never
     """
@@ -34,12 +39,15 @@ class MethodCallback(TrainerCallback):
         model: nn.Module,
         *,
         statistics: Sequence[str] = (),
-        mask: str | None = "attention_mask",
+        mask: str | None = MASK,
+        mask_fn: MaskFn | None = None,
         settle_every: int = 0,
     ) -> None:
         self.model, self.bank = model, bank_of(model)
         self.method = injection_of(model).config.method
-        self.statistics, self.mask, self.settle_every = tuple(statistics), mask, settle_every
+        self.statistics, self.settle_every = tuple(statistics), settle_every
+        self.masks: dict[str, Any] = {"mask": mask, "mask_fn": mask_fn}
+        self._steps, self._watched = 0, False  # all are called, or given up
         self.collector: Collector | None = None
         self.settled = False
         self.seconds_before = 0.0
@@ -54,8 +62,9 @@ class MethodCallback(TrainerCallback):
     def begin(self) -> None:
         """Start to collect, from the state that `load` took where there is one."""
         self._started = time.monotonic()
-        mask, names = self.mask if self.statistics else None, self.statistics or ("sqnorm",)
-        self.collector = Collector(self.model, self.bank, online=True, statistics=names, mask=mask)
+        names, masks = self.statistics or ("sqnorm",), self.masks if self.statistics else {}
+        masks = masks or {"mask": None}
+        self.collector = Collector(self.model, self.bank, online=True, statistics=names, **masks)
         if self._state is not None:
             self.collector.load_state_dict(self._state)
 
@@ -69,14 +78,28 @@ class MethodCallback(TrainerCallback):
         collected: dict[str, list[torch.Tensor | None]] = {}
         if collector is not None:
             collected = collector.close_row()
+            self._steps += 1
+            self._watch(collector, last=step >= state.max_steps)
             if not self.statistics:
-                self.detach()
-                self.collector, collected = None, {}
+                collected = {}
+                if self._watched:
+                    self.detach()
+                    self.collector = None
         self.method.on_step_end(self.bank, step, collected)
         if self.settle_every and collector is not None and step % self.settle_every == 0:
             self.settled = self.method.settled(collector.scores())
             if self.settled:
                 control.should_training_stop = control.should_save = True
+
+    def _watch(self, collector: Collector, last: bool) -> None:
+        """A target that is silent all the time is an error once that is known."""
+        if self._watched or not (silent := collector.silent()):
+            self._watched = True
+        elif last or self._steps >= WATCHED:
+            self._watched = True
+            if injection_of(self.model).config.strict:
+                collector.require_called()
+            _log.warning("the forward of %s was never called so far", ", ".join(silent))
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.seconds_before, self._started = self.seconds, time.monotonic()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loradrop import methods
+from loradrop.masks import MASK
 from loradrop.methods import LoRA, LoRADrop, Method
 from loradrop.op.philox import quantize
 
@@ -122,6 +123,7 @@ class TrainConfig:
                     float32
     save_every      steps between checkpoints; log_every, eval_every likewise (None: dev only at the
                     end)
+    mask            the model's input that marks real tokens, for the statistics; None counts all
     """
 
     steps: int | None = None
@@ -138,6 +140,7 @@ class TrainConfig:
     log_every: int = 10
     save_every: int = 100
     eval_every: int | None = None
+    mask: str | None = MASK
     report_to: Sequence[str] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 

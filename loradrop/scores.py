@@ -105,6 +105,11 @@ class Assignment:
         return any(state != "own" for state in self.states)
 
     @property
+    def decided(self) -> bool:
+        """Whether a decision was made: targets share, or are known to keep their own."""
+        return self.kept is not None or self.shares
+
+    @property
     def adapters(self) -> int:
         """How many adapters there are."""
         return len({slot for slot in self.slots if slot is not None})

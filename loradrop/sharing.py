@@ -1,12 +1,20 @@
 """Sharing: the kept targets keep an adapter of their own, all others of a group point to one."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from loradrop.bank import bank_of
-from loradrop.injection import injection_of
+from loradrop.injection import injection_of, plan_of
+from loradrop.methods import Method
 from loradrop.pairs import LoRABank
+from loradrop.scores import Scores
+from loradrop.selection import keep_frequency
+
+_log = logging.getLogger(__name__)
 
 
 def share(
@@ -33,10 +41,52 @@ def share(
     bank, injection = bank_of(model), injection_of(model)
     if kept is None:
         injection.config.method.update(bank, injection.scores)
-        return
+        return _say(model)
     if not isinstance(bank, LoRABank):
         raise ValueError(
             f"the method {injection.config.method.name!r} has no pair (A, B) for each target, so "
             "its targets cannot be pointed to shared pairs: use the method lora or lora_drop"
         )
     bank.share(kept, injection.scores, share=share, init=init, after_select=after_select)
+    _say(model)
+
+
+def conclude(model: nn.Module, scores: Scores, warmup: Mapping[str, Any]) -> None:
+    """The end of a warm-up: the method decides by `scores`, and both go into the plan.
+
+    warmup   what the plan says of it: steps, planned, settled. Raises ValueError for scores that
+             are all zero.
+    """
+    if not any(scores.values()):
+        raise ValueError(
+            f"the warm-up of {warmup['steps']} steps left B at zero, so nothing was measured: "
+            "choose more probe_steps (lora.method.probe_steps)"
+        )
+    injection = injection_of(model)
+    method, injection.scores = injection.config.method, scores
+    method.update(bank_of(model), scores)
+    injection.plan = None  # not what an earlier run recorded
+    found = dict(warmup) | {"frequency": _frequency(method, scores)}
+    injection.plan = replace(plan_of(model), scores=scores.to_dict(), warmup=found)
+    _say(model)
+
+
+def _frequency(method: Method, scores: Scores) -> dict[str, float] | None:
+    if method.decide(scores) is None or len(scores.rows) < 2:
+        return None
+    return keep_frequency(scores, lambda drawn: method.decide(drawn) or [])
+
+
+def _say(model: nn.Module) -> None:
+    """What the decision saves; loudly where that is nothing."""
+    plan = plan_of(model)
+    if plan.parameters < plan.full_parameters:
+        part = f"{plan.parameters:,} of {plan.full_parameters:,} parameters"
+        _log.info(
+            "%d adapters for %d targets: %s", plan.assignment.adapters, len(plan.targets), part
+        )
+    elif plan.kept is not None:
+        _log.warning(
+            "nothing is saved: all %d targets keep an adapter of their own (%s parameters). Choose "
+            "budget=0.5 or a lower threshold", len(plan.targets), f"{plan.parameters:,}",
+        )  # fmt: skip

@@ -1,5 +1,6 @@
 """transformers' Trainer with checkpoints of adapters, and its arguments in our words."""
 
+import dataclasses
 import logging
 import math
 import shutil
@@ -16,7 +17,7 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from loradrop.callbacks import EVENTS, MethodCallback
-from loradrop.config import TrainConfig
+from loradrop.config import TrainConfig, check_keys
 from loradrop.env import native_bf16
 from loradrop.files import read_json, write_json
 from loradrop.loading import fill
@@ -52,9 +53,16 @@ class LoRATrainer(Trainer):
                 "gradient checkpointing with use_reentrant=True gives wrong gradients for a shared "
                 "adapter under DDP: pass use_reentrant=False"
             )
-        super().__init__(
-            model=model, args=args, callbacks=[events, *kwargs.pop("callbacks", [])], **kwargs
-        )
+        if args.n_gpu > 1:
+            _log.warning(
+                "using one of %d GPUs: nn.DataParallel cannot collect statistics. Start with "
+                "torchrun --nproc_per_node %d to use all", args.n_gpu, args.n_gpu,
+            )  # fmt: skip
+            args._n_gpu = 1
+        with _taken_as_adapted(model):
+            super().__init__(
+                model=model, args=args, callbacks=[events, *kwargs.pop("callbacks", [])], **kwargs
+            )
         self.events = events
         if getattr(model, "loss_type", None) != "ForCausalLM":
             # Other models take **kwargs and ignore num_items_in_batch: the Trainer would sum their
@@ -117,6 +125,13 @@ class LoRATrainer(Trainer):
             return result
         loss = result[0] if return_outputs else result
         if not torch.isfinite(loss):
+            labels = inputs.get("labels")
+            if isinstance(labels, torch.Tensor) and labels.numel() and bool((labels == -100).all()):
+                raise ValueError(
+                    f"no label counts in the batch of step {self.state.global_step + 1}: all are "
+                    "-100, as where max_length cuts the completion off. Look at the rows and the "
+                    "collator"
+                )
             raise ValueError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}: lower the "
                 "learning rate, or train in float32. Earlier checkpoints are untouched"
@@ -143,6 +158,23 @@ class LoRATrainer(Trainer):
 
     def _load_best_model(self) -> None:
         fill(self.events.model, read(str(self.state.best_model_checkpoint)))
+
+
+@contextmanager
+def _taken_as_adapted(model: nn.Module) -> Iterator[None]:
+    """A quantised base that can be trained is refused by the Trainer unless it carries PEFT's."""
+    quantizer, name = getattr(model, "hf_quantizer", None), "_hf_peft_config_loaded"
+    if not getattr(model, "is_quantized", False) or not getattr(quantizer, "is_trainable", False):
+        yield
+        return
+    before = model.__dict__.get(name)
+    model.__dict__[name] = True
+    try:
+        yield
+    finally:
+        del model.__dict__[name]
+        if before is not None:
+            model.__dict__[name] = before
 
 
 @contextmanager
@@ -189,8 +221,14 @@ def _damage(checkpoint: Path) -> str | None:
 def training_arguments(
     args: TrainConfig, folder: Path, steps: int, *, warm_up: bool, has_dev: bool
 ) -> TrainingArguments:
-    """transformers' arguments for one stage of `steps` optimiser steps; `folder` gets its files."""
+    """transformers' arguments for one stage of `steps` optimiser steps; `folder` gets its files.
+
+    The warm-up has a constant learning rate, no evaluation and no best model. Raises ValueError for
+    an option in `extra` that TrainingArguments lacks, or refuses.
+    """
     precision = _supported(args.precision)
+    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
+    check_keys(args.extra, known, "train.extra")
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -200,7 +238,7 @@ def training_arguments(
         "learning_rate": args.learning_rate,
         "weight_decay": args.weight_decay,
         "warmup_steps": math.ceil(args.warmup_ratio * steps),
-        "lr_scheduler_type": "constant_with_warmup" if warm_up else "linear",
+        "lr_scheduler_type": "linear",
         "max_grad_norm": args.max_grad_norm,
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
@@ -212,13 +250,53 @@ def training_arguments(
         "save_strategy": "steps",
         "save_steps": args.save_every,
         "save_total_limit": 2,
-        "eval_strategy": "steps" if args.eval_every and has_dev and not warm_up else "no",
+        "eval_strategy": "steps" if args.eval_every and has_dev else "no",
         "eval_steps": args.eval_every,
         "report_to": list(args.report_to),
         "disable_tqdm": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    return TrainingArguments(**(options | dict(args.extra)))
+    options |= args.extra
+    if warm_up:
+        options |= {
+            "lr_scheduler_type": "constant_with_warmup",
+            "warmup_steps": int(args.warmup_ratio * steps),  # a short one has no step of rate 0
+            "save_strategy": "steps",
+            "eval_strategy": "no",
+            "eval_on_start": False,
+            "load_best_model_at_end": False,
+        }
+    return TrainingArguments(**options)
+
+
+_SAME = {  # what both call by another name
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "learning_rate": "learning_rate",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "seed": "seed",
+    "logging_steps": "log_every",
+    "save_steps": "save_every",
+    _CHECKPOINTING: "gradient_checkpointing",
+}
+
+
+def train_config(args: TrainingArguments) -> TrainConfig:
+    """TrainingArguments in our words; what was changed and has no word of ours is `extra`."""
+    default = TrainingArguments(output_dir="none", use_cpu=args.use_cpu)
+    names = [field.name for field in dataclasses.fields(args) if field.init]
+    changed = {n: v for n in names if (v := getattr(args, n)) != getattr(default, n)}
+    for name in (*_SAME, "output_dir", "bf16", "fp16", "use_cpu", "max_steps"):
+        changed.pop(name, None)
+    return TrainConfig(
+        steps=args.max_steps if args.max_steps > 0 else None,
+        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+        warmup_ratio=0.0,
+        extra={name: getattr(value, "value", value) for name, value in changed.items()},
+        **{ours: getattr(args, theirs) for theirs, ours in _SAME.items()},
+    )
 
 
 def _supported(precision: str) -> str:

@@ -9,15 +9,17 @@ goes on from there.
 import json
 import logging
 import math
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from loradrop.bank import bank_of, has_bank
@@ -26,16 +28,22 @@ from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.files import read_json, write_json
 from loradrop.injection import base_of, injection_of, plan_of
 from loradrop.loading import fill
-from loradrop.methods import Method
+from loradrop.masks import MASK, MaskFn
 from loradrop.methods.base import Warmup
 from loradrop.native import read, save
 from loradrop.plan import Plan
 from loradrop.probing import probe
+from loradrop.ranks import is_first, wait, world_size
 from loradrop.sampling import sample_of
-from loradrop.scores import Scores
-from loradrop.selection import keep_frequency
+from loradrop.sharing import conclude
 from loradrop.surgery import inject
-from loradrop.trainer import LoRATrainer, forward_kept, last_checkpoint, training_arguments
+from loradrop.trainer import (
+    LoRATrainer,
+    forward_kept,
+    last_checkpoint,
+    train_config,
+    training_arguments,
+)
 
 OPTIONS = "options.json"
 _log = logging.getLogger(__name__)
@@ -44,7 +52,11 @@ Metric = Callable[[Any], dict[str, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a `fit` came to. `history`: dicts with stage, step and what the Trainer logged at it."""
+    """What a `fit` came to.
+
+    steps     optimiser steps that were made, fewer than planned after an early stop
+    history   dicts with stage, step and what the Trainer logged at it
+    """
 
     metrics: Mapping[str, float]
     parameters: int
@@ -65,36 +77,55 @@ def fit(
     dev: Any,
     config: LoRAConfig,
     *,
-    args: TrainConfig | None = None,
+    args: TrainConfig | TrainingArguments | None = None,
     metric: Metric | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
+    processing_class: Any = None,
     output_dir: str | Path | None = None,
     resume: bool = False,
     data: Mapping[str, str] | None = None,
-    mask: str | None = "attention_mask",
+    mask: str | None = MASK,
+    mask_fn: MaskFn | None = None,
     callbacks: Sequence[Any] = (),
 ) -> Result:
     """Adapt `model` to `train` by `config`, and measure it on `dev`.
 
     model         a PreTrainedModel, injected or not; it returns a loss when the batch has labels
     train, dev    a Dataset of torch or datasets, a DataLoader, or a list of dicts; dev may be None
+    args          how to train; transformers' TrainingArguments mean what they say there
     metric        EvalPrediction -> name: value, as Trainer's compute_metrics
+    collate       rows -> batch; None is the Trainer's default, which pads where `processing_class`
+                  is a tokenizer
     output_dir    checkpoints, the plan, the adapters; None keeps nothing and cannot resume
     resume        go on from what is in output_dir, with the model, data and options it was begun
                   with, to the same end as an uninterrupted run
     data          fingerprints of the rows, for the plan
-    mask          the model's input that marks real tokens, for the statistics
+    mask, mask_fn   of the statistics, as for `probe`; `mask` goes before that of `args`
+    callbacks     of both runs; transformers' EarlyStoppingCallback of the main run alone
 
-    A model for which `share` or `load` has decided already has no warm-up. Raises ValueError for
-    empty data, a loss that is not finite, and a resume with other options.
+    A model for which `share` or `load` has decided already has no warm-up. Under torchrun every
+    rank calls `fit`, and the first writes the files. Raises ValueError for empty data, a loss that
+    is not finite, a warm-up too short to measure, and a resume with other options.
     """
     with tempfile.TemporaryDirectory() as scratch, forward_kept(model):
+        folder, arguments = _settled(args, output_dir, mask)
         run = _Run(
-            model, train, config, args or TrainConfig(), collate,
-            Path(output_dir or scratch).expanduser(), resume, dict(data or {}), mask,
-            dev, metric, callbacks,
+            model, train, config, arguments, collate, folder or Path(scratch), resume,
+            dict(data or {}), mask_fn, processing_class, dev, metric, callbacks,
         )  # fmt: skip
         return run.whole()
+
+
+def _settled(
+    args: TrainConfig | TrainingArguments | None, output_dir: str | Path | None, mask: str | None
+) -> tuple[Path | None, TrainConfig]:
+    """The folder, and the arguments in our words with the mask that counts."""
+    if isinstance(args, TrainingArguments):
+        named = args.output_dir if args.output_dir != "trainer_output" else None
+        output_dir, args = output_dir or named, train_config(args)
+    args = args or TrainConfig()
+    folder = None if output_dir is None else Path(output_dir).expanduser()
+    return folder, args if mask == MASK else replace(args, mask=mask)
 
 
 def warm_up(
@@ -102,20 +133,24 @@ def warm_up(
     train: Any,
     config: LoRAConfig,
     *,
-    args: TrainConfig | None = None,
+    args: TrainConfig | TrainingArguments | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
+    processing_class: Any = None,
     output_dir: str | Path,
     resume: bool = False,
     data: Mapping[str, str] | None = None,
-    mask: str | None = "attention_mask",
+    mask: str | None = MASK,
+    mask_fn: MaskFn | None = None,
 ) -> Plan:
     """The first stage of `fit` alone, up to the decision; `fit(..., resume=True)` goes on from it.
 
     The arguments are those of `fit`. Raises ValueError for a method without a warm-up.
     """
+    folder, arguments = _settled(args, output_dir, mask)
+    assert folder is not None
     run = _Run(
-        model, train, config, args or TrainConfig(), collate, Path(output_dir).expanduser(),
-        resume, dict(data or {}), mask,
+        model, train, config, arguments, collate, folder, resume, dict(data or {}), mask_fn,
+        processing_class,
     )  # fmt: skip
     if config.method.warmup(run.total) is None:
         raise ValueError(f"the method {config.method.name!r} measures nothing: try lora_drop")
@@ -136,7 +171,8 @@ class _Run:
     folder: Path
     resume: bool
     data: dict[str, str]
-    mask: str | None
+    mask_fn: MaskFn | None = None
+    processing_class: Any = None
     dev: Any = None
     metric: Metric | None = None
     callbacks: Sequence[Any] = ()
@@ -150,18 +186,18 @@ class _Run:
 
     @property
     def total(self) -> int:
-        """Optimiser steps of both stages."""
+        """Optimiser steps of both stages; the ranks share each pass over the data."""
         rows, args = len(self.train), self.args
-        loaded = isinstance(self.train, DataLoader)
-        batches = rows if loaded else math.ceil(rows / args.batch_size)
+        batch = 1 if isinstance(self.train, DataLoader) else args.batch_size
+        batches = math.ceil(rows / (batch * world_size()))
         per_epoch = math.ceil(batches / args.gradient_accumulation)
         return args.steps or max(1, math.ceil(args.epochs * per_epoch))
 
     def whole(self) -> Result:
         """Both stages."""
         before = self.first_stage()
-        done, method = int(before["steps"]), self.config.method
-        statistics = () if method.warmup(self.total) else method.statistics
+        done, decided = int(before["steps"]), bank_of(self.model).assignment.decided
+        statistics = () if done or decided else self.config.method.statistics
         trainer, events = self._stage("main", self.total - done, self.train, statistics)
         metrics = {} if self.dev is None else trainer.dev_metrics()
         save(self.model, self.folder / "adapter")
@@ -169,38 +205,59 @@ class _Run:
         history = [*before["history"], *trainer.history("main", done)]
         seconds = float(before["seconds"]) + events.seconds_before
         result = Result(
-            metrics=metrics, parameters=plan.parameters, steps=self.total,
+            metrics=metrics, parameters=plan.parameters, steps=done + trainer.state.global_step,
             seconds=seconds, history=history, plan=plan,
         )  # fmt: skip
-        write_json(self.folder / "plan.json", plan.to_dict())
-        write_json(self.folder / "result.json", result.to_dict())
+        if is_first():
+            write_json(self.folder / "plan.json", plan.to_dict())
+            write_json(self.folder / "result.json", result.to_dict())
+        wait()
         return result
 
     def first_stage(self) -> dict[str, Any]:
         """Inject, and the warm-up of a method that has one. Steps, seconds and history."""
-        options = self._options()
-        self._require_same_run(options)
-        set_seed(self.args.seed)
-        if not has_bank(self.model):
-            inject(self.model, self.config)
-        injection = injection_of(self.model)
-        if injection.config != self.config:
-            raise ValueError(
-                "the model was injected with another configuration: pass the same one, or call "
-                "loradrop.remove(model) first"
-            )
-        stage = self.config.method.warmup(self.total)
-        write_json(self.folder / OPTIONS, options)
-        if self.resume and (before := self._start()) is not None:
-            return before
-        assignment = bank_of(self.model).assignment
-        if stage is None or assignment.shares or assignment.kept is not None:
-            self._record()
-            return {"steps": 0, "seconds": 0.0, "history": []}
-        before = self._warm_up(stage)
-        write_json(self.folder / "warmup.json", before)
+        with self._begun():
+            set_seed(self.args.seed)
+            if not has_bank(self.model):
+                inject(self.model, self.config)
+            if injection_of(self.model).config != self.config:
+                raise ValueError(
+                    "the model was injected with another configuration: pass the same one, or call "
+                    "loradrop.remove(model) first"
+                )
+            self._arguments("main", self.total)  # refused before the warm-up, not after it
+            decided = bank_of(self.model).assignment.decided
+            stage = None if decided else self.config.method.warmup(self.total)
+            if self.resume and (before := self._start()) is not None:
+                return before
+            if stage is None:
+                self._record()
+                return {"steps": 0, "seconds": 0.0, "history": []}
+            before = self._warm_up(stage)
+        if is_first():
+            write_json(self.folder / "warmup.json", before)
         save(self.model, self.folder / "start")
         return before
+
+    @contextmanager
+    def _begun(self) -> Iterator[None]:
+        """Takes the folder for this run; one that fails with nothing to resume frees it again."""
+        options, file = self._options(), self.folder / OPTIONS
+        if is_first():
+            self._require_same_run(options)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(file, "w" if self.resume else "x", encoding="utf-8") as opened:
+                    json.dump(options, opened, indent=2)
+            except FileExistsError as error:
+                raise ValueError(self._held) from error
+        try:
+            yield
+        except Exception:
+            kept = [*self.folder.glob("*/checkpoint-*"), *self.folder.glob("start")]
+            if is_first() and not kept:
+                file.unlink(missing_ok=True)
+            raise
 
     def _start(self) -> dict[str, Any] | None:
         """Take what the warm-up ended with, where that is whole; None where it has to be made."""
@@ -221,17 +278,21 @@ class _Run:
         data = {"model": base_of(self.model), "data": self.data, "lora": lora, "train": train}
         return json.loads(json.dumps(data))  # type: ignore[no-any-return]
 
-    def _record(self, **measured: Any) -> None:
+    def _record(self) -> None:
         """The plan as it is now, with what the run knows of it."""
         plan, seeds = plan_of(self.model), {"train": self.args.seed}
-        injection_of(self.model).plan = replace(plan, data=self.data, seeds=seeds, **measured)
+        injection_of(self.model).plan = replace(plan, data=self.data, seeds=seeds)
+
+    @property
+    def _held(self) -> str:
+        return f"{self.folder} holds a run already: resume, or choose another output"
 
     def _require_same_run(self, options: dict[str, dict[str, Any]]) -> None:
         file = self.folder / OPTIONS
         if not file.exists():
             return
         if not self.resume:
-            raise ValueError(f"{self.folder} holds a run already: resume, or choose another output")
+            raise ValueError(self._held)
         for section, before in read_json(file).items():
             now = options.get(section, {})
             names = {*before, *now}
@@ -244,7 +305,7 @@ class _Run:
 
     def _warm_up(self, stage: Warmup) -> dict[str, Any]:
         """Stage one: train LoRA on every target, measure, decide, share."""
-        method, injection, rows = self.config.method, injection_of(self.model), self.train
+        rows, method = self.train, self.config.method
         if stage.sample_ratio < 1.0:
             rows = sample_of(rows, stage.sample_ratio, self.args.seed)
         trainer, events = self._stage(
@@ -253,40 +314,49 @@ class _Run:
         steps = trainer.state.global_step
         set_seed(self.args.seed)
         if stage.source == "offline" or events.collector is None:
-            scores = probe(self.model, trainer.get_eval_dataloader(rows), mask=self.mask)
+            batches, masks = trainer.get_eval_dataloader(rows), {"mask_fn": self.mask_fn}
+            scores = probe(self.model, batches, mask=self.args.mask, **masks)
         else:
-            scores = injection.scores = events.collector.scores()
-        if not any(scores.values()):
-            raise ValueError(f"the warm-up of {steps} steps left B at zero: make it longer")
-        method.update(bank_of(self.model), scores)
+            scores = events.collector.scores()
         record = {"steps": steps, "planned": stage.steps, "settled": events.settled}
-        injection.plan = None  # not what an earlier run recorded
-        warmup = record | {"frequency": _frequency(method, scores)}
-        self._record(scores=scores.to_dict(), warmup=warmup)
+        try:
+            conclude(self.model, scores, record)
+        except ValueError:
+            if is_first():  # nothing that another try could go on from
+                shutil.rmtree(self.folder / "warmup", ignore_errors=True)
+            raise
+        self._record()
         history = trainer.history("warmup")
         return {"steps": steps, "seconds": events.seconds_before, "history": history}
+
+    def _arguments(self, stage: str, steps: int) -> TrainingArguments:
+        warm_up, has_dev = stage == "warmup", self.dev is not None
+        folder = self.folder / stage
+        return training_arguments(self.args, folder, steps, warm_up=warm_up, has_dev=has_dev)
 
     def _stage(
         self, name: str, steps: int, rows: Any, statistics: Sequence[str], settle_every: int = 0
     ) -> tuple[LoRATrainer, MethodCallback]:
         """One run of the Trainer on `rows`, from its last whole checkpoint where there is one."""
-        folder = self.folder / name
-        checkpoint = last_checkpoint(folder) if self.resume else None
+        checkpoint = last_checkpoint(self.folder / name) if self.resume else None
         events = MethodCallback(
-            self.model, statistics=statistics, mask=self.mask, settle_every=settle_every
-        )
-        warm_up, has_dev = name == "warmup", self.dev is not None
+            self.model, statistics=statistics, mask=self.args.mask, mask_fn=self.mask_fn,
+            settle_every=settle_every,
+        )  # fmt: skip
+        callbacks = self.callbacks
+        if name == "warmup":  # it is not evaluated
+            callbacks = [c for c in callbacks if not isinstance(c, EarlyStoppingCallback)]
         own = rows.collate_fn if isinstance(rows, DataLoader) else None
-        arguments = training_arguments(self.args, folder, steps, warm_up=warm_up, has_dev=has_dev)
         trainer = LoRATrainer(
             self.model,
-            arguments,
+            self._arguments(name, steps),
             events=events,
             train_dataset=rows,
             eval_dataset=self.dev,
             data_collator=self.collate or own,
+            processing_class=self.processing_class,
             compute_metrics=self.metric,
-            callbacks=[Progress(name), *self.callbacks],
+            callbacks=[Progress(name), *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
         try:
@@ -301,9 +371,3 @@ def _equal(before: Any, now: Any) -> bool:
     if isinstance(before, list) and isinstance(now, list):
         return sorted(map(str, before)) == sorted(map(str, now))
     return bool(before == now)
-
-
-def _frequency(method: Method, scores: Scores) -> dict[str, float] | None:
-    if method.decide(scores) is None or len(scores.rows) < 2:
-        return None
-    return keep_frequency(scores, lambda drawn: method.decide(drawn) or [])

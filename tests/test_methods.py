@@ -327,8 +327,8 @@ def test_options_out_of_range(name: str, make: Any) -> None:
 
 
 def test_defaults_and_unknown_options() -> None:
-    assert LoRADrop().threshold == 0.9 and LoRADrop().scope == "per_module"
-    assert LoRADrop(keep=3).threshold is None
+    assert LoRADrop().budget == 0.5 and LoRADrop().scope == "per_module"
+    assert LoRADrop(threshold=0.9).budget is None
     with pytest.raises(ValueError, match="one of threshold and keep, not both"):
         LoRADrop(threshold=0.9, keep=3)
     flat = LoraDropConfig(r=4, threshold=0.7, target_modules=["query"])
@@ -340,7 +340,8 @@ def test_defaults_and_unknown_options() -> None:
 
 
 @pytest.mark.parametrize(
-    ("probe_steps", "total", "expected"), [(0.1, 100, 10), (0.1, 3, 1), (7, 100, 7), (0.5, 9, 4)]
+    ("probe_steps", "total", "expected"),
+    [(0.1, 100, 10), (0.1, 20, 3), (0.1, 4, 3), (0.1, 3, 2), (7, 100, 7), (0.5, 9, 4)],
 )
 def test_warmup_steps(probe_steps: float, total: int, expected: int) -> None:
     assert LoRADrop(probe_steps=probe_steps).warmup(total).steps == expected

@@ -170,7 +170,7 @@ OTHER: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("named", OTHER)
 def test_resume_with_other_options_is_refused(named: str, stopped: Any, tmp_path: Path) -> None:
-    stopped("warmup", 1, tmp_path)
+    stopped("warmup", 5, tmp_path)
     refusal = rf"was begun with other options \({named}.*choose another"
     with pytest.raises(ValueError, match=refusal):
         run(tmp_path, resume=True, **OTHER[named])

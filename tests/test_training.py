@@ -200,7 +200,7 @@ def test_a_warmup_that_cannot_measure_is_refused(tmp_path: Path) -> None:
         warm_up(make_model(), make_rows(), tiny.PLAIN, output_dir=tmp_path)
     with pytest.raises(ValueError, match="leaves none of the 4 steps"):
         run(tmp_path, args=replace(tiny.ARGS, steps=4))
-    with pytest.raises(ValueError, match="the warm-up of 1 steps left B at zero"):
+    with pytest.raises(ValueError, match=r"a warm-up of 1 steps .* at least 2"):
         run(tmp_path, LoraDropConfig(**tiny.LORA, keep=1, probe_steps=1))
 
 
@@ -348,15 +348,6 @@ def test_train_that_is_empty_or_has_no_length(train: Any, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="train is a generator without a length"):
         fit(make_model(), (row for row in make_rows()), None, tiny.DROP)
-
-
-def test_target_that_is_never_called(tmp_path: Path) -> None:
-    model = make_model()
-    model.bert.spare = nn.Linear(32, 32)
-    config = LoRAConfig(**{**tiny.LORA, "target_modules": ["query", "spare"]}, strict=False)
-    with pytest.raises(RuntimeError, match=r"the forward of bert\.spare was never called"):
-        run(tmp_path, config, model=model)
-    assert model.lora_bank.collector is None
 
 
 WRONG = {"steps": 0, "batch_size": -1, "learning_rate": 0.0, "save_every": 0, "precision": "int8"}

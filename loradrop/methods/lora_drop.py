@@ -8,6 +8,7 @@ stratified sample. Ours, because the paper's text leaves them open or we could n
 the scope, the length of the warm-up, what follows it.
 """
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,8 +17,9 @@ from loradrop.bank import AdapterBank
 from loradrop.methods.base import Method, Warmup
 from loradrop.pairs import AFTER, INITS, LoRABank
 from loradrop.scores import Scores
-from loradrop.selection import CHOICES, check_choice, check_part, keep_frequency, select
+from loradrop.selection import CHOICES, assign, check_choice, check_part, keep_frequency, select
 
+_log = logging.getLogger(__name__)
 _CHOICES = CHOICES | {"share_init": INITS, "after_select": AFTER, "source": ("online", "offline")}
 
 
@@ -25,10 +27,13 @@ _CHOICES = CHOICES | {"share_init": INITS, "after_select": AFTER, "source": ("on
 class LoRADrop(Method):
     """The options of LoRA-drop; those of `select` and `share` mean the same as there.
 
-    threshold, keep, keep_ratio, budget    at most one; none is threshold=0.9
+    threshold, keep, keep_ratio, budget    at most one; none is budget=0.5, half of LoRA's
+                     parameters, and threshold=0.9 is the paper's. A budget below what sharing
+                     everything takes is raised to that, with a warning
     scope, importance                      of `select`
     share, share_init, after_select        of `share`
-    probe_steps      length of the warm-up: optimiser steps, or below 1 a part of all steps
+    probe_steps      length of the warm-up: optimiser steps, or below 1 a part of all steps, at
+                     least 3
     sample_ratio     the part of the training set, drawn by class, that the warm-up trains on
     source           "online": norms of the warm-up's own passes, at no cost; "offline": a pass in
                      eval mode over that sample when the warm-up ends
@@ -61,7 +66,7 @@ class LoRADrop(Method):
         names = ("threshold", "keep", "keep_ratio", "budget")
         given = [name for name in names if getattr(self, name) is not None]
         if not given:
-            object.__setattr__(self, "threshold", 0.9)
+            object.__setattr__(self, "budget", 0.5)
         elif len(given) > 1:
             raise ValueError(f"give one of {' and '.join(given)}, not both")
         for name in ("threshold", "keep_ratio", "budget"):
@@ -85,7 +90,18 @@ class LoRADrop(Method):
             raise ValueError(f"settle_every={self.settle_every}: choose a whole number from 1 up")
 
     def warmup(self, total: int) -> Warmup:
-        steps = round(self.probe_steps * total) if self.probe_steps < 1 else int(self.probe_steps)
+        """Raises ValueError where it could not measure or would leave no step for the main run."""
+        part = self.probe_steps < 1
+        steps = round(self.probe_steps * total) if part else int(self.probe_steps)
+        least = 2 if self.source == "online" else 1  # B is zero until the first step has ended
+        if part:
+            steps = max(3, steps) if total > 3 else total - 1
+        if steps < least:
+            raise ValueError(
+                f"a warm-up of {steps} steps (probe_steps={self.probe_steps:g}, {total} steps in "
+                f"all) measures nothing, since B is zero at its start: choose probe_steps of at "
+                f"least {least}, and more than {least} steps in all"
+            )
         if steps >= total:
             raise ValueError(
                 f"probe_steps={self.probe_steps:g} leaves none of the {total} steps to train the "
@@ -93,7 +109,7 @@ class LoRADrop(Method):
             )
         settle_every = 0 if self.settle_margin is None else self.settle_every
         return Warmup(
-            steps=max(1, steps), sample_ratio=self.sample_ratio,
+            steps=steps, sample_ratio=self.sample_ratio,
             source=self.source, settle_every=settle_every,
         )  # fmt: skip
 
@@ -104,9 +120,12 @@ class LoRADrop(Method):
         return all(f <= low or f >= high for f in keep_frequency(scores, self.decide).values())
 
     def decide(self, scores: Scores) -> list[str]:
+        keep, budget = self.keep, self.budget
+        if budget is not None and budget < _least(scores):
+            keep, budget = 0, None
         return select(
-            scores, self.threshold, keep=self.keep, keep_ratio=self.keep_ratio,
-            budget=self.budget, scope=self.scope, importance=self.importance,
+            scores, self.threshold, keep=keep, keep_ratio=self.keep_ratio, budget=budget,
+            scope=self.scope, importance=self.importance,
         )  # fmt: skip
 
     def update(self, bank: AdapterBank, scores: Scores | None) -> None:
@@ -116,5 +135,16 @@ class LoRADrop(Method):
                 "or pass kept"
             )
         assert isinstance(bank, LoRABank)
+        if self.budget is not None and self.budget < (least := _least(scores)):
+            what = (
+                f"budget={self.budget:g} is out of reach: one adapter per group takes {least:.3g}"
+            )
+            _log.warning("%s of LoRA's parameters, so no target keeps its own", what)
         kept, init, after = self.decide(scores), self.share_init, self.after_select
         bank.share(kept, scores, share=self.share, init=init, after_select=after)
+
+
+def _least(scores: Scores) -> float:
+    """The part of LoRA's parameters that is left where nothing is kept."""
+    full = sum(target.parameters for target in scores.targets)
+    return assign(scores.targets, []).parameters / full

@@ -1,0 +1,217 @@
+"""`fit` as people use it: short data, other arguments, odd models, and what it says of them."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import training_runs as tiny
+import transformers
+from models import llama
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch import nn
+from training_runs import make_model, make_rows, run
+from transformers import EarlyStoppingCallback, TrainingArguments
+
+import loradrop
+from loradrop import LoRAConfig, LoraDropConfig, fit
+from loradrop.callbacks import MethodCallback
+from loradrop.native import read
+from loradrop.trainer import LoRATrainer, train_config, training_arguments
+
+CONFIGS = {"lora": tiny.PLAIN, "lora_drop": tiny.DROP, "prilora": tiny.CONFIGS["prilora"]}
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_a_target_that_is_never_called(
+    method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def adapted(folder: Path, **options: Any) -> Any:
+        model = make_model()
+        model.bert.spare = nn.Linear(32, 32)
+        config = replace(CONFIGS[method], target_modules=["query", "spare"], **options)
+        run(folder, config, model=model)
+        return model
+
+    with pytest.raises(RuntimeError, match=r"the forward of bert\.spare was never called"):
+        adapted(tmp_path / "strict")
+    model = adapted(tmp_path / "loose", strict=False)
+    assert model.lora_bank.collector is None
+    assert "the forward of bert.spare was never called so far" in caplog.text
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_layers_that_are_dropped_now_and_then(method: str, tmp_path: Path) -> None:
+    """A layer that a step skips counts zero there, and is trained in the others."""
+    model, calls = make_model(), list[int]()
+    layer = model.bert.encoder.layer[1]
+    forward = type(layer).forward
+
+    class Dropped(type(layer)):  # type: ignore[misc]
+        def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return forward(self, x, *args, **kwargs) if len(calls) % 3 else x
+
+    layer.__class__ = Dropped
+    assert run(tmp_path, CONFIGS[method], model=model, dev=None).steps == tiny.TOTAL
+    bank = model.lora_bank
+    for kind in ("query", "value"):
+        pair = bank.factors(bank.index(f"bert.encoder.layer.1.attention.self.{kind}"))
+        assert pair is not None and pair[1].any()
+
+
+def test_a_warmup_that_measured_nothing_frees_its_folder(tmp_path: Path) -> None:
+    config, frozen = LoraDropConfig(**tiny.LORA, keep=1, probe_steps=4), make_model()
+    loradrop.inject(frozen, config)
+    for B in frozen.lora_bank.B:  # as where a loss scaler skips every step
+        B.register_hook(torch.zeros_like)
+    with pytest.raises(ValueError, match=r"4 steps left B at zero.*probe_steps"):
+        run(tmp_path, config, model=frozen)
+    longer = LoraDropConfig(**tiny.LORA, keep=1, probe_steps=5)
+    plan = run(tmp_path, longer).plan
+    assert plan.warmup is not None and plan.warmup["steps"] == 5
+
+
+def test_a_run_that_fails_at_once_frees_its_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="matches nothing"):
+        run(tmp_path, replace(tiny.DROP, target_modules=["qeury"]))
+    with pytest.raises(ValueError, match=r"train\.extra has no option 'optimm': .*'optim'"):
+        run(tmp_path, args=replace(tiny.ARGS, extra={"optimm": "sgd"}))
+    assert run(tmp_path).steps == tiny.TOTAL
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize(("total", "steps"), [(4, 3), (3, 2), (40, 4)])
+def test_the_default_warmup_measures_and_halves(total: int, steps: int, tmp_path: Path) -> None:
+    result = run(tmp_path, LoraDropConfig(**tiny.LORA), args=replace(tiny.ARGS, steps=total))
+    assert result.plan.warmup is not None
+    assert result.plan.warmup["steps"] == steps and result.steps == total
+    assert result.parameters * 2 == result.plan.full_parameters
+
+
+def test_too_few_steps_for_any_warmup(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"a warm-up of 1 steps .*2 steps in all"):
+        run(tmp_path, LoraDropConfig(**tiny.LORA), args=replace(tiny.ARGS, steps=2))
+
+
+def test_a_decision_that_saves_nothing_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path / "all", LoraDropConfig(**tiny.LORA, keep=4, probe_steps=4))
+    assert "nothing is saved: all 4 targets keep an adapter of their own" in caplog.text
+    caplog.clear()
+    plan = run(tmp_path / "tight", LoraDropConfig(**tiny.LORA, budget=0.1, probe_steps=4)).plan
+    assert plan.kept == () and plan.parameters * 2 == plan.full_parameters
+    assert "budget=0.1 is out of reach: one adapter per group takes 0.5 of" in caplog.text
+
+
+def test_a_model_that_shares_already_needs_no_warmup(tmp_path: Path) -> None:
+    model, config = make_model(), LoraDropConfig(**tiny.LORA, keep=1, probe_steps=10)
+    loradrop.inject(model, config)
+    loradrop.share(model, [])
+    assert run(tmp_path, config, args=replace(tiny.ARGS, steps=8), model=model).steps == 8
+
+
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "q"}
+
+
+@pytest.mark.parametrize("more", [{}, {"eval_strategy": "steps", "eval_steps": 4}])
+def test_early_stopping_and_the_best_model(more: dict[str, Any], tmp_path: Path) -> None:
+    """The first evaluation of the main run is the best, so it ends after two more."""
+    calls: list[int] = []
+
+    def metric(_: Any) -> dict[str, float]:
+        calls.append(1)
+        return {"q": -float(len(calls))}
+
+    model, args = make_model(), replace(tiny.ARGS, steps=60, eval_every=4, extra=BEST | more)
+    result = fit(
+        model, make_rows(), make_rows(16, 1), tiny.DROP, args=args, metric=metric,
+        output_dir=tmp_path, callbacks=[EarlyStoppingCallback(2)],
+    )  # fmt: skip
+    assert result.steps == tiny.WARMUP + 12 == max(entry["step"] for entry in result.history)
+    best = read(tmp_path / "main" / "checkpoint-4")
+    assert torch.equal(best.bank["B.0"], model.lora_bank.B[0]) and best.bank["B.0"].any()
+
+
+def test_training_arguments_mean_what_they_say(tmp_path: Path) -> None:
+    args = TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=2, per_device_train_batch_size=4,
+        gradient_accumulation_steps=2, learning_rate=0.01, lr_scheduler_type="cosine",
+        warmup_steps=2, logging_steps=1, save_steps=50, seed=5, use_cpu=True, report_to="none",
+    )  # fmt: skip
+    found = train_config(args)
+    assert found.extra == {"lr_scheduler_type": "cosine", "warmup_steps": 2}
+    main = training_arguments(found, tmp_path, 10, warm_up=False, has_dev=False)
+    for name in ("num_train_epochs", "per_device_train_batch_size", "lr_scheduler_type", "seed"):
+        if name != "num_train_epochs":  # both stages count steps
+            assert getattr(main, name) == getattr(args, name)
+    assert main.get_warmup_steps(10) == 2
+    assert training_arguments(found, tmp_path, 10, warm_up=True, has_dev=False).warmup_steps == 0
+    result = fit(make_model(), make_rows(), None, tiny.DROP, args=args)
+    assert result.steps == 12 and (tmp_path / "adapter").is_dir()
+
+
+def test_a_tokenizer_pads() -> None:
+    words = {"[PAD]": 0, **{str(i): i for i in range(1, 64)}}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, "[PAD]")), pad_token="[PAD]"
+    )
+    rows = [{"input_ids": [5] * (3 + i % 4), "labels": i % 3} for i in range(24)]
+    config = LoraDropConfig(**tiny.LORA, keep=1, probe_steps=3)
+    args = replace(tiny.ARGS, steps=6, batch_size=8)
+    result = fit(make_model(), rows, None, config, args=args, processing_class=tokenizer)
+    assert result.plan.scores is not None and result.plan.scores["tokens"] == 3 * 2 * (
+        3 + 4 + 5 + 6
+    )
+
+
+def test_a_mask_of_ones_own() -> None:
+    def counted(args: Any = tiny.ARGS, **options: Any) -> float:
+        config = LoraDropConfig(**tiny.LORA, keep=1, probe_steps=6, source="offline")
+        plan = fit(make_model(), make_rows(), None, config, args=args, **options).plan
+        assert plan.scores is not None
+        return float(plan.scores["values"]["bert.encoder.layer.0.attention.self.query"])
+
+    every = counted(mask=None)
+    assert counted(replace(tiny.ARGS, mask=None)) == every > counted()
+    assert counted(mask_fn=lambda name, x, mask: None) == every
+
+
+def test_labels_that_count_nowhere_are_named() -> None:
+    rows = [{"input_ids": [1, 2, 3], "labels": [-100] * 3} for _ in range(16)]
+    config = LoRAConfig(r=4, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"no label counts in the batch of step 1.*-100"):
+        fit(llama(), rows, None, config, args=tiny.ARGS)
+
+
+def test_one_of_several_gpus(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    arguments = training_arguments(tiny.ARGS, tmp_path, 2, warm_up=False, has_dev=False)
+    arguments._n_gpu = 4
+    model = make_model()
+    loradrop.inject(model, tiny.PLAIN)
+    with caplog.at_level(logging.WARNING, "loradrop"):
+        LoRATrainer(model, arguments, events=MethodCallback(model), train_dataset=make_rows())
+    assert arguments.n_gpu == 1 and "torchrun --nproc_per_node 4" in caplog.text
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_quantised_base(trainable: bool, tmp_path: Path) -> None:
+    """The Trainer takes one that can be trained, as with PEFT's adapters on it."""
+    model: Any = make_model()
+    quantization = SimpleNamespace(quant_method="fake")
+    model.is_quantized = True
+    model.hf_quantizer = SimpleNamespace(
+        is_trainable=trainable, is_qat_trainable=False, quantization_config=quantization
+    )
+    if trainable:
+        assert run(tmp_path, model=model).steps == tiny.TOTAL
+        assert not getattr(model, "_hf_peft_config_loaded", False)
+    else:
+        with pytest.raises(ValueError, match="quantized"):
+            run(tmp_path, model=model)
