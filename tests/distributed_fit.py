@@ -1,0 +1,55 @@
+"""One `fit` of the tiny model, for torchrun: FOLDER BATCH [MODE]; prints what each rank ended with.
+
+MODE is "resume", or "kill": rank 1 dies in the middle of the main run.
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from typing import Any
+
+import torch
+import training_runs as tiny
+from transformers import TrainerCallback
+
+from loradrop import LoraDropConfig, fit
+
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        here = os.path.basename(args.output_dir)
+        if here == "main" and state.global_step == 5 and os.environ["RANK"] == "1":
+            os._exit(9)
+
+
+def main(folder: str, batch: str, mode: str = "") -> None:
+    torch.set_num_threads(1)
+    options = tiny.LORA | {"lora_dropout": 0.0}
+    config = LoraDropConfig(**options, keep=1, probe_steps=4)
+    args = replace(tiny.ARGS, steps=None, epochs=2, batch_size=int(batch), save_every=2)
+    model = tiny.make_model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # each rank would draw its own
+    result = fit(
+        model, tiny.make_rows(48), tiny.make_rows(16, 1), config, args=args, output_dir=folder,
+        metric=tiny.accuracy, resume=mode == "resume", callbacks=[Kill()] if mode == "kill" else (),
+    )  # fmt: skip
+    assert result.plan.scores is not None
+    found = {
+        "rank": int(os.environ.get("RANK", 0)),
+        "steps": result.steps,
+        "epoch": max(entry["epoch"] for entry in result.history if "loss" in entry),
+        "kept": result.plan.kept,
+        "scores": list(result.plan.scores["values"].values()),
+        "tokens": result.plan.scores["tokens"],
+        "metrics": dict(result.metrics),
+        "adapters": [p.flatten().tolist() for p in model.lora_bank.parameters()],
+    }
+    with open(f"{folder}.{found['rank']}.json", "w") as file:
+        json.dump(found, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,63 @@
+"""Two processes of torchrun are one process with twice the batch, also after one of them died."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).with_name("distributed_fit.py")
+
+
+def torchrun(*arguments: Any, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launch if processes > 1 else []), *map(str, arguments)]
+    paths = [str(SCRIPT.parent.parent), str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+
+
+def found(folder: Path, rank: int = 0) -> dict[str, Any]:
+    with open(f"{folder}.{rank}.json") as file:
+        return dict(json.load(file))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    done = torchrun(SCRIPT, folder, 8, processes=1)
+    assert done.returncode == 0, done.stderr
+    return found(folder)
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for name in ("steps", "kept", "tokens", "epoch"):
+        assert one[name] == other[name], name
+    assert one["scores"] == pytest.approx(other["scores"], rel=1e-5)
+    assert one["metrics"]["accuracy"] == other["metrics"]["accuracy"]
+    for mine, theirs in zip(one["adapters"], other["adapters"], strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-6)
+
+
+def test_two_ranks_are_one_process_of_twice_the_batch(
+    alone: dict[str, Any], tmp_path: Path
+) -> None:
+    done = torchrun(SCRIPT, tmp_path / "run", 4)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        same(found(tmp_path / "run", rank), alone)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == alone["steps"]
+    again = torchrun(SCRIPT, tmp_path / "run", 4)
+    assert again.returncode != 0 and "holds a run already" in again.stderr
+
+
+def test_a_rank_that_died_is_resumed_to_the_same_end(alone: dict[str, Any], tmp_path: Path) -> None:
+    done = torchrun(SCRIPT, tmp_path / "run", 4, "kill")
+    assert done.returncode != 0 and not (tmp_path / "run" / "result.json").exists()
+    assert (tmp_path / "run" / "main" / "checkpoint-4").is_dir()
+    done = torchrun(SCRIPT, tmp_path / "run", 4, "resume")
+    assert done.returncode == 0, done.stderr
+    same(found(tmp_path / "run"), alone)
