@@ -11,6 +11,7 @@ from loradrop._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from loradrop.bank import AdapterBank as AdapterBank
+    from loradrop.callbacks import LoraDropCallback as LoraDropCallback
     from loradrop.config import LoRAConfig as LoRAConfig
     from loradrop.config import LoraDropConfig as LoraDropConfig
     from loradrop.config import TrainConfig as TrainConfig
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "bank": "AdapterBank",
+    "callbacks": "LoraDropCallback",
     "config": "LoRAConfig LoraDropConfig TrainConfig",
     "formats.check": "verify",
     "native": "save",

@@ -9,6 +9,8 @@ exports work from `state_dict`, `restore` and `factors` alone. Sharing is two eq
 storage, one `state_dict` entry, one gradient, the sum over its layers.
 """
 
+import logging
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from loradrop.scores import Assignment, Target
 
 Pair = tuple[Tensor, Tensor]
+STATE = "_extra_state"  # torch's name for what get_extra_state gives
+_log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
@@ -35,6 +39,9 @@ class AdapterBank(nn.Module):
     A subclass registers its parameters and buffers and gives `factors`. Trainable tensors are
     Parameters, everything else is a buffer; numbered tensors of changing count are in an
     `nn.ParameterList`.
+
+    Its state dict says who uses which adapter. `load_state_dict` takes another assignment where its
+    Parameters stay the same ones, and where `adopts` says that no optimiser holds them yet.
     """
 
     def __init__(self, targets: Sequence[Target], scaling: Sequence[float]) -> None:
@@ -43,6 +50,7 @@ class AdapterBank(nn.Module):
         self.scaling = list(scaling)
         self.dropout = 0.0
         self.enabled = True
+        self.adopts = False
         self.collector: Observer | None = None
 
     @property
@@ -90,6 +98,12 @@ class AdapterBank(nn.Module):
         Tensors may differ in shape and number from the present ones; they keep their saved dtype
         and go to the bank's device. Raises RuntimeError for names that this bank does not know.
         """
+        self._take_forms(tensors)
+        self.assignment = assignment
+        self.load_state_dict({**tensors, STATE: self.get_extra_state()})
+
+    def _take_forms(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give lists, parameters and buffers the number, shapes and dtypes of `tensors`."""
         device = self.device
         for name, child in list(self.named_children()):
             if isinstance(child, nn.ParameterList):
@@ -101,8 +115,66 @@ class AdapterBank(nn.Module):
             if key in tensors and (old is None or _form(old) != _form(tensors[key])):
                 new = _empty(tensors[key], device)
                 setattr(self, key, new if key in self._parameters else new.detach())
-        self.assignment = assignment
-        self.load_state_dict(dict(tensors))
+
+    def get_extra_state(self) -> Tensor:
+        """What `state_dict` says beside the tensors, as int64 (4, targets).
+
+        The rows: slots, -1 for none; 1 for kept, 0 for not, -1 before a decision; a checksum of the
+        name; 1 where the state dict it is in lacks the base model on purpose.
+        """
+        slots, kept = self.slots, self.assignment.kept
+        names = [target.name for target in self.targets]
+        return torch.tensor(
+            [
+                [-1 if slot is None else slot for slot in slots],
+                [-1 if kept is None else int(name in kept) for name in names],
+                [zlib.crc32(name.encode()) for name in names],
+                [0] * len(names),
+            ]
+        )
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing is left to do: `_load_from_state_dict` has taken it."""
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, *args: Any
+    ) -> None:
+        """Takes the assignment before the tensors. Raises RuntimeError where it must not."""
+        tensors = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        state = tensors.pop(STATE, None)
+        if state is not None:
+            self._take_assignment(state.cpu(), tensors)
+            if state[3].any():
+                missing.clear()  # the bank is the last of the model's modules
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
+        if state is None and prefix + STATE in missing and tensors:
+            missing.remove(prefix + STATE)
+            _log.warning("the state dict does not say which layers share: taken as they do here")
+
+    def _take_assignment(self, state: Tensor, tensors: Mapping[str, Tensor]) -> None:
+        here = self.get_extra_state()
+        if here.shape != state.shape or not torch.equal(here[2], state[2]):
+            raise RuntimeError(
+                f"the state dict adapts other targets than the {len(self.targets)} of this model: "
+                "inject it with the configuration that the state dict was made with"
+            )
+        slots = tuple(None if slot < 0 else slot for slot in state[0].tolist())
+        names, kept = [target.name for target in self.targets], None
+        if (state[1] >= 0).all():
+            kept = tuple(n for n, own in zip(names, state[1].tolist(), strict=True) if own)
+        forms = {key: _form(value) for key, value in self.state_dict().items() if key != STATE}
+        if forms == {key: _form(value) for key, value in tensors.items()}:
+            pass
+        elif self.adopts or slots == self.slots:
+            if self.adopts:
+                self._take_forms(tensors)
+        else:
+            raise RuntimeError(
+                "other layers share in the state dict than in this model, so its adapters would "
+                "land in other layers. Take the sharing first, with loradrop.share or "
+                "loradrop.load(model, folder), and make the optimiser afterwards"
+            )
+        self.assignment = Assignment(self.targets, slots, kept)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterBank":
         """Moves as any module does, but never to a narrower type, such as the bf16 of the base."""

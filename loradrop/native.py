@@ -9,6 +9,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +19,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from loradrop.bank import STATE, bank_of
 from loradrop.files import read_json, replacing, write_json
 from loradrop.injection import Adapters, adapters_of, injection_of
 from loradrop.plan import Plan
 
 TENSORS, PLAN, FOLDER = "adapter.safetensors", "plan.json", "loradrop_adapter"
+CHECKPOINT = "model.safetensors"  # where the Trainer looks for what it saved
 _BANK, _TRAINED = "bank.", "saved."
 _log = logging.getLogger(__name__)
 
@@ -40,6 +44,8 @@ class NativeFile(NamedTuple):
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters, the modules trained whole and the plan into `path`, atomically."""
+    if (reason := unmeasured(model)) is not None:
+        _log.warning("%s", reason)
     write(adapters_of(model), path)
 
 
@@ -130,23 +136,75 @@ def _checksum(tensors: dict[str, Tensor], plan: str) -> str:
 
 
 class SavePretrained:
-    """`save_pretrained` of an injected model: the base model, and its adapters in a folder."""
+    """`save_pretrained` of an injected model: the base model, and its adapters in a folder.
+
+    In a folder that is named as the Trainer's checkpoints are, checkpoint-<step>, it writes what is
+    trained alone: the frozen base is there already where a run resumes.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
     def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As `PreTrainedModel.save_pretrained`, with the adapters in `loradrop_adapter/`."""
-        state = kwargs.pop("state_dict", None) or self.model.state_dict()
-        base = {k: v for k, v in state.items() if not k.startswith("lora_bank.")}
-        if injection_of(self.model).merged is not None:
+        """As `PreTrainedModel.save_pretrained`, with the adapters in `loradrop_adapter/`.
+
+        Raises ValueError while the adapters are merged and, once all is written, for a method that
+        wants a warm-up and trained without one.
+        """
+        folder, model = Path(save_directory), self.model
+        state = kwargs.pop("state_dict", None) or model.state_dict()
+        if injection_of(model).merged is not None:
             raise ValueError(
                 "the adapters are merged for now: call loradrop.remove(model), "
                 "or loradrop.export(model, path, format='merged')"
             )
-        pretrained: Any = type(self.model)
-        result = pretrained.save_pretrained(self.model, save_directory, state_dict=base, **kwargs)
-        folder = Path(save_directory) / FOLDER
-        save(self.model, folder)
-        _log.info("the base model is in %s, its adapters in %s", save_directory, folder)
+        if re.fullmatch(r"checkpoint-\d+", folder.name):
+            if kwargs.get("is_main_process", True):
+                _write_checkpoint(model, folder, state)
+                _require_measured(model)
+            return None
+        base = {k: v for k, v in state.items() if not k.startswith("lora_bank.")}
+        pretrained: Any = type(model)
+        result = pretrained.save_pretrained(model, folder, state_dict=base, **kwargs)
+        save(model, folder / FOLDER)
+        _log.warning(
+            "%s holds the base model, and its adapters in %s: what from_pretrained loads from it "
+            "lacks them until loradrop.load(model, %r)", folder, FOLDER, str(folder),
+        )  # fmt: skip
+        _require_measured(model)
         return result
+
+
+def _write_checkpoint(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
+    """The bank, what is trained whole and buffers, by the names that `load_state_dict` takes."""
+    trained = {*injection_of(model).originals, *(name for name, _ in model.named_buffers())}
+    names = [key for key in state if key.startswith("lora_bank.") or key in trained]
+    tensors = {key: state[key].detach().cpu().contiguous().clone() for key in names}
+    tensors[f"lora_bank.{STATE}"][-1] = 1  # the base is left out on purpose
+    with replacing(folder / CHECKPOINT) as draft:
+        save_file(tensors, draft, {"format": "pt"})
+    save(model, folder / FOLDER)
+
+
+def _require_measured(model: nn.Module) -> None:
+    if (reason := unmeasured(model)) is not None:
+        raise ValueError(reason)
+
+
+def unmeasured(model: nn.Module) -> str | None:
+    """Why the adapters are plain LoRA's though their method is another; None where they are not.
+
+    They are where the method decides after a warm-up, and they were trained without one.
+    """
+    bank, injection = bank_of(model), injection_of(model)
+    begun = bank.collector is not None or injection.scores is not None or bank.assignment.decided
+    if begun or not injection.config.method.warms_up:
+        return None
+    pairs = (bank.factors(i) for i in range(len(bank.targets)))
+    if not any(pair is not None and bool(pair[1].any()) for pair in pairs):
+        return None  # nothing is trained yet
+    return (
+        f"the method {injection.config.method.name!r} decides after a warm-up, and none was made, "
+        "so this is plain LoRA: pass callbacks=[loradrop.LoraDropCallback()] to the Trainer, call "
+        "loradrop.fit, or inject with LoRAConfig(method=loradrop.LoRA())"
+    )

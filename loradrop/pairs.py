@@ -73,13 +73,13 @@ class LoRABank(AdapterBank):
         for i, slot in enumerate(assignment.slots):
             if slot is not None:
                 members.setdefault(slot, []).append(i)
-        own = set(kept)
-        pairs = []
+        own, pairs = set(kept), []
         for slot in range(len(members)):
             first = self.targets[members[slot][0]]
             start = after_select if first.name in own else init
             pairs.append(self._start(members[slot], start, scores))
-        self.assign(assignment, pairs)
+        held = [self.factors(members[slot][0]) for slot in range(len(members))]
+        self.assign(assignment, _in_place(pairs, held))
 
     @torch.no_grad()
     def _start(self, members: list[int], start: str, scores: Scores | None) -> Pair:
@@ -119,6 +119,24 @@ def fresh(target: Target, like: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
     A = like.new_empty(target.r, target.in_features)
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
     return nn.Parameter(A), nn.Parameter(like.new_zeros(target.out_features, target.r))
+
+
+@torch.no_grad()
+def _in_place(pairs: Sequence[Pair], held: Sequence[Pair | None]) -> list[Pair]:
+    """The values of `pairs` in the Parameters that are `held`, each used once.
+
+    An optimiser, or the DDP that knows these Parameters, goes on with them.
+    """
+    found, used = [], set[int]()
+    for pair, own in zip(pairs, held, strict=True):
+        if own is not None and id(own[0]) not in used:
+            used.add(id(own[0]))
+            for parameter, value in zip(own, pair, strict=True):
+                parameter.copy_(value)
+                parameter.grad = None
+            pair = own
+        found.append(pair)
+    return found
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

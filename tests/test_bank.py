@@ -46,7 +46,7 @@ def tower(kept: list[str] | None = None, **options: Any) -> tuple[Tower, Adapter
 
 
 def storages(bank: AdapterBank) -> list[int]:
-    return [tensor.untyped_storage().data_ptr() for tensor in bank.state_dict().values()]
+    return [tensor.untyped_storage().data_ptr() for tensor in (*bank.A, *bank.B)]
 
 
 def test_targets_slots_and_factors() -> None:
@@ -95,7 +95,8 @@ def test_a_shared_adapter_is_stored_once() -> None:
     first = [bank.factors(i)[0] is bank.factors(0)[0] for i in range(DEPTH + 1)]
     assert first == [*[True] * DEPTH, False] and len(bank.A) == len(bank.B) == 2
     adapters = [key for key in model.state_dict() if key.startswith("lora_bank.")]
-    assert adapters == [f"lora_bank.{part}" for part in ("A.0", "A.1", "B.0", "B.1")]
+    parts = ("_extra_state", "A.0", "A.1", "B.0", "B.1")
+    assert adapters == [f"lora_bank.{part}" for part in parts]
     assert len(set(storages(bank))) == 4
     trainable = [p for p in model.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trainable) == R * (2 * WIDTH + WIDTH + 3)
@@ -124,7 +125,7 @@ def test_sharing_again_never_aliases() -> None:
     every = [target.name for target in bank.targets]
     loradrop.share(model, every, after_select="continue")
     assert len(set(bank.slots)) == DEPTH + 1
-    assert len(set(storages(bank))) == len(bank.state_dict()) == 2 * (DEPTH + 1)
+    assert len(set(storages(bank))) == len(bank.A) + len(bank.B) == 2 * (DEPTH + 1)
 
 
 def test_sharing_after_everything_was_dropped() -> None:
@@ -179,6 +180,40 @@ def test_state_dict_goes_into_another_injected_model() -> None:
     assert not torch.equal(other(x), model(x))
     assert other.load_state_dict(model.state_dict()).missing_keys == []
     assert torch.equal(other(x), model(x))
+
+
+def kept(*which: int) -> Any:
+    """A tower where these targets keep an adapter of their own, with values that tell."""
+    model, bank = tower([f"layers.{i}.proj" for i in which])
+    for i, B in enumerate(bank.B):
+        nn.init.constant_(B, 1.0 + i)
+    return model
+
+
+def test_a_state_dict_knows_who_shares(caplog: pytest.LogCaptureFixture) -> None:
+    model, other, x = kept(0), kept(1), torch.randn(5, WIDTH)
+    before, parameters = model(x), list(other.lora_bank.parameters())
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), before) and other.lora_bank.assignment.kept == ("layers.0.proj",)
+    assert all(p is q for p, q in zip(parameters, other.lora_bank.parameters(), strict=True))
+    for strict in (True, False):
+        fresh, _ = tower()
+        with pytest.raises(RuntimeError, match="other layers share in the state dict"):
+            fresh.load_state_dict(model.state_dict(), strict=strict)
+    fresh.lora_bank.adopts = True  # where no optimiser exists yet
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh(x), before) and fresh.lora_bank.slots == model.lora_bank.slots
+    old = {k: v for k, v in model.state_dict().items() if not k.endswith("_extra_state")}
+    kept(0).load_state_dict(old)
+    assert "does not say which layers share" in caplog.text
+
+
+def test_a_state_dict_of_other_targets_is_refused() -> None:
+    model, _ = tower()
+    state = model.state_dict()
+    state["lora_bank._extra_state"][2] += 1
+    with pytest.raises(RuntimeError, match="adapts other targets"):
+        model.load_state_dict(state)
 
 
 # Types

@@ -42,9 +42,9 @@ def test_standalone_layer() -> None:
     layer = LoRALinear(K, N, r=R, lora_alpha=6)
     assert torch.equal(layer.weight, plain.weight) and torch.equal(layer.bias, plain.bias)
     assert isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (K, N)
-    keys = ["weight", "bias", "lora_bank.A.0", "lora_bank.B.0"]
+    keys = ["weight", "bias", "lora_bank._extra_state", "lora_bank.A.0", "lora_bank.B.0"]
     assert list(layer.state_dict()) == keys
-    assert [k for k, p in layer.named_parameters() if p.requires_grad] == keys[2:]
+    assert [k for k, p in layer.named_parameters() if p.requires_grad] == keys[3:]
     x = torch.randn(3, 5, K)
     base = base_of(layer, x)
     assert torch.equal(layer(x), base)
@@ -244,7 +244,8 @@ def test_over_any_base(base: Make) -> None:
     x, dy = torch.randn(5, K, requires_grad=True), torch.randn(5, N)
     y0 = original(x)
     assert torch.equal(model(x), y0) and isinstance(model.layer, type(original.layer))
-    assert list(model.state_dict()) == [*before["state"], "lora_bank.A.0", "lora_bank.B.0"]
+    names = [f"lora_bank.{name}" for name in ("_extra_state", "A.0", "B.0")]
+    assert list(model.state_dict()) == [*before["state"], *names]
     A, B = wake(model).lora_bank.factors(0)
     assert A.dtype == torch.float32
     y, expected = model(x), y0 + 0.5 * x @ A.T @ B.T

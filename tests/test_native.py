@@ -69,7 +69,6 @@ def test_a_pattern_without_effect_does_not_stop_a_load(tmp_path: Path) -> None:
     assert same(found, model) and injection_of(found).config == injection_of(model).config
 
 
-
 @pytest.fixture
 def model() -> Any:
     return adapt(bert())
@@ -351,7 +350,7 @@ class TestSavePretrained:
         assert same(loaded(tmp_path, found.eval()), model)
 
     def test_the_base_model_beside_it_is_the_base_model(self, tmp_path: Path) -> None:
-        model = adapt(llama())
+        model = adapt(llama(), replace(OURS, method=loradrop.LoRA()))
         model.save_pretrained(tmp_path)
         assert same(type(model).from_pretrained(tmp_path).eval(), llama())
 

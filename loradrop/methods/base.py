@@ -47,6 +47,11 @@ class Method:
     name: ClassVar[str] = ""
     statistics: ClassVar[tuple[str, ...]] = ()
 
+    @property
+    def warms_up(self) -> bool:
+        """Whether it has a stage before `update`."""
+        return self.warmup(1 << 30) is not None
+
     def bank(
         self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]
     ) -> AdapterBank:

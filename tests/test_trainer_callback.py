@@ -1,0 +1,213 @@
+"""Any Trainer: LoRA-drop in one run by a callback, and checkpoints that bring adapters back."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import training_runs as tiny
+from safetensors.torch import load_file
+from training_runs import At, StopError, make_model, make_rows, stop
+from transformers import (
+    BertForSequenceClassification,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import loradrop
+from loradrop import LoRAConfig, LoraDropConfig
+from loradrop.injection import plan_of
+from loradrop.methods import LoRADrop
+
+STEPS, WARM = 14, 4
+DROP = LoraDropConfig(**tiny.LORA, keep=1, probe_steps=WARM)
+
+
+def trainer(folder: Path, model: Any, callbacks: Any = (), **options: Any) -> Trainer:
+    settings: dict[str, Any] = {"max_steps": STEPS, "save_steps": 2, "learning_rate": 1e-2}
+    settings |= {"per_device_train_batch_size": 8, "logging_steps": 1, "report_to": "none"}
+    settings |= {"use_cpu": True, "disable_tqdm": True, "warmup_steps": 2} | options
+    args = TrainingArguments(output_dir=str(folder), **settings)
+    return Trainer(model, args, train_dataset=make_rows(), callbacks=list(callbacks))
+
+
+def injected(config: LoRAConfig = DROP) -> Any:
+    model = make_model()
+    loradrop.inject(model, config)
+    return model
+
+
+def tensors(model: Any) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder, model = tmp_path_factory.mktemp("whole"), injected()
+    trainer(folder, model, [loradrop.LoraDropCallback()]).train()
+    return folder, model
+
+
+def test_the_whole_method_in_one_run(whole: tuple[Path, Any]) -> None:
+    folder, model = whole
+    bank, plan = model.lora_bank, plan_of(model)
+    assert bank.assignment.adapters == 3 and len(bank.assignment.kept) == 1
+    assert plan.warmup["steps"] == WARM and plan.scores["rows"] == WARM
+    assert all(B.any() for B in bank.B)
+    assert all(p.requires_grad for p in bank.parameters())
+    assert loradrop.select(scores_of(plan), keep=1) == list(plan.kept)
+    loaded = make_model()
+    loradrop.load(loaded, folder / f"checkpoint-{STEPS}")
+    assert equal(tensors(loaded), tensors(model)) and plan_of(loaded).warmup == plan.warmup
+
+
+def scores_of(plan: Any) -> loradrop.Scores:
+    rows = torch.tensor([list(plan.scores["values"].values())], dtype=torch.float64)
+    return loradrop.Scores(plan.targets, rows, plan.scores["tokens"], "online")
+
+
+def test_the_schedule_starts_again(whole: tuple[Path, Any]) -> None:
+    """Two steps up, then down to zero: over the steps that are left after the warm-up."""
+    rates: list[float] = []
+
+    class Note(TrainerCallback):
+        def on_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+            rates.append(optimizer.param_groups[0]["lr"] / 1e-2)
+
+    model = injected()
+    run = trainer(whole[0].parent / "rates", model, [loradrop.LoraDropCallback(), Note()])
+    run.train()
+    left = STEPS - WARM
+    second = [0.0, 0.5, *(1 - k / (left - 2) for k in range(left - 2))]
+    assert rates[WARM:] == pytest.approx(second)
+    assert rates[:WARM] == pytest.approx([0.0, 0.5, 1.0, 1 - 1 / (STEPS - 2)])
+    held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("step", [3, 5, 9])
+def test_resumed_to_the_same_end(step: int, whole: tuple[Path, Any], tmp_path: Path) -> None:
+    """On either side of the boundary, in a new process as it were."""
+    with pytest.raises(StopError):
+        stopping = At(tmp_path.name, step, stop)
+        trainer(tmp_path, injected(), [loradrop.LoraDropCallback(), stopping]).train()
+    model = injected()
+    run = trainer(tmp_path, model, [loradrop.LoraDropCallback()])
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == STEPS
+    assert equal(tensors(model), tensors(whole[1]))
+    assert plan_of(model).scores == plan_of(whole[1]).scores
+
+
+def test_the_best_model_is_one_of_the_second_part(tmp_path: Path) -> None:
+    """Before it, nothing is shared yet."""
+    calls: list[int] = []
+
+    def metric(_: Any) -> dict[str, float]:
+        calls.append(1)
+        return {"q": -float(len(calls))}
+
+    model = injected()
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=STEPS, save_steps=2, eval_steps=2, report_to="none",
+        eval_strategy="steps", load_best_model_at_end=True, metric_for_best_model="q",
+        per_device_train_batch_size=8, use_cpu=True, disable_tqdm=True, learning_rate=1e-2,
+    )  # fmt: skip
+    run = Trainer(
+        model, args, train_dataset=make_rows(), eval_dataset=make_rows(16, 1),
+        compute_metrics=metric, callbacks=[loradrop.LoraDropCallback(), EarlyStoppingCallback(2)],
+    )  # fmt: skip
+    run.train()
+    best = str(run.state.best_model_checkpoint)
+    assert best.endswith(f"checkpoint-{WARM}") and run.state.global_step == WARM + 4
+    loaded = make_model()
+    loradrop.load(loaded, best)
+    assert equal(tensors(loaded), tensors(model)) and model.lora_bank.assignment.shares
+
+
+def test_a_checkpoint_holds_what_is_trained_alone(whole: tuple[Path, Any]) -> None:
+    folder = whole[0] / f"checkpoint-{STEPS}"
+    names = set(load_file(folder / "model.safetensors"))
+    frozen = {k for k, p in make_model().named_parameters()} - {
+        "classifier.weight",
+        "classifier.bias",
+    }
+    assert not names & frozen and {"classifier.weight", "lora_bank.A.0"} <= names
+    assert not (folder / "config.json").exists()  # nothing that would pass for the whole model
+
+
+@pytest.mark.parametrize("config", [tiny.PLAIN, tiny.CONFIGS["prilora"], tiny.CONFIGS["vera"]])
+def test_a_plain_trainer_resumes_the_adapters(
+    config: LoRAConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callbacks = [loradrop.LoraDropCallback()] if config.method.name == "prilora" else []
+    model = injected(config)
+    trainer(tmp_path, model, callbacks).train()
+    with pytest.raises(StopError):
+        stopping = At("stopped", 6, stop)
+        trainer(tmp_path / "stopped", injected(config), [*callbacks, stopping]).train()
+    resumed = injected(config)
+    with caplog.at_level(logging.WARNING):
+        trainer(tmp_path / "stopped", resumed, callbacks).train(resume_from_checkpoint=True)
+    assert equal(tensors(resumed), tensors(model))
+    assert "missing keys" not in caplog.text and "unexpected keys" not in caplog.text
+
+
+def test_after_sharing_by_hand_a_plain_trainer_says_what_to_load(tmp_path: Path) -> None:
+    model = injected(tiny.PLAIN)
+    loradrop.share(model, [])
+    trainer(tmp_path, model, max_steps=4).train()
+    fresh = injected(tiny.PLAIN)
+    with pytest.raises(RuntimeError, match=r"other layers share.*loradrop\.load"):
+        trainer(tmp_path, fresh).train(resume_from_checkpoint=True)
+    loradrop.load(fresh, tmp_path / "checkpoint-4")
+    trainer(tmp_path, fresh, max_steps=6).train(resume_from_checkpoint=True)
+    assert fresh.lora_bank.slots == model.lora_bank.slots
+
+
+def test_a_warmup_that_nobody_makes_is_an_error(tmp_path: Path) -> None:
+    model = injected()
+    with pytest.raises(ValueError, match=r"decides after a warm-up.*LoraDropCallback"):
+        trainer(tmp_path, model).train()
+    assert (tmp_path / "checkpoint-2" / "loradrop_adapter" / "adapter.safetensors").exists()
+
+
+def test_a_folder_for_others_says_where_the_adapters_are(
+    whole: tuple[Path, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trainer(tmp_path, whole[1], [loradrop.LoraDropCallback()])
+    run.save_model(str(tmp_path / "final"))
+    assert "lacks them until loradrop.load(model, " in caplog.text
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "final")
+    loradrop.load(model, tmp_path / "final")
+    assert equal(tensors(model), tensors(whole[1]))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "reason"),
+    [
+        (LoRADrop(sample_ratio=0.5), {}, "sample_ratio below 1"),
+        (LoRADrop(source="offline"), {}, "need a run of their own"),
+        (LoRADrop(), {"max_steps": 2}, "measures nothing"),
+    ],
+)
+def test_what_needs_fit_is_said_at_the_start(
+    method: LoRADrop, options: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    model = injected(LoRAConfig(**tiny.LORA, method=method))
+    with pytest.raises(ValueError, match=reason):
+        trainer(tmp_path, model, [loradrop.LoraDropCallback()], **options).train()
+
+
+def test_sharing_keeps_the_parameters_that_an_optimiser_holds() -> None:
+    model = injected(tiny.PLAIN)
+    before = {id(p) for p in model.lora_bank.parameters()}
+    loradrop.share(model, [model.lora_bank.targets[0].name])
+    assert {id(p) for p in model.lora_bank.parameters()} < before
