@@ -1,6 +1,7 @@
 """One `fit` of the tiny model, for torchrun: FOLDER BATCH [MODE]; prints what each rank ended with.
 
-MODE is "resume", or "kill": rank 1 dies in the middle of the main run.
+MODE is "resume", "kill" (rank 1 dies in the middle of the main run), or "callback": a Trainer with
+LoraDropCallback in place of `fit`.
 """
 
 import json
@@ -11,8 +12,9 @@ from typing import Any
 
 import torch
 import training_runs as tiny
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+import loradrop
 from loradrop import LoraDropConfig, fit
 
 
@@ -32,6 +34,8 @@ def main(folder: str, batch: str, mode: str = "") -> None:
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # each rank would draw its own
+    if mode == "callback":
+        return by_callback(model, config, folder, int(batch))
     result = fit(
         model, tiny.make_rows(48), tiny.make_rows(16, 1), config, args=args, output_dir=folder,
         metric=tiny.accuracy, resume=mode == "resume", callbacks=[Kill()] if mode == "kill" else (),
@@ -51,5 +55,22 @@ def main(folder: str, batch: str, mode: str = "") -> None:
         json.dump(found, file)
 
 
+def by_callback(model: Any, config: Any, folder: str, batch: int) -> None:
+    loradrop.inject(model, config)
+    args = TrainingArguments(
+        output_dir=folder, num_train_epochs=2, per_device_train_batch_size=batch, report_to="none",
+        learning_rate=1e-2, save_strategy="no", use_cpu=True, disable_tqdm=True,
+        average_tokens_across_devices=False,  # BERT takes no num_items_in_batch
+    )  # fmt: skip
+    callbacks = [loradrop.LoraDropCallback()]
+    Trainer(model, args, train_dataset=tiny.make_rows(48), callbacks=callbacks).train()
+    bank, rank = model.lora_bank, int(os.environ.get("RANK", 0))
+    adapters = [p.flatten().tolist() for p in bank.parameters()]
+    with open(f"{folder}.{rank}.json", "w") as file:
+        json.dump({"kept": bank.assignment.kept, "adapters": adapters}, file)
+
+
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -53,6 +53,20 @@ def gpt2() -> Any:
     return build("GPT2LMHeadModel", "GPT2Config", n_positions=32, **LM)
 
 
+def words(count: int = 50) -> Any:
+    """A tokenizer of numbers: "3" is token 3, 0 pads and 1 ends."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    known = {"[PAD]": 0, "[EOS]": 1} | {str(i): i for i in range(2, count)}
+    tokenizer = Tokenizer(WordLevel(known, "[PAD]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {"pad_token": "[PAD]", "eos_token": "[EOS]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
 def wake(model: Any, size: float = 1.0) -> Any:
     """B away from zero, as after some training."""
     generator = torch.Generator().manual_seed(1)

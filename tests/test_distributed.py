@@ -61,3 +61,14 @@ def test_a_rank_that_died_is_resumed_to_the_same_end(alone: dict[str, Any], tmp_
     done = torchrun(SCRIPT, tmp_path / "run", 4, "resume")
     assert done.returncode == 0, done.stderr
     same(found(tmp_path / "run"), alone)
+
+
+def test_the_callback_in_two_ranks(tmp_path: Path) -> None:
+    for processes, batch in ((1, 8), (2, 4)):
+        done = torchrun(SCRIPT, tmp_path / str(processes), batch, "callback", processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, *two = [found(tmp_path / name, rank) for name, rank in (("1", 0), ("2", 0), ("2", 1))]
+    for other in two:
+        assert other["kept"] == one["kept"] and len(one["kept"]) == 1
+        for mine, theirs in zip(one["adapters"], other["adapters"], strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-6)

@@ -9,10 +9,7 @@ from typing import Any
 import pytest
 import torch
 import training_runs as tiny
-import transformers
-from models import llama
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from models import llama, words
 from torch import nn
 from training_runs import make_model, make_rows, run
 from transformers import EarlyStoppingCallback, TrainingArguments
@@ -158,14 +155,10 @@ def test_training_arguments_mean_what_they_say(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_pads() -> None:
-    words = {"[PAD]": 0, **{str(i): i for i in range(1, 64)}}
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, "[PAD]")), pad_token="[PAD]"
-    )
     rows = [{"input_ids": [5] * (3 + i % 4), "labels": i % 3} for i in range(24)]
     config = LoraDropConfig(**tiny.LORA, keep=1, probe_steps=3)
     args = replace(tiny.ARGS, steps=6, batch_size=8)
-    result = fit(make_model(), rows, None, config, args=args, processing_class=tokenizer)
+    result = fit(make_model(), rows, None, config, args=args, processing_class=words())
     assert result.plan.scores is not None and result.plan.scores["tokens"] == 3 * 2 * (
         3 + 4 + 5 + 6
     )

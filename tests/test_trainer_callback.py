@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
 import training_runs as tiny
@@ -211,3 +212,30 @@ def test_sharing_keeps_the_parameters_that_an_optimiser_holds() -> None:
     before = {id(p) for p in model.lora_bank.parameters()}
     loradrop.share(model, [model.lora_bank.targets[0].name])
     assert {id(p) for p in model.lora_bank.parameters()} < before
+
+
+def test_in_trl(tmp_path: Path) -> None:
+    """Its own rows, collator and checkpoints; resumed before and after the boundary."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    rows = [{"input_ids": [3 + i % 7, 5, 6, 8 + i % 5, 9][: 3 + i % 3]} for i in range(48)]
+
+    def run(resume: str | None = None) -> Any:
+        model = models.llama()
+        options = {"r": 4, "target_modules": ["q_proj", "v_proj"], "probe_steps": WARM}
+        loradrop.inject(model, LoraDropConfig(**options))
+        args = trl.SFTConfig(
+            output_dir=str(tmp_path), max_steps=STEPS, save_steps=2, report_to="none",
+            per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+        trained = trl.SFTTrainer(
+            model, args, train_dataset=datasets.Dataset.from_list(rows),
+            processing_class=models.words(), callbacks=[loradrop.LoraDropCallback()],
+        )  # fmt: skip
+        trained.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = run()
+    assert whole.lora_bank.assignment.shares
+    for step in (2, 8):
+        assert equal(tensors(run(str(tmp_path / f"checkpoint-{step}"))), tensors(whole))
