@@ -9,6 +9,8 @@ exports work from `state_dict`, `restore` and `factors` alone. Sharing is two eq
 storage, one `state_dict` entry, one gradient, the sum over its layers.
 """
 
+import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from loradrop.scores import Assignment, Target
 
 Pair = tuple[Tensor, Tensor]
+USERS = "_extra_state"  # PyTorch's name of what `get_extra_state` gives, in a state dict
+_log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
@@ -102,7 +106,35 @@ class AdapterBank(nn.Module):
                 new = _empty(tensors[key], device)
                 setattr(self, key, new if key in self._parameters else new.detach())
         self.assignment = assignment
-        self.load_state_dict(dict(tensors))
+        self.load_state_dict({USERS: self.get_extra_state()} | dict(tensors))
+
+    def get_extra_state(self) -> Tensor:
+        """Which target uses which adapter, as text in numbers: any file of tensors can hold it."""
+        users = {target.name: slot for target, slot in zip(self.targets, self.slots, strict=True)}
+        return torch.tensor(list(json.dumps(users).encode()), device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raises RuntimeError for a state dict whose targets use other adapters than ours."""
+        here = json.loads(_text(self.get_extra_state()))
+        try:
+            there = json.loads(_text(state))
+        except ValueError as error:
+            raise RuntimeError(f"{USERS} of the adapters is damaged: {error}") from error
+        if list(here.items()) != list(there.items()):
+            differ = [n for n in here | there if here.get(n, "") != there.get(n, "")] or list(there)
+            raise RuntimeError(
+                "the state dict is of a model whose targets use other adapters, so its tensors "
+                f"would go to the wrong layers. They differ in {', '.join(differ[:4])}"
+                f"{', ...' * (len(differ) > 4)}: call loradrop.share with the same kept first, or "
+                "loradrop.load what loradrop.save wrote, which brings its sharing along"
+            )
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state, prefix, *rest)
+        missing: list[str] = rest[2]
+        if prefix + USERS in missing and any(key.startswith(prefix) for key in state):
+            missing.remove(prefix + USERS)
+            _log.warning("a state dict without %s: who used its adapters is not checked", USERS)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterBank":
         """Moves as any module does, but never to a narrower type, such as the bf16 of the base."""
@@ -138,6 +170,11 @@ def bank_of(model: nn.Module) -> AdapterBank:
 def has_bank(model: nn.Module) -> bool:
     """Whether the model is injected."""
     return isinstance(getattr(model, "lora_bank", None), AdapterBank)
+
+
+def _text(codes: Tensor) -> bytes:
+    """The text of `get_extra_state`; an average of equal ones may have become a float."""
+    return bytes(int(code) % 256 for code in codes.detach().cpu().float().round().tolist())
 
 
 def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loradrop.bank import Pair, bank_of, delta_of
+from loradrop.bank import USERS, Pair, bank_of, delta_of
 from loradrop.config import LoRAConfig
 from loradrop.env import versions
 from loradrop.plan import Plan
@@ -73,7 +73,7 @@ def adapters_of(model: nn.Module) -> Adapters:
         plan=plan_of(model),
         factors=tuple(None if p is None else (p[0].detach(), p[1].detach()) for p in pairs),
         scaling=tuple(bank.scaling),
-        state=bank.state_dict(),
+        state={k: v for k, v in bank.state_dict().items() if k != USERS},
         trained={name: base[name].detach() for name in injection.originals},
     )
 

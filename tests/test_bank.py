@@ -3,15 +3,17 @@
 import copy
 import io
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from models import wake
 from torch import Tensor, nn
 
 import loradrop
-from loradrop.bank import AdapterBank, bank_of
+from loradrop.bank import USERS, AdapterBank, bank_of
 from loradrop.layers import LoRALinear
 from loradrop.scores import Assignment
 
@@ -46,7 +48,7 @@ def tower(kept: list[str] | None = None, **options: Any) -> tuple[Tower, Adapter
 
 
 def storages(bank: AdapterBank) -> list[int]:
-    return [tensor.untyped_storage().data_ptr() for tensor in bank.state_dict().values()]
+    return [tensor.untyped_storage().data_ptr() for tensor in bank.parameters()]
 
 
 def test_targets_slots_and_factors() -> None:
@@ -94,7 +96,7 @@ def test_a_shared_adapter_is_stored_once() -> None:
     model, bank = tower([])
     first = [bank.factors(i)[0] is bank.factors(0)[0] for i in range(DEPTH + 1)]
     assert first == [*[True] * DEPTH, False] and len(bank.A) == len(bank.B) == 2
-    adapters = [key for key in model.state_dict() if key.startswith("lora_bank.")]
+    adapters = [key for key, _ in model.named_parameters() if key.startswith("lora_bank.")]
     assert adapters == [f"lora_bank.{part}" for part in ("A.0", "A.1", "B.0", "B.1")]
     assert len(set(storages(bank))) == 4
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -124,7 +126,7 @@ def test_sharing_again_never_aliases() -> None:
     every = [target.name for target in bank.targets]
     loradrop.share(model, every, after_select="continue")
     assert len(set(bank.slots)) == DEPTH + 1
-    assert len(set(storages(bank))) == len(bank.state_dict()) == 2 * (DEPTH + 1)
+    assert len(set(storages(bank))) == len(list(bank.parameters())) == 2 * (DEPTH + 1)
 
 
 def test_sharing_after_everything_was_dropped() -> None:
@@ -179,6 +181,52 @@ def test_state_dict_goes_into_another_injected_model() -> None:
     assert not torch.equal(other(x), model(x))
     assert other.load_state_dict(model.state_dict()).missing_keys == []
     assert torch.equal(other(x), model(x))
+
+
+OTHERS: dict[str, Callable[[], Any]] = {
+    "other slots": lambda: tower(["layers.1.proj", "side"])[0],
+    "fresh": lambda: tower()[0],
+    "a target less": lambda: Tower(),
+}
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("other", OTHERS)
+def test_state_dict_of_other_slots_is_refused(other: str, strict: bool) -> None:
+    """Its tensors would fit, and go to the wrong layers."""
+    state, model = tower(["layers.0.proj", "side"])[0].state_dict(), OTHERS[other]()
+    if other == "a target less":
+        loradrop.inject(model, loradrop.LoRAConfig(r=R, target_modules=["proj"]))
+    before = copy.deepcopy(model.lora_bank.state_dict())
+    with pytest.raises(RuntimeError, match=r"other adapters.*differ in (side|layers)"):
+        model.load_state_dict(state, strict=strict)
+    assert all(torch.equal(v, before[k]) for k, v in model.lora_bank.state_dict().items())
+
+
+def mean(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: (value + value) / 2 for key, value in state.items()}
+
+
+def by_safetensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return safetensors.torch.load(safetensors.torch.save(state))
+
+
+@pytest.mark.parametrize("how", [mean, by_safetensors])
+def test_state_dict_knows_who_uses_what(how: Any) -> None:
+    (model, bank), (other, _) = (tower(["side"]) for _ in range(2))
+    wake(other, 3.0).load_state_dict(how(model.state_dict()))
+    assert torch.equal(other.lora_bank.B[0], bank.B[0])
+
+
+def test_state_dict_that_does_not_know_its_slots(caplog: pytest.LogCaptureFixture) -> None:
+    model, bank = tower()
+    state = model.state_dict()
+    del state[f"lora_bank.{USERS}"]
+    other, _ = tower()
+    assert wake(other, 3.0).load_state_dict(state).missing_keys == []
+    assert torch.equal(other.lora_bank.B[0], bank.B[0]) and "not checked" in caplog.text
+    assert other.load_state_dict({}, strict=False).missing_keys[-1].startswith("lora_bank.B")
+    assert caplog.text.count("not checked") == 1
 
 
 # Types

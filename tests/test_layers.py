@@ -11,6 +11,7 @@ from models import WIDTH, Make, Net, assert_same, gpt2, llama, net, snapshot, wa
 from torch import Tensor, nn
 
 import loradrop
+from loradrop.bank import USERS
 from loradrop.layers import LoRALinear
 
 pytestmark = pytest.mark.numbers
@@ -43,7 +44,7 @@ def test_standalone_layer() -> None:
     assert torch.equal(layer.weight, plain.weight) and torch.equal(layer.bias, plain.bias)
     assert isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (K, N)
     keys = ["weight", "bias", "lora_bank.A.0", "lora_bank.B.0"]
-    assert list(layer.state_dict()) == keys
+    assert [key for key in layer.state_dict() if not key.endswith(USERS)] == keys
     assert [k for k, p in layer.named_parameters() if p.requires_grad] == keys[2:]
     x = torch.randn(3, 5, K)
     base = base_of(layer, x)
@@ -244,7 +245,8 @@ def test_over_any_base(base: Make) -> None:
     x, dy = torch.randn(5, K, requires_grad=True), torch.randn(5, N)
     y0 = original(x)
     assert torch.equal(model(x), y0) and isinstance(model.layer, type(original.layer))
-    assert list(model.state_dict()) == [*before["state"], "lora_bank.A.0", "lora_bank.B.0"]
+    added = [f"lora_bank.{key}" for key in (USERS, "A.0", "B.0")]
+    assert list(model.state_dict()) == [*before["state"], *added]
     A, B = wake(model).lora_bank.factors(0)
     assert A.dtype == torch.float32
     y, expected = model(x), y0 + 0.5 * x @ A.T @ B.T

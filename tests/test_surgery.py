@@ -111,7 +111,7 @@ def test_nothing_changes_at_injection(make: Make, targets: list[str]) -> None:
     state = model.state_dict()
     base = {k: v for k, v in state.items() if not k.startswith("lora_bank.")}
     assert list(base) == list(before) and all(torch.equal(base[k], before[k]) for k in base)
-    assert len(state) == len(base) + 2 * len(bank.targets)
+    assert len(state) == len(base) + 2 * len(bank.targets) + 1  # and who uses them
     assert not any(B.any() for B in bank.B) and all(A.any() for A in bank.A)
 
 
