@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from loradrop.config import LoRAConfig, pattern_matches
-from loradrop.layers import shape_of
+from loradrop.layers import is_patched, shape_of
 from loradrop.scores import layer_of
 
 # Query and value projections under the names that transformers' models give them.
@@ -177,6 +177,11 @@ def _require_adaptable(model: nn.Module, name: str, module: nn.Module) -> None:
         raise ValueError(
             f"target {name!r} belongs to nn.MultiheadAttention, which never calls its forward: "
             "take it out of target_modules"
+        )
+    if is_patched(module):
+        raise ValueError(
+            f"target {name!r} has a forward of its own, set on the instance, which would pass the "
+            "adapter by: inject before it is patched, or take it out of target_modules"
         )
     weight = getattr(module, "weight", None)
     for other, embedding in model.named_modules():

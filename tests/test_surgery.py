@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
-from models import Make, Options, assert_same, bert, gpt2, snapshot, wake
+from models import Make, Options, assert_same, bert, gpt2, llama, snapshot, wake
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -375,6 +376,102 @@ def test_disabled_is_the_base_and_ends_with_the_block() -> None:
     assert torch.equal(output(model), adapted)
 
 
+# What changed after injection
+
+
+def resized() -> Any:
+    model = llama()
+    loradrop.inject(model, config("q_proj", "lm_head"))
+    model.resize_token_embeddings(64)
+    return model
+
+
+def shorter() -> Any:
+    model = injected()
+    del model.layers[0]
+    return model
+
+
+def patched() -> Any:
+    model = injected("mix")
+    layer = model.layers[2].mix
+    forward = layer.forward
+    layer.forward = lambda x: forward(x)
+    return model
+
+
+CHANGED: dict[str, tuple[Make, str]] = {
+    "a target replaced": (resized, r"lm_head \(32 -> 50\) is another Linear \(32 -> 64\)"),
+    "layers removed": (shorter, r"layers\.0\.query \(8 -> 8\) is another LoRALinear"),
+    "patched": (patched, r"layers\.2\.mix has a forward of its own.*del module\.forward"),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+def test_a_target_that_is_not_there_any_more(changed: str, tmp_path: Any) -> None:
+    """Nothing is half removed, and no dead adapter is saved or merged."""
+    make, message = CHANGED[changed]
+    model = make()
+    before = snapshot(model)
+    calls = [loradrop.remove, loradrop.merge]
+    if changed != "patched":
+        calls.append(lambda m: loradrop.save(m, tmp_path))
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call(model)
+    assert_same(model, before)
+
+
+def test_what_trains_since_injection(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """It is saved and loaded with the adapters, and stays where they are removed."""
+    model = injected()
+    model.layers[1].norm.requires_grad_(True)
+    model.value_head = nn.Linear(WIDTH, 1)
+    wake(model).layers[1].norm.weight.data.fill_(2.0)
+    for _ in range(2):
+        loradrop.save(model, tmp_path)
+    assert caplog.text.count("layers.1.norm.weight, layers.1.norm.bias, value_head") == 1
+    other = Net()
+    with pytest.raises(ValueError, match=r"value_head\.weight: \(1, 8\) in the file, not there"):
+        loradrop.load(other, tmp_path)
+    other.value_head = nn.Linear(WIDTH, 1)
+    loradrop.load(other, tmp_path)
+    assert torch.equal(output(other), output(model)) and other.value_head.weight.requires_grad
+    assert torch.equal(other.value_head.weight, model.value_head.weight)
+    loradrop.remove(other)
+    assert torch.equal(output(other), output(Net()))
+    caplog.clear()
+    loradrop.remove(model)
+    assert "layers.1.norm.weight" in caplog.text and model.value_head.weight.requires_grad
+    assert torch.equal(model.layers[1].norm.weight, torch.full((WIDTH,), 2.0))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_export_has_what_trains_since_injection(tmp_path: Any) -> None:
+    model = bert()
+    loradrop.inject(model, config())
+    norm = wake(model).bert.encoder.layer[1].output.LayerNorm.requires_grad_(True)
+    norm.weight.data.fill_(2.0)
+    loradrop.export(model, tmp_path)
+    report = loradrop.verify(model, tmp_path, [{"input_ids": IDS}])
+    assert report.relative <= report.tolerance
+
+
+def test_modules_to_save_that_were_resized(tmp_path: Any) -> None:
+    model = llama()
+    saved = ["embed_tokens", "lm_head"]
+    loradrop.inject(model, config("q_proj", modules_to_save=saved))
+    model.resize_token_embeddings(64)
+    loradrop.save(model, tmp_path)
+    other = llama()
+    other.resize_token_embeddings(64)
+    loradrop.load(other, tmp_path)
+    assert torch.equal(other.lm_head.weight, model.lm_head.weight)
+    loradrop.remove(model)
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert model.lm_head.weight.shape[0] == 64
+
+
 # Refusals
 
 
@@ -401,6 +498,12 @@ class Outer(nn.Module):
         self.model, self.a, self.b = model, nn.Linear(4, 4), nn.Linear(4, 4)
 
 
+def already_patched() -> Any:
+    model = Net()
+    model.layers[1].mix.forward = torch.tanh
+    return model
+
+
 LOOSE = {"strict": False}
 REFUSED: list[tuple[Make, list[str], Options, str]] = [
     (Net, ["query", "no_such"], {}, r"'no_such'.*query: 3.*no_such: 0.*value \(3\).*mix \(3\)"),
@@ -416,6 +519,7 @@ REFUSED: list[tuple[Make, list[str], Options, str]] = [
     (Net, ["mix"], {"exclude_modules": ".*mix2"}, "exclude_modules has '.*mix2'.*no module"),
     (Net, ["mix"], {"rank_pattern": {"value": 2}}, r"rank_pattern has 'value'.*mix \(3\).*strict"),
     (Net, ["mix"], {"alpha_pattern": {"layers.7.mix": 2}}, "alpha_pattern has 'layers.7.mix'"),
+    (already_patched, ["mix"], {}, r"layers\.1\.mix.*forward of its own"),
     (injected, ["mix"], {}, "remove"),
     (lambda: Outer(injected()), ["a"], {}, "remove"),
     (Net, [], {"modules_to_save": ["no_head"]}, "'no_head'.*classifier"),
@@ -425,6 +529,13 @@ REFUSED: list[tuple[Make, list[str], Options, str]] = [
 @pytest.mark.parametrize(("make", "targets", "options", "words"), REFUSED)
 def test_refusals(make: Make, targets: list[str], options: Options, words: str) -> None:
     refused(words, make(), *targets, **options)
+
+
+def test_a_head_that_is_offloaded_cannot_train() -> None:
+    model = accelerate.cpu_offload(Net(), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"classifier\.0\.weight is offloaded.*dispatched"):
+        loradrop.inject(model, config())
+    loradrop.inject(model, config(modules_to_save=[]))
 
 
 def test_what_is_not_refused() -> None:
