@@ -11,6 +11,7 @@ import accelerate
 import peft
 import pytest
 import torch
+import transformers
 from models import Make, Options, assert_same, bert, gpt2, llama, snapshot, wake
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -142,6 +143,54 @@ def test_modules_to_save(saved: list[str]) -> None:
     assert {n for n in trained if "lora_bank" not in n} == {
         f"layers.{i}.{m}.{part}" for m in saved for i in range(3) for part in ("weight", "bias")
     }
+
+
+def family(name: str, config: str, **sizes: Any) -> Any:
+    options = dict(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    options |= dict(intermediate_size=8, encoder_layers=1, decoder_layers=1, num_mel_bins=4)
+    options |= dict(encoder_attention_heads=2, decoder_attention_heads=2)
+    return getattr(transformers, name)(getattr(transformers, config)(**options | sizes))
+
+
+FAMILIES: dict[str, tuple[str, Options, set[str]]] = {
+    "BertForTokenClassification": ("BertConfig", {}, {"classifier"}),
+    "DistilBertForSequenceClassification": (
+        "DistilBertConfig",
+        {"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8},
+        {"pre_classifier", "classifier"},
+    ),
+    "BartForSequenceClassification": ("BartConfig", {"d_model": 8}, {"classification_head"}),
+    "XLNetForSequenceClassification": (
+        "XLNetConfig",
+        {"d_model": 8, "n_layer": 1, "n_head": 2},
+        {"sequence_summary", "logits_proj"},
+    ),
+    "ElectraForMultipleChoice": ("ElectraConfig", {}, {"sequence_summary", "classifier"}),
+    "WhisperForAudioClassification": ("WhisperConfig", {"d_model": 8}, {"classifier"}),
+    "BertForMaskedLM": ("BertConfig", {}, set()),
+    "BertForPreTraining": ("BertConfig", {}, set()),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_heads_of_transformers(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    made, sizes, heads = FAMILIES[name]
+    model = family(name, made, **sizes)
+    loradrop.inject(model, config(target_modules="all-linear"))
+    trained = {n.partition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"lora_bank"} | heads
+    assert ("encoder, projector is not" in caplog.text) == ("Whisper" in name)
+
+
+def test_heads_of_any_model() -> None:
+    """By the ends of their names, once, and in no layer of a stack."""
+    model = Net()
+    model.layers[0].score, model.pre_classifier = nn.Linear(2, 2), nn.Linear(2, 2)
+    model.heads = nn.ModuleDict({"score": nn.ModuleDict({"score": nn.Linear(2, 2)})})
+    loradrop.inject(model, config())
+    trained = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    heads = {"classifier.0", "classifier.1", "pre_classifier", "heads.score.score"}
+    assert {name for name in trained if "lora" not in name} == heads
 
 
 def layers(*kinds: str, of: Iterable[int] = range(3)) -> list[str]:
