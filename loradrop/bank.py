@@ -61,6 +61,15 @@ class AdapterBank(nn.Module):
     def slots(self) -> tuple[int | None, ...]:
         return self.assignment.slots
 
+    def bring_back(self) -> None:
+        """Undo an offload by accelerate: it loads tensors for a forward, and nobody calls ours."""
+        device = execution_device(*self.modules())
+        if device is not None and any(p.is_meta for p in self.parameters()):
+            from accelerate.hooks import remove_hook_from_module
+
+            remove_hook_from_module(self, recurse=True)
+            self.to(device)
+
     @property
     def trainable(self) -> int:
         """Elements of all parameters, each once."""
@@ -143,7 +152,8 @@ class AdapterBank(nn.Module):
         tensors = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         state = tensors.pop(STATE, None)
         if state is not None:
-            self._take_assignment(state.cpu(), tensors)
+            state = state.cpu().round().long()  # an average of equal ones may be a float
+            self._take_assignment(state, tensors)
             if state[3].any():
                 missing.clear()  # the bank is the last of the model's modules
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
@@ -204,12 +214,24 @@ def bank_of(model: nn.Module) -> AdapterBank:
             f"{type(model).__name__} has no loradrop adapters: "
             "call loradrop.inject(model, config) first"
         )
+    bank.bring_back()
     return bank
 
 
 def has_bank(model: nn.Module) -> bool:
     """Whether the model is injected."""
     return isinstance(getattr(model, "lora_bank", None), AdapterBank)
+
+
+def execution_device(*modules: nn.Module) -> torch.device | None:
+    """Where accelerate's hooks take the tensors of the first of these that has one; None: none."""
+    for module in modules:
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            device = getattr(part, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return None
 
 
 def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:

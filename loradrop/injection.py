@@ -1,6 +1,7 @@
 """What a model carries once it is injected, and snapshots of it: the plan, the adapters."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,8 @@ from loradrop.env import versions
 from loradrop.plan import Plan
 from loradrop.scores import Scores
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass
 class Injection:
@@ -24,6 +27,7 @@ class Injection:
                     what the model had before, so that `remove` restores it bit for bit: originals
                     are the base tensors that are trained whole, attributes (module, name, value)
     merged          the weights before a reversible merge; None while the adapters are not merged
+    told            names of tensors that a warning has named
     """
 
     config: LoRAConfig
@@ -34,6 +38,7 @@ class Injection:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
     merged: dict[str, Tensor] | None = None
+    told: set[str] = field(default_factory=set)
 
 
 def injection_of(model: nn.Module) -> Injection:
@@ -51,7 +56,8 @@ class Adapters:
     factors   (A (r, K), B (N, r)) of each target, detached; None where it has no adapter
     scaling   s of each target
     state     the bank's own tensors by their names in its state dict
-    trained   the base tensors that were trained whole, by their names in the model
+    trained   the base tensors that are trained whole, by their names in the model: those of
+              modules_to_save, and what was made trainable or added since `inject`
     """
 
     plan: Plan
@@ -66,16 +72,74 @@ class Adapters:
 
 
 def adapters_of(model: nn.Module) -> Adapters:
-    """The adapters of an injected model as they are now. Tensors are not copied."""
+    """The adapters of an injected model as they are now. Tensors are not copied.
+
+    Raises ValueError where a target was replaced, or a trained tensor is offloaded.
+    """
     bank, injection, base = bank_of(model), injection_of(model), model.state_dict()
+    require_adapted(model)
+    since = [name for name in trained_since(model) if name not in injection.told]
+    if since:
+        injection.told.update(since)
+        _log.warning(
+            "trainable since inject, and saved with the adapters: %s. A base model that loads them "
+            "must have them",
+            ", ".join(since),
+        )
+    trained = {name: base[name].detach() for name in (*injection.originals, *trained_since(model))}
+    require_loaded(trained)
     pairs = (bank.factors(i) for i in range(len(bank.targets)))
     return Adapters(
         plan=plan_of(model),
         factors=tuple(None if p is None else (p[0].detach(), p[1].detach()) for p in pairs),
         scaling=tuple(bank.scaling),
-        state={key: tensor for key, tensor in bank.state_dict().items() if key != STATE},
-        trained={name: base[name].detach() for name in injection.originals},
+        state={k: v for k, v in bank.state_dict().items() if k != STATE},
+        trained=trained,
     )
+
+
+def trained_since(model: nn.Module) -> list[str]:
+    """The names of parameters outside the bank that train though `inject` had frozen them, or
+    did not know them.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    known = {id(tensors.get(name)) for name in injection_of(model).originals}
+    known |= {id(parameter) for parameter in bank_of(model).parameters()}
+    parameters = model.named_parameters()
+    return [name for name, p in parameters if p.requires_grad and id(p) not in known]
+
+
+def require_adapted(model: nn.Module) -> None:
+    """Raises ValueError unless every target is still the module that carries its adapter."""
+    bank, modules = bank_of(model), dict(model.named_modules(remove_duplicate=False))
+    for i, target in enumerate(bank.targets):
+        module = modules.get(target.name)
+        carried, index = getattr(module, "_lora", (None, None))
+        k, n = (
+            getattr(module, side, size)
+            for side, size in zip(("in_features", "out_features"), target[2:4], strict=True)
+        )
+        if carried is not bank or index != i or (k, n) != target[2:4]:
+            now = (
+                "is gone" if module is None else f"is another {type(module).__name__} ({k} -> {n})"
+            )
+            raise ValueError(
+                f"the target {target.name} ({target.in_features} -> {target.out_features}) {now}: "
+                "it was replaced or moved after inject, as resize_token_embeddings does with a "
+                "head, and its adapter with it. Put the old one back, or change the base model "
+                "first and inject then"
+            )
+
+
+def require_loaded(tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for a tensor whose values are not here, as accelerate's offload does it."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"{name} is offloaded (on the meta device), so its values can be neither read nor "
+                "set: do this before the model is dispatched, or take the hooks off first "
+                "(accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+            )
 
 
 def plan_of(model: nn.Module) -> Plan:

@@ -7,13 +7,15 @@ An adapted module keeps its identity, hooks and state-dict keys: `adapt` changes
 """
 
 import functools
+import re
+import types
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from loradrop.bank import AdapterBank
+from loradrop.bank import AdapterBank, execution_device
 from loradrop.config import LoRAConfig
 from loradrop.injection import Injection
 from loradrop.op.linear import lora_add, lora_linear
@@ -47,7 +49,8 @@ class LoRAMixin(nn.Module):
             return None
         A, B = factors
         if x.device != A.device:  # a model spread over devices
-            A, B = A.to(x.device), B.to(x.device)
+            bank.bring_back()
+            A, B = (factor.to(x.device) for factor in bank.factors(i) or factors)
         dropout, seed, s, collector = 0.0, None, bank.scaling[i], bank.collector
         if self.training and bank.dropout > 0.0:
             dropout = bank.dropout
@@ -84,7 +87,7 @@ class LoRALinear(LoRAMixin, nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         config = LoRAConfig(**options)
         self._lora_injection = Injection(config, requires_grad=freeze(self))
-        self.lora_bank = build_bank(config, [("", self)])
+        self.lora_bank = build_bank(config, [("", self)], self)
         adapt(self, self.lora_bank, 0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -172,8 +175,10 @@ def freeze(model: nn.Module) -> dict[str, bool]:
     return before
 
 
-def build_bank(config: LoRAConfig, found: Sequence[tuple[str, nn.Module]]) -> AdapterBank:
-    """The bank that the method of `config` makes for these modules, given as (name, module).
+def build_bank(
+    config: LoRAConfig, found: Sequence[tuple[str, nn.Module]], model: nn.Module
+) -> AdapterBank:
+    """The bank that the method of `config` makes for these (name, module) of the model.
 
     Raises ValueError for a rank beyond min(in_features, out_features).
     """
@@ -184,7 +189,7 @@ def build_bank(config: LoRAConfig, found: Sequence[tuple[str, nn.Module]]) -> Ad
         targets.append(Target(name, name.rpartition(".")[2], *shape, config.rank(name)))
         narrow = config.adapter_dtype == "base" and weight.is_floating_point()
         dtype = weight.dtype if narrow else torch.float32
-        likes.append(torch.empty(0, dtype=dtype, device=weight.device))
+        likes.append(torch.empty(0, dtype=dtype, device=_home(model, name, weight)))
     scaling = [config.scaling(target.name) for target in targets]
     bank = config.method.bank(targets, scaling, likes)
     for target in bank.targets:
@@ -198,17 +203,41 @@ def build_bank(config: LoRAConfig, found: Sequence[tuple[str, nn.Module]]) -> Ad
     return bank
 
 
+def _home(model: nn.Module, name: str, weight: Tensor) -> torch.device:
+    """Where the adapter of the module `name` is used, also if accelerate offloads the weight."""
+    parents = [name, *(name[: dot.start()] for dot in re.finditer(r"\.", name))][::-1]
+    offloads = (model.get_submodule(parent) for parent in (*parents, ""))
+    return (execution_device(*offloads) if weight.is_meta else None) or weight.device
+
+
 def adapt(module: nn.Module, bank: AdapterBank, index: int) -> None:
     """Give `module` the class that adds target `index` of `bank` to it."""
     module._lora = (bank, index)  # type: ignore[assignment]
     base: type = type(module)
     if base is nn.Linear:
-        module.__class__ = LoRALinear
+        _become(module, LoRALinear)
     elif base is not LoRALinear:
-        module.__class__ = _adapted_class(LoRAConv1D if is_conv1d(module) else LoRAOver, base)
+        _become(module, _adapted_class(LoRAConv1D if is_conv1d(module) else LoRAOver, base))
 
 
 def restore(module: nn.Module) -> None:
     """Give `module` back the class it had before `adapt`."""
     del module.__dict__["_lora"]
-    module.__class__ = nn.Linear if type(module) is LoRALinear else type(module).__bases__[2]
+    _become(module, nn.Linear if type(module) is LoRALinear else type(module).__bases__[2])
+
+
+def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Change its class, and the forward of the old one that accelerate's hooks hold."""
+    old = type(module).forward
+    module.__class__ = cls
+    for key in ("forward", "_old_forward"):
+        if getattr(module.__dict__.get(key), "__func__", None) is old:
+            module.__dict__[key] = types.MethodType(cls.forward, module)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether this instance has a forward of its own, other than accelerate's hooks around its
+    class's: `_become` cannot get into it.
+    """
+    own = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
+    return own is not None and getattr(own, "__func__", None) is not type(module).forward

@@ -10,7 +10,7 @@ from torch import nn
 
 from loradrop.bank import AdapterBank, bank_of, has_bank
 from loradrop.config import LoRAConfig
-from loradrop.injection import base_of, injection_of
+from loradrop.injection import base_of, injection_of, require_loaded
 from loradrop.layers import shape_of
 from loradrop.native import NativeFile, read
 from loradrop.surgery import inject
@@ -66,11 +66,15 @@ def _differences(here: LoRAConfig, there: LoRAConfig, names: list[str]) -> str:
 @torch.no_grad()
 def fill(model: nn.Module, file: NativeFile) -> None:
     """Give an injected model the adapters, the trained tensors and the plan of `file`."""
+    injection, base = injection_of(model), model.state_dict(keep_vars=True)
+    require_loaded({name: base[name] for name in file.trained})
     bank_of(model).restore(file.plan.assignment, file.bank)
-    base = model.state_dict(keep_vars=True)
     for name, value in file.trained.items():
+        injection.originals.setdefault(name, base[name].detach().clone())
         base[name].copy_(value)
-    injection_of(model).plan = file.plan
+        if isinstance(base[name], nn.Parameter):
+            base[name].requires_grad_(True)
+    injection.plan = file.plan
 
 
 def _require_fit(model: nn.Module, file: NativeFile, path: Any) -> None:

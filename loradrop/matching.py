@@ -1,5 +1,7 @@
 """Finding the modules to adapt: names, suffixes or a regex, and a table of what they matched."""
 
+import functools
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import nn
 
 from loradrop.config import LoRAConfig, pattern_matches
-from loradrop.layers import shape_of
+from loradrop.layers import is_patched, shape_of
 from loradrop.scores import layer_of
 
 # Query and value projections under the names that transformers' models give them.
@@ -15,7 +17,10 @@ QUERY_VALUE = (
     *("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "q", "v"),
     *("c_attn", "query_key_value", "qkv_proj"),
 )
+# How the names of heads end where the model's class does not say what its head is.
 HEADS = ("classifier", "score", "qa_outputs")
+_TASK = re.compile(r"For(\w+Classification|QuestionAnswering|MultipleChoice)")
+_log = logging.getLogger(__name__)
 
 Matched = list[tuple[str, nn.Module]]
 
@@ -72,7 +77,7 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     """
     names = dict(model.named_modules())
     if config.modules_to_save is None:
-        return [name for name in names if name in HEADS]
+        return _heads(model)
     found: list[str] = []
     for entry in config.modules_to_save:
         matches = _suffix(names, entry)
@@ -83,6 +88,33 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
             )
         found += [m for m in matches if not any(inside(m, f) for f in found)]
     return found
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """What was made afresh for the task, by the class of a model of transformers, else by its name.
+
+    Such a class for a task puts its head beside the pretrained model, `base_model_prefix`; a model
+    that writes text has its head from the pretraining.
+    """
+    full = [n for n, m in model.named_modules() if n and next(m.parameters(), None) is not None]
+    top = [name for name in full if "." not in name and name != "lora_bank"]
+    task = any(_TASK.search(c.__name__) for c in type(model).__mro__)
+    base = getattr(model, "base_model_prefix", None) if task else None
+    if base in top:
+        return [name for name in top if name != base]
+    heads = list[str]()
+    for name in full:
+        if name.endswith(HEADS) and not layer_of(name) and not any(inside(name, h) for h in heads):
+            heads.append(name)
+    if task:
+        _tell(type(model).__name__, tuple(heads), tuple(n for n in top if n not in heads))
+    return heads
+
+
+@functools.cache
+def _tell(model: str, heads: Sequence[str], rest: Sequence[str]) -> None:
+    told = "of %s, %s is trained whole and %s is not: name in modules_to_save what was made afresh"
+    _log.warning(told, model, ", ".join(heads) or "nothing", ", ".join(rest))
 
 
 def inside(name: str, parent: str) -> bool:
@@ -177,6 +209,11 @@ def _require_adaptable(model: nn.Module, name: str, module: nn.Module) -> None:
         raise ValueError(
             f"target {name!r} belongs to nn.MultiheadAttention, which never calls its forward: "
             "take it out of target_modules"
+        )
+    if is_patched(module):
+        raise ValueError(
+            f"target {name!r} has a forward of its own, set on the instance, which would pass the "
+            "adapter by: inject before it is patched, or take it out of target_modules"
         )
     weight = getattr(module, "weight", None)
     for other, embedding in model.named_modules():

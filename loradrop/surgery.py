@@ -8,10 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loradrop.bank import AdapterBank, bank_of, has_bank
+from loradrop.bank import AdapterBank, bank_of, execution_device, has_bank
 from loradrop.config import LoRAConfig
-from loradrop.injection import Injection, injection_of
-from loradrop.layers import adapt, build_bank, freeze, is_conv1d, is_plain, restore
+from loradrop.injection import (
+    Injection,
+    injection_of,
+    require_adapted,
+    require_loaded,
+    trained_since,
+)
+from loradrop.layers import adapt, build_bank, freeze, is_conv1d, is_patched, is_plain, restore
 from loradrop.matching import find_targets, inside, kinds_of, saved_modules
 from loradrop.native import SavePretrained
 from loradrop.scores import Target
@@ -37,7 +43,10 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
         raise ValueError(f"{name} is injected already: call loradrop.remove(model) first")
     found = find_targets(model, config)
     trained = saved_modules(model, config)
-    bank = build_bank(config, found)
+    if execution_device(*modules) is not None:
+        whole = (n for n, _ in model.named_parameters() if any(inside(n, part) for part in trained))
+        require_loaded({name: model.get_parameter(name) for name in whole})
+    bank = build_bank(config, found, model)
     injection = Injection(config, requires_grad=freeze(model))
     for prefix in trained:
         part = model.get_submodule(prefix)
@@ -103,6 +112,7 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> None:
     bank, injection = bank_of(model), injection_of(model)
     if injection.merged is not None:
         raise ValueError("the adapters are merged already")
+    _require_undoable(model)
     # Computed twice, so that all are known to be finite and no second copy of the model is held.
     for _ in merged_weights(model):
         pass
@@ -126,6 +136,7 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
     plain before the first, for one that is not finite when it comes.
     """
     bank = bank_of(model)
+    require_adapted(model)
     weights = {target.name: _plain_weight(model, target) for target in bank.targets}
     for i, (name, weight) in enumerate(weights.items()):
         delta = bank.delta(i)
@@ -151,6 +162,7 @@ def _plain_weight(model: nn.Module, target: Target) -> Tensor:
             f"{target.name} is a {type(module).__name__} without a plain weight: "
             "dequantise the model before merging"
         )
+    require_loaded({f"{target.name}.weight": weight})
     if "weight" not in module._parameters:
         raise ValueError(
             f"the weight of {target.name} is computed whenever it is read (a parametrisation, "
@@ -184,15 +196,32 @@ def remove(model: nn.Module) -> None:
             " load the base model again"
         )
     injection = injection_of(model)
-    for name, weight in (injection.merged or {}).items():
-        model.get_submodule(name).weight.copy_(weight)  # type: ignore[operator]
+    _require_undoable(model)
     tensors = model.state_dict(keep_vars=True)
-    for name, original in (injection.originals | injection.buffers).items():
-        if name in tensors:
-            tensors[name].copy_(original)
+    before = injection.originals | injection.buffers
+    before |= {f"{name}.weight": weight for name, weight in (injection.merged or {}).items()}
+    here = {name: tensors[name] for name in before if name in tensors}
+    require_loaded(here)
+    fit = [n for n, t in here.items() if t.shape == before[n].shape and not before[n].is_meta]
+    lost = [name for name in injection.originals if name not in fit]
+    if lost := [*lost, *trained_since(model)]:
+        _log.warning("not as before inject, resized or trained since: %s", ", ".join(lost))
+    for name in fit:
+        here[name].copy_(before[name])
     _strip(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(injection.requires_grad[name])
+        parameter.requires_grad_(injection.requires_grad.get(name, parameter.requires_grad))
+
+
+def _require_undoable(model: nn.Module) -> None:
+    """Raises ValueError unless every target can get back the class that it had."""
+    require_adapted(model)
+    for target in bank_of(model).targets:
+        if is_patched(model.get_submodule(target.name)):
+            raise ValueError(
+                f"{target.name} has a forward of its own, set on the instance after inject, which "
+                "would go on calling the adapter: take it off first (del module.forward)"
+            )
 
 
 def _strip(model: nn.Module) -> None:

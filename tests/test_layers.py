@@ -2,11 +2,14 @@
 
 import copy
 import pickle
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
+import accelerate
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook
 from models import WIDTH, Make, Net, assert_same, gpt2, llama, net, snapshot, wake
 from torch import Tensor, nn
 
@@ -325,6 +328,79 @@ def test_out_proj_of_multihead_attention_is_refused(targets: Any) -> None:
         loradrop.inject(model, loradrop.LoRAConfig(r=R, target_modules=targets))
     assert not hasattr(model, "lora_bank")
     assert all(p.requires_grad for p in model.parameters())
+
+
+# accelerate's hooks, which give each module a forward of its own
+
+
+def hooked(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            accelerate.hooks.add_hook_to_module(module, AlignDevicesHook("cpu"))
+
+
+def unhooked(model: nn.Module) -> None:
+    hooked(model)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+
+
+def dispatched(model: nn.Module) -> None:
+    parts = {name: "cpu" for name, _ in model.named_children()}
+    accelerate.dispatch_model(model, parts, main_device="cpu", force_hooks=True)
+
+
+def offloaded(model: nn.Module) -> None:
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def preloaded(model: nn.Module) -> None:
+    cpu = torch.device("cpu")
+    accelerate.cpu_offload(model, execution_device=cpu, preload_module_classes=["Layer"])
+
+
+def on_disk(model: nn.Module) -> None:
+    folder = tempfile.TemporaryDirectory()
+    model.folder = folder  # it lives as long as the model
+    accelerate.disk_offload(model, folder.name, execution_device=torch.device("cpu"))
+
+
+OFFLOADS = [offloaded, preloaded, on_disk]
+HOOKS = [hooked, unhooked, dispatched, *OFFLOADS]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["hooks first", "adapters first"])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_hooks_of_accelerate(hook: Callable[[nn.Module], None], first: bool, tmp_path: Any) -> None:
+    """The same as without them; where weights are offloaded, merge and its like refuse."""
+    x, plain, model = torch.randn(3, K), Net(), Net()
+    inject(plain, "query", "value", lora_alpha=6)
+    expected = wake(plain)(x).detach()
+    if first:
+        hook(model)
+    inject(model, "query", "value", lora_alpha=6)
+    if not first:
+        hook(model)
+    bank = loradrop.bank.bank_of(model)
+    with torch.no_grad():
+        for mine, theirs in zip(bank.parameters(), plain.lora_bank.parameters(), strict=True):
+            mine.copy_(theirs)
+    assert bank.device.type == "cpu"
+    assert torch.equal(model(x), expected)
+    model(x).sum().backward()
+    assert all(p.grad is not None for p in bank.parameters())
+    loradrop.save(model, tmp_path)
+    loradrop.load(model, tmp_path)
+    assert torch.equal(model(x), expected)
+    if hook in OFFLOADS:
+        with pytest.raises(ValueError, match=r"layers\.0\.query\.weight is offloaded"):
+            loradrop.merge(model)
+    else:
+        loradrop.merge(model, keep_original=True)
+        torch.testing.assert_close(model(x), expected)
+    loradrop.remove(model)
+    assert torch.equal(model(x), Net()(x))
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    assert torch.equal(model(x), Net()(x))
 
 
 # Language models

@@ -7,10 +7,12 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import accelerate
 import peft
 import pytest
 import torch
-from models import Make, Options, assert_same, bert, gpt2, snapshot, wake
+import transformers
+from models import Make, Options, assert_same, bert, gpt2, llama, snapshot, wake
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -141,6 +143,54 @@ def test_modules_to_save(saved: list[str]) -> None:
     assert {n for n in trained if "lora_bank" not in n} == {
         f"layers.{i}.{m}.{part}" for m in saved for i in range(3) for part in ("weight", "bias")
     }
+
+
+def family(name: str, config: str, **sizes: Any) -> Any:
+    options = dict(vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    options |= dict(intermediate_size=8, encoder_layers=1, decoder_layers=1, num_mel_bins=4)
+    options |= dict(encoder_attention_heads=2, decoder_attention_heads=2)
+    return getattr(transformers, name)(getattr(transformers, config)(**options | sizes))
+
+
+FAMILIES: dict[str, tuple[str, Options, set[str]]] = {
+    "BertForTokenClassification": ("BertConfig", {}, {"classifier"}),
+    "DistilBertForSequenceClassification": (
+        "DistilBertConfig",
+        {"dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 8},
+        {"pre_classifier", "classifier"},
+    ),
+    "BartForSequenceClassification": ("BartConfig", {"d_model": 8}, {"classification_head"}),
+    "XLNetForSequenceClassification": (
+        "XLNetConfig",
+        {"d_model": 8, "n_layer": 1, "n_head": 2},
+        {"sequence_summary", "logits_proj"},
+    ),
+    "ElectraForMultipleChoice": ("ElectraConfig", {}, {"sequence_summary", "classifier"}),
+    "WhisperForAudioClassification": ("WhisperConfig", {"d_model": 8}, {"classifier"}),
+    "BertForMaskedLM": ("BertConfig", {}, set()),
+    "BertForPreTraining": ("BertConfig", {}, set()),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_heads_of_transformers(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    made, sizes, heads = FAMILIES[name]
+    model = family(name, made, **sizes)
+    loradrop.inject(model, config(target_modules="all-linear"))
+    trained = {n.partition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"lora_bank"} | heads
+    assert ("encoder, projector is not" in caplog.text) == ("Whisper" in name)
+
+
+def test_heads_of_any_model() -> None:
+    """By the ends of their names, once, and in no layer of a stack."""
+    model = Net()
+    model.layers[0].score, model.pre_classifier = nn.Linear(2, 2), nn.Linear(2, 2)
+    model.heads = nn.ModuleDict({"score": nn.ModuleDict({"score": nn.Linear(2, 2)})})
+    loradrop.inject(model, config())
+    trained = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad}
+    heads = {"classifier.0", "classifier.1", "pre_classifier", "heads.score.score"}
+    assert {name for name in trained if "lora" not in name} == heads
 
 
 def layers(*kinds: str, of: Iterable[int] = range(3)) -> list[str]:
@@ -375,6 +425,102 @@ def test_disabled_is_the_base_and_ends_with_the_block() -> None:
     assert torch.equal(output(model), adapted)
 
 
+# What changed after injection
+
+
+def resized() -> Any:
+    model = llama()
+    loradrop.inject(model, config("q_proj", "lm_head"))
+    model.resize_token_embeddings(64)
+    return model
+
+
+def shorter() -> Any:
+    model = injected()
+    del model.layers[0]
+    return model
+
+
+def patched() -> Any:
+    model = injected("mix")
+    layer = model.layers[2].mix
+    forward = layer.forward
+    layer.forward = lambda x: forward(x)
+    return model
+
+
+CHANGED: dict[str, tuple[Make, str]] = {
+    "a target replaced": (resized, r"lm_head \(32 -> 50\) is another Linear \(32 -> 64\)"),
+    "layers removed": (shorter, r"layers\.0\.query \(8 -> 8\) is another LoRALinear"),
+    "patched": (patched, r"layers\.2\.mix has a forward of its own.*del module\.forward"),
+}
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+def test_a_target_that_is_not_there_any_more(changed: str, tmp_path: Any) -> None:
+    """Nothing is half removed, and no dead adapter is saved or merged."""
+    make, message = CHANGED[changed]
+    model = make()
+    before = snapshot(model)
+    calls = [loradrop.remove, loradrop.merge]
+    if changed != "patched":
+        calls.append(lambda m: loradrop.save(m, tmp_path))
+    for call in calls:
+        with pytest.raises(ValueError, match=message):
+            call(model)
+    assert_same(model, before)
+
+
+def test_what_trains_since_injection(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """It is saved and loaded with the adapters, and stays where they are removed."""
+    model = injected()
+    model.layers[1].norm.requires_grad_(True)
+    model.value_head = nn.Linear(WIDTH, 1)
+    wake(model).layers[1].norm.weight.data.fill_(2.0)
+    for _ in range(2):
+        loradrop.save(model, tmp_path)
+    assert caplog.text.count("layers.1.norm.weight, layers.1.norm.bias, value_head") == 1
+    other = Net()
+    with pytest.raises(ValueError, match=r"value_head\.weight: \(1, 8\) in the file, not there"):
+        loradrop.load(other, tmp_path)
+    other.value_head = nn.Linear(WIDTH, 1)
+    loradrop.load(other, tmp_path)
+    assert torch.equal(output(other), output(model)) and other.value_head.weight.requires_grad
+    assert torch.equal(other.value_head.weight, model.value_head.weight)
+    loradrop.remove(other)
+    assert torch.equal(output(other), output(Net()))
+    caplog.clear()
+    loradrop.remove(model)
+    assert "layers.1.norm.weight" in caplog.text and model.value_head.weight.requires_grad
+    assert torch.equal(model.layers[1].norm.weight, torch.full((WIDTH,), 2.0))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_export_has_what_trains_since_injection(tmp_path: Any) -> None:
+    model = bert()
+    loradrop.inject(model, config())
+    norm = wake(model).bert.encoder.layer[1].output.LayerNorm.requires_grad_(True)
+    norm.weight.data.fill_(2.0)
+    loradrop.export(model, tmp_path)
+    report = loradrop.verify(model, tmp_path, [{"input_ids": IDS}])
+    assert report.relative <= report.tolerance
+
+
+def test_modules_to_save_that_were_resized(tmp_path: Any) -> None:
+    model = llama()
+    saved = ["embed_tokens", "lm_head"]
+    loradrop.inject(model, config("q_proj", modules_to_save=saved))
+    model.resize_token_embeddings(64)
+    loradrop.save(model, tmp_path)
+    other = llama()
+    other.resize_token_embeddings(64)
+    loradrop.load(other, tmp_path)
+    assert torch.equal(other.lm_head.weight, model.lm_head.weight)
+    loradrop.remove(model)
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert model.lm_head.weight.shape[0] == 64
+
+
 # Refusals
 
 
@@ -401,6 +547,12 @@ class Outer(nn.Module):
         self.model, self.a, self.b = model, nn.Linear(4, 4), nn.Linear(4, 4)
 
 
+def already_patched() -> Any:
+    model = Net()
+    model.layers[1].mix.forward = torch.tanh
+    return model
+
+
 LOOSE = {"strict": False}
 REFUSED: list[tuple[Make, list[str], Options, str]] = [
     (Net, ["query", "no_such"], {}, r"'no_such'.*query: 3.*no_such: 0.*value \(3\).*mix \(3\)"),
@@ -416,6 +568,7 @@ REFUSED: list[tuple[Make, list[str], Options, str]] = [
     (Net, ["mix"], {"exclude_modules": ".*mix2"}, "exclude_modules has '.*mix2'.*no module"),
     (Net, ["mix"], {"rank_pattern": {"value": 2}}, r"rank_pattern has 'value'.*mix \(3\).*strict"),
     (Net, ["mix"], {"alpha_pattern": {"layers.7.mix": 2}}, "alpha_pattern has 'layers.7.mix'"),
+    (already_patched, ["mix"], {}, r"layers\.1\.mix.*forward of its own"),
     (injected, ["mix"], {}, "remove"),
     (lambda: Outer(injected()), ["a"], {}, "remove"),
     (Net, [], {"modules_to_save": ["no_head"]}, "'no_head'.*classifier"),
@@ -425,6 +578,13 @@ REFUSED: list[tuple[Make, list[str], Options, str]] = [
 @pytest.mark.parametrize(("make", "targets", "options", "words"), REFUSED)
 def test_refusals(make: Make, targets: list[str], options: Options, words: str) -> None:
     refused(words, make(), *targets, **options)
+
+
+def test_a_head_that_is_offloaded_cannot_train() -> None:
+    model = accelerate.cpu_offload(Net(), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"classifier\.0\.weight is offloaded.*dispatched"):
+        loradrop.inject(model, config())
+    loradrop.inject(model, config(modules_to_save=[]))
 
 
 def test_what_is_not_refused() -> None:

@@ -103,6 +103,11 @@ def layout_of(model: nn.Module, adapters: Adapters) -> Layout:
     state = base_state(model)
     named = saved_modules(model, adapters.plan.config)
     saved = [m for m in named if any(inside(key, m) for key in trained)]
+    for key in trained:  # made trainable after inject: PEFT saves the module that has it
+        if not any(inside(key, m) for m in saved):
+            saved.append(key.rpartition(".")[0])
+    if "" in saved:
+        raise ValueError("peft cannot save a tensor of the model itself: use format='merged'")
     every = {name: m for name, m in modules.items() if name and not inside(name, "lora_bank")}
     once = [name for name, _ in model.named_modules() if name in every]  # as PEFT walks for targets
     reasons = []
