@@ -258,9 +258,10 @@ def training_arguments(
     }
     options |= args.extra
     if warm_up:
+        rising = args.warmup_ratio * steps
         options |= {
             "lr_scheduler_type": "constant_with_warmup",
-            "warmup_steps": int(args.warmup_ratio * steps),  # a short one has no step of rate 0
+            "warmup_steps": math.ceil(rising) if rising >= 1 else 0,  # its first step has rate 0
             "save_strategy": "steps",
             "eval_strategy": "no",
             "eval_on_start": False,
