@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +29,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
     plan = file.plan
     _require_fit(model, file, path)
     if not has_bank(model):  # the targets themselves are compared below
-        inject(model, replace(plan.config, strict=False))
+        exact = "|".join(re.escape(target.name) for target in plan.targets)
+        inject(model, replace(plan.config, strict=False, target_modules=exact))
         injection_of(model).config = plan.config
     bank, injection = bank_of(model), injection_of(model)
     if injection.merged is not None:

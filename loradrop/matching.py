@@ -4,7 +4,7 @@ import functools
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -15,8 +15,11 @@ from loradrop.scores import layer_of
 # Query and value projections under the names that transformers' models give them.
 QUERY_VALUE = (
     *("query", "value", "q_proj", "v_proj", "q_lin", "v_lin", "q", "v"),
-    *("c_attn", "query_key_value", "qkv_proj"),
+    *("query_proj", "value_proj", "c_attn", "query_key_value", "qkv_proj", "Wqkv", "qkv"),
+    *("to_q", "to_v", "linear_q", "linear_v", "q_head", "v_head", "Wq", "Wv"),
+    *("q_b_proj", "kv_b_proj"),  # of multi-head latent attention
 )
+OTHERWISE = ("in_proj",)  # DeBERTa's three in one, and what mixers without attention begin with
 # How the names of heads end where the model's class does not say what its head is.
 HEADS = ("classifier", "score", "qa_outputs")
 _TASK = re.compile(r"For(\w+Classification|QuestionAnswering|MultipleChoice)")
@@ -28,46 +31,76 @@ Matched = list[tuple[str, nn.Module]]
 def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
     """The modules that `config` names, each once, in the model's order.
 
-    Raises ValueError with a table of what matched, where an entry matches nothing, only some of the
-    layers, a module that is not a linear map or whose forward is never called, or a tied weight.
+    Raises ValueError with a table of what matched where an entry matches nothing, and for a module
+    that is not a linear map or whose forward is never called, and a tied weight. "all-linear"
+    leaves those out.
     """
     heads = saved_modules(model, config)
     modules = {n: m for n, m in model.named_modules() if not any(inside(n, h) for h in heads)}
     linear = {name: m for name, m in modules.items() if shape_of(m) is not None}
+    excluded = _excluded(modules, config.exclude_modules)
     wanted = config.target_modules
     if wanted == "all-linear":
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        names = {"all-linear": [name for name, m in linear.items() if m is not head]}
+        names = {"all-linear": _adaptable(model, config, linear, excluded)}
     elif isinstance(wanted, str):
         names = {wanted: [name for name in modules if re.fullmatch(wanted, name)]}
     elif wanted is None:
-        names = {q: found for q in QUERY_VALUE if (found := _suffix(linear, q))}
-        if not names:
+        for kinds in (QUERY_VALUE, OTHERWISE):
+            names = {kind: found for kind in kinds if (found := _suffix(linear, kind))}
+            if names:
+                break
+        else:
             raise ValueError(
                 f"target_modules=None found no query or value projection in {type(model).__name__}:"
                 f" name the target modules. Its linear layers: {kinds_of(linear)}"
             )
     else:
         names = {entry: _suffix(modules, entry) for entry in wanted}
-    excluded = _excluded(modules, config.exclude_modules)
     names = {entry: [n for n in found if n not in excluded] for entry, found in names.items()}
     chosen = {n for found in names.values() for n in found}
     if config.strict:
-        _require_coverage(names, linear, excluded)
+        if wanted not in (None, "all-linear"):
+            _check_coverage(names, linear, excluded)
         _require_used(config, dict(model.named_modules()), chosen)
     if not chosen:
         known = f"Linear layers there are: {kinds_of(linear)}"
         raise ValueError(f"target_modules={wanted!r} matches no module. {known}")
-    owners: dict[int, str] = {}
+    owners = _owners(model, chosen)
     for name in (name for name in modules if name in chosen):
-        _require_adaptable(model, name, modules[name])
-        other = owners.setdefault(id(getattr(modules[name], "weight", modules[name])), name)
-        if other != name:
-            raise ValueError(
-                f"targets {other!r} and {name!r} are tied: they have the same weight, and an "
-                "adapter each. Take one out of target_modules, or untie them"
-            )
+        if why := _obstacle(model, name, modules[name], owners):
+            raise ValueError(f"target {name!r} {why}")
     return [(name, m) for name, m in modules.items() if name in chosen]
+
+
+def _adaptable(
+    model: nn.Module, config: LoRAConfig, linear: Mapping[str, nn.Module], excluded: set[str]
+) -> list[str]:
+    """What "all-linear" stands for; what it leaves out goes to the log, with the reason."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    owners, found, left = _owners(model, linear), list[str](), dict[str, list[str]]()
+    for name, module in linear.items():
+        if name in excluded or module is head:
+            continue
+        k, n = shape_of(module) or (0, 0)
+        why = _obstacle(model, name, module, owners)
+        if why is None and config.rank(name) > min(k, n):
+            why = f"is narrower than r={config.rank(name)}"
+        if why is None and _in_mamba(model, name) and not name.endswith("in_proj"):
+            why = "is read by Mamba's kernels, which would pass its adapter by"
+        if why is None or is_patched(module):
+            found.append(name)
+        else:
+            left.setdefault(why.partition(":")[0], []).append(name)
+    if left:
+        told = "; ".join(f"{', '.join(n)} (each {why})" for why, n in left.items())
+        _log.warning("all-linear leaves out %s", told)
+    return found
+
+
+def _in_mamba(model: nn.Module, name: str) -> bool:
+    """Whether its parent is a mixer of Mamba, told by its convolution and its skip weights D."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return hasattr(parent, "conv1d") and isinstance(getattr(parent, "D", None), nn.Parameter)
 
 
 def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
@@ -144,39 +177,38 @@ def _stack(layer: str) -> str:
     return f"{layer.rpartition('.')[0]}.*".removeprefix(".")
 
 
-def _require_coverage(
+def _check_coverage(
     names: Mapping[str, list[str]], linear: Mapping[str, nn.Module], excluded: set[str]
 ) -> None:
-    """Every entry matches, and in all the layers of the stack that it matches in.
+    """Every entry matches, or ValueError; a warning where it does in some layers of a stack only.
 
-    An entry that is a module's full name stands for that module alone.
+    A module's full name, and an entry with a number, stand for what they name.
     """
-    problem, rows = "", []
+    gaps, rows = list[str](), list[str]()
     for entry, found in names.items():
         stacks: dict[str, set[str]] = {}
         for name in [*linear, *found]:
             if layer := layer_of(name):
                 stacks.setdefault(_stack(layer), set()).add(layer)
         rows.append(f"  {entry}: {len(found)} modules")
-        if not found:
-            problem = problem or f"target_modules entry {entry!r} matches nothing"
-        for stack, layers in stacks.items():
-            hit = layers & {layer_of(n) for n in found if n != entry}
+        named = entry in found or re.search(r"\d", entry)
+        for stack, layers in {} if named else stacks.items():
+            hit = layers & {layer_of(n) for n in found}
             skipped = {layer_of(n) for n in excluded}
             missing = sorted(layers - hit - skipped, key=lambda s: int(s.rpartition(".")[2]))
             if hit and missing:
                 rows[-1] += f", none in {', '.join(missing[:6])}{', ...' * (len(missing) > 6)}"
-                problem = problem or (
-                    f"target_modules entry {entry!r} matches only {len(hit)} of {len(layers)} "
-                    f"layers of {stack}"
-                )
-    if problem:
+                gaps.append(f"{entry!r} matches only {len(hit)} of {len(layers)} layers of {stack}")
+    nothing = [f"{entry!r} matches nothing" for entry, found in names.items() if not found]
+    if not nothing and not gaps:
+        return
+    table = "\n".join([*rows, f"Linear layers there are: {kinds_of(linear)}"])
+    if nothing:
         raise ValueError(
-            f"{problem}. What matched:\n"
-            + "\n".join(rows)
-            + f"\nLinear layers there are: {kinds_of(linear)}. "
+            f"target_modules entry {nothing[0]}. What matched:\n{table}. "
             "Correct the entry, or pass strict=False to take what matches"
         )
+    _log.warning("target_modules entry %s. What matched:\n%s", gaps[0], table)
 
 
 def _require_used(
@@ -198,27 +230,45 @@ def _require_used(
         )
 
 
-def _require_adaptable(model: nn.Module, name: str, module: nn.Module) -> None:
+def _owners(model: nn.Module, names: Container[str]) -> dict[int, list[str]]:
+    """Which of these modules and of the embeddings have a weight, by its id."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        embeds, weight = isinstance(module, nn.Embedding), module._parameters.get("weight")
+        if weight is not None and (embeds or name in names):
+            kind = "the embedding " * embeds
+            owners.setdefault(id(weight), []).append(f"{kind}{name!r}")
+    return owners
+
+
+def _obstacle(
+    model: nn.Module, name: str, module: nn.Module, owners: Mapping[int, list[str]]
+) -> str | None:
+    """Why a module cannot be adapted, and what to do; None where it can."""
     if shape_of(module) is None:
-        raise ValueError(
-            f"target {name!r} is a {type(module).__name__}, which is not a linear map "
-            "(..., K) -> (..., N): name a linear layer"
+        return (
+            f"is a {type(module).__name__}, which is not a linear map (..., K) -> (..., N): "
+            "name a linear layer"
         )
     parent = model.get_submodule(name.rpartition(".")[0]) if name else model
     if isinstance(parent, nn.MultiheadAttention):
-        raise ValueError(
-            f"target {name!r} belongs to nn.MultiheadAttention, which never calls its forward: "
+        return (
+            "belongs to nn.MultiheadAttention, which never calls its forward: "
             "take it out of target_modules"
         )
     if is_patched(module):
-        raise ValueError(
-            f"target {name!r} has a forward of its own, set on the instance, which would pass the "
-            "adapter by: inject before it is patched, or take it out of target_modules"
+        return (
+            "has a forward of its own, set on the instance, which would pass the adapter by: "
+            "inject before it is patched, or take it out of target_modules"
         )
-    weight = getattr(module, "weight", None)
-    for other, embedding in model.named_modules():
-        if isinstance(embedding, nn.Embedding) and embedding.weight is weight:
-            raise ValueError(
-                f"target {name!r} is tied to the embedding {other!r}: an adapter on one would "
-                "leave the other. Take it out of target_modules, or untie them"
-            )
+    tied = [
+        owner
+        for owner in owners.get(id(getattr(module, "weight", None)), ())
+        if owner != repr(name)
+    ]
+    if tied:
+        return (
+            f"is tied to {', '.join(tied)}: an adapter on one would leave the other. Take it out "
+            "of target_modules, or untie them"
+        )
+    return None
