@@ -66,11 +66,15 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
         tokenizer.pad_token = tokenizer.eos_token
     auto: Any = transformers.AutoModelForCausalLM
     if task.kind != "causal_lm":
+        words = task.kind == "token_classification"
         auto = transformers.AutoModelForSequenceClassification
+        if words:
+            auto = transformers.AutoModelForTokenClassification
         labels = {i: label for i, label in enumerate(task.labels)} or {0: "value"}
         options |= {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
-        regression = task.kind == "regression"
-        options["problem_type"] = "regression" if regression else "single_label_classification"
+        if not words:
+            single = task.kind == "classification"
+            options["problem_type"] = "single_label_classification" if single else task.kind
     with _naming(config.model.id):
         model, info = auto.from_pretrained(
             where, revision=config.model.revision, output_loading_info=True, **options
@@ -164,7 +168,7 @@ def _prepare(
     model, tokenizer, missing = build(config, task)
     if lora.modules_to_save is None and missing:
         lora = replace(lora, modules_to_save=tuple(missing))
-    train, dev = tokenize(task, tokenizer, config.data.max_length)
+    train, dev = tokenize(task, tokenizer, config.data.max_length, model)
     options = {"args": config.train, "data": task.fingerprint, "collate": collator(task, tokenizer)}
     return model, lora, {"train": train, "dev": dev}, options
 

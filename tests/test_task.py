@@ -94,6 +94,100 @@ def test_columns_are_those_named_or_well_known(tmp_path, columns, options, expec
     assert (row.text, row.pair) == expected
 
 
+def dump(path: Path, rows: list) -> str:
+    return write(path, "\n".join(map(json.dumps, rows)))
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "names"),
+    [
+        (["0.0", "1.0"], "classification", ("0", "1")),
+        ([0.0, 1.0, 1, "1", "0."], "classification", ("0", "1")),
+        (["-1.0", "+1", "1"], "classification", ("-1", "1")),
+        (["01", "02", "1", "1.0"], "classification", ("01", "02", "1")),
+        (["1E5", "2e1", "3"], "classification", ("1E5", "2e1", "3")),
+        (["1.50", "1.5", "beta"], "classification", ("1.5", "1.50", "beta")),
+        (["12345678901234567890", "12345678901234567891.0"], "classification", None),
+        ([True, False], "classification", ("0", "1")),
+        (["1e-05", "0.5", "2"], "regression", ()),
+        (["01", "0.5"], "regression", ()),
+        ([["a"], ["b", "a"], []], "multi_label_classification", ("a", "b")),
+        ([[3, 10], [9.0]], "multi_label_classification", ("3", "9", "10")),
+    ],
+)
+def test_labels_that_look_like_numbers_and_lists(tmp_path, labels, kind, names):
+    rows = [{"text": "a", "label": label} for label in labels * 12]
+    made = load_task(DataConfig(source=dump(tmp_path / "n.jsonl", rows)))
+    assert made.kind == kind
+    assert made.labels == names or (names is None and len(made.labels) == len(labels))
+
+
+@pytest.mark.parametrize(("train", "dev"), [("1\n0", "1.0\n0.0"), ("1.0\n0.0", "0\n1")])
+def test_train_and_dev_may_write_a_class_in_two_ways(tmp_path, train, dev):
+    paths = []
+    for name, labels in {"a.csv": train, "b.csv": dev}.items():
+        lines = "".join(f"t,{label}\n" for label in labels.split())
+        paths.append(write(tmp_path / name, f"text,label\n{lines}"))
+    made = load_task(DataConfig(source=paths[0], dev=paths[1]))
+    assert made.labels == ("0", "1") and {row.label for row in made.dev} == {0, 1}
+
+
+def test_lists_of_classes_are_indices_or_a_vector(tmp_path):
+    for labels, wanted in (
+        ([["b", "a", "b"], [], ["b"]], [(0, 1), (), (1,)]),
+        ([[0, 0, 1], [1, 0, 1], [0, 1, 0]], [(2,), (0, 2), (1,)]),
+    ):
+        rows = [{"text": "t", "labels": label} for label in labels]
+        path = dump(tmp_path / "m.jsonl", rows)
+        made = load_task(DataConfig(source=path, dev=path))
+        assert [row.label for row in made.train] == wanted and made.metric == "micro_f1"
+
+
+def test_words_with_tags(tmp_path):
+    rows = [{"text": "a b", "tokens": ["a", "b"], "ner_tags": ["O", "X"], "pos_tags": [1, 2]}]
+    path = dump(tmp_path / "w.jsonl", rows)
+    made = load_task(DataConfig(source=path, dev=path))
+    assert (made.kind, made.labels, made.metric) == ("token_classification", ("O", "X"), "accuracy")
+    assert made.train == (Example(("a", "b"), None, (0, 1)),)
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
+SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "text", "pair"),
+    [
+        ({"instruction": "a", "input": "b", "output": "c"}, "a\n\nb", "c"),
+        ({"instruction": "a", "input": "", "output": "c"}, "a", "c"),
+        ({"instruction": "a", "input": None, "output": "c", "id": 3}, "a", "c"),
+        ({"question": "a", "context": "b", "answer": "c"}, "a\n\nb", "c"),
+        ({"input": "a", "output": "c"}, "a", "c"),
+        ({"text": "a", "id": 3}, "a", None),
+        ({"messages": turns("a", "b")}, tuple(turns("a", "b")), None),
+        ({"prompt": turns("a", "b")[:1], "completion": turns("a", "b")[1:]}, None, None),
+        ({"conversations": SHARED}, None, None),
+    ],
+)
+def test_rows_to_learn_to_write(tmp_path, caplog, row, text, pair):
+    path = dump(tmp_path / "m.jsonl", [row])
+    made = load_task(DataConfig(source=path, dev=path))
+    assert made.kind == "causal_lm" and not caplog.messages
+    assert made.train[0] == Example(tuple(turns("a", "b")) if text is None else text, pair, None)
+
+
+def test_columns_of_any_case_and_those_that_are_left(tmp_path, caplog):
+    lines = "".join(f"{i},t{i},good,{('pos', 'neg')[i % 2]}\n" for i in range(20))
+    source = write(tmp_path / "k.csv", "Id,Review,Title,Sentiment\n" + lines)
+    made = load_task(DataConfig(source=source))
+    assert made.labels == ("neg", "pos") and made.train[0].text == "t0"
+    (message,) = caplog.messages
+    assert message.endswith("k.csv:2: classification from Review, Sentiment; not used: Title")
+
+
 def test_the_held_out_part_keeps_the_class_shares(tmp_path):
     lines = "".join(f"t{i}\t{i % 4 == 0:d}\n" for i in range(80))
     made = load_task(DataConfig(source=write(tmp_path / "n.tsv", "text\tlabel\n" + lines)))
@@ -142,6 +236,7 @@ def test_the_hub_out_of_reach_is_said_plainly(monkeypatch):
         load_task(DataConfig(source="glue/foo"))
 
 
+MIXED_CHAT = '{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}'
 HALF, WORD = "text,label\na,1\nb,.5\n", "text,label\na,1\nb,x\n"
 
 
@@ -173,7 +268,21 @@ HALF, WORD = "text,label\na,1\nb,.5\n", "text,label\na,1\nb,x\n"
         ("n.csv", "text,label\na,1\nb,1e999\n", {}, "n.csv:3: the label '1e999' is not a number"),
         ("n.jsonl", '{"text": "a", "label": NaN}', {}, "n.jsonl:1: the label nan is not"),
         ("n.jsonl", '{"text": "a", "label": 1}\n{"text": "b"}', {}, "jsonl:2: the label None is"),
-        ("n.jsonl", '{"text": "a", "label": [1]}', {}, r"\[1\] is not a number or a word"),
+        ("n.jsonl", '{"text": "a", "label": {}}', {}, r"{} is not a number or a word"),
+        ("l.jsonl", '{"text": "a", "label": [1]}', {}, r"every row of train has the label \[1\]"),
+        (
+            "l.jsonl",
+            '{"text": "a", "label": [1]}\n{"text": "b", "label": 2}',
+            {},
+            "2 is not a list",
+        ),
+        ("l.jsonl", '{"text": "a", "label": [null]}', {}, "l.jsonl:1: the label None is not a num"),
+        ("k.jsonl", '{"tokens": ["a"], "tags": ["O", "X"]}', {}, "k.jsonl:1 has 1 words and 2 la"),
+        ("k.jsonl", '{"tokens": [], "ner_tags": []}', {}, "'tokens' is .*not a list of words"),
+        ("e.csv", "text,label\n,1\n ,2\n", {}, "every 'text' of train is empty"),
+        ("c.jsonl", '{"messages": [{"rol": "user"}]}', {}, "not a list of messages with role and"),
+        ("c.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', {}, "no assistant's turn"),
+        ("c.jsonl", MIXED_CHAT, {}, "only one of prompt and completion is a list"),
         ("t.jsonl", '{"text": 3, "label": 1}', {}, "t.jsonl:1: 'text' is 3, not text"),
         ("s.csv", "text,label\na,1\nb,2\n", {}, "2 rows are too few to hold out"),
     ],

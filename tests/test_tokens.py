@@ -1,6 +1,7 @@
 """Tokens, batches and metrics: exact ids, what is learned and what is padding, and each refusal."""
 
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,6 +109,104 @@ def test_a_line_break_joins_only_where_there_is_no_space():
     assert seen[0] == ["q\n", "q ", "q", "\n"] and seen[1] == ["a", "a", " a", "a"]
 
 
+def chat(*turns):
+    roles = ("user", "assistant")
+    return tuple({"role": roles[i % 2], "content": text} for i, text in enumerate(turns))
+
+
+TURN = "{% for m in messages %}{{ ' d ' if m.role == 'user' else ' e ' }}"
+PLAIN = TURN + "{{ m.content }} <eos>{% endfor %}{% if add_generation_prompt %} e{% endif %}"
+MARKED = TURN + (
+    "{% if m.role == 'user' %}{{ m.content }} <eos>{% else %}"
+    "{% generation %}{{ m.content }} <eos>{% endgeneration %}{% endif %}{% endfor %}"
+)
+THINKS = TURN + (  # only in the last turn; the prompt for an answer opens what an answer lacks
+    "{{ 'b ' if loop.last and m.role != 'user' }}{{ m.content }} <eos>{% endfor %}"
+    "{% if add_generation_prompt %} e [UNK]{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "ids", "learned"),
+    [
+        (PLAIN, ("a", "b c"), [8, 5, 3, 9, 6, 7, 3], [4, 5, 6]),
+        (PLAIN, ("a", "b", "c", "d"), [8, 5, 3, 9, 6, 3, 8, 7, 3, 9, 8, 3], [4, 5, 10, 11]),
+        (MARKED, ("a", "b", "c", "d"), [8, 5, 3, 9, 6, 3, 8, 7, 3, 9, 8, 3], [4, 5, 10, 11]),
+        (THINKS, ("a", "c", "c", "d"), [8, 5, 3, 9, 7, 3, 8, 7, 3, 9, 6, 8, 3], [10, 11, 12]),
+    ],
+)
+def test_the_turns_of_the_assistant_are_learned(decoder, template, turns, ids, learned):
+    decoder.chat_template = template
+    made = task("causal_lm", [(chat(*turns), None, None)], metric="loss")
+    row = tokenize(made, decoder, 16)[0][0]
+    assert row["input_ids"] == ids and row["attention_mask"] == [1] * len(ids)
+    assert row["labels"] == [t if i in learned else -100 for i, t in enumerate(ids)]
+
+
+def test_conversations_that_cannot_be_tokens_are_refused(decoder):
+    made = task("causal_lm", [(chat("a " * 9, "b"), None, None)])
+    with pytest.raises(ValueError, match="the tokenizer has no chat template: choose a model"):
+        tokenize(made, decoder)
+    decoder.chat_template = "{{ raise_exception('roles alternate') }}"
+    with pytest.raises(ValueError, match=r"template refuses .*\(roles alternate\): repair"):
+        tokenize(made, decoder)
+    decoder.chat_template = PLAIN
+    with pytest.raises(ValueError, match="1 of 1 rows have nothing to learn"):
+        tokenize(made, decoder, 8)
+
+
+def test_a_word_has_its_label_at_its_first_token(encoder):
+    from tokenizers import models
+
+    pieces = {**{word: i for i, word in enumerate(WORDS)}, "##b": 10, "##c": 11}
+    encoder.backend_tokenizer.model = models.WordPiece(pieces, unk_token="[UNK]")
+    rows = [(("abc", "a", "ab"), None, (1, 0, 1)), (("a",), None, (0,))]
+    train, _ = tokenize(task("token_classification", rows), encoder)
+    assert train[0]["input_ids"] == [1, 5, 10, 11, 5, 5, 10, 2]
+    assert train[0]["labels"] == [-100, 1, -100, -100, 0, 1, -100, -100]
+    batch = collator("token_classification", encoder)([train[0], train[1]])
+    assert batch["labels"][1].tolist() == [-100, 0] + [-100] * 6
+
+
+def test_classes_that_apply_become_a_vector(encoder):
+    rows = [("a", None, (1,)), ("b c", None, ()), ("c", None, (0, 1))]
+    train, _ = tokenize(task("multi_label_classification", rows), encoder)
+    labels = collator("multi_label_classification", encoder)(list(train))["labels"]
+    assert labels.dtype == torch.float32 and labels.tolist() == [[0, 1], [0, 0], [1, 1]]
+
+
+def limits(positions=None, reserved=None, size=10, known=None):
+    """A model of `positions` rows, of which the first `reserved` + 1 are not for tokens."""
+    model = torch.nn.Module()
+    model.position_embeddings = positions and torch.nn.Embedding(positions, 2, reserved)
+    model.get_input_embeddings = lambda: torch.nn.Embedding(size, 2)
+    model.config = SimpleNamespace(get_text_config=lambda: model.config)
+    model.config.max_position_embeddings = known or positions
+    return model
+
+
+def test_the_length_is_that_of_the_data_within_what_the_model_takes(encoder, caplog):
+    made = task("classification", [("a " * n, None, 0) for n in (2, 9, 20)])
+
+    def lengths(*options):
+        return [len(row["input_ids"]) for row in tokenize(made, encoder, *options)[0]]
+
+    assert lengths() == lengths(None, limits(30)) == [4, 11, 22] and not caplog.messages
+    assert lengths(None, limits(20)) == lengths(20) == lengths(20, limits(known=16)) == [4, 11, 20]
+    assert lengths(None, limits(20, 1)) == [4, 11, 18]
+    assert lengths(None, limits(known=10)) == [4, 10, 10]
+    assert caplog.messages[-1] == "2 of 3 rows are cut at 10 tokens (the longest has 22)"
+    for max_length, model, taken in ((20, limits(20, 1), 18), (33, limits(), 32), (33, None, 32)):
+        with pytest.raises(ValueError, match=rf"={max_length} is more than the {taken} tokens th"):
+            tokenize(made, encoder, max_length, model)
+
+
+def test_a_token_without_an_embedding_is_refused(encoder):
+    with pytest.raises(ValueError, match=r"gives 'e' the id 9, and the model has only 9 embedd"):
+        tokenize(task("classification", [("a e", None, 0)]), encoder, 8, limits(size=9))
+    tokenize(task("classification", [("a d", None, 0)]), encoder, 8, limits(size=9))
+
+
 def test_what_cannot_be_tokens_or_batches_is_refused(encoder, decoder):
     with pytest.raises(ValueError, match=r"data.max_length=64 is more than the 32 tokens"):
         tokenize(task("classification", [("a", None, 0)]), encoder, 64)
@@ -148,6 +247,11 @@ def test_metrics_at_their_ends():
     assert score("matthews", three, [0, 1, 2, 1]) == {"matthews": 1.0}
     assert score("matthews", np.eye(2)[[1, 1]], [0, 1]) == {"matthews": 0.0}
     assert score("pearson", np.ones((3, 1)), [1.0, 2.0, 3.0]) == {"pearson": 0.0}
+    tokens = np.array([[0, 1, -100], [2, 0, -100]])
+    assert score("accuracy", np.eye(3)[[[0, 1, 1], [2, 2, 2]]], tokens) == {"accuracy": 0.75}
+    several = np.array([[1.0, -1, 2], [-1, -1, 3]])
+    assert score("micro_f1", several, [[1.0, 1, 0], [0, 0, 1]])["micro_f1"] == 2 * 2 / (3 + 3)
+    assert score("micro_f1", -abs(several), [[0.0] * 3] * 2) == {"micro_f1": 0.0}
     hidden = (three, np.zeros(3))
     assert score("accuracy", hidden, [0, 1, 2, 0]) == {"accuracy": 0.75}
 

@@ -1,21 +1,41 @@
-"""What the columns of a table are, and what its labels mean: from cells to examples."""
+"""What the columns of a table are: from cells to examples."""
 
-import re
-from collections.abc import Callable, Sequence
-from typing import Any
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import chain, product
+from typing import Any, NamedTuple
 
 from loradrop.text.examples import Example
+from loradrop.text.labels import read_labels
 from loradrop.text.tables import Table
 
-# The columns where the configuration names none: `label`, and the first (text, pair) that the table
-# has, of TEXTS (the names of the GLUE tasks) or, for causal_lm, of PROMPTS.
-LABEL = "label"
+# The columns where the configuration names none, in any case of their letters: the first label
+# column, and the first (text, pair) that the table has. LABELS go before the pairs of PROMPTS, and
+# those before MORE_LABELS.
+LABELS = ("label", "labels", "ner_tags")
+MORE_LABELS = ("sentiment", "category", "class", "target", "tags", "pos_tags")
 TEXTS = (
     *(("text", None), ("sentence1", "sentence2"), ("premise", "hypothesis")),
-    *(("question1", "question2"), ("question", "sentence"), ("sentence", None)),
+    *(("question1", "question2"), ("question", "sentence"), ("sentence", None), ("review", None)),
+    *(("tweet", None), ("comment", None), ("content", None), ("tokens", None), ("words", None)),
 )
-PROMPTS = (("prompt", "completion"), ("text", None), ("sentence", None))
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+CHATS = ("messages", "conversations")
+_ASKED = ("prompt", "instruction", "question", "query", "input")
+PAIRS = tuple(product(_ASKED, ("completion", "output", "response", "answer")))
+PROMPTS = (*((chat, None) for chat in CHATS), *PAIRS, ("text", None), ("sentence", None))
+CONTEXTS = ("input", "context")  # goes below what is asked, where it is not empty
+ASIDE = ("", "unnamed: 0", "id", "idx", "index", "meta", "metadata", "url")  # never missed
+_ROLES = {"human": "user", "gpt": "assistant"}  # as conversations have them
+_log = logging.getLogger(__name__)
+
+
+class Roles(NamedTuple):
+    """The names of columns; `context` goes below the text."""
+
+    text: str
+    pair: str | None
+    label: str | None
+    context: str | None
 
 
 def read_examples(
@@ -28,36 +48,47 @@ def read_examples(
 ) -> tuple[str, tuple[str, ...], list[Example], list[Example] | None]:
     """(kind, names of the classes, train, dev) of the rows of both tables.
 
-    `text`, `pair` and `label` name columns; None is found by `LABEL`, `TEXTS` and `PROMPTS`, a pair
-    only where `text` is not named. Labels become class indices (classification) or floats
-    (regression): "0" and "1" read from text are whole numbers, and whole numbers are classes;
-    labels with fractions make "auto" a regression.
+    `text`, `pair` and `label` name columns; None is found by `LABELS`, `TEXTS` and `PROMPTS`, a
+    pair only where `text` is not named. What "auto" is follows from the columns, from lists in the
+    cells, and from the labels (`read_labels`). Columns that are not used are named in the log.
 
     Raises ValueError with the columns of the table for a column that is missing, and naming the row
     for text or labels that are missing, not finite, of another kind, or not among train's classes.
     """
-    kind, text, pair, label = _roles(train, kind, text, pair, label)
+    kind, roles = _roles(train, kind, text, pair, label)
     tables = [train] if dev is None else [train, dev]
+    options = {"text": roles.text, "text_pair": roles.pair, "label": roles.label}
     for table in tables:
-        for option, column in {"text": text, "text_pair": pair, "label": label}.items():
+        for option, column in options.items():
             if column is not None and column not in table.columns:
                 raise ValueError(f"data.{option}={column!r} is not a column: {_listed(table)}")
     rows = [row for table in tables for row in table.rows]
     places = [place for table in tables for place in table.places]
-    texts, pairs = _texts(rows, places, text), _texts(rows, places, pair)
+    if kind == "auto" and isinstance(rows[0].get(roles.label or ""), list):
+        words = isinstance(rows[0].get(roles.text), list)
+        kind = "token_classification" if words else "multi_label_classification"
+    texts, pairs = _texts(kind, rows, places, roles)
+    n_train = len(train.rows)
+    if not any(map(_has_content, chain(texts[:n_train], pairs[:n_train]))):
+        where = _listed(train)
+        raise ValueError(f"every {roles.text!r} of train is empty ({where}): check data.text")
     names: tuple[str, ...] = ()
     labels: Sequence[Any] = [None] * len(rows)
-    n_train = len(train.rows)
-    if label is not None:
-        kind, labels = _labels(kind, [row.get(label) for row in rows], places)
-        if len(set(labels[:n_train])) < 2:
+    if roles.label is not None:
+        cells, declared = [row.get(roles.label) for row in rows], train.classes.get(roles.label, ())
+        kind, names, labels = read_labels(kind, cells, places, n_train, declared)
+        _check_labels(kind, texts, labels, cells, places)
+        seen = labels[:n_train]
+        if len({*(chain(*seen) if kind == "token_classification" else seen)}) < 2:
             raise ValueError(
-                f"every row of train has the label {labels[0]!r} ({_listed(train)}): there is "
+                f"every row of train has the label {cells[0]} ({_listed(train)}): there is "
                 "nothing to learn; check data.label"
             )
-        if kind == "classification":
-            names, labels = _classes(labels, n_train, places, train.classes.get(label, ()))
     examples = list(map(Example, texts, pairs, labels))
+    unused = [c for c in train.columns if c not in roles and c.lower() not in ASIDE]
+    if unused:
+        taken = ", ".join(column for column in roles if column is not None)
+        _log.warning("%s: %s from %s; not used: %s", places[0], kind, taken, ", ".join(unused))
     return kind, names, examples[:n_train], None if dev is None else examples[n_train:]
 
 
@@ -67,88 +98,131 @@ def _listed(table: Table) -> str:
 
 def _roles(
     table: Table, kind: str, text: str | None, pair: str | None, label: str | None
-) -> tuple[str, str, str | None, str | None]:
-    """(kind, text, pair, label) with the default columns where none are named."""
+) -> tuple[str, Roles]:
+    """The kind, and the default columns where none are named."""
     if kind == "causal_lm" and label is not None:
         raise ValueError(f"data.label={label!r}: causal_lm has no label; use data.text_pair")
-    if kind != "causal_lm" and label is None and LABEL in table.columns:
-        label = LABEL
-    free = {*table.columns} - {pair, label}
-    if kind == "auto" and label is text is pair is None and free.issuperset(PROMPTS[0]):
-        kind = "causal_lm"
-    if label is None and kind != "causal_lm":
+    causal, named = kind == "causal_lm", not text is pair is label is None
+    columns = {column.lower(): column for column in reversed(table.columns)}
+    free = {low: column for low, column in columns.items() if column not in (text, pair, label)}
+
+    def first(known: Sequence[str]) -> str | None:
+        return next((columns[name] for name in known if name in columns), None)
+
+    def find(known: Sequence[tuple[str, str | None]]) -> tuple[str | None, str | None]:
+        whole = (names for names in known if {*free} | {None} >= {*names})
+        a, b = next(whole, (None, None))
+        return a and free[a], b and free[b]
+
+    if not causal and label is None:
+        label = first(LABELS)
+    if kind == "auto" and label is None:
+        chat = _is_chat(table.rows[0].get(text or first(CHATS) or ""))
+        alone = {*free} - {*ASIDE} == {"text"}
+        causal = chat or (not named and (find(PAIRS) != (None, None) or alone))
+    if not causal and label is None:
+        label = first(MORE_LABELS)
+    if label is None and not causal:
         raise ValueError(
             f"there is no label column: {_listed(table)}; name it with data.label, or set "
             "data.task=causal_lm for text without labels"
         )
-    known = PROMPTS if kind == "causal_lm" else TEXTS
+    free = {low: column for low, column in free.items() if column != label}
+    known = PROMPTS if causal else TEXTS
+    lists = {low for low, column in free.items() if isinstance(table.rows[0].get(column), list)}
+    if label is not None and isinstance(table.rows[0].get(label), list):
+        known = tuple(sorted(TEXTS, key=lambda names: names[0] not in lists))  # words go first
+    context = None
     if text is pair is None:
-        text, pair = next((names for names in known if free | {None} >= {*names}), (None, None))
-    text = text or next((name for name, _ in known if name in free), None)
+        text, pair = find(known)
+        if causal and text and pair:
+            others = {name: column for name, column in free.items() if column not in (text, pair)}
+            context = next((others[name] for name in CONTEXTS if name in others), None)
+    text = text or next((free[name] for name, _ in known if name in free), None)
     if text is None:
         raise ValueError(f"there is no text column: {_listed(table)}; name it with data.text")
     used = [column for column in (text, pair, label) if column is not None]
     if len(set(used)) < len(used):
         raise ValueError(f"a column is used twice ({', '.join(used)}): text, pair and label differ")
-    return kind, text, pair, label
+    return "causal_lm" if causal else kind, Roles(text, pair, label, context)
 
 
-def _texts(rows: Sequence[Any], places: Sequence[str], column: str | None) -> Sequence[Any]:
-    cells = [None if column is None else row.get(column) for row in rows]
-    for cell, place in zip(cells, places, strict=True):
-        if column is not None and not isinstance(cell, str):
-            raise ValueError(f"{place}: {column!r} is {cell!r}, not text: fill it or drop the row")
-    return cells
+def _is_chat(cell: Any) -> bool:
+    return isinstance(cell, list) and bool(cell) and all(isinstance(m, Mapping) for m in cell)
 
 
-def _parsed(cell: Any) -> int | float | str | None:
-    """A number where the label reads as one, a word otherwise, None where it is neither."""
-    value = cell.strip() if isinstance(cell, str) else cell
-    if isinstance(value, str):
-        if not _NUMBER.fullmatch(value):
-            return None if value in ("", "nan", "NaN") else value
-        value = int(value) if value.lstrip("+-").isdigit() else float(value)
-    if isinstance(value, (int, float)) and abs(value) < float("inf"):  # False for NaN
-        return int(value) if isinstance(value, bool) else value
-    return None
+def _has_content(text: Any) -> bool:
+    return bool(text.strip() if isinstance(text, str) else text)
 
 
-def _labels(kind: str, cells: Sequence[Any], places: Sequence[str]) -> tuple[str, Sequence[Any]]:
-    """The kind that the labels ask for, and the labels as that kind needs them."""
-    values: list[Any] = list(map(_parsed, cells))
-
-    def refuse(wrong: Callable[[Any], bool], why: str) -> None:
-        for value, cell, place in zip(values, cells, places, strict=True):
-            if wrong(value):
-                raise ValueError(f"{place}: the label {cell!r} is not {why}")
-
-    refuse(lambda value: value is None, "a number or a word: fill it or remove the row")
-    words = any(isinstance(value, str) for value in values)
-    if kind == "regression":
-        why = "a number, which regression needs: repair it or set data.task=classification"
-        refuse(lambda value: isinstance(value, str), why)
-    elif words:
-        return "classification", [str(cell).strip() for cell in cells]
-    elif kind == "classification":
-        why = "a class: classes are whole numbers or words; set data.task=regression for numbers"
-        refuse(lambda value: value != int(value), why)
-    elif kind == "auto":
-        fractions = any(isinstance(value, float) for value in values)
-        kind = "regression" if fractions else "classification"
-    return kind, list(map(float if kind == "regression" else int, values))
+def _texts(
+    kind: str, rows: Sequence[Mapping[str, Any]], places: Sequence[str], roles: Roles
+) -> tuple[list[Any], list[Any]]:
+    """(texts, pairs)"""
+    texts, pairs = [], []
+    for row, place in zip(rows, places, strict=True):
+        text, pair = _cell(kind, row, place, roles.text), None
+        if roles.pair is not None:
+            pair = _cell(kind, row, place, roles.pair)
+        if roles.context is not None and row.get(roles.context):
+            text = f"{text}\n\n{_cell(kind, row, place, roles.context)}"
+        if kind == "causal_lm" and tuple in (type(text), type(pair)):
+            text, pair = _joined(text, pair, place), None
+        texts.append(text)
+        pairs.append(pair)
+    odd = next((i for i, text in enumerate(texts) if type(text) is not type(texts[0])), None)
+    if odd is not None:
+        raise ValueError(f"only one of {places[0]} and {places[odd]} is a conversation: part them")
+    return texts, pairs
 
 
-def _classes(
-    labels: Sequence[Any], n_train: int, places: Sequence[str], declared: tuple[str, ...]
-) -> tuple[tuple[str, ...], list[int]]:
-    """Class names in order (numbers by size, words by alphabet) and each row's class index."""
-    known = list(range(len(declared))) if declared else sorted(set(labels[:n_train]))
-    index = {label: i for i, label in enumerate(known)}
-    for label, place in zip(labels, places, strict=True):
-        if label not in index:
-            shown = ", ".join(str(k) for k in known[:20])
+def _joined(text: Any, pair: Any, place: str) -> tuple[Any, ...]:
+    """One conversation; prompt and completion may each be a part of it."""
+    if not isinstance(text, tuple) or not isinstance(pair, tuple | None):
+        raise ValueError(f"{place}: only one of prompt and completion is a list of messages")
+    messages = (*text, *(pair or ()))
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError(f"{place} has no assistant's turn to learn from")
+    return messages
+
+
+def _cell(kind: str, row: Mapping[str, Any], place: str, column: str) -> str | tuple[Any, ...]:
+    """A text, or as a tuple: the words of token_classification, the messages of causal_lm."""
+    cell = row.get(column)
+    wanted = "not text"
+    if kind == "token_classification":
+        if isinstance(cell, list) and cell and all(isinstance(word, str) for word in cell):
+            return tuple(cell)
+        wanted = "not a list of words"
+    elif kind == "causal_lm" and (_is_chat(cell) or column.lower() in CHATS):
+        messages = list(map(_message, cell)) if isinstance(cell, list) else []
+        if messages and all(messages):
+            return tuple(messages)
+        wanted = "not a list of messages with role and content"
+    elif isinstance(cell, str):
+        return cell
+    raise ValueError(f"{place}: {column!r} is {cell!r:.200}, {wanted}: fill it or drop the row")
+
+
+def _message(given: Any) -> dict[str, Any] | None:
+    """One with a role and its content, or None."""
+    if not isinstance(given, Mapping):
+        return None
+    made = {key: value for key, value in given.items() if value is not None}
+    if "role" not in made and {"from", "value"} <= {*made}:
+        role, content = made.pop("from"), made.pop("value")
+        made = {"role": _ROLES.get(role, role), "content": content, **made}
+    whole = isinstance(made.get("role"), str) and {"content", "tool_calls"} & {*made}
+    return made if whole else None
+
+
+def _check_labels(
+    kind: str, texts: Sequence[Any], labels: Sequence[Any], cells: Sequence[Any], places: Any
+) -> None:
+    """Raises ValueError for a row of words with more or fewer labels than words."""
+    for text, label, cell, place in zip(texts, labels, cells, places, strict=True):
+        if kind == "token_classification" and len(text) != len(label):
             raise ValueError(
-                f"{place}: the label {label!r} is not among the {len(known)} classes of train "
-                f"({shown}): repair it, or choose another dev set if it has no labels"
+                f"{place} has {len(text)} words and {len(label)} labels ({cell!r:.200}): each word "
+                "needs one"
             )
-    return declared or tuple(map(str, known)), [index[label] for label in labels]

@@ -2,24 +2,32 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-KINDS = ("classification", "regression", "causal_lm")
+from loradrop.text.labels import LISTS
+
+KINDS = ("classification", "regression", "causal_lm", *LISTS)
 
 
 class Example(NamedTuple):
-    """One row; `label` is a class index, a float, or None for causal_lm."""
+    """One row.
 
-    text: str
+    text    a string; the words of a row of token_classification, and the messages (role, content)
+            of a conversation, as a tuple
+    label   a class index; a float; class indices (multi-label: those that apply; tokens: one for
+            each word); None for causal_lm
+    """
+
+    text: str | tuple[Any, ...]
     pair: str | None
-    label: int | float | None
+    label: int | float | tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
 class TextTask:
     """Rows for any tokenizer; `fingerprint` holds the sha256 of train and of dev, in their order.
 
-    `labels` are the names of the classes, () unless `kind` is classification.
+    `labels` are the names of the classes, () where there are none.
     """
 
     name: str

@@ -152,7 +152,8 @@ def _hub(source: str, dev: str | None) -> tuple[str, Table, Table | None]:
 
     def table(split: str) -> Table:
         rows = splits[split]
-        named = {key: getattr(feature, "names", None) for key, feature in rows.features.items()}
+        inner = {key: getattr(f, "feature", f) for key, f in rows.features.items()}  # of a list
+        named = {key: getattr(feature, "names", None) for key, feature in inner.items()}
         classes = {key: tuple(names) for key, names in named.items() if names}
         places = [f"{source} {split}[{i}]" for i in range(len(rows))]
         return Table(tuple(rows.column_names), list(rows), places, classes)

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from loradrop.sampling import stratified_indices
 from loradrop.text.columns import read_examples
@@ -23,18 +24,28 @@ class DataConfig:
     source       "stdlib" (docstrings of Python's standard library, by area, with a split of its
                  own), a CSV, TSV or JSONL file, a folder with train and dev files, "glue/<task>",
                  or a hub id
-    task         "classification", "regression", "causal_lm", or "auto": from the columns and labels
-    text         column; None is "text" or the columns of a GLUE task: sentence, sentence1 and
-                 sentence2, premise and hypothesis, question1 and question2, question and sentence;
-                 for causal_lm prompt and completion
+    task         "classification", "regression", "causal_lm", "multi_label_classification",
+                 "token_classification", or "auto": from the columns and labels
+    text         column; None is text, review, tweet, comment, content or the columns of a GLUE
+                 task: sentence, sentence1 and sentence2, premise and hypothesis, question1 and
+                 question2, question and sentence; tokens or words (lists of words) where the labels
+                 are lists. For causal_lm it is messages or conversations (lists of messages with
+                 role and content), or prompt and completion, or instruction and output (with input
+                 below the instruction), or text
     text_pair    column of the second sentence or, for causal_lm, of the completion
-    label        column; None is "label"
+    label        column; None is label, labels, ner_tags, sentiment, category, class, target or
+                 tags. Lists of classes make a multi-label task; with lists of words, each word has
+                 a label
     dev          file (or split of a hub data set); None is the dev or validation file beside a
                  train file, and a part held out of train where there is none
     dev_ratio    that part, by class
-    max_length   in tokens, special ones included
+    max_length   in tokens, special ones included; longer rows are cut. None is the longest row's,
+                 but no more than the model takes
     max_train, max_dev   at most that many rows, drawn by class
     seed         of the held-out part and the draws; the training's seed does not touch them
+
+    Of a prompt with its completion only the completion is learned, of a conversation the turns of
+    the assistant. A row is one example: rows are not packed.
 
     Raises ValueError naming the field, its value and the remedy.
     """
@@ -46,7 +57,7 @@ class DataConfig:
     label: str | None = None
     dev: str | None = None
     dev_ratio: float = 0.1
-    max_length: int = 64
+    max_length: int | None = None
     max_train: int | None = None
     max_dev: int | None = None
     seed: int = 0
@@ -60,7 +71,7 @@ class DataConfig:
             raise ValueError(f"data.dev_ratio={self.dev_ratio!r}: choose a number between 0 and 1")
         for name, minimum in {"max_length": 8, "max_train": 2, "max_dev": 1, "seed": 0}.items():
             value = getattr(self, name)
-            if value is None and name in ("max_train", "max_dev"):
+            if value is None and name != "seed":
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise ValueError(f"data.{name}={value!r}: choose a whole number from {minimum} up")
@@ -72,7 +83,7 @@ def _split(
     """(a draw by class, the rest); a `size` of None, or of all rows and more, draws everything."""
     if size is None or (isinstance(size, int) and size >= len(rows)):
         return list(rows), []
-    labels = [int(row.label or 0) for row in rows] if kind == "classification" else None
+    labels: Any = [row.label for row in rows] if kind == "classification" else None
     chosen = set(stratified_indices(labels, len(rows), size, seed))
     drawn = [row for i, row in enumerate(rows) if i in chosen]
     return drawn, [row for i, row in enumerate(rows) if i not in chosen]
@@ -113,7 +124,8 @@ def _hold_out(
 def _metric(name: str, kind: str) -> str:
     if kind == "classification":
         return "matthews" if name.rpartition("/")[2].lower() == "cola" else "accuracy"
-    return {"regression": "pearson", "causal_lm": "loss"}[kind]
+    metrics = {"regression": "pearson", "causal_lm": "loss"}
+    return metrics.get(kind, "accuracy" if kind == "token_classification" else "micro_f1")
 
 
 def load_task(config: DataConfig) -> TextTask:

@@ -1,19 +1,25 @@
 """Rows as tokens, batches and metrics: what training needs of a task and its tokenizer."""
 
 import copy
+import itertools
+import logging
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+from torch import nn
 from torch.utils.data import Dataset
 
 from loradrop.text.examples import KINDS, Example, TextTask
 
 if TYPE_CHECKING:
-    from transformers import EvalPrediction, PreTrainedTokenizerBase
+    from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that losses leave out
+_log = logging.getLogger(__name__)
 
 
 class TokenizedDataset(Dataset[dict[str, Any]]):
@@ -29,74 +35,222 @@ class TokenizedDataset(Dataset[dict[str, Any]]):
         return dict(self.rows[index])
 
 
-def _encode(rows: Sequence[Example], tokenizer: Any, max_length: int) -> list[dict[str, Any]]:
-    pairs = [row.pair for row in rows] if rows and rows[0].pair is not None else None
-    tokens = tokenizer([row.text for row in rows], pairs, truncation=True, max_length=max_length)
-    columns = {**tokens, "labels": [row.label for row in rows]}
+def _encode(
+    task: TextTask, rows: Sequence[Example], tokenizer: Any, limit: int
+) -> list[dict[str, Any]]:
+    """Texts or pairs with the class, the number, or a float for each class (multi-label)."""
+    pairs = [row.pair for row in rows] if rows[0].pair is not None else None
+    tokens = _cut([row.text for row in rows], pairs, tokenizer, limit)
+    labels: list[Any] = [row.label for row in rows]
+    if task.kind == "multi_label_classification":
+        labels = [[float(i in label) for i in range(len(task.labels))] for label in labels]
+    columns = {**tokens, "labels": labels}
     return [{key: column[i] for key, column in columns.items()} for i in range(len(rows))]
 
 
+def _cut(texts: Any, pairs: Any, tokenizer: Any, limit: int, **options: Any) -> Any:
+    """The tokens of texts and pairs, cut at `limit` where some are longer."""
+    tokens = tokenizer(texts, pairs, verbose=False, **options)
+    if (longest := max(map(len, tokens["input_ids"]))) > limit:
+        _warn_cut(sum(len(ids) > limit for ids in tokens["input_ids"]), len(texts), longest, limit)
+        tokens = tokenizer(texts, pairs, truncation=True, max_length=limit, **options)
+    return tokens
+
+
+def _warn_cut(cut: int, rows: int, longest: int, limit: int) -> None:
+    if cut:
+        why = "%d of %d rows are cut at %d tokens (the longest has %d)"
+        _log.warning(why, cut, rows, limit, longest)
+
+
+def _encode_words(
+    task: TextTask, rows: Sequence[Example], tokenizer: Any, limit: int
+) -> list[dict[str, Any]]:
+    """Words, with the label of each at the first of its tokens."""
+    if not tokenizer.is_fast:
+        kind = type(tokenizer).__name__
+        raise ValueError(f"token_classification needs a fast tokenizer, which {kind} is not")
+    texts = [list(row.text) for row in rows]
+    tokens = _cut(texts, None, tokenizer, limit, is_split_into_words=True)
+    encoded = []
+    for i, row in enumerate(rows):
+        words, tags = tokens.word_ids(i), cast(tuple[int, ...], row.label)
+        pieces = zip([None, *words], words, strict=False)
+        labels = [tags[w] if w is not None and w != last else IGNORED for last, w in pieces]
+        encoded.append({key: column[i] for key, column in tokens.items()} | {"labels": labels})
+    return encoded
+
+
 def _prompt(row: Example) -> str:
-    joined = row.pair is None or row.text[-1:].isspace() or row.pair[:1].isspace()
-    return row.text if joined else row.text + "\n"
+    text = cast(str, row.text)
+    joined = row.pair is None or text[-1:].isspace() or row.pair[:1].isspace()
+    return text if joined else text + "\n"
 
 
 def _encode_causal(
-    rows: Sequence[Example], tokenizer: Any, max_length: int
+    task: TextTask, rows: Sequence[Example], tokenizer: Any, limit: int
 ) -> list[dict[str, Any]]:
-    """Prompt, completion and end token, cut at `max_length`; only the latter two are learned."""
+    """Prompt, completion and end token, cut at `limit`; only the latter two are learned."""
     prompts = tokenizer([_prompt(row) for row in rows], verbose=False)["input_ids"]
     pairs = [row.pair or "" for row in rows]
     completions = tokenizer(pairs, add_special_tokens=False, verbose=False)["input_ids"]
     closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded, too_long = [], []
+    whole = []
     for row, prompt, completion in zip(rows, prompts, completions, strict=True):
         if prompt and prompt[-1] in closing:
             prompt = prompt[:-1]
-        ids = [*prompt, *completion, *end][:max_length]
-        unlearned = 0 if row.pair is None else min(len(prompt), max_length)
-        labels = [IGNORED] * unlearned + ids[unlearned:]
-        if all(label == IGNORED for label in labels[1:]):
-            too_long.append(len(prompt))
-        encoded.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
-    if too_long:
+        ids = [*prompt, *completion, *end]
+        unlearned = 0 if row.pair is None else len(prompt)
+        whole.append((ids, [IGNORED] * unlearned + ids[unlearned:]))
+    return _cut_causal(whole, limit)
+
+
+def _cut_causal(rows: Sequence[tuple[list[int], list[int]]], limit: int) -> list[dict[str, Any]]:
+    """(ids, labels) as rows of at most `limit`; raises ValueError where no label is left in one."""
+    learned = [next((i for i, v in enumerate(v) if i and v != IGNORED), len(v)) for _, v in rows]
+    if too_long := [at for at in learned if at >= limit]:
         raise ValueError(
             f"{len(too_long)} of {len(rows)} rows have nothing to learn from within data.max_length"
-            f"={max_length} (the longest of their prompts has {max(too_long)} tokens): raise it or "
+            f"={limit} (the longest of their prompts has {max(too_long)} tokens): raise it or "
             "leave these rows out"
         )
-    return encoded
+    lengths = [len(ids) for ids, _ in rows]
+    _warn_cut(sum(length > limit for length in lengths), len(rows), max(lengths), limit)
+    return [
+        {"input_ids": ids[:limit], "attention_mask": [1] * len(ids[:limit]), "labels": v[:limit]}
+        for ids, v in rows
+    ]
+
+
+def _encode_chat(
+    task: TextTask, rows: Sequence[Example], tokenizer: Any, limit: int
+) -> list[dict[str, Any]]:
+    """Conversations by the tokenizer's template; the assistant's turns are learned."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "these rows are conversations, and the tokenizer has no chat template: choose a model "
+            "that was made for chats (-Instruct, -Chat), or give prompt and completion columns"
+        )
+    from jinja2 import TemplateError
+
+    marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()) is not None
+
+    def render(messages: Sequence[Any], **options: Any) -> Any:
+        given = {"tokenize": True, "return_dict": True, **options}
+        return tokenizer.apply_chat_template(list(messages), **given)
+
+    whole = []
+    for row in rows:
+        try:
+            made = render(row.text, return_assistant_tokens_mask=marked)
+            ids = list(made["input_ids"])
+            learned = made["assistant_masks"] if marked else _assistant_mask(row.text, ids, render)
+        except TemplateError as error:
+            raise ValueError(
+                f"the tokenizer's chat template refuses {row.text!r:.200} ({error}): repair the row"
+            ) from error
+        whole.append((ids, [i if m else IGNORED for i, m in zip(ids, learned, strict=True)]))
+    return _cut_causal(whole, limit)
+
+
+def _assistant_mask(messages: Any, ids: list[int], render: Callable[..., Any]) -> list[bool]:
+    """Which tokens an assistant's turn adds to the turns before it and the prompt for it.
+
+    A template that changes earlier turns when later ones follow gives these nothing to learn.
+    """
+    learned = [False] * len(ids)
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = render(messages[:i], add_generation_prompt=True)["input_ids"] if i else []
+            through = render(messages[: i + 1])["input_ids"]
+            start, end = _common(ids, before), _common(ids, through)
+            learned[start:end] = [True] * (end - start)
+    return learned
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def _positions(model: Any) -> float:
+    """The tokens that the model's tables of absolute positions take; inf where it has none."""
+    limit = float("inf")
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
+            reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # as RoBERTa's
+            limit = min(limit, min(module.num_embeddings, known or limit) - reserved)
+    return limit
+
+
+def _check_vocabulary(rows: Sequence[Mapping[str, Any]], tokenizer: Any, model: Any) -> None:
+    """Raises ValueError for a token that the model has no embedding for."""
+    size = len(model.get_input_embeddings().weight)
+    padding = [] if tokenizer.pad_token_id is None else [tokenizer.pad_token_id]
+    largest = max(itertools.chain(padding, *(row["input_ids"] for row in rows)), default=0)
+    if largest >= size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ValueError(
+            f"the tokenizer gives {token!r} the id {largest}, and the model has only {size} "
+            "embeddings: use the tokenizer that belongs to this model, or save the model after "
+            f"model.resize_token_embeddings({len(tokenizer)})"
+        )
 
 
 def tokenize(
-    task: TextTask, tokenizer: "PreTrainedTokenizerBase", max_length: int
+    task: TextTask,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int | None = None,
+    model: "PreTrainedModel | None" = None,
 ) -> tuple[TokenizedDataset, TokenizedDataset]:
     """(train, dev) as tokens. Where neither side of a prompt and its completion has a space at the
     seam, a line break joins them.
 
-    Raises ValueError for a `max_length` beyond the tokenizer's own, and for rows of causal_lm
-    whose prompt leaves no token of the completion.
+    max_length   None: the longest row, but no more than the tokenizer and the model take
+    model        checked for its positions and its vocabulary
+
+    Raises ValueError for a `max_length` beyond what tokenizer and model take, for rows of causal_lm
+    whose prompt leaves no token of the completion, and for tokens that the model does not have.
     """
-    if max_length > tokenizer.model_max_length:
+    limit: float = tokenizer.model_max_length
+    if model is not None:
+        limit = min(limit, _positions(model))
+    if max_length is not None and max_length > limit:
         raise ValueError(
-            f"data.max_length={max_length} is more than the {tokenizer.model_max_length} tokens "
-            "that this model takes: lower it"
+            f"data.max_length={max_length} is more than the {limit} tokens that this model takes: "
+            "lower it"
         )
-    encode = _encode_causal if task.kind == "causal_lm" else _encode
-    train, dev = (encode(r, tokenizer, max_length) if r else [] for r in (task.train, task.dev))
+    if model is not None:
+        known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = min(limit, known or limit)
+    kinds = {"causal_lm": _encode_causal, "token_classification": _encode_words}
+    first = next(iter(task.train or task.dev), None)
+    chat = task.kind == "causal_lm" and first is not None and isinstance(first.text, tuple)
+    encode = _encode_chat if chat else kinds.get(task.kind, _encode)
+    at = int(min(max_length or limit, sys.maxsize))
+    train, dev = (encode(task, r, tokenizer, at) if r else [] for r in (task.train, task.dev))
+    if model is not None:
+        _check_vocabulary([*train, *dev], tokenizer, model)
     return TokenizedDataset(train), TokenizedDataset(dev)
 
 
 def collator(
     task_or_kind: TextTask | str, tokenizer: "PreTrainedTokenizerBase"
 ) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
-    """Pads a list of rows to its longest and makes tensors of it; labels of causal_lm with -100.
+    """Pads a list of rows to its longest and makes tensors of it; labels of tokens with -100.
 
     A causal model without a pad token gets its end token, in a copy of the tokenizer. Raises
     ValueError where there is no token to pad with.
     """
-    from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
+    from transformers import (
+        DataCollatorForSeq2Seq,
+        DataCollatorForTokenClassification,
+        DataCollatorWithPadding,
+    )
 
     kind = task_or_kind if isinstance(task_or_kind, str) else task_or_kind.kind
     if kind not in KINDS:
@@ -112,6 +266,8 @@ def collator(
         )
     if causal:
         return DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    if kind == "token_classification":
+        return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
     return DataCollatorWithPadding(tokenizer)
 
 
@@ -125,19 +281,25 @@ def _correlation(a: Any, b: Any) -> float:
 def _score(metric: str, prediction: "EvalPrediction") -> dict[str, float]:
     output = prediction.predictions
     scores = np.asarray(output[0] if isinstance(output, tuple) else output, dtype=np.float64)
+    if metric == "micro_f1":
+        chosen, true = scores > 0, np.asarray(prediction.label_ids) > 0
+        both, either = (chosen & true).sum(), chosen.sum() + true.sum()
+        return {metric: float(2 * both / either) if either else 0.0}
     truth = np.asarray(prediction.label_ids).reshape(-1)
     if metric == "pearson":
         return {metric: _correlation(scores.reshape(-1), truth)}
     guess = scores.argmax(-1).reshape(-1)
     if metric == "accuracy":
-        return {metric: float((guess == truth).mean())}
+        return {metric: float((guess == truth)[truth != IGNORED].mean())}
     classes = np.eye(scores.shape[-1])
     return {metric: _correlation(classes[guess], classes[truth])}
 
 
 def metric_fn(task: TextTask) -> "Callable[[EvalPrediction], dict[str, float]] | None":
-    """Logits and labels -> {task.metric: value}, 0 where a correlation is undefined; None for loss.
+    """Logits and labels -> {task.metric: value}, 0 where one is undefined; None for loss.
 
+    Accuracy is over rows, or over words (token_classification). micro_f1 is F1 of all decisions of
+    a multi-label task together, with a class chosen where its probability is above a half.
     Matthews' correlation is Gorodkin's (2004) for any number of classes, the usual one for two.
     """
     return None if task.kind == "causal_lm" else partial(_score, task.metric)
