@@ -7,6 +7,7 @@ heads that `PeftModelFor...` adds), replayed so that an export hits our targets 
 import os
 import re
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,9 @@ _TASKS = {  # ending of the model's class -> task_type, and the class that AutoP
     "ForConditionalGeneration": ("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"),
     "Model": ("FEATURE_EXTRACTION", "AutoModel"),
 }
+_TEXT = ("input_ids", "inputs_embeds")  # what PeftModelFor... passes to the model by name
+_INPUTS = {"SEQ_2_SEQ_LM": (*_TEXT, "decoder_input_ids", "decoder_inputs_embeds")}
+_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # PEFT adapts no out_proj
 
 
 class PeftFile(NamedTuple):
@@ -92,6 +96,8 @@ def layout_of(model: nn.Module, adapters: Adapters) -> Layout:
     """How PEFT adapts just our targets and saves just our modules; ValueError where it cannot."""
     targets, trained = [target.name for target in adapters.plan.targets], adapters.trained
     modules = dict(model.named_modules(remove_duplicate=False))
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    of_mamba = kind if kind in _MAMBA else None
     places: dict[nn.Module, set[tuple[nn.Module, str]]] = {}
     for name, module in modules.items():
         parent, _, attribute = name.rpartition(".")
@@ -100,6 +106,8 @@ def layout_of(model: nn.Module, adapters: Adapters) -> Layout:
         if not name or len(places[modules[name]]) > 1:
             where = "is the model itself" if not name else "has several names in the model"
             raise ValueError(f"peft cannot adapt {name or type(model).__name__}: it {where}")
+        if of_mamba and name.endswith("out_proj"):
+            raise ValueError(f"peft refuses {name} in a {of_mamba} model: use format='merged'")
     state = base_state(model)
     named = saved_modules(model, adapters.plan.config)
     saved = [m for m in named if any(inside(key, m) for key in trained)]
@@ -163,5 +171,7 @@ def task_of(model: nn.Module) -> tuple[str | None, str]:
                 continue
             if task.endswith("_LM") and not hasattr(model, "prepare_inputs_for_generation"):
                 continue
+            if not set(_INPUTS.get(task, _TEXT)) <= set(signature(type(model).forward).parameters):
+                continue  # PeftModelFor... passes text, and this model takes no text
             return task, loader
     return None, type(model).__name__
