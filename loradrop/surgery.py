@@ -41,6 +41,11 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
         )
     if any(isinstance(module, AdapterBank) for module in modules):
         raise ValueError(f"{name} is injected already: call loradrop.remove(model) first")
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise ValueError(
+            f"{name} is sharded (its parameters are DTensors), and the adapters would not be: "
+            "inject first, and call fully_shard or parallelize_module afterwards"
+        )
     found = find_targets(model, config)
     trained = saved_modules(model, config)
     if execution_device(*modules) is not None:
@@ -168,6 +173,11 @@ def _plain_weight(model: nn.Module, target: Target) -> Tensor:
             f"the weight of {target.name} is computed whenever it is read (a parametrisation, "
             "weight or spectral normalisation, pruning), so a merge would be lost: make it a plain "
             "parameter first, as torch.nn.utils.parametrize.remove_parametrizations does"
+        )
+    if type(weight) not in (Tensor, nn.Parameter):
+        raise ValueError(
+            f"the weight of {target.name} is a {type(weight).__name__} and no plain matrix: "
+            "dequantise the model, or merge before it is sharded"
         )
     if not is_plain(module):
         raise ValueError(

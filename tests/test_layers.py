@@ -219,6 +219,48 @@ class Int8Linear(nn.Module):
         return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
 
 
+class Halved(Tensor):
+    """A weight that only `linear` can use, as torchao's are."""
+
+    @staticmethod
+    def __new__(cls, half: Tensor) -> "Halved":
+        return Tensor._make_wrapper_subclass(cls, half.shape, dtype=torch.float32)
+
+    def __init__(self, half: Tensor) -> None:
+        self.half_weight = half
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear:
+            x, weight, bias = args
+            return func(x, 2 * weight.half_weight, bias)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return cls(args[0].half_weight.clone())
+        if func is torch.ops.aten.equal.default:
+            return torch.equal(*(arg.half_weight for arg in args))
+        raise NotImplementedError(f"Halved has no {func}")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return frozen, (self.half_weight,)
+
+    def __deepcopy__(self, memo: Any) -> nn.Parameter:
+        return frozen(self.half_weight.clone())
+
+
+def frozen(half: Tensor) -> nn.Parameter:
+    return nn.Parameter(Halved(half), False)
+
+
+def halved() -> nn.Linear:
+    linear = nn.Linear(K, N)
+    linear.weight = frozen(linear.weight.detach() / 2)
+    return linear
+
+
 class Doubling(nn.Linear):
     """A subclass with a forward of its own."""
 
@@ -235,7 +277,11 @@ class Holder(nn.Module):
         return self.layer(x, *args, **kwargs)
 
 
-BASES = {"int8": lambda: Int8Linear(nn.Linear(K, N)), "subclass": lambda: Doubling(K, N)}
+BASES = {
+    "int8": lambda: Int8Linear(nn.Linear(K, N)),
+    "subclass": lambda: Doubling(K, N),
+    "weight": halved,
+}
 
 
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
@@ -276,6 +322,7 @@ def test_arguments_of_the_base_pass_through() -> None:
 NOT_MERGED = [
     ("int8", r"layer.*dequantise"),
     ("subclass", r"layer is a .*, whose forward is its own"),
+    ("weight", r"weight of layer is a Halved.*dequantise"),
 ]
 
 

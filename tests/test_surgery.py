@@ -13,7 +13,9 @@ import pytest
 import torch
 import transformers
 from models import Make, Options, assert_same, bert, gpt2, llama, snapshot, wake
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 
 import loradrop
@@ -649,6 +651,26 @@ def test_all_linear_leaves_out_what_it_cannot_adapt(caplog: pytest.LogCaptureFix
             loradrop.inject(unadaptable(), config(name))
     with pytest.raises(ValueError, match=r"all-linear.*matches no"):
         loradrop.inject(Net(), LoRAConfig(target_modules="all-linear", r=WIDTH + 1))
+
+
+def test_a_sharded_model() -> None:
+    """Its adapters would not be sharded, nor their gradients summed."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, model = init_device_mesh("cpu", (1,)), Net()
+        fully_shard(model, mesh=mesh)
+        with pytest.raises(ValueError, match=r"Net is sharded.*inject first"):
+            loradrop.inject(model, config())
+        sharded, expected = injected(modules_to_save=[]), output(injected())
+        fully_shard(sharded, mesh=mesh)
+        torch.testing.assert_close(output(sharded), expected)
+        sharded(IDS).sum().backward()
+        assert all(p.grad is not None for p in sharded.lora_bank.parameters())
+        sharded.reshard()
+        with pytest.raises(ValueError, match=r"is a DTensor.*before it is sharded"):
+            loradrop.merge(sharded)
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_what_is_not_refused() -> None:

@@ -9,7 +9,8 @@ call.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.nn.functional import linear
 
 from loradrop.op import dispatch
@@ -18,6 +19,8 @@ from loradrop.op.checks import check_operands, check_options
 from loradrop.op.compiled import run_op
 from loradrop.op.function import NO_SINKS, Sinks, autocasting, run
 from loradrop.op.philox import quantize
+
+_TENSORS = frozenset((Tensor, nn.Parameter))
 
 
 def lora_linear(
@@ -52,14 +55,16 @@ def lora_linear(
     before dropout.
 
     A and B may be of a wider type than x; they are rounded to it. A weight that requires a gradient
-    gets it, through `lora_add`. `backend` names one of `dispatch.BACKENDS`.
+    gets it, through `lora_add`, which also serves a weight of a type of its own, such as a
+    quantised one. `backend` names one of `dispatch.BACKENDS`.
 
     Raises ValueError for shapes or values that do not fit, TypeError for dtypes, RuntimeError with
     its reason where a named backend cannot serve.
     """
     call = Call(x, weight, bias, None, A, B, scaling, dropout, seed, token_weights, return_sqnorm)
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        check_operands(call)
+    own = type(weight) not in _TENSORS and not isinstance(weight, FakeTensor)
+    if own or weight.requires_grad or (bias is not None and bias.requires_grad):
+        check_operands(call._replace(weight=None, bias=None) if own else call)
         call = call._replace(weight=None, bias=None, y0=linear(x, weight, bias))
     return _run(call, sqnorm_sink, moment_sink, backend)
 
