@@ -58,23 +58,26 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
     A newly made head must be trained whole. Raises ValueError naming a model that cannot be loaded.
     """
     set_seed(config.train.seed)
-    where = resolve_model(config.model.id)
+    where, words = resolve_model(config.model.id), task.kind == "token_classification"
     options: dict[str, Any] = {"dtype": DTYPES[config.model.dtype]}
     with _naming(config.model.id):
         tokenizer = AutoTokenizer.from_pretrained(where, revision=config.model.revision)
+        if words and getattr(tokenizer, "add_prefix_space", True) is False:  # words as in a text
+            tokenizer = AutoTokenizer.from_pretrained(
+                where, revision=config.model.revision, add_prefix_space=True
+            )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     auto: Any = transformers.AutoModelForCausalLM
-    if task.kind != "causal_lm":
-        words = task.kind == "token_classification"
+    if words:
+        auto = transformers.AutoModelForTokenClassification
+    elif task.kind != "causal_lm":
         auto = transformers.AutoModelForSequenceClassification
-        if words:
-            auto = transformers.AutoModelForTokenClassification
+        single = task.kind == "classification"
+        options["problem_type"] = "single_label_classification" if single else task.kind
+    if task.kind != "causal_lm":
         labels = {i: label for i, label in enumerate(task.labels)} or {0: "value"}
         options |= {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
-        if not words:
-            single = task.kind == "classification"
-            options["problem_type"] = "single_label_classification" if single else task.kind
     with _naming(config.model.id):
         model, info = auto.from_pretrained(
             where, revision=config.model.revision, output_loading_info=True, **options

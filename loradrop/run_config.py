@@ -17,6 +17,14 @@ from loradrop.text.task import DataConfig
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 CONFIG = "config.yaml"
+# What other libraries call an option
+_ALIASES = {
+    **{"rank": "r", "lora_r": "r", "lora_rank": "r", "alpha": "lora_alpha", "lr": "learning_rate"},
+    **{"dropout": "lora_dropout", "targets": "target_modules", "max_steps": "steps"},
+    **{"num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size"},
+    **{"gradient_accumulation_steps": "gradient_accumulation", "max_seq_length": "max_length"},
+    **{"path": "source", "file": "source", "text_column": "text", "label_column": "label"},
+}
 _SHORT = {"model": "id", "data": "source", "method": "name"}  # a section that is one word
 _NAMES: dict[Any, str] = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "text"},
@@ -71,6 +79,9 @@ class RunConfig:
             "arms": {name: lora.to_dict() for name, lora in self.arms.items()},
             "output": self.output,
         }
+
+
+_SECTIONS = {"model": ModelConfig, "data": DataConfig, "lora": LoRAConfig, "train": TrainConfig}
 
 
 class _Loader(yaml.SafeLoader):
@@ -136,7 +147,24 @@ def _override(raw: dict[str, Any], text: str) -> None:
         if not isinstance(place.get(part), dict):
             place[part] = {} if place.get(part) is None else {_SHORT.get(part, "name"): place[part]}
         place = place[part]
-    place[last] = _parse(value, text)
+    place[last] = _value(key, value, text)
+
+
+def _value(key: str, value: str, text: str) -> Any:
+    """YAML; but where text is asked for, the value as it stands (a path with #, a column named 1).
+
+    There, too, quotes are YAML's, `null` and nothing are null where that is allowed, and braces are
+    a section.
+    """
+    value, (section, _, option) = value.strip(), key.partition(".")
+    whole = section in ("model", "data") and not option
+    hints = get_type_hints(_SECTIONS[section]) if section in _SECTIONS else {}
+    hint = str | None if whole else hints.get(option, str if key in ("name", "output") else None)
+    kinds = {*(get_args(hint) or [hint])}
+    yaml_text = value[:1] == value[-1:] and value[:1] in ("'", '"') and len(value) > 1
+    yaml_text |= types.NoneType in kinds and value in ("", "~", "null")
+    yaml_text |= whole and value.startswith("{") and value.endswith("}")
+    return value if str in kinds <= {str, types.NoneType} and not yaml_text else _parse(value, text)
 
 
 def _section(raw: Mapping[str, Any], name: str, short: str) -> Mapping[str, Any]:
@@ -163,7 +191,11 @@ def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
 
     Raises ValueError for a key that is not a field of it, and for a value of another type.
     """
-    check_keys(values, [f.name for f in fields(cls)], where)
+    known = [f.name for f in fields(cls)]
+    for key in values:
+        if key not in known and _ALIASES.get(key) in known:
+            raise ValueError(f"{where} has no option {key!r}: did you mean {_ALIASES[key]!r}?")
+    check_keys(values, known, where)
     hints = get_type_hints(cls)
     for key, value in values.items():
         hint = hints[key]

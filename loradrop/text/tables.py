@@ -44,6 +44,7 @@ def _text(path: Path) -> str:
 
 def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    usual = csv.field_size_limit(max(len(text), 1))  # a cell may be as long as the file
     try:
         for cells in filter(None, reader):
             yield reader.line_num, cells
@@ -52,6 +53,8 @@ def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
             f"{path}:{reader.line_num}: broken CSV ({error}): quote cells with commas, quotes or "
             "line breaks, and double the quotes inside"
         ) from error
+    finally:
+        csv.field_size_limit(usual)
 
 
 def _tsv_records(text: str) -> Iterator[tuple[int, list[str]]]:
@@ -63,6 +66,12 @@ def _tsv_records(text: str) -> Iterator[tuple[int, list[str]]]:
 def _rows(path: Path, records: Iterator[tuple[int, list[str]]]) -> Iterator[Record]:
     """The records below the header as rows."""
     _, header = next(records, (0, []))
+    other = [mark for mark in (";", "\t", ",", "|") if len(header) == 1 and mark in header[0]]
+    if other:
+        raise ValueError(
+            f"the header of {path} is the one column {header[0]!r}: its cells are parted by "
+            f"{other[0]!r}; write it with commas (.csv) or tabs (.tsv)"
+        )
     if len(set(header)) < len(header):
         raise ValueError(f"{path} names a column twice in its header ({', '.join(header)})")
     for number, cells in records:
