@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from loradrop.ranks import placed
 from loradrop.scores import Assignment, Target
 
 Pair = tuple[Tensor, Tensor]
@@ -109,7 +110,9 @@ class AdapterBank(nn.Module):
         """
         self._take_forms(tensors)
         self.assignment = assignment
-        self.load_state_dict({**tensors, STATE: self.get_extra_state()})
+        here = self.state_dict(keep_vars=True)
+        found = {k: placed(v, here[k]) if k in here else v for k, v in tensors.items()}
+        self.load_state_dict({**found, STATE: self.get_extra_state()})
 
     def _take_forms(self, tensors: Mapping[str, Tensor]) -> None:
         """Give lists, parameters and buffers the number, shapes and dtypes of `tensors`."""

@@ -10,19 +10,21 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loradrop.bank import STATE, bank_of
 from loradrop.files import read_json, replacing, write_json
 from loradrop.injection import Adapters, adapters_of, injection_of
 from loradrop.plan import Plan
+from loradrop.ranks import writes
 
 TENSORS, PLAN, FOLDER = "adapter.safetensors", "plan.json", "loradrop_adapter"
 CHECKPOINT = "model.safetensors"  # where the Trainer looks for what it saved
@@ -43,10 +45,16 @@ class NativeFile(NamedTuple):
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the adapters, the modules trained whole and the plan into `path`, atomically."""
+    """Write the adapters, the modules trained whole and the plan into `path`, atomically.
+
+    Every rank calls it where FSDP2 shards the adapters; the first one writes. Raises OSError where
+    the file does not hold what was written, ValueError where a target was replaced.
+    """
     if (reason := unmeasured(model)) is not None:
         _log.warning("%s", reason)
-    write(adapters_of(model), path)
+    adapters = adapters_of(model)
+    if writes(model):
+        write(adapters, path)
 
 
 def write(adapters: Adapters, path: str | os.PathLike[str]) -> None:
@@ -59,6 +67,8 @@ def write(adapters: Adapters, path: str | os.PathLike[str]) -> None:
     metadata["sha256"] = _checksum(tensors, text)
     with replacing(Path(path) / TENSORS) as draft:
         save_file(tensors, draft, metadata)
+        if _checksum(load_file(draft), text) != metadata["sha256"]:
+            raise OSError(f"{path} does not hold what was written into it: check the disk")
     write_json(Path(path) / PLAN, plan)
 
 
@@ -78,7 +88,9 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            names = list(opened.keys())
+            # Copied: a tensor in the mapped file would keep it from being replaced on Windows.
+            tensors = {key: opened.get_tensor(key).clone() for key in names}
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{file} is damaged or half-written ({error}; {file.stat().st_size} bytes): "
@@ -152,7 +164,8 @@ class SavePretrained:
         wants a warm-up and trained without one.
         """
         folder, model = Path(save_directory), self.model
-        state = kwargs.pop("state_dict", None) or model.state_dict()
+        given = kwargs.pop("state_dict", None)
+        state = given or model.state_dict()
         if injection_of(model).merged is not None:
             raise ValueError(
                 "the adapters are merged for now: call loradrop.remove(model), "
@@ -163,9 +176,12 @@ class SavePretrained:
                 _write_checkpoint(model, folder, state)
                 _require_measured(model)
             return None
-        base = {k: v for k, v in state.items() if not k.startswith("lora_bank.")}
+        if given is not None:
+            own = {k: v for k, v in state.items() if not k.startswith("lora_bank.")}
+            kwargs["state_dict"] = own
         pretrained: Any = type(model)
-        result = pretrained.save_pretrained(model, folder, state_dict=base, **kwargs)
+        with without_bank(model):
+            result = pretrained.save_pretrained(model, folder, **kwargs)
         save(model, folder / FOLDER)
         _log.warning(
             "%s holds the base model, and its adapters in %s: what from_pretrained loads from it "
@@ -173,6 +189,16 @@ class SavePretrained:
         )  # fmt: skip
         _require_measured(model)
         return result
+
+
+@contextmanager
+def without_bank(model: nn.Module) -> Iterator[None]:
+    """Inside, the model's state dict is that of the base model, whatever class saves it."""
+    bank = model._modules.pop("lora_bank")
+    try:
+        yield
+    finally:
+        model._modules["lora_bank"] = bank
 
 
 def _write_checkpoint(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -398,3 +399,33 @@ class TestEarlierReleases:
         assert plan.warmup["steps"] == 10 and plan.scores["rows"] == 10
         write_json(tmp_path / PLAN, plan.to_dict())
         assert Plan.from_dict(read_json(tmp_path / PLAN)) == plan
+
+
+@pytest.mark.parametrize("name", ["posix", "nt"])
+def test_folders_are_flushed_where_they_can_be_opened(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows opening a folder is a PermissionError."""
+    opened: list[str] = []
+
+    def refuse(path: Any, *_: Any) -> int:
+        opened.append(str(path))
+        raise PermissionError(path)
+
+    monkeypatch.setattr("loradrop.files.os", SimpleNamespace(**{**vars(os), "name": name}))
+    monkeypatch.setattr("loradrop.files.os.open", refuse)
+    if name == "nt":
+        write_json(tmp_path / "a.json", {"a": 1})
+        assert read_json(tmp_path / "a.json") == {"a": 1} and not opened
+    else:
+        with pytest.raises(PermissionError):
+            write_json(tmp_path / "a.json", {"a": 1})
+        assert opened == [str(tmp_path)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux for its open files")
+def test_a_file_that_was_read_can_be_replaced(tmp_path: Path) -> None:
+    """On Windows one that is mapped cannot."""
+    loradrop.save(adapt(bert()), tmp_path)
+    found = read(tmp_path)
+    assert found.bank and str(tmp_path) not in Path("/proc/self/maps").read_text()

@@ -72,6 +72,7 @@ PATTERNS = {"rank_pattern": {"value": 11}, "alpha_pattern": {"1.*query": 3, "val
         (llama, {"target_modules": "all-linear"}, "CAUSAL_LM"),
         (lambda: llama("ForSequenceClassification"), {}, "SEQ_CLS"),
         (models.gpt2, {"target_modules": ["c_attn", "c_fc"]}, "CAUSAL_LM"),
+        (models.distilbert, {"target_modules": "all-linear"}, "SEQ_CLS"),
     ],
 )
 def test_stock_peft_reads_it_to_the_same_logits(
@@ -98,6 +99,21 @@ def test_shared_and_dropped_adapters_are_written_out(how: str, tmp_path: Path) -
         else:
             torch.testing.assert_close(B @ A, delta, rtol=1e-5, atol=1e-6)
             assert B.any()
+
+
+def test_an_adapter_that_the_disk_changed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forgetting(tensors: dict[str, Tensor], *args: Any) -> None:
+        save_file({name: torch.zeros_like(t) for name, t in tensors.items()}, *args)
+
+    monkeypatch.setattr("loradrop.formats.peft.save_file", forgetting)
+    with pytest.raises(OSError, match="does not hold what was written into it"):
+        export(adapt(bert()), tmp_path)
+    monkeypatch.setattr("loradrop.native.save_file", forgetting)
+    with pytest.raises(OSError, match="does not hold what was written into it"):
+        loradrop.save(adapt(bert()), tmp_path / "native")
+    assert not list((tmp_path / "native").iterdir())
 
 
 def test_auto_peft_model(tmp_path: Path) -> None:
@@ -338,23 +354,54 @@ class TestMerged:
         assert not [key for key in load_file(tmp_path / "model.safetensors") if "lora" in key]
         assert torch.equal(outputs(model), native)
 
+    def test_of_a_class_with_a_save_of_its_own(self, tmp_path: Path) -> None:
+        """It takes no state dict: its own one is of the merged model, and then as before."""
+        hub = pytest.importorskip("huggingface_hub")
+
+        class Hub(nn.Module, hub.PyTorchModelHubMixin):  # type: ignore[misc]
+            def __init__(self, size: int = 4) -> None:
+                super().__init__()
+                self.query = nn.Linear(size, size)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.query(x)
+
+        torch.manual_seed(0)
+        model, x = Hub(), torch.randn(3, 4)
+        loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["query"]))
+        models.wake(model)
+        before, expected = snapshot(model), model(x)
+        export(model, tmp_path / "merged", "merged")
+        assert_same(model, before)
+        torch.testing.assert_close(Hub.from_pretrained(tmp_path / "merged")(x), expected)
+        model.save_pretrained(tmp_path / "base")
+        assert set(load_file(tmp_path / "base" / "model.safetensors")) == {
+            "query.weight", "query.bias",
+        }  # fmt: skip
+        found = Hub.from_pretrained(tmp_path / "base")
+        loradrop.load(found, tmp_path / "base")
+        assert torch.equal(found(x), expected)
+
     def test_what_was_written_is_read_back(self, tmp_path: Path) -> None:
-        class Hub(nn.Module):
-            """Its save_pretrained takes any argument and saves its own state dict."""
+        class Forgetful(nn.Module):
+            """Its save_pretrained saves other weights than it has."""
 
             def __init__(self) -> None:
                 super().__init__()
                 self.query = nn.Linear(4, 4)
+                self.first = self.query.weight.detach().clone()
 
             def save_pretrained(self, folder: str, **_: Any) -> None:
-                save_file({"weight": self.query.weight.detach()}, f"{folder}/model.safetensors")
+                save_file({"query.weight": self.first}, f"{folder}/model.safetensors")
 
-        model = Hub()
+        model = Forgetful()
         loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["query"]))
         models.wake(model)
-        with pytest.raises(ValueError, match=r"Hub does not write.*loradrop\.merge"):
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"Forgetful does not write.*loradrop\.merge"):
             export(model, tmp_path, "merged")
         assert not list(tmp_path.iterdir())
+        assert_same(model, before)
 
     def test_rounds_once(self, tmp_path: Path) -> None:
         model = adapt(llama().to(torch.bfloat16))

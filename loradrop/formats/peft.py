@@ -9,7 +9,8 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,11 +28,14 @@ from loradrop.formats.peft_file import (
     PeftFile,
     base_state,
     layout_of,
+    read,
     task_of,
 )
 from loradrop.injection import Adapters, adapters_of, base_of, injection_of
 from loradrop.layers import is_conv1d
+from loradrop.native import without_bank
 from loradrop.plan import Plan
+from loradrop.ranks import whole, writes
 from loradrop.surgery import merged_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,11 +80,14 @@ def export(
         if not verdict.ok and verdict.engine in required:
             raise ValueError(f"{verdict.engine} cannot take this adapter: {verdict.reason}")
     folder = Path(path)
+    if not writes(model):
+        return verdicts
     (folder / CONFIG).unlink(missing_ok=True)  # written last: without it a folder is no adapter
     with replacing(folder / TENSORS) as draft:
         save_file(dict(file.tensors), draft, {"format": "pt"})
     write_text(folder / "README.md", _card(model, adapters.plan, file, verdicts))
     write_json(folder / CONFIG, file.config)
+    _require_same(read(folder), file, folder)
     refusals = [f"{v.engine} cannot take it ({v.reason})" for v in verdicts if not v.ok]
     if refusals:
         _log.warning("%s: %s", folder, "; ".join(refusals))
@@ -110,7 +117,7 @@ def _peft_file(
             tensors[f"{PREFIX}{target.name}.lora_{name}.weight"] = factor
     base = model.state_dict()
     for key in layout.saved_tensors:
-        tensors[PREFIX + key] = base[key].detach().cpu().contiguous().clone()
+        tensors[PREFIX + key] = whole(base[key].detach()).cpu().contiguous().clone()
     config = {
         "peft_type": "LORA",
         "task_type": layout.task,
@@ -165,21 +172,46 @@ def _save_merged(model: nn.Module, folder: Path) -> None:
         )
     if (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds an adapter, which would be loaded on top: choose another")
-    merged = {}
-    if injection_of(model).merged is None:
-        merged = {id(weight): new for _, weight, new in merged_weights(model)}
-    state = {k: merged.get(id(v), v.detach()) for k, v in base_state(model).items()}
-    targets = (f"{target.name}.weight" for target in bank_of(model).targets)
-    weights = {key: state[key] for key in targets}  # saving takes them out of the state
+    targets = [f"{target.name}.weight" for target in bank_of(model).targets]
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as draft:
-        save_pretrained(model, draft, state_dict=state)
+    with (
+        tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as draft,
+        _merged_for_now(model),
+        without_bank(model),
+    ):
+        save_pretrained(model, draft)
+        state = base_state(model)
+        weights = {key: state[key] for key in targets}
         _require_written(Path(draft), weights, type(model).__name__)
         for old in folder.glob("model*.safetensors*"):  # of a save in more or fewer parts
             old.unlink()
         for file in sorted(Path(draft).iterdir(), key=lambda file: file.name == "config.json"):
             with replacing(folder / file.name) as place:
                 os.replace(file, place)
+
+
+@contextmanager
+def _merged_for_now(model: nn.Module) -> Iterator[None]:
+    """Inside, the weights have the deltas added; afterwards they are as before, bit for bit.
+
+    In place, since many a `save_pretrained` takes no state dict, or takes and ignores it.
+    """
+    merged = [] if injection_of(model).merged is not None else list(merged_weights(model))
+    try:
+        for i, (name, weight, new) in enumerate(merged):
+            merged[i] = (name, weight, weight.clone())
+            weight.copy_(new)
+        yield
+    finally:
+        for _, weight, original in merged:
+            weight.copy_(original)
+
+
+def _require_same(found: PeftFile, meant: PeftFile, folder: Path) -> None:
+    """Raises OSError unless the file that was read back is the one that was written."""
+    same = found.config == meant.config and found.tensors.keys() == meant.tensors.keys()
+    if not same or not all(torch.equal(found.tensors[k], t) for k, t in meant.tensors.items()):
+        raise OSError(f"{folder} does not hold what was written into it: check the disk")
 
 
 def _require_written(folder: Path, weights: Mapping[str, Tensor], model: str) -> None:
