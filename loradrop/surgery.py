@@ -94,15 +94,31 @@ def _avoid_fused_paths(model: nn.Module, bank: AdapterBank) -> list[tuple[str, s
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes without its adapters. Raises ValueError while they are merged."""
-    bank = bank_of(model)
-    if injection_of(model).merged is not None:
+    """Inside, the model computes as before `inject`, also where modules are trained whole.
+
+    Raises ValueError while the adapters are merged, and for a module trained whole that is
+    offloaded, sharded or resized.
+    """
+    bank, injection = bank_of(model), injection_of(model)
+    if injection.merged is not None:
         raise ValueError("the adapters are merged: call loradrop.remove(model) for the base model")
-    before, bank.enabled = bank.enabled, False
+    tensors = model.state_dict(keep_vars=True)
+    whole = {name: tensors[name] for name in injection.originals if name in tensors}
+    require_loaded(whole)
+    for name, tensor in whole.items():
+        if tensor.shape != injection.originals[name].shape or hasattr(tensor, "device_mesh"):
+            raise ValueError(f"{name} was resized or sharded since inject: it cannot be set back")
+    before, trained = bank.enabled, [(tensor, tensor.data) for tensor in whole.values()]
     try:
+        bank.enabled = False
+        with torch.inference_mode(False):
+            for name, tensor in whole.items():  # another storage: graphs made outside stay whole
+                tensor.data = injection.originals[name].to(tensor, copy=True)
         yield
     finally:
         bank.enabled = before
+        for tensor, data in trained:
+            tensor.data = data
 
 
 @torch.no_grad()

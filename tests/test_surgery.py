@@ -523,6 +523,33 @@ def test_modules_to_save_that_were_resized(tmp_path: Any) -> None:
     assert model.lm_head.weight.shape[0] == 64
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_disabled_sets_trained_modules_back(mode: Any) -> None:
+    """And after them, bit for bit, what they had learnt; a graph made before stays usable."""
+    model = injected()
+    train(model)
+    trained, loss = snapshot(model), model.eval()(IDS).square().sum()
+    with pytest.raises(KeyError), mode(), loradrop.disabled(model), loradrop.disabled(model):
+        assert torch.equal(model(IDS), Net().eval()(IDS))
+        model.train()(IDS)  # moves the statistics of the normalisation
+        raise KeyError
+    assert_same(model, trained)
+    loss.backward()
+    loradrop.remove(model)
+    assert torch.equal(output(model), output(Net()))
+
+
+def test_disabled_with_tied_modules() -> None:
+    model = llama(tie_word_embeddings=True)
+    expected = model(IDS).logits
+    loradrop.inject(model, config("q_proj", modules_to_save=["embed_tokens", "lm_head"]))
+    model.lm_head.weight.data.mul_(2.0)
+    trained = model(IDS).logits
+    with loradrop.disabled(model):
+        assert torch.equal(model(IDS).logits, expected)
+    assert torch.equal(model(IDS).logits, trained)
+
+
 # Refusals
 
 
