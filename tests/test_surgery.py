@@ -724,6 +724,27 @@ def test_a_bare_container(make: Make) -> None:
     assert torch.equal(linear(x), expected) and len(model) == 1
 
 
+class Chain(nn.Sequential):
+    """As SentenceTransformer is: it saves itself link by link."""
+
+    def save(self, path: str) -> None:
+        for link in self:
+            link.save(path)
+
+
+def test_a_chain_that_saves_itself() -> None:
+    link = nn.Module()
+    link.auto_model = bert()
+    refused(r"Chain.*inject its inner model, model\[0\]\.auto_model", Chain(link), "query")
+    refused(r"model\[0\]", Chain(nn.Linear(WIDTH, WIDTH)), "0")
+
+
+def test_a_bank_passes_on_what_it_gets() -> None:
+    """As a link of any chain, also of one whose links take several values."""
+    bank = injected().lora_bank
+    assert bank(1) == 1 and bank(1, 2) == (1, 2)
+
+
 def test_adapters_of_peft() -> None:
     """Neither goes on the other: the two could not be merged or saved rightly."""
     theirs = peft.LoraConfig(r=R, target_modules=["query"])
