@@ -81,9 +81,9 @@ class AdapterBank(nn.Module):
         """Where its tensors are."""
         return next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
-    def forward(self, x: Any) -> Any:
-        """x itself, so that a bare `nn.Sequential` can carry its bank as one more link."""
-        return x
+    def forward(self, *inputs: Any) -> Any:
+        """The inputs, so that an `nn.Sequential` can carry its bank as one more link."""
+        return inputs[0] if len(inputs) == 1 else inputs
 
     def factors(self, i: int) -> Pair | None:
         """(A (r, K), B (N, r)) of target i, differentiable; None where it has no adapter."""
