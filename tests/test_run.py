@@ -169,6 +169,33 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.output, config.model.id) == ("/somebody/runs", "/somebody/bert")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "reviews #1.csv",
+        "part: one.csv",
+        "[draft].csv",
+        "{a}.csv",
+        "[a]",
+        "010",
+        "1e5",
+        "on",
+        "*.c=d",
+    ],
+)
+def test_a_name_or_a_path_is_taken_as_it_stands(text: str) -> None:
+    keys = ("model", "data", "name", "output", "data.text", "data.dev", "model.revision")
+    config = read_config(None, [f"{key}={text}" for key in keys])
+    assert {config.model.id, config.data.source, config.name, config.output} == {text}
+    assert {config.data.text, config.data.dev, config.model.revision} == {text}
+
+
+def test_text_may_be_quoted_or_null_and_a_section_in_braces() -> None:
+    config = read_config(None, ["data={source: a, label: b}", "data.text='null'", "data.label="])
+    assert config.data == DataConfig(source="a", text="null")
+    assert read_config(None, ["data={source: a, max_length: 9}"]).data.max_length == 9
+
+
 def test_overrides_go_into_short_forms(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("model: some/model\nlora: {method: lora_drop}\n")
@@ -216,7 +243,8 @@ def test_configuration_goes_through_yaml(tmp_path: Path) -> None:
         (["lora.method.threshold=2"], r"threshold=2: choose a number in \[0, 1\]"),
         (["lora.r=0"], r"r=0: the rank"),
         (["model.dtype=int8"], r"model\.dtype='int8': choose one of float32, bfloat16, float16"),
-        (["model=3"], r"model=3: write a section, as in model: \{id: \.\.\.\}"),
+        (["lora.rank=8"], r"lora has no option 'rank': did you mean 'r'\?"),
+        (["train.lr=1"], r"train has no option 'lr': did you mean 'learning_rate'\?"),
         (["lora=8"], r"lora=8: write a section"),
         (["arms=[lora]"], r"arms=\['lora'\]: write a section"),
         (["arms.x=lora"], r"x='lora': write a section"),
@@ -239,7 +267,8 @@ def test_bad_configuration_is_named(overrides: list[str], message: str) -> None:
     [
         ("- 1\n- 2\n", r"config\.yaml must hold sections \(model:, .*\), not a list"),
         ("lora: {r: 8\n", r"config\.yaml is not YAML: (.|\n)*line 2"),
-        ("lora:\n  rank: 8\n", r"lora has no option 'rank': did you mean 'rank_pattern'\?"),
+        ("lora:\n  rank: 8\n", r"lora has no option 'rank': did you mean 'r'\?"),
+        ("model: 3\n", r"model=3: write a section, as in model: \{id: \.\.\.\}"),
         ("optimizer: adam\n", r"config\.yaml has no option 'optimizer': known: arms, data"),
     ],
 )
