@@ -14,20 +14,39 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when the block ends without an error."""
+    """A path to write to, which takes the place of `path` when the block ends without an error.
+
+    Raises PermissionError, as Windows does, where another program has `path` open.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield draft
-        with open(draft, "rb") as file:
+        with open(draft, "r+b") as file:  # Windows flushes no file that is open to read alone
             os.fsync(file.fileno())
-        os.replace(draft, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        try:
+            os.replace(draft, path)
+        except PermissionError as error:
+            raise PermissionError(
+                f"{path} cannot be replaced ({error}): close what has it open (on Windows also "
+                "tensors that were read from it), or write into another folder"
+            ) from error
+        _flush_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    """So that the new name outlasts a power cut. Windows opens no folder, and needs no flush."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

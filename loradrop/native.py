@@ -10,19 +10,21 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loradrop.bank import STATE, bank_of
-from loradrop.files import read_json, replacing, write_json
+from loradrop.files import read_json, write_json
 from loradrop.injection import Adapters, adapters_of, injection_of
 from loradrop.plan import Plan
+from loradrop.tensor_file import full, once, write_tensors
 
 TENSORS, PLAN, FOLDER = "adapter.safetensors", "plan.json", "loradrop_adapter"
 CHECKPOINT = "model.safetensors"  # where the Trainer looks for what it saved
@@ -43,7 +45,12 @@ class NativeFile(NamedTuple):
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the adapters, the modules trained whole and the plan into `path`, atomically."""
+    """Write the adapters, the modules trained whole and the plan into `path`, atomically.
+
+    What was written is read back. Of a sharded model (DTensors) every rank has to call this: the
+    tensors are gathered, the first rank writes and the others wait for it. Raises OSError where the
+    file cannot be written.
+    """
     if (reason := unmeasured(model)) is not None:
         _log.warning("%s", reason)
     write(adapters_of(model), path)
@@ -52,14 +59,18 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def write(adapters: Adapters, path: str | os.PathLike[str]) -> None:
     """`save` of a snapshot."""
     plan = adapters.plan.to_dict()
-    tensors = {f"{_BANK}{k}": v.detach().cpu().contiguous() for k, v in adapters.state.items()}
-    tensors |= {f"{_TRAINED}{k}": v.cpu().contiguous().clone() for k, v in adapters.trained.items()}
+    found = {f"{_BANK}{k}": v for k, v in adapters.state.items()}
+    found |= {f"{_TRAINED}{k}": v for k, v in adapters.trained.items()}
+    tensors = {key: full(value).clone() for key, value in found.items()}  # no two share memory
     text, schema = json.dumps(plan), str(plan["schema"])
     metadata = {"format": "pt", "loradrop_schema": schema, "plan": text}
     metadata["sha256"] = _checksum(tensors, text)
-    with replacing(Path(path) / TENSORS) as draft:
-        save_file(tensors, draft, metadata)
-    write_json(Path(path) / PLAN, plan)
+
+    def write_both() -> None:
+        write_tensors(Path(path) / TENSORS, tensors, metadata)
+        write_json(Path(path) / PLAN, plan)
+
+    once(found.values(), write_both)
 
 
 def read(path: str | os.PathLike[str]) -> NativeFile:
@@ -146,27 +157,33 @@ class SavePretrained:
         self.model = model
 
     def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As `PreTrainedModel.save_pretrained`, with the adapters in `loradrop_adapter/`.
+        """As the class's own `save_pretrained`, with the adapters in `loradrop_adapter/`.
 
         Raises ValueError while the adapters are merged and, once all is written, for a method that
         wants a warm-up and trained without one.
         """
         folder, model = Path(save_directory), self.model
-        state = kwargs.pop("state_dict", None) or model.state_dict()
+        state = kwargs.get("state_dict") or model.state_dict()
+        of_transformers = is_of_transformers(model)
         if injection_of(model).merged is not None:
             raise ValueError(
                 "the adapters are merged for now: call loradrop.remove(model), "
                 "or loradrop.export(model, path, format='merged')"
             )
-        if re.fullmatch(r"checkpoint-\d+", folder.name):
+        if of_transformers and re.fullmatch(r"checkpoint-\d+", folder.name):
             if kwargs.get("is_main_process", True):
                 _write_checkpoint(model, folder, state)
                 _require_measured(model)
             return None
-        base = {k: v for k, v in state.items() if not k.startswith("lora_bank.")}
+        if of_transformers:
+            kwargs["state_dict"] = state
+        if (given := kwargs.get("state_dict")) is not None:
+            base = {k: v for k, v in given.items() if not k.startswith("lora_bank.")}
+            kwargs["state_dict"] = base
         pretrained: Any = type(model)
-        result = pretrained.save_pretrained(model, folder, state_dict=base, **kwargs)
-        save(model, folder / FOLDER)
+        with without_bank(model):
+            result = pretrained.save_pretrained(model, folder, **kwargs)
+        _save_with(model, folder / FOLDER, state)
         _log.warning(
             "%s holds the base model, and its adapters in %s: what from_pretrained loads from it "
             "lacks them until loradrop.load(model, %r)", folder, FOLDER, str(folder),
@@ -175,15 +192,41 @@ class SavePretrained:
         return result
 
 
+def is_of_transformers(model: nn.Module) -> bool:
+    """Whether it is a PreTrainedModel, whose save_pretrained writes the state_dict it is given."""
+    return "PreTrainedModel" in (cls.__name__ for cls in type(model).__mro__)
+
+
+@contextmanager
+def without_bank(model: nn.Module) -> Iterator[None]:
+    """Inside, the modules and the state dict are those of the base model."""
+    modules = dict(model._modules)
+    del model._modules["lora_bank"]
+    try:
+        yield
+    finally:
+        model._modules.clear()
+        model._modules.update(modules)
+
+
+def _save_with(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
+    """`save`, of the tensors in `state`: what the Trainer gathered, where one rank saves alone."""
+    if (reason := unmeasured(model)) is not None:
+        _log.warning("%s", reason)
+    adapters = adapters_of(model)
+    bank = {k: state.get(f"lora_bank.{k}", v) for k, v in adapters.state.items()}
+    trained = {k: state.get(k, v) for k, v in adapters.trained.items()}
+    write(replace(adapters, state=bank, trained=trained), folder)
+
+
 def _write_checkpoint(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
     """The bank, what is trained whole and buffers, by the names that `load_state_dict` takes."""
     trained = {*injection_of(model).originals, *(name for name, _ in model.named_buffers())}
     names = [key for key in state if key.startswith("lora_bank.") or key in trained]
-    tensors = {key: state[key].detach().cpu().contiguous().clone() for key in names}
+    tensors = {key: full(state[key]).clone() for key in names}
     tensors[f"lora_bank.{STATE}"][-1] = 1  # the base is left out on purpose
-    with replacing(folder / CHECKPOINT) as draft:
-        save_file(tensors, draft, {"format": "pt"})
-    save(model, folder / FOLDER)
+    once(state.values(), lambda: write_tensors(folder / CHECKPOINT, tensors, {"format": "pt"}))
+    _save_with(model, folder / FOLDER, state)
 
 
 def _require_measured(model: nn.Module) -> None:

@@ -14,12 +14,12 @@ import models
 import pytest
 import torch
 from models import IDS, Make, Options, assert_same, bert, fill, llama, outputs, share, snapshot
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loradrop
-from loradrop import LoRAConfig, LoraDropConfig, Plan
+from loradrop import LoRAConfig, LoraDropConfig, Plan, tensor_file
 from loradrop.files import read_json, write_json
 from loradrop.injection import injection_of, plan_of
 from loradrop.native import FOLDER, PLAN, TENSORS, read
@@ -216,6 +216,48 @@ for step in itertools.count():
         values = {float(value) for p in bank.parameters() for value in p.detach().aminmax()}
         assert values in ({float(seen)}, {float(seen + 1)})  # of one step, the last or the next
 
+    def test_where_a_folder_cannot_be_opened(
+        self, model: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on Windows, which also flushes no file that is open to read alone."""
+        opened, flush = os.open, os.fsync
+
+        def open_file(name: Any, *args: Any, **options: Any) -> int:
+            if os.path.isdir(name):
+                raise PermissionError(13, "Permission denied", str(name))
+            return opened(name, *args, **options)
+
+        def fsync(handle: int) -> None:
+            os.write(handle, b"")  # raises for one that is open to read alone
+            flush(handle)
+
+        monkeypatch.setattr(os, "open", open_file)
+        monkeypatch.setattr(os, "fsync", fsync)
+        loradrop.save(fill(model, 3), path)
+        assert same(loaded(path), model)
+
+    def test_a_file_that_another_program_holds(
+        self, model: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def held(*_: Any) -> None:
+            raise PermissionError(13, "Access is denied")
+
+        before = {file.name: file.read_bytes() for file in path.iterdir()}
+        monkeypatch.setattr(os, "replace", held)
+        with pytest.raises(PermissionError, match=rf"{TENSORS} cannot be replaced .*close what"):
+            loradrop.save(fill(model, 3), path)
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+    def test_a_full_disk_has_one_sentence(
+        self, model: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: Any) -> None:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr(tensor_file, "save_file", full)
+        with pytest.raises(OSError, match=r"cannot be written.*No space left.*Is the disk full"):
+            loradrop.save(model, path)
+
 
 class TestDamage:
     @pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.9, 0.9999])
@@ -353,6 +395,25 @@ class TestSavePretrained:
         model = adapt(llama(), replace(OURS, method=loradrop.LoRA()))
         model.save_pretrained(tmp_path)
         assert same(type(model).from_pretrained(tmp_path).eval(), llama())
+
+    @pytest.mark.parametrize("folder", ["model", "checkpoint-3"])
+    def test_of_a_class_of_its_own(self, folder: str, tmp_path: Path) -> None:
+        """It takes no state_dict, and writes whatever it holds."""
+        hub = pytest.importorskip("huggingface_hub")
+
+        class Net(nn.Sequential, hub.PyTorchModelHubMixin):  # type: ignore[misc]
+            def __init__(self) -> None:
+                super().__init__(nn.Linear(4, 4))
+
+        model, base = Net(), Net()
+        base.load_state_dict(model.state_dict())
+        models.adapt(model, r=2, target_modules=["0"], method=loradrop.LoRA())
+        keys = list(model.state_dict())
+        model.save_pretrained(tmp_path / folder)
+        found, x = Net.from_pretrained(tmp_path / folder), torch.randn(2, 4)
+        assert torch.equal(found(x), base(x)) and list(model.state_dict()) == keys
+        loradrop.load(found, tmp_path / folder)
+        assert torch.equal(found(x), model(x)) and not torch.allclose(found(x), base(x))
 
     def test_plain_again_after_remove(self, model: Any, tmp_path: Path) -> None:
         loradrop.remove(model)

@@ -1,7 +1,6 @@
 """Exports: PEFT reads them to the same logits, a merged model is plain, the adapted model stays."""
 
 import copy
-import importlib
 import json
 import logging
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loradrop
-from loradrop import export
+from loradrop import export, tensor_file
 from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS, read
 from loradrop.methods import Method
 from loradrop.pairs import LoRABank
@@ -312,11 +311,48 @@ def test_an_interrupted_export_is_no_adapter(
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(importlib.import_module("loradrop.formats.peft"), "save_file", full)
+    monkeypatch.setattr(tensor_file, "save_file", full)
     with pytest.raises(OSError, match="no space left"):
         export(fill(model), tmp_path)
     assert (tmp_path / TENSORS).read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", TENSORS]
+
+
+class Link(nn.Module):
+    def __init__(self, side: str) -> None:
+        super().__init__()
+        torch.manual_seed(len(side))
+        self.add_module(side, nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + next(iter(self.children()))(x).tanh()
+
+
+class Links(nn.Sequential):
+    """As a SentenceTransformer: each link in a folder, and no state_dict is taken."""
+
+    def __init__(self) -> None:
+        super().__init__(Link("query"), Link("value"))
+
+    def save_pretrained(self, folder: Any, safe: bool = True) -> None:
+        for name, link in self.named_children():
+            (Path(folder) / name).mkdir(parents=True)
+            save_file(link.state_dict(), Path(folder) / name / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> "Links":
+        found = cls()
+        for name, link in found.named_children():
+            link.load_state_dict(load_file(folder / name / "model.safetensors"))
+        return found
+
+
+def hub() -> Any:
+    class Hub(nn.Sequential, pytest.importorskip("huggingface_hub").PyTorchModelHubMixin):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(Link("query"), Link("value"))
+
+    return Hub()
 
 
 def reload_merged(model: nn.Module, path: Path) -> None:
@@ -325,6 +361,22 @@ def reload_merged(model: nn.Module, path: Path) -> None:
     found, report = type(model).from_pretrained(path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     torch.testing.assert_close(outputs(found.eval()), outputs(model), rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, write = adapt(llama()), save_file
+    export(model, tmp_path)
+    before = (tmp_path / TENSORS).read_bytes()
+
+    def flipped(tensors: Any, *rest: Any) -> None:
+        last = next(reversed(tensors))
+        write(tensors | {last: -tensors[last]}, *rest)
+
+    monkeypatch.setattr(tensor_file, "save_file", flipped)
+    for call in (export, loradrop.save):
+        with pytest.raises(OSError, match="does not read back as it was written"):
+            call(fill(model), tmp_path)
+    assert (tmp_path / TENSORS).read_bytes() == before
 
 
 class TestMerged:
@@ -338,21 +390,43 @@ class TestMerged:
         assert not [key for key in load_file(tmp_path / "model.safetensors") if "lora" in key]
         assert torch.equal(outputs(model), native)
 
+    @pytest.mark.parametrize("make", [hub, Links])
+    def test_by_a_class_that_saves_what_it_holds(self, make: Make, tmp_path: Path) -> None:
+        model = adapt(make(), r=2, target_modules=["query", "value"])
+        x, before = torch.randn(3, 4), snapshot(model)
+        native = model(x)
+        assert export(model, tmp_path, "merged") == []
+        assert_same(model, before)
+        found = type(model).from_pretrained(tmp_path)
+        torch.testing.assert_close(found(x), native)
+        assert not [key for key in found.state_dict() if "lora" in key]
+        assert not list(tmp_path.rglob(".*"))
+
+    @pytest.mark.parametrize("make", [hub, Links])
+    def test_a_save_that_fails_leaves_the_model(
+        self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = adapt(make(), r=2, target_modules=["query", "value"])
+        before = snapshot(model)
+
+        def full(*_: Any, **__: Any) -> None:
+            raise OSError("no space left on device")
+
+        monkeypatch.setattr(type(model), "save_pretrained", full)
+        with pytest.raises(OSError, match="no space left"):
+            export(model, tmp_path, "merged")
+        assert_same(model, before)
+        assert not list(tmp_path.iterdir())
+
     def test_what_was_written_is_read_back(self, tmp_path: Path) -> None:
-        class Hub(nn.Module):
-            """Its save_pretrained takes any argument and saves its own state dict."""
+        class Remembers(Links):
+            """Its save_pretrained writes what it was made with."""
 
-            def __init__(self) -> None:
-                super().__init__()
-                self.query = nn.Linear(4, 4)
+            def save_pretrained(self, folder: Any, **_: Any) -> None:
+                save_file({"0.query.weight": torch.ones(4, 4)}, f"{folder}/model.safetensors")
 
-            def save_pretrained(self, folder: str, **_: Any) -> None:
-                save_file({"weight": self.query.weight.detach()}, f"{folder}/model.safetensors")
-
-        model = Hub()
-        loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["query"]))
-        models.wake(model)
-        with pytest.raises(ValueError, match=r"Hub does not write.*loradrop\.merge"):
+        model = adapt(Remembers(), r=2, target_modules=["query", "value"])
+        with pytest.raises(ValueError, match=r"Remembers does not write.*loradrop\.merge"):
             export(model, tmp_path, "merged")
         assert not list(tmp_path.iterdir())
 
