@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from loradrop.ranks import placed
 from loradrop.scores import Assignment, Target
 
 Pair = tuple[Tensor, Tensor]
@@ -80,9 +81,9 @@ class AdapterBank(nn.Module):
         """Where its tensors are."""
         return next((t.device for t in (*self.parameters(), *self.buffers())), torch.device("cpu"))
 
-    def forward(self, x: Any) -> Any:
-        """x itself, so that a bare `nn.Sequential` can carry its bank as one more link."""
-        return x
+    def forward(self, *inputs: Any) -> Any:
+        """The inputs, so that an `nn.Sequential` can carry its bank as one more link."""
+        return inputs[0] if len(inputs) == 1 else inputs
 
     def factors(self, i: int) -> Pair | None:
         """(A (r, K), B (N, r)) of target i, differentiable; None where it has no adapter."""
@@ -109,7 +110,9 @@ class AdapterBank(nn.Module):
         """
         self._take_forms(tensors)
         self.assignment = assignment
-        self.load_state_dict({**tensors, STATE: self.get_extra_state()})
+        here = self.state_dict(keep_vars=True)
+        found = {k: placed(v, here[k]) if k in here else v for k, v in tensors.items()}
+        self.load_state_dict({**found, STATE: self.get_extra_state()})
 
     def _take_forms(self, tensors: Mapping[str, Tensor]) -> None:
         """Give lists, parameters and buffers the number, shapes and dtypes of `tensors`."""

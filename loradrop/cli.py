@@ -15,6 +15,7 @@ import typer
 from typer import Argument, Option
 
 import loradrop
+from loradrop.env import is_first_rank
 
 if TYPE_CHECKING:
     from loradrop.plan import Plan
@@ -95,10 +96,14 @@ def probe(
     if adapter is None:
         if batches is not None or split is not None:
             raise ValueError("--batches and --split need --adapter, which they choose data for")
-        print(plan_table(warm_up_run(config, resume=resume)))
+        made = warm_up_run(config, resume=resume)
+        if is_first_rank():
+            print(plan_table(made))
         return _wrote(Path(config.output) / "plan.json")
     split, file = split or "train", Path(config.output) / "scores.json"
     scores = measure(config, adapter, split=split, batches=batches).to_dict()
+    if not is_first_rank():
+        return None
     write_json(file, {"adapter": str(adapter), "split": split, **scores})
     print(plan_table(replace(_plan_at(adapter), scores=scores)))
     return _wrote(file)
@@ -238,7 +243,8 @@ def _quiet() -> None:
 
 
 def _wrote(*paths: Path) -> None:
-    print("\nwrote " + "\n      ".join(map(str, paths)))
+    if is_first_rank():
+        print("\nwrote " + "\n      ".join(map(str, paths)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -255,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log, handler = logging.getLogger("loradrop"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if is_first_rank() else logging.WARNING)
     status = 0
     try:
         typer.main.get_command(app).main(argv, prog_name="loradrop")

@@ -1,7 +1,9 @@
 """What this machine offers: versions, processors, and which backends of the op run here."""
 
 import importlib.metadata
+import os
 import platform
+import sys
 from typing import Any
 
 from loradrop._version import __version__
@@ -24,6 +26,14 @@ def versions() -> dict[str, str]:
     names = ("torch", "transformers", "safetensors", "triton", "peft")
     found = {name: version for name in names if (version := _version(name))}
     return {"loradrop": __version__, **found}
+
+
+def is_first_rank() -> bool:
+    """Whether this process prints and writes: the only one of its run, or the one of rank 0."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return bool(distributed.get_rank() == 0)
+    return os.environ.get("RANK", "0") == "0"  # as torchrun says it
 
 
 def native_bf16() -> bool:

@@ -14,10 +14,7 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path` when the block ends without an error.
-
-    Raises PermissionError, as Windows does, where another program has `path` open.
-    """
+    """A path to write to, which takes the place of `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -29,24 +26,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(draft, path)
         except PermissionError as error:
             raise PermissionError(
-                f"{path} cannot be replaced ({error}): close what has it open (on Windows also "
-                "tensors that were read from it), or write into another folder"
+                f"{path} cannot be replaced ({error}): close what has it open, or write into "
+                "another folder"
             ) from error
-        _flush_folder(path.parent)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     finally:
         draft.unlink(missing_ok=True)
-
-
-def _flush_folder(folder: Path) -> None:
-    """So that the new name outlasts a power cut. Windows opens no folder, and needs no flush."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except PermissionError:
-        return
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -12,6 +12,7 @@ from loradrop.bank import STATE, Pair, bank_of, delta_of
 from loradrop.config import LoRAConfig
 from loradrop.env import versions
 from loradrop.plan import Plan
+from loradrop.ranks import whole
 from loradrop.scores import Scores
 
 _log = logging.getLogger(__name__)
@@ -72,7 +73,8 @@ class Adapters:
 
 
 def adapters_of(model: nn.Module) -> Adapters:
-    """The adapters of an injected model as they are now. Tensors are not copied.
+    """The adapters of an injected model as they are now. Tensors are not copied, but those that
+    FSDP2 shards are put together, for which every rank has to call this.
 
     Raises ValueError where a target was replaced, or a trained tensor is offloaded.
     """
@@ -88,13 +90,15 @@ def adapters_of(model: nn.Module) -> Adapters:
         )
     trained = {name: base[name].detach() for name in (*injection.originals, *trained_since(model))}
     require_loaded(trained)
-    pairs = (bank.factors(i) for i in range(len(bank.targets)))
+    pairs = [bank.factors(i) for i in range(len(bank.targets))]
     return Adapters(
         plan=plan_of(model),
-        factors=tuple(None if p is None else (p[0].detach(), p[1].detach()) for p in pairs),
+        factors=tuple(
+            None if p is None else (whole(p[0].detach()), whole(p[1].detach())) for p in pairs
+        ),
         scaling=tuple(bank.scaling),
-        state={k: v for k, v in bank.state_dict().items() if k != STATE},
-        trained=trained,
+        state={k: whole(v) for k, v in bank.state_dict().items() if k != STATE},
+        trained={k: whole(v) for k, v in trained.items()},
     )
 
 

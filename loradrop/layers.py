@@ -7,7 +7,9 @@ An adapted module keeps its identity, hooks and state-dict keys: `adapt` changes
 """
 
 import functools
+import inspect
 import re
+import sys
 import types
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -29,12 +31,16 @@ class LoRAMixin(nn.Module):
 
     @property
     def base_layer(self) -> NoReturn:
-        """Refused: PEFT asks for this before it wraps a layer, and would miss our adapter."""
-        raise ValueError(
-            f"this {type(self).__name__} carries loradrop adapters, so PEFT cannot wrap it: call "
-            "loradrop.remove(model) or merge(model) first, or export(model, path, format='peft') "
-            "and load that with PEFT"
-        )
+        """There is none. PEFT asks before it wraps a layer, and would save its own adapter without
+        ours: it alone gets a ValueError.
+        """
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("peft."):
+            raise ValueError(
+                f"this {type(self).__name__} carries loradrop adapters, so PEFT cannot wrap it: "
+                "call loradrop.remove(model) or merge(model) first, or export(model, path, "
+                "format='peft') and load that with PEFT"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'base_layer'")
 
     def _adapted(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, y0: Tensor | None = None
@@ -90,10 +96,10 @@ class LoRALinear(LoRAMixin, nn.Linear):
         self.lora_bank = build_bank(config, [("", self)], self)
         adapt(self, self.lora_bank, 0)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., K)  ->  (..., N)"""
-        y = self._adapted(x, self.weight, self.bias)
-        return super().forward(x) if y is None else y
+    def forward(self, input: Tensor) -> Tensor:
+        """x (..., K)  ->  (..., N); named as in `nn.Linear`"""
+        y = self._adapted(input, self.weight, self.bias)
+        return super().forward(input) if y is None else y
 
 
 class LoRAConv1D(LoRAMixin):
@@ -111,11 +117,17 @@ class LoRAConv1D(LoRAMixin):
 class LoRAOver(LoRAMixin):
     """Any base that maps (..., K) to (..., N): quantised layers, subclasses of `nn.Linear`."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x (..., K)  ->  (..., N); further arguments go to the base"""
-        y0: Tensor = super().forward(x, *args, **kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., K), the first argument of the base  ->  (..., N); all arguments go to the base"""
+        y0: Tensor = super().forward(*args, **kwargs)
+        x = args[0] if args else kwargs[_first_argument(type(self).__bases__[2])]
         y = self._adapted(x, None, None, y0)
         return y0 if y is None else y
+
+
+@functools.cache
+def _first_argument(base: Any) -> str:
+    return list(inspect.signature(base.forward).parameters)[1]
 
 
 class _Picklable:
@@ -145,9 +157,27 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_plain(module: nn.Module) -> bool:
-    """Whether an adapted module's base computes xWᵀ + b and nothing else."""
-    base = next(c for c in type(module).__mro__ if not issubclass(c, (LoRAMixin, _Picklable)))
-    return is_conv1d(module) or getattr(base, "forward", None) is nn.Linear.forward
+    """Whether an adapted module's base computes xWᵀ + b and nothing else.
+
+    A forward of its own is tried, in float64 and on a random weight, with rows of several sizes.
+    """
+    base: Any = next(c for c in type(module).__mro__ if not issubclass(c, (LoRAMixin, _Picklable)))
+    if is_conv1d(module) or getattr(base, "forward", None) is nn.Linear.forward:
+        return True
+    random = torch.Generator().manual_seed(0)
+    twin = object.__new__(base)
+    own = {k: v for k, v in module._parameters.items() if v is not None}
+    made = {k: torch.randn(v.shape, generator=random, dtype=torch.float64) for k, v in own.items()}
+    parameters = module._parameters | {k: nn.Parameter(v, False) for k, v in made.items()}
+    twin.__dict__ = module.__dict__ | {"_parameters": parameters}
+    x = torch.randn(3, made["weight"].shape[1], generator=random, dtype=torch.float64)
+    x *= torch.tensor([[0.01], [1.0], [100.0]])
+    try:
+        found: Tensor = base.forward(twin, x)
+        expected = nn.functional.linear(x, made["weight"], made.get("bias"))
+        return found.shape == expected.shape and torch.allclose(found, expected)
+    except Exception:  # whatever a forward that is not a linear map raises
+        return False
 
 
 def shape_of(module: nn.Module) -> tuple[int, int] | None:

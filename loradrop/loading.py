@@ -14,6 +14,7 @@ from loradrop.config import LoRAConfig
 from loradrop.injection import base_of, injection_of, require_loaded
 from loradrop.layers import shape_of
 from loradrop.native import NativeFile, read
+from loradrop.ranks import placed
 from loradrop.surgery import inject
 
 _log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def fill(model: nn.Module, file: NativeFile) -> None:
     bank_of(model).restore(file.plan.assignment, file.bank)
     for name, value in file.trained.items():
         injection.originals.setdefault(name, base[name].detach().clone())
-        base[name].copy_(value)
+        base[name].copy_(placed(value, base[name]))
         if isinstance(base[name], nn.Parameter):
             base[name].requires_grad_(True)
     injection.plan = file.plan

@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +21,17 @@ from torch import Tensor, nn
 
 from loradrop.bank import STATE, bank_of
 from loradrop.files import read_json, write_json
-from loradrop.injection import Adapters, adapters_of, injection_of
+from loradrop.injection import (
+    Adapters,
+    adapters_of,
+    injection_of,
+    plan_of,
+    require_adapted,
+    trained_since,
+)
 from loradrop.plan import Plan
-from loradrop.tensor_file import full, once, write_tensors
+from loradrop.ranks import is_sharded, writes
+from loradrop.tensor_file import write_tensors
 
 TENSORS, PLAN, FOLDER = "adapter.safetensors", "plan.json", "loradrop_adapter"
 CHECKPOINT = "model.safetensors"  # where the Trainer looks for what it saved
@@ -47,30 +54,26 @@ class NativeFile(NamedTuple):
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters, the modules trained whole and the plan into `path`, atomically.
 
-    What was written is read back. Of a sharded model (DTensors) every rank has to call this: the
-    tensors are gathered, the first rank writes and the others wait for it. Raises OSError where the
-    file cannot be written.
+    Every rank calls it where FSDP2 shards the adapters; the first one writes. Raises OSError where
+    the file does not hold what was written, ValueError where a target was replaced.
     """
     if (reason := unmeasured(model)) is not None:
         _log.warning("%s", reason)
-    write(adapters_of(model), path)
+    adapters = adapters_of(model)
+    if writes(model):
+        write(adapters, path)
 
 
 def write(adapters: Adapters, path: str | os.PathLike[str]) -> None:
     """`save` of a snapshot."""
     plan = adapters.plan.to_dict()
-    found = {f"{_BANK}{k}": v for k, v in adapters.state.items()}
-    found |= {f"{_TRAINED}{k}": v for k, v in adapters.trained.items()}
-    tensors = {key: full(value).clone() for key, value in found.items()}  # no two share memory
+    tensors = {f"{_BANK}{k}": v.detach().cpu().contiguous() for k, v in adapters.state.items()}
+    tensors |= {f"{_TRAINED}{k}": v.cpu().contiguous().clone() for k, v in adapters.trained.items()}
     text, schema = json.dumps(plan), str(plan["schema"])
     metadata = {"format": "pt", "loradrop_schema": schema, "plan": text}
     metadata["sha256"] = _checksum(tensors, text)
-
-    def write_both() -> None:
-        write_tensors(Path(path) / TENSORS, tensors, metadata)
-        write_json(Path(path) / PLAN, plan)
-
-    once(found.values(), write_both)
+    write_tensors(Path(path) / TENSORS, tensors, metadata)
+    write_json(Path(path) / PLAN, plan)
 
 
 def read(path: str | os.PathLike[str]) -> NativeFile:
@@ -89,7 +92,9 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            names = list(opened.keys())
+            # Copied: a tensor in the mapped file would keep it from being replaced on Windows.
+            tensors = {key: opened.get_tensor(key).clone() for key in names}
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{file} is damaged or half-written ({error}; {file.stat().st_size} bytes): "
@@ -157,33 +162,31 @@ class SavePretrained:
         self.model = model
 
     def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As the class's own `save_pretrained`, with the adapters in `loradrop_adapter/`.
+        """As `PreTrainedModel.save_pretrained`, with the adapters in `loradrop_adapter/`.
 
         Raises ValueError while the adapters are merged and, once all is written, for a method that
         wants a warm-up and trained without one.
         """
         folder, model = Path(save_directory), self.model
-        state = kwargs.get("state_dict") or model.state_dict()
-        of_transformers = is_of_transformers(model)
+        given = kwargs.pop("state_dict", None)
+        state = given or model.state_dict()
         if injection_of(model).merged is not None:
             raise ValueError(
                 "the adapters are merged for now: call loradrop.remove(model), "
                 "or loradrop.export(model, path, format='merged')"
             )
-        if of_transformers and re.fullmatch(r"checkpoint-\d+", folder.name):
+        if re.fullmatch(r"checkpoint-\d+", folder.name) and _is_of_transformers(model):
             if kwargs.get("is_main_process", True):
                 _write_checkpoint(model, folder, state)
                 _require_measured(model)
             return None
-        if of_transformers:
-            kwargs["state_dict"] = state
-        if (given := kwargs.get("state_dict")) is not None:
-            base = {k: v for k, v in given.items() if not k.startswith("lora_bank.")}
-            kwargs["state_dict"] = base
+        if given is not None:
+            own = {k: v for k, v in state.items() if not k.startswith("lora_bank.")}
+            kwargs["state_dict"] = own
         pretrained: Any = type(model)
         with without_bank(model):
             result = pretrained.save_pretrained(model, folder, **kwargs)
-        _save_with(model, folder / FOLDER, state)
+        _save_given(model, folder / FOLDER, state)
         _log.warning(
             "%s holds the base model, and its adapters in %s: what from_pretrained loads from it "
             "lacks them until loradrop.load(model, %r)", folder, FOLDER, str(folder),
@@ -192,41 +195,47 @@ class SavePretrained:
         return result
 
 
-def is_of_transformers(model: nn.Module) -> bool:
-    """Whether it is a PreTrainedModel, whose save_pretrained writes the state_dict it is given."""
-    return "PreTrainedModel" in (cls.__name__ for cls in type(model).__mro__)
-
-
 @contextmanager
 def without_bank(model: nn.Module) -> Iterator[None]:
-    """Inside, the modules and the state dict are those of the base model."""
+    """Inside, the model's state dict is that of the base model, whatever class saves it."""
     modules = dict(model._modules)
     del model._modules["lora_bank"]
     try:
         yield
-    finally:
+    finally:  # in their order, whatever came after the bank
         model._modules.clear()
         model._modules.update(modules)
 
 
-def _save_with(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
-    """`save`, of the tensors in `state`: what the Trainer gathered, where one rank saves alone."""
-    if (reason := unmeasured(model)) is not None:
-        _log.warning("%s", reason)
-    adapters = adapters_of(model)
-    bank = {k: state.get(f"lora_bank.{k}", v) for k, v in adapters.state.items()}
-    trained = {k: state.get(k, v) for k, v in adapters.trained.items()}
-    write(replace(adapters, state=bank, trained=trained), folder)
+def _is_of_transformers(model: nn.Module) -> bool:
+    """Whether the Trainer resumes it by `load_state_dict`; another class reads its own folder."""
+    return "PreTrainedModel" in (cls.__name__ for cls in type(model).__mro__)
 
 
 def _write_checkpoint(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
     """The bank, what is trained whole and buffers, by the names that `load_state_dict` takes."""
     trained = {*injection_of(model).originals, *(name for name, _ in model.named_buffers())}
     names = [key for key in state if key.startswith("lora_bank.") or key in trained]
-    tensors = {key: full(state[key]).clone() for key in names}
+    tensors = {key: state[key].detach().cpu().contiguous().clone() for key in names}
     tensors[f"lora_bank.{STATE}"][-1] = 1  # the base is left out on purpose
-    once(state.values(), lambda: write_tensors(folder / CHECKPOINT, tensors, {"format": "pt"}))
-    _save_with(model, folder / FOLDER, state)
+    write_tensors(folder / CHECKPOINT, tensors, {"format": "pt"})
+    _save_given(model, folder / FOLDER, state)
+
+
+def _save_given(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
+    """`save`; of a sharded model the tensors in `state`, where the caller gathered them.
+
+    The Trainer does so, and then saves on one rank: to gather again would wait for the others.
+    """
+    sharded = any(map(is_sharded, model.parameters()))
+    if not sharded or any(map(is_sharded, state.values())):
+        return save(model, folder)
+    require_adapted(model)
+    names = (*injection_of(model).originals, *trained_since(model))
+    bank = {k.removeprefix("lora_bank."): v for k, v in state.items() if k.startswith("lora_bank.")}
+    bank.pop(STATE, None)
+    trained = {name: state[name] for name in names}
+    write(Adapters(plan_of(model), (), (), bank, trained), folder)
 
 
 def _require_measured(model: nn.Module) -> None:

@@ -1,8 +1,9 @@
 """The processes of a distributed run, before and after torch.distributed has begun."""
 
 import os
+from typing import Any
 
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 
 def is_distributed() -> bool:
@@ -33,3 +34,28 @@ def reduced(values: Tensor, op: "distributed.ReduceOp.RedOpType") -> Tensor:
     values = values.to("cuda" if distributed.get_backend() == "nccl" else "cpu")
     distributed.all_reduce(values, op)
     return values.cpu()
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor, of which every rank holds a part (fully_shard, FSDP2)."""
+    return hasattr(tensor, "full_tensor") and hasattr(tensor, "device_mesh")
+
+
+def writes(model: nn.Module) -> bool:
+    """Whether this rank writes the model's files: of a sharded model, which all put together."""
+    return is_first() or not any(map(is_sharded, model.parameters()))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all parts of a sharded one: then every rank has to call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def placed(value: Tensor, like: Tensor) -> Tensor:
+    """`value`, sharded as `like` is."""
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    return distribute_tensor(value.to(like.device), mesh, like.placements)  # type: ignore[attr-defined]

@@ -1,4 +1,7 @@
-"""A run from a YAML file: the model, the data, the arms to compare, and the files that come out."""
+"""A run from a YAML file: the model, the data, the arms to compare, and the files that come out.
+
+`training` loads slowly, so it is imported when the data was found and read.
+"""
 
 import importlib.util
 import itertools
@@ -8,16 +11,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, set_seed
 
 from loradrop.config import LoRAConfig
+from loradrop.env import is_first_rank
 from loradrop.files import write_json, write_text
 from loradrop.formats.peft import DTYPES
 from loradrop.loading import load
@@ -32,7 +35,9 @@ from loradrop.scores import Scores
 from loradrop.text.examples import TextTask
 from loradrop.text.task import load_task
 from loradrop.text.tokens import TokenizedDataset, collator, metric_fn, tokenize
-from loradrop.training import Result, fit, warm_up
+
+if TYPE_CHECKING:
+    from loradrop.training import Result
 
 _log = logging.getLogger(__name__)
 
@@ -57,13 +62,15 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
 
     A newly made head must be trained whole. Raises ValueError naming a model that cannot be loaded.
     """
-    set_seed(config.train.seed)
+    transformers.set_seed(config.train.seed)
     where, words = resolve_model(config.model.id), task.kind == "token_classification"
     options: dict[str, Any] = {"dtype": DTYPES[config.model.dtype]}
     with _naming(config.model.id):
-        tokenizer = AutoTokenizer.from_pretrained(where, revision=config.model.revision)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            where, revision=config.model.revision
+        )
         if words and getattr(tokenizer, "add_prefix_space", True) is False:  # words as in a text
-            tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
                 where, revision=config.model.revision, add_prefix_space=True
             )
     if tokenizer.pad_token is None:
@@ -126,7 +133,7 @@ def _holds(cls: Any, config: Any, num_labels: int, saved: Mapping[str, Tensor]) 
     return all(shapes.get(key) == value.shape for key, value in saved.items())
 
 
-def run(config: RunConfig, *, resume: bool = False) -> dict[str, Result]:
+def run(config: RunConfig, *, resume: bool = False) -> dict[str, "Result"]:
     """Train `config.lora` and every arm, each into its own folder. Name -> result.
 
     The output folder gets config.yaml, plan.json, the pictures and the report. Raises ValueError
@@ -140,8 +147,12 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, Result]:
     for name, lora in {**config.arms, config.name: config.lora}.items():
         _log.info("%s, %d of %d", name, len(results) + 1, len(config.arms) + 1)
         results[name] = train_arm(config, task, lora, folder_of(config, name), resume)
-        if len(results) == 1:  # not before: the folder may belong to a run with other options
+        if (
+            len(results) == 1 and is_first_rank()
+        ):  # not before: the folder may belong to a run with other options
             write_text(folder / CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    if not is_first_rank():
+        return results
     arms = [Arm(name=name, **vars(result)) for name, result in results.items()]
     main = results[config.name].plan
     write_json(folder / "plan.json", main.to_dict())
@@ -178,8 +189,10 @@ def _prepare(
 
 def train_arm(
     config: RunConfig, task: TextTask, lora: LoRAConfig, folder: Path, resume: bool = False
-) -> Result:
+) -> "Result":
     """One `fit` of `task` into `folder`."""
+    from loradrop.training import fit
+
     model, lora, rows, options = _prepare(config, task, lora)
     options |= {"metric": metric_fn(task), "output_dir": folder, "resume": resume}
     return fit(model, rows["train"], rows["dev"], lora, **options)
@@ -188,9 +201,12 @@ def train_arm(
 def warm_up_run(config: RunConfig, *, resume: bool = False) -> Plan:
     """The warm-up of `config.lora` alone; `run(config, resume=True)` continues from it."""
     model, lora, rows, options = _prepare(config, load_task(config.data), config.lora)
+    from loradrop.training import warm_up
+
     options |= {"output_dir": folder_of(config, config.name), "resume": resume}
     plan = warm_up(model, rows["train"], lora, **options)
-    write_json(Path(config.output) / "plan.json", plan.to_dict())
+    if is_first_rank():
+        write_json(Path(config.output) / "plan.json", plan.to_dict())
     return plan
 
 

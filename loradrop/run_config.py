@@ -160,7 +160,7 @@ def _value(key: str, value: str, text: str) -> Any:
     whole = section in ("model", "data") and not option
     hints = get_type_hints(_SECTIONS[section]) if section in _SECTIONS else {}
     hint = str | None if whole else hints.get(option, str if key in ("name", "output") else None)
-    kinds = {*(get_args(hint) or [hint])}
+    kinds = {*_kinds(hint)}
     yaml_text = value[:1] == value[-1:] and value[:1] in ("'", '"') and len(value) > 1
     yaml_text |= types.NoneType in kinds and value in ("", "~", "null")
     yaml_text |= whole and value.startswith("{") and value.endswith("}")
@@ -198,13 +198,17 @@ def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     check_keys(values, known, where)
     hints = get_type_hints(cls)
     for key, value in values.items():
-        hint = hints[key]
-        union = get_args(hint) if isinstance(hint, types.UnionType) else [hint]
-        kinds = [get_origin(kind) or kind for kind in union]
+        kinds = _kinds(hints[key])
         if not any(_fits(value, kind) for kind in kinds):
             wanted = " or ".join(_NAMES.get(kind, str(kind)) for kind in kinds)
             raise ValueError(f"{where}.{key}={value!r}: give {wanted}")
     return cls(**values)
+
+
+def _kinds(hint: Any) -> list[Any]:
+    """The types of a union, without their parameters."""
+    union = get_args(hint) if isinstance(hint, types.UnionType) else [hint]
+    return [get_origin(kind) or kind for kind in union]
 
 
 def _fits(value: Any, kind: Any) -> bool:

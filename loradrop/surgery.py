@@ -1,6 +1,7 @@
 """`inject` puts the adapters in, `merge` folds them into the weights, `remove` takes them out."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
             f"{name} is sharded (its parameters are DTensors), and the adapters would not be: "
             "inject first, and call fully_shard or parallelize_module afterwards"
         )
+    _require_no_saver(model)
     found = find_targets(model, config)
     trained = saved_modules(model, config)
     if execution_device(*modules) is not None:
@@ -68,6 +70,18 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     kinds = kinds_of(target.name for target in bank.targets)
     _log.info("adapted %s; trained whole: %s", kinds, ", ".join(trained) or "nothing")
     return bank
+
+
+def _require_no_saver(model: nn.Module) -> None:
+    """Raises ValueError for a chain that saves itself link by link: the bank would be a link."""
+    saves = any(callable(getattr(model, name, None)) for name in ("save", "save_pretrained"))
+    if isinstance(model, nn.Sequential) and saves:
+        inner = (n for n, m in model.named_modules() if n and hasattr(m, "save_pretrained"))
+        path = re.sub(r"\.(\d+)", r"[\1]", f"model.{next(inner, '0')}")
+        raise ValueError(
+            f"{type(model).__name__} is a chain with a save of its own, to which the adapters "
+            f"would be one more link: inject its inner model, {path}"
+        )
 
 
 # What makes nn.TransformerEncoder and its layers call their linear layers also in eval mode.
@@ -94,15 +108,31 @@ def _avoid_fused_paths(model: nn.Module, bank: AdapterBank) -> list[tuple[str, s
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes without its adapters. Raises ValueError while they are merged."""
-    bank = bank_of(model)
-    if injection_of(model).merged is not None:
+    """Inside, the model computes as before `inject`, also where modules are trained whole.
+
+    Raises ValueError while the adapters are merged, and for a module trained whole that is
+    offloaded, sharded or resized.
+    """
+    bank, injection = bank_of(model), injection_of(model)
+    if injection.merged is not None:
         raise ValueError("the adapters are merged: call loradrop.remove(model) for the base model")
-    before, bank.enabled = bank.enabled, False
+    tensors = model.state_dict(keep_vars=True)
+    whole = {name: tensors[name] for name in injection.originals if name in tensors}
+    require_loaded(whole)
+    for name, tensor in whole.items():
+        if tensor.shape != injection.originals[name].shape or hasattr(tensor, "device_mesh"):
+            raise ValueError(f"{name} was resized or sharded since inject: it cannot be set back")
+    before, trained = bank.enabled, [(tensor, tensor.data) for tensor in whole.values()]
     try:
+        bank.enabled = False
+        with torch.inference_mode(False):
+            for name, tensor in whole.items():  # another storage: graphs made outside stay whole
+                tensor.data = injection.originals[name].to(tensor, copy=True)
         yield
     finally:
         bank.enabled = before
+        for tensor, data in trained:
+            tensor.data = data
 
 
 @torch.no_grad()

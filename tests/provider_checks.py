@@ -1,6 +1,6 @@
 """Every provider of a GPU that serves on this machine, by values and gradients.
 
-    python tests/provider_checks.py DTYPE [SKIPPED]     prints who was checked; SKIPPED begins names
+python tests/provider_checks.py DTYPE [SKIPPED]     prints who was checked; SKIPPED begins names
 """
 
 import sys

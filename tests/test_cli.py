@@ -268,6 +268,26 @@ def test_env_and_version(capsys: Capsys) -> None:
         assert python("-m", "loradrop", *arguments) == (0, version, "")
 
 
+def test_a_missing_file_is_said_before_training_is_loaded() -> None:
+    code = (
+        "import sys; from loradrop.cli import main\n"
+        "assert main(['train', 'data=none.csv']) == 2\n"
+        "assert 'loradrop.training' not in sys.modules"
+    )
+    status, _, err = python("-c", code)
+    assert status == 0 and err.startswith("loradrop: error: data.source='none.csv' does not exist")
+
+
+@pytest.mark.parametrize(("rank", "is_first"), [(None, True), ("0", True), ("1", False)])
+def test_the_first_rank_prints(
+    rank: str | None, is_first: bool, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+    assert ("wrote" in works(capsys, "plan", "plot", work / "run")) == is_first
+
+
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["train", "--help"], ["verify", "-h"], ["trian"], []], ids=str
 )

@@ -72,3 +72,11 @@ def test_the_callback_in_two_ranks(tmp_path: Path) -> None:
         assert other["kept"] == one["kept"] and len(one["kept"]) == 1
         for mine, theirs in zip(one["adapters"], other["adapters"], strict=True):
             assert mine == pytest.approx(theirs, abs=1e-6)
+
+
+def test_a_sharded_model_trains_saves_and_loads(tmp_path: Path) -> None:
+    done = torchrun(SCRIPT.with_name("sharded_fit.py"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "found.json").read_text())
+    assert result["same"] and result["gap"] < 1e-6 and result["moved"] > 1e-3
+    assert (tmp_path / "peft" / "adapter_model.safetensors").exists()

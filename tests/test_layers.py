@@ -1,6 +1,7 @@
 """The layers: drop-in, also where PyTorch and transformers do more than call a forward."""
 
 import copy
+import inspect
 import pickle
 import tempfile
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook
 from models import WIDTH, Make, Net, assert_same, gpt2, llama, net, snapshot, wake
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import loradrop
 from loradrop.layers import LoRALinear
@@ -317,6 +319,70 @@ def test_arguments_of_the_base_pass_through() -> None:
     expected = model(x, 3.0, shift=1.0)
     inject(model, "layer")
     assert torch.equal(model(x, 3.0, shift=1.0), expected)
+
+
+class ByHand(nn.Linear):
+    """A plain linear map that says so itself, as Falcon's layers do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = input @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_plain_map_by_hand_is_merged(bias: bool) -> None:
+    model, x = Holder(ByHand(K, N, bias)), torch.randn(5, K)
+    inject(model, "layer")
+    expected, state = wake(model)(x).detach(), torch.get_rng_state()
+    loradrop.merge(model)
+    torch.testing.assert_close(model(x), expected)
+    assert type(model.layer) is ByHand and torch.equal(torch.get_rng_state(), state)
+
+
+class Clipped(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.clamp(-20, 20))
+
+
+class Silent(Doubling):
+    """Zero, for now: no row of its own would tell it from a plain map."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+@pytest.mark.parametrize("base", [Clipped, Silent])
+def test_a_map_that_is_plain_for_some_rows_is_not_merged(base: Any) -> None:
+    model = Holder(base(K, N))
+    inject(model, "layer")
+    with pytest.raises(ValueError, match="whose forward is its own"):
+        loradrop.merge(model)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv1d", *BASES])
+def test_input_by_its_keyword(name: str) -> None:
+    """As the base calls it."""
+    if name == "conv1d":
+        base, keyword = Conv1D(N, K), "x"
+    else:
+        base = nn.Linear(K, N) if name == "linear" else BASES[name]()
+        keyword = "input" if name in ("linear", "weight") else "x"
+    model, x = Holder(base), torch.randn(5, K)
+    inject(model, "layer")
+    layer = wake(model).layer
+    more = {"shift": 1.0} if name == "subclass" else {}
+    assert torch.equal(layer(**more, **{keyword: x}), layer(x, **more))
+
+
+def test_the_layer_answers_what_is_asked() -> None:
+    """PEFT alone is told why it cannot wrap it."""
+    layer = LoRALinear(K, N, r=R)
+    assert (
+        not hasattr(layer, "base_layer") and dict(inspect.getmembers(layer))["weight"] is not None
+    )
+    with pytest.raises(AttributeError, match="base_layer"):
+        _ = layer.base_layer
 
 
 NOT_MERGED = [

@@ -3,11 +3,13 @@
 import json
 import logging
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -216,22 +218,17 @@ for step in itertools.count():
         values = {float(value) for p in bank.parameters() for value in p.detach().aminmax()}
         assert values in ({float(seen)}, {float(seen + 1)})  # of one step, the last or the next
 
-    def test_where_a_folder_cannot_be_opened(
+    def test_a_flush_that_wants_to_write(
         self, model: Any, path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """As on Windows, which also flushes no file that is open to read alone."""
-        opened, flush = os.open, os.fsync
-
-        def open_file(name: Any, *args: Any, **options: Any) -> int:
-            if os.path.isdir(name):
-                raise PermissionError(13, "Permission denied", str(name))
-            return opened(name, *args, **options)
+        """As on Windows, where a file that is open to read alone is not flushed."""
+        flush = os.fsync
 
         def fsync(handle: int) -> None:
-            os.write(handle, b"")  # raises for one that is open to read alone
+            if stat.S_ISREG(os.fstat(handle).st_mode):
+                os.write(handle, b"")  # raises for one that is open to read alone
             flush(handle)
 
-        monkeypatch.setattr(os, "open", open_file)
         monkeypatch.setattr(os, "fsync", fsync)
         loradrop.save(fill(model, 3), path)
         assert same(loaded(path), model)
@@ -401,13 +398,17 @@ class TestSavePretrained:
         """It takes no state_dict, and writes whatever it holds."""
         hub = pytest.importorskip("huggingface_hub")
 
-        class Net(nn.Sequential, hub.PyTorchModelHubMixin):  # type: ignore[misc]
+        class Net(nn.Module, hub.PyTorchModelHubMixin):  # type: ignore[misc]
             def __init__(self) -> None:
-                super().__init__(nn.Linear(4, 4))
+                super().__init__()
+                self.query = nn.Linear(4, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.query(x)
 
         model, base = Net(), Net()
         base.load_state_dict(model.state_dict())
-        models.adapt(model, r=2, target_modules=["0"], method=loradrop.LoRA())
+        models.adapt(model, r=2, target_modules=["query"], method=loradrop.LoRA())
         keys = list(model.state_dict())
         model.save_pretrained(tmp_path / folder)
         found, x = Net.from_pretrained(tmp_path / folder), torch.randn(2, 4)
@@ -459,3 +460,33 @@ class TestEarlierReleases:
         assert plan.warmup["steps"] == 10 and plan.scores["rows"] == 10
         write_json(tmp_path / PLAN, plan.to_dict())
         assert Plan.from_dict(read_json(tmp_path / PLAN)) == plan
+
+
+@pytest.mark.parametrize("name", ["posix", "nt"])
+def test_folders_are_flushed_where_they_can_be_opened(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Windows opening a folder is a PermissionError."""
+    opened: list[str] = []
+
+    def refuse(path: Any, *_: Any) -> int:
+        opened.append(str(path))
+        raise PermissionError(path)
+
+    monkeypatch.setattr("loradrop.files.os", SimpleNamespace(**{**vars(os), "name": name}))
+    monkeypatch.setattr("loradrop.files.os.open", refuse)
+    if name == "nt":
+        write_json(tmp_path / "a.json", {"a": 1})
+        assert read_json(tmp_path / "a.json") == {"a": 1} and not opened
+    else:
+        with pytest.raises(PermissionError):
+            write_json(tmp_path / "a.json", {"a": 1})
+        assert opened == [str(tmp_path)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux for its open files")
+def test_a_file_that_was_read_can_be_replaced(tmp_path: Path) -> None:
+    """On Windows one that is mapped cannot."""
+    loradrop.save(adapt(bert()), tmp_path)
+    found = read(tmp_path)
+    assert found.bank and str(tmp_path) not in Path("/proc/self/maps").read_text()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loradrop
-from loradrop import export, tensor_file
+from loradrop import export
 from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS, read
 from loradrop.methods import Method
 from loradrop.pairs import LoRABank
@@ -71,6 +71,7 @@ PATTERNS = {"rank_pattern": {"value": 11}, "alpha_pattern": {"1.*query": 3, "val
         (llama, {"target_modules": "all-linear"}, "CAUSAL_LM"),
         (lambda: llama("ForSequenceClassification"), {}, "SEQ_CLS"),
         (models.gpt2, {"target_modules": ["c_attn", "c_fc"]}, "CAUSAL_LM"),
+        (models.distilbert, {"target_modules": "all-linear"}, "SEQ_CLS"),
     ],
 )
 def test_stock_peft_reads_it_to_the_same_logits(
@@ -97,6 +98,20 @@ def test_shared_and_dropped_adapters_are_written_out(how: str, tmp_path: Path) -
         else:
             torch.testing.assert_close(B @ A, delta, rtol=1e-5, atol=1e-6)
             assert B.any()
+
+
+def test_an_adapter_that_the_disk_changed_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forgetting(tensors: dict[str, Tensor], *args: Any) -> None:
+        save_file({name: torch.zeros_like(t) for name, t in tensors.items()}, *args)
+
+    monkeypatch.setattr("loradrop.tensor_file.save_file", forgetting)
+    with pytest.raises(OSError, match="does not hold what was written into it"):
+        export(adapt(bert()), tmp_path)
+    with pytest.raises(OSError, match="does not hold what was written into it"):
+        loradrop.save(adapt(bert()), tmp_path / "native")
+    assert not list((tmp_path / "native").iterdir())
 
 
 def test_auto_peft_model(tmp_path: Path) -> None:
@@ -311,48 +326,11 @@ def test_an_interrupted_export_is_no_adapter(
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(tensor_file, "save_file", full)
+    monkeypatch.setattr("loradrop.tensor_file.save_file", full)
     with pytest.raises(OSError, match="no space left"):
         export(fill(model), tmp_path)
     assert (tmp_path / TENSORS).read_bytes() == before
     assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", TENSORS]
-
-
-class Link(nn.Module):
-    def __init__(self, side: str) -> None:
-        super().__init__()
-        torch.manual_seed(len(side))
-        self.add_module(side, nn.Linear(4, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + next(iter(self.children()))(x).tanh()
-
-
-class Links(nn.Sequential):
-    """As a SentenceTransformer: each link in a folder, and no state_dict is taken."""
-
-    def __init__(self) -> None:
-        super().__init__(Link("query"), Link("value"))
-
-    def save_pretrained(self, folder: Any, safe: bool = True) -> None:
-        for name, link in self.named_children():
-            (Path(folder) / name).mkdir(parents=True)
-            save_file(link.state_dict(), Path(folder) / name / "model.safetensors")
-
-    @classmethod
-    def from_pretrained(cls, folder: Path) -> "Links":
-        found = cls()
-        for name, link in found.named_children():
-            link.load_state_dict(load_file(folder / name / "model.safetensors"))
-        return found
-
-
-def hub() -> Any:
-    class Hub(nn.Sequential, pytest.importorskip("huggingface_hub").PyTorchModelHubMixin):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__(Link("query"), Link("value"))
-
-    return Hub()
 
 
 def reload_merged(model: nn.Module, path: Path) -> None:
@@ -363,20 +341,18 @@ def reload_merged(model: nn.Module, path: Path) -> None:
     torch.testing.assert_close(outputs(found.eval()), outputs(model), rtol=1e-4, atol=1e-5)
 
 
-def test_what_does_not_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, write = adapt(llama()), save_file
-    export(model, tmp_path)
-    before = (tmp_path / TENSORS).read_bytes()
+class Links(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(4, 4), nn.Linear(4, 4)
 
-    def flipped(tensors: Any, *rest: Any) -> None:
-        last = next(reversed(tensors))
-        write(tensors | {last: -tensors[last]}, *rest)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value(self.query(x).tanh())
 
-    monkeypatch.setattr(tensor_file, "save_file", flipped)
-    for call in (export, loradrop.save):
-        with pytest.raises(OSError, match="does not read back as it was written"):
-            call(fill(model), tmp_path)
-    assert (tmp_path / TENSORS).read_bytes() == before
+    def save_pretrained(self, folder: Any, safe: bool = True) -> None:
+        for name, link in self.named_children():
+            (Path(folder) / name).mkdir(parents=True)
+            save_file(link.state_dict(), Path(folder) / name / "model.safetensors")
 
 
 class TestMerged:
@@ -390,45 +366,68 @@ class TestMerged:
         assert not [key for key in load_file(tmp_path / "model.safetensors") if "lora" in key]
         assert torch.equal(outputs(model), native)
 
-    @pytest.mark.parametrize("make", [hub, Links])
-    def test_by_a_class_that_saves_what_it_holds(self, make: Make, tmp_path: Path) -> None:
-        model = adapt(make(), r=2, target_modules=["query", "value"])
-        x, before = torch.randn(3, 4), snapshot(model)
-        native = model(x)
-        assert export(model, tmp_path, "merged") == []
+    def test_of_a_class_with_a_save_of_its_own(self, tmp_path: Path) -> None:
+        """It takes no state dict: its own one is of the merged model, and then as before."""
+        hub = pytest.importorskip("huggingface_hub")
+
+        class Hub(nn.Module, hub.PyTorchModelHubMixin):  # type: ignore[misc]
+            def __init__(self, size: int = 4) -> None:
+                super().__init__()
+                self.query = nn.Linear(size, size)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.query(x)
+
+        torch.manual_seed(0)
+        model, x = Hub(), torch.randn(3, 4)
+        loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["query"]))
+        models.wake(model)
+        before, expected = snapshot(model), model(x)
+        export(model, tmp_path / "merged", "merged")
         assert_same(model, before)
-        found = type(model).from_pretrained(tmp_path)
-        torch.testing.assert_close(found(x), native)
-        assert not [key for key in found.state_dict() if "lora" in key]
-        assert not list(tmp_path.rglob(".*"))
+        torch.testing.assert_close(Hub.from_pretrained(tmp_path / "merged")(x), expected)
+        model.save_pretrained(tmp_path / "base")
+        assert set(load_file(tmp_path / "base" / "model.safetensors")) == {
+            "query.weight", "query.bias",
+        }  # fmt: skip
+        found = Hub.from_pretrained(tmp_path / "base")
+        loradrop.load(found, tmp_path / "base")
+        assert torch.equal(found(x), expected)
 
-    @pytest.mark.parametrize("make", [hub, Links])
-    def test_a_save_that_fails_leaves_the_model(
-        self, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        model = adapt(make(), r=2, target_modules=["query", "value"])
+    def test_of_a_class_that_saves_into_folders(self, tmp_path: Path) -> None:
+        """As a SentenceTransformer: each of its links into one."""
+        model, x = adapt(Links(), r=2), torch.randn(3, 4)
         before = snapshot(model)
-
-        def full(*_: Any, **__: Any) -> None:
-            raise OSError("no space left on device")
-
-        monkeypatch.setattr(type(model), "save_pretrained", full)
-        with pytest.raises(OSError, match="no space left"):
+        for _ in range(2):  # also over an earlier one
             export(model, tmp_path, "merged")
         assert_same(model, before)
-        assert not list(tmp_path.iterdir())
+        found = Links()
+        for name, link in found.named_children():
+            link.load_state_dict(load_file(tmp_path / name / "model.safetensors"))
+        torch.testing.assert_close(found(x), model(x))
+        names = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+        assert names == {"query/model.safetensors", "value/model.safetensors"}
 
     def test_what_was_written_is_read_back(self, tmp_path: Path) -> None:
-        class Remembers(Links):
-            """Its save_pretrained writes what it was made with."""
+        class Forgetful(nn.Module):
+            """Its save_pretrained saves other weights than it has."""
 
-            def save_pretrained(self, folder: Any, **_: Any) -> None:
-                save_file({"0.query.weight": torch.ones(4, 4)}, f"{folder}/model.safetensors")
+            def __init__(self) -> None:
+                super().__init__()
+                self.query = nn.Linear(4, 4)
+                self.first = self.query.weight.detach().clone()
 
-        model = adapt(Remembers(), r=2, target_modules=["query", "value"])
-        with pytest.raises(ValueError, match=r"Remembers does not write.*loradrop\.merge"):
+            def save_pretrained(self, folder: str, **_: Any) -> None:
+                save_file({"query.weight": self.first}, f"{folder}/model.safetensors")
+
+        model = Forgetful()
+        loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["query"]))
+        models.wake(model)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"Forgetful does not write.*loradrop\.merge"):
             export(model, tmp_path, "merged")
         assert not list(tmp_path.iterdir())
+        assert_same(model, before)
 
     def test_rounds_once(self, tmp_path: Path) -> None:
         model = adapt(llama().to(torch.bfloat16))

@@ -12,7 +12,14 @@ import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    RobertaTokenizer,
+)
 
 import loradrop
 from loradrop import LoRA, LoRADrop
@@ -61,6 +68,10 @@ def write_model(folder: Path, family: str = "bert") -> str:
     return str(folder)
 
 
+def turn(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": text}
+
+
 def write_table(file: Path, kind: str = "classes", rows: int = 24) -> str:
     """Rows whose label a word tells."""
     generator = torch.Generator().manual_seed(0)
@@ -74,6 +85,9 @@ def write_table(file: Path, kind: str = "classes", rows: int = 24) -> str:
             "numbers": {"text": text, "label": (1.5, -0.25)[i % 2] + i / 100},
             "pairs": {"sentence1": text, "sentence2": f"it was {second}", "label": label},
             "causal": {"prompt": text, "completion": f"so it was {word}"},
+            "several": {"text": text, "labels": [label, "film"] if i % 2 else [label]},
+            "tags": {"tokens": text.split(), "tags": [w in BAD for w in text.split()]},
+            "chat": {"messages": [turn("user", text), turn("assistant", f"so it was {word}")]},
         }
         table.append(columns[kind])
     if file.suffix == ".jsonl":
@@ -169,6 +183,33 @@ def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.output, config.model.id) == ("/somebody/runs", "/somebody/bert")
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "reviews #1.csv",
+        "part: one.csv",
+        "[draft].csv",
+        "{a}.csv",
+        "[a]",
+        "010",
+        "1e5",
+        "on",
+        "*.c=d",
+    ],
+)
+def test_a_name_or_a_path_is_taken_as_it_stands(text: str) -> None:
+    keys = ("model", "data", "name", "output", "data.text", "data.dev", "model.revision")
+    config = read_config(None, [f"{key}={text}" for key in keys])
+    assert {config.model.id, config.data.source, config.name, config.output} == {text}
+    assert {config.data.text, config.data.dev, config.model.revision} == {text}
+
+
+def test_text_may_be_quoted_or_null_and_a_section_in_braces() -> None:
+    config = read_config(None, ["data={source: a, label: b}", "data.text='null'", "data.label="])
+    assert config.data == DataConfig(source="a", text="null")
+    assert read_config(None, ["data={source: a, max_length: 9}"]).data.max_length == 9
+
+
 def test_overrides_go_into_short_forms(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("model: some/model\nlora: {method: lora_drop}\n")
@@ -216,7 +257,8 @@ def test_configuration_goes_through_yaml(tmp_path: Path) -> None:
         (["lora.method.threshold=2"], r"threshold=2: choose a number in \[0, 1\]"),
         (["lora.r=0"], r"r=0: the rank"),
         (["model.dtype=int8"], r"model\.dtype='int8': choose one of float32, bfloat16, float16"),
-        (["model=3"], r"model=3: write a section, as in model: \{id: \.\.\.\}"),
+        (["lora.rank=8"], r"lora has no option 'rank': did you mean 'r'\?"),
+        (["train.lr=1"], r"train has no option 'lr': did you mean 'learning_rate'\?"),
         (["lora=8"], r"lora=8: write a section"),
         (["arms=[lora]"], r"arms=\['lora'\]: write a section"),
         (["arms.x=lora"], r"x='lora': write a section"),
@@ -239,7 +281,8 @@ def test_bad_configuration_is_named(overrides: list[str], message: str) -> None:
     [
         ("- 1\n- 2\n", r"config\.yaml must hold sections \(model:, .*\), not a list"),
         ("lora: {r: 8\n", r"config\.yaml is not YAML: (.|\n)*line 2"),
-        ("lora:\n  rank: 8\n", r"lora has no option 'rank': did you mean 'rank_pattern'\?"),
+        ("lora:\n  rank: 8\n", r"lora has no option 'rank': did you mean 'r'\?"),
+        ("model: 3\n", r"model=3: write a section, as in model: \{id: \.\.\.\}"),
         ("optimizer: adam\n", r"config\.yaml has no option 'optimizer': known: arms, data"),
     ],
 )
@@ -360,12 +403,17 @@ def test_run_with_arms(
         run(config)
 
 
-@pytest.mark.parametrize("kind", ["numbers", "pairs"])
-def test_regression_and_sentence_pairs(kind: str, bert: str, tmp_path: Path) -> None:
-    data = write_table(tmp_path / "table.csv", kind)
+@pytest.mark.parametrize("kind", ["numbers", "pairs", "several", "tags"])
+def test_each_kind_of_label(kind: str, bert: str, tmp_path: Path) -> None:
+    data = write_table(tmp_path / "table.jsonl", kind)
     config = configured(bert, data, tmp_path / "run", "train.steps=48")
     task = load_task(config.data)
-    expected = {"numbers": ("regression", 1, "pearson"), "pairs": ("classification", 2, "accuracy")}
+    expected = {
+        "numbers": ("regression", 1, "pearson"),
+        "pairs": ("classification", 2, "accuracy"),
+        "several": ("multi_label_classification", 3, "micro_f1"),
+        "tags": ("token_classification", 2, "accuracy"),
+    }
     model, tokenizer, _ = build(config, task)
     assert (task.kind, model.config.num_labels, task.metric) == expected[kind]
     if kind == "pairs":
@@ -373,7 +421,28 @@ def test_regression_and_sentence_pairs(kind: str, bert: str, tmp_path: Path) -> 
         assert set(row["token_type_ids"]) == {0, 1}
     assert run(config)["LoRA-drop"].metrics[task.metric] > 0.8
     again, _ = load_base(adapter_of(config))
-    assert again.config.num_labels == model.config.num_labels
+    assert type(again) is type(model) and again.config.num_labels == model.config.num_labels
+
+
+@pytest.mark.parametrize("kind", ["text", "words"])
+def test_words_are_tokens_as_in_a_text(kind: str, tmp_path: Path) -> None:
+    """RoBERTa's tokens know whether a space stands before them."""
+    vocabulary = {
+        t: i for i, t in enumerate(["<s>", "</s>", "<pad>", "<unk>", "Ġ", "a", "b", "Ġb"])
+    }
+    options = {"vocab": vocabulary, "merges": [("Ġ", "b")], "pad_token": "<pad>"}
+    RobertaTokenizer(**options).save_pretrained(tmp_path)
+    AutoModel.from_config(AutoConfig.for_model("roberta", **BERT)).save_pretrained(tmp_path)
+    rows = {
+        "text": '{"text": "a b", "label": 0}\n{"text": "a b", "label": 1}',
+        "words": '{"tokens": ["a", "b"], "tags": [0, 1]}',
+    }
+    (tmp_path / "t.jsonl").write_text(rows[kind])
+    path = str(tmp_path / "t.jsonl")
+    config = configured(str(tmp_path), path, tmp_path / "run", f"data.dev={path}")
+    tokenizer = build(config, load_task(config.data))[1]
+    tokens = tokenize(load_task(config.data), tokenizer)[0][0]["input_ids"]
+    assert vocabulary["Ġb"] in tokens and vocabulary["b"] not in tokens
 
 
 def test_causal_language_model(tmp_path: Path) -> None:
@@ -391,6 +460,31 @@ def test_causal_language_model(tmp_path: Path) -> None:
     loradrop.load(model, adapter)
     generated = model.generate(torch.tensor([[2, 5, 6]]), max_new_tokens=3, do_sample=False)
     assert generated.shape[1] > 3
+
+
+def test_conversations(tmp_path: Path) -> None:
+    model_id = write_model(tmp_path / "base", "llama")
+    data = write_table(tmp_path / "table.jsonl", "chat")
+    config = configured(model_id, data, tmp_path / "run", "train.steps=40")
+    with pytest.raises(ValueError, match="the tokenizer has no chat template"):
+        run(config)
+    tokenizer = AutoTokenizer.from_pretrained(model_id)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}[SEP]{% endfor %}"
+    tokenizer.save_pretrained(model_id)
+    result = run(config)["LoRA-drop"]
+    assert result.metrics["loss"] < 0.7 * losses(result)[0]
+
+
+def test_other_ranks_than_the_first_write_nothing_of_the_run(
+    bert: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("loradrop.run.is_first_rank", lambda: False)
+    config = configured(bert, table, tmp_path / "out", "train.steps=6")
+    warm_up_run(config)
+    assert run(config, resume=True)["LoRA-drop"].steps == 6
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["lora-drop"]
+    assert not capsys.readouterr().out
 
 
 def test_plain_lora_alone_has_no_heat_map(bert: str, table: str, tmp_path: Path) -> None:

@@ -523,6 +523,33 @@ def test_modules_to_save_that_were_resized(tmp_path: Any) -> None:
     assert model.lm_head.weight.shape[0] == 64
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_disabled_sets_trained_modules_back(mode: Any) -> None:
+    """And after them, bit for bit, what they had learnt; a graph made before stays usable."""
+    model = injected()
+    train(model)
+    trained, loss = snapshot(model), model.eval()(IDS).square().sum()
+    with pytest.raises(KeyError), mode(), loradrop.disabled(model), loradrop.disabled(model):
+        assert torch.equal(model(IDS), Net().eval()(IDS))
+        model.train()(IDS)  # moves the statistics of the normalisation
+        raise KeyError
+    assert_same(model, trained)
+    loss.backward()
+    loradrop.remove(model)
+    assert torch.equal(output(model), output(Net()))
+
+
+def test_disabled_with_tied_modules() -> None:
+    model = llama(tie_word_embeddings=True)
+    expected = model(IDS).logits
+    loradrop.inject(model, config("q_proj", modules_to_save=["embed_tokens", "lm_head"]))
+    model.lm_head.weight.data.mul_(2.0)
+    trained = model(IDS).logits
+    with loradrop.disabled(model):
+        assert torch.equal(model(IDS).logits, expected)
+    assert torch.equal(model(IDS).logits, trained)
+
+
 # Refusals
 
 
@@ -695,6 +722,27 @@ def test_a_bare_container(make: Make) -> None:
     torch.testing.assert_close(y, expected + x @ bank.delta(0).T)
     loradrop.remove(model)
     assert torch.equal(linear(x), expected) and len(model) == 1
+
+
+class Chain(nn.Sequential):
+    """As SentenceTransformer is: it saves itself link by link."""
+
+    def save(self, path: str) -> None:
+        for link in self:
+            link.save(path)
+
+
+def test_a_chain_that_saves_itself() -> None:
+    link = nn.Module()
+    link.auto_model = bert()
+    refused(r"Chain.*inject its inner model, model\[0\]\.auto_model", Chain(link), "query")
+    refused(r"model\[0\]", Chain(nn.Linear(WIDTH, WIDTH)), "0")
+
+
+def test_a_bank_passes_on_what_it_gets() -> None:
+    """As a link of any chain, also of one whose links take several values."""
+    bank = injected().lora_bank
+    assert bank(1) == 1 and bank(1, 2) == (1, 2)
 
 
 def test_adapters_of_peft() -> None:

@@ -1,5 +1,6 @@
 """Rows from files, folders and the hub: roles, labels, splits, draws, and each refusal."""
 
+import csv
 import gzip
 import json
 import sys
@@ -35,6 +36,14 @@ def test_csv_has_quotes_and_words_are_sorted_classes(tmp_path):
     made = load_task(DataConfig(source=source, dev=dev))
     assert made.labels == ("neg", "pos") and made.dev == (Example("z", None, 0),)
     assert made.train[0] == Example('a, "b"\nc', None, 1)
+
+
+def test_a_cell_may_be_as_long_as_the_file(tmp_path):
+    before = csv.field_size_limit()
+    lines = "".join(f"{'x' * 200_000},{i % 2}\n" for i in range(2))
+    path = write(tmp_path / "long.csv", "text,label\n" + lines)
+    assert len(load_task(DataConfig(source=path, dev=path)).train[0].text) == 200_000
+    assert csv.field_size_limit() == before
 
 
 def test_whole_number_classes_stay_in_numeric_order(tmp_path):
@@ -250,6 +259,10 @@ HALF, WORD = "text,label\na,1\nb,.5\n", "text,label\na,1\nb,x\n"
         ("r.csv", "text,label\na,1,2\n", {}, "r.csv:2 has 3 cells"),
         ("q.csv", 'text,label\n"a,1\n', {}, "broken CSV"),
         ("h.csv", "text,text\na,b\n", {}, "names a column twice"),
+        ("h.csv", 'text;label\n"a";1\n', {}, "h.csv is the one column 'text;label'.*by ';'"),
+        ("h.csv", "sep=;\ntext;label\na;1\n", {}, "its cells are parted by ';'"),
+        ("h.csv", "text\tlabel\na\t1\n", {}, r"its cells are parted by '\\t'"),
+        ("h.tsv", "text,label\na,1\n", {}, "its cells are parted by ','; write it with commas"),
         ("j.jsonl", '{"text": "a", "label": 1}\n{"text": \n', {}, "j.jsonl:2 is broken JSON"),
         ("o.jsonl", "[1]\n", {}, r"o.jsonl:1 is '\[1\]': each line must be a JSON object"),
         ("x.parquet", "a", {}, "unknown extension '.parquet': use .csv, .tsv, .jsonl"),

@@ -33,10 +33,11 @@ from loradrop.formats.peft_file import (
 )
 from loradrop.injection import Adapters, adapters_of, base_of, injection_of
 from loradrop.layers import is_conv1d
-from loradrop.native import is_of_transformers, without_bank
+from loradrop.native import without_bank
 from loradrop.plan import Plan
+from loradrop.ranks import whole, writes
 from loradrop.surgery import merged_weights
-from loradrop.tensor_file import full, once, write_tensors
+from loradrop.tensor_file import write_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = ("peft", "merged")
@@ -55,15 +56,13 @@ def export(
     """Write the adapters of `model` into the folder `path`. Returns what each engine makes of them.
 
     format    "peft": a uniform PEFT adapter with a model card; "merged": the base model with the
-              deltas added in float32 and rounded once, by its class's `save_pretrained`
+              deltas added in float32 and rounded once, by its `save_pretrained`
     base_id   the base model that loaders should look for; None is the one its config names
     dtype     of A and B in the PEFT file: "float32" (None), "bfloat16" or "float16"
     engines   these have to take the file, or nothing is written; None is PEFT alone
 
-    The model stays as it is, bit for bit; what was written is read back. Of a sharded model every
-    rank has to call this, and the first one writes. Raises OSError where it cannot be written,
-    ValueError for what the format cannot hold, and with the engine's name and reason for what a
-    named engine refuses.
+    The model stays as it is, bit for bit. Raises ValueError for what the format cannot hold, and
+    with the engine's name and reason for what a named engine refuses.
     """
     adapters = adapters_of(model)
     if format not in FORMATS:
@@ -81,21 +80,19 @@ def export(
     for verdict in verdicts:
         if not verdict.ok and verdict.engine in required:
             raise ValueError(f"{verdict.engine} cannot take this adapter: {verdict.reason}")
-    folder, card = Path(path), _card(model, adapters.plan, file, verdicts)
-    once(model.parameters(), lambda: _write(folder, file, card))
+    folder = Path(path)
+    if not writes(model):
+        return verdicts
+    (folder / CONFIG).unlink(missing_ok=True)  # written last: without it a folder is no adapter
+    write_tensors(folder / TENSORS, file.tensors, {"format": "pt"})
+    write_text(folder / "README.md", _card(model, adapters.plan, file, verdicts))
+    write_json(folder / CONFIG, file.config)
+    if read_json(folder / CONFIG) != file.config:
+        raise OSError(f"{folder / CONFIG} does not hold what was written into it: check the disk")
     refusals = [f"{v.engine} cannot take it ({v.reason})" for v in verdicts if not v.ok]
     if refusals:
         _log.warning("%s: %s", folder, "; ".join(refusals))
     return verdicts
-
-
-def _write(folder: Path, file: PeftFile, card: str) -> None:
-    (folder / CONFIG).unlink(missing_ok=True)  # written last: without it a folder is no adapter
-    write_tensors(folder / TENSORS, file.tensors, {"format": "pt"})
-    write_text(folder / "README.md", card)
-    write_json(folder / CONFIG, file.config)
-    if read_json(folder / CONFIG) != file.config:
-        raise OSError(f"{folder / CONFIG} does not read back as it was written")
 
 
 def _peft_file(
@@ -109,7 +106,7 @@ def _peft_file(
         A = torch.zeros(r, target.in_features, dtype=dtype)
         B = torch.zeros(target.out_features, r, dtype=dtype)
         if pair is not None:  # one without stays zero: SGLang wants q and v in every layer
-            a, b = map(full, pair)
+            a, b = (factor.cpu() for factor in pair)
             b = s * b.to(torch.promote_types(b.dtype, torch.float32))
             A[: a.shape[0]], B[:, : a.shape[0]] = a, b
         for name, factor in (("A", A), ("B", B)):
@@ -121,7 +118,7 @@ def _peft_file(
             tensors[f"{PREFIX}{target.name}.lora_{name}.weight"] = factor
     base = model.state_dict()
     for key in layout.saved_tensors:
-        tensors[PREFIX + key] = full(base[key]).clone()
+        tensors[PREFIX + key] = whole(base[key].detach()).cpu().contiguous().clone()
     config = {
         "peft_type": "LORA",
         "task_type": layout.task,
@@ -176,51 +173,49 @@ def _save_merged(model: nn.Module, folder: Path) -> None:
         )
     if (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds an adapter, which would be loaded on top: choose another")
+    targets = [f"{target.name}.weight" for target in bank_of(model).targets]
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as draft:
-        names = [f"{target.name}.weight" for target in bank_of(model).targets]
-        if is_of_transformers(model):  # without a change to the model
-            merged = {}
-            if injection_of(model).merged is None:
-                merged = {id(weight): new for _, weight, new in merged_weights(model)}
-            state = {k: merged.get(id(v), v.detach()) for k, v in base_state(model).items()}
-            weights = {name: state[name] for name in names}  # saving takes them out of the state
-            save_pretrained(model, draft, state_dict=state)
-            _require_written(Path(draft), weights, type(model).__name__)
-        else:
-            with _merged_for_now(model):
-                weights = {name: model.get_parameter(name) for name in names}
-                save_pretrained(model, draft)
-                _require_written(Path(draft), weights, type(model).__name__)
-        files = [file.relative_to(draft) for file in Path(draft).rglob("*") if file.is_file()]
-        for old in [old for file in files for old in (folder / file).parent.glob("*.safetensors*")]:
-            if old.exists() and _whole(old) in {_whole(folder / file) for file in files}:
-                old.unlink()  # of a save in more or fewer parts
+    with (
+        tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as draft,
+        _merged_for_now(model),
+        without_bank(model),
+    ):
+        save_pretrained(model, draft)
+        state = base_state(model)
+        weights = {key: state[key] for key in targets}
+        _require_written(Path(draft), weights, type(model).__name__)
+        files = [file for file in Path(draft).rglob("*") if file.is_file()]
+        new = {file: folder / file.relative_to(draft) for file in files}
+        wholes, places = set(map(_whole, new.values())), {place.parent for place in new.values()}
+        for old in [old for place in places for old in place.glob("*.safetensors*")]:
+            if _whole(old) in wholes:  # of a save in more or fewer parts
+                old.unlink()
         for file in sorted(files, key=lambda file: file.name == "config.json"):
-            with replacing(folder / file) as place:
-                os.replace(Path(draft) / file, place)
+            with replacing(new[file]) as place:
+                os.replace(file, place)
 
 
 def _whole(file: Path) -> Path:
-    """The name that a file in parts, or its index, would have in one part."""
-    name = re.sub(r"(-\d+-of-\d+)?\.safetensors(\.index\.json)?$", ".safetensors", file.name)
-    return file.with_name(name)
+    """The name that a part of a save, or the index of its parts, would have as a whole."""
+    part = r"(-\d+-of-\d+)?\.safetensors(\.index\.json)?$"
+    return file.with_name(re.sub(part, ".safetensors", file.name))
 
 
 @contextmanager
 def _merged_for_now(model: nn.Module) -> Iterator[None]:
-    """Inside, the deltas are in the weights and the bank is out; afterwards all is as before."""
-    before = []
+    """Inside, the weights have the deltas added; afterwards they are as before, bit for bit.
+
+    In place, since many a `save_pretrained` takes no state dict, or takes and ignores it.
+    """
+    merged = [] if injection_of(model).merged is not None else list(merged_weights(model))
     try:
-        if injection_of(model).merged is None:
-            for _, weight, merged in merged_weights(model):
-                before.append((weight, weight.detach().clone()))
-                weight.copy_(merged)
-        with without_bank(model):
-            yield
+        for i, (name, weight, new) in enumerate(merged):
+            merged[i] = (name, weight, weight.clone())
+            weight.copy_(new)
+        yield
     finally:
-        for weight, old in before:
-            weight.copy_(old)
+        for _, weight, original in merged:
+            weight.copy_(original)
 
 
 def _require_written(folder: Path, weights: Mapping[str, Tensor], model: str) -> None:

@@ -1,0 +1,79 @@
+"""Two ranks train, save and load a model that FSDP2 shards: FOLDER. Run by torchrun."""
+
+import json
+import os
+import sys
+from typing import Any
+
+import torch
+import training_runs as tiny
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+
+import loradrop
+from loradrop.ranks import whole
+
+
+def batch() -> dict[str, torch.Tensor]:
+    rows = tiny.make_rows(8)
+    return {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}
+
+
+def made(shared: bool) -> Any:
+    model = tiny.make_model().eval()  # no dropout, whose draws would differ between ranks
+    loradrop.inject(model, tiny.PLAIN)
+    if shared:
+        loradrop.share(model, [model.lora_bank.targets[0].name])
+    return model
+
+
+def train(model: Any, steps: int = 3) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        model(**batch()).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    alone = made(shared=True)
+    train(alone)
+    model = made(shared=True)
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer)
+    fully_shard(model)
+    train(model)
+    loradrop.save(model, f"{folder}/native")
+    loradrop.export(model, f"{folder}/peft")
+    state = {k: whole(v) for k, v in model.state_dict().items()}
+    if distributed.get_rank() == 0:  # as the Trainer saves: alone, of what it gathered
+        model.save_pretrained(f"{folder}/checkpoint-3", state_dict=state)
+    distributed.barrier()
+    again = made(shared=False)
+    loradrop.load(again, f"{folder}/checkpoint-3")
+    for name, tensor in again.lora_bank.named_parameters():
+        assert torch.equal(tensor, state[f"lora_bank.{name}"]), name
+    again = made(shared=False)
+    loradrop.load(again, f"{folder}/native")
+    gaps = [
+        float((a - b).abs().max())
+        for a, b in zip(alone.lora_bank.parameters(), again.lora_bank.parameters(), strict=True)
+    ]
+    sharded = made(shared=True)
+    fully_shard(sharded)
+    loradrop.load(sharded, f"{folder}/native")
+    with torch.no_grad():
+        same = torch.allclose(sharded(**batch()).logits, again(**batch()).logits, atol=1e-6)
+    if distributed.get_rank() == 0:
+        found = {"gap": max(gaps), "same": same, "moved": float(again.lora_bank.B[0].abs().max())}
+        with open(f"{folder}/found.json", "w") as file:
+            json.dump(found, file)
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+    assert os.environ["WORLD_SIZE"] == "2"
