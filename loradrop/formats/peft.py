@@ -221,10 +221,10 @@ def _merged_for_now(model: nn.Module) -> Iterator[None]:
 def _require_written(folder: Path, weights: Mapping[str, Tensor], model: str) -> None:
     """Reads back what was saved. Raises ValueError unless each of the weights is in it."""
     files = map(load_file, folder.rglob("*.safetensors"))
-    written = {key: tensor for file in files for key, tensor in file.items()}
+    written = [pair for file in files for pair in file.items()]
     for key, weight in weights.items():
         # A class may rename tensors as it saves them.
-        places = [written[key]] if key in written else written.values()
+        places = [t for name, t in written if name == key] or [t for _, t in written]
         if not any(torch.equal(weight.cpu(), tensor) for tensor in places):
             raise ValueError(
                 f"the save_pretrained of {model} does not write the weights it is given, so the "
