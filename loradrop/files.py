@@ -20,9 +20,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield draft
-        with open(draft, "rb") as file:
+        with open(draft, "r+b") as file:  # Windows flushes no file that is open to read alone
             os.fsync(file.fileno())
-        os.replace(draft, path)
+        try:
+            os.replace(draft, path)
+        except PermissionError as error:
+            raise PermissionError(
+                f"{path} cannot be replaced ({error}): close what has it open, or write into "
+                "another folder"
+            ) from error
         if os.name == "posix":  # elsewhere a folder cannot be opened
             folder = os.open(path.parent, os.O_RDONLY)
             os.fsync(folder)

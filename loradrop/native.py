@@ -17,14 +17,21 @@ from typing import Any, NamedTuple
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from loradrop.bank import STATE, bank_of
-from loradrop.files import read_json, replacing, write_json
-from loradrop.injection import Adapters, adapters_of, injection_of
+from loradrop.files import read_json, write_json
+from loradrop.injection import (
+    Adapters,
+    adapters_of,
+    injection_of,
+    plan_of,
+    require_adapted,
+    trained_since,
+)
 from loradrop.plan import Plan
-from loradrop.ranks import writes
+from loradrop.ranks import is_sharded, writes
+from loradrop.tensor_file import write_tensors
 
 TENSORS, PLAN, FOLDER = "adapter.safetensors", "plan.json", "loradrop_adapter"
 CHECKPOINT = "model.safetensors"  # where the Trainer looks for what it saved
@@ -65,10 +72,7 @@ def write(adapters: Adapters, path: str | os.PathLike[str]) -> None:
     text, schema = json.dumps(plan), str(plan["schema"])
     metadata = {"format": "pt", "loradrop_schema": schema, "plan": text}
     metadata["sha256"] = _checksum(tensors, text)
-    with replacing(Path(path) / TENSORS) as draft:
-        save_file(tensors, draft, metadata)
-        if _checksum(load_file(draft), text) != metadata["sha256"]:
-            raise OSError(f"{path} does not hold what was written into it: check the disk")
+    write_tensors(Path(path) / TENSORS, tensors, metadata)
     write_json(Path(path) / PLAN, plan)
 
 
@@ -171,7 +175,7 @@ class SavePretrained:
                 "the adapters are merged for now: call loradrop.remove(model), "
                 "or loradrop.export(model, path, format='merged')"
             )
-        if re.fullmatch(r"checkpoint-\d+", folder.name):
+        if re.fullmatch(r"checkpoint-\d+", folder.name) and _is_of_transformers(model):
             if kwargs.get("is_main_process", True):
                 _write_checkpoint(model, folder, state)
                 _require_measured(model)
@@ -182,7 +186,7 @@ class SavePretrained:
         pretrained: Any = type(model)
         with without_bank(model):
             result = pretrained.save_pretrained(model, folder, **kwargs)
-        save(model, folder / FOLDER)
+        _save_given(model, folder / FOLDER, state)
         _log.warning(
             "%s holds the base model, and its adapters in %s: what from_pretrained loads from it "
             "lacks them until loradrop.load(model, %r)", folder, FOLDER, str(folder),
@@ -194,11 +198,18 @@ class SavePretrained:
 @contextmanager
 def without_bank(model: nn.Module) -> Iterator[None]:
     """Inside, the model's state dict is that of the base model, whatever class saves it."""
-    bank = model._modules.pop("lora_bank")
+    modules = dict(model._modules)
+    del model._modules["lora_bank"]
     try:
         yield
-    finally:
-        model._modules["lora_bank"] = bank
+    finally:  # in their order, whatever came after the bank
+        model._modules.clear()
+        model._modules.update(modules)
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    """Whether the Trainer resumes it by `load_state_dict`; another class reads its own folder."""
+    return "PreTrainedModel" in (cls.__name__ for cls in type(model).__mro__)
 
 
 def _write_checkpoint(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
@@ -207,9 +218,24 @@ def _write_checkpoint(model: nn.Module, folder: Path, state: Mapping[str, Tensor
     names = [key for key in state if key.startswith("lora_bank.") or key in trained]
     tensors = {key: state[key].detach().cpu().contiguous().clone() for key in names}
     tensors[f"lora_bank.{STATE}"][-1] = 1  # the base is left out on purpose
-    with replacing(folder / CHECKPOINT) as draft:
-        save_file(tensors, draft, {"format": "pt"})
-    save(model, folder / FOLDER)
+    write_tensors(folder / CHECKPOINT, tensors, {"format": "pt"})
+    _save_given(model, folder / FOLDER, state)
+
+
+def _save_given(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
+    """`save`; of a sharded model the tensors in `state`, where the caller gathered them.
+
+    The Trainer does so, and then saves on one rank: to gather again would wait for the others.
+    """
+    sharded = any(map(is_sharded, model.parameters()))
+    if not sharded or any(map(is_sharded, state.values())):
+        return save(model, folder)
+    require_adapted(model)
+    names = (*injection_of(model).originals, *trained_since(model))
+    bank = {k.removeprefix("lora_bank."): v for k, v in state.items() if k.startswith("lora_bank.")}
+    bank.pop(STATE, None)
+    trained = {name: state[name] for name in names}
+    write(Adapters(plan_of(model), (), (), bank, trained), folder)
 
 
 def _require_measured(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
 import loradrop
+from loradrop.ranks import whole
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -46,7 +47,14 @@ def main(folder: str) -> None:
     train(model)
     loradrop.save(model, f"{folder}/native")
     loradrop.export(model, f"{folder}/peft")
+    state = {k: whole(v) for k, v in model.state_dict().items()}
+    if distributed.get_rank() == 0:  # as the Trainer saves: alone, of what it gathered
+        model.save_pretrained(f"{folder}/checkpoint-3", state_dict=state)
     distributed.barrier()
+    again = made(shared=False)
+    loradrop.load(again, f"{folder}/checkpoint-3")
+    for name, tensor in again.lora_bank.named_parameters():
+        assert torch.equal(tensor, state[f"lora_bank.{name}"]), name
     again = made(shared=False)
     loradrop.load(again, f"{folder}/native")
     gaps = [

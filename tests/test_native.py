@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,12 +16,12 @@ import models
 import pytest
 import torch
 from models import IDS, Make, Options, assert_same, bert, fill, llama, outputs, share, snapshot
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loradrop
-from loradrop import LoRAConfig, LoraDropConfig, Plan
+from loradrop import LoRAConfig, LoraDropConfig, Plan, tensor_file
 from loradrop.files import read_json, write_json
 from loradrop.injection import injection_of, plan_of
 from loradrop.native import FOLDER, PLAN, TENSORS, read
@@ -217,6 +218,43 @@ for step in itertools.count():
         values = {float(value) for p in bank.parameters() for value in p.detach().aminmax()}
         assert values in ({float(seen)}, {float(seen + 1)})  # of one step, the last or the next
 
+    def test_a_flush_that_wants_to_write(
+        self, model: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As on Windows, where a file that is open to read alone is not flushed."""
+        flush = os.fsync
+
+        def fsync(handle: int) -> None:
+            if stat.S_ISREG(os.fstat(handle).st_mode):
+                os.write(handle, b"")  # raises for one that is open to read alone
+            flush(handle)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        loradrop.save(fill(model, 3), path)
+        assert same(loaded(path), model)
+
+    def test_a_file_that_another_program_holds(
+        self, model: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def held(*_: Any) -> None:
+            raise PermissionError(13, "Access is denied")
+
+        before = {file.name: file.read_bytes() for file in path.iterdir()}
+        monkeypatch.setattr(os, "replace", held)
+        with pytest.raises(PermissionError, match=rf"{TENSORS} cannot be replaced .*close what"):
+            loradrop.save(fill(model, 3), path)
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+    def test_a_full_disk_has_one_sentence(
+        self, model: Any, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: Any) -> None:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr(tensor_file, "save_file", full)
+        with pytest.raises(OSError, match=r"cannot be written.*No space left.*Is the disk full"):
+            loradrop.save(model, path)
+
 
 class TestDamage:
     @pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.9, 0.9999])
@@ -354,6 +392,29 @@ class TestSavePretrained:
         model = adapt(llama(), replace(OURS, method=loradrop.LoRA()))
         model.save_pretrained(tmp_path)
         assert same(type(model).from_pretrained(tmp_path).eval(), llama())
+
+    @pytest.mark.parametrize("folder", ["model", "checkpoint-3"])
+    def test_of_a_class_of_its_own(self, folder: str, tmp_path: Path) -> None:
+        """It takes no state_dict, and writes whatever it holds."""
+        hub = pytest.importorskip("huggingface_hub")
+
+        class Net(nn.Module, hub.PyTorchModelHubMixin):  # type: ignore[misc]
+            def __init__(self) -> None:
+                super().__init__()
+                self.query = nn.Linear(4, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.query(x)
+
+        model, base = Net(), Net()
+        base.load_state_dict(model.state_dict())
+        models.adapt(model, r=2, target_modules=["query"], method=loradrop.LoRA())
+        keys = list(model.state_dict())
+        model.save_pretrained(tmp_path / folder)
+        found, x = Net.from_pretrained(tmp_path / folder), torch.randn(2, 4)
+        assert torch.equal(found(x), base(x)) and list(model.state_dict()) == keys
+        loradrop.load(found, tmp_path / folder)
+        assert torch.equal(found(x), model(x)) and not torch.allclose(found(x), base(x))
 
     def test_plain_again_after_remove(self, model: Any, tmp_path: Path) -> None:
         loradrop.remove(model)

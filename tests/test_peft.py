@@ -1,7 +1,6 @@
 """Exports: PEFT reads them to the same logits, a merged model is plain, the adapted model stays."""
 
 import copy
-import importlib
 import json
 import logging
 from dataclasses import dataclass
@@ -107,10 +106,9 @@ def test_an_adapter_that_the_disk_changed_is_named(
     def forgetting(tensors: dict[str, Tensor], *args: Any) -> None:
         save_file({name: torch.zeros_like(t) for name, t in tensors.items()}, *args)
 
-    monkeypatch.setattr("loradrop.formats.peft.save_file", forgetting)
+    monkeypatch.setattr("loradrop.tensor_file.save_file", forgetting)
     with pytest.raises(OSError, match="does not hold what was written into it"):
         export(adapt(bert()), tmp_path)
-    monkeypatch.setattr("loradrop.native.save_file", forgetting)
     with pytest.raises(OSError, match="does not hold what was written into it"):
         loradrop.save(adapt(bert()), tmp_path / "native")
     assert not list((tmp_path / "native").iterdir())
@@ -328,7 +326,7 @@ def test_an_interrupted_export_is_no_adapter(
         path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(importlib.import_module("loradrop.formats.peft"), "save_file", full)
+    monkeypatch.setattr("loradrop.tensor_file.save_file", full)
     with pytest.raises(OSError, match="no space left"):
         export(fill(model), tmp_path)
     assert (tmp_path / TENSORS).read_bytes() == before
@@ -341,6 +339,20 @@ def reload_merged(model: nn.Module, path: Path) -> None:
     found, report = type(model).from_pretrained(path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     torch.testing.assert_close(outputs(found.eval()), outputs(model), rtol=1e-4, atol=1e-5)
+
+
+class Links(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value(self.query(x).tanh())
+
+    def save_pretrained(self, folder: Any, safe: bool = True) -> None:
+        for name, link in self.named_children():
+            (Path(folder) / name).mkdir(parents=True)
+            save_file(link.state_dict(), Path(folder) / name / "model.safetensors")
 
 
 class TestMerged:
@@ -381,6 +393,20 @@ class TestMerged:
         found = Hub.from_pretrained(tmp_path / "base")
         loradrop.load(found, tmp_path / "base")
         assert torch.equal(found(x), expected)
+
+    def test_of_a_class_that_saves_into_folders(self, tmp_path: Path) -> None:
+        """As a SentenceTransformer: each of its links into one."""
+        model, x = adapt(Links(), r=2), torch.randn(3, 4)
+        before = snapshot(model)
+        for _ in range(2):  # also over an earlier one
+            export(model, tmp_path, "merged")
+        assert_same(model, before)
+        found = Links()
+        for name, link in found.named_children():
+            link.load_state_dict(load_file(tmp_path / name / "model.safetensors"))
+        torch.testing.assert_close(found(x), model(x))
+        names = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+        assert names == {"query/model.safetensors", "value/model.safetensors"}
 
     def test_what_was_written_is_read_back(self, tmp_path: Path) -> None:
         class Forgetful(nn.Module):

@@ -7,6 +7,7 @@ reads patterns and rslora, and for one that does not.
 
 import logging
 import os
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,12 +15,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loradrop._version import __version__
 from loradrop.bank import bank_of
-from loradrop.files import rendered, replacing, write_json, write_text
+from loradrop.files import read_json, rendered, replacing, write_json, write_text
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal
 from loradrop.formats.peft_file import (
     CONFIG,
@@ -28,7 +29,6 @@ from loradrop.formats.peft_file import (
     PeftFile,
     base_state,
     layout_of,
-    read,
     task_of,
 )
 from loradrop.injection import Adapters, adapters_of, base_of, injection_of
@@ -37,6 +37,7 @@ from loradrop.native import without_bank
 from loradrop.plan import Plan
 from loradrop.ranks import whole, writes
 from loradrop.surgery import merged_weights
+from loradrop.tensor_file import write_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = ("peft", "merged")
@@ -83,11 +84,11 @@ def export(
     if not writes(model):
         return verdicts
     (folder / CONFIG).unlink(missing_ok=True)  # written last: without it a folder is no adapter
-    with replacing(folder / TENSORS) as draft:
-        save_file(dict(file.tensors), draft, {"format": "pt"})
+    write_tensors(folder / TENSORS, file.tensors, {"format": "pt"})
     write_text(folder / "README.md", _card(model, adapters.plan, file, verdicts))
     write_json(folder / CONFIG, file.config)
-    _require_same(read(folder), file, folder)
+    if read_json(folder / CONFIG) != file.config:
+        raise OSError(f"{folder / CONFIG} does not hold what was written into it: check the disk")
     refusals = [f"{v.engine} cannot take it ({v.reason})" for v in verdicts if not v.ok]
     if refusals:
         _log.warning("%s: %s", folder, "; ".join(refusals))
@@ -183,11 +184,21 @@ def _save_merged(model: nn.Module, folder: Path) -> None:
         state = base_state(model)
         weights = {key: state[key] for key in targets}
         _require_written(Path(draft), weights, type(model).__name__)
-        for old in folder.glob("model*.safetensors*"):  # of a save in more or fewer parts
-            old.unlink()
-        for file in sorted(Path(draft).iterdir(), key=lambda file: file.name == "config.json"):
-            with replacing(folder / file.name) as place:
+        files = [file for file in Path(draft).rglob("*") if file.is_file()]
+        new = {file: folder / file.relative_to(draft) for file in files}
+        wholes, places = set(map(_whole, new.values())), {place.parent for place in new.values()}
+        for old in [old for place in places for old in place.glob("*.safetensors*")]:
+            if _whole(old) in wholes:  # of a save in more or fewer parts
+                old.unlink()
+        for file in sorted(files, key=lambda file: file.name == "config.json"):
+            with replacing(new[file]) as place:
                 os.replace(file, place)
+
+
+def _whole(file: Path) -> Path:
+    """The name that a part of a save, or the index of its parts, would have as a whole."""
+    part = r"(-\d+-of-\d+)?\.safetensors(\.index\.json)?$"
+    return file.with_name(re.sub(part, ".safetensors", file.name))
 
 
 @contextmanager
@@ -207,20 +218,13 @@ def _merged_for_now(model: nn.Module) -> Iterator[None]:
             weight.copy_(original)
 
 
-def _require_same(found: PeftFile, meant: PeftFile, folder: Path) -> None:
-    """Raises OSError unless the file that was read back is the one that was written."""
-    same = found.config == meant.config and found.tensors.keys() == meant.tensors.keys()
-    if not same or not all(torch.equal(found.tensors[k], t) for k, t in meant.tensors.items()):
-        raise OSError(f"{folder} does not hold what was written into it: check the disk")
-
-
 def _require_written(folder: Path, weights: Mapping[str, Tensor], model: str) -> None:
     """Reads back what was saved. Raises ValueError unless each of the weights is in it."""
     files = map(load_file, folder.rglob("*.safetensors"))
-    written = {key: tensor for file in files for key, tensor in file.items()}
+    written = [pair for file in files for pair in file.items()]
     for key, weight in weights.items():
         # A class may rename tensors as it saves them.
-        places = [written[key]] if key in written else written.values()
+        places = [t for name, t in written if name == key] or [t for _, t in written]
         if not any(torch.equal(weight.cpu(), tensor) for tensor in places):
             raise ValueError(
                 f"the save_pretrained of {model} does not write the weights it is given, so the "
