@@ -16,8 +16,9 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from loradrop.bank import AdapterBank
+from loradrop.env import is_first_rank
 from loradrop.masks import MASK, MaskFn, TokenMasks
-from loradrop.ranks import is_distributed, is_first, reduced
+from loradrop.ranks import is_distributed, reduced
 from loradrop.scores import Scores, Target
 
 _SHAPES: dict[str, Callable[[Target], tuple[int, ...]]] = {
@@ -161,7 +162,7 @@ class Collector:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave; the sums count on the first rank alone."""
-        first = is_first()
+        first = is_first_rank()
         self.rows = [row if first else torch.zeros_like(row) for row in state["rows"]]
         self._tokens = state["tokens"].clone() if first else torch.zeros_like(state["tokens"])
         self.called = state["called"].tolist()

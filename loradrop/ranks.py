@@ -5,15 +5,12 @@ from typing import Any
 
 from torch import Tensor, distributed, nn
 
+from loradrop.env import is_first_rank
+
 
 def is_distributed() -> bool:
     """Whether torch.distributed runs."""
     return distributed.is_available() and distributed.is_initialized()
-
-
-def is_first() -> bool:
-    """Whether this process writes the files of a run: rank 0, also before the ranks have met."""
-    return (distributed.get_rank() if is_distributed() else int(os.environ.get("RANK", 0))) == 0
 
 
 def world_size() -> int:
@@ -43,7 +40,7 @@ def is_sharded(tensor: Any) -> bool:
 
 def writes(model: nn.Module) -> bool:
     """Whether this rank writes the model's files: of a sharded model, which all put together."""
-    return is_first() or not any(map(is_sharded, model.parameters()))
+    return is_first_rank() or not any(map(is_sharded, model.parameters()))
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from loradrop.bank import bank_of, has_bank
 from loradrop.callbacks import MethodCallback, Progress
 from loradrop.config import LoRAConfig, TrainConfig
+from loradrop.env import is_first_rank
 from loradrop.files import read_json, write_json
 from loradrop.injection import base_of, injection_of, plan_of
 from loradrop.loading import fill
@@ -33,7 +34,7 @@ from loradrop.methods.base import Warmup
 from loradrop.native import read, save
 from loradrop.plan import Plan
 from loradrop.probing import probe
-from loradrop.ranks import is_first, wait, world_size
+from loradrop.ranks import wait, world_size
 from loradrop.sampling import sample_of
 from loradrop.sharing import conclude
 from loradrop.surgery import inject
@@ -183,6 +184,7 @@ class _Run:
             raise ValueError(f"train is a {kind} without a length: give a sized Dataset or a list")
         if len(self.train) == 0:
             raise ValueError("train is empty: give at least one example")
+        _require_numbers(self.train)
 
     @property
     def total(self) -> int:
@@ -208,7 +210,7 @@ class _Run:
             metrics=metrics, parameters=plan.parameters, steps=done + trainer.state.global_step,
             seconds=seconds, history=history, plan=plan,
         )  # fmt: skip
-        if is_first():
+        if is_first_rank():
             write_json(self.folder / "plan.json", plan.to_dict())
             write_json(self.folder / "result.json", result.to_dict())
         wait()
@@ -234,7 +236,7 @@ class _Run:
                 self._record()
                 return {"steps": 0, "seconds": 0.0, "history": []}
             before = self._warm_up(stage)
-        if is_first():
+        if is_first_rank():
             write_json(self.folder / "warmup.json", before)
         save(self.model, self.folder / "start")
         return before
@@ -243,7 +245,7 @@ class _Run:
     def _begun(self) -> Iterator[None]:
         """Takes the folder for this run; one that fails with nothing to resume frees it again."""
         options, file = self._options(), self.folder / OPTIONS
-        if is_first():
+        if is_first_rank():
             self._require_same_run(options)
             self.folder.mkdir(parents=True, exist_ok=True)
             try:
@@ -255,7 +257,7 @@ class _Run:
             yield
         except Exception:
             kept = [*self.folder.glob("*/checkpoint-*"), *self.folder.glob("start")]
-            if is_first() and not kept:
+            if is_first_rank() and not kept:
                 file.unlink(missing_ok=True)
             raise
 
@@ -322,7 +324,7 @@ class _Run:
         try:
             conclude(self.model, scores, record)
         except ValueError:
-            if is_first():  # nothing that another try could go on from
+            if is_first_rank():  # nothing that another try could go on from
                 shutil.rmtree(self.folder / "warmup", ignore_errors=True)
             raise
         self._record()
@@ -364,6 +366,17 @@ class _Run:
         finally:
             events.detach()
         return trainer, events
+
+
+def _require_numbers(rows: Any) -> None:
+    """Raises ValueError for labels that are text, by the first row."""
+    row = None if isinstance(rows, DataLoader) else rows[0]
+    for name in ("label", "labels") if isinstance(row, Mapping) else ():
+        if isinstance(row.get(name), str):
+            raise ValueError(
+                f"the column {name!r} holds text ({row[name]!r}): give class indices, as "
+                "datasets' class_encode_column makes them"
+            )
 
 
 def _equal(before: Any, now: Any) -> bool:

@@ -183,6 +183,12 @@ def test_labels_that_count_nowhere_are_named() -> None:
         fit(llama(), rows, None, config, args=tiny.ARGS)
 
 
+def test_labels_that_are_text_are_named() -> None:
+    rows = [row | {"labels": "good"} for row in make_rows(8)]
+    with pytest.raises(ValueError, match=r"'labels' holds text \('good'\).*class indices"):
+        fit(make_model(), rows, None, tiny.PLAIN, args=tiny.ARGS)
+
+
 def test_one_of_several_gpus(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     arguments = training_arguments(tiny.ARGS, tmp_path, 2, warm_up=False, has_dev=False)
     arguments._n_gpu = 4
