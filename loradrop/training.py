@@ -370,9 +370,9 @@ class _Run:
 
 def _require_numbers(rows: Any) -> None:
     """Raises ValueError for labels that are text, by the first row."""
-    row = None if isinstance(rows, DataLoader) else rows[0]
-    for name in ("label", "labels") if isinstance(row, Mapping) else ():
-        if isinstance(row.get(name), str):
+    row = {} if isinstance(rows, DataLoader) else rows[0]
+    for name in ("label", "labels"):
+        if isinstance(row, Mapping) and isinstance(row.get(name), str):
             raise ValueError(
                 f"the column {name!r} holds text ({row[name]!r}): give class indices, as "
                 "datasets' class_encode_column makes them"
