@@ -218,7 +218,9 @@ def _write_checkpoint(model: nn.Module, folder: Path, state: Mapping[str, Tensor
     trained = {*injection_of(model).originals, *trained_since(model), *buffers}
     names = [key for key in state if key.startswith("lora_bank.") or key in trained]
     tensors = {key: state[key].detach().cpu().contiguous().clone() for key in names}
-    tensors[f"lora_bank.{STATE}"][-1] = 1  # the base is left out on purpose
+    users = bank_of(model).get_extra_state()
+    users[-1] = 1  # the base is left out on purpose
+    tensors[f"lora_bank.{STATE}"] = users
     write_tensors(folder / CHECKPOINT, tensors, {"format": "pt"})
     _save_given(model, folder / FOLDER, state)
 
