@@ -90,7 +90,7 @@ class MethodCallback(TrainerCallback):
         if collector is not None:
             collected = collector.close_row()
             self._steps += 1
-            self._watch(collector, last=step >= state.max_steps)
+            self.watch(collector, last=step >= state.max_steps)
             if not self.statistics:
                 collected = {}
                 if self._watched:
@@ -102,7 +102,7 @@ class MethodCallback(TrainerCallback):
             if self.settled:
                 control.should_training_stop = control.should_save = True
 
-    def _watch(self, collector: Collector, last: bool) -> None:
+    def watch(self, collector: Collector, last: bool) -> None:
         """A target that is silent all the time is an error once that is known."""
         if self._watched or not (silent := collector.silent()):
             self._watched = True
@@ -165,8 +165,10 @@ class LoraDropCallback(TrainerCallback):
     def on_train_begin(
         self, args: Any, state: TrainerState, control: Any, model: Any = None, **objects: Any
     ) -> None:
+        if self.events is not None:  # a run before this one, which may have ended with an error
+            self.events.detach()
         bank, injection = bank_of(model), injection_of(model)
-        method, decided, folder = injection.config.method, bank.assignment.decided, None
+        method, decided = injection.config.method, bank.assignment.decided
         self.warmup = None if decided else method.warmup(state.max_steps)
         if self.warmup is not None:
             _require_one_run(self.warmup, args)
@@ -197,6 +199,7 @@ class LoraDropCallback(TrainerCallback):
             return
         assert collector is not None
         record = {"steps": step, "planned": self.warmup.steps, "settled": self.events.settled}
+        self.events.watch(collector, last=True)
         groups = _groups(model, o["optimizer"])
         set_seed(args.seed)
         conclude(model, collector.scores(), record)

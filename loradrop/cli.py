@@ -192,11 +192,11 @@ def env(
 
 
 def _config(settings: Sequence[str] | None) -> "RunConfig":
-    """From CONFIG.yaml, which has no `=`, and the overrides after it."""
+    """From CONFIG.yaml, which is a file or has no `=`, and the overrides after it."""
     from loradrop.run_config import read_config
 
     settings = settings or ()
-    named = bool(settings) and "=" not in settings[0]
+    named = bool(settings) and ("=" not in settings[0] or Path(settings[0]).is_file())
     return read_config(settings[0] if named else None, settings[named:])
 
 

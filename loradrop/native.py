@@ -214,7 +214,8 @@ def _is_of_transformers(model: nn.Module) -> bool:
 
 def _write_checkpoint(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
     """The bank, what is trained whole and buffers, by the names that `load_state_dict` takes."""
-    trained = {*injection_of(model).originals, *(name for name, _ in model.named_buffers())}
+    buffers = (name for name, _ in model.named_buffers())
+    trained = {*injection_of(model).originals, *trained_since(model), *buffers}
     names = [key for key in state if key.startswith("lora_bank.") or key in trained]
     tensors = {key: state[key].detach().cpu().contiguous().clone() for key in names}
     tensors[f"lora_bank.{STATE}"][-1] = 1  # the base is left out on purpose

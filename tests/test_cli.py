@@ -376,7 +376,9 @@ def test_what_is_wrong_is_named(
     assert not list(tmp_path.iterdir())
 
 
-def test_overrides_may_stand_after_options(capsys: Capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_overrides_may_stand_after_options(
+    tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[Any] = []
 
     def spy(config: Any, resume: bool) -> dict[str, Any]:
@@ -384,13 +386,16 @@ def test_overrides_may_stand_after_options(capsys: Capsys, monkeypatch: pytest.M
         return {}
 
     monkeypatch.setattr("loradrop.run.run", spy)
+    config = tmp_path / "lr=1.yaml"
+    config.write_text("train: {steps: 3, seed: 5}")
     for arguments in (
+        (config, "--resume"),
         ("train.steps=3", "--resume", "train.seed=5"),
         ("--resume", "train.steps=3", "train.seed=5"),
         ("train.steps=9", "train.seed=5", "--resume", "train.steps=3"),
     ):
         assert command(capsys, "train", *arguments)[0] == 0
-    assert seen == [(3, 5, True)] * 3
+    assert seen == [(3, 5, True)] * 4
 
 
 def test_debug_shows_where_an_error_comes_from(capsys: Capsys) -> None:

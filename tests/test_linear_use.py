@@ -24,6 +24,8 @@ from op_cases import (
     torch_delta,
 )
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jvp, vmap
 from torch.nn import functional as F  # noqa: N812 - its usual name
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -131,13 +133,95 @@ def test_retain_graph_twice(backend: str) -> None:
 
 
 @each_backend
-def test_double_backward_raises(backend: str) -> None:
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_double_backward(backend: str, p: float) -> None:
+    """The gradients of gradients are those of plain PyTorch."""
+    t, found = draw(AWKWARD["rank 8"]), []
+    for run in ("op", "torch"):
+        inputs = leaves(t)
+        if run == "op":
+            y = op(t, backend, p)
+        else:
+            y = F.linear(t["x"], t["weight"], t["bias"])
+            y = y + torch_delta(t["x"], t["A"], t["B"], S, kept(t, p), p)
+        firsts = torch.autograd.grad(y, inputs, t["dy"], create_graph=True)
+        total = sum(first.square().mean() for first in firsts)
+        found.append(torch.autograd.grad(total, inputs))
+    for got, want in zip(*found, strict=True):
+        assert_close(got, want, rtol=1e-3, atol=1e-4 * float(want.abs().max()))
+
+
+# Transforms
+
+
+def plain(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return F.linear(x, weight) + S * x @ A.T @ B.T
+
+
+def ours(x: Tensor, weight: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    return lora_linear(x, weight, None, A, B, S)
+
+
+def loss_of(op: Any) -> Any:
+    return lambda x, weight, A, B: op(x, weight, A, B).square().sum()
+
+
+TRANSFORMS = {
+    "grad": lambda op: grad(loss_of(op), argnums=(0, 2, 3)),
+    "of each sample": lambda op: vmap(grad(loss_of(op), argnums=2), (0, None, None, None)),
+    "ensemble": lambda op: (
+        lambda x, w, A, B: vmap(op, (None, None, 0, 0))(
+            x, w, torch.stack([A, -A]), torch.stack([B, 2 * B])
+        )
+    ),
+    "jvp": lambda op: lambda *t: jvp(op, t, tuple(tensor.cos() for tensor in t))[1],
+    "hessian": lambda op: hessian(loss_of(op), argnums=3),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_torch_func(transform: str) -> None:
+    t = draw(AWKWARD["rank 8"], torch.float64)
+    small = [t["x"][:3, :5], t["weight"][:4, :5], t["A"][:2, :5], t["B"][:4, :2]]
+    for of in (small, [tensor.detach().requires_grad_() for tensor in small]):
+        got, want = (TRANSFORMS[transform](function)(*of) for function in (ours, plain))
+        assert_close(got, want)
+
+
+def test_forward_mode() -> None:
+    t = draw(AWKWARD["rank 8"], torch.float64)
+    x, weight, A, B = (t[name] for name in ("x", "weight", "A", "B"))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, x.cos())
+        for of in (B, B.detach().requires_grad_()):
+            tangents = (forward_ad.unpack_dual(f(dual, weight, A, of))[1] for f in (ours, plain))
+            assert_close(*tangents)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_op() -> None:
     t = draw(AWKWARD["rank 8"])
-    inputs = leaves(t)
-    y = op(t, backend)
-    dx, dA, _ = torch.autograd.grad(y, inputs, t["dy"].requires_grad_(), create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        (dx.square().sum() + dA.sum()).backward()
+    x, weight, A, B = (t[name] for name in ("x", "weight", "A", "B"))
+    traced = torch.jit.trace(ours, (x, weight, A.requires_grad_(), B))
+    assert_close(traced(2 * x, weight, A, B), ours(2 * x, weight, A, B))
+
+
+def test_what_transforms_do_not_serve() -> None:
+    t = draw(AWKWARD["rank 8"], torch.float64)
+    x, weight, A, B = (t[name] for name in ("x", "weight", "A", "B"))
+
+    def with_sink(x: Tensor) -> Tensor:
+        return lora_linear(x, weight, None, A, B, S, sqnorm_sink=sink()).sum()
+
+    def with_dropout(x: Tensor) -> Tensor:
+        seed = torch.randint(9, (), device=x.device)
+        return lora_linear(x, weight, None, A, B, S, dropout=0.5, seed=seed)
+
+    with pytest.raises(RuntimeError, match=r"statistics cannot be collected under torch\.func"):
+        grad(with_sink)(x)
+    with pytest.raises(RuntimeError, match="randomness='same'"):
+        vmap(with_dropout, randomness="different")(x)
+    assert vmap(with_dropout, randomness="same")(x).shape == (len(x), len(B))
 
 
 @each_backend

@@ -188,6 +188,12 @@ def test_rows_to_learn_to_write(tmp_path, caplog, row, text, pair):
     assert made.train[0] == Example(tuple(turns("a", "b")) if text is None else text, pair, None)
 
 
+def test_a_json_file_is_one_list(tmp_path):
+    rows = [{"instruction": f"a{i}", "output": "b"} for i in range(4)]
+    path = write(tmp_path / "alpaca.json", json.dumps(rows, indent=2))
+    assert load_task(DataConfig(source=path, dev=path)).dev[3] == Example("a3", "b", None)
+
+
 def test_columns_of_any_case_and_those_that_are_left(tmp_path, caplog):
     lines = "".join(f"{i},t{i},good,{('pos', 'neg')[i % 2]}\n" for i in range(20))
     source = write(tmp_path / "k.csv", "Id,Review,Title,Sentiment\n" + lines)
@@ -228,6 +234,24 @@ def test_a_hub_data_set_brings_its_class_names(monkeypatch):
             load_task(DataConfig(source="glue/rte", dev=dev))
 
 
+def test_lists_of_a_hub_data_set_have_its_class_names(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    several = datasets.Sequence(datasets.ClassLabel(names=["O", "X"]))
+    for text, column, label, expected in (
+        ("string", "text", "labels", ("multi_label_classification", (1,))),
+        (datasets.Value("string"), "tokens", "ner_tags", ("token_classification", (1, 1))),
+    ):
+        kind = datasets.Value(text) if isinstance(text, str) else datasets.Sequence(text)
+        cells = ["a b", "c"] if isinstance(text, str) else [["a", "b"], ["c"]]
+        features = datasets.Features({column: kind, label: several})
+        labels = [[1, 1], [0]]
+        made = datasets.Dataset.from_dict({column: cells, label: labels}, features=features)
+        sets = {"train": made, "validation": made}
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, sets=sets: sets)
+        task = load_task(DataConfig(source="somebody/rows"))
+        assert task.labels == ("O", "X") and (task.kind, task.train[0].label) == expected
+
+
 def test_the_hub_out_of_reach_is_said_plainly(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"'imdb' is not a file .* pip install datasets"):
@@ -265,6 +289,15 @@ HALF, WORD = "text,label\na,1\nb,.5\n", "text,label\na,1\nb,x\n"
         ("h.tsv", "text,label\na,1\n", {}, "its cells are parted by ','; write it with commas"),
         ("j.jsonl", '{"text": "a", "label": 1}\n{"text": \n', {}, "j.jsonl:2 is broken JSON"),
         ("o.jsonl", "[1]\n", {}, r"o.jsonl:1 is '\[1\]': each line must be a JSON object"),
+        (
+            "j.json",
+            '{"text": "a"}\n{"text": "b"}',
+            {},
+            "j.json is broken JSON .* name it .jsonl if",
+        ),
+        ("j.json", '{"text": "a"}', {}, "j.json must be one list of JSON objects, not "),
+        ("j.json", '[{"text": "a"}, 3]', {}, "j.json must be one list of JSON objects, not '3'"),
+        ("j.json", "[]", {}, "j.json is empty"),
         ("x.parquet", "a", {}, "unknown extension '.parquet': use .csv, .tsv, .jsonl"),
         ("m.csv", "text,y\na,1\n", {}, "no label column: .*m.csv:2 has the columns text, y"),
         ("m.csv", "body,label\na,1\n", {}, "no text column: .*the columns body, label"),

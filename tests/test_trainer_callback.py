@@ -207,6 +207,16 @@ def test_what_needs_fit_is_said_at_the_start(
         trainer(tmp_path, model, [loradrop.LoraDropCallback()], **options).train()
 
 
+def test_a_target_that_is_never_called_is_named_before_the_decision(tmp_path: Path) -> None:
+    model = make_model()
+    model.bert.spare = torch.nn.Linear(32, 32)
+    options = tiny.LORA | {"target_modules": ["query", "spare"]}
+    loradrop.inject(model, LoraDropConfig(**options, keep=1, probe_steps=WARM))
+    with pytest.raises(RuntimeError, match=r"bert\.spare was never called"):
+        trainer(tmp_path, model, [loradrop.LoraDropCallback()], save_strategy="no").train()
+    assert not model.lora_bank.assignment.decided
+
+
 def test_sharing_keeps_the_parameters_that_an_optimiser_holds() -> None:
     model = injected(tiny.PLAIN)
     before = {id(p) for p in model.lora_bank.parameters()}

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved
-from loradrop.op.reference import moment
+from loradrop.op.reference import REFERENCE, backward_with_graph, moment
 
 Backward = Callable[[Saved, Tensor, Needs], Grads]
 
@@ -65,12 +65,11 @@ def gradients(
             return gradients(backward, saved, dy, needs, sinks)
     grads = Grads(None, None, None) if dy is None else backward(saved, dy, needs)
     wanted = zip(STATISTICS, sinks, strict=True) if sinks else ()
-    return grads, tuple(statistic(saved) if wants else None for statistic, wants in wanted)
+    return grads, tuple(of(saved).detach() if wants else None for of, wants in wanted)
 
 
 class LoRAFunction(torch.autograd.Function):
-    """The op with its gradients. W and b are frozen; sqnorm is not differentiable; once
-    differentiable.
+    """The op with its gradients. W and b are frozen; sqnorm is not differentiable.
 
     apply(backend, call, sinks, x, y0, A, B, *sinks) -> y, or (y, sqnorm) where the call asks for it
 
@@ -91,12 +90,42 @@ class LoRAFunction(torch.autograd.Function):
         return out.y, out.sqnorm
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         _, _, _, x, y0, A, B, *sinks = ctx.needs_input_grad
         saved = saved_of(ctx.saved_tensors, ctx.scaling, ctx.dropout)
-        (dx, dA, dB), of_sinks = gradients(ctx.backend.backward, saved, dy, Needs(x, A, B), sinks)
+        # Grad mode is on here with create_graph=True: somebody will differentiate the gradients.
+        backward = backward_with_graph if torch.is_grad_enabled() else ctx.backend.backward
+        (dx, dA, dB), of_sinks = gradients(backward, saved, dy, Needs(x, A, B), sinks)
         return None, None, None, dx, dy if y0 else None, dA, dB, *of_sinks
+
+
+def transformed() -> bool:
+    """Whether more is asked of the op than `LoRAFunction` knows: by a transform of torch.func,
+    forward-mode differentiation or torch.jit.trace.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    )
+
+
+def run_transformed(call: Call, sinks: Sinks) -> tuple[Tensor, Tensor | None]:
+    """`run` as plain operations of PyTorch, which all of those know."""
+    if sinks is not NO_SINKS:
+        raise RuntimeError(
+            "statistics cannot be collected under torch.func, forward-mode differentiation or "
+            "torch.jit.trace: detach the collector first"
+        )
+    try:
+        y, _, _, sqnorm = REFERENCE.forward(call)
+    except RuntimeError as error:
+        if call.seed is None:
+            raise
+        raise RuntimeError(
+            "dropout draws one mask for all samples of a vmap: use randomness='same', or eval mode"
+        ) from error
+    return y, sqnorm
 
 
 def run(backend: Backend, call: Call, sinks: Sinks, grad: bool) -> tuple[Tensor, Tensor | None]:

@@ -17,7 +17,7 @@ from loradrop.op import dispatch
 from loradrop.op.call import Call
 from loradrop.op.checks import check_operands, check_options
 from loradrop.op.compiled import run_op
-from loradrop.op.function import NO_SINKS, Sinks, autocasting, run
+from loradrop.op.function import NO_SINKS, Sinks, autocasting, run, run_transformed, transformed
 from loradrop.op.philox import quantize
 
 _TENSORS = frozenset((Tensor, nn.Parameter))
@@ -119,6 +119,8 @@ def _run(
         call = _by_rows(call)
     if torch.compiler.is_compiling():
         y, sqnorm = run_op(call, sinks, backend)
+    elif transformed():
+        y, sqnorm = run_transformed(call, sinks)
     else:
         grad = torch.is_grad_enabled() and _any_requires_grad(x, call.y0, call.A, call.B, *sinks)
         y, sqnorm = run(dispatch.serving(call, backend, grad), call, sinks, grad)

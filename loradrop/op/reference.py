@@ -28,10 +28,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def forward(call: Call) -> Output:
     """y and h, both in x's dtype, and sqnorm; it keeps no mask."""
-    x, s, c = call.x, call.scaling, gain(call.dropout)
-    wide = _wide(x.dtype)
-    a, b = call.A.to(x.dtype).to(wide), call.B.to(x.dtype).to(wide)
-    h = (c * (keep(x, call.seed, call.dropout).to(wide) @ a.T)).to(x.dtype)
+    x, s, wide = call.x, call.scaling, _wide(call.x.dtype)
+    b, h = call.B.to(x.dtype).to(wide), _down(call)
     if call.y0 is not None:
         base = call.y0.to(wide)
     else:
@@ -40,6 +38,13 @@ def forward(call: Call) -> Output:
         base = base if call.bias is None else base + call.bias.to(wide)
     y = (base + s * (h.to(wide) @ b.T)).to(x.dtype).contiguous()
     return Output(y, h, None, sqnorm(h, call.B, s, call.token_weights) if call.sqnorm else None)
+
+
+def _down(of: Call | Saved) -> Tensor:
+    """h (M, r), rounded."""
+    wide = _wide(of.x.dtype)
+    kept = keep(of.x, of.seed, of.dropout).to(wide)
+    return (gain(of.dropout) * (kept @ of.A.to(of.x.dtype).to(wide).T)).to(of.x.dtype)
 
 
 def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
@@ -57,6 +62,11 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
     if needs.B:
         dB = (s * (dy.T @ saved.h.to(wide))).to(saved.B.dtype)
     return Grads(dx, dA, dB)
+
+
+def backward_with_graph(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
+    """As `backward`, and differentiable itself: h is made again, with its graph."""
+    return backward(saved._replace(h=_down(saved)), dy, needs)
 
 
 def sqnorm(h: Tensor, B: Tensor, scaling: float, token_weights: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rows from CSV, TSV and JSON-lines files, from folders of them, and from data sets of the hub.
+"""Rows from CSV, TSV, JSON-lines and JSON files, from folders of them, and from hub data sets.
 
 Files are read with Python's own modules: so a plain install reads them, and an error names a line.
 """
@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-EXTENSIONS = (".csv", ".tsv", ".jsonl")
+EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json")
 DEV_NAMES = ("dev", "validation", "validation_matched", "valid", "test")
-Record = tuple[int, dict[str, Any]]  # a line's number, and the row in it
+Record = tuple[int, dict[str, Any]]  # a line's or item's number, and the row in it
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 
 
@@ -95,8 +95,20 @@ def _json_lines(path: Path, text: str) -> Iterator[Record]:
             raise ValueError(f"{path}:{number} is {line[:40]!r}: each line must be a JSON object")
 
 
+def _json_list(path: Path, text: str) -> Iterator[Record]:
+    try:
+        rows = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        hint = "repair it, or name it .jsonl if each line is a JSON object"
+        raise ValueError(f"{path} is broken JSON ({error}): {hint}") from error
+    for number, row in enumerate(rows if isinstance(rows, list) else [rows], 1):
+        if not isinstance(rows, list) or not isinstance(row, dict):
+            raise ValueError(f"{path} must be one list of JSON objects, not {str(row)[:40]!r}")
+        yield number, row
+
+
 def read_table(path: Path) -> Table:
-    """The rows of one file. CSV has quotes, TSV never; both have one header line.
+    """The rows of one file. CSV has quotes, TSV never; both have one header line. JSON is a list.
 
     Raises FileNotFoundError, or ValueError with the line for what cannot be read.
     """
@@ -107,8 +119,8 @@ def read_table(path: Path) -> Table:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: check data.source and data.dev")
     text = _text(path)
-    if extension == ".jsonl":
-        records = list(_json_lines(path, text))
+    if extension in (".jsonl", ".json"):
+        records = list((_json_lines if extension == ".jsonl" else _json_list)(path, text))
     else:
         cells = _csv_records(path, text) if extension == ".csv" else _tsv_records(text)
         records = list(_rows(path, cells))

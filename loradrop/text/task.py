@@ -22,8 +22,8 @@ class DataConfig:
     """Where the rows come from and which of them are used.
 
     source       "stdlib" (docstrings of Python's standard library, by area, with a split of its
-                 own), a CSV, TSV or JSONL file, a folder with train and dev files, "glue/<task>",
-                 or a hub id
+                 own), a CSV, TSV, JSONL or JSON file, a folder with train and dev files,
+                 "glue/<task>", or a hub id
     task         "classification", "regression", "causal_lm", "multi_label_classification",
                  "token_classification", or "auto": from the columns and labels
     text         column; None is text, review, tweet, comment, content or the columns of a GLUE

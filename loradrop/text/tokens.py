@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from loradrop.text.examples import KINDS, Example, TextTask
@@ -177,14 +177,21 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 def _positions(model: Any) -> float:
     """The tokens that the model's tables of absolute positions take; inf where it has none."""
-    limit = float("inf")
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit, known = float("inf"), _trained_positions(model)
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
             reserved = 0 if module.padding_idx is None else module.padding_idx + 1  # as RoBERTa's
-            limit = min(limit, min(module.num_embeddings, known or limit) - reserved)
+            limit = min(limit, min(module.num_embeddings, known) - reserved)
+        rotations = getattr(module, "embed_positions", None)  # of GPT-J
+        if isinstance(rotations, Tensor):
+            limit = min(limit, len(rotations))
     return limit
+
+
+def _trained_positions(model: Any) -> float:
+    known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return float("inf") if known is None else known
 
 
 def _check_vocabulary(rows: Sequence[Mapping[str, Any]], tokenizer: Any, model: Any) -> None:
@@ -224,14 +231,16 @@ def tokenize(
             f"data.max_length={max_length} is more than the {limit} tokens that this model takes: "
             "lower it"
         )
-    if model is not None:
-        known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        limit = min(limit, known or limit)
+    trained = float("inf") if model is None else _trained_positions(model)
+    if max_length is not None and max_length > trained:
+        why = "data.max_length=%d is beyond the %d positions that the model was made for"
+        _log.warning(why, max_length, trained)
+    limit = max_length or min(limit, trained)
     kinds = {"causal_lm": _encode_causal, "token_classification": _encode_words}
     first = next(iter(task.train or task.dev), None)
     chat = task.kind == "causal_lm" and first is not None and isinstance(first.text, tuple)
     encode = _encode_chat if chat else kinds.get(task.kind, _encode)
-    at = int(min(max_length or limit, sys.maxsize))
+    at = int(min(limit, sys.maxsize))
     train, dev = (encode(task, r, tokenizer, at) if r else [] for r in (task.train, task.dev))
     if model is not None:
         _check_vocabulary([*train, *dev], tokenizer, model)
