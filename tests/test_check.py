@@ -301,7 +301,10 @@ def rename(*kinds: str) -> tuple[str, ...]:
         ("peft", lora_file(peft_type="IA3"), "peft_type is 'IA3'"),
         ("peft", lora_file(use_dora=True), "use_dora"),
         ("peft", lora_file(rank_pattern={"q_proj": 4}), "q_proj has rank 8.*should have 4"),
-        ("vllm", lora_file(extra="score.weight"), "score.weight is not a lora_A or lora_B"),
+        ("vllm", lora_file(extra="score.weight"), "modules_to_save does not name score"),
+        ("vllm", lora_file(extra="classifier.dense.bias", modules_to_save=["classifier"]), "dense"),
+        ("vllm", lora_file(extra="qa_outputs.weight"), "qa_outputs.weight is not a lora_A"),
+        ("vllm", lora_file(extra="x.base_layer.weight"), "x.base_layer.weight is not a lora_A"),
         ("vllm", lora_file(modules_to_save=["lm_head"]), "modules_to_save has lm_head"),
         ("vllm", lora_file(use_dora=True), "use_dora is not supported"),
         ("vllm", lora_file(lora_bias=True), "lora_bias is not supported"),
@@ -319,12 +322,21 @@ def rename(*kinds: str) -> tuple[str, ...]:
         ("sglang", lora_file(rename("k_proj", "v_proj")), "k_proj lacks its partner q_proj"),
         ("llama.cpp", lora_file(extra="classifier.weight"), "classifier.weight is not a lora_A"),
         ("llama.cpp", lora_file(fan_in_fan_out=True), "Conv1D"),
+        ("llama.cpp", lora_file(("cls.predictions.transform.dense",)), "leaves out cls.pred"),
+        ("llama.cpp", lora_file(("bert.pooler.dense",)), "leaves out bert.pooler.dense"),
+        ("llama.cpp", lora_file(("vocab_transform",)), "leaves out vocab_transform"),
     ],
 )
 def test_refusals(engine: str, file: PeftFile, reason: str) -> None:
     verdict = refusal(engine, file)
     assert not verdict.ok
     assert re.search(reason, verdict.reason), verdict.reason
+
+
+@pytest.mark.parametrize("name", ["classifier.weight", "classifier.bias", "model.score.weight"])
+def test_vllm_takes_a_plain_head(name: str) -> None:
+    head = name.split(".")[-2]
+    assert refusal("vllm", lora_file(extra=name, modules_to_save=[head])).ok
 
 
 def test_ranks_of_vllm() -> None:

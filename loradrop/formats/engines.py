@@ -2,7 +2,7 @@
 
 Every engine scales B·A by a rule of its own, and some read only part of `adapter_config.json`:
 
-    PEFT 0.21, vLLM 0.33   alpha / r, or alpha / sqrt(r) with use_rslora; per module by the patterns
+    PEFT 0.21, vLLM 0.33.0 alpha / r, or alpha / sqrt(r) with use_rslora; per module by the patterns
     SGLang 0.5.23          lora_alpha / r for all modules
     llama.cpp (0b03ada)    lora_alpha / (rank of B) for all modules
 
@@ -24,7 +24,14 @@ _VLLM_LACKS = (
     *("use_dora", "lora_bias", "layer_replication"),
     *("alora_invocation_tokens", "use_bdlora", "use_qalora"),
 )
+_VLLM_HEADS = ("classifier", "score")  # all of modules_to_save that it takes
+_VLLM_EMBEDDINGS = (
+    *(".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight"),
+    *(".lora_embedding_A", ".lora_embedding_B"),
+)
 _SGLANG_PARTNERS = {"q_proj": ("v_proj",), "k_proj": ("q_proj", "v_proj"), "v_proj": ("q_proj",)}
+# What conversion/bert.py leaves out of the models that it knows as BERT.
+_LLAMA_CPP_DROPS = r"((bert|distilbert|roberta)\.)?(cls\.|pooler\.dense$|vocab_)"
 _LLAMA_CPP_KEEPS = (".base_layer.weight", "_layernorm", ".norm")
 
 
@@ -88,11 +95,18 @@ def _peft_refuses(file: PeftFile) -> str | None:
 
 
 def _vllm_refuses(file: PeftFile) -> str | None:
+    saved = file.config.get("modules_to_save") or ()
     for name in file.others:
-        if ".base_layer." not in name and "lora_embedding_" not in name:
-            return f"{name} is not a lora_A or lora_B tensor"
-    for module in file.config.get("modules_to_save") or ():
-        if module not in ("classifier", "score"):
+        if name.endswith(_VLLM_EMBEDDINGS):
+            continue
+        module, _, part = name.rpartition(".")
+        head = module.rpartition(".")[2]
+        if head not in _VLLM_HEADS or part not in ("weight", "bias"):
+            return f"{name} is not a lora_A or lora_B tensor, nor a classifier's or score's"
+        if head not in saved:
+            return f"modules_to_save does not name {head}, but {name} is saved"
+    for module in saved:
+        if module not in _VLLM_HEADS:
             return f"modules_to_save has {module}: only classifier and score are taken"
     lacks = [option for option in _VLLM_LACKS if file.config.get(option)]
     init = file.config.get("init_lora_weights", True)
@@ -132,6 +146,9 @@ def _llama_cpp_refuses(file: PeftFile) -> str | None:
     for name in file.others:
         if not any(part in name for part in _LLAMA_CPP_KEEPS):
             return f"{name} is not a lora_A or lora_B tensor"
+    for name in file.modules:
+        if re.match(_LLAMA_CPP_DROPS, name):
+            return f"its converter silently leaves out {name}"
     if file.config.get("fan_in_fan_out"):
         return "fan_in_fan_out: its converter transposes Conv1D weights, and the adapter with them"
     return None
