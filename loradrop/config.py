@@ -27,11 +27,12 @@ class LoRAConfig:
                       "all-linear" is every linear layer but the head; None is the query and value
                       projections
     exclude_modules   removes from these, with the same matching
-    modules_to_save   modules trained and saved whole; None is a freshly made head (classifier,
-                      score, qa_outputs)
+    modules_to_save   modules trained and saved whole; None is the head of a task: what a class for
+                      classification, question answering or multiple choice has beside its base
+                      model, elsewhere what ends in classifier, score or qa_outputs
     adapter_dtype     "float32", or "base" for the dtype of each target's weight
-    strict            False allows `target_modules` entries that match nothing, or only some of the
-                      layers, and exclusions and patterns that match nothing
+    strict            False allows entries of `target_modules`, exclusions and patterns that match
+                      nothing, and targets that no step of training calls
 
     Raises ValueError naming the field, its value and the remedy.
     """
