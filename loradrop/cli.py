@@ -223,14 +223,28 @@ def _tokenizer(where: str) -> Any:
 
 
 def _batches(model: Any, where: str) -> list[dict[str, Any]]:
-    """Some text for the model, or arbitrary tokens where its tokenizer cannot be loaded."""
+    """Some text for the model, or arbitrary tokens where its tokenizer cannot be loaded.
+
+    Raises ValueError for a model that does not take text.
+    """
     import torch
 
+    wanted = model.main_input_name
+    if wanted != "input_ids":
+        raise ValueError(
+            f"{type(model).__name__} takes {wanted}, and this command has text alone: in Python, "
+            "call verify or verify_merged of loradrop.formats.check with batches of your own"
+        )
     if (tokenizer := _tokenizer(where)) is not None:
-        return [dict(tokenizer(sentence, return_tensors="pt")) for sentence in SENTENCES]
-    print("cannot load its tokenizer: comparing on arbitrary tokens")
-    ids = torch.arange(1, 49).reshape(3, 1, 16) * 7919 % model.config.vocab_size
-    return [{"input_ids": row} for row in ids]
+        batches = [dict(tokenizer(sentence, return_tensors="pt")) for sentence in SENTENCES]
+    else:
+        print("cannot load its tokenizer: comparing on arbitrary tokens")
+        size = model.config.get_text_config().vocab_size
+        ids = torch.arange(1, 49).reshape(3, 1, 16) * 7919 % size
+        batches = [{"input_ids": row} for row in ids]
+    if model.config.is_encoder_decoder:
+        batches = [{**batch, "decoder_input_ids": batch["input_ids"][:, :8]} for batch in batches]
+    return batches
 
 
 def _quiet() -> None:
@@ -267,8 +281,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         typer.main.get_command(app).main(argv, prog_name="loradrop")
     except SystemExit as stop:
         status = int(stop.code or 0)
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
-        if "--debug" in argv:
+    except Exception as error:
+        # A traceback is for a fault of ours: other kinds than these.
+        known = isinstance(error, (ValueError, OSError, RuntimeError, ImportError))
+        if "--debug" in argv or not (known or type(error).__name__ == "SafetensorError"):
             raise
         print(f"loradrop: error: {error}", file=sys.stderr)
         status = 2

@@ -28,7 +28,7 @@ from loradrop.native import read
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.report.grid import Arm, arms_table, plan_table
-from loradrop.report.page import write_report
+from loradrop.report.page import file_size, how_to_load, write_report
 from loradrop.report.plots import plot_history, plot_importance
 from loradrop.run_config import CONFIG, MINILM, RunConfig, folder_of
 from loradrop.scores import Scores
@@ -164,6 +164,8 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, "Result"]:
         "data": data,
         "seed": str(config.train.seed),
         "run it again": f"loradrop train {shlex.quote(str(folder / CONFIG))} output=NEW_FOLDER",
+        "load its adapter": how_to_load(main, folder_of(config, config.name) / "adapter"),
+        "adapter file": file_size(main, folder_of(config, config.name) / "adapter"),
         "versions": ", ".join(f"{k} {v}" for k, v in main.versions.items()),
     }
     write_report(folder / "report.html", arms, title=f"{config.name} on {task.name}", facts=facts)

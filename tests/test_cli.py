@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_run import write_model, write_table
 
@@ -396,6 +397,34 @@ def test_overrides_may_stand_after_options(
     ):
         assert command(capsys, "train", *arguments)[0] == 0
     assert seen == [(3, 5, True)] * 4
+
+
+def test_verify_without_text(tmp_path: Path, capsys: Capsys) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    from transformers import ViTConfig, ViTModel
+
+    model = ViTModel(ViTConfig(**sizes, intermediate_size=24, image_size=8, patch_size=4))
+    model.save_pretrained(tmp_path / "base")
+    model.config._name_or_path = str(tmp_path / "base")
+    loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules="all-linear"))
+    loradrop.save(model, tmp_path / "native")
+    loradrop.export(model, tmp_path / "peft")
+    message = "ViTModel takes pixel_values, and this command has text alone"
+    fails(capsys, message, "verify", tmp_path / "native", tmp_path / "peft")
+
+
+@pytest.mark.parametrize("kind", [SafetensorError, AttributeError])
+def test_a_traceback_is_for_faults_of_ours(
+    kind: type[Exception], capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise kind("no space left")
+
+    monkeypatch.setattr("loradrop.methods.available", broken)
+    if kind is SafetensorError:
+        return fails(capsys, "no space left", "methods")
+    with pytest.raises(AttributeError):
+        main(["methods"])
 
 
 def test_debug_shows_where_an_error_comes_from(capsys: Capsys) -> None:

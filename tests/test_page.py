@@ -10,13 +10,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
+import torch
 
+import loradrop
 from loradrop.config import LoRAConfig, LoraDropConfig
+from loradrop.injection import plan_of
+from loradrop.native import TENSORS
 from loradrop.plan import Plan
 from loradrop.report.grid import Arm, arms_table, plan_table
-from loradrop.report.page import write_report
-from loradrop.report.plots import plot_history, plot_importance
+from loradrop.report.page import file_size, how_to_load, write_report
+from loradrop.report.plots import curves, plot_history, plot_importance
 from loradrop.scores import Assignment, Target
 from loradrop.selection import assign
 
@@ -241,6 +246,42 @@ def test_plot_history(tmp_path: Path, losses: int) -> None:
     width, height = size_of(tmp_path / "loss.png")
     assert width > 1000 and height > 500
     assert size_of(tmp_path / "with_dev.png")[1] > 1.3 * height
+
+
+def test_one_loss_is_a_point() -> None:
+    history = [{"step": 3, "stage": "main", "loss": 0.5}]
+    lines = curves([make_arm(history=history)]).axes[0].lines
+    assert [line.get_marker() for line in lines if len(line.get_xdata()) == 1][-1] == "o"
+
+
+def test_a_decision_that_saves_nothing_says_so(tmp_path: Path) -> None:
+    everything = make_plan(kept=[n.format(l) for l in range(3) for n in (QUERY, VALUE)])
+    says = "all 6 targets keep their own adapter"
+    assert says in plan_table(everything) and says in page_of(tmp_path, make_arm(everything)).text
+    assert says not in plan_table(make_plan()) and says not in plan_table(make_plan(kept=None))
+
+
+def test_how_to_load_and_what_it_takes(tmp_path: Path) -> None:
+    model = models.bert(12)
+    model.save_pretrained(tmp_path / "base")
+    model.config._name_or_path = str(tmp_path / "base")
+    loradrop.save(models.adapt(model, r=8), tmp_path / "own")
+    loradrop.save(models.share(model, []), tmp_path / "shared")
+    plan = plan_of(model)
+    code = how_to_load(plan, tmp_path / "shared")
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert torch.equal(models.outputs(found["model"].eval()), models.outputs(model))
+    assert "<pre>import loradrop" in rendered_page(tmp_path, code)
+    says = file_size(plan, tmp_path / "shared")
+    size, about = (int(n.replace(",", "")) for n in re.findall("[0-9,]{3,}", says))
+    assert size == (tmp_path / "shared" / TENSORS).stat().st_size
+    assert about == pytest.approx((tmp_path / "own" / TENSORS).stat().st_size, rel=0.1)
+
+
+def rendered_page(tmp_path: Path, code: str) -> str:
+    write_report(tmp_path / "page.html", [make_arm()], title="t", facts={"load it": code})
+    return (tmp_path / "page.html").read_text()
 
 
 def test_a_loss_that_is_no_number_leaves_the_curves_as_they_are(tmp_path: Path) -> None:

@@ -155,6 +155,11 @@ def _summary(plan: Plan, own: int | None) -> dict[str, str]:
         size = f"{own:,} own + {plan.parameters - own:,} shared = {size}"
     part = as_percent(plan.parameters / plan.full_parameters)
     found = {"parameters": f"{size}, {part} % of LoRA's {plan.full_parameters:,}"}
+    if plan.kept is not None and plan.parameters >= plan.full_parameters:
+        found["nothing is saved"] = (
+            f"all {len(plan.targets)} targets keep their own adapter; to keep fewer, give the "
+            "method a smaller budget, keep_ratio or threshold"
+        )
     if scores := plan.scores:
         rows = f"{scores['rows']:,} {'steps' if scores['source'] == 'online' else 'batches'}"
         found["scores"] = f"{scores['source']}, {scores['tokens']:,} tokens in {rows}"

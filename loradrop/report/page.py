@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loradrop.files import rendered, write_text
+from loradrop.native import TENSORS, read
+from loradrop.plan import Plan
 from loradrop.report import grid as grids
 from loradrop.report.grid import INK, MUTED, RULE, SERIES, Arm, Grid
 from loradrop.report.plots import curves, is_reported, points_of
@@ -34,10 +36,29 @@ def _by_doubt(grid: Grid) -> list[grids.Cell]:
     return sorted(cells, key=lambda cell: abs((cell.frequency or 0.0) - 0.5))
 
 
+def how_to_load(plan: Plan, folder: str | os.PathLike[str]) -> str:
+    """Python that loads the base model of transformers and the native adapter in `folder`."""
+    base, cls = plan.base, str(plan.base.get("class") or "AutoModel")
+    lines = ["import loradrop", f"from transformers import {cls}", ""]
+    lines += [f"model = {cls}.from_pretrained({base.get('id') or 'path/to/the/base/model'!r})"]
+    return "\n".join([*lines, f"loradrop.load(model, {os.fspath(folder)!r})"])
+
+
+def file_size(plan: Plan, folder: str | os.PathLike[str]) -> str:
+    """The bytes of the native adapter in `folder`, and of LoRA's own on all targets."""
+    size = os.path.getsize(os.path.join(folder, TENSORS))
+    bank = sum(tensor.nbytes for tensor in read(folder).bank.values())
+    all_targets = size + bank * (plan.full_parameters / (plan.parameters or 1) - 1)
+    return f"{size:,} bytes; LoRA on all targets: about {all_targets:,.0f}"
+
+
 def write_report(
     path: str | os.PathLike[str], arms: Sequence[Arm], *, title: str, facts: Mapping[str, str]
 ) -> None:
-    """One HTML page that needs nothing else: results, importance, decisions, losses, facts."""
+    """One HTML page that needs nothing else: results, importance, decisions, losses, facts.
+
+    A fact of several lines is shown as code.
+    """
     planned = {arm.name: Grid(arm.plan) for arm in arms if arm.plan is not None}
     decided = {name: grid for name, grid in planned.items() if grid.scored or grid.states}
     drawn = {name: _by_doubt(grid) for name, grid in planned.items()}

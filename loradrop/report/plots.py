@@ -134,8 +134,9 @@ def curves(arms: Sequence[Arm]) -> "Figure":
         for stage in ("warmup", "main"):
             steps, losses = points_of(arm, "loss", stage)
             if losses:
+                alone = {"marker": "o", "markersize": 4} if len(losses) == 1 else {}
                 panels[0].plot(steps, losses, alpha=0.25, linewidth=1, **style)
-                panels[0].plot(steps, _smooth(losses), linewidth=1.8, **style)
+                panels[0].plot(steps, _smooth(losses), linewidth=1.8, **style, **alone)
             if losses and stage == "warmup":
                 ends.add(((arm.plan and arm.plan.warmup) or {}).get("steps", steps[-1]))
         if dev:
