@@ -135,7 +135,7 @@ def trained(bert: str, table: str, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_defaults_and_the_demo() -> None:
     config = read_config(None)
     assert config.model.id == MINILM and config.data.source == "stdlib"
-    assert config.lora.method == LoRADrop(threshold=0.9) and not config.arms
+    assert config.lora.method == LoRADrop(budget=0.5) and not config.arms
     assert config == RunConfig()
     demo = read_config(Path(__file__).parent.parent / "examples" / "demo.yaml")
     assert demo.model.id == MINILM and demo.data.source == "stdlib"
