@@ -122,8 +122,9 @@ class TrainConfig:
                     afterwards, and stays constant in the warm-up run
     precision       "float32", "bf16" or "fp16" (autocast); bf16 on a CPU that has none computes in
                     float32
-    save_every      steps between checkpoints; log_every, eval_every likewise (None: dev only at the
-                    end)
+    save_every      steps between checkpoints; log_every, eval_every likewise; eval_every below 1 is
+                    a part of the main run's steps, and None is dev only at the end, for the command
+                    five times
     mask            the model's input that marks real tokens, for the statistics; None counts all
     """
 
@@ -140,7 +141,7 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 10
     save_every: int = 100
-    eval_every: int | None = None
+    eval_every: float | None = None
     mask: str | None = MASK
     report_to: Sequence[str] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)

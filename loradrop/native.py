@@ -30,7 +30,7 @@ from loradrop.injection import (
     trained_since,
 )
 from loradrop.plan import Plan
-from loradrop.ranks import is_sharded, writes
+from loradrop.ranks import here, is_sharded, writes
 from loradrop.tensor_file import write_tensors
 
 TENSORS, PLAN, FOLDER = "adapter.safetensors", "plan.json", "loradrop_adapter"
@@ -255,8 +255,8 @@ def unmeasured(model: nn.Module) -> str | None:
     begun = bank.collector is not None or injection.scores is not None or bank.assignment.decided
     if begun or not injection.config.method.warms_up:
         return None
-    pairs = (bank.factors(i) for i in range(len(bank.targets)))
-    if not any(pair is not None and bool(pair[1].any()) for pair in pairs):
+    pairs = [bank.factors(i) for i in range(len(bank.targets))]
+    if not any(bool(here(pair[1]).any()) for pair in pairs if pair is not None):
         return None  # nothing is trained yet
     return (
         f"the method {injection.config.method.name!r} decides after a warm-up, and none was made, "

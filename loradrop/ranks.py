@@ -48,6 +48,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
+def here(tensor: Tensor) -> Tensor:
+    """The tensor itself, or this rank's part of a sharded one, without asking the others."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
 def placed(value: Tensor, like: Tensor) -> Tensor:
     """`value`, sharded as `like` is."""
     if not is_sharded(like):

@@ -147,9 +147,8 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, "Result"]:
     for name, lora in {**config.arms, config.name: config.lora}.items():
         _log.info("%s, %d of %d", name, len(results) + 1, len(config.arms) + 1)
         results[name] = train_arm(config, task, lora, folder_of(config, name), resume)
-        if (
-            len(results) == 1 and is_first_rank()
-        ):  # not before: the folder may belong to a run with other options
+        # Not before: the folder may belong to a run with other options.
+        if len(results) == 1 and is_first_rank():
             write_text(folder / CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
     if not is_first_rank():
         return results
@@ -159,13 +158,15 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, "Result"]:
     if main.scores is not None:
         plot_importance(main, folder / "importance.png")
     plot_history(arms, folder / "loss.png")
+    adapter = folder_of(config, config.name) / "adapter"
+    classes = None if task.kind == "causal_lm" else max(1, len(task.labels))
     facts = {
         "model": config.model.id,
         "data": data,
         "seed": str(config.train.seed),
         "run it again": f"loradrop train {shlex.quote(str(folder / CONFIG))} output=NEW_FOLDER",
-        "load its adapter": how_to_load(main, folder_of(config, config.name) / "adapter"),
-        "adapter file": file_size(main, folder_of(config, config.name) / "adapter"),
+        "load its adapter": how_to_load(main, adapter, classes),
+        "adapter file": file_size(main, adapter),
         "versions": ", ".join(f"{k} {v}" for k, v in main.versions.items()),
     }
     write_report(folder / "report.html", arms, title=f"{config.name} on {task.name}", facts=facts)
@@ -185,7 +186,9 @@ def _prepare(
     if lora.modules_to_save is None and missing:
         lora = replace(lora, modules_to_save=tuple(missing))
     train, dev = tokenize(task, tokenizer, config.data.max_length, model)
-    options = {"args": config.train, "data": task.fingerprint, "collate": collator(task, tokenizer)}
+    every = config.train.eval_every or 0.2  # five points, for a curve in the report
+    args = replace(config.train, eval_every=every)
+    options = {"args": args, "data": task.fingerprint, "collate": collator(task, tokenizer)}
     return model, lora, {"train": train, "dev": dev}, options
 
 

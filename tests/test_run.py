@@ -362,7 +362,8 @@ def test_run_with_arms(
     bert: str, table: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arms = ("arms.LoRA.method=lora", "arms.LoRA of half the rank={r: 2, method: lora}")
-    config = configured(bert, table, tmp_path, *arms, "train.steps=48")
+    more = ("train.steps=48", "train.log_every=1")
+    config = configured(bert, table, tmp_path, *arms, *more)
     results = run(config)
     assert list(results) == ["LoRA", "LoRA of half the rank", "LoRA-drop"]
     full, half, ours = results.values()
@@ -371,11 +372,12 @@ def test_run_with_arms(
     assert {result.steps for result in results.values()} == {48}
     for result in results.values():
         assert result.metrics["accuracy"] > 0.8
+        assert sum("eval_accuracy" in entry for entry in result.history) == 5 + 1  # and at the end
         assert sum(losses(result)[-3:]) < 0.5 * sum(losses(result)[:3])
         assert result.plan.config.modules_to_save == ("classifier",)
         assert result.plan.base["id"] == bert
         assert result.plan.data == load_task(config.data).fingerprint
-    # The head starts alike in every arm, and so do the first batches.
+    # The head starts alike in every arm, and so does the first batch.
     first = [result.history[0]["loss"] for result in results.values()]
     assert first[0] == pytest.approx(first[1], rel=1e-3) == pytest.approx(first[2], rel=1e-3)
 
@@ -406,7 +408,7 @@ def test_run_with_arms(
 @pytest.mark.parametrize("kind", ["numbers", "pairs", "several", "tags"])
 def test_each_kind_of_label(kind: str, bert: str, tmp_path: Path) -> None:
     data = write_table(tmp_path / "table.jsonl", kind)
-    config = configured(bert, data, tmp_path / "run", "train.steps=48")
+    config = configured(bert, data, tmp_path / "run", "train.steps=96")
     task = load_task(config.data)
     expected = {
         "numbers": ("regression", 1, "pearson"),

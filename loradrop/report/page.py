@@ -36,11 +36,16 @@ def _by_doubt(grid: Grid) -> list[grids.Cell]:
     return sorted(cells, key=lambda cell: abs((cell.frequency or 0.0) - 0.5))
 
 
-def how_to_load(plan: Plan, folder: str | os.PathLike[str]) -> str:
-    """Python that loads the base model of transformers and the native adapter in `folder`."""
+def how_to_load(plan: Plan, folder: str | os.PathLike[str], num_labels: int | None = None) -> str:
+    """Python that loads the base model of transformers and the native adapter in `folder`.
+
+    num_labels   of a model with a head for classes; None for any other
+    """
     base, cls = plan.base, str(plan.base.get("class") or "AutoModel")
     lines = ["import loradrop", f"from transformers import {cls}", ""]
-    lines += [f"model = {cls}.from_pretrained({base.get('id') or 'path/to/the/base/model'!r})"]
+    head = "" if num_labels is None else f", num_labels={num_labels}"
+    where = base.get("id") or "path/to/the/base/model"
+    lines += [f"model = {cls}.from_pretrained({where!r}{head})"]
     return "\n".join([*lines, f"loradrop.load(model, {os.fspath(folder)!r})"])
 
 
