@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from loradrop._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from loradrop.any_trainer import LoraDropCallback as LoraDropCallback
     from loradrop.bank import AdapterBank as AdapterBank
-    from loradrop.callbacks import LoraDropCallback as LoraDropCallback
     from loradrop.config import LoRAConfig as LoRAConfig
     from loradrop.config import LoraDropConfig as LoraDropConfig
     from loradrop.config import TrainConfig as TrainConfig
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "bank": "AdapterBank",
-    "callbacks": "LoraDropCallback",
+    "any_trainer": "LoraDropCallback",
     "config": "LoRAConfig LoraDropConfig TrainConfig",
     "formats.check": "verify",
     "native": "save",

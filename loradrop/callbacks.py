@@ -2,21 +2,18 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
-    get_scheduler,
-    set_seed,
 )
 
 from loradrop.bank import bank_of
@@ -24,10 +21,6 @@ from loradrop.collector import Collector
 from loradrop.files import read_json, replacing, write_json
 from loradrop.injection import injection_of
 from loradrop.masks import MASK, MaskFn
-from loradrop.methods.base import Warmup
-from loradrop.native import FOLDER, read
-from loradrop.ranks import world_size
-from loradrop.sharing import conclude
 
 STATISTICS, EVENTS = "statistics.safetensors", "events.json"
 WATCHED = 20  # steps after which a target that was never called is named
@@ -134,157 +127,6 @@ class MethodCallback(TrainerCallback):
         """Stop collecting, also where the run ended with an error; what was collected stays."""
         if self.collector is not None:
             self.collector.detach()
-
-
-class LoraDropCallback(TrainerCallback):
-    """The whole method in one run of any Trainer: warm-up, select, share, and on with a new start.
-
-        loradrop.inject(model, loradrop.LoraDropConfig(...))
-        Trainer(model, args, ..., callbacks=[loradrop.LoraDropCallback()]).train()
-
-    The warm-up are the Trainer's first steps. At its end the optimiser forgets its state, the
-    schedule starts again over the steps that are left, and the best model so far is forgotten.
-    Checkpoints resume on either side of it. A method without a warm-up gets its events alone.
-
-    mask, mask_fn   of the statistics, as for `probe`
-
-    At the start of the run it raises ValueError for options of the warm-up that need `fit`
-    (sample_ratio, source="offline"), and where sharing could not reach every process (DeepSpeed,
-    FSDP, DDP without find_unused_parameters).
-    """
-
-    def __init__(self, *, mask: str | None = MASK, mask_fn: MaskFn | None = None) -> None:
-        self.masks: dict[str, Any] = {"mask": mask, "mask_fn": mask_fn}
-        self.events: MethodCallback | None = None
-        self.warmup: Warmup | None = None
-        self.ended = 0  # the step at which the warm-up ended
-
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        bank_of(model).adopts = True  # a resume brings the adapters before there is an optimiser
-
-    def on_train_begin(
-        self, args: Any, state: TrainerState, control: Any, model: Any = None, **objects: Any
-    ) -> None:
-        if self.events is not None:  # a run before this one, which may have ended with an error
-            self.events.detach()
-        bank, injection = bank_of(model), injection_of(model)
-        method, decided = injection.config.method, bank.assignment.decided
-        self.warmup = None if decided else method.warmup(state.max_steps)
-        if self.warmup is not None:
-            _require_one_run(self.warmup, args)
-        statistics = () if decided else method.statistics
-        settle_every = self.warmup.settle_every if self.warmup else 0
-        self.events = MethodCallback(
-            model, statistics=statistics, settle_every=settle_every, **self.masks
-        )
-        if state.global_step:
-            folder = _of_step(args, state) / FOLDER
-            if not (folder / EVENTS).exists():
-                _log.warning("%s is not there: the statistics count from here on", folder / EVENTS)
-            else:
-                self.ended = int(read_json(folder / EVENTS)["ended"])
-                self.events.load(folder)
-                injection.plan = read(folder).plan
-        if decided and self.ended:
-            _restart(args, state, self.ended, **objects)
-        self.events.begin()
-
-    def on_step_end(
-        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **o: Any
-    ) -> None:
-        assert self.events is not None
-        self.events.on_step_end(args, state, TrainerControl(), **o)
-        step, collector = state.global_step, self.events.collector
-        if self.warmup is None or not (self.events.settled or step >= self.warmup.steps):
-            return
-        assert collector is not None
-        record = {"steps": step, "planned": self.warmup.steps, "settled": self.events.settled}
-        self.events.watch(collector, last=True)
-        groups = _groups(model, o["optimizer"])
-        set_seed(args.seed)
-        conclude(model, collector.scores(), record)
-        _regroup(model, o["optimizer"], groups)
-        self.warmup, self.ended = None, step
-        _restart(args, state, step, **o)
-        state.best_metric = state.best_model_checkpoint = state.best_global_step = None
-        self.events.detach()
-        self.events = MethodCallback(model, **self.masks)
-        self.events.begin()
-
-    def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        if self.events is not None:
-            folder = _of_step(args, state) / FOLDER
-            self.events.save(folder, args.should_save, ended=self.ended)
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        if self.events is not None:
-            self.events.on_train_end(args, state, control)
-
-
-def _of_step(args: Any, state: TrainerState) -> Path:
-    """The checkpoint that the run resumes from, or writes now."""
-    given = args.resume_from_checkpoint
-    here = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-    return Path(given) if isinstance(given, str) and not here.exists() else here
-
-
-def _require_one_run(warmup: Warmup, args: Any) -> None:
-    why = None
-    if warmup.sample_ratio < 1.0 or warmup.source != "online":
-        why = 'sample_ratio below 1 and source="offline" need a run of their own'
-    elif args.deepspeed or args.fsdp:
-        why = "sharing changes the parameters, which DeepSpeed and FSDP hold themselves"
-    elif world_size() > 1:
-        unused = args.ddp_find_unused_parameters
-        if unused is False or (unused is None and args.gradient_checkpointing):
-            why = "sharing leaves parameters unused: pass ddp_find_unused_parameters=True"
-    if why is not None:
-        raise ValueError(
-            f"LoraDropCallback: {why}. loradrop.fit makes a new Trainer for each stage"
-        )
-
-
-def _groups(model: nn.Module, optimizer: Any) -> dict[str, int]:
-    """The optimiser's group of each kind of tensor in the bank: a name up to its number."""
-    places = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
-    named = bank_of(model).named_parameters()
-    return {name.rpartition(".")[0]: places[id(p)] for name, p in named if id(p) in places}
-
-
-def _regroup(model: nn.Module, optimizer: Any, groups: Mapping[str, int]) -> None:
-    """The optimiser forgets what it knew, holds what is trained now, in the model's order."""
-    bank = {id(p): name.rpartition(".")[0] for name, p in bank_of(model).named_parameters()}
-    places = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
-    for group in optimizer.param_groups:
-        group["params"] = []
-    for parameter in model.parameters():
-        place = places.get(id(parameter), groups.get(bank.get(id(parameter), "")))
-        if place is not None and parameter.requires_grad:
-            optimizer.param_groups[place]["params"].append(parameter)
-    getattr(optimizer, "optimizer", optimizer).state.clear()
-
-
-def _restart(
-    args: Any, state: TrainerState, ended: int, optimizer: Any = None, lr_scheduler: Any = None,
-    **_: Any,
-) -> None:  # fmt: skip
-    """The schedule as if the run began after step `ended`, with the steps that are left."""
-    plain = getattr(optimizer, "optimizer", optimizer)
-    scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
-    if not isinstance(scheduler, LambdaLR):
-        what = f"the schedule is a {type(scheduler).__name__}, which cannot start again"
-        _log.warning("%s: the learning rate goes on as it is", what)
-        return
-    left, done = state.max_steps - ended, state.global_step - ended
-    new = get_scheduler(
-        args.lr_scheduler_type, plain, args.get_warmup_steps(left), left,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )  # fmt: skip
-    rates = [base * at(done) for base, at in zip(new.base_lrs, new.lr_lambdas, strict=True)]
-    for group, rate in zip(plain.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler.lr_lambdas, scheduler.base_lrs = new.lr_lambdas, new.base_lrs
-    scheduler.last_epoch, scheduler._last_lr = done, rates
 
 
 class Progress(TrainerCallback):

@@ -1,8 +1,6 @@
 """transformers' Trainer with checkpoints of adapters, and its arguments in our words."""
 
-import dataclasses
 import logging
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,18 +15,10 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from loradrop.callbacks import EVENTS, MethodCallback
-from loradrop.config import TrainConfig, check_keys
-from loradrop.env import native_bf16
 from loradrop.files import read_json, write_json
 from loradrop.loading import fill
 from loradrop.native import read, save
 
-# transformers renamed the argument; both names mean the same.
-_CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in TrainingArguments.__dataclass_fields__
-)
 COMPLETE = "complete.json"
 _WRAPPED = ("forward", "_original_forward")  # what accelerate's mixed precision sets on a model
 _TIMINGS = ("_runtime", "_per_second", "_preparation_time")
@@ -216,92 +206,3 @@ def _damage(checkpoint: Path) -> str | None:
     found = _digests(checkpoint)
     wrong = [name for name in expected if found.get(name) != expected[name]]
     return f"is damaged ({', '.join(wrong)})" if wrong else None
-
-
-def training_arguments(
-    args: TrainConfig, folder: Path, steps: int, *, warm_up: bool, has_dev: bool
-) -> TrainingArguments:
-    """transformers' arguments for one stage of `steps` optimiser steps; `folder` gets its files.
-
-    The warm-up has a constant learning rate, no evaluation and no best model. Raises ValueError for
-    an option in `extra` that TrainingArguments lacks, or refuses.
-    """
-    precision = _supported(args.precision)
-    known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
-    check_keys(args.extra, known, "train.extra")
-    options: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": steps,
-        "per_device_train_batch_size": args.batch_size,
-        "per_device_eval_batch_size": 2 * args.batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation,
-        "learning_rate": args.learning_rate,
-        "weight_decay": args.weight_decay,
-        "warmup_steps": math.ceil(args.warmup_ratio * steps),
-        "lr_scheduler_type": "linear",
-        "max_grad_norm": args.max_grad_norm,
-        "bf16": precision == "bf16",
-        "fp16": precision == "fp16",
-        _CHECKPOINTING: args.gradient_checkpointing,
-        "use_cpu": not torch.accelerator.is_available(),
-        "seed": args.seed,
-        "logging_steps": args.log_every,
-        "logging_nan_inf_filter": False,
-        "save_strategy": "steps",
-        "save_steps": args.save_every,
-        "save_total_limit": 2,
-        "eval_strategy": "steps" if args.eval_every and has_dev else "no",
-        "eval_steps": args.eval_every,
-        "report_to": list(args.report_to),
-        "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
-    options |= args.extra
-    if warm_up:
-        rising = args.warmup_ratio * steps
-        options |= {
-            "lr_scheduler_type": "constant_with_warmup",
-            "warmup_steps": math.ceil(rising) if rising >= 1 else 0,  # its first step has rate 0
-            "save_strategy": "steps",
-            "eval_strategy": "no",
-            "eval_on_start": False,
-            "load_best_model_at_end": False,
-        }
-    return TrainingArguments(**options)
-
-
-_SAME = {  # what both call by another name
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation",
-    "learning_rate": "learning_rate",
-    "weight_decay": "weight_decay",
-    "max_grad_norm": "max_grad_norm",
-    "seed": "seed",
-    "logging_steps": "log_every",
-    "save_steps": "save_every",
-    _CHECKPOINTING: "gradient_checkpointing",
-}
-
-
-def train_config(args: TrainingArguments) -> TrainConfig:
-    """TrainingArguments in our words; what was changed and has no word of ours is `extra`."""
-    default = TrainingArguments(output_dir="none", use_cpu=args.use_cpu)
-    names = [field.name for field in dataclasses.fields(args) if field.init]
-    changed = {n: v for n in names if (v := getattr(args, n)) != getattr(default, n)}
-    for name in (*_SAME, "output_dir", "bf16", "fp16", "use_cpu", "max_steps"):
-        changed.pop(name, None)
-    return TrainConfig(
-        steps=args.max_steps if args.max_steps > 0 else None,
-        precision="bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
-        warmup_ratio=0.0,
-        extra={name: getattr(value, "value", value) for name, value in changed.items()},
-        **{ours: getattr(args, theirs) for theirs, ours in _SAME.items()},
-    )
-
-
-def _supported(precision: str) -> str:
-    if precision == "bf16" and not torch.cuda.is_available() and not native_bf16():
-        _log.warning("this CPU has no native bfloat16 and would be slow: computing in float32")
-        return "float32"
-    return precision

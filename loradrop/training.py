@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from loradrop.arguments import train_config, training_arguments
 from loradrop.bank import bank_of, has_bank
 from loradrop.callbacks import MethodCallback, Progress
 from loradrop.config import LoRAConfig, TrainConfig
@@ -38,13 +39,7 @@ from loradrop.ranks import wait, world_size
 from loradrop.sampling import sample_of
 from loradrop.sharing import conclude
 from loradrop.surgery import inject
-from loradrop.trainer import (
-    LoRATrainer,
-    forward_kept,
-    last_checkpoint,
-    train_config,
-    training_arguments,
-)
+from loradrop.trainer import LoRATrainer, forward_kept, last_checkpoint
 
 OPTIONS = "options.json"
 _log = logging.getLogger(__name__)

@@ -16,9 +16,10 @@ from transformers import EarlyStoppingCallback, TrainingArguments
 
 import loradrop
 from loradrop import LoRAConfig, LoraDropConfig, fit
+from loradrop.arguments import train_config, training_arguments
 from loradrop.callbacks import MethodCallback
 from loradrop.native import read
-from loradrop.trainer import LoRATrainer, train_config, training_arguments
+from loradrop.trainer import LoRATrainer
 
 CONFIGS = {"lora": tiny.PLAIN, "lora_drop": tiny.DROP, "prilora": tiny.CONFIGS["prilora"]}
 

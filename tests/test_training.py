@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import loradrop
 from loradrop import LoRAConfig, LoraDropConfig, TrainConfig, fit
-from loradrop import trainer as trainer_module
+from loradrop import arguments as arguments_module
 from loradrop.callbacks import MethodCallback
 from loradrop.injection import injection_of
 from loradrop.methods import Method
@@ -287,7 +287,7 @@ def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
 def test_bf16(
     native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(trainer_module, "native_bf16", lambda: native)
+    monkeypatch.setattr(arguments_module, "native_bf16", lambda: native)
     seen: set[torch.dtype] = set()
     model = make_model()
     query = model.bert.encoder.layer[0].attention.self.query
