@@ -91,7 +91,8 @@ def test_train(work: Path) -> None:
     # A finished bar is the last part of its line.
     lines = [line.rpartition("\r")[2] for line in err.split("\n") if line]
     heads = [line.partition(":")[0].partition(",")[0] for line in lines]
-    assert heads == ["films", "LoRA-drop", "adapted query (3)", "warmup", "main"]
+    decided = "4 adapters for 6 targets"
+    assert heads == ["films", "LoRA-drop", "adapted query (3)", "warmup", decided, "main"]
     assert "100%" in lines[-1] and "loss=" in lines[-1]
 
 
