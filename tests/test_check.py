@@ -339,6 +339,15 @@ def test_vllm_takes_a_plain_head(name: str) -> None:
     assert refusal("vllm", lora_file(extra=name, modules_to_save=[head])).ok
 
 
+def test_llama_cpp_reads_the_base_for_falcon() -> None:
+    file = lora_file(("transformer.h.0.self_attention.query_key_value",))
+    for multi_query, model_type in ((False, "falcon"), (True, "falcon"), (False, "bloom")):
+        base = {"model_type": model_type, "multi_query": multi_query}
+        verdict = refusal("llama.cpp", file._replace(base=base))
+        assert verdict.ok == (multi_query or model_type == "bloom")
+        assert verdict.ok or "query_key_value of Falcon" in verdict.reason
+
+
 def test_ranks_of_vllm() -> None:
     assert refusal("vllm", lora_file(rank=16)).reason == ""
     assert refusal("vllm", lora_file(rank=17)).reason == "needs --max-lora-rank 32"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loradrop.batches import call, evaluating
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal, scale
-from loradrop.formats.peft_file import PeftFile, read
+from loradrop.formats.peft_file import PeftFile, configuration_of, read
 from loradrop.injection import Adapters, adapters_of
 from loradrop.surgery import remove
 
@@ -86,7 +86,7 @@ def verify(
     where not. The model is as before afterwards. Raises ValueError for no batches and for a file
     that is damaged or of another model, FileNotFoundError for a missing one.
     """
-    adapters, file = adapters_of(model), read(path)
+    adapters, file = adapters_of(model), read(path)._replace(base=configuration_of(model))
     required = tuple(refusal(engine, file).engine for engine in engines or ENGINES[:1])
     eps = [torch.finfo(t.dtype).eps for t in file.tensors.values() if t.is_floating_point()]
     delta_tolerance = max(1e-5, 4 * max(eps, default=0.0))

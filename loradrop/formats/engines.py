@@ -30,7 +30,7 @@ _VLLM_EMBEDDINGS = (
     *(".lora_embedding_A", ".lora_embedding_B"),
 )
 _SGLANG_PARTNERS = {"q_proj": ("v_proj",), "k_proj": ("q_proj", "v_proj"), "v_proj": ("q_proj",)}
-# What conversion/bert.py leaves out of the models that it knows as BERT.
+# What its conversion/bert.py (2ca8afc) leaves out of the models that it knows as BERT.
 _LLAMA_CPP_DROPS = r"((bert|distilbert|roberta)\.)?(cls\.|pooler\.dense$|vocab_)"
 _LLAMA_CPP_KEEPS = (".base_layer.weight", "_layernorm", ".norm")
 
@@ -149,6 +149,10 @@ def _llama_cpp_refuses(file: PeftFile) -> str | None:
     for name in file.modules:
         if re.match(_LLAMA_CPP_DROPS, name):
             return f"its converter silently leaves out {name}"
+    old = not any(map(file.base.get, ("multi_query", "new_decoder_architecture")))
+    fused = any(name.endswith("query_key_value") for name in file.modules)
+    if file.base.get("model_type") == "falcon" and old and fused:
+        return "its converter fails on the fused query_key_value of Falcon without multi_query"
     if file.config.get("fan_in_fan_out"):
         return "fan_in_fan_out: its converter transposes Conv1D weights, and the adapter with them"
     return None

@@ -28,6 +28,7 @@ from loradrop.formats.peft_file import (
     TENSORS,
     PeftFile,
     base_state,
+    configuration_of,
     layout_of,
     task_of,
 )
@@ -133,7 +134,7 @@ def _peft_file(
         "modules_to_save": layout.modules_to_save or None,
         "init_lora_weights": True,
     }
-    return PeftFile(config, tensors)
+    return PeftFile(config, tensors, configuration_of(model))
 
 
 def _card(model: nn.Module, plan: Plan, file: PeftFile, verdicts: list[EngineVerdict]) -> str:

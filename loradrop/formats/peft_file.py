@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import safetensors
@@ -40,10 +41,14 @@ _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # PEFT 
 
 
 class PeftFile(NamedTuple):
-    """A PEFT adapter as it lies on disk: its configuration, and its tensors by their full keys."""
+    """A PEFT adapter as it lies on disk: its configuration, and its tensors by their full keys.
+
+    base   the base model's own configuration, where it is known
+    """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+    base: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def modules(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -138,6 +143,12 @@ def layout_of(model: nn.Module, adapters: Adapters) -> Layout:
                 )
         return Layout(task, spelled, saved, tensors)
     raise ValueError(f"peft cannot adapt these targets: {reasons[-1]}. Use format='merged'")
+
+
+def configuration_of(model: nn.Module) -> Mapping[str, Any]:
+    """The configuration of a model of transformers, as plain data; empty for any other."""
+    plain: Any = getattr(getattr(model, "config", None), "to_dict", dict)()
+    return plain if isinstance(plain, Mapping) else {}
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
