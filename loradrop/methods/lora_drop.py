@@ -99,13 +99,14 @@ class LoRADrop(Method):
         if steps < least:
             raise ValueError(
                 f"a warm-up of {steps} steps (probe_steps={self.probe_steps:g}, {total} steps in "
-                f"all) measures nothing, since B is zero at its start: choose probe_steps of at "
-                f"least {least}, and more than {least} steps in all"
+                f"all) measures nothing, since B is zero at its start: choose probe_steps "
+                f"(lora.method.probe_steps) of at least {least}, and more than {least} steps in "
+                "all (train.steps or train.epochs)"
             )
         if steps >= total:
             raise ValueError(
                 f"probe_steps={self.probe_steps:g} leaves none of the {total} steps to train the "
-                "shared adapters: choose fewer"
+                "shared adapters: choose fewer (lora.method.probe_steps), or train longer"
             )
         settle_every = 0 if self.settle_margin is None else self.settle_every
         return Warmup(
