@@ -130,9 +130,14 @@ def _require_one_run(warmup: Warmup, args: Any) -> None:
         )
 
 
+def _places(optimizer: Any) -> dict[int, int]:
+    """The id of each parameter that it holds -> the number of its group."""
+    return {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+
+
 def _groups(model: nn.Module, optimizer: Any) -> dict[str, int]:
     """The optimiser's group of each kind of tensor in the bank: a name up to its number."""
-    places = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+    places = _places(optimizer)
     named = bank_of(model).named_parameters()
     return {name.rpartition(".")[0]: places[id(p)] for name, p in named if id(p) in places}
 
@@ -140,7 +145,7 @@ def _groups(model: nn.Module, optimizer: Any) -> dict[str, int]:
 def _regroup(model: nn.Module, optimizer: Any, groups: Mapping[str, int]) -> None:
     """The optimiser forgets what it knew, holds what is trained now, in the model's order."""
     bank = {id(p): name.rpartition(".")[0] for name, p in bank_of(model).named_parameters()}
-    places = {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+    places = _places(optimizer)
     for group in optimizer.param_groups:
         group["params"] = []
     for parameter in model.parameters():

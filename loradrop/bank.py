@@ -176,17 +176,15 @@ class AdapterBank(nn.Module):
         if (state[1] >= 0).all():
             kept = tuple(n for n, own in zip(names, state[1].tolist(), strict=True) if own)
         forms = {key: _form(value) for key, value in self.state_dict().items() if key != STATE}
-        if forms == {key: _form(value) for key, value in tensors.items()}:
-            pass
-        elif self.adopts or slots == self.slots:
-            if self.adopts:
-                self._take_forms(tensors)
-        else:
+        same = forms == {key: _form(value) for key, value in tensors.items()}
+        if not (same or self.adopts or slots == self.slots):
             raise RuntimeError(
                 "other layers share in the state dict than in this model, so its adapters would "
                 "land in other layers. Take the sharing first, with loradrop.share or "
                 "loradrop.load(model, folder), and make the optimiser afterwards"
             )
+        if self.adopts:
+            self._take_forms(tensors)
         self.assignment = Assignment(self.targets, slots, kept)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterBank":

@@ -7,20 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from loradrop.bank import bank_of
 from loradrop.collector import Collector
-from loradrop.files import read_json, replacing, write_json
+from loradrop.files import read_json, write_json
 from loradrop.injection import injection_of
 from loradrop.masks import MASK, MaskFn
+from loradrop.tensor_file import write_tensors
 
 STATISTICS, EVENTS = "statistics.safetensors", "events.json"
 WATCHED = 20  # steps after which a target that was never called is named
@@ -66,8 +63,8 @@ class MethodCallback(TrainerCallback):
     def begin(self) -> None:
         """Start to collect, from the state that `load` took where there is one."""
         self._started = time.monotonic()
-        names, masks = self.statistics or ("sqnorm",), self.masks if self.statistics else {}
-        masks = masks or {"mask": None}
+        names = self.statistics or ("sqnorm",)
+        masks = self.masks if self.statistics else {"mask": None}
         self.collector = Collector(self.model, self.bank, online=True, statistics=names, **masks)
         if self._state is not None:
             self.collector.load_state_dict(self._state)
@@ -113,8 +110,7 @@ class MethodCallback(TrainerCallback):
         """The state of the statistics, and `more`; every rank calls it, the first one writes."""
         state = self.collector.state_dict() if self.collector is not None else {}
         if write:
-            with replacing(folder / STATISTICS) as draft:
-                save_file(state, draft)
+            write_tensors(folder / STATISTICS, state, {"format": "pt"})
             write_json(folder / EVENTS, {"seconds": self.seconds, "settled": self.settled, **more})
 
     def load(self, folder: Path) -> None:

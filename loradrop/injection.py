@@ -80,15 +80,14 @@ def adapters_of(model: nn.Module) -> Adapters:
     """
     bank, injection, base = bank_of(model), injection_of(model), model.state_dict()
     require_adapted(model)
-    since = [name for name in trained_since(model) if name not in injection.told]
-    if since:
-        injection.told.update(since)
+    since = trained_since(model)
+    if new := [name for name in since if name not in injection.told]:
+        injection.told.update(new)
         _log.warning(
             "trainable since inject, and saved with the adapters: %s. A base model that loads them "
-            "must have them",
-            ", ".join(since),
-        )
-    trained = {name: base[name].detach() for name in (*injection.originals, *trained_since(model))}
+            "must have them", ", ".join(new),
+        )  # fmt: skip
+    trained = {name: base[name].detach() for name in (*injection.originals, *since)}
     require_loaded(trained)
     pairs = [bank.factors(i) for i in range(len(bank.targets))]
     return Adapters(
@@ -119,10 +118,8 @@ def require_adapted(model: nn.Module) -> None:
     for i, target in enumerate(bank.targets):
         module = modules.get(target.name)
         carried, index = getattr(module, "_lora", (None, None))
-        k, n = (
-            getattr(module, side, size)
-            for side, size in zip(("in_features", "out_features"), target[2:4], strict=True)
-        )
+        k = getattr(module, "in_features", target.in_features)  # GPT-2's Conv1D has neither
+        n = getattr(module, "out_features", target.out_features)
         if carried is not bank or index != i or (k, n) != target[2:4]:
             now = (
                 "is gone" if module is None else f"is another {type(module).__name__} ({k} -> {n})"

@@ -21,6 +21,7 @@ from loradrop.injection import (
 from loradrop.layers import adapt, build_bank, freeze, is_conv1d, is_patched, is_plain, restore
 from loradrop.matching import find_targets, inside, kinds_of, saved_modules
 from loradrop.native import SavePretrained
+from loradrop.ranks import is_sharded
 from loradrop.scores import Target
 
 _log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
         )
     if any(isinstance(module, AdapterBank) for module in modules):
         raise ValueError(f"{name} is injected already: call loradrop.remove(model) first")
-    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+    if any(map(is_sharded, model.parameters())):
         raise ValueError(
             f"{name} is sharded (its parameters are DTensors), and the adapters would not be: "
             "inject first, and call fully_shard or parallelize_module afterwards"
@@ -120,7 +121,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     whole = {name: tensors[name] for name in injection.originals if name in tensors}
     require_loaded(whole)
     for name, tensor in whole.items():
-        if tensor.shape != injection.originals[name].shape or hasattr(tensor, "device_mesh"):
+        if tensor.shape != injection.originals[name].shape or is_sharded(tensor):
             raise ValueError(f"{name} was resized or sharded since inject: it cannot be set back")
     before, trained = bank.enabled, [(tensor, tensor.data) for tensor in whole.values()]
     try:

@@ -242,12 +242,7 @@ class _Run:
         options, file = self._options(), self.folder / OPTIONS
         if is_first_rank():
             self._require_same_run(options)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(file, "w" if self.resume else "x", encoding="utf-8") as opened:
-                    json.dump(options, opened, indent=2)
-            except FileExistsError as error:
-                raise ValueError(self._held) from error
+            self._take(file, options)
         try:
             yield
         except Exception:
@@ -280,6 +275,17 @@ class _Run:
         plan, seeds = plan_of(self.model), {"train": self.args.seed}
         injection_of(self.model).plan = replace(plan, data=self.data, seeds=seeds)
 
+    def _take(self, file: Path, options: dict[str, dict[str, Any]]) -> None:
+        """Writes the options; of two runs that start together, one finds the file there."""
+        if self.resume:
+            return write_json(file, options)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(file, "x", encoding="utf-8") as opened:
+                json.dump(options, opened, indent=2)
+        except FileExistsError as error:
+            raise ValueError(self._held) from error
+
     @property
     def _held(self) -> str:
         return f"{self.folder} holds a run already: resume, or choose another output"
@@ -311,8 +317,8 @@ class _Run:
         steps = trainer.state.global_step
         set_seed(self.args.seed)
         if stage.source == "offline" or events.collector is None:
-            batches, masks = trainer.get_eval_dataloader(rows), {"mask_fn": self.mask_fn}
-            scores = probe(self.model, batches, mask=self.args.mask, **masks)
+            batches = trainer.get_eval_dataloader(rows)
+            scores = probe(self.model, batches, mask=self.args.mask, mask_fn=self.mask_fn)
         else:
             scores = events.collector.scores()
         record = {"steps": steps, "planned": stage.steps, "settled": events.settled}

@@ -101,7 +101,7 @@ def layout_of(model: nn.Module, adapters: Adapters) -> Layout:
     """How PEFT adapts just our targets and saves just our modules; ValueError where it cannot."""
     targets, trained = [target.name for target in adapters.plan.targets], adapters.trained
     modules = dict(model.named_modules(remove_duplicate=False))
-    kind = getattr(getattr(model, "config", None), "model_type", None)
+    kind = configuration_of(model).get("model_type")
     of_mamba = kind if kind in _MAMBA else None
     places: dict[nn.Module, set[tuple[nn.Module, str]]] = {}
     for name, module in modules.items():
