@@ -1,6 +1,7 @@
 """LoRA-drop in one run of any Trainer: the callback, and what it does to a running optimiser."""
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -136,15 +137,20 @@ def _places(optimizer: Any) -> dict[int, int]:
 
 
 def _groups(model: nn.Module, optimizer: Any) -> dict[str, int]:
-    """The optimiser's group of each kind of tensor in the bank: a name up to its number."""
+    """The optimiser's group of each kind of tensor in the bank."""
     places = _places(optimizer)
     named = bank_of(model).named_parameters()
-    return {name.rpartition(".")[0]: places[id(p)] for name, p in named if id(p) in places}
+    return {_kind(name): places[id(p)] for name, p in named if id(p) in places}
+
+
+def _kind(name: str) -> str:
+    """The name of a tensor in the bank without its numbers."""
+    return re.sub(r"\.\d+", "", name)
 
 
 def _regroup(model: nn.Module, optimizer: Any, groups: Mapping[str, int]) -> None:
     """The optimiser forgets what it knew, holds what is trained now, in the model's order."""
-    bank = {id(p): name.rpartition(".")[0] for name, p in bank_of(model).named_parameters()}
+    bank = {id(p): _kind(name) for name, p in bank_of(model).named_parameters()}
     places = _places(optimizer)
     for group in optimizer.param_groups:
         group["params"] = []

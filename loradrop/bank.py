@@ -33,6 +33,28 @@ class Observer(Protocol):
     def add(self, i: int, sqnorm: Tensor) -> None: ...
 
 
+class Link:
+    """Target `index` of `bank`, as its layer holds it.
+
+    scaling   s of the target
+    adapter   the module that owns its tensors, in a bank that has one for each adapter; else None
+
+    Compiled code of a layer reads its adapter through this, and no number that differs from layer
+    to layer, so one graph serves all layers of a kind.
+    """
+
+    def __init__(self, bank: "AdapterBank", index: int, scaling: float) -> None:
+        self.bank, self.index, self.scaling = bank, index, scaling
+        self.adapter: Any = None
+
+    def factors(self) -> Pair | None:
+        """As `AdapterBank.factors` of the target."""
+        if self.adapter is not None:
+            pair: Pair = self.adapter.factors()
+            return pair
+        return self.bank.factors(self.index)
+
+
 class AdapterBank(nn.Module):
     """The owner of a model's adapter parameters: the base class of every method's bank.
 
@@ -47,8 +69,8 @@ class AdapterBank(nn.Module):
 
     def __init__(self, targets: Sequence[Target], scaling: Sequence[float]) -> None:
         super().__init__()
+        self.links = [Link(self, i, s) for i, s in enumerate(scaling)]
         self.assignment = Assignment(tuple(targets), tuple(range(len(targets))))
-        self.scaling = list(scaling)
         self.dropout = 0.0
         self.enabled = True
         self.adopts = False
@@ -61,6 +83,10 @@ class AdapterBank(nn.Module):
     @property
     def slots(self) -> tuple[int | None, ...]:
         return self.assignment.slots
+
+    @property
+    def scaling(self) -> tuple[float, ...]:
+        return tuple(link.scaling for link in self.links)
 
     def bring_back(self) -> None:
         """Undo an offload by accelerate: it loads tensors for a forward, and nobody calls ours."""
@@ -109,7 +135,7 @@ class AdapterBank(nn.Module):
         and go to the bank's device. Raises RuntimeError for names that this bank does not know.
         """
         self._take_forms(tensors)
-        self.assignment = assignment
+        self._use(assignment)
         here = self.state_dict(keep_vars=True)
         found = {k: placed(v, here[k]) if k in here else v for k, v in tensors.items()}
         self.load_state_dict({**found, STATE: self.get_extra_state()})
@@ -121,11 +147,11 @@ class AdapterBank(nn.Module):
             if isinstance(child, nn.ParameterList):
                 count = sum(key.startswith(f"{name}.") for key in tensors)
                 found = [tensors[f"{name}.{k}"] for k in range(count)]
-                if [_form(t) for t in found] != [_form(t) for t in child]:
-                    self.register_module(name, nn.ParameterList(_empty(t, device) for t in found))
+                if [form(t) for t in found] != [form(t) for t in child]:
+                    self.register_module(name, nn.ParameterList(empty(t, device) for t in found))
         for key, old in [*self._parameters.items(), *self._buffers.items()]:
-            if key in tensors and (old is None or _form(old) != _form(tensors[key])):
-                new = _empty(tensors[key], device)
+            if key in tensors and (old is None or form(old) != form(tensors[key])):
+                new = empty(tensors[key], device)
                 setattr(self, key, new if key in self._parameters else new.detach())
 
     def get_extra_state(self) -> Tensor:
@@ -175,8 +201,8 @@ class AdapterBank(nn.Module):
         names, kept = [target.name for target in self.targets], None
         if (state[1] >= 0).all():
             kept = tuple(n for n, own in zip(names, state[1].tolist(), strict=True) if own)
-        forms = {key: _form(value) for key, value in self.state_dict().items() if key != STATE}
-        same = forms == {key: _form(value) for key, value in tensors.items()}
+        forms = {key: form(value) for key, value in self.state_dict().items() if key != STATE}
+        same = forms == {key: form(value) for key, value in tensors.items()}
         if not (same or self.adopts or slots == self.slots):
             raise RuntimeError(
                 "other layers share in the state dict than in this model, so its adapters would "
@@ -185,7 +211,11 @@ class AdapterBank(nn.Module):
             )
         if self.adopts:
             self._take_forms(tensors)
-        self.assignment = Assignment(self.targets, slots, kept)
+        self._use(Assignment(self.targets, slots, kept))
+
+    def _use(self, assignment: Assignment) -> None:
+        """Who uses which adapter from now on; their tensors are there."""
+        self.assignment = assignment
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterBank":
         """Moves as any module does, but never to a narrower type, such as the bf16 of the base."""
@@ -235,11 +265,13 @@ def execution_device(*modules: nn.Module) -> torch.device | None:
     return None
 
 
-def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+def form(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+    """Shape and dtype."""
     return tensor.shape, tensor.dtype
 
 
-def _empty(saved: Tensor, device: torch.device) -> nn.Parameter:
+def empty(saved: Tensor, device: torch.device) -> nn.Parameter:
+    """A Parameter that can take the values of `saved`."""
     return nn.Parameter(torch.empty_like(saved, device=device), saved.is_floating_point())
 
 

@@ -117,10 +117,10 @@ def require_adapted(model: nn.Module) -> None:
     bank, modules = bank_of(model), dict(model.named_modules(remove_duplicate=False))
     for i, target in enumerate(bank.targets):
         module = modules.get(target.name)
-        carried, index = getattr(module, "_lora", (None, None))
+        link = getattr(module, "_lora", None)
         k = getattr(module, "in_features", target.in_features)  # GPT-2's Conv1D has neither
         n = getattr(module, "out_features", target.out_features)
-        if carried is not bank or index != i or (k, n) != target[2:4]:
+        if link is not bank.links[i] or (k, n) != target[2:4]:
             now = (
                 "is gone" if module is None else f"is another {type(module).__name__} ({k} -> {n})"
             )

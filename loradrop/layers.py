@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from loradrop.bank import AdapterBank, execution_device
+from loradrop.bank import AdapterBank, Link, execution_device
 from loradrop.config import LoRAConfig
 from loradrop.injection import Injection
 from loradrop.op.linear import lora_add, lora_linear
@@ -27,7 +27,7 @@ from loradrop.scores import Target
 class LoRAMixin(nn.Module):
     """What the three faces share: from the bank and the index to the arguments of the op."""
 
-    _lora: tuple[AdapterBank, int]  # a tuple, so that the bank is referred to and not registered
+    _lora: Link  # it refers to the bank, which must not be registered here
 
     @property
     def base_layer(self) -> NoReturn:
@@ -49,19 +49,20 @@ class LoRAMixin(nn.Module):
 
         It runs in every call, so it makes nothing that nobody asked for.
         """
-        bank, i = self._lora
-        factors = bank.factors(i) if bank.enabled else None
+        link = self._lora
+        bank = link.bank
+        factors = link.factors() if bank.enabled else None
         if factors is None:
             return None
         A, B = factors
         if x.device != A.device:  # a model spread over devices
             bank.bring_back()
-            A, B = (factor.to(x.device) for factor in bank.factors(i) or factors)
-        dropout, seed, s, collector = 0.0, None, bank.scaling[i], bank.collector
+            A, B = (factor.to(x.device) for factor in link.factors() or factors)
+        dropout, seed, s, collector = 0.0, None, link.scaling, bank.collector
         if self.training and bank.dropout > 0.0:
             dropout = bank.dropout
             seed = torch.randint(0, 1 << 62, (), device=x.device)
-        more = {} if collector is None else collector.arguments(i, x)
+        more = {} if collector is None else collector.arguments(link.index, x)
         if y0 is not None:
             y = lora_add(y0, x, A, B, s, dropout=dropout, seed=seed, **more)
         else:
@@ -69,7 +70,7 @@ class LoRAMixin(nn.Module):
             y = lora_linear(x, weight, bias, A, B, s, dropout=dropout, seed=seed, **more)
         if collector is not None and isinstance(y, tuple):  # of an offline probe
             y, norm = y
-            collector.add(i, norm)
+            collector.add(link.index, norm)
         result: Tensor = y
         return result
 
@@ -242,7 +243,7 @@ def _home(model: nn.Module, name: str, weight: Tensor) -> torch.device:
 
 def adapt(module: nn.Module, bank: AdapterBank, index: int) -> None:
     """Give `module` the class that adds target `index` of `bank` to it."""
-    module._lora = (bank, index)  # type: ignore[assignment]
+    module._lora = bank.links[index]  # type: ignore[assignment]
     base: type = type(module)
     if base is nn.Linear:
         _become(module, LoRALinear)

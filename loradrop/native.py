@@ -123,7 +123,10 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
         if not agrees:
             why = "(an interrupted save, or edited); the header counts"
             _log.warning("%s is not the plan in the header of %s %s", beside, file, why)
-    return NativeFile(plan, _part(tensors, _BANK), _part(tensors, _TRAINED))
+    bank = _part(tensors, _BANK)
+    if int(metadata.get("loradrop_schema", 0)) < 3:  # "A.0" is "pairs.0.A" since
+        bank = {re.sub(r"^([AB])\.(\d+)$", r"pairs.\2.\1", key): v for key, v in bank.items()}
+    return NativeFile(plan, bank, _part(tensors, _TRAINED))
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
 """LoRA's bank: plain pairs (A, B), and how targets come to share them."""
 
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from loradrop.bank import AdapterBank, Pair, keep_width
+from loradrop.bank import AdapterBank, Pair, empty, form, keep_width
 from loradrop.scores import Assignment, Scores, Target
 from loradrop.selection import assign, check_choice
 
@@ -14,8 +15,34 @@ INITS = ("fresh", "mean", "top")
 AFTER = ("reinit", "continue")
 
 
+class LoRAPair(nn.Module):
+    """One adapter of LoRA: A (r, K) and B (N, r)."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        super().__init__()
+        self.A, self.B = _parameter(A), _parameter(B)
+
+    def factors(self) -> Pair:
+        """The two Parameters themselves."""
+        own = self._parameters  # microseconds faster than the attributes
+        return own["A"], own["B"]  # type: ignore[return-value]
+
+
+class NoPair:
+    """In the place of an adapter, for a target without one."""
+
+    def factors(self) -> None:
+        """Nothing."""
+
+
+NO_PAIR = NoPair()
+
+
 class LoRABank(AdapterBank):
-    """Plain pairs: target i uses (A[slots[i]], B[slots[i]]).
+    """Plain pairs: target i uses pairs[slots[i]].
 
     `likes`: for each target, an empty tensor of the dtype and on the device of its adapter.
     """
@@ -28,16 +55,27 @@ class LoRABank(AdapterBank):
         # What a fresh adapter is like, also once every adapter was dropped; it moves with the bank.
         self.like = (likes[0] if likes else torch.empty(0)).detach().new_empty(0)
         self._fill(pairs)
+        self._use(self.assignment)
 
     def factors(self, i: int) -> Pair | None:
         """The Parameters of target i themselves; None where it has no adapter."""
-        slot = self.assignment.slots[i]
-        if slot is None:
-            return None
-        key, lists = str(slot), self._modules  # indexing a ParameterList takes microseconds
-        A, B = lists["A"]._parameters[key], lists["B"]._parameters[key]  # type: ignore[union-attr]
-        assert A is not None and B is not None
-        return A, B
+        slot = self.slots[i]
+        return None if slot is None else self._pair(slot).factors()
+
+    @property
+    def A(self) -> list[nn.Parameter]:  # noqa: N802 - the papers' name
+        """A (r, K) of each adapter."""
+        return [self._pair(slot).A for slot in range(len(self.pairs))]
+
+    @property
+    def B(self) -> list[nn.Parameter]:  # noqa: N802
+        """B (N, r) of each adapter."""
+        return [self._pair(slot).B for slot in range(len(self.pairs))]
+
+    def _pair(self, slot: int) -> LoRAPair:
+        pair = self.pairs[slot]
+        assert isinstance(pair, LoRAPair)
+        return pair
 
     def assign(self, assignment: Assignment, pairs: Sequence[Pair]) -> None:
         """Point target i at pairs[assignment.slots[i]].
@@ -51,8 +89,8 @@ class LoRABank(AdapterBank):
             if A.shape[1] != target.in_features or B.shape[0] != target.out_features:
                 shapes = f"A {tuple(A.shape)} and B {tuple(B.shape)}"
                 raise ValueError(f"slot {slot} holds {shapes}, which do not fit {target}")
-        self.assignment = assignment
         self._fill(pairs)
+        self._use(assignment)
 
     def share(
         self,
@@ -104,8 +142,23 @@ class LoRABank(AdapterBank):
         return self.like.device
 
     def _fill(self, pairs: Sequence[Pair]) -> None:
-        self.A = nn.ParameterList(_parameter(A) for A, _ in pairs)
-        self.B = nn.ParameterList(_parameter(B) for _, B in pairs)
+        self.pairs = nn.ModuleList(LoRAPair(*pair) for pair in pairs)
+
+    def _use(self, assignment: Assignment) -> None:
+        super()._use(assignment)
+        for link, slot in zip(self.links, assignment.slots, strict=True):
+            link.adapter = NO_PAIR if slot is None else self.pairs[slot]
+
+    def _take_forms(self, tensors: Mapping[str, Tensor]) -> None:
+        """As in the base, for the pairs: as many as `tensors` has, in its shapes and dtypes."""
+        super()._take_forms(tensors)
+        count = sum(re.fullmatch(r"pairs\.\d+\.A", key) is not None for key in tensors)
+        found = [[tensors[f"pairs.{k}.{side}"] for side in "AB"] for k in range(count)]
+        if [[*map(form, pair)] for pair in found] != [
+            [*map(form, pair.factors())] for pair in map(self._pair, range(len(self.pairs)))
+        ]:
+            device = self.device
+            self._fill([(empty(A, device), empty(B, device)) for A, B in found])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRABank":
         super()._apply(fn, recurse)

@@ -8,7 +8,7 @@ from loradrop._version import __version__
 from loradrop.config import LoRAConfig
 from loradrop.scores import Assignment, Target
 
-SCHEMA = 2
+SCHEMA = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,5 +105,5 @@ def _from_1(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-# By the schema that each starts from.
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+# By the schema that each starts from. Schema 3 renamed tensors of the file: see `native.read`.
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: dict}

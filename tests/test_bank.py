@@ -95,7 +95,7 @@ def test_a_shared_adapter_is_stored_once() -> None:
     first = [bank.factors(i)[0] is bank.factors(0)[0] for i in range(DEPTH + 1)]
     assert first == [*[True] * DEPTH, False] and len(bank.A) == len(bank.B) == 2
     adapters = [key for key in model.state_dict() if key.startswith("lora_bank.")]
-    parts = ("_extra_state", "A.0", "A.1", "B.0", "B.1")
+    parts = ("_extra_state", "pairs.0.A", "pairs.0.B", "pairs.1.A", "pairs.1.B")
     assert adapters == [f"lora_bank.{part}" for part in parts]
     assert len(set(storages(bank))) == 4
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -164,7 +164,7 @@ def test_a_copy_has_its_own_bank(how: Any, kept: list[str] | None) -> None:
     other = bank_of(twin)
     assert other is not bank and not set(storages(bank)) & set(storages(other))
     linears = [block.proj for block in twin.layers] + [twin.side]
-    assert all(layer._lora[0] is other for layer in linears) and type(twin.side) is LoRALinear
+    assert all(layer._lora.bank is other for layer in linears) and type(twin.side) is LoRALinear
     assert bank.slots == other.slots and bank.targets == other.targets
     assert torch.equal(twin(x), expected)
     assert not torch.equal(wake(twin, 0.0)(x), expected) and torch.equal(model(x), expected)

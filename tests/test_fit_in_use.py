@@ -134,7 +134,8 @@ def test_early_stopping_and_the_best_model(more: dict[str, Any], tmp_path: Path)
     )  # fmt: skip
     assert result.steps == tiny.WARMUP + 12 == max(entry["step"] for entry in result.history)
     best = read(tmp_path / "main" / "checkpoint-4")
-    assert torch.equal(best.bank["B.0"], model.lora_bank.B[0]) and best.bank["B.0"].any()
+    B = best.bank["pairs.0.B"]
+    assert torch.equal(B, model.lora_bank.B[0]) and B.any()
 
 
 def test_training_arguments_mean_what_they_say(tmp_path: Path) -> None:

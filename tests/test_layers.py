@@ -13,9 +13,11 @@ import torch
 from accelerate.hooks import AlignDevicesHook
 from models import WIDTH, Make, Net, assert_same, gpt2, llama, net, snapshot, wake
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
 
 import loradrop
+from loradrop.config import LoRAConfig
 from loradrop.layers import LoRALinear
 
 pytestmark = pytest.mark.numbers
@@ -47,7 +49,8 @@ def test_standalone_layer() -> None:
     layer = LoRALinear(K, N, r=R, lora_alpha=6)
     assert torch.equal(layer.weight, plain.weight) and torch.equal(layer.bias, plain.bias)
     assert isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (K, N)
-    keys = ["weight", "bias", "lora_bank._extra_state", "lora_bank.A.0", "lora_bank.B.0"]
+    pair = ("lora_bank.pairs.0.A", "lora_bank.pairs.0.B")
+    keys = ["weight", "bias", "lora_bank._extra_state", *pair]
     assert list(layer.state_dict()) == keys
     assert [k for k, p in layer.named_parameters() if p.requires_grad] == keys[3:]
     x = torch.randn(3, 5, K)
@@ -72,7 +75,7 @@ def test_standalone_layers_in_a_model(how: Callable[[Any], Any]) -> None:
     wake(model[0])
     twin, x = how(model), torch.randn(2, K)
     assert torch.equal(twin(x), model(x))
-    assert twin[0]._lora[0] is twin[0].lora_bank is not model[0].lora_bank
+    assert twin[0]._lora.bank is twin[0].lora_bank is not model[0].lora_bank
 
 
 @pytest.mark.parametrize("end", [loradrop.merge, loradrop.remove], ids=["merge", "remove"])
@@ -204,6 +207,35 @@ def test_compiled_model(p: float) -> None:
     torch.testing.assert_close(fast(x), model(x))
 
 
+def test_one_graph_serves_equal_blocks() -> None:
+    """Also once they share; a block without an adapter has another."""
+    blocks = [nn.Sequential(nn.Linear(K, K)) for _ in range(12)]
+    model = nn.ModuleList(blocks)
+    loradrop.inject(model, LoRAConfig(r=R, target_modules=r"\d+\.0"))
+    wake(model)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in blocks:
+        block.compile(backend=counter, fullgraph=True)
+    x = torch.randn(9, K, requires_grad=True)
+
+    def check(graphs: int) -> None:
+        for i, block in enumerate(blocks):
+            y = block(x)
+            y.sum().backward()
+            torch.testing.assert_close(y, block[0](x))
+            pair = model.lora_bank.factors(i)
+            assert pair is None or pair[1].grad.any()
+        assert counter.frame_count == graphs
+
+    check(1)
+    names = [target.name for target in model.lora_bank.targets]
+    loradrop.share(model, names[:3], after_select="continue", init="mean")
+    check(1)
+    loradrop.share(model, names[:3], share="none", after_select="continue")
+    check(2)  # and one for a block without an adapter
+
+
 # Bases that are no plain nn.Linear
 
 
@@ -295,7 +327,7 @@ def test_over_any_base(base: Make) -> None:
     x, dy = torch.randn(5, K, requires_grad=True), torch.randn(5, N)
     y0 = original(x)
     assert torch.equal(model(x), y0) and isinstance(model.layer, type(original.layer))
-    names = [f"lora_bank.{name}" for name in ("_extra_state", "A.0", "B.0")]
+    names = [f"lora_bank.{name}" for name in ("_extra_state", "pairs.0.A", "pairs.0.B")]
     assert list(model.state_dict()) == [*before["state"], *names]
     A, B = wake(model).lora_bank.factors(0)
     assert A.dtype == torch.float32
@@ -305,7 +337,7 @@ def test_over_any_base(base: Make) -> None:
     scores = loradrop.probe(model, [x.detach()])
     assert scores["layer"] == pytest.approx(float((y - y0).detach().square().sum()), rel=1e-5)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(x), y) and twin.layer._lora[0] is twin.lora_bank
+        assert torch.equal(twin(x), y) and twin.layer._lora.bank is twin.lora_bank
     with loradrop.disabled(model):
         assert torch.equal(model(x), y0)
     loradrop.remove(model)

@@ -153,7 +153,7 @@ class TestSize:
     def test_each_tensor_once_in_one_of_two_files(self, model: Any, tmp_path: Path) -> None:
         loradrop.save(share(model, [0, 3]), tmp_path)
         tensors = load_file(tmp_path / TENSORS)
-        pairs = {f"bank.{side}.{k}" for side in "AB" for k in range(4)}  # 2 own, 1 for each type
+        pairs = {f"bank.pairs.{k}.{side}" for side in "AB" for k in range(4)}  # 2 own, 1 for each type
         assert set(tensors) == pairs | {"saved.classifier.weight", "saved.classifier.bias"}
         numbers = sum(tensor.numel() for tensor in tensors.values())
         assert numbers == 4 * 4 * (32 + 32) + 2 * 32 + 2
@@ -277,7 +277,7 @@ class TestDamage:
             (rb"\"lora_alpha\": 12", rb"\"lora_alpha\": 13"),
             (rb"query", rb"kuery"),
             (rb'"dtype":"F32"', rb'"dtype":"I32"'),
-            (rb"bank.A.0", rb"bank.A.9"),
+            (rb"bank.pairs.0.A", rb"bank.A.9"),
         ],
     )
     def test_a_changed_header(self, old: bytes, new: bytes, path: Path) -> None:
@@ -290,7 +290,7 @@ class TestDamage:
 @pytest.mark.parametrize("name", ["adapter.bin", "adapter.pt", TENSORS])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_pickle_is_refused(name: str, legacy: bool, tmp_path: Path) -> None:
-    tensors = {"bank.A.0": torch.ones(2, 3)}
+    tensors = {"bank.pairs.0.A": torch.ones(2, 3)}
     torch.save(tensors, tmp_path / name, _use_new_zipfile_serialization=not legacy)
     refused(rf"{name} is a pickle, which can run any code", tmp_path / name)
 

@@ -140,7 +140,7 @@ def test_a_checkpoint_holds_what_is_trained_alone(whole: tuple[Path, Any]) -> No
         "classifier.weight",
         "classifier.bias",
     }
-    assert not names & frozen and {"classifier.weight", "lora_bank.A.0"} <= names
+    assert not names & frozen and {"classifier.weight", "lora_bank.pairs.0.A"} <= names
     assert not (folder / "config.json").exists()  # nothing that would pass for the whole model
 
 
