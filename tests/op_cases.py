@@ -86,6 +86,14 @@ def sink(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.float64, device=DEVICE, requires_grad=True)
 
 
+def all_sinks(k: int, r: int) -> list[Tensor]:
+    """Leaves for sqnorm, moment and both Gram matrices."""
+    return [sink(), sink(k), sink(r, r), sink(r, r)]
+
+
+SINKS = ("sqnorm_sink", "moment_sink", "gram_in_sink", "gram_out_sink")
+
+
 def kept(t: Tensors, p: float) -> Tensor | None:
     return philox.keep_mask(SEED, *t["x"].shape, p) if p else None
 

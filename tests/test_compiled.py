@@ -12,13 +12,14 @@ from op_cases import (
     KERNELS,
     SAME_BITS,
     SEED,
+    SINKS,
     S,
+    all_sinks,
     draw,
     each_backend,
     leaves,
     op,
     short,
-    sink,
     strided,
 )
 from torch import Tensor
@@ -58,8 +59,9 @@ def op_arguments(dtype: torch.dtype, backend: str, **given: Any) -> tuple[Any, .
         SEED if p else None,
         torch.ones(5, device=DEVICE) if given.get("weights") else None,
         given.get("norm", False),
+        given.get("sinks", False),
     )
-    return *call, *((sink(), sink(8)) if given.get("sinks") else (None, None)), backend
+    return *call, *(all_sinks(8, 3) if given.get("sinks") else (None,) * 4), backend
 
 
 @pytest.mark.parametrize(
@@ -79,13 +81,14 @@ def test_opcheck_of_the_forward(given: dict[str, Any], backend: str, dtype: torc
 
 @pytest.mark.parametrize(
     ("needs", "backend"),
-    [([True, True, True], name) for name in KERNELS]
+    [([True, True, True, True], name) for name in KERNELS]
     if INTERPRETED
     else [
-        ([True, True, True], "reference"),
-        ([True, True, True], "eager"),
-        ([False, True, False], "eager"),
-        ([False, False, True], "eager"),
+        ([True, True, True, True], "reference"),
+        ([True, True, True, False], "eager"),
+        ([False, True, False, True], "eager"),
+        ([False, False, True, False], "eager"),
+        ([False, False, False, True], "eager"),
     ],
     ids=str,
 )
@@ -95,10 +98,11 @@ def test_opcheck_of_the_backward(p: float, needs: list[bool], backend: str) -> N
     h, seed = torch.randn(5, 3, device=DEVICE).to(HALF), SEED if p else None
     shape = (5, row_bytes(8)) if p else (0,)
     mask = torch.full(shape, 0b10110111, dtype=torch.uint8, device=DEVICE)
-    for weight in (t["weight"], None):
+    for weight, of_tokens in ((t["weight"], None), (None, torch.ones(5, device=DEVICE))):
         operands = (t["dy"], t["x"], weight, t["A"], t["B"], h, mask, seed)
         torch.library.opcheck(
-            torch.ops.loradrop.lora_linear_backward.default, (*operands, S, p, needs, backend)
+            torch.ops.loradrop.lora_linear_backward.default,
+            (*operands, S, p, of_tokens, needs, backend),
         )
 
 
@@ -123,31 +127,31 @@ def both_ways(
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=short)
 def test_compile_equals_eager(dtype: torch.dtype, p: float, backend: str) -> None:
     def step(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        x, A, B, sqnorm, moment = inputs
+        x, A, B, *leaves = inputs
         y, norm = lora_linear(
             x * 1.0, t["weight"], t["bias"], A, B, S, dropout=p, seed=SEED, token_weights=weights,
-            return_sqnorm=True, sqnorm_sink=sqnorm, moment_sink=moment, backend=backend,
+            return_sqnorm=True, **dict(zip(SINKS, leaves, strict=True)), backend=backend,
         )  # fmt: skip
         return y.tanh(), norm
 
     t = draw(AWKWARD["rank 8"], dtype)
     weights = (torch.arange(37, device=DEVICE) % 2).float()
-    plain, quick = both_ways(step, [*leaves(t), sink(), sink(100)], t["dy"])
-    _, norm, *_, of_sqnorm, of_moment = plain
-    assert float(of_sqnorm) == float(norm) > 0 and of_moment.all()
+    plain, quick = both_ways(step, [*leaves(t), *all_sinks(100, 8)], t["dy"])
+    _, norm, *_, of_sqnorm, of_moment, gram_in, gram_out = plain
+    assert float(of_sqnorm) == float(norm) > 0
+    assert of_moment.all() and gram_in.all() and gram_out.all()
     assert_close(quick, plain, rtol=1e-6, atol=1e-6)
 
 
 def test_compile_with_dynamic_shapes() -> None:
-    def step(x: Tensor, A: Tensor, B: Tensor, sqnorm: Tensor, moment: Tensor) -> Tensor:
-        return lora_linear(
-            x, t["weight"], t["bias"], A, B, S, sqnorm_sink=sqnorm, moment_sink=moment
-        )
+    def step(x: Tensor, A: Tensor, B: Tensor, *leaves: Tensor) -> Tensor:
+        sinks = dict(zip(SINKS, leaves, strict=True))
+        return lora_linear(x, t["weight"], t["bias"], A, B, S, **sinks)
 
     t = draw(AWKWARD["rank 8"])
     fast = compiled(step, dynamic=True)
     for m in (37, 5, 12, 30):
-        inputs = [*leaves(draw(AWKWARD["rank 8"]._replace(m=m))), sink(), sink(100)]
+        inputs = [*leaves(draw(AWKWARD["rank 8"]._replace(m=m))), *all_sinks(100, 8)]
         with torch._dynamo.config.patch(error_on_recompile=m != 37):
             one, two = (torch.autograd.grad(f(*inputs).sum(), inputs) for f in (step, fast))
         assert_close(two, one)

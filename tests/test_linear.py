@@ -19,8 +19,10 @@ from op_cases import (
     PLAIN,
     SAME_BITS,
     SEED,
+    SINKS,
     S,
     Tensors,
+    all_sinks,
     assert_each_within,
     draw,
     each_backend,
@@ -66,7 +68,7 @@ def test_error_is_within_that_of_pytorch(
     ours = [through_op(t, backend, p) for t in drawn]
     pytorchs, exact = ([through_torch(t, d, p) for t in drawn] for d in (dtype, torch.float64))
     wide = drawn[0]["A"].dtype
-    assert [v.dtype for v in ours[0]] == [dtype, dtype, wide, wide, torch.float32]
+    assert [v.dtype for v in ours[0]] == [dtype, dtype, wide, wide, torch.float64]
     assert_each_within(ours, pytorchs, exact, (k + r, n + r, m + n, m + k))
 
 
@@ -85,8 +87,8 @@ def test_error_of_the_norm_is_within_that_of_pytorch(
     )
     # A square is off by twice as much as what it is of.
     assert_within(ours, pytorchs, exact, 4 * (k + r + 1))
-    # Each is a 0-dim float32 tensor that autograd does not follow, though x, A and B are leaves.
-    assert (ours.shape, ours.dtype, ours.requires_grad) == ((len(drawn),), torch.float32, False)
+    # Each is a 0-dim float64 tensor that autograd does not follow, though x, A and B are leaves.
+    assert (ours.shape, ours.dtype, ours.requires_grad) == ((len(drawn),), torch.float64, False)
 
 
 @pytest.mark.parametrize("wrong", ["zeros", "nan", "sign", "scale", "shape"])
@@ -267,6 +269,7 @@ def test_a_statistic_changes_no_bit(backend: str, dtype: torch.dtype) -> None:
         {"return_sqnorm": True, "token_weights": weights},
         {"sqnorm_sink": sink()},
         {"moment_sink": sink(100), "token_weights": weights},
+        dict(zip(SINKS, all_sinks(100, 8), strict=True)),
     ):
         y = op(t, backend, 0.25, **more)
         y = y[0] if isinstance(y, tuple) else y
@@ -330,21 +333,65 @@ def test_moment_of_float64_is_summed_in_float64(backend: str) -> None:
 
 
 @each_backend
+@pytest.mark.parametrize("padding", [0.0, math.nan, math.inf])
+@pytest.mark.parametrize("weights", [*WEIGHTS.values(), None], ids=[*WEIGHTS, "none"])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_gram_matrices(p: float, weights: Tensor | None, padding: float, backend: str) -> None:
+    """Σ_t w_t h_t h_tᵀ and Σ_t w_t u_t u_tᵀ, u = dy·B: token by token, from float64 factors."""
+    t = draw(Shape(5, 12, 9, 3), torch.float32)
+    w = torch.ones(5) if weights is None else weights
+    if weights is not None:
+        weights = weights.to(DEVICE)
+        t["x"][weights == 0] = padding
+        t["dy"][weights == 0] = 0.0
+    x, A, B, dy = (t[name].cpu().double() for name in ("x", "A", "B", "dy"))
+    mask = kept(t, p)
+    if mask is not None:
+        x = torch.where(mask.cpu(), x, 0.0) / (1 - philox.quantize(p))
+    want_in, want_out = torch.zeros(2, 3, 3, dtype=torch.float64)
+    for token in range(5):
+        if w[token]:
+            h, u = A @ x[token], B.T @ dy[token]
+            want_in += float(w[token]) * h.outer(h)
+            want_out += float(w[token]) * u.outer(u)
+    gram_in, gram_out = sink(3, 3), sink(3, 3)
+    given = {"token_weights": weights, "gram_in_sink": gram_in, "gram_out_sink": gram_out}
+    op(t, backend, p, **given).backward(t["dy"])
+    for found, want in ((gram_in.grad, want_in), (gram_out.grad, want_out)):
+        assert found is not None and found.dtype == torch.float64
+        assert_close(found.cpu(), want, rtol=0.0, atol=1e-5 * float(want.trace()))
+
+
+@plain_backend
+def test_statistics_of_float64_are_exact(backend: str) -> None:
+    t = draw(AWKWARD["rank 8"], torch.float64)
+    sinks = all_sinks(100, 8)
+    op(t, backend, **dict(zip(SINKS, sinks, strict=True))).backward(t["dy"])
+    h, u = t["x"] @ t["A"].T, t["dy"] @ t["B"]
+    want = [S**2 * (h @ t["B"].T).square().sum(), t["x"].square().sum(0), h.T @ h, u.T @ u]
+    assert_close([leaf.grad for leaf in sinks], want, rtol=1e-12, atol=1e-12)
+
+
+@each_backend
 def test_sinks_receive_their_statistics_once_per_backward(backend: str) -> None:
     t = draw(AWKWARD["rank 8"])
     leaves(t)
-    total, moment = sink(), sink(100)
+    sinks = total, moment, gram_in, gram_out = all_sinks(100, 8)
     weights = (torch.arange(37, device=DEVICE) % 3).float()
-    y, norm = op(
-        t, backend, token_weights=weights, return_sqnorm=True, sqnorm_sink=total, moment_sink=moment
-    )
-    assert total.grad is None and moment.grad is None and float(norm) > 0
+    given = dict(zip(SINKS, sinks, strict=True))
+    y, norm = op(t, backend, token_weights=weights, return_sqnorm=True, **given)
+    assert all(leaf.grad is None for leaf in sinks) and float(norm) > 0
     once = reference.moment(t["x"].detach(), weights)
+    first: list[Tensor] = []
     for times in (1, 2, 3):
-        (1000.0 * y).sum().backward(retain_graph=True)  # the loss's scale does not enter
-        assert float(total.grad) == times * float(norm)
+        (1024.0 * y).sum().backward(retain_graph=True)  # its scale enters that of dy alone
+        first = first or [leaf.grad.clone() for leaf in (gram_in, gram_out)]
+        assert float(total.grad) == pytest.approx(times * float(norm), rel=1e-15)
         assert_close(moment.grad, times * once, rtol=1e-14, atol=0.0)
-    assert float(total.detach()) == 0.0 and not moment.detach().any()
+        assert_close([gram_in.grad, gram_out.grad], [times * f for f in first], rtol=1e-14, atol=0)
+    op(t, backend, token_weights=weights, gram_out_sink=(small := sink(8, 8))).sum().backward()
+    assert_close(1024.0**2 * small.grad, first[1], rtol=1e-5, atol=0.0)
+    assert not any(leaf.detach().any() for leaf in sinks)
 
 
 @each_backend
@@ -353,6 +400,8 @@ def test_sinks_of_frozen_inputs(backend: str) -> None:
     total, moment = sink(), sink(100)
     op(t, backend, sqnorm_sink=total).sum().backward()
     op(t, backend, moment_sink=moment).sum().backward()
+    op(t, backend, gram_out_sink=(gram := sink(8, 8))).sum().backward()
+    assert gram.grad.trace() > 0
     _, norm = op(t, backend, return_sqnorm=True)
     assert float(total.grad) == float(norm)
     assert torch.equal(moment.grad, reference.moment(t["x"], None))

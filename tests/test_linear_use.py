@@ -10,7 +10,9 @@ from op_cases import (
     HALF,
     SAME_BITS,
     SEED,
+    SINKS,
     S,
+    all_sinks,
     assert_each_within,
     draw,
     each_backend,
@@ -235,15 +237,15 @@ def test_a_recomputed_forward_is_the_same(p: float, reentrant: bool, backend: st
     t = draw(AWKWARD["rank 8"])
     weights = (torch.arange(37, device=DEVICE) % 3).float()
 
-    def layer(x: Tensor, A: Tensor, B: Tensor, sqnorm: Tensor, moment: Tensor) -> Tensor:
+    def layer(x: Tensor, A: Tensor, B: Tensor, *leaves: Tensor) -> Tensor:
         seed = torch.randint(0, 1 << 62, (), device=DEVICE)
-        given = {"token_weights": weights, "sqnorm_sink": sqnorm, "moment_sink": moment}
+        given = {"token_weights": weights, **dict(zip(SINKS, leaves, strict=True))}
         return op(t | {"x": x, "A": A, "B": B}, backend, p, seed=seed, **given)
 
     outcomes = []
     for recompute in (False, True):
         inputs = leaves({name: tensor.detach().clone() for name, tensor in t.items()})
-        inputs += [sink(), sink(100)]
+        inputs += all_sinks(100, 8)
         torch.manual_seed(5)
         y = checkpoint(layer, *inputs, use_reentrant=reentrant) if recompute else layer(*inputs)
         y.backward(t["dy"])
@@ -282,6 +284,8 @@ OPTIONS = {
     "token_weights": ones(5),
     "sqnorm_sink": ones(dtype=torch.float64),
     "moment_sink": ones(8, dtype=torch.float64),
+    "gram_in_sink": ones(3, 3, dtype=torch.float64),
+    "gram_out_sink": ones(3, 3, dtype=torch.float64),
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "x of another K": ({"x": ones(5, 9)}, r"x .*\(5, 9\).*A .*\(3, 8\)"),
@@ -316,6 +320,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "moment_sink of another K": (
         {"moment_sink": ones(9, dtype=torch.float64)}, r"moment_sink.*\(8,\).*\(9,\)"
     ),
+    "gram_in_sink of another r": (
+        {"gram_in_sink": ones(4, 4, dtype=torch.float64)}, r"gram_in_sink.*\(3, 3\).*\(4, 4\)"
+    ),
+    "gram_out_sink of float32": ({"gram_out_sink": ones(3, 3)}, "gram_out_sink.*float32"),
 }  # fmt: skip
 ELSEWHERE = {
     f"{name} elsewhere": ({name: tensor.to("meta"), "dropout": 0.5}, rf"\b{name}\b.*meta")

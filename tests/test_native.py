@@ -153,7 +153,8 @@ class TestSize:
     def test_each_tensor_once_in_one_of_two_files(self, model: Any, tmp_path: Path) -> None:
         loradrop.save(share(model, [0, 3]), tmp_path)
         tensors = load_file(tmp_path / TENSORS)
-        pairs = {f"bank.pairs.{k}.{side}" for side in "AB" for k in range(4)}  # 2 own, 1 for each type
+        slots = range(4)  # 2 own, 1 for each type
+        pairs = {f"bank.pairs.{k}.{side}" for side in "AB" for k in slots}
         assert set(tensors) == pairs | {"saved.classifier.weight", "saved.classifier.bias"}
         numbers = sum(tensor.numel() for tensor in tensors.values())
         assert numbers == 4 * 4 * (32 + 32) + 2 * 32 + 2

@@ -42,7 +42,7 @@ def definition(t: Tensors, p: float) -> Tensor:
 @each_base
 def test_forward(absent: dict[str, None], p: float) -> None:
     t = problem(absent)
-    y, h, bits, norm = reference.forward(call_of(t, p))
+    y, h, bits, norm, _ = reference.forward(call_of(t, p))
     assert bits is None and norm is None
     assert_close(y, definition(t, p), rtol=1e-13, atol=1e-13)
     mask = kept(t, p)
@@ -63,23 +63,23 @@ def test_backward_equals_autograd(absent: dict[str, None], p: float, needs: Any)
         h = reference.forward(call).h
         saved = Saved(call.x, call.weight, call.A, call.B, h, None, call.seed, S, p)
         grads = reference.backward(saved, t["dy"], Needs(*needs))
-    assert_close(grads, wanted, rtol=1e-12, atol=1e-12)
+    assert_close(grads[:3], tuple(wanted), rtol=1e-12, atol=1e-12)
 
 
 def test_sqnorm_is_the_norm_of_the_delta() -> None:
     t = problem({"y0": None})
     call = call_of(t, sqnorm=True)
-    _, h, _, given = reference.forward(call)
+    _, h, _, given, _ = reference.forward(call)
     delta = torch_delta(t["x"], t["A"], t["B"], S)
     norm = reference.sqnorm(h, t["B"], S, None)
     assert given is not None and torch.equal(given, norm)
-    assert (norm.dtype, norm.shape) == (torch.float32, ())
-    assert float(norm) == pytest.approx(float(delta.square().sum()), rel=2**-24)
+    assert (norm.dtype, norm.shape) == (torch.float64, ())
+    assert float(norm) == pytest.approx(float(delta.square().sum()), rel=1e-14)
     weights = torch.tensor([0.0, 1.0, 0.5, 2.0, 0.0, 3.0], device=DEVICE)
     expected = float((weights * delta.square().sum(1)).sum())
-    assert float(reference.sqnorm(h, t["B"], S, weights)) == pytest.approx(expected, rel=2**-24)
+    assert float(reference.sqnorm(h, t["B"], S, weights)) == pytest.approx(expected, rel=1e-14)
     given = reference.forward(call._replace(token_weights=weights)).sqnorm
-    assert float(given) == pytest.approx(expected, rel=2**-24)
+    assert float(given) == pytest.approx(expected, rel=1e-14)
 
 
 def test_sqnorm_leaves_out_whatever_a_padded_token_holds() -> None:
@@ -109,7 +109,7 @@ def test_moment() -> None:
 def test_dtypes(x_dtype: torch.dtype, adapter_dtype: torch.dtype) -> None:
     t = draw(Shape(6, 9, 7, 3), x_dtype)
     x, weight, A, B = t["x"], t["weight"], t["A"].to(adapter_dtype), t["B"].to(adapter_dtype)
-    y, h, _, _ = reference.forward(Call(x, weight, None, None, A, B, S))
+    y, h, *_ = reference.forward(Call(x, weight, None, None, A, B, S))
     assert (y.dtype, h.dtype) == (x_dtype, x_dtype)
     saved = Saved(x, weight, A, B, h, None, None, S, 0.0)
     grads = reference.backward(saved, y, Needs(True, True, True))
@@ -131,6 +131,6 @@ def test_adapters_are_rounded_to_the_dtype_of_x() -> None:
 def test_sums_over_k_and_r_are_held_in_float32(dtype: torch.dtype) -> None:
     """2049 ones: bfloat16 stops counting at 256, float16 at 2048."""
     x, B = torch.ones(1, 2049, dtype=dtype), torch.ones(1, 1)
-    y, h, _, _ = reference.forward(Call(x, x, None, None, x.float(), B, 1.0))
+    y, h, *_ = reference.forward(Call(x, x, None, None, x.float(), B, 1.0))
     assert torch.equal(h, torch.full((1, 1), 2049, dtype=dtype))
     assert torch.equal(y, torch.tensor([[2049 + float(h)]]).to(dtype))

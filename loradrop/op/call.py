@@ -29,6 +29,7 @@ class Call(NamedTuple):
     seed: Tensor | None = None  # 0-dim int64; None exactly where dropout is 0
     token_weights: Tensor | None = None  # (M,)
     sqnorm: bool = False  # whether it is asked for
+    gram: bool = False  # whether it is asked for
 
 
 class Output(NamedTuple):
@@ -37,11 +38,12 @@ class Output(NamedTuple):
     y: Tensor  # (M, N)
     h: Tensor  # (M, r), unscaled
     mask: Tensor | None  # (M, row_bytes(K)) uint8; None where the backward draws dropout again
-    sqnorm: Tensor | None  # 0-dim float32; None where it was not asked for
+    sqnorm: Tensor | None  # 0-dim float64; None where it was not asked for
+    gram: Tensor | None = None  # (r, r) float64: Σ w h hᵀ; None where it was not asked for
 
 
 class Saved(NamedTuple):
-    """What is kept for the backward pass; the last two are for statistics, not for a backend."""
+    """What is kept for the backward pass; the last three are for statistics."""
 
     x: Tensor
     weight: Tensor | None
@@ -54,22 +56,25 @@ class Saved(NamedTuple):
     dropout: float
     token_weights: Tensor | None = None
     sqnorm: Tensor | None = None
+    gram: Tensor | None = None
 
 
 class Needs(NamedTuple):
-    """Which gradients somebody asks for."""
+    """Which gradients somebody asks for, and whether the Gram matrix of t."""
 
     x: bool
     A: bool
     B: bool
+    gram: bool = False
 
 
 class Grads(NamedTuple):
-    """dx (M, K), dA (r, K), dB (N, r); None where nobody asks."""
+    """dx (M, K), dA (r, K), dB (N, r), and Σ w t tᵀ (r, r) float64; None where nobody asks."""
 
     x: Tensor | None
     A: Tensor | None
     B: Tensor | None
+    gram: Tensor | None = None
 
 
 class Problem(NamedTuple):

@@ -22,7 +22,7 @@ def run_op(call: Call, sinks: Sinks, name: str | None) -> tuple[Tensor, Tensor |
     """y and sqnorm, None unless asked for."""
     if name is not None:
         dispatch.named(name)
-    y, _, _, sqnorm = forward_op(*call, *sinks, name)
+    y, _, _, sqnorm, _ = forward_op(*call, *sinks, name)
     return y, sqnorm if call.sqnorm else None
 
 
@@ -33,9 +33,10 @@ def _mask(call: Call) -> Tensor:
 
 def _forward(*inputs: Any) -> tuple[Tensor, ...]:
     call = Call(*inputs[:_FIELDS])
-    y, h, mask, sqnorm = dispatch.serving(call, inputs[-1]).forward(call)
+    y, h, mask, *statistics = dispatch.serving(call, inputs[-1]).forward(call)
     mask = _mask(call).zero_() if mask is None else mask
-    return y, h, mask, h.new_empty(0, dtype=torch.float32) if sqnorm is None else sqnorm
+    empty = h.new_empty(0, dtype=torch.float64)
+    return y, h, mask, *(empty.clone() if value is None else value for value in statistics)
 
 
 forward_op = torch.library.custom_op(
@@ -43,8 +44,9 @@ forward_op = torch.library.custom_op(
     _forward,
     mutates_args=(),
     schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor? y0, Tensor A, Tensor B, "
-    "float scaling, float dropout, Tensor? seed, Tensor? token_weights, bool sqnorm, "
-    "Tensor? sqnorm_sink, Tensor? moment_sink, str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float scaling, float dropout, Tensor? seed, Tensor? token_weights, bool sqnorm, bool gram, "
+    "Tensor? sqnorm_sink, Tensor? moment_sink, Tensor? gram_in_sink, Tensor? gram_out_sink, "
+    "str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -52,18 +54,20 @@ forward_op = torch.library.custom_op(
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     call = Call(*inputs[:_FIELDS])
     x, m, r, n = call.x, call.x.shape[0], call.A.shape[0], call.B.shape[0]
-    sqnorm = x.new_empty(() if call.sqnorm else (0,), dtype=torch.float32)
-    return x.new_empty((m, n)), x.new_empty((m, r)), _mask(call), sqnorm
+    sqnorm = x.new_empty(() if call.sqnorm else (0,), dtype=torch.float64)
+    gram = x.new_empty((r, r) if call.gram else (0,), dtype=torch.float64)
+    return x.new_empty((m, n)), x.new_empty((m, r)), _mask(call), sqnorm, gram
 
 
 def _backward(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     *fields, needs, backend = inputs
     saved = Saved(*fields)
     saved = saved if saved.dropout else saved._replace(mask=None)
-    x, weight, A, B, _, _, seed, scaling, dropout = fields
+    x, weight, A, B, _, _, seed, scaling, dropout, _ = fields
     call = Call(x, weight, None, None, A, B, scaling, dropout, seed)
     grads = dispatch.serving(call, backend).backward(saved, dy, Needs(*needs))
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+    empty = x.new_empty(0), x.new_empty(0), x.new_empty(0), x.new_empty(0, dtype=torch.float64)
+    return tuple(e if grad is None else grad for e, grad in zip(empty, grads, strict=True))
 
 
 _backward_op = torch.library.custom_op(
@@ -71,16 +75,18 @@ _backward_op = torch.library.custom_op(
     _backward,
     mutates_args=(),
     schema="(Tensor dy, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor h, Tensor mask, "
-    "Tensor? seed, float scaling, float dropout, bool[] needs, str? backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor? seed, float scaling, float dropout, Tensor? token_weights, bool[] needs, "
+    "str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_backward_op.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     _dy, x, _weight, A, B, *_, needs, _backend = inputs
-    likes = zip((x, A, B), needs, strict=True)
-    return tuple(like.new_empty(like.shape) if need else x.new_empty(0) for like, need in likes)
+    likes = zip((x, A, B), needs[:3], strict=True)
+    grads = (like.new_empty(like.shape) if need else x.new_empty(0) for like, need in likes)
+    r = A.shape[0]
+    return *grads, x.new_empty((r, r) if needs[3] else (0,), dtype=torch.float64)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -95,7 +101,7 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor |
     wants = Call(*ctx.needs_input_grad[:_FIELDS])
 
     def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
-        grads = _backward_op(dy, *saved[:9], list(needs), ctx.backend)
+        grads = _backward_op(dy, *saved[:10], list(needs), ctx.backend)
         return Grads(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
 
     saved = saved_of(ctx.saved_tensors, ctx.scaling, ctx.dropout)

@@ -18,6 +18,7 @@ from torch.nn.functional import linear, pad
 
 from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved
 from loradrop.op.philox import gain, keep, keep_mask
+from loradrop.op.reference import gram
 
 _MANY_ROWS = 512  # where a pass over y outweighs two small copies
 _ROWS_PER_BLOCK = 512  # rows of a half-precision operand widened at a time
@@ -41,7 +42,9 @@ def forward(call: Call) -> Output:
     else:
         assert weight is not None
         y = linear(x, weight, bias).addmm_(h, b.t(), alpha=s)
-    return Output(y, h, None, sqnorm(h, b, s, call.token_weights) if call.sqnorm else None)
+    of_h = gram(h, call.token_weights) if call.sqnorm or call.gram else None
+    norm = sqnorm_of(of_h, b, s) if of_h is not None and call.sqnorm else None
+    return Output(y, h, None, norm, of_h if call.gram else None)
 
 
 def _as(parameter: Tensor, x: Tensor) -> Tensor:
@@ -63,8 +66,8 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
     kept = None
     if seed is not None and (needs.x or needs.A):
         kept = keep_mask(seed, x.shape[0], x.shape[1], p)
-    dx = dA = dB = None
-    if needs.x or needs.A:
+    dx = dA = dB = of_u = None
+    if needs.x or needs.A or needs.gram:
         # beta = 0 leaves what h holds out, NaN included; it has the shape of dh.
         dh = torch.addmm(h, dy, _as(B, x), beta=0, alpha=s * gain(p))
     if needs.x:
@@ -78,7 +81,9 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
         dA = _outer(dh, x if kept is None else torch.where(kept, x, 0.0), 1.0, A)
     if needs.B:
         dB = _outer(dy, h, s, B)
-    return Grads(dx, dA, dB)
+    if needs.gram:
+        of_u = gram(dh, saved.token_weights).div_((s * gain(p)) ** 2)
+    return Grads(dx, dA, dB, of_u)
 
 
 def _outer(p: Tensor, q: Tensor, scale: float, like: Tensor) -> Tensor:
@@ -99,12 +104,14 @@ def _outer(p: Tensor, q: Tensor, scale: float, like: Tensor) -> Tensor:
 
 def sqnorm(h: Tensor, B: Tensor, scaling: float, token_weights: Tensor | None) -> Tensor:
     """As `reference.sqnorm`, by the Gram identity."""
-    tokens, b = h.double(), B.to(h.dtype).double()
-    if token_weights is not None:
-        weights = token_weights.double().sqrt().unsqueeze(1)
-        tokens = torch.where(weights > 0, tokens * weights, 0.0)
-    gram = torch.dot((tokens.T @ tokens).flatten(), (b.T @ b).flatten())
-    return gram.mul(scaling * scaling).clamp_min(0.0).float()
+    return sqnorm_of(gram(h, token_weights), B.to(h.dtype), scaling)
+
+
+def sqnorm_of(of_h: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """s²·⟨HᵀDH, bᵀb⟩, 0-dim float64, from the Gram matrix of h and the rounded b (N, r)."""
+    wide = b.double()
+    norm = torch.dot(of_h.flatten(), (wide.T @ wide).flatten())
+    return norm.mul(scaling * scaling).clamp_min(0.0)
 
 
 EAGER = Backend("eager", forward, backward)

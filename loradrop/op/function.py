@@ -25,13 +25,24 @@ class Sinks(NamedTuple):
 
     sqnorm: Tensor | None = None  # 0-dim
     moment: Tensor | None = None  # (K,)
+    gram_in: Tensor | None = None  # (r, r)
+    gram_out: Tensor | None = None  # (r, r)
 
 
 NO_SINKS = Sinks()
+
+
+def _copy(statistic: Tensor | None) -> Tensor | None:
+    """Not the saved tensor itself: autograd adds to what it was given first."""
+    return None if statistic is None else statistic.clone()
+
+
 # In the order of `Sinks`.
-STATISTICS: Sequence[Callable[[Saved], Tensor]] = (
-    lambda saved: saved.sqnorm.double(),  # type: ignore[union-attr]
-    lambda saved: moment(saved.x, saved.token_weights),
+STATISTICS: Sequence[Callable[[Saved, Grads], Tensor | None]] = (
+    lambda saved, _: _copy(saved.sqnorm),
+    lambda saved, _: moment(saved.x, saved.token_weights),
+    lambda saved, _: _copy(saved.gram),
+    lambda saved, grads: grads.gram,
 )
 
 
@@ -42,14 +53,15 @@ def autocasting(device: str) -> bool:
 
 def saved_tensors(call: Call, sinks: Sinks, out: Output) -> tuple[Tensor | None, ...]:
     """What the backward pass reads, in the order in which `saved_of` takes it."""
-    weights = call.token_weights if sinks.moment is not None else None
-    return call.x, call.weight, call.A, call.B, out.h, out.mask, call.seed, weights, out.sqnorm
+    later = sinks.moment is not None or sinks.gram_out is not None
+    kept = (call.token_weights if later else None, out.sqnorm, out.gram)
+    return call.x, call.weight, call.A, call.B, out.h, out.mask, call.seed, *kept
 
 
 def saved_of(tensors: Sequence[Any], scaling: float, dropout: float) -> Saved:
     """What `saved_tensors` kept, as one record."""
-    x, weight, A, B, h, mask, seed, token_weights, sqnorm = tensors
-    return Saved(x, weight, A, B, h, mask, seed, scaling, dropout, token_weights, sqnorm)
+    x, weight, A, B, h, mask, seed, *of_statistics = tensors
+    return Saved(x, weight, A, B, h, mask, seed, scaling, dropout, *of_statistics)
 
 
 def gradients(
@@ -63,9 +75,12 @@ def gradients(
     if autocasting(device):
         with torch.autocast(device, enabled=False):
             return gradients(backward, saved, dy, needs, sinks)
+    if sinks:
+        needs = needs._replace(gram=sinks[Sinks._fields.index("gram_out")])
     grads = Grads(None, None, None) if dy is None else backward(saved, dy, needs)
-    wanted = zip(STATISTICS, sinks, strict=True) if sinks else ()
-    return grads, tuple(of(saved).detach() if wants else None for of, wants in wanted)
+    values = [of(saved, grads) for of, wants in zip(STATISTICS, sinks, strict=False) if wants]
+    wanted = iter(None if value is None else value.detach() for value in values)
+    return grads, tuple(next(wanted) if wants else None for wants in sinks)
 
 
 class LoRAFunction(torch.autograd.Function):
@@ -84,7 +99,7 @@ class LoRAFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved_tensors(call, sinks, out))
         ctx.backend, ctx.scaling, ctx.dropout = backend, call.scaling, call.dropout
-        if out.sqnorm is None:
+        if not call.sqnorm:
             return out.y
         ctx.mark_non_differentiable(out.sqnorm)
         return out.y, out.sqnorm
@@ -95,8 +110,8 @@ class LoRAFunction(torch.autograd.Function):
         saved = saved_of(ctx.saved_tensors, ctx.scaling, ctx.dropout)
         # Grad mode is on here with create_graph=True: somebody will differentiate the gradients.
         backward = backward_with_graph if torch.is_grad_enabled() else ctx.backend.backward
-        (dx, dA, dB), of_sinks = gradients(backward, saved, dy, Needs(x, A, B), sinks)
-        return None, None, None, dx, dy if y0 else None, dA, dB, *of_sinks
+        grads, of_sinks = gradients(backward, saved, dy, Needs(x, A, B), sinks)
+        return None, None, None, grads.x, dy if y0 else None, grads.A, grads.B, *of_sinks
 
 
 def transformed() -> bool:
@@ -118,7 +133,7 @@ def run_transformed(call: Call, sinks: Sinks) -> tuple[Tensor, Tensor | None]:
             "torch.jit.trace: detach the collector first"
         )
     try:
-        y, _, _, sqnorm = REFERENCE.forward(call)
+        y, _, _, sqnorm, _ = REFERENCE.forward(call)
     except RuntimeError as error:
         if call.seed is None:
             raise

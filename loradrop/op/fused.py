@@ -27,6 +27,7 @@ from loradrop.kernels.tiles import as_stored, rows_aligned
 from loradrop.op import cuda, eager
 from loradrop.op.call import Call, Grads, Needs, Output, Saved
 from loradrop.op.philox import gain
+from loradrop.op.reference import gram
 
 SINGLE_PASS_ROWS = 64  # rows up to which one pass over everything may beat two launches
 SINGLE_PASS_RANK = 32  # ... with ranks that are cheap to compute again for every tile of outputs
@@ -99,7 +100,7 @@ def small_m_triton(call: Call, weights: Tensor | None) -> Output | None:
         x, weight, call.bias, call.A, call.B, call.scaling, cut,
         sqnorm=call.sqnorm, token_weights=weights,
     )  # fmt: skip
-    return Output(y, h, None, None if parts is None else total(parts, call.scaling))
+    return Output(y, h, None, None if parts is None else total(parts, call.scaling).double())
 
 
 def small_m_cuda(call: Call, weights: Tensor | None) -> Output | None:
@@ -111,7 +112,7 @@ def small_m_cuda(call: Call, weights: Tensor | None) -> Output | None:
     if not all(map(rows_aligned, (x, weight, A, B))):
         return None
     y, h, sqnorm = cuda.decode(x, weight, call.bias, A, B, call.scaling, weights, call.sqnorm)
-    return Output(y, h, None, sqnorm)
+    return Output(y, h, None, None if sqnorm is None else sqnorm.double())
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Fused:
         if self.few is not None and dropout == 0.0:
             done = self.few(call, weights)
             if done is not None:
-                return done
+                return self._with_gram(done, call)
         cut = tiles.shrink(machine, x.dtype, x.shape[0], x.shape[1], A.shape[0])
         in_pass = call.sqnorm and x.dtype != torch.float32
         thin = shrink(
@@ -150,10 +151,14 @@ class Fused:
             y = self.extend(x, weight.T, bias, h, B.T, scaling)
         sqnorm = None
         if thin.grams is not None:
-            sqnorm = sqnorm_of_grams(thin.grams, h, B, scaling, weights)
+            sqnorm = sqnorm_of_grams(thin.grams, h, B, scaling, weights).double()
         elif call.sqnorm:  # float32: the digits of its products need float64
             sqnorm = eager.sqnorm(h, B, scaling, call.token_weights)
-        return Output(y, h, thin.mask, sqnorm)
+        return self._with_gram(Output(y, h, thin.mask, sqnorm), call)
+
+    def _with_gram(self, out: Output, call: Call) -> Output:
+        """With the Gram matrix of h where it is asked for: one more pass, over h alone."""
+        return out._replace(gram=gram(out.h, call.token_weights)) if call.gram else out
 
     def backward(self, saved: Saved, dy: Tensor, needs: Needs) -> Grads:
         """As `reference.backward`, with the mask that `forward` kept."""
@@ -161,13 +166,14 @@ class Fused:
         if x.numel() == 0 or dy.numel() == 0:
             return eager.backward(saved, dy, needs)
         machine, (m, k), (n, r) = tiles.machine_of(x.device), x.shape, B.shape
-        dx = dA = dB = None
+        dx = dA = dB = of_u = None
         scale, rest = scaling * gain(dropout), 1.0
         if x.dtype == torch.float16 and abs(scale) > 1.0:  # t must not overflow for its scale
             scale, rest = 1.0, scale
-        if needs.x or needs.A:
+        if needs.x or needs.A or needs.gram:
             cut = tiles.shrink(machine, dy.dtype, m, n, r)
             t = shrink(dy, B.T, scale, cut).h
+            of_u = gram(t, saved.token_weights).div_(scale**2) if needs.gram else None
         if needs.x and weight is None:
             dx = expand(None, t, A, rest, tiles.expand(machine, x.dtype), mask)
         elif needs.x:
@@ -177,7 +183,7 @@ class Fused:
             dA = outer(x, t, rest, A.dtype, tiles_A, mask=mask, transposed=True)
         if needs.B:
             dB = outer(dy, h, scaling, B.dtype, tiles.outer(machine, x.dtype, m, n, r))
-        return Grads(dx, dA, dB)
+        return Grads(dx, dA, dB, of_u)
 
 
 THIN = Fused(by_cublas)

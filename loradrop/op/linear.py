@@ -37,6 +37,8 @@ def lora_linear(
     return_sqnorm: bool = False,
     sqnorm_sink: Tensor | None = None,
     moment_sink: Tensor | None = None,
+    gram_in_sink: Tensor | None = None,
+    gram_out_sink: Tensor | None = None,
     backend: str | None = None,
 ) -> Any:
     """y = xWᵀ + b + s·(x Aᵀ)Bᵀ with W and b frozen (Hu et al., arXiv:2106.09685).
@@ -45,14 +47,15 @@ def lora_linear(
     ->  y (..., N)
 
     With `return_sqnorm`, (y, sqnorm): sqnorm = Σ_t w_t ‖s·B·h_t‖² over the rows t of x, a 0-dim
-    float32 tensor without gradient (Zhou et al., COLING 2025). `token_weights`, of x's shape
+    float64 tensor without gradient (Zhou et al., COLING 2025). `token_weights`, of x's shape
     without its last axis and not negative, are the w_t; rows of weight 0 are left out whatever they
     hold. `dropout` is the probability p of dropping an element of x on its way into A; the mask is
     a function of `seed`, a 0-dim int64 tensor on x's device (`philox.keep_mask`).
 
     Sinks are float64 leaves on x's device that receive a statistic as their gradient in every
     backward pass: `sqnorm_sink` (0-dim) gets sqnorm, `moment_sink` (K,) gets Σ_t w_t x_tk² of the x
-    before dropout.
+    before dropout, `gram_in_sink` (r, r) gets Σ_t w_t h_t h_tᵀ, and `gram_out_sink` (r, r) gets
+    Σ_t w_t u_t u_tᵀ of u = dy·B.
 
     A and B may be of a wider type than x; they are rounded to it. A weight that requires a gradient
     gets it, through `lora_add`, which also serves a weight of a type of its own, such as a
@@ -66,7 +69,7 @@ def lora_linear(
     if own or weight.requires_grad or (bias is not None and bias.requires_grad):
         check_operands(call._replace(weight=None, bias=None) if own else call)
         call = call._replace(weight=None, bias=None, y0=linear(x, weight, bias))
-    return _run(call, sqnorm_sink, moment_sink, backend)
+    return _run(call, _sinks(sqnorm_sink, moment_sink, gram_in_sink, gram_out_sink), backend)
 
 
 def lora_add(
@@ -82,6 +85,8 @@ def lora_add(
     return_sqnorm: bool = False,
     sqnorm_sink: Tensor | None = None,
     moment_sink: Tensor | None = None,
+    gram_in_sink: Tensor | None = None,
+    gram_out_sink: Tensor | None = None,
     backend: str | None = None,
 ) -> Any:
     """y = y0 + s·(x Aᵀ)Bᵀ, for a base y0 (..., N) of x (..., K) that is not a plain matrix product.
@@ -89,12 +94,17 @@ def lora_add(
     Everything else as in `lora_linear`. y0 keeps its gradient and is not changed.
     """
     call = Call(x, None, None, y0, A, B, scaling, dropout, seed, token_weights, return_sqnorm)
-    return _run(call, sqnorm_sink, moment_sink, backend)
+    return _run(call, _sinks(sqnorm_sink, moment_sink, gram_in_sink, gram_out_sink), backend)
 
 
-def _run(
-    call: Call, sqnorm_sink: Tensor | None, moment_sink: Tensor | None, backend: str | None
-) -> Any:
+def _sinks(*given: Tensor | None) -> Sinks:
+    for sink in given:
+        if sink is not None:
+            return Sinks(*given)
+    return NO_SINKS
+
+
+def _run(call: Call, sinks: Sinks, backend: str | None) -> Any:
     """The op of a call as it came: x (..., K), dropout as it was asked for."""
     x, returns_sqnorm = call.x, call.sqnorm
     device = "cpu" if x.is_cpu else x.device.type
@@ -103,16 +113,15 @@ def _run(
         x, weight, bias, y0 = (_autocast(tensor, dtype) for tensor in call[:4])
         call = call._replace(x=x, weight=weight, bias=bias, y0=y0)
         with torch.autocast(device, enabled=False):  # the op chooses its own dtypes
-            return _run(call, sqnorm_sink, moment_sink, backend)
+            return _run(call, sinks, backend)
     check_operands(call)
     if call.dropout:
         call = call._replace(dropout=quantize(call.dropout))
     elif call.seed is not None:
         call = call._replace(seed=None)
-    sinks = NO_SINKS
-    if sqnorm_sink is not None or moment_sink is not None:
-        sinks = Sinks(sqnorm_sink, moment_sink)
-        call = call._replace(sqnorm=call.sqnorm or sqnorm_sink is not None)
+    if sinks is not NO_SINKS:
+        norm = returns_sqnorm or sinks.sqnorm is not None
+        call = call._replace(sqnorm=norm, gram=sinks.gram_in is not None)
     check_options(call, sinks)
     rows = x.shape[:-1]
     if x.ndim != 2:

@@ -7,6 +7,8 @@
     backward   dh = s·dy B                   dB = s·dyᵀh
                dA = c·dhᵀ(mask∘x)            dx = dy W + c·mask∘(dh A)
     sqnorm     Σ_t w_t ‖s·B·h_t‖²            (Zhou et al., COLING 2025: the importance of a layer)
+    gram       Σ_t w_t h_t h_tᵀ              in the forward; the backward's is Σ_t w_t u_t u_tᵀ of
+                                             u = dy B, the gradient of what B multiplies, over s
     moment     Σ_t w_t x_tk²                 for each column k of x, before dropout
 
 A and B are rounded to x's dtype, products accumulate in float32 (float64 for float64), h is rounded
@@ -37,7 +39,9 @@ def forward(call: Call) -> Output:
         base = x.to(wide) @ call.weight.to(wide).T
         base = base if call.bias is None else base + call.bias.to(wide)
     y = (base + s * (h.to(wide) @ b.T)).to(x.dtype).contiguous()
-    return Output(y, h, None, sqnorm(h, call.B, s, call.token_weights) if call.sqnorm else None)
+    w = call.token_weights
+    norm = sqnorm(h, call.B, s, w) if call.sqnorm else None
+    return Output(y, h, None, norm, gram(h, w) if call.gram else None)
 
 
 def _down(of: Call | Saved) -> Tensor:
@@ -52,7 +56,8 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
     x, weight, s, p, seed = saved.x, saved.weight, saved.scaling, saved.dropout, saved.seed
     wide, c = _wide(x.dtype), gain(p)
     a, b, dy = saved.A.to(x.dtype).to(wide), saved.B.to(x.dtype).to(wide), dy.to(wide)
-    dh = s * (dy @ b)
+    u = dy @ b
+    dh = s * u
     dx = dA = dB = None
     if needs.x:
         delta = c * keep(dh @ a, seed, p)
@@ -61,7 +66,7 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
         dA = (c * (dh.T @ keep(x, seed, p).to(wide))).to(saved.A.dtype)
     if needs.B:
         dB = (s * (dy.T @ saved.h.to(wide))).to(saved.B.dtype)
-    return Grads(dx, dA, dB)
+    return Grads(dx, dA, dB, gram(u, saved.token_weights) if needs.gram else None)
 
 
 def backward_with_graph(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
@@ -70,9 +75,18 @@ def backward_with_graph(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
 
 
 def sqnorm(h: Tensor, B: Tensor, scaling: float, token_weights: Tensor | None) -> Tensor:
-    """Σ_t w_t ‖s·B·h_t‖² by its definition, for the rounded h (M, r) and B (N, r): float32."""
+    """Σ_t w_t ‖s·B·h_t‖² by its definition, for the rounded h (M, r) and B (N, r): float64."""
     delta = scaling * (h.double() @ B.to(h.dtype).double().T)
-    return _sum_over_tokens(delta.square().sum(1), token_weights).float()
+    return _sum_over_tokens(delta.square().sum(1), token_weights)
+
+
+def gram(h: Tensor, token_weights: Tensor | None) -> Tensor:
+    """Σ_t w_t h_t h_tᵀ of h (M, r): (r, r) float64."""
+    rows = h.double()
+    if token_weights is not None:
+        roots = token_weights.double().sqrt().unsqueeze(1)
+        rows = torch.where(roots > 0, rows * roots, 0.0)
+    return rows.T @ rows
 
 
 def moment(x: Tensor, token_weights: Tensor | None) -> Tensor:
