@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from loradrop.scores import Target as Target
     from loradrop.selection import select as select
     from loradrop.sharing import share as share
+    from loradrop.spectra import Spectrum as Spectrum
+    from loradrop.spectra import allocate as allocate
+    from loradrop.spectra import spectrum as spectrum
     from loradrop.surgery import disabled as disabled
     from loradrop.surgery import inject as inject
     from loradrop.surgery import merge as merge
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from loradrop.text.task import DataConfig as DataConfig
     from loradrop.text.task import load_task as load_task
     from loradrop.training import fit as fit
+    from loradrop.truncation import truncate as truncate
 
 _NAMES = {
     "bank": "AdapterBank",
@@ -55,9 +59,11 @@ _NAMES = {
     "scores": "Scores Target",
     "selection": "select",
     "sharing": "share",
+    "spectra": "Spectrum allocate spectrum",
     "surgery": "disabled inject merge remove",
     "text.task": "DataConfig load_task",
     "training": "fit",
+    "truncation": "truncate",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_HOME)

@@ -1,6 +1,7 @@
 """Collecting what methods ask for per target, while the model runs or trains.
 
-    sqnorm   Σ_t w_t ‖s·B·h_t‖²      moment   Σ_t w_t x_tk², (K,)
+    sqnorm    Σ_t w_t ‖s·B·h_t‖²     moment     Σ_t w_t x_tk², (K,)
+    gram_in   Σ_t w_t h_t h_tᵀ       gram_out   Σ_t w_t u_t u_tᵀ, u = Bᵀ ∂ℓ/∂y, (r, r)
 
 Online, every target has a leaf for each: a float64 tensor outside the model whose gradient the op's
 backward supplies as the statistic. Autograd then counts each backward pass once, under activation
@@ -17,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from loradrop.bank import AdapterBank
 from loradrop.env import is_first_rank
+from loradrop.gram_sums import GramSums, samples_of
 from loradrop.masks import MASK, MaskFn, TokenMasks
 from loradrop.ranks import is_distributed, reduced
 from loradrop.scores import Scores, Target
@@ -24,14 +26,18 @@ from loradrop.scores import Scores, Target
 _SHAPES: dict[str, Callable[[Target], tuple[int, ...]]] = {
     "sqnorm": lambda target: (),
     "moment": lambda target: (target.in_features,),
+    "gram_in": lambda target: (target.r, target.r),
+    "gram_out": lambda target: (target.r, target.r),
 }
+GRAMS = ("gram_in", "gram_out")
 
 
 class Collector:
     """Statistics of one run; `bank.collector` while it is attached.
 
-    statistics  names of what is collected: "sqnorm", "moment"
+    statistics  names of what is collected: "sqnorm", "moment", "gram_in", "gram_out"
     online      True: of the backward passes; False: sqnorm alone, of the forward passes
+    source      what the scores say of themselves: "online" or "offline"
     mask        the name of the model's input that marks real tokens, or None to count every token;
                 the decoder of an encoder–decoder has its own, as decoder_attention_mask. A target
                 whose rows are not its tokens, as a pooler's, counts whole
@@ -46,6 +52,7 @@ class Collector:
         *,
         online: bool,
         statistics: Sequence[str] = ("sqnorm",),
+        source: str | None = None,
         mask: str | None = MASK,
         mask_fn: MaskFn | None = None,
     ) -> None:
@@ -53,10 +60,15 @@ class Collector:
             if name not in _SHAPES:
                 raise ValueError(f"statistics has {name!r}: choose among {', '.join(_SHAPES)}")
         self.bank, self.online = bank, online
+        self.source = source or ("online" if online else "offline")
         self.masks = TokenMasks(model, bank.targets, mask, mask_fn)
         self.rows: list[Tensor] = []
+        self.inputs: Mapping[str, Any] = {}  # of the last forward pass, by name
         self.called = [False] * len(bank.targets)
         self._tokens = torch.zeros((), dtype=torch.int64)
+        self.loss_scale = 1.0  # of the losses whose gradients come now, as a loss scaler sets it
+        self._samples = torch.zeros((), dtype=torch.float64)  # of the open row
+        self._sums = GramSums(bank) if set(GRAMS) & set(statistics) else None
         self._inside = self._recomputed = False
         self._pending = 0  # forward passes whose backward may still come
         self._handles: list[RemovableHandle] = [
@@ -83,7 +95,10 @@ class Collector:
         """The op's arguments that make target i report the statistics of its input x (..., K)."""
         if self.online and not torch.is_grad_enabled():
             return {}
-        arguments: dict[str, Any] = {"token_weights": self._weights(i, x)}
+        weights = self._weights(i, x)
+        arguments: dict[str, Any] = {"token_weights": weights}
+        if self._sums is not None and (self._inside or torch.compiler.is_compiling()):
+            self._sums.count(i, x, weights)
         if not self.online:
             return arguments | {"return_sqnorm": True}
         for name, leaves in self._values.items():
@@ -93,6 +108,11 @@ class Collector:
                 leaf = leaves[i] = _leaf(leaf.shape, x.device)
             arguments[f"{name}_sink"] = leaf
         return arguments
+
+    def set_samples(self, count: int) -> None:
+        """The gradients of this step are of the sum of `count` losses, not of their mean."""
+        self._samples = torch.tensor(float(count), dtype=torch.float64)
+        self.loss_scale = float(max(count, 1))
 
     def add(self, i: int, sqnorm: Tensor) -> None:
         """Adds an offline squared norm of target i to the open row."""
@@ -114,9 +134,12 @@ class Collector:
             self.called = [c or v is not None for c, v in zip(self.called, values, strict=True)]
         if "sqnorm" in closed:
             self.rows.append(_row(closed["sqnorm"]))
+        if self._sums is not None:
+            self._sums.add(closed, self._samples, self.loss_scale)
+            self._samples = torch.zeros_like(self._samples)
         if "moment" in closed and is_distributed():
             closed["moment"] = self._summed(closed["moment"])
-        self._pending = 0
+        self._pending, self.inputs = 0, {}
         self.masks.forget()
         for values in self._values.values():
             for i, value in enumerate(values):
@@ -158,7 +181,8 @@ class Collector:
         """The rows and the token count so far, summed over ranks, for a checkpoint."""
         scores = self.scores()
         tokens, called = torch.tensor(scores.tokens), torch.tensor(self.called)
-        return {"rows": scores.rows, "tokens": tokens, "called": called}
+        sums = {} if self._sums is None else self._sums.state_dict()
+        return {"rows": scores.rows, "tokens": tokens, "called": called, **sums}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave; the sums count on the first rank alone."""
@@ -166,6 +190,8 @@ class Collector:
         self.rows = [row if first else torch.zeros_like(row) for row in state["rows"]]
         self._tokens = state["tokens"].clone() if first else torch.zeros_like(state["tokens"])
         self.called = state["called"].tolist()
+        if self._sums is not None:
+            self._sums.load_state_dict(state, first)
 
     def scores(self) -> Scores:
         """The rows so far, summed over the ranks of `torch.distributed` where it runs."""
@@ -175,7 +201,8 @@ class Collector:
         tokens = int(self._tokens)
         if is_distributed():
             rows, tokens = _sum_over_ranks(rows, tokens)
-        return Scores(self.bank.targets, rows, tokens, "online" if self.online else "offline")
+        grams = None if self._sums is None else self._sums.grams()
+        return Scores(self.bank.targets, rows, tokens, self.source, grams)
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.online and not torch.is_grad_enabled():
@@ -190,6 +217,11 @@ class Collector:
             self._inside, self._pending = True, 1 if self._recomputed else self._pending + 1
             self._recomputed = False
         self._count(given)
+        if self._sums is not None:
+            self.inputs = given
+            count = samples_of(given)
+            on = count.device if isinstance(count, Tensor) else self._samples.device
+            self._samples = self._samples.to(on) + count
 
     def _leave(self, *_: Any) -> None:
         if not torch.compiler.is_compiling():

@@ -19,6 +19,8 @@ class Plan:
     parameters  trainable elements of all adapters, each once
     scores      of the deciding probe: source, tokens, rows and name -> Σ‖s·B·A·x‖²
                 (`Scores.to_dict`)
+    cut         of `truncate`: metric, values (name -> what each direction was worth), ranks (name
+                -> what is left), full (name -> the rank before any cut), loss (its predicted rise)
     warmup      steps, planned, settled, and how often a bootstrap keeps each target (name -> part
                 of the draws)
     base        id, revision and a fingerprint of all tensor names and shapes of the model
@@ -29,6 +31,7 @@ class Plan:
     assignment: Assignment
     parameters: int
     scores: Mapping[str, Any] | None = None
+    cut: Mapping[str, Any] | None = None
     warmup: Mapping[str, Any] | None = None
     base: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
@@ -49,8 +52,15 @@ class Plan:
 
     @property
     def full_parameters(self) -> int:
-        """Elements of the adapters of LoRA on all targets."""
-        return sum(target.parameters for target in self.targets)
+        """Elements of the adapters of LoRA on all targets, at the ranks before any cut."""
+        ranks = self.full_ranks
+        return sum(t._replace(r=ranks[t.name]).parameters for t in self.targets)
+
+    @property
+    def full_ranks(self) -> dict[str, int]:
+        """Name -> the rank before any cut."""
+        before = {} if self.cut is None else self.cut["full"]
+        return {target.name: before.get(target.name, target.r) for target in self.targets}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for plan.json; `from_dict` reads it."""
@@ -62,6 +72,7 @@ class Plan:
             "kept": None if self.kept is None else list(self.kept),
             "parameters": self.parameters,
             "scores": self.scores,
+            "cut": self.cut,
             "warmup": self.warmup,
             **{name: dict(getattr(self, name)) for name in ("base", "data", "seeds", "versions")},
         }

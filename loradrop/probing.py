@@ -1,20 +1,22 @@
 """Each target's importance: the squared norm of its LoRA output (Zhou et al., COLING 2025)."""
 
 import random
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loradrop.bank import bank_of
 from loradrop.batches import call, evaluating
-from loradrop.collector import Collector
+from loradrop.collector import GRAMS, Collector
 from loradrop.injection import injection_of
+from loradrop.losses import LABELS, Labels, losses
 from loradrop.masks import MASK, MaskFn
 from loradrop.scores import Scores
+from loradrop.selection import check_choice
 
 
 @torch.no_grad()
@@ -24,6 +26,8 @@ def probe(
     *,
     mask: str | None = MASK,
     mask_fn: MaskFn | None = None,
+    gram: bool = False,
+    labels: Labels = "sampled",
 ) -> Scores:
     """Name -> Σ over real tokens of ‖s·B·A·x‖² for fixed weights, in float64.
 
@@ -32,6 +36,10 @@ def probe(
               token. Decoders have their own (decoder_attention_mask), and targets whose rows are
               not its tokens, as a pooler's, count whole
     mask_fn   (target name, x, that input) -> weights of x's shape without its last axis, or None
+    gram      also the Gram matrices that `spectrum` and `truncate` need, by a backward pass
+    labels    of that pass's loss: "sampled", drawn from the model's own logits; "data", the loss
+              that the model returns; a function (outputs, inputs) -> the loss of each sample, (n,);
+              or None, which leaves the loss metric out
 
     The model runs in eval mode without dropout. Weights, modes and random states are as before
     afterwards. Under `torch.distributed` the scores are summed over ranks. Raises ValueError for no
@@ -40,11 +48,21 @@ def probe(
     bank, injection = bank_of(model), injection_of(model)
     if injection.merged is not None:
         raise ValueError("the adapters are merged into the weights: call loradrop.remove(model)")
-    with _random_state_kept(), evaluating(model):
-        collector = Collector(model, bank, online=False, mask=mask, mask_fn=mask_fn)
+    if isinstance(labels, str):
+        check_choice("labels", labels, LABELS)
+    grams = GRAMS if labels is not None else GRAMS[:1]
+    statistics = ("sqnorm", *grams) if gram else ("sqnorm",)
+    with _random_state_kept(), evaluating(model), _frozen(model) if gram else nullcontext():
+        collector = Collector(
+            model, bank, online=gram, statistics=statistics, source="offline",
+            mask=mask, mask_fn=mask_fn,
+        )  # fmt: skip
         try:
-            for batch in batches:
-                call(model, batch)
+            for number, batch in enumerate(batches):
+                if gram:
+                    _measure(model, batch, labels, collector, number)
+                else:
+                    call(model, batch)
                 collector.close_row()
         finally:
             collector.detach()
@@ -53,6 +71,43 @@ def probe(
     collector.require_called()
     scores = injection.scores = collector.scores()
     return scores
+
+
+def _measure(
+    model: nn.Module, batch: Any, labels: Labels, collector: Collector, seed: int
+) -> None:
+    """One batch forward and backward: the gradients of the sum of its losses reach the sinks."""
+    with torch.enable_grad():
+        outputs = call(model, batch)
+        if labels is None:
+            total = sum(0.0 * value.float().sum() for value in _tensors(outputs))
+            count = 0
+        else:
+            each = losses(model, outputs, collector.inputs, labels, seed)
+            total, count = each.sum(), len(each)
+        collector.set_samples(count)
+        if isinstance(total, Tensor) and total.requires_grad:
+            total.backward()  # type: ignore[no-untyped-call]
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    if isinstance(outputs, Mapping):
+        outputs = tuple(outputs.values())
+    found = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    return [v for v in found if isinstance(v, Tensor) and v.requires_grad]
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Inside, no parameter collects a gradient."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

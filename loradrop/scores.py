@@ -37,18 +37,42 @@ def layer_of(name: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
+class Grams:
+    """What passes say of the directions of each adapter: float64, on the CPU, one entry a target.
+
+    With A (r, K), B (N, r), h = A x, u = Bᵀ ∂ℓ/∂y, and ℓ the sum of the losses of all samples:
+
+    scaling   s;  slots   who shares, as in `Assignment`
+    A, B      A Aᵀ and BᵀB (r, r); None for a target without an adapter
+    inputs    Σ_t w_t h_t h_tᵀ (r, r);  outputs   Σ_t w_t u_t u_tᵀ (r, r); None where not collected
+    rows      Σ_t w_t;  samples   how many losses ℓ sums
+    """
+
+    scaling: tuple[float, ...]
+    slots: tuple[int | None, ...]
+    A: tuple[Tensor | None, ...]
+    B: tuple[Tensor | None, ...]
+    inputs: tuple[Tensor | None, ...]
+    outputs: tuple[Tensor | None, ...]
+    rows: tuple[float, ...]
+    samples: float
+
+
+@dataclass(frozen=True, eq=False)
 class Scores(Mapping[str, float]):
     """Name -> Σ over real tokens of ‖s·B·A·x‖², in float64, and where it came from.
 
     rows    (batches or steps, targets) float64 on the CPU: the score is the sum of its column
     source  "offline": fixed weights in eval mode; "online": the passes of training itself
     tokens  rows of x counted, per target
+    grams   of the directions, where they were collected
     """
 
     targets: tuple[Target, ...]
     rows: Tensor
     tokens: int
     source: str
+    grams: Grams | None = None
 
     @property
     def values_by_target(self) -> list[float]:
