@@ -38,14 +38,36 @@ class Plain(nn.Module):
         return {"y": self.sub(torch.tanh(self.lin(x)))}
 
 
-def reload(model: nn.Module, path: Path) -> nn.Module:
+def reload(model: nn.Module, path: Path, **options: Any) -> nn.Module:
     """Export, and a fresh base model with the file in it: its outputs are those of the model."""
     peft, base = pytest.importorskip("peft"), copy.deepcopy(model)
-    export(model, path)
+    export(model, path, **options)
     loradrop.remove(base)
     found = peft.PeftModel.from_pretrained(base, str(path)).eval()
     torch.testing.assert_close(outputs(found), outputs(model), **RIGHT)
     return found
+
+
+@pytest.mark.parametrize("make", [bert, llama, models.gpt2], ids=["bert", "llama", "gpt2"])
+def test_each_target_at_its_own_rank(make: Make, tmp_path: Path) -> None:
+    """Of an adapter that was cut: smaller than padded, and just the targets that have any."""
+    model = adapt(make(), target_modules="all-linear", r=6, lora_alpha=9)
+    names = [target.name for target in model.lora_bank.targets]
+    ranks = {name: (1, 0, 6, 3)[i % 4] for i, name in enumerate(names)}
+    loradrop.truncate(model, ranks, metric="weight")
+    reload(model, tmp_path / "padded")
+    reload(model, tmp_path / "own", padded=False)
+    small, large = (read(tmp_path / name) for name in ("own", "padded"))
+    assert {name: len(A) for name, (A, _) in small.modules.items()} == {
+        name: rank for name, rank in ranks.items() if rank
+    }
+    assert {len(A) for A, _ in large.modules.values()} == {8}
+    again = adapt(make(), target_modules="all-linear")
+    loradrop.truncate(again, dict.fromkeys(names, 0), metric="weight")
+    with pytest.raises(ValueError, match="no target has an adapter"):
+        export(again, tmp_path / "none", padded=False)
+    with pytest.raises(ValueError, match="padded are of the PEFT format"):
+        export(again, tmp_path / "none", "merged", padded=False)
 
 
 PATTERNS = {"rank_pattern": {"value": 11}, "alpha_pattern": {"1.*query": 3, "value": 7}}

@@ -1,8 +1,9 @@
 """Writing adapters for others: a PEFT folder that every engine scales alike, or the merged model.
 
-The PEFT file is uniform: every target has an A and B of its own, zero-padded to one rank, with its
-true scale folded into B in float32, and lora_alpha = r. So lora_alpha / r = 1 for an engine that
-reads patterns and rslora, and for one that does not.
+Every target has an A and B of its own, with its true scale folded into B in float32. A padded file
+gives all of them one rank, by zeros, and lora_alpha = r: so lora_alpha / r = 1 for an engine that
+reads patterns and rslora, and for one that does not. A file that is not padded is smaller, and says
+each rank in `rank_pattern` and the same number in `alpha_pattern`.
 """
 
 import logging
@@ -52,14 +53,17 @@ def export(
     base_id: str | None = None,
     *,
     dtype: str | None = None,
+    padded: bool = True,
     engines: Sequence[str] | None = None,
 ) -> list[EngineVerdict]:
     """Write the adapters of `model` into the folder `path`. Returns what each engine makes of them.
 
-    format    "peft": a uniform PEFT adapter with a model card; "merged": the base model with the
-              deltas added in float32 and rounded once, by its `save_pretrained`
+    format    "peft": a PEFT adapter with a model card; "merged": the base model with the deltas
+              added in float32 and rounded once, by its `save_pretrained`
     base_id   the base model that loaders should look for; None is the one its config names
     dtype     of A and B in the PEFT file: "float32" (None), "bfloat16" or "float16"
+    padded    of the PEFT file: True gives every target one rank, which every engine takes; False
+              each its own, and leaves out targets without an adapter
     engines   these have to take the file, or nothing is written; None is PEFT alone
 
     The model stays as it is, bit for bit. Raises ValueError for what the format cannot hold, and
@@ -69,13 +73,15 @@ def export(
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: choose one of {', '.join(FORMATS)}")
     if format == "merged":
-        if dtype is not None or engines is not None:
-            raise ValueError("dtype and engines are of the PEFT format: a merged model is plain")
+        if dtype is not None or engines is not None or not padded:
+            raise ValueError(
+                "dtype, engines and padded are of the PEFT format: a merged model is plain"
+            )
         _save_merged(model, Path(path))
         return []
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
-    file = _peft_file(model, adapters, DTYPES[dtype or "float32"], base_id)
+    file = _peft_file(model, adapters, DTYPES[dtype or "float32"], base_id, padded)
     verdicts = [refusal(engine, file) for engine in ENGINES]
     required = [refusal(engine, file).engine for engine in engines or ENGINES[:1]]
     for verdict in verdicts:
@@ -97,15 +103,25 @@ def export(
 
 
 def _peft_file(
-    model: nn.Module, adapters: Adapters, dtype: torch.dtype, base_id: str | None
+    model: nn.Module, adapters: Adapters, dtype: torch.dtype, base_id: str | None, padded: bool
 ) -> PeftFile:
-    layout, targets = layout_of(model, adapters), adapters.plan.targets
-    rank = max((pair[0].shape[0] for pair in adapters.factors if pair is not None), default=1)
-    r = max(8, 1 << (rank - 1).bit_length())  # a power of two: vLLM takes few others
+    targets = adapters.plan.targets
+    ranks = {
+        target.name: 0 if pair is None else pair[0].shape[0]
+        for target, pair in zip(targets, adapters.factors, strict=True)
+    }
+    own = {} if padded else {name: rank for name, rank in ranks.items() if rank}
+    if not padded and not own:
+        raise ValueError("no target has an adapter: export with padded=True, or format='merged'")
+    layout = layout_of(model, adapters, list(own) or list(ranks))
+    r = max(8, 1 << (max(1, *ranks.values()) - 1).bit_length())  # a power of two, as vLLM wants it
     tensors: dict[str, Tensor] = {}
     for target, s, pair in zip(targets, adapters.scaling, adapters.factors, strict=True):
-        A = torch.zeros(r, target.in_features, dtype=dtype)
-        B = torch.zeros(target.out_features, r, dtype=dtype)
+        if own and target.name not in own:
+            continue
+        width = own.get(target.name, r)
+        A = torch.zeros(width, target.in_features, dtype=dtype)
+        B = torch.zeros(target.out_features, width, dtype=dtype)
         if pair is not None:  # one without stays zero: SGLang wants q and v in every layer
             a, b = (factor.cpu() for factor in pair)
             b = s * b.to(torch.promote_types(b.dtype, torch.float32))
@@ -134,6 +150,8 @@ def _peft_file(
         "modules_to_save": layout.modules_to_save or None,
         "init_lora_weights": True,
     }
+    if own:
+        config |= {"rank_pattern": own, "alpha_pattern": own}
     return PeftFile(config, tensors, configuration_of(model))
 
 

@@ -97,9 +97,9 @@ class Layout(NamedTuple):
     saved_tensors: list[str]
 
 
-def layout_of(model: nn.Module, adapters: Adapters) -> Layout:
-    """How PEFT adapts just our targets and saves just our modules; ValueError where it cannot."""
-    targets, trained = [target.name for target in adapters.plan.targets], adapters.trained
+def layout_of(model: nn.Module, adapters: Adapters, targets: list[str]) -> Layout:
+    """How PEFT adapts just these targets and saves just our modules; ValueError where it cannot."""
+    trained = adapters.trained
     modules = dict(model.named_modules(remove_duplicate=False))
     kind = configuration_of(model).get("model_type")
     of_mamba = kind if kind in _MAMBA else None
