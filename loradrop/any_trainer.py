@@ -15,7 +15,7 @@ from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import read_json
 from loradrop.injection import injection_of
 from loradrop.masks import MASK, MaskFn
-from loradrop.methods.base import Warmup
+from loradrop.methods.base import Method, Warmup
 from loradrop.native import FOLDER, read
 from loradrop.ranks import world_size
 from loradrop.sharing import conclude
@@ -58,12 +58,13 @@ class LoraDropCallback(TrainerCallback):
         method, decided = injection.config.method, bank.assignment.decided
         self.warmup = None if decided else method.warmup(state.max_steps)
         if self.warmup is not None:
-            _require_one_run(self.warmup, args)
+            _require_one_run(self.warmup, method, args)
         statistics = () if decided else method.statistics
-        settle_every = self.warmup.settle_every if self.warmup else 0
         self.events = MethodCallback(
-            model, statistics=statistics, settle_every=settle_every, **self.masks
-        )
+            model, statistics=statistics, **self.masks,
+            settle_every=self.warmup.settle_every if self.warmup else 0,
+            measured_from=self.warmup.measured_from if self.warmup else 0,
+        )  # fmt: skip
         if state.global_step:
             folder = _of_step(args, state) / FOLDER
             if not (folder / EVENTS).exists():
@@ -75,6 +76,10 @@ class LoraDropCallback(TrainerCallback):
         if decided and self.ended:
             _restart(args, state, self.ended, **objects)
         self.events.begin()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+        if self.events is not None:
+            self.events.on_pre_optimizer_step(args, state, control, **objects)
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **o: Any
@@ -115,12 +120,14 @@ def _of_step(args: Any, state: TrainerState) -> Path:
     return Path(given) if isinstance(given, str) and not here.exists() else here
 
 
-def _require_one_run(warmup: Warmup, args: Any) -> None:
+def _require_one_run(warmup: Warmup, method: Method, args: Any) -> None:
     why = None
     if warmup.sample_ratio < 1.0 or warmup.source != "online":
         why = 'sample_ratio below 1 and source="offline" need a run of their own'
     elif args.deepspeed or args.fsdp:
         why = "sharing changes the parameters, which DeepSpeed and FSDP hold themselves"
+    elif world_size() > 1 and not method.keeps_parameters:
+        why = f"the method {method.name!r} makes new parameters, which DDP does not know"
     elif world_size() > 1:
         unused = args.ddp_find_unused_parameters
         if unused is False or (unused is None and args.gradient_checkpointing):

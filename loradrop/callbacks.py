@@ -33,6 +33,7 @@ class MethodCallback(TrainerCallback):
     mask, mask_fn   of the statistics, as for `probe`
     settle_every  end the run early once the method calls its scores settled; asked every so many
                   steps, 0 never
+    measured_from the step at whose end what was collected so far is forgotten
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class MethodCallback(TrainerCallback):
         mask: str | None = MASK,
         mask_fn: MaskFn | None = None,
         settle_every: int = 0,
+        measured_from: int = 0,
     ) -> None:
         self.model, self.bank = model, bank_of(model)
         self.method = injection_of(model).config.method
         self.statistics, self.settle_every = tuple(statistics), settle_every
+        self.measured_from = measured_from
         self.masks: dict[str, Any] = {"mask": mask, "mask_fn": mask_fn}
         self._steps, self._watched = 0, False  # all are called, or given up
         self.collector: Collector | None = None
@@ -72,6 +75,13 @@ class MethodCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.begin()
 
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any
+    ) -> None:
+        scaler = getattr(optimizer, "scaler", None)  # of accelerate, for fp16
+        if self.collector is not None and scaler is not None:
+            self.collector.loss_scale = float(scaler.get_scale())
+
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
@@ -79,6 +89,8 @@ class MethodCallback(TrainerCallback):
         collected: dict[str, list[torch.Tensor | None]] = {}
         if collector is not None:
             collected = collector.close_row()
+            if step == self.measured_from:
+                collector.forget()
             self._steps += 1
             self.watch(collector, last=step >= state.max_steps)
             if not self.statistics:

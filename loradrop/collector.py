@@ -159,6 +159,12 @@ class Collector:
         _sum_moments([value for value in here if value is not None])
         return here
 
+    def forget(self) -> None:
+        """Begin anew: what was collected so far does not count."""
+        self.rows, self._tokens = [], torch.zeros_like(self._tokens)
+        if self._sums is not None:
+            self._sums = GramSums(self.bank)
+
     def silent(self) -> list[str]:
         """The targets with an adapter whose forward was called in no row so far, on no rank."""
         called = torch.tensor(self.called)

@@ -3,13 +3,16 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, Pair, empty, form, keep_width
-from loradrop.scores import Assignment, Scores, Target
+from loradrop.gram_sums import grams_of
+from loradrop.scores import Assignment, Grams, Scores, Target
 from loradrop.selection import assign, check_choice
+from loradrop.spectra import Cores, cores, members_of, spectrum_of
 
 INITS = ("fresh", "mean", "top")
 AFTER = ("reinit", "continue")
@@ -120,6 +123,75 @@ class LoRABank(AdapterBank):
         self.assign(assignment, _in_place(pairs, held))
 
     @torch.no_grad()
+    def cut(self, ranks: Mapping[str, int], probed: Grams | None, metric: str) -> dict[str, Any]:
+        """Every adapter at its rank: see `truncation.truncate`. Returns the plan's record of it."""
+        wanted = self._ranks(ranks)
+        grams = self._now(probed, metric)
+        values = spectrum_of(self.targets, grams, metric)
+        numbers = dict[int, int]()
+        pairs: list[Pair] = []
+        for slot, members in members_of(self.slots).items():
+            pair, k = self._pair(slot).factors(), wanted[members[0]]
+            if k == 0:
+                continue
+            if k < len(pair[0]):
+                names = ", ".join(self.targets[i].name for i in members)
+                pair = _truncated(pair, cores(grams, members, metric, names), k)
+            numbers[slot] = len(pairs)
+            pairs.append(pair)
+        targets = tuple(
+            target if slot is None or k == 0 else target._replace(r=k)
+            for target, slot, k in zip(self.targets, self.slots, wanted, strict=True)
+        )
+        slots = tuple(None if slot is None else numbers.get(slot) for slot in self.slots)
+        self.assign(Assignment(targets, slots, self.assignment.kept), pairs)
+        left = {t.name: 0 if s is None else t.r for t, s in zip(targets, slots, strict=True)}
+        return {
+            "metric": metric,
+            "values": {name: list(values[name]) for name in values},
+            "ranks": left,
+            "loss": values.loss(left) if metric == "loss" else None,
+        }
+
+    def _ranks(self, ranks: Mapping[str, int]) -> list[int]:
+        """The rank of each target, in their order."""
+        names = [target.name for target in self.targets]
+        for name in ranks:
+            if name not in names:
+                raise ValueError(f"ranks has {name!r}, which is not a target: {', '.join(names)}")
+        wanted = []
+        for target, slot in zip(self.targets, self.slots, strict=True):
+            most = 0 if slot is None else target.r
+            rank = ranks.get(target.name, most)
+            if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= most:
+                raise ValueError(
+                    f"ranks[{target.name!r}]={rank!r}: choose a whole number from 0 to {most}, the "
+                    "rank that it has"
+                )
+            wanted.append(rank)
+        for members in members_of(self.slots).values():
+            if len({wanted[i] for i in members}) > 1:
+                shown = ", ".join(f"{names[i]}: {wanted[i]}" for i in members)
+                raise ValueError(f"these targets share an adapter, so one rank serves all: {shown}")
+        return wanted
+
+    def _now(self, probed: Grams | None, metric: str) -> Grams:
+        """The Gram matrices of the factors as they are now, and of the passes as probed."""
+        if probed is None:
+            if metric == "weight":
+                return grams_of(self)
+            raise ValueError(
+                f"metric={metric!r} needs what a probe measures: call loradrop.probe(model, "
+                "batches, gram=True) first, or take metric='weight'"
+            )
+        if probed.slots != self.slots or any(
+            gram is not None and len(gram) != target.r
+            for target, gram in zip(self.targets, probed.inputs, strict=True)
+        ):
+            raise ValueError("the adapters changed since they were probed: probe again")
+        return grams_of(self, probed.inputs, probed.outputs, probed.rows, probed.samples)
+
+    @torch.no_grad()
     def _start(self, members: list[int], start: str, scores: Scores | None) -> Pair:
         """(A (r, K), B (N, r)) of the adapter that `members` will use."""
         pairs = [pair for i in members if (pair := self.factors(i)) is not None]
@@ -190,6 +262,13 @@ def _in_place(pairs: Sequence[Pair], held: Sequence[Pair | None]) -> list[Pair]:
             pair = own
         found.append(pair)
     return found
+
+
+def _truncated(pair: Pair, best: Cores, k: int) -> Pair:
+    """(A' (k, K), B' (N, k)), made in float64, in the dtypes of A and B."""
+    A, B = pair
+    left, right = (core.to(A.device) for core in (best.left[:, :k], best.right[:k]))
+    return (right @ A.double()).to(A.dtype), (B.double() @ left).to(B.dtype)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

@@ -1,7 +1,7 @@
 """The plan: what was measured, what was decided, and everything needed to decide it again."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from loradrop._version import __version__
@@ -61,6 +61,12 @@ class Plan:
         """Name -> the rank before any cut."""
         before = {} if self.cut is None else self.cut["full"]
         return {target.name: before.get(target.name, target.r) for target in self.targets}
+
+    def after_cut(self, record: Mapping[str, Any] | None) -> "Plan":
+        """The plan with what `LoRABank.cut` says of a cut; None leaves it as it is."""
+        if record is None:
+            return self
+        return replace(self, cut={**record, "full": self.full_ranks})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for plan.json; `from_dict` reads it."""

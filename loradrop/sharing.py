@@ -40,7 +40,10 @@ def share(
     """
     bank, injection = bank_of(model), injection_of(model)
     if kept is None:
-        injection.config.method.update(bank, injection.scores)
+        plan = plan_of(model)
+        record = injection.config.method.update(bank, injection.scores)
+        if record is not None:
+            injection.plan = plan.after_cut(record)
         return _say(model)
     if not isinstance(bank, LoRABank):
         raise ValueError(
@@ -64,10 +67,12 @@ def conclude(model: nn.Module, scores: Scores, warmup: Mapping[str, Any]) -> Non
         )
     injection = injection_of(model)
     method, injection.scores = injection.config.method, scores
-    method.update(bank_of(model), scores)
     injection.plan = None  # not what an earlier run recorded
+    plan = plan_of(model)
+    record = method.update(bank_of(model), scores)
     found = dict(warmup) | {"frequency": _frequency(method, scores)}
-    injection.plan = replace(plan_of(model), scores=scores.to_dict(), warmup=found)
+    decided = replace(plan.after_cut(record), scores=scores.to_dict(), warmup=found)
+    injection.plan = decided
     _say(model)
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loradrop.scores import Grams, Scores, Target
+from loradrop.scores import Grams, Scores, Target, layer_of
 from loradrop.selection import check_choice, check_part
 
 METRICS = ("loss", "output", "weight")
@@ -218,6 +218,7 @@ def allocate(
     rank: int | None = None,
     scope: str = "joint",
     multiple: int = 1,
+    budget_time: float | None = None,
 ) -> dict[str, int]:
     """Name -> the rank that is left, 0 included: the directions worth most per element.
 
@@ -229,6 +230,9 @@ def allocate(
     scope      "joint": one pool of all targets; "per_module": a pool for each module type and
                shape; "per_target": every target the same part
     multiple   ranks are multiples of it, as far as an adapter has directions (8 for some engines)
+    budget_time   in (0.5, 1]: also, no adapter in so many of the lowest layers that a step of
+               training takes about that part of its time, since the backward pass ends above them:
+               1 − k / 2L for k of L equal layers
 
     Ties go to the earlier target. Raises ValueError for options out of range and for a budget below
     one step of the smallest target.
@@ -236,8 +240,9 @@ def allocate(
     check_choice("scope", scope, SCOPES)
     given = {"budget": budget, "threshold": threshold, "max_loss": max_loss, "rank": rank}
     _check(spectrum, given, multiple)
+    low = _lowest(spectrum, budget_time)
     if rank is not None:
-        return {name: min(rank, len(spectrum[name])) for name in spectrum}
+        return {name: 0 if name in low else min(rank, len(spectrum[name])) for name in spectrum}
     ranks = dict.fromkeys(spectrum, 0)
     for pool in _pools(spectrum, scope):
         whole = sum(sum(spectrum.by_target[i]) for i in pool)
@@ -248,10 +253,12 @@ def allocate(
             wanted = threshold * whole * (1 - 1e-12)
         elif max_loss is not None:
             wanted = whole - max_loss * (1.0 if scope == "joint" else whole / _total(spectrum))
-        for i, k in _spend(spectrum, pool, limit, wanted, multiple).items():
-            for j, slot in enumerate(spectrum.slots):
-                if slot == spectrum.slots[i]:
-                    ranks[spectrum.targets[j].name] = k
+        upper = [
+            i for i in pool if not low & {spectrum.targets[j].name for j in _users(spectrum, i)}
+        ]
+        for i, k in _spend(spectrum, upper, limit, wanted, multiple).items():
+            for j in _users(spectrum, i):
+                ranks[spectrum.targets[j].name] = k
     if budget is not None and not any(ranks.values()):
         first = [(i, len(spectrum.by_target[i])) for i in spectrum._first]
         least = min(min(multiple, r) * spectrum.cost(i) for i, r in first) / spectrum.full
@@ -282,6 +289,30 @@ def _spend(
             continue
         ranks[i], spent, kept = start + len(part), spent + size, kept + sum(part)
     return ranks
+
+
+def _users(spectrum: Spectrum, i: int) -> list[int]:
+    """The targets that use the adapter of target i."""
+    return [j for j, slot in enumerate(spectrum.slots) if slot == spectrum.slots[i]]
+
+
+def _lowest(spectrum: Spectrum, budget_time: float | None) -> set[str]:
+    """The targets in the lowest layers, which must go for this part of a step's time."""
+    if budget_time is None:
+        return set()
+    if not 0.5 < budget_time <= 1.0:
+        raise ValueError(
+            f"budget_time={budget_time}: choose a number in (0.5, 1], as the forward pass stays"
+        )
+    of_layer = {name: layer_of(name) for name in spectrum}
+    layers = list(dict.fromkeys(layer for layer in of_layer.values() if layer))
+    count = math.ceil(2 * len(layers) * (1 - budget_time) - 1e-9)
+    if count >= len(layers):
+        raise ValueError(
+            f"budget_time={budget_time} leaves none of the {len(layers)} layers an adapter: choose "
+            f"at least {1 - (len(layers) - 1) / (2 * max(len(layers), 1)):.3g}"
+        )
+    return {name for name, layer in of_layer.items() if layer in layers[:count]}
 
 
 def _pools(spectrum: Spectrum, scope: str) -> list[list[int]]:

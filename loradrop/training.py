@@ -311,14 +311,13 @@ class _Run:
         rows, method = self.train, self.config.method
         if stage.sample_ratio < 1.0:
             rows = sample_of(rows, stage.sample_ratio, self.args.seed)
-        trainer, events = self._stage(
-            "warmup", stage.steps, rows, method.statistics, stage.settle_every
-        )
+        trainer, events = self._stage("warmup", stage.steps, rows, method.statistics, stage)
         steps = trainer.state.global_step
         set_seed(self.args.seed)
         if stage.source == "offline" or events.collector is None:
             batches = trainer.get_eval_dataloader(rows)
-            scores = probe(self.model, batches, mask=self.args.mask, mask_fn=self.mask_fn)
+            masks: dict[str, Any] = {"mask": self.args.mask, "mask_fn": self.mask_fn}
+            scores = probe(self.model, batches, gram="gram_in" in method.statistics, **masks)
         else:
             scores = events.collector.scores()
         record = {"steps": steps, "planned": stage.steps, "settled": events.settled}
@@ -338,13 +337,15 @@ class _Run:
         return training_arguments(self.args, folder, steps, warm_up=warm_up, has_dev=has_dev)
 
     def _stage(
-        self, name: str, steps: int, rows: Any, statistics: Sequence[str], settle_every: int = 0
+        self, name: str, steps: int, rows: Any, statistics: Sequence[str],
+        warmup: Warmup | None = None,
     ) -> tuple[LoRATrainer, MethodCallback]:
         """One run of the Trainer on `rows`, from its last whole checkpoint where there is one."""
         checkpoint = last_checkpoint(self.folder / name) if self.resume else None
         events = MethodCallback(
             self.model, statistics=statistics, mask=self.args.mask, mask_fn=self.mask_fn,
-            settle_every=settle_every,
+            settle_every=warmup.settle_every if warmup else 0,
+            measured_from=warmup.measured_from if warmup else 0,
         )  # fmt: skip
         callbacks = self.callbacks
         if name == "warmup":  # it is not evaluated

@@ -229,6 +229,17 @@ def test_wide_targets_pay_for_their_width() -> None:
     assert ranks_of(found, budget=0.6) == [1, 2]
 
 
+def test_a_budget_of_time_clears_the_lowest_layers() -> None:
+    found = of((9.0,), (8.0,), (3.0,), (2.0,), (1.0,))
+    assert ranks_of(found, budget=0.4, budget_time=1.0) == [1, 1, 0, 0, 0]
+    assert ranks_of(found, budget=0.4, budget_time=0.9) == [0, 1, 1, 0, 0]
+    assert ranks_of(found, budget=1.0, budget_time=0.75) == [0, 0, 0, 1, 1]
+    assert ranks_of(found, rank=1, budget_time=0.6) == [0, 0, 0, 0, 1]
+    for wrong, message in ((0.5, r"\(0.5, 1\]"), (1.1, r"\(0.5, 1\]"), (0.55, "at least 0.6")):
+        with pytest.raises(ValueError, match=message):
+            allocate(found, budget=0.4, budget_time=wrong)
+
+
 def test_ties_go_to_the_earlier_target_and_targets_without_an_adapter_get_none() -> None:
     assert ranks_of(of((1.0, 1.0), (), (1.0, 1.0)), budget=0.5) == [2, 0, 0]
 

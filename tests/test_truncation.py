@@ -96,7 +96,7 @@ def test_members_of_a_shared_adapter_are_cut_together() -> None:
     names = [target.name for target in bank.targets]
     together = [n for n, s in zip(names, bank.slots, strict=True) if s == bank.slots[1]]
     assert len(together) > 1
-    with pytest.raises(ValueError, match="share one adapter, so one rank serves all"):
+    with pytest.raises(ValueError, match="share an adapter, so one rank serves all"):
         loradrop.truncate(model, {together[0]: 1}, metric="weight")
     loradrop.truncate(model, dict.fromkeys(together, 1), metric="weight")
     now = model.lora_bank

@@ -5,7 +5,7 @@ Ops, layers, files and exports never know which method there is.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -22,12 +22,19 @@ class Warmup:
     sample_ratio  the part of the training set, drawn by class, that it trains on
     source        "online": scores of its own passes; "offline": of a pass in eval mode at its end
     settle_every  ask `settled` every so many steps; 0 never
+    measured      the part of it, at its end, whose statistics count
     """
 
     steps: int
     sample_ratio: float = 1.0
     source: str = "online"
     settle_every: int = 0
+    measured: float = 1.0
+
+    @property
+    def measured_from(self) -> int:
+        """The step after which statistics count."""
+        return self.steps - max(1, round(self.measured * self.steps))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +48,13 @@ class Method:
     statistics   what training collects for the method, for each target:
                    "sqnorm"   Σ_t w_t ‖s·B·h_t‖², what the warm-up's `Scores` are made of
                    "moment"   Σ_t w_t x_tk², (K,) float64 for the inputs x of one optimiser step
+                   "gram_in", "gram_out"   the Gram matrices of `Scores.grams`
                  during the warm-up where there is one, else during all of training
     """
 
     name: ClassVar[str] = ""
     statistics: ClassVar[tuple[str, ...]] = ()
+    keeps_parameters: ClassVar[bool] = True  # `update` makes none that was not there before
 
     @property
     def warms_up(self) -> bool:
@@ -74,10 +83,11 @@ class Method:
         """The names of the targets that keep their own adapter; None where nothing is decided."""
         return None
 
-    def update(self, bank: AdapterBank, scores: Scores | None) -> None:
+    def update(self, bank: AdapterBank, scores: Scores | None) -> Mapping[str, Any] | None:
         """Between the stages: change what the bank owns. An optimiser is made afterwards.
 
-        Raises ValueError for a method that decides nothing.
+        Returns what `LoRABank.cut` says, where it cut ranks. Raises ValueError for a method that
+        decides nothing.
         """
         raise ValueError(f"the method {self.name!r} selects nothing: pass kept, or use LoRADrop()")
 
