@@ -321,6 +321,8 @@ def rename(*kinds: str) -> tuple[str, ...]:
         ("sglang", lora_file(rename("v_proj")), "v_proj lacks its partner q_proj"),
         ("sglang", lora_file(rename("k_proj", "v_proj")), "k_proj lacks its partner q_proj"),
         ("llama.cpp", lora_file(extra="classifier.weight"), "classifier.weight is not a lora_A"),
+        ("llama.cpp", lora_file(extra="model.norm.weight"), "norm.weight, and it reads past it"),
+        ("llama.cpp", lora_file(extra="wpe.lora_embedding_A"), "wpe.lora_embedding_A is not"),
         ("llama.cpp", lora_file(fan_in_fan_out=True), "Conv1D"),
         ("llama.cpp", lora_file(("cls.predictions.transform.dense",)), "leaves out cls.pred"),
         ("llama.cpp", lora_file(("bert.pooler.dense",)), "leaves out bert.pooler.dense"),
@@ -339,13 +341,74 @@ def test_vllm_takes_a_plain_head(name: str) -> None:
     assert refusal("vllm", lora_file(extra=name, modules_to_save=[head])).ok
 
 
-def test_llama_cpp_reads_the_base_for_falcon() -> None:
-    file = lora_file(("transformer.h.0.self_attention.query_key_value",))
-    for multi_query, model_type in ((False, "falcon"), (True, "falcon"), (False, "bloom")):
-        base = {"model_type": model_type, "multi_query": multi_query}
-        verdict = refusal("llama.cpp", file._replace(base=base))
-        assert verdict.ok == (multi_query or model_type == "bloom")
-        assert verdict.ok or "query_key_value of Falcon" in verdict.reason
+@pytest.mark.parametrize(
+    ("name", "base", "reason"),
+    [
+        ("model.vision_tower.encoder.layers.0.fc1", {}, "leaves out model.vision_tower"),
+        ("model.visual.blocks.0.attn.qkv", {}, "leaves out model.visual"),
+        ("audio_tower.layers.0.fc1", {}, "leaves out audio_tower"),
+        ("model.multi_modal_projector", {}, "leaves out model.multi_modal_projector"),
+        ("model.language_model.layers.0.mlp.up_proj", {}, None),
+        ("lm_head", {"model_type": "gemma2"}, "leaves out lm_head"),
+        ("lm_head", {"model_type": "cohere"}, "fails on lm_head"),
+        ("lm_head", {"model_type": "llama"}, None),
+        ("decoder", {"model_type": "modernbert"}, "fails on decoder"),
+        ("head.dense", {"model_type": "modernbert"}, "computes head.dense without adapters"),
+        ("classifier.dense", {"model_type": "roberta"}, "computes classifier.dense without"),
+        ("model.layers.0.mlp.up_proj", {"model_type": "bitnet"}, "fails on model.layers.0.mlp"),
+        ("model.layers.0.mamba.in_proj", {"model_type": "falcon_h1"}, "fails on .*in_proj"),
+        ("model.layers.0.mamba.in_proj", {"model_type": "jamba"}, None),
+        ("model.layers.0.linear_attn.in_proj_qkvz", {"model_type": "qwen3_next"}, "fails on"),
+        ("model.layers.0.linear_attn.in_proj_ba", {"model_type": "qwen3_next"}, None),
+        ("model.layers.0.self_attn.kv_b_proj", {}, "kv_b_proj without adapters"),
+        ("model.altup_projections.0", {}, "fails on model.altup_projections.0"),
+        ("model.layers.0.altup.modality_router", {}, "modality_router without adapters"),
+        ("model.layers.0.self_attn.indexer.wk", {}, "indexer.wk without adapters"),
+        ("model.layers.0.mixer.fc1_latent_proj", {}, "fc1_latent_proj without adapters"),
+        ("model.layers.0.self_attn.q_proj", {"kv_lora_rank": 8}, "q_proj without adapters"),
+        ("model.layers.0.self_attn.q_proj", {"text_config": {"kv_lora_rank": 8}}, "without"),
+        ("model.layers.0.self_attn.o_proj", {"kv_lora_rank": 8}, None),
+        ("lm_head", {"kv_lora_rank": 8, "model_type": "deepseek_v3"}, "lm_head without adapters"),
+        ("lm_head", {"kv_lora_rank": 8, "model_type": "minicpm3"}, None),
+    ],
+)
+def test_what_llama_cpp_does_to_a_weight(
+    name: str, base: dict[str, Any], reason: str | None
+) -> None:
+    verdict = refusal("llama.cpp", lora_file((name,))._replace(base=base))
+    assert verdict.ok == (reason is None)
+    assert re.search(reason or "^$", verdict.reason), verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("keys", "says", "needs"),
+    [
+        (1, 4, "num_kv_heads=1"),  # multi_query: transformers says the default, and reads it not
+        (1, None, ""),
+        (1, 1, ""),
+        (4, 4, ""),
+        (4, None, "num_kv_heads=4"),  # what falcon-rw's own configuration is silent about
+        (2, 2, ""),
+    ],
+)
+def test_falcon_has_to_tell_llama_cpp_its_key_heads(
+    keys: int, says: int | None, needs: str
+) -> None:
+    fused = f"{PREFIX}transformer.h.0.self_attention.query_key_value"
+    tensors = {f"{fused}.lora_A.weight": torch.ones(8, 32)}
+    tensors[f"{fused}.lora_B.weight"] = torch.ones((4 + 2 * keys) * 8, 8)
+    base = {"model_type": "falcon", "num_attention_heads": 4, "hidden_size": 32}
+    file = lora_file()._replace(tensors=tensors, base=base | {"num_kv_heads": says})
+    verdict = refusal("llama.cpp", file)
+    assert verdict.ok and verdict.reason.endswith(needs) and bool(verdict.reason) == bool(needs)
+    assert refusal("llama.cpp", file._replace(base={"model_type": "bloom"})).reason == ""
+
+
+@pytest.mark.parametrize("tied", [False, True, None])
+def test_llama_cpp_takes_the_adapter_of_an_untied_embedding(tied: bool | None) -> None:
+    file = lora_file(extra="model.embed_tokens.lora_embedding_A")
+    verdict = refusal("llama.cpp", file._replace(base={"tie_word_embeddings": tied}))
+    assert verdict.ok == (tied is False) and ("tied" in verdict.reason) == (tied is not False)
 
 
 def test_ranks_of_vllm() -> None:
@@ -362,3 +425,4 @@ def test_scale_rules() -> None:
     assert [scale(engine, config, v, 4) for engine in ENGINES] == [3, 3, 2, 8]
     config["use_rslora"] = False
     assert [scale(engine, config, v, 4) for engine in ENGINES] == [1.5, 1.5, 2, 8]
+    assert scale("llama.cpp", {"r": 16, "lora_alpha": 0}, v, 4) == 1

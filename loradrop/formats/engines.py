@@ -4,10 +4,11 @@ Every engine scales B·A by a rule of its own, and some read only part of `adapt
 
     PEFT 0.21, vLLM 0.33.0 alpha / r, or alpha / sqrt(r) with use_rslora; per module by the patterns
     SGLang 0.5.23          lora_alpha / r for all modules
-    llama.cpp (0b03ada)    lora_alpha / (rank of B) for all modules
+    llama.cpp              lora_alpha / (rank of B) for all modules
 
-The rules are those of the engines' sources at these versions. Whether an engine serves the base
-model at all is not looked at.
+The rules are those of the engines' sources at these versions; llama.cpp's are those of the sources
+in llama-cpp-python 0.3.36, and tests/test_llama_cpp.py runs its converter. Whether an engine serves
+the base model at all is not looked at.
 """
 
 import math
@@ -30,9 +31,35 @@ _VLLM_EMBEDDINGS = (
     *(".lora_embedding_A", ".lora_embedding_B"),
 )
 _SGLANG_PARTNERS = {"q_proj": ("v_proj",), "k_proj": ("q_proj", "v_proj"), "v_proj": ("q_proj",)}
-# What its conversion/bert.py (2ca8afc) leaves out of the models that it knows as BERT.
-_LLAMA_CPP_DROPS = r"((bert|distilbert|roberta)\.)?(cls\.|pooler\.dense$|vocab_)"
-_LLAMA_CPP_KEEPS = (".base_layer.weight", "_layernorm", ".norm")
+
+# What llama.cpp does to some weights: (base models, or all; names; what it does).
+_LEFT_OUT, _FAILS = "its converter silently leaves out {}", "its converter fails on {}"
+_IGNORED = "it computes {} without adapters"
+_LLAMA_CPP: tuple[tuple[tuple[str, ...], str, str], ...] = (
+    ((), r"((bert|distilbert|roberta)\.)?(cls\.|pooler\.dense\.|vocab_)", _LEFT_OUT),
+    (  # what reads pictures and sound, beside a language model
+        (),
+        r".*(visual\.|(vision|audio)[._]|talker\.|(token|code)2wav\.|projector\.|model\.connector\.)"
+        r"|.*patch_(embed|merger\.|merge_mlp\.)|sound_(encoder|projection)\."
+        r"|mlp|(vit|vpm|siglip2|conformer|merger|resampler|speech_embeddings)\.",
+        _LEFT_OUT,
+    ),
+    # Heads that it knows only as tied to the embedding.
+    (("gemma", "gemma2"), r"lm_head\.", _LEFT_OUT),
+    (("cohere", "cohere2"), r"lm_head\.", _FAILS),
+    (("modernbert",), r"decoder\.", _FAILS),
+    # Its converter computes with these, as it can with a weight and not with two factors.
+    (("bitnet",), r".*_proj\.", _FAILS),
+    (("falcon_h1",), r".*\.in_proj\.", _FAILS),
+    (("qwen3_next",), r".*\.in_proj_qkvz\.", _FAILS),
+    ((), r".*altup_(unembed_)?projections\.", _FAILS),
+    # Its graphs multiply by these themselves, without looking for an adapter.
+    ((), r".*\.((q_a|q_b|kv_b)_proj|kv_a_proj_with_mqa|indexer)\.", _IGNORED),
+    ((), r".*\.(modality_router|fc[12]_latent_proj)\.", _IGNORED),
+    (("latent attention",), r"(.*\.)?(q_proj|lm_head)\.", _IGNORED),
+    (("modernbert",), r"head\.dense\.", _IGNORED),
+    ((), r"(.*\.)?(classifier|score)\.", _IGNORED),
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +83,7 @@ def scale(engine: str, config: Mapping[str, Any], name: str, rank: int) -> float
     if engine == "sglang":
         return alpha / r
     if engine == "llama.cpp":
-        return alpha / rank
+        return alpha / rank if alpha else 1.0  # it takes 0 for an alpha that is not said
     alpha, r = _matching(config.get("alpha_pattern"), name, alpha), _peft_rank(config, name)
     return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
 
@@ -66,10 +93,7 @@ def refusal(engine: str, file: PeftFile) -> EngineVerdict:
     if engine not in _REFUSALS:
         raise ValueError(f"engine {engine!r} is unknown: choose among {', '.join(ENGINES)}")
     reason = _REFUSALS[engine](file)
-    if reason is None and engine == "vllm" and file.largest_rank > 16:
-        rank = next(rank for rank in _VLLM_RANKS if rank >= file.largest_rank)
-        return EngineVerdict(engine, True, f"needs --max-lora-rank {rank}")
-    return EngineVerdict(engine, reason is None, reason or "")
+    return EngineVerdict(engine, reason is None, reason or _needs(engine, file))
 
 
 def _matching(pattern: Mapping[str, Any] | None, name: str, default: float) -> float:
@@ -143,19 +167,49 @@ def _sglang_refuses(file: PeftFile) -> str | None:
 
 
 def _llama_cpp_refuses(file: PeftFile) -> str | None:
+    base = _language_model(file)
     for name in file.others:
-        if not any(part in name for part in _LLAMA_CPP_KEEPS):
-            return f"{name} is not a lora_A or lora_B tensor"
+        if name.endswith(".base_layer.weight"):
+            continue
+        if re.search(r"(embed_tokens|wte|word_embeddings|embed_in)\.lora_embedding_[AB]$", name):
+            if base.get("tie_word_embeddings") is False:
+                continue
+            return f"{name} would also go into the head that is tied to the embedding"
+        if "_layernorm" in name or ".norm" in name:
+            return f"its converter writes {name}, and it reads past it"
+        return f"{name} is not a lora_A or lora_B tensor"
+    kinds = {base.get("model_type")}
+    if base.get("kv_lora_rank") and kinds != {"minicpm3"}:
+        kinds.add("latent attention")
     for name in file.modules:
-        if re.match(_LLAMA_CPP_DROPS, name):
-            return f"its converter silently leaves out {name}"
-    old = not any(map(file.base.get, ("multi_query", "new_decoder_architecture")))
-    fused = any(name.endswith("query_key_value") for name in file.modules)
-    if file.base.get("model_type") == "falcon" and old and fused:
-        return "its converter fails on the fused query_key_value of Falcon without multi_query"
+        for models, pattern, reason in _LLAMA_CPP:
+            if (not models or kinds & set(models)) and re.match(pattern, f"{name}.weight"):
+                return reason.format(name)
     if file.config.get("fan_in_fan_out"):
         return "fan_in_fan_out: its converter transposes Conv1D weights, and the adapter with them"
     return None
+
+
+def _language_model(file: PeftFile) -> Mapping[str, Any]:
+    """The base model's configuration, that of its language model where it has one beside others."""
+    return {**file.base, **(file.base.get("text_config") or {})}
+
+
+def _needs(engine: str, file: PeftFile) -> str:
+    """What an engine that takes the file has to be told, empty for nothing."""
+    if engine == "vllm" and file.largest_rank > 16:
+        rank = next(rank for rank in _VLLM_RANKS if rank >= file.largest_rank)
+        return f"needs --max-lora-rank {rank}"
+    base = _language_model(file)
+    if engine == "llama.cpp" and base.get("model_type") == "falcon":
+        # Its converter splits q, k and v by num_kv_heads, which says nothing with multi_query.
+        heads = base["num_attention_heads"]
+        width = base["hidden_size"] // heads
+        for name, (_, b) in file.modules.items():
+            keys = (b.shape[0] // width - heads) // 2
+            if name.endswith("query_key_value") and keys != (base.get("num_kv_heads") or 1):
+                return f"needs --base, a folder with a config.json that says num_kv_heads={keys}"
+    return ""
 
 
 _REFUSALS: dict[str, Callable[[PeftFile], str | None]] = {
