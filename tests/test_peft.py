@@ -57,6 +57,10 @@ def test_each_target_at_its_own_rank(make: Make, tmp_path: Path) -> None:
     loradrop.truncate(model, ranks, metric="weight")
     reload(model, tmp_path / "padded")
     reload(model, tmp_path / "own", padded=False)
+    verdicts = {v.engine: v for v in export(model, tmp_path / "own", padded=False)}
+    assert verdicts["peft"].ok and not verdicts["sglang"].ok
+    if make is llama:
+        assert verdicts["vllm"].ok and "lora_alpha / 1, its rank" in verdicts["llama.cpp"].reason
     small, large = (read(tmp_path / name) for name in ("own", "padded"))
     assert {name: len(A) for name, (A, _) in small.modules.items()} == {
         name: rank for name, rank in ranks.items() if rank

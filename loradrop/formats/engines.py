@@ -185,6 +185,9 @@ def _llama_cpp_refuses(file: PeftFile) -> str | None:
         for models, pattern, reason in _LLAMA_CPP:
             if (not models or kinds & set(models)) and re.match(pattern, f"{name}.weight"):
                 return reason.format(name)
+    for name, (a, _) in file.modules.items():
+        if not math.isclose(*(scale(e, file.config, name, len(a)) for e in ("llama.cpp", "peft"))):
+            return f"it scales {name} by lora_alpha / {len(a)}, its rank, and reads no patterns"
     if file.config.get("fan_in_fan_out"):
         return "fan_in_fan_out: its converter transposes Conv1D weights, and the adapter with them"
     return None
