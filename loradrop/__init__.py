@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loradrop.methods import LoRA as LoRA
     from loradrop.methods import LoRADrop as LoRADrop
     from loradrop.methods import Method as Method
+    from loradrop.methods import Spectral as Spectral
     from loradrop.native import save as save
     from loradrop.op.linear import lora_add as lora_add
     from loradrop.op.linear import lora_linear as lora_linear
@@ -52,7 +53,7 @@ _NAMES = {
     "formats.peft": "export",
     "layers": "LoRALinear",
     "loading": "load",
-    "methods": "LoRA LoRADrop Method",
+    "methods": "LoRA LoRADrop Method Spectral",
     "op.linear": "lora_add lora_linear",
     "plan": "Plan",
     "probing": "probe",

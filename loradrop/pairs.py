@@ -144,7 +144,8 @@ class LoRABank(AdapterBank):
             for target, slot, k in zip(self.targets, self.slots, wanted, strict=True)
         )
         slots = tuple(None if slot is None else numbers.get(slot) for slot in self.slots)
-        self.assign(Assignment(targets, slots, self.assignment.kept), pairs)
+        kept = tuple(t.name for t, s in zip(targets, slots, strict=True) if s is not None)
+        self.assign(Assignment(targets, slots, kept), pairs)
         left = {t.name: 0 if s is None else t.r for t, s in zip(targets, slots, strict=True)}
         return {
             "metric": metric,

@@ -18,7 +18,7 @@ from loradrop.bank import AdapterBank
 from loradrop.collector import Collector
 from loradrop.formats.peft_file import read as read_peft
 from loradrop.injection import injection_of, plan_of
-from loradrop.methods import LoRA, Method
+from loradrop.methods import LoRA, Method, Spectral
 from loradrop.methods.prilora import PRILoRA
 from loradrop.methods.vera import VeRA
 from loradrop.pairs import AFTER, INITS
@@ -143,6 +143,7 @@ each_method = pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 
 def test_the_methods_are_there() -> None:
     found = {"lora": LoRA, "lora_drop": LoRADrop, "prilora": PRILoRA, "vera": VeRA}
+    found |= {"spectral": Spectral}
     assert found.items() <= methods.available().items()
     for name, cls in methods.available().items():
         assert cls.name == name and methods.get(name) is cls and issubclass(cls, Method)
@@ -238,7 +239,8 @@ GROWING = sum(r * (2 * 2 * WIDTH + 3 * WIDTH) for r in (2, 3, 4))
 
 
 PARAMETERS = {
-    **{"lora": OWN, "lora_drop": OWN, "vera": 3 * (3 * R + 4 * WIDTH), "prilora": GROWING},
+    **{"lora": OWN, "lora_drop": OWN, "spectral": 2 * OWN},
+    **{"vera": 3 * (3 * R + 4 * WIDTH), "prilora": GROWING},
     "from outside": 9 * R * R + R * (WIDTH + WIDTH + 2 * WIDTH),
 }
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from loradrop import LoRAConfig, LoraDropConfig, TrainConfig, fit
+from loradrop.methods import Spectral
 from loradrop.methods.prilora import PRILoRA
 from loradrop.methods.vera import VeRA
 from loradrop.training import Result
@@ -32,6 +33,7 @@ CONFIGS: dict[str, LoRAConfig] = {
     **{"drop": DROP, "settling": SETTLING, "offline": OFFLINE, "lora": PLAIN},
     "part": LoraDropConfig(**LORA, keep=1, probe_steps=0.3, source="offline"),
     "vera": LoRAConfig(**LORA, method=VeRA()),
+    "spectral": LoRAConfig(**LORA, method=Spectral(cut_at=WARMUP)),
     "prilora": LoRAConfig(**LORA, method=PRILoRA(prune_every=3)),
 }
 ARGS = TrainConfig(steps=TOTAL, batch_size=8, learning_rate=1e-2, log_every=2, save_every=4)

@@ -10,8 +10,9 @@ from types import MappingProxyType
 from loradrop.methods.base import Method
 from loradrop.methods.lora import LoRA
 from loradrop.methods.lora_drop import LoRADrop
+from loradrop.methods.spectral import Spectral
 
-__all__ = ["LoRA", "LoRADrop", "Method", "available", "get"]
+__all__ = ["LoRA", "LoRADrop", "Method", "Spectral", "available", "get"]
 
 
 @functools.cache

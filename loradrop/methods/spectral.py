@@ -1,0 +1,129 @@
+"""Spectral LoRA-drop: train LoRA wide, keep the directions that matter to the loss, train on.
+
+The first stage trains LoRA with `r_start` directions for every target. At its end the Gram matrices
+of both passes say what each direction is worth in units of the loss (`spectra`), one budget is
+spent on the directions of all targets together, and the second stage trains what is left: plain
+LoRA with a rank for each target, 0 included. All of it is ours; the score by which LoRA-drop (Zhou
+et al., COLING 2025) keeps whole layers is the sum of this spectrum with metric="output".
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from loradrop.bank import AdapterBank
+from loradrop.methods.base import Method, Warmup
+from loradrop.pairs import LoRABank
+from loradrop.scores import Scores, Target
+from loradrop.selection import check_choice
+from loradrop.spectra import METRICS, SCOPES, allocate, spectrum
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spectral(Method):
+    """The options of spectral LoRA-drop.
+
+    budget    what is left, as a part of the parameters of LoRA at the rank of `LoRAConfig`
+    r_start   rank of the first stage; None is twice the rank of `LoRAConfig`, as far as a target
+              has so many directions. s is that of `LoRAConfig` throughout
+    cut_at    when to cut: a part of all steps, or a number of steps
+    measured  the part of the first stage, at its end, whose passes are measured
+    source    "online": those passes themselves; "offline": a pass in eval mode over the training
+              set at its end, with labels drawn from the model
+    metric    what a direction is worth: "loss", "output" or "weight", of `spectrum`
+    scope, multiple, budget_time   of `allocate`
+
+    Raises ValueError naming the field, its value and the remedy.
+    """
+
+    name: ClassVar[str] = "spectral"
+    statistics: ClassVar[tuple[str, ...]] = ("sqnorm", "gram_in", "gram_out")
+    keeps_parameters: ClassVar[bool] = False
+
+    budget: float = 0.25
+    r_start: int | None = None
+    cut_at: float = 0.6
+    measured: float = 0.2
+    source: str = "online"
+    metric: str = "loss"
+    scope: str = "joint"
+    multiple: int = 1
+    budget_time: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.budget < math.inf:
+            raise ValueError(f"budget={self.budget}: choose a positive part of LoRA's parameters")
+        if self.r_start is not None and (not isinstance(self.r_start, int) or self.r_start < 1):
+            raise ValueError(f"r_start={self.r_start!r}: choose a whole number from 1 up, or None")
+        at = self.cut_at
+        if not 0 < at < math.inf or (at >= 1 and at != int(at)):
+            raise ValueError(
+                f"cut_at={at}: choose a part of all steps in (0, 1), or a whole number of steps"
+            )
+        if not 0.0 < self.measured <= 1.0:
+            raise ValueError(f"measured={self.measured}: choose a number in (0, 1]")
+        for name, known in (
+            ("source", ("online", "offline")), ("metric", METRICS), ("scope", SCOPES),
+        ):  # fmt: skip
+            check_choice(name, getattr(self, name), known)
+        if not isinstance(self.multiple, int) or self.multiple < 1:
+            raise ValueError(f"multiple={self.multiple!r}: choose a whole number from 1 up")
+        if self.budget_time is not None and not 0.5 < self.budget_time <= 1.0:
+            raise ValueError(f"budget_time={self.budget_time}: choose a number in (0.5, 1]")
+
+    def bank(
+        self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]
+    ) -> AdapterBank:
+        """LoRA's pairs, `r_start` wide."""
+        wide = [
+            t._replace(r=min(self.r_start or 2 * t.r, t.in_features, t.out_features))
+            for t in targets
+        ]
+        return SpectralBank(wide, scaling, likes, sum(target.parameters for target in targets))
+
+    def warmup(self, total: int) -> Warmup:
+        """Raises ValueError where a stage would have no step."""
+        part = self.cut_at < 1
+        steps = round(self.cut_at * total) if part else int(self.cut_at)
+        steps = min(max(steps, 2), total - 1) if part else steps
+        if not 2 <= steps < total:
+            raise ValueError(
+                f"cut_at={self.cut_at:g} cuts after {steps} of {total} steps: choose at least 2 "
+                "(lora.method.cut_at), as B is zero at first, and fewer than all, or train longer"
+            )
+        return Warmup(steps=steps, source=self.source, measured=self.measured)
+
+    def update(self, bank: AdapterBank, scores: Scores | None) -> Mapping[str, Any]:
+        if scores is None:
+            raise ValueError(
+                "the cut needs scores: call loradrop.probe(model, batches, gram=True) after some "
+                "training"
+            )
+        assert isinstance(bank, SpectralBank)
+        found = spectrum(scores, self.metric)
+        budget = min(1.0, self.budget * bank.nominal / found.full)
+        ranks = allocate(
+            found, budget=budget, scope=self.scope, multiple=self.multiple,
+            budget_time=self.budget_time,
+        )  # fmt: skip
+        return bank.cut(ranks, scores.grams, self.metric)
+
+
+class SpectralBank(LoRABank):
+    """LoRA's pairs at the rank of the first stage.
+
+    nominal   elements of LoRA at the rank of `LoRAConfig`, which budgets are a part of
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        scaling: Sequence[float],
+        likes: Sequence[Tensor],
+        nominal: int,
+    ) -> None:
+        super().__init__(targets, scaling, likes)
+        self.nominal = nominal

@@ -1,0 +1,108 @@
+"""Spectral LoRA-drop as a method: train wide, cut at a step, train what is left."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import training_runs as tiny
+
+import loradrop
+from loradrop import LoRAConfig, Spectral
+from loradrop.injection import plan_of
+from loradrop.methods.spectral import SpectralBank
+from loradrop.scores import Target
+
+CUT = tiny.WARMUP
+
+
+def config(**options: Any) -> LoRAConfig:
+    method = Spectral(**{"cut_at": CUT, **options})
+    return LoRAConfig(r=4, lora_alpha=8, target_modules="all-linear", method=method)
+
+
+@pytest.mark.parametrize("source", ["online", "offline"])
+@pytest.mark.parametrize("metric", ["loss", "output", "weight"])
+def test_it_cuts_to_its_budget_and_trains_on(metric: str, source: str, tmp_path: Path) -> None:
+    model = tiny.make_model()
+    result = tiny.run(tmp_path, config(metric=metric, source=source), model=model)
+    bank, plan = model.lora_bank, result.plan
+    nominal = 4 * sum(t.in_features + t.out_features for t in bank.targets)
+    assert 0.2 * nominal < bank.trainable == result.parameters <= 0.25 * nominal
+    ranks = {t.name: 0 if s is None else t.r for t, s in zip(bank.targets, bank.slots, strict=True)}
+    assert plan.cut["ranks"] == ranks and len(set(ranks.values())) > 1
+    assert all(len(values) == 8 for values in plan.cut["values"].values())
+    assert plan.cut["metric"] == metric and (plan.cut["loss"] is not None) == (metric == "loss")
+    assert plan.full_parameters == 2 * nominal and result.steps == tiny.TOTAL
+    assert set(bank.scaling) == {2.0} and plan.warmup["steps"] == CUT
+    losses = [entry["loss"] for entry in result.history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+def test_a_run_that_is_decided_has_one_stage(tmp_path: Path) -> None:
+    first = tiny.run(tmp_path / "first", config())
+    model = tiny.make_model()
+    loradrop.load(model, tmp_path / "first" / "adapter")
+    assert plan_of(model).to_dict() == first.plan.to_dict()
+    second = tiny.run(tmp_path / "second", config(), model=model)
+    assert second.parameters == first.parameters and second.steps == tiny.TOTAL
+    assert {entry["stage"] for entry in second.history} == {"main"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "step"), [("warmup", 3), ("warmup", 7), ("main", 2), ("main", 11)]
+)
+def test_a_run_that_is_cut_off_comes_to_the_same_end(
+    stage: str, step: int, runs: tiny.Runs, tmp_path: Path
+) -> None:
+    folder, *_ = runs["spectral"]
+    lora = tiny.CONFIGS["spectral"]
+    tiny.interrupted(tmp_path, stage, step, config=lora)
+    tiny.run(tmp_path, lora, resume=True)
+    assert tiny.outcome(tmp_path) == tiny.outcome(folder)
+
+
+def test_only_the_last_part_of_the_first_stage_is_measured(tmp_path: Path) -> None:
+    stage = Spectral(cut_at=50, measured=0.2).warmup(100)
+    assert (stage.steps, stage.measured_from) == (50, 40)
+    for part, rows in ((0.5, CUT // 2), (1.0, CUT)):
+        result = tiny.run(tmp_path / str(part), config(measured=part))
+        assert result.plan.scores["rows"] == rows
+
+
+def test_the_first_stage_is_as_wide_as_it_can_be() -> None:
+    targets = [Target("a", "a", 100, 6, 4), Target("b", "b", 100, 100, 4)]
+    likes = [torch.empty(0)] * 2
+    bank = Spectral().bank(targets, [1.0, 1.0], likes)
+    assert isinstance(bank, SpectralBank) and [t.r for t in bank.targets] == [6, 8]
+    assert bank.nominal == 4 * 106 + 4 * 200
+    assert [t.r for t in Spectral(r_start=3).bank(targets, [1.0, 1.0], likes).targets] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.0}, "budget=0.0"),
+        ({"r_start": 0}, "r_start=0"),
+        ({"cut_at": 0.0}, "cut_at=0.0"),
+        ({"cut_at": 2.5}, "cut_at=2.5"),
+        ({"measured": 0.0}, "measured=0.0"),
+        ({"metric": "svd"}, "metric='svd': choose one of loss"),
+        ({"scope": "all"}, "scope='all'"),
+        ({"source": "both"}, "source='both'"),
+        ({"multiple": 0}, "multiple=0"),
+        ({"budget_time": 0.5}, "budget_time=0.5"),
+    ],
+)
+def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Spectral(**options)
+
+
+def test_stages_without_a_step_are_refused() -> None:
+    for at, total in ((1, 10), (10, 10), (0.5, 2)):
+        with pytest.raises(ValueError, match=r"lora\.method\.cut_at"):
+            Spectral(cut_at=at).warmup(total)
+    assert Spectral(cut_at=0.01).warmup(10).steps == 2
+    assert dataclasses.asdict(Spectral())["budget"] == 0.25
