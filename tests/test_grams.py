@@ -1,0 +1,325 @@
+"""Gram matrices of both passes are their explicit sums, however the model runs."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import VOCABULARY, R, bert, llama, net, wake
+from test_probing import RANKS, Batch, batches, collecting
+from torch import Tensor, distributed, multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+
+import loradrop
+from loradrop.collector import GRAMS, Collector
+from loradrop.injection import injection_of
+from loradrop.scores import Grams, Scores
+
+pytestmark = pytest.mark.numbers
+
+NAMES = ("sqnorm", *GRAMS)
+
+
+def each(outputs: Tensor, given: Any = None) -> Tensor:
+    """The loss of each sample of a `Net`."""
+    return outputs.square().mean((1, 2))
+
+
+def step(model: Callable[..., Tensor], batch: Batch) -> Tensor:
+    return each(model(**batch)).mean()
+
+
+def explicit(
+    model: Any, data: list[Batch], loss: Callable[[Any, Batch], Tensor] = each
+) -> tuple[list[Tensor], list[Tensor], list[float]]:
+    """Σ w h hᵀ, Σ w u uᵀ and Σ w of each target, by hooks, for the sum of the samples' losses."""
+    bank, handles = model.lora_bank, []
+    inputs, outputs = ([torch.zeros(R, R).double() for _ in bank.targets] for _ in range(2))
+    rows, mask = [0.0] * len(bank.targets), [torch.zeros(0)]
+
+    def watch(i: int) -> Callable[..., None]:
+        def forward(_: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+            A, B = (factor.detach().double() for factor in bank.factors(i))
+            w = mask[0].double().reshape(-1)
+            h = args[0].detach().double().reshape(-1, A.shape[1]) @ A.T
+            inputs[i].add_(h.T @ (w[:, None] * h))
+            rows[i] += float(w.sum())
+
+            def backward(dy: Tensor) -> None:
+                u = dy.double().reshape(-1, B.shape[0]) @ B
+                outputs[i].add_(u.T @ (w[:, None] * u))
+
+            y.register_hook(backward)
+
+        return forward
+
+    for i, target in enumerate(bank.targets):
+        layer = model.get_submodule(target.name)
+        handles.append(layer.register_forward_hook(watch(i)))
+    for batch in data:
+        mask[0] = batch["attention_mask"]
+        loss(model(**batch), batch).sum().backward()
+    model.zero_grad()
+    for handle in handles:
+        handle.remove()
+    return inputs, outputs, rows
+
+
+def assert_grams(found: Scores | Grams, want: tuple[Any, Any, Any], rtol: float) -> None:
+    grams = found.grams if isinstance(found, Scores) else found
+    assert grams is not None
+    for got, expected in ((grams.inputs, want[0]), (grams.outputs, want[1])):
+        for one, two in zip(got, expected, strict=True):
+            assert_close(one, two, rtol=rtol, atol=rtol * float(two.trace()))
+            assert two.trace() > 0
+    assert grams.rows == pytest.approx(want[2], rel=1e-12)
+
+
+def online(model: Any, data: list[Batch], run: Any = None, accumulate: int = 1) -> Scores:
+    """Of training passes whose loss is the mean over the samples of a step."""
+    model.train()
+    with collecting(model, statistics=NAMES) as collector:
+        for start in range(0, len(data), accumulate):
+            part = data[start : start + accumulate]
+            n = sum(len(batch["input_ids"]) for batch in part)
+            for batch in part:
+                loss = step(model if run is None else run, batch)
+                (loss * len(batch["input_ids"]) / n * 1024.0).backward()  # as a loss scaler does
+            collector.loss_scale = 1024.0
+            collector.close_row()
+            model.zero_grad()
+        return collector.scores()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_probe(dtype: torch.dtype) -> None:
+    model, data = net().to(dtype), batches()
+    before = copy.deepcopy(model.state_dict())
+    plain = loradrop.probe(model, data)
+    scores = loradrop.probe(model, data, gram=True, labels=each)
+    exact = 1e-11 if dtype == torch.float64 else 1e-5
+    assert_grams(scores, explicit(model, data), exact)
+    assert_close(scores.rows, plain.rows, rtol=exact, atol=0)
+    assert (scores.source, scores.tokens) == ("offline", plain.tokens)
+    assert scores.grams is not None and scores.grams.samples == sum(
+        len(batch["input_ids"]) for batch in data
+    )
+    for name in scores:
+        assert sum(loradrop.spectrum(scores, "output")[name]) == pytest.approx(scores[name])
+    assert all(p.grad is None and p.requires_grad for p in model.lora_bank.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert injection_of(model).scores is scores and not model._forward_hooks
+
+
+@pytest.mark.parametrize("reentrant", [None, True, False])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_online(reentrant: bool | None, accumulate: int) -> None:
+    model, data = net(reentrant).double(), batches()
+    scores = online(model, data, accumulate=accumulate)
+    assert_grams(scores, explicit(net().double(), data), 1e-10)
+    assert scores.source == "online" and len(scores.rows) == 4 // accumulate
+
+
+def test_online_when_compiled() -> None:
+    model, data = net(), batches(2)
+    torch.compiler.reset()
+    scores = online(model, data, torch.compile(model, backend="aot_eager"))
+    assert_grams(scores, explicit(model, data), 1e-5)
+
+
+def test_online_under_autocast() -> None:
+    model, data = net(), batches()
+    scores = online(model, data, torch.autocast("cpu", torch.bfloat16)(model.__call__))
+    assert_grams(scores, explicit(model, data), 0.05)
+
+
+def test_members_of_a_shared_adapter_add_up() -> None:
+    model, data = net().double(), batches()
+    loradrop.share(model, ["layers.0.query"])
+    scores = loradrop.probe(wake(model), data, gram=True, labels=each)
+    inputs, outputs, rows = explicit(model, data)
+    assert_grams(scores, (inputs, outputs, rows), 1e-11)
+    one, two = (i for i, s in enumerate(model.lora_bank.slots) if s == model.lora_bank.slots[1])
+    values = loradrop.spectrum(scores, "loss")[scores.targets[one].name]
+    total = torch.trace((outputs[one] + outputs[two]) @ (inputs[one] + inputs[two]))
+    unit = model.lora_bank.scaling[0] ** 2 / (2 * scores.grams.samples * (rows[one] + rows[two]))
+    assert sum(values) == pytest.approx(unit * float(total))
+
+
+def test_a_step_that_overflowed_leaves_its_gradients_out() -> None:
+    model, data = net().double(), batches()
+    with collecting(model, statistics=NAMES) as collector:
+        for i, batch in enumerate(data):
+            loss = step(model, batch)
+            (loss * (float("inf") if i == 2 else 1.0)).backward()
+            collector.close_row()
+        scores = collector.scores()
+    inputs, _, rows = explicit(model, data)
+    _, outputs, _ = explicit(model, [data[0], data[1], data[3]])
+    assert_grams(scores, (inputs, outputs, rows), 1e-10)
+
+
+def test_a_collector_goes_on_from_its_state() -> None:
+    model, data, state = net().double(), batches(), None
+    for part in (data[:2], data[2:]):
+        with collecting(model, statistics=NAMES) as collector:
+            if state is not None:
+                collector.load_state_dict(state)
+            for batch in part:
+                step(model, batch).backward()
+                collector.close_row()
+            state = copy.deepcopy(collector.state_dict())
+    assert_grams(collector.scores(), explicit(model, data), 1e-10)
+
+
+def test_what_was_forgotten_does_not_count() -> None:
+    model, data = net().double(), batches()
+    with collecting(model, statistics=NAMES) as collector:
+        for i, batch in enumerate(data):
+            step(model, batch).backward()
+            collector.close_row()
+            if i == 1:
+                collector.forget()
+    assert_grams(collector.scores(), explicit(model, data[2:]), 1e-10)
+    assert len(collector.rows) == 2
+
+
+def on_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS)
+    model, mine = net().double(), batches(4)[rank::RANKS]
+    parallel = DistributedDataParallel(model)
+    collector = Collector(model, model.lora_bank, online=True, statistics=NAMES)
+    for batch in mine:
+        step(parallel, batch).backward()
+        collector.close_row()
+    state = collector.state_dict()
+    resumed = Collector(model, model.lora_bank, online=True, statistics=NAMES)
+    resumed.load_state_dict(state)
+    torch.save([collector.scores().grams, resumed.scores().grams], f"{folder}/rank{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_they_are_summed_over_ranks(tmp_path: Path) -> None:
+    multiprocessing.spawn(on_rank, (str(tmp_path),), RANKS)
+    want = explicit(net().double(), batches(4))
+    for rank in range(RANKS):
+        for grams in torch.load(tmp_path / f"rank{rank}.pt", weights_only=False):
+            assert_grams(grams, want, 1e-10)
+            assert grams.samples == sum(len(batch["input_ids"]) for batch in batches(4))
+
+
+# Whose loss
+
+
+def classifier(cls: str = "ForSequenceClassification", **options: Any) -> Any:
+    model = bert(2, cls=cls)
+    for name, value in options.items():
+        setattr(model.config, name, value)
+    loradrop.inject(model, loradrop.LoRAConfig(r=R))
+    return wake(model.double())
+
+
+def labelled(batch: Batch, labels: Tensor) -> Batch:
+    return {**batch, "labels": labels}
+
+
+def test_labels_of_the_data() -> None:
+    model, data = classifier(), batches()
+    data = [labelled(b, torch.arange(len(b["input_ids"])) % 2) for b in data]
+    scores = loradrop.probe(model, data, gram=True, labels="data")
+    want = explicit(model, data, lambda out, batch: out.loss * len(batch["labels"]))
+    assert_grams(scores, want, 1e-6)  # the loss is summed in float32
+
+
+def fisher(model: Any, data: list[Batch], weights: Callable[[Any, Batch], Any]) -> list[Tensor]:
+    """E Σ u uᵀ over all labels a model can draw, by a backward pass for each of them."""
+    total: list[Tensor] = []
+    for batch in data:
+        for weight, loss in weights(model(**batch), batch):
+            _, outputs, _ = explicit(model, [batch], lambda out, b, loss=loss: loss(out))
+            part = [float(weight) * value for value in outputs]
+            total = part if not total else [a + b for a, b in zip(total, part, strict=True)]
+    return total
+
+
+def test_drawn_labels_give_the_fisher_matrix() -> None:
+    """Of one sample, over many draws: the mean is the sum over classes, weighed by their odds."""
+    model = classifier()
+    batch = {key: value[:1] for key, value in batches(1)[0].items()}
+
+    def classes(out: Any, _: Batch) -> Any:
+        odds = out.logits.detach().softmax(-1)[0]
+        return [(odds[c], lambda o, c=c: -o.logits.log_softmax(-1)[:, c]) for c in range(len(odds))]
+
+    want, draws = fisher(model, [batch], classes), 600
+    grams = loradrop.probe(model, [batch] * draws, gram=True).grams
+    assert grams is not None and grams.samples == draws
+    for got, expected in zip(grams.outputs, want, strict=True):
+        assert got is not None
+        assert_close(got / draws, expected, rtol=0.0, atol=0.2 * float(expected.trace()))
+    again = loradrop.probe(model, [batch] * draws, gram=True).grams
+    assert again is not None and all(map(torch.equal, grams.outputs, again.outputs))
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_drawn_labels_of_other_heads(kind: str) -> None:
+    """Their Fisher matrix is the curvature of the loss that such a model is trained with."""
+    model = classifier(problem_type=kind)
+    batch = {key: value[:1] for key, value in batches(1)[0].items()}
+    draws = 800
+    grams = loradrop.probe(model, [batch] * draws, gram=True).grams
+    assert grams is not None and grams.samples == draws
+    logits = model(**batch).logits.detach()[0]
+    odds = logits.sigmoid()
+    curvature = 2.0 + 0 * logits if kind == "regression" else odds * (1 - odds)
+    want = None
+    for c, weight in enumerate(curvature / len(logits)):
+        _, outputs, _ = explicit(model, [batch], lambda out, b, c=c: out.logits[:, c])
+        part = [float(weight) * value for value in outputs]
+        want = part if want is None else [a + b for a, b in zip(want, part, strict=True)]
+    assert want is not None
+    for got, expected in zip(grams.outputs, want, strict=True):
+        assert got is not None
+        assert_close(got / draws, expected, rtol=0.0, atol=0.2 * float(expected.trace()))
+
+
+def test_tokens_that_have_no_label_are_no_samples() -> None:
+    model = llama()
+    loradrop.inject(model, loradrop.LoRAConfig(r=R))
+    ids = torch.randint(2, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    plain = {"input_ids": ids, "attention_mask": mask}
+    labels = torch.where(mask > 0, ids, -100)
+    labels[:, :2] = -100  # a prompt of two tokens
+    for batch, count in ((plain, 10), (labelled(plain, labels), 4 + 2)):
+        grams = loradrop.probe(model, [batch], gram=True).grams
+        assert grams is not None and grams.samples == count
+
+
+def test_without_labels_the_output_metric_is_left() -> None:
+    model, data = net(), batches()
+    scores = loradrop.probe(model, data, gram=True, labels=None)
+    assert sum(loradrop.spectrum(scores, "output")["layers.0.query"]) == pytest.approx(
+        scores["layers.0.query"]
+    )
+    with pytest.raises(ValueError, match=r"metric='loss' needs statistics.*labels="):
+        loradrop.spectrum(scores, "loss")
+
+
+def test_losses_that_are_not_there_are_named() -> None:
+    model, data = net(), batches()
+    with pytest.raises(ValueError, match="labels='true': choose one of sampled, data"):
+        loradrop.probe(model, data, gram=True, labels="true")
+    with pytest.raises(ValueError, match="needs a loss, and the model returned none"):
+        loradrop.probe(model, data, gram=True, labels="data")
+    with pytest.raises(ValueError, match="the loss of each sample"):
+        loradrop.probe(model, data, gram=True, labels=lambda out, given: out.sum())
+    bare = classifier("Model")
+    with pytest.raises(ValueError, match="BertModel returns no logits"):
+        loradrop.probe(bare, data, gram=True)
+    assert bare.lora_bank.collector is None and bare.lora_bank.factors(0)[0].requires_grad
