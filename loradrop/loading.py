@@ -1,9 +1,10 @@
-"""Loading: the adapters of a native file into a model."""
+"""Loading: the adapters of a native file, or of a PEFT folder, into a model."""
 
 import logging
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch import nn
 
 from loradrop.bank import AdapterBank, bank_of, has_bank
 from loradrop.config import LoRAConfig
+from loradrop.formats import peft_load
 from loradrop.injection import base_of, injection_of, require_loaded
 from loradrop.layers import shape_of
-from loradrop.native import NativeFile, read
+from loradrop.native import FOLDER, TENSORS, NativeFile, read
 from loradrop.ranks import placed
 from loradrop.surgery import inject
 
@@ -21,12 +23,13 @@ _log = logging.getLogger(__name__)
 
 
 def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
-    """Put the adapters that `save` wrote into `model`, injecting them where it has none.
+    """Put the adapters in the folder `path` into `model`, injecting them where it has none.
 
-    Returns the bank. Raises ValueError for a file that is damaged, newer, a pickle, or of another
-    model (which tensors differ).
+    `save` wrote them, or PEFT, or our `export` in PEFT's format: then every target has its own
+    pair. Returns the bank. Raises ValueError for a file that is damaged, newer, a pickle, or of
+    another model (which tensors differ), and for an adapter of PEFT that is not plain LoRA.
     """
-    file = read(path)
+    file = _read(path, model)
     plan = file.plan
     _require_fit(model, file, path)
     if not has_bank(model):  # the targets themselves are compared below
@@ -50,8 +53,14 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
     if plan.base.get("fingerprint") not in (None, base_of(model)["fingerprint"]):
         differ = "whose tensors are not all those of this model; its targets fit"
         _log.warning("%s was trained on %s, %s", path, plan.base.get("id"), differ)
-    fill(model, file)
+    fill(model, file._replace(plan=replace(plan, base={**base_of(model), **plan.base})))
     return bank
+
+
+def _read(path: str | os.PathLike[str], model: nn.Module) -> NativeFile:
+    """The file in the folder, ours before PEFT's: it alone knows who shares."""
+    ours = any((Path(path) / name).exists() for name in (TENSORS, f"{FOLDER}/{TENSORS}"))
+    return peft_load.read(path, model) if not ours and peft_load.is_peft(path) else read(path)
 
 
 def _differences(here: LoRAConfig, there: LoRAConfig, names: list[str]) -> str:
@@ -81,7 +90,7 @@ def fill(model: nn.Module, file: NativeFile) -> None:
 
 
 def _require_fit(model: nn.Module, file: NativeFile, path: Any) -> None:
-    plan, modules, base = file.plan, dict(model.named_modules()), model.state_dict()
+    plan, modules, state = file.plan, dict(model.named_modules()), model.state_dict()
     wrong = []
     for target in plan.targets:
         module = modules.get(target.name)
@@ -91,11 +100,11 @@ def _require_fit(model: nn.Module, file: NativeFile, path: Any) -> None:
             wanted = f"{target.in_features} -> {target.out_features}"
             wrong.append(f"{target.name}: {wanted} in the file, {found} in the model")
     for name, value in file.trained.items():
-        if name not in base or base[name].shape != value.shape:
-            shape = tuple(base[name].shape) if name in base else "not there"
+        if name not in state or state[name].shape != value.shape:
+            shape = tuple(state[name].shape) if name in state else "not there"
             wrong.append(f"{name}: {tuple(value.shape)} in the file, {shape} in the model")
     if wrong:
         more = f"\n  and {len(wrong) - 8} more" * (len(wrong) > 8)
-        base_name = plan.base.get("id") or plan.base.get("class")
-        what = f"{path} is an adapter for another model ({base_name})"
+        base = plan.base.get("id") or plan.base.get("class") or "which it does not name"
+        what = f"{path} is an adapter for another model ({base})"
         raise ValueError(f"{what}. These differ:\n  " + "\n  ".join(wrong[:8]) + more)

@@ -103,7 +103,7 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
     if "plan" not in metadata:
         raise ValueError(
             f"{file} is not a native loradrop adapter (its header has no plan): "
-            "load a PEFT file with PEFT"
+            "load a PEFT file with its folder, loradrop.load(model, folder)"
         )
     try:
         plan = Plan.from_dict(json.loads(metadata["plan"]))

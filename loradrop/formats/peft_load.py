@@ -1,0 +1,258 @@
+"""A PEFT folder as a native file: plain pairs (A, B), each at its own rank and scale.
+
+The model computes from the result what PEFT computes from the folder. Whatever else a folder may
+ask for, by an option of PEFT 0.21 or by a tensor, is refused by its name.
+"""
+
+import logging
+import math
+import os
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loradrop.bank import STATE, Pair
+from loradrop.config import LoRAConfig
+from loradrop.formats import peft_file
+from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS, PeftFile, base_state
+from loradrop.formats.peft_options import config_of, require_plain, spelled
+from loradrop.injection import require_loaded
+from loradrop.matching import inside
+from loradrop.native import NativeFile
+from loradrop.pairs import LoRABank
+from loradrop.plan import Plan
+from loradrop.ranks import whole
+from loradrop.scores import Assignment, Target
+
+PICKLE = "adapter_model.bin"
+_log = logging.getLogger(__name__)
+_PAIR = re.compile(r"(.+)\.lora_([AB])\.weight")
+_OF_PEFT = re.compile(r"(^|\.)(lora_\w+|token_adapter|modules_to_save|original_module)(\.|$)")
+
+
+def is_peft(path: str | os.PathLike[str]) -> bool:
+    """Whether the folder `path` holds an adapter of PEFT."""
+    return any((Path(path) / name).exists() for name in (CONFIG, TENSORS, PICKLE))
+
+
+def read(path: str | os.PathLike[str], model: nn.Module) -> NativeFile:
+    """The adapter that PEFT or our `export` wrote into the folder `path`, as a native one.
+
+    Its targets are in the order of `model`. Raises FileNotFoundError for a missing file, and
+    ValueError for a damaged one, a pickle, and what plain pairs cannot express.
+    """
+    folder = Path(path)
+    if (folder / PICKLE).exists() and not (folder / TENSORS).exists():
+        raise ValueError(
+            f"{folder / PICKLE} is a pickle, which can run any code when it is loaded: refused. "
+            "Load it with PEFT where you trust it, and save_pretrained writes a safetensors file"
+        )
+    try:
+        return translate(peft_file.read(folder), model)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def translate(file: PeftFile, model: nn.Module) -> NativeFile:
+    """The pairs, the tensors trained whole and the plan of `file`, for `model`.
+
+    Raises ValueError naming the option, the tensor or the target that plain pairs cannot express.
+    Whether targets and shapes fit the model is not asked here.
+    """
+    options = file.config
+    require_plain(options)
+    pairs, others = _parts(file.tensors)
+    state = base_state(model)
+    trained = _trained(options, model, others, pairs)
+    _require_untied(options, state, trained)
+    saved = _saved_modules(state, trained)
+    names = [name for name, _ in model.named_modules() if name in pairs]
+    names += [name for name in pairs if name not in names]
+    config = config_of(options, names, saved)
+    for name in names:
+        if any(inside(name, module) for module in saved):
+            raise ValueError(
+                f"{name} has a pair, and its weight is trained whole too: take it out of "
+                "modules_to_save, and train the adapter again"
+            )
+        config, pairs[name] = _fitting(name, config, pairs[name])
+    config = spelled(config, options, model, names)
+    targets = tuple(_target(name, *pairs[name]) for name in names)
+    assignment = Assignment(targets, tuple(range(len(targets))))
+    bank = LoRABank((), (), ())  # it alone knows how it names its tensors
+    bank.assign(assignment, [pairs[name] for name in names])
+    tensors = {key: value.detach() for key, value in bank.state_dict().items() if key != STATE}
+    plan = Plan(
+        config=config,
+        assignment=assignment,
+        parameters=assignment.parameters,
+        base=_said(options, id="base_model_name_or_path", revision="revision"),
+        versions=_said(options, peft="peft_version"),
+    )
+    return NativeFile(plan, tensors, trained)
+
+
+def _target(name: str, A: Tensor, B: Tensor) -> Target:
+    return Target(name, name.rpartition(".")[2], A.shape[1], B.shape[0], A.shape[0])
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Pair], dict[str, Tensor]]:
+    """(target -> (A (r, K), B (N, r)) in float32, name in the base model -> a tensor of it).
+
+    Raises ValueError for a tensor that is neither, a lone factor, and values that are not finite.
+    """
+    factors: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(PREFIX)
+        if not tensor.isfinite().all():
+            raise ValueError(f"{key} is not finite: its training diverged. Take another checkpoint")
+        if pair := _PAIR.fullmatch(name):
+            factors.setdefault(pair[1], {})[pair[2]] = tensor
+            continue
+        name = name.replace(".base_layer.", ".")
+        if _OF_PEFT.search(name):
+            raise ValueError(
+                f"{key} is neither lora_A.weight nor lora_B.weight of a linear layer, so it "
+                "cannot be part of a plain pair: use the adapter with PEFT"
+            )
+        others[name] = tensor
+    if not factors:
+        raise ValueError(f"{TENSORS} has no lora_A and lora_B: load its tensors with PEFT")
+    pairs: dict[str, Pair] = {}
+    for name, found in factors.items():
+        if len(found) == 1:
+            there = "".join(found)
+            lacks = "B" if there == "A" else "A"
+            raise ValueError(f"{name} has lora_{there} but no lora_{lacks}: save the adapter again")
+        A, B = found["A"], found["B"]
+        if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or not A.numel() * B.numel():
+            raise ValueError(
+                f"{name} has lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}, not (r, K) and "
+                "(N, r): only linear layers are adapted here, and a sharded training has to gather "
+                "its tensors before it saves them"
+            )
+        A, B = (f if f.dtype == torch.float64 else f.float() for f in (A, B))
+        pairs[name] = (A, B)
+    return pairs, others
+
+
+def _trained(
+    options: Mapping[str, Any],
+    model: nn.Module,
+    others: Mapping[str, Tensor],
+    targets: Container[str],
+) -> dict[str, Tensor]:
+    """Those tensors of the file that are trained whole: of modules_to_save, and biases.
+
+    PEFT also writes embeddings and heads that it does not train (save_embedding_layers). They are
+    left out where the model has the same, and else taken in, as the file has them. Raises
+    ValueError for the other weight of a target, and where a module of modules_to_save lacks
+    tensors.
+    """
+    state, ends = base_state(model), tuple(options.get("modules_to_save") or ())
+    saved = [n for n, _ in model.named_modules() if n.endswith(ends)] if ends else []
+    asked = {key for key in state if any(inside(key, name) for name in saved)}
+    if lacking := sorted(asked - set(others)):
+        raise ValueError(
+            f"modules_to_save={list(ends)} without {', '.join(lacking[:5])} in {TENSORS}: "
+            "save the adapter again, or take the entry out where the base model's is right"
+        )
+    biases = options.get("bias", "none") != "none"
+    trained, beside = {}, []
+    for name, value in others.items():
+        if name in state and name not in asked and not (biases and "bias" in name):
+            if _holds(name, state[name], value):
+                continue
+            if name.rpartition(".")[0] in targets:
+                raise ValueError(
+                    f"{name} of the base model is in {TENSORS} too, and is another one than this "
+                    "model has: load the base model that the adapter was trained on"
+                )
+            beside.append(name)
+        trained[name] = value
+    if beside:
+        told = "%s: in the file though not in modules_to_save, and trained whole from here on"
+        _log.warning(told, ", ".join(beside))
+    return trained
+
+
+def _holds(name: str, here: Tensor, value: Tensor) -> bool:
+    """Whether the model's tensor is this value in its dtype."""
+    require_loaded({name: here})
+    return here.shape == value.shape and torch.equal(whole(here).cpu(), value.to(here.dtype))
+
+
+def _require_untied(
+    options: Mapping[str, Any], state: Mapping[str, Tensor], trained: Mapping[str, Tensor]
+) -> None:
+    """Raises ValueError for a tensor that the model has under two names, and the file under one.
+
+    PEFT trains a copy of it, apart from its twin, unless ensure_weight_tying is set.
+    """
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    for name, value in trained.items():
+        for twin in names[id(state[name])] if name in state else ():
+            other = trained.get(twin)
+            apart = other is None and not options.get("ensure_weight_tying")
+            if apart or (other is not None and not torch.equal(other, value)):
+                raise ValueError(
+                    f"{name} is the same tensor as {twin} in this model, and PEFT trained it "
+                    "apart: untie them first (transformers: load the base model with "
+                    "tie_word_embeddings=False)"
+                )
+
+
+def _saved_modules(state: Mapping[str, Tensor], trained: Iterable[str]) -> list[str]:
+    """The outermost modules of which the file has every tensor."""
+    lacking = {parent for key in state if key not in trained for parent in _parents(key)}
+    here = (key for key in trained if key in state)
+    found = (next((p for p in _parents(key) if p not in lacking), None) for key in here)
+    return list(dict.fromkeys(name for name in found if name is not None))
+
+
+def _parents(key: str) -> Iterator[str]:
+    """The modules around the tensor `key`, the outermost first."""
+    return (key[: dot.start()] for dot in re.finditer(r"\.", key))
+
+
+@torch.no_grad()
+def _fitting(name: str, config: LoRAConfig, pair: Pair) -> tuple[LoRAConfig, Pair]:
+    """The pair of target `name` with at most min(K, N) ranks, and the configuration that says so.
+
+    All others add nothing: a uniform file pads small targets with zeros, and what PEFT trained
+    there has the same product B·A as a pair that fits, made in float64 and rounded once. Raises
+    ValueError where the rank is not the configuration's.
+    """
+    (A, B), r, s = pair, config.rank(name), config.scaling(name)
+    most = min(A.shape[1], B.shape[0])
+    if A.shape[0] != r:
+        raise ValueError(
+            f"{name} has rank {A.shape[0]} in {TENSORS} and rank {r} by r and rank_pattern in "
+            f"{CONFIG}: restore the two files of one save"
+        )
+    if r <= most:
+        return config, pair
+    if A[most:].any() and B[:, most:].any():
+        U, S, V = torch.linalg.svd(B.double() @ A.double(), full_matrices=False)
+        A, B = (S.sqrt()[:, None] * V).to(A), (U * S.sqrt()).to(B)
+    exact = f"^{re.escape(name)}"
+    alpha = s * (math.sqrt(most) if config.use_rslora else most)
+    config = replace(
+        config,
+        rank_pattern={exact: most, **config.rank_pattern},
+        alpha_pattern={exact: alpha, **config.alpha_pattern},
+    )
+    return config, (A[:most].contiguous(), B[:, :most].contiguous())
+
+
+def _said(options: Mapping[str, Any], **names: str) -> dict[str, str]:
+    """What the file says under these names of PEFT, by ours."""
+    return {ours: str(options[name]) for ours, name in names.items() if options.get(name)}
