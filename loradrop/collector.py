@@ -93,12 +93,17 @@ class Collector:
 
     def arguments(self, i: int, x: Tensor) -> dict[str, Any]:
         """The op's arguments that make target i report the statistics of its input x (..., K)."""
-        if self.online and not torch.is_grad_enabled():
+        counts = self._sums is not None and (self._inside or torch.compiler.is_compiling())
+        silent = self.online and not torch.is_grad_enabled()
+        if silent and not counts:
             return {}
         weights = self._weights(i, x)
-        arguments: dict[str, Any] = {"token_weights": weights}
-        if self._sums is not None and (self._inside or torch.compiler.is_compiling()):
+        if counts:  # once, also where the forward is computed again, or at first without gradients
+            assert self._sums is not None
             self._sums.count(i, x, weights)
+        if silent:
+            return {}
+        arguments: dict[str, Any] = {"token_weights": weights}
         if not self.online:
             return arguments | {"return_sqnorm": True}
         for name, leaves in self._values.items():

@@ -84,8 +84,9 @@ def translate(file: PeftFile, model: nn.Module) -> NativeFile:
     config = spelled(config, options, model, names)
     targets = tuple(_target(name, *pairs[name]) for name in names)
     assignment = Assignment(targets, tuple(range(len(targets))))
-    bank = LoRABank((), (), ())  # it alone knows how it names its tensors
-    bank.assign(assignment, [pairs[name] for name in names])
+    factors = [pairs[name] for name in names]
+    bank = LoRABank(targets, [1.0] * len(targets), [A.new_empty(0) for A, _ in factors])
+    bank.assign(assignment, factors)  # it alone knows how it names its tensors
     tensors = {key: value.detach() for key, value in bank.state_dict().items() if key != STATE}
     plan = Plan(
         config=config,
