@@ -265,6 +265,15 @@ def _in_place(pairs: Sequence[Pair], held: Sequence[Pair | None]) -> list[Pair]:
     return found
 
 
+def tensors_of(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+    """The tensors of a `LoRABank` with these pairs, by their names in its state dict."""
+    return {
+        f"pairs.{k}.{side}": factor.detach()
+        for k, pair in enumerate(pairs)
+        for side, factor in zip("AB", pair, strict=True)
+    }
+
+
 def _truncated(pair: Pair, best: Cores, k: int) -> Pair:
     """(A' (k, K), B' (N, k)), made in float64, in the dtypes of A and B."""
     A, B = pair

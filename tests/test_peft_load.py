@@ -524,7 +524,7 @@ def test_our_export_of_a_small_layer_comes_back(tmp_path: Path) -> None:
     loradrop.export(model, tmp_path)
     found = agree(tmp_path, Plain)
     assert [target.r for target in found.lora_bank.targets] == [8, 8, 3]
-    assert found.lora_bank.scaling == [1.0, 1.0, 1.0]
+    assert found.lora_bank.scaling == (1.0, 1.0, 1.0)
     again = Plain()
     loradrop.inject(again, plan_of(found).config)
     assert again.lora_bank.targets == found.lora_bank.targets

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loradrop.bank import STATE, Pair
+from loradrop.bank import Pair
 from loradrop.config import LoRAConfig
 from loradrop.formats import peft_file
 from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS, PeftFile, base_state
@@ -24,7 +24,7 @@ from loradrop.formats.peft_options import config_of, require_plain, spelled
 from loradrop.injection import require_loaded
 from loradrop.matching import inside
 from loradrop.native import NativeFile
-from loradrop.pairs import LoRABank
+from loradrop.pairs import tensors_of
 from loradrop.plan import Plan
 from loradrop.ranks import whole
 from loradrop.scores import Assignment, Target
@@ -84,10 +84,7 @@ def translate(file: PeftFile, model: nn.Module) -> NativeFile:
     config = spelled(config, options, model, names)
     targets = tuple(_target(name, *pairs[name]) for name in names)
     assignment = Assignment(targets, tuple(range(len(targets))))
-    factors = [pairs[name] for name in names]
-    bank = LoRABank(targets, [1.0] * len(targets), [A.new_empty(0) for A, _ in factors])
-    bank.assign(assignment, factors)  # it alone knows how it names its tensors
-    tensors = {key: value.detach() for key, value in bank.state_dict().items() if key != STATE}
+    tensors = tensors_of([pairs[name] for name in names])
     plan = Plan(
         config=config,
         assignment=assignment,
