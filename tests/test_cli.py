@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from test_run import write_model, write_table
 
 import loradrop
+from loradrop.base_models import load_base
 from loradrop.cli import Dtype, main
 from loradrop.formats.peft import DTYPES
 from loradrop.methods import available
-from loradrop.run import load_base
 
 Capsys = pytest.CaptureFixture[str]
 

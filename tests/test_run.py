@@ -23,8 +23,9 @@ from transformers import (
 
 import loradrop
 from loradrop import LoRA, LoRADrop
+from loradrop.base_models import build, load_base, resolve_model
 from loradrop.native import read
-from loradrop.run import build, load_base, measure, resolve_model, run, warm_up_run
+from loradrop.run import measure, run, warm_up_run
 from loradrop.run_config import MINILM, RunConfig, folder_of, read_config
 from loradrop.text.task import DataConfig, load_task
 from loradrop.text.tokens import collator, tokenize

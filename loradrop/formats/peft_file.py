@@ -171,6 +171,11 @@ def _spelling(names: list[str], targets: list[str], saved: list[str]) -> list[st
     return f"({'|'.join(map(re.escape, targets))})" if set(targets) <= set(free) else None
 
 
+def loader_of(task: str | None) -> str | None:
+    """The class of transformers that loads the base model of an adapter for this task_type."""
+    return next((loader for known, loader in _TASKS.values() if known == task), None)
+
+
 def task_of(model: nn.Module) -> tuple[str | None, str]:
     """(task_type, the class of transformers that loads the base model), by the model's class."""
     names = [cls.__name__ for cls in type(model).__mro__]

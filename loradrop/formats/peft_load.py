@@ -81,10 +81,12 @@ def translate(file: PeftFile, model: nn.Module) -> NativeFile:
                 "modules_to_save, and train the adapter again"
             )
         config, pairs[name] = _fitting(name, config, pairs[name])
-    config = spelled(config, options, model, names)
-    targets = tuple(_target(name, *pairs[name]) for name in names)
-    assignment = Assignment(targets, tuple(range(len(targets))))
-    tensors = tensors_of([pairs[name] for name in names])
+    config = spelled(_uniform(config, names), options, model, names)
+    targets = tuple(_target(name, config.rank(name), *pairs[name]) for name in names)
+    own = [name for name in names if len(pairs[name][0])]
+    slots = tuple(own.index(name) if name in own else None for name in names)
+    assignment = Assignment(targets, slots)
+    tensors = tensors_of([pairs[name] for name in own])
     plan = Plan(
         config=config,
         assignment=assignment,
@@ -95,8 +97,8 @@ def translate(file: PeftFile, model: nn.Module) -> NativeFile:
     return NativeFile(plan, tensors, trained)
 
 
-def _target(name: str, A: Tensor, B: Tensor) -> Target:
-    return Target(name, name.rpartition(".")[2], A.shape[1], B.shape[0], A.shape[0])
+def _target(name: str, r: int, A: Tensor, B: Tensor) -> Target:
+    return Target(name, name.rpartition(".")[2], A.shape[1], B.shape[0], r)
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Pair], dict[str, Tensor]]:
@@ -223,32 +225,45 @@ def _parents(key: str) -> Iterator[str]:
 
 @torch.no_grad()
 def _fitting(name: str, config: LoRAConfig, pair: Pair) -> tuple[LoRAConfig, Pair]:
-    """The pair of target `name` with at most min(K, N) ranks, and the configuration that says so.
+    """The pair of target `name` without the zeros of a padded file and with at most min(K, N)
+    ranks, and the configuration that says so.
 
-    All others add nothing: a uniform file pads small targets with zeros, and what PEFT trained
-    there has the same product B·A as a pair that fits, made in float64 and rounded once. Raises
-    ValueError where the rank is not the configuration's.
+    All others add nothing: of a rank whose A and B are zero no gradient ever comes, and what PEFT
+    trained beyond min(K, N) has the same product B·A as a pair that fits, made in float64 and
+    rounded once. Raises ValueError where the rank is not the configuration's.
     """
     (A, B), r, s = pair, config.rank(name), config.scaling(name)
-    most = min(A.shape[1], B.shape[0])
     if A.shape[0] != r:
         raise ValueError(
             f"{name} has rank {A.shape[0]} in {TENSORS} and rank {r} by r and rank_pattern in "
             f"{CONFIG}: restore the two files of one save"
         )
-    if r <= most:
-        return config, pair
-    if A[most:].any() and B[:, most:].any():
+    used = A.any(1) | B.any(0)
+    A, B = A[used], B[:, used]
+    most = min(A.shape[1], B.shape[0])
+    if len(A) > most:
         U, S, V = torch.linalg.svd(B.double() @ A.double(), full_matrices=False)
         A, B = (S.sqrt()[:, None] * V).to(A), (U * S.sqrt()).to(B)
-    exact = f"^{re.escape(name)}"
-    alpha = s * (math.sqrt(most) if config.use_rslora else most)
-    config = replace(
-        config,
-        rank_pattern={exact: most, **config.rank_pattern},
-        alpha_pattern={exact: alpha, **config.alpha_pattern},
-    )
-    return config, (A[:most].contiguous(), B[:, :most].contiguous())
+    rank = len(A)
+    if rank and rank != r:
+        exact = f"^{re.escape(name)}"
+        alpha = s * (math.sqrt(rank) if config.use_rslora else rank)
+        config = replace(
+            config,
+            rank_pattern={exact: rank, **config.rank_pattern},
+            alpha_pattern={exact: alpha, **config.alpha_pattern},
+        )
+    return config, (A.contiguous(), B.contiguous())
+
+
+def _uniform(config: LoRAConfig, names: list[str]) -> LoRAConfig:
+    """The configuration without patterns where all have one rank and one scale."""
+    ranks, scales = {*map(config.rank, names)}, {*map(config.scaling, names)}
+    if len(ranks) > 1 or len(scales) > 1:
+        return config
+    (r,), (s,) = ranks, scales
+    alpha = s * (math.sqrt(r) if config.use_rslora else r)
+    return replace(config, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
 
 
 def _said(options: Mapping[str, Any], **names: str) -> dict[str, str]:

@@ -9,12 +9,14 @@ from typing import Any
 
 from loradrop.plan import Plan
 from loradrop.scores import Target
+from loradrop.spectra import Spectrum, allocate
 
 MARKS = {"own": "●", "shared": "○", "none": "·"}
 MEANINGS = {"own": "own adapter", "shared": "shared adapter", "none": "no adapter"}
 # The light scheme of assets/report.html. Importance is lightness: it reads with any colour vision.
 INK, MUTED, RULE, OWN = "#1f2a33", "#5f6b76", "#e1e4e3", "#d55e00"
 RAMP, ON_HOT = ("#eaf2ee", "#6fb4bd", "#0a4a70"), 0.65  # light figures from that part on
+BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0625)  # of `budget_table`
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#b5598f", "#b07d00", "#4a9bd1")
 
 
@@ -47,6 +49,7 @@ class Cell:
     weight: float
     fraction: float | None
     frequency: float | None
+    rank: int
 
     @property
     def percent(self) -> str:
@@ -65,7 +68,11 @@ class Grid:
         method, warmup = plan.config.method, plan.warmup or {}
         frequency = warmup.get("frequency") or {}
         scores = (plan.scores or {}).get("values", {})
-        joint = getattr(method, "scope", "per_module") == "joint"
+        if plan.cut is not None:  # what is compared then are directions
+            scores = {name: sum(values) for name, values in plan.cut["values"].items()}
+        self.cut = plan.cut is not None
+        full = plan.full_ranks
+        joint = getattr(method, "scope", "per_module") == "joint" or self.cut
         power = 0.5 if getattr(method, "importance", "sqnorm") == "root" else 1.0
         weights = {t: _finite(scores.get(t.name)) ** power for t in plan.targets}
         totals: dict[Any, float] = {}
@@ -83,9 +90,10 @@ class Grid:
             cell = self.cells[layer, column] = Cell(
                 target=target, layer=layer, column=column, state=state, score=score,
                 weight=weights[target], fraction=weights[target] / total if known else None,
-                frequency=frequency.get(target.name),
+                frequency=frequency.get(target.name), rank=0 if state == "none" else target.r,
             )  # fmt: skip
-            self.groups.setdefault(target.group, []).append(cell)
+            group = target._replace(r=full[target.name]).group
+            self.groups.setdefault(group, []).append(cell)
         self.labels = _labels(list(dict.fromkeys(cell.column for cell in self)))
         self.layers = sorted({c.layer for c in self}, key=lambda n: math.inf if n is None else n)
         self.top = max((cell.fraction or 0.0 for cell in self), default=0.0) or 1.0
@@ -163,6 +171,11 @@ def _summary(plan: Plan, own: int | None) -> dict[str, str]:
     if scores := plan.scores:
         rows = f"{scores['rows']:,} {'steps' if scores['source'] == 'online' else 'batches'}"
         found["scores"] = f"{scores['source']}, {scores['tokens']:,} tokens in {rows}"
+    if cut := plan.cut:
+        left = [rank for rank in cut["ranks"].values() if rank]
+        found["cut"] = f"by {cut['metric']}; {sum(left)} of {sum(cut['full'].values())} directions"
+        if cut["loss"] is not None:
+            found["cut"] += f", predicted rise of the loss {cut['loss']:.2g}"
     if warmup := plan.warmup:
         asked = getattr(plan.config.method, "settle_margin", None) is not None
         end = "settled" if warmup["settled"] else "not settled" if asked else "no early end"
@@ -208,7 +221,8 @@ def plan_table(plan: Plan) -> str:
         if (cell := grid.cells.get((layer, column))) is None:
             return ""
         shade = " ░▒▓█"[math.ceil(4 * grid.shade(cell))]
-        return f"{2 * shade} {cell.percent:>4} {MARKS[cell.state]}"
+        mark = f"r{cell.rank:<2}" if grid.cut else MARKS[cell.state]
+        return f"{2 * shade} {cell.percent:>4} {mark}"
 
     heads = [head.split("\n") for head in grid.heads("\n")]
     tall = max(map(len, heads))
@@ -223,9 +237,28 @@ def plan_table(plan: Plan) -> str:
         scored = [f"{score:.4g}", f"{held} %"] if grid.scored else ["–", "–"]
         groups.append([name, *(str(count(cells, state)) for state in MARKS), *scored])
     topic = f"importance in % of {grid.whole}" if grid.scored else "importance not measured"
+    topic += ", and the rank that is left" if grid.cut else ""
     lines = [f"{grid.model_name}: {topic}", "", *_aligned(rows), ""]
     lines += ["   ".join(f"{MARKS[s]} {MEANINGS[s]}" for s in MARKS), "", *_aligned(groups), ""]
     return "\n".join([*lines, *(f"{key:<11} {value}" for key, value in grid.summary.items())])
+
+
+def budget_table(found: Spectrum) -> str:
+    """What each budget would leave, for a terminal: parameters, its cost, ranks."""
+    loss = found.metric == "loss"
+    kept = "predicted rise of the loss" if loss else f"kept by {found.metric}"
+    rows = [["budget", "parameters", "float32 bytes", kept, "ranks", "without an adapter"]]
+    for budget in BUDGETS:
+        try:
+            ranks = allocate(found, budget=budget)
+        except ValueError:  # below one direction
+            continue
+        size, used = found.parameters(ranks), [rank for rank in ranks.values() if rank]
+        cost = f"{found.loss(ranks):.2g}" if loss else f"{as_percent(found.kept(ranks))} %"
+        spread = f"{min(used)}–{max(used)}" if len(set(used)) > 1 else str(used[0])
+        none = str(len(ranks) - len(used))
+        rows.append([f"{budget:g}", f"{size:,}", f"{4 * size:,}", cost, spread, none])
+    return "\n".join(_aligned(rows))
 
 
 def arms_table(arms: Sequence[Arm], metric: str) -> str:

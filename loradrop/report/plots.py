@@ -70,7 +70,8 @@ def plot_importance(plan: Plan, path: str | os.PathLike[str]) -> None:
         axes.add_patch(Rectangle((x + 0.03, y + 0.06), 0.94, 0.88, **style))
         if grid.scored:
             color = "white" if part > look.ON_HOT and cell.state != "none" else INK
-            axes.text(x + 0.5, y + 0.5, cell.percent, color=color, size=9, ha="center", va="center")
+            text = f"{cell.percent}  r{cell.rank}" if grid.cut else cell.percent
+            axes.text(x + 0.5, y + 0.5, text, color=color, size=9, ha="center", va="center")
     axes.set(xlim=(0, len(heads)), ylim=(len(grid.layers), 0), ylabel="layer")
     axes.set_xticks([x + 0.5 for x in range(len(heads))], heads, parse_math=False)
     axes.set_yticks([y + 0.5 for y in range(len(grid.layers))], [*map(layer_name, grid.layers)])
@@ -86,6 +87,35 @@ def plot_importance(plan: Plan, path: str | os.PathLike[str]) -> None:
         _legend(figure, "lower", used)
     notes = {f"{key}: {value}": Patch(alpha=0) for key, value in grid.summary.items()}
     _legend(figure, "upper", notes, title=grid.model_name)
+    _save(figure, path)
+
+
+def plot_spectra(plan: Plan, path: str | os.PathLike[str]) -> None:
+    """A PNG of a plan that was cut: what each direction of each target was worth, and was kept."""
+    from matplotlib.lines import Line2D
+
+    cut = plan.cut
+    assert cut is not None
+    figure = _figure(8.4, 4.4)
+    axes = figure.subplots()
+    kinds = list(dict.fromkeys(target.kind for target in plan.targets))
+    handles: dict[str, Any] = {}
+    for target in plan.targets:
+        values, rank = list(cut["values"][target.name]), cut["ranks"][target.name]
+        kind = kinds.index(target.kind)
+        color = SERIES[kind % len(SERIES)]
+        handles[target.kind] = Line2D([], [], color=color, linewidth=1.8)
+        places = range(1, len(values) + 1)
+        axes.plot(places, values, color=color, alpha=0.2, linewidth=1)
+        axes.plot(places[:rank], values[:rank], color=color, marker="o", markersize=3, linewidth=1)
+    if any(value > 0 for values in cut["values"].values() for value in values):
+        axes.set_yscale("log")
+    axes.set_xlabel("direction of the target's adapter")
+    worth = {"loss": "predicted rise of the loss without it", "output": "Σ‖s·B·A·x‖² of it"}
+    axes.set_ylabel(worth.get(cut["metric"], "‖s·B·A‖² of it"))
+    axes.grid(color=RULE, linewidth=0.8)
+    _bare(axes)
+    _legend(figure, "upper", handles)
     _save(figure, path)
 
 

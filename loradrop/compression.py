@@ -1,0 +1,170 @@
+"""Compressing a trained adapter: measure its directions, keep those that matter, heal, write."""
+
+import itertools
+import logging
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
+
+from loradrop.base_models import load_base, tokenizer_of
+from loradrop.config import TrainConfig
+from loradrop.files import write_json
+from loradrop.formats.peft import export
+from loradrop.gram_sums import grams_of
+from loradrop.injection import injection_of, plan_of
+from loradrop.loading import load
+from loradrop.plan import Plan
+from loradrop.probing import probe
+from loradrop.report.plots import plot_spectra
+from loradrop.run_config import RunConfig
+from loradrop.spectra import Spectrum, spectrum, spectrum_of
+from loradrop.text.examples import TextTask
+from loradrop.text.task import load_task
+from loradrop.text.tokens import TokenizedDataset, collator, metric_fn, tokenize
+from loradrop.truncation import truncate
+
+REPORT, SPECTRUM = "compression.json", "spectrum.png"
+BATCHES = 64
+_TIMINGS = ("_runtime", "_per_second", "_preparation_time")
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A task as the model reads it."""
+
+    task: TextTask
+    train: TokenizedDataset
+    dev: TokenizedDataset
+    collate: Any
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter on its base model, what its directions are worth, and the data, if any."""
+
+    model: Any
+    spectrum: Spectrum
+    rows: Rows | None
+
+
+def open_adapter(
+    adapter: str | Path,
+    config: RunConfig | None = None,
+    *,
+    model_id: str | None = None,
+    batches: int | None = None,
+) -> Opened:
+    """The adapter in a native or PEFT folder on its base model, measured.
+
+    config     its `data` is measured, with its `train.batch_size`; without, the weights decide
+    model_id   the base model, instead of the one that the adapter names
+    batches    training batches to measure; None is 64
+
+    Raises ValueError for an adapter that is not plain LoRA, and for a base or data that it does not
+    fit.
+    """
+    base, where = load_base(adapter, model_id)
+    bank = load(base, adapter)
+    if config is None:
+        _log.warning("no data is given: the cut is by weights alone, and no loss is predicted")
+        return Opened(base, spectrum_of(bank.targets, grams_of(bank), "weight"), None)
+    task = load_task(config.data)
+    _require_fit(base, task, adapter)
+    if (tokenizer := tokenizer_of(where)) is None:
+        raise ValueError(f"{where} has no tokenizer, which reading the data needs: give model=")
+    train, dev = tokenize(task, tokenizer, config.data.max_length, base)
+    rows = Rows(task, train, dev, collator(task, tokenizer))
+    loader = DataLoader(
+        train, batch_size=config.train.batch_size, shuffle=True, collate_fn=rows.collate,
+        generator=torch.Generator().manual_seed(config.train.seed),
+    )  # fmt: skip
+    some = itertools.islice(loader, batches or BATCHES)
+    return Opened(base, spectrum(probe(base, some, gram=True, mask=config.train.mask)), rows)
+
+
+def compress(
+    opened: Opened,
+    ranks: dict[str, int],
+    out: str | Path,
+    *,
+    heal: int = 0,
+    train: TrainConfig | None = None,
+    padded: bool = False,
+) -> tuple[Plan, dict[str, dict[str, float]]]:
+    """Cut to these ranks, train what is left for `heal` steps, and write a PEFT folder.
+
+    padded    one rank for all targets, as SGLang and llama.cpp want it
+
+    Beside the adapter it writes the plan, the dev metrics and a picture of the spectra. Returns the
+    plan, and the dev metrics "before" and "after" where there is data. Raises ValueError for
+    healing without data.
+    """
+    model, rows, folder = opened.model, opened.rows, Path(out)
+    if heal and rows is None:
+        raise ValueError(f"heal={heal} needs data to train on: give data=")
+    metrics = {} if rows is None else {"before": _evaluated(model, rows)}
+    truncate(model, ranks, metric=opened.spectrum.metric)
+    if rows is not None:
+        if heal:
+            _heal(model, rows, replace(train or TrainConfig(), steps=heal))
+        metrics["after"] = _evaluated(model, rows)
+    export(model, folder, padded=padded)
+    plan = plan_of(model)
+    write_json(folder / REPORT, {"metrics": metrics, "heal": heal, "plan": plan.to_dict()})
+    plot_spectra(plan, folder / SPECTRUM)
+    return plan, metrics
+
+
+def require_apart(out: str | Path, adapter: str | Path) -> None:
+    """Raises ValueError for an output that holds something, or lies in the adapter's folder."""
+    folder, source = (Path(p).expanduser().resolve() for p in (out, adapter))
+    if source in (folder, *folder.parents):
+        raise ValueError(f"{out} is in {adapter}, which is only read: choose another output")
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{out} is not empty: choose another output")
+
+
+def _require_fit(model: Any, task: TextTask, adapter: str | Path) -> None:
+    """Raises ValueError for data that the model's head was not made for."""
+    name, labels = type(model).__name__, getattr(model.config, "num_labels", None)
+    if task.kind == "causal_lm":
+        fits, what = name.endswith(("ForCausalLM", "LMHeadModel")), ""
+    else:
+        kind = "Token" if task.kind == "token_classification" else "Sequence"
+        classes = max(1, len(task.labels))
+        fits = name.endswith(f"For{kind}Classification") and labels == classes
+        what = f" with {classes} labels"
+    if not fits:
+        raise ValueError(
+            f"the data is {task.kind}{what}, and {adapter} is for a {name} with {labels}: give the "
+            "data that it was trained on, or data like it"
+        )
+
+
+def _evaluated(model: Any, rows: Rows) -> dict[str, float]:
+    """The dev metrics."""
+    with tempfile.TemporaryDirectory() as scratch:
+        args = TrainingArguments(
+            scratch, per_device_eval_batch_size=32, report_to=[], disable_tqdm=True,
+            use_cpu=not torch.accelerator.is_available(),
+        )  # fmt: skip
+        trainer = Trainer(
+            model, args, eval_dataset=rows.dev, data_collator=rows.collate,
+            compute_metrics=metric_fn(rows.task),
+        )  # fmt: skip
+        found = trainer.evaluate().items()
+    kept = {k: v for k, v in found if k != "epoch" and not k.endswith(_TIMINGS)}
+    return {key.removeprefix("eval_"): float(value) for key, value in kept.items()}
+
+
+def _heal(model: Any, rows: Rows, train: TrainConfig) -> None:
+    from loradrop.training import fit  # it loads slowly
+
+    config, data = injection_of(model).config, dict(rows.task.fingerprint)
+    fit(model, rows.train, None, config, args=train, collate=rows.collate, data=data)

@@ -1,0 +1,139 @@
+"""`loradrop compress`: a trained adapter, cut by what its directions are worth."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_cli import Capsys, adapter, fails, work, works
+from test_run import WORDS, write_model, write_table
+from torch.testing import assert_close
+
+import loradrop
+from loradrop.base_models import load_base
+from loradrop.compression import REPORT, SPECTRUM
+from loradrop.formats.peft_file import read
+
+__all__ = ["adapter", "work"]  # fixtures
+
+
+@pytest.fixture(scope="module")
+def trained(work: Path) -> Path:
+    """LoRA of rank 4 on every linear layer, as PEFT writes it."""
+    lora = ["lora.method=lora", "lora.target_modules=all-linear", "name=all", "arms="]
+    from loradrop.cli import main
+
+    options = [str(work / "config.yaml"), f"output={work / 'all'}", "train.steps=30", *lora]
+    assert main(["train", *options]) == 0
+    model, _ = load_base(work / "all" / "all" / "adapter")
+    loradrop.load(model, work / "all" / "all" / "adapter")
+    loradrop.export(model, work / "peft", base_id=str(work / "base"))
+    return work / "peft"
+
+
+def data(work: Path) -> tuple[str, str]:
+    return f"data={work / 'films.csv'}", "data.max_length=16"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(f): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(5, 5 + 8)[None] % (len(WORDS) + 5)
+    with torch.no_grad():
+        found: torch.Tensor = model.eval().double()(input_ids=ids).logits
+    return found
+
+
+def test_a_quarter_of_a_peft_adapter(
+    trained: Path, work: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    peft, before = pytest.importorskip("peft"), files(trained)
+    out = tmp_path / "small"
+    text = works(capsys, "compress", trained, *data(work), "--budget", "0.25", "--out", out)
+    assert files(trained) == before
+    table = text.splitlines()[:6]
+    assert table[0].split()[:2] == ["budget", "parameters"] and "predicted rise" in table[0]
+    assert "dev accuracy" in text and f"wrote {out}" in text and (out / SPECTRUM).exists()
+    report = json.loads((out / REPORT).read_text())
+    large, small = read(trained), read(out)
+    whole = sum(4 * (A.shape[1] + B.shape[0]) for A, B in large.modules.values())  # padded to 8
+    size = sum(A.numel() + B.numel() for A, B in small.modules.values())
+    assert 0.2 * whole < size <= 0.25 * whole and report["plan"]["parameters"] == size
+    assert set(report["metrics"]) == {"before", "after"} and report["plan"]["cut"]["loss"] >= 0
+    ranks = {name: len(A) for name, (A, _) in small.modules.items()}
+    assert ranks == {n: k for n, k in report["plan"]["cut"]["ranks"].items() if k}
+    base, _ = load_base(out)
+    theirs = peft.PeftModel.from_pretrained(load_base(out)[0], out)
+    loradrop.load(base, out)
+    assert_close(logits(base), logits(theirs))
+    assert base.lora_bank.trainable == size
+
+
+@pytest.mark.parametrize("how", ["native", "padded", "multiple", "max-loss", "weights", "healed"])
+def test_ways_to_compress(
+    how: str, trained: Path, adapter: Path, work: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    out, source, options = tmp_path / "small", trained, [*data(work)]
+    options += {
+        "native": [], "padded": ["--padded"], "multiple": ["--multiple", "2", "--budget", "0.5"],
+        "max-loss": ["--max-loss", "0.01"], "weights": [],
+        "healed": ["--heal", "4", "train.learning_rate=1e-3", "train.batch_size=6"],
+    }[how]  # fmt: skip
+    if how == "native":  # which shares
+        source = adapter
+    if how == "weights":
+        options = []
+    text = works(capsys, "compress", source, *options, "--out", out)
+    report, small = json.loads((out / REPORT).read_text()), read(out)
+    cut, ranks = report["plan"]["cut"], [len(A) for A, _ in small.modules.values()]
+    assert cut["metric"] == ("weight" if how == "weights" else "loss")
+    if how == "padded":
+        assert set(ranks) == {8}
+    elif how == "multiple":
+        assert set(ranks) <= {2, 4}
+    elif how == "max-loss":
+        assert 0 < cut["loss"] <= 0.01
+    elif how == "weights":
+        assert report["metrics"] == {} and "kept by weight" in text
+    elif how == "healed":
+        assert report["heal"] == 4
+    base, _ = load_base(out)
+    loradrop.load(base, out)
+    assert logits(base).isfinite().all()
+
+
+def test_a_dry_run_writes_nothing(
+    trained: Path, work: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    out = tmp_path / "small"
+    text = works(capsys, "compress", trained, *data(work), "--dry-run", "--out", out)
+    assert "predicted rise of the loss" in text and not out.exists()
+
+
+def test_bad_input_is_refused(trained: Path, work: Path, tmp_path: Path, capsys: Capsys) -> None:
+    fails(capsys, "choose another output", "compress", trained, "--out", trained / "small")
+    fails(capsys, "choose another output", "compress", trained, "--out", trained)
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "note.txt").write_text("mine")
+    fails(capsys, "is not empty", "compress", trained, "--out", full)
+    other = ("compress", trained, "--out", tmp_path / "small")
+    fails(capsys, "--heal 3 needs data", *other, "--heal", 3)
+    fails(capsys, "below one direction", *other, "--budget", 0.001)
+    fails(capsys, "exactly one of", *other, "--budget", 0.5, "--max-loss", 0.1, *data(work))
+    fails(capsys, "needs metric='loss'", *other, "--max-loss", 0.1)
+    numbers = write_table(tmp_path / "numbers.csv", "numbers")
+    fails(capsys, "the data is regression with 1 labels", *other, f"data={numbers}")
+    strange = write_model(tmp_path / "strange", "llama")
+    fails(capsys, "is an adapter for another model", *other, f"model={strange}")
+    dora = tmp_path / "dora"
+    dora.mkdir()
+    for file in trained.iterdir():
+        (dora / file.name).write_bytes(file.read_bytes())
+    config = json.loads((dora / "adapter_config.json").read_text()) | {"use_dora": True}
+    (dora / "adapter_config.json").write_text(json.dumps(config))
+    fails(capsys, "use_dora", "compress", dora, "--out", tmp_path / "small")
+    assert not (tmp_path / "small").exists()
