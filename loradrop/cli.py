@@ -140,9 +140,9 @@ def compress(
     if not dry_run:
         require_apart(out, adapter)
     opened = open_adapter(adapter, data, model_id=model_id, batches=batches)
-    print(budget_table(opened.spectrum))
     part = 0.25 if budget is None and max_loss is None else budget
     ranks = allocate(opened.spectrum, budget=part, max_loss=max_loss, multiple=multiple)
+    print(budget_table(opened.spectrum))
     if dry_run:
         return None
     made, metrics = compress(opened, ranks, out, heal=heal, train=config.train, padded=padded)
