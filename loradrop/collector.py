@@ -1,7 +1,7 @@
 """Collecting what methods ask for per target, while the model runs or trains.
 
     sqnorm    Σ_t w_t ‖s·B·h_t‖²     moment     Σ_t w_t x_tk², (K,)
-    gram_in   Σ_t w_t h_t h_tᵀ       gram_out   Σ_t w_t u_t u_tᵀ, u = Bᵀ ∂ℓ/∂y, (r, r)
+    gram_in   Σ_t w_t h_t h_tᵀ       core       Σ_t u_t h_tᵀ, u = Bᵀ ∂ℓ/∂y, (r, r)
 
 Online, every target has a leaf for each: a float64 tensor outside the model whose gradient the op's
 backward supplies as the statistic. Autograd then counts each backward pass once, under activation
@@ -27,15 +27,15 @@ _SHAPES: dict[str, Callable[[Target], tuple[int, ...]]] = {
     "sqnorm": lambda target: (),
     "moment": lambda target: (target.in_features,),
     "gram_in": lambda target: (target.r, target.r),
-    "gram_out": lambda target: (target.r, target.r),
+    "core": lambda target: (target.r, target.r),
 }
-GRAMS = ("gram_in", "gram_out")
+GRAMS = ("gram_in", "core")
 
 
 class Collector:
     """Statistics of one run; `bank.collector` while it is attached.
 
-    statistics  names of what is collected: "sqnorm", "moment", "gram_in", "gram_out"
+    statistics  names of what is collected: "sqnorm", "moment", "gram_in", "core"
     online      True: of the backward passes; False: sqnorm alone, of the forward passes
     source      what the scores say of themselves: "online" or "offline"
     mask        the name of the model's input that marks real tokens, or None to count every token;
@@ -93,17 +93,9 @@ class Collector:
 
     def arguments(self, i: int, x: Tensor) -> dict[str, Any]:
         """The op's arguments that make target i report the statistics of its input x (..., K)."""
-        counts = self._sums is not None and (self._inside or torch.compiler.is_compiling())
-        silent = self.online and not torch.is_grad_enabled()
-        if silent and not counts:
+        if self.online and not torch.is_grad_enabled():
             return {}
-        weights = self._weights(i, x)
-        if counts:  # once, also where the forward is computed again, or at first without gradients
-            assert self._sums is not None
-            self._sums.count(i, x, weights)
-        if silent:
-            return {}
-        arguments: dict[str, Any] = {"token_weights": weights}
+        arguments: dict[str, Any] = {"token_weights": self._weights(i, x)}
         if not self.online:
             return arguments | {"return_sqnorm": True}
         for name, leaves in self._values.items():

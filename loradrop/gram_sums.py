@@ -1,4 +1,4 @@
-"""The Gram matrices of a run, summed over its steps: what a collector keeps for the spectrum."""
+"""What a run says of directions, summed over its steps: what a collector keeps for `spectrum`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,82 +8,80 @@ from torch import Tensor, distributed
 
 from loradrop.bank import AdapterBank
 from loradrop.ranks import is_distributed, reduced, whole
-from loradrop.scores import Grams
+from loradrop.scores import Grams, members_of
+
+_KINDS = ("inputs", "left", "right")
 
 
 class GramSums:
-    """Σ over the steps of the Gram matrices of every target of `bank`, in units of one sample.
-
-    A step's u is of the mean loss of its n samples, times the scale of a loss scaler: its Gram
-    matrix counts n² / scale² times, as that of the sum of their losses.
-    """
+    """The matrices of `Grams` that passes give, for every target of `bank`."""
 
     def __init__(self, bank: AdapterBank) -> None:
-        self.bank, count = bank, len(bank.targets)
-        self._sums: dict[str, list[Tensor | None]] = {
-            "gram_in": [None] * count, "gram_out": [None] * count,
-        }  # fmt: skip
-        self._rows: list[Tensor] = [torch.zeros((), dtype=torch.float64)] * count
+        self.bank = bank
+        self._sums: dict[str, list[Tensor | None]] = {n: [None] * len(bank.targets) for n in _KINDS}
         self._samples = torch.zeros((), dtype=torch.float64)
-
-    def count(self, i: int, x: Tensor, weights: Tensor | None) -> None:
-        """The rows of x (..., K), the input of target i, with these weights."""
-        rows = x.shape[:-1].numel() if weights is None else weights.sum(dtype=torch.float64)
-        self._rows[i] = self._rows[i].to(x.device) + rows
 
     def add(
         self, closed: Mapping[str, Sequence[Tensor | None]], samples: Tensor, loss_scale: float
     ) -> None:
-        """What one step collected. Steps whose gradients overflowed count for `inputs` alone."""
+        """What one step collected: "gram_in", and "core" for the mean loss of its n samples times
+        the scale of a loss scaler. Where gradients overflowed its core is left out.
+        """
         self._samples = self._samples.to(samples.device) + samples
-        for name, sums in self._sums.items():
-            for i, value in enumerate(closed.get(name, ())):
-                if value is None:
-                    continue
-                if name == "gram_out":
-                    unit = (samples.to(value.device) / loss_scale).square()
-                    value = torch.where(value.isfinite().all(), value * unit, 0.0)
-                before = sums[i]
-                sums[i] = value.clone() if before is None else before + value
+        for i, gram in enumerate(closed.get("gram_in", ())):
+            self._count("inputs", i, gram)
+        given, s = closed.get("core", [None] * len(self.bank.targets)), self.bank.scaling
+        for members in members_of(self.bank.slots).values():
+            total: Tensor | None = None
+            for i in members:
+                if (core := given[i]) is not None:
+                    total = s[i] * core if total is None else total + s[i] * core.to(total.device)
+            if total is None:
+                continue
+            of_sum = total * (samples.to(total.device) / loss_scale)
+            of_sum = torch.where(of_sum.isfinite().all(), of_sum, 0.0)
+            self._count("left", members[0], of_sum @ of_sum.T)
+            self._count("right", members[0], of_sum.T @ of_sum)
+
+    def _count(self, kind: str, i: int, value: Tensor | None) -> None:
+        if value is not None:
+            before = self._sums[kind][i]
+            self._sums[kind][i] = value.clone() if before is None else before + value
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything so far, summed over ranks."""
-        sums, rows, samples = self._total()
+        sums, samples = self._total()
         state = {
-            f"{name}.{i}": value
-            for name, values in sums.items()
+            f"{kind}.{i}": value
+            for kind, values in sums.items()
             for i, value in enumerate(values)
             if value is not None
         }
-        return state | {"target_rows": rows, "samples": samples}
+        return state | {"samples": samples}
 
     def load_state_dict(self, state: Mapping[str, Tensor], first: bool) -> None:
         """Go on from what `state_dict` gave; the sums count on the first rank alone."""
         unit = float(first)
-        for name, sums in self._sums.items():
+        for kind, sums in self._sums.items():
             for i in range(len(sums)):
-                value = state.get(f"{name}.{i}")
+                value = state.get(f"{kind}.{i}")
                 sums[i] = None if value is None else value.to(self.bank.device) * unit
-        self._rows = list(state["target_rows"] * unit)
         self._samples = state["samples"] * unit
 
     def grams(self) -> Grams:
         """What `spectrum` needs, with the factors as they are now."""
-        sums, rows, samples = self._total()
-        return grams_of(
-            self.bank, sums["gram_in"], sums["gram_out"], rows.tolist(), float(samples)
-        )
+        sums, samples = self._total()
+        return grams_of(self.bank, sums, float(samples))
 
-    def _total(self) -> tuple[dict[str, list[Tensor | None]], Tensor, Tensor]:
-        """The sums, rows and samples of all ranks, on the CPU."""
+    def _total(self) -> tuple[dict[str, list[Tensor | None]], Tensor]:
+        """The sums and samples of all ranks, on the CPU."""
         sums = {
-            name: [None if value is None else value.cpu().clone() for value in values]
-            for name, values in self._sums.items()
+            kind: [None if value is None else value.cpu().clone() for value in values]
+            for kind, values in self._sums.items()
         }
-        rows = torch.stack([row.cpu() for row in self._rows])
         samples = self._samples.cpu().clone()
         if not is_distributed():
-            return sums, rows, samples
+            return sums, samples
         total = distributed.ReduceOp.SUM
         for values in sums.values():
             for i, target in enumerate(self.bank.targets):
@@ -91,33 +89,30 @@ class GramSums:
                 zero = torch.zeros(target.r, target.r, dtype=torch.float64)
                 there = reduced(zero if here is None else here, total)
                 values[i] = there if here is not None or bool(there.any()) else None
-        return sums, reduced(rows, total), reduced(samples, total)
+        return sums, reduced(samples, total)
 
 
 def grams_of(
     bank: AdapterBank,
-    inputs: Sequence[Tensor | None] | None = None,
-    outputs: Sequence[Tensor | None] | None = None,
-    rows: Sequence[float] | None = None,
+    sums: Mapping[str, Sequence[Tensor | None]] | None = None,
     samples: float = 0.0,
 ) -> Grams:
-    """`Grams` with those of the factors as they are now; the weights alone where nothing is given.
+    """`Grams` of the factors as they are now; the weights alone where no `sums` are given.
 
     Every rank calls it where FSDP2 shards the adapters.
     """
-    count = len(bank.targets)
-    none: Sequence[Any] = [None] * count
     of_A: list[Tensor | None] = []
     of_B: list[Tensor | None] = []
-    for i in range(count):
+    for i in range(len(bank.targets)):
         pair = bank.factors(i)
         A, B = (None, None) if pair is None else (whole(f.detach()).cpu().double() for f in pair)
         of_A.append(None if A is None else A @ A.T)
         of_B.append(None if B is None else B.T @ B)
+    none: list[Any] = [None] * len(bank.targets)
+    inputs, left, right = (tuple((sums or {}).get(kind, none)) for kind in _KINDS)
     return Grams(
         scaling=bank.scaling, slots=bank.slots, A=tuple(of_A), B=tuple(of_B),
-        inputs=tuple(inputs or none), outputs=tuple(outputs or none),
-        rows=tuple(rows or [0.0] * count), samples=samples,
+        inputs=inputs, left=left, right=right, samples=samples,
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, Pair, empty, form, keep_width
 from loradrop.gram_sums import grams_of
-from loradrop.scores import Assignment, Grams, Scores, Target
+from loradrop.scores import Assignment, Grams, Scores, Target, members_of
 from loradrop.selection import assign, check_choice
-from loradrop.spectra import Cores, cores, members_of, spectrum_of
+from loradrop.spectra import Cores, cores, spectrum_of
 
 INITS = ("fresh", "mean", "top")
 AFTER = ("reinit", "continue")
@@ -190,7 +191,8 @@ class LoRABank(AdapterBank):
             for target, gram in zip(self.targets, probed.inputs, strict=True)
         ):
             raise ValueError("the adapters changed since they were probed: probe again")
-        return grams_of(self, probed.inputs, probed.outputs, probed.rows, probed.samples)
+        now = grams_of(self)
+        return replace(probed, A=now.A, B=now.B)
 
     @torch.no_grad()
     def _start(self, members: list[int], start: str, scores: Scores | None) -> Pair:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -40,12 +40,15 @@ def layer_of(name: str) -> str:
 class Grams:
     """What passes say of the directions of each adapter: float64, on the CPU, one entry a target.
 
-    With A (r, K), B (N, r), h = A x, u = Bᵀ ∂ℓ/∂y, and ℓ the sum of the losses of all samples:
+    With A (r, K), B (N, r), h = A x, u = Bᵀ ∂ℓ/∂y, and ℓ_b the sum of the losses of one batch:
 
-    scaling   s;  slots   who shares, as in `Assignment`
-    A, B      A Aᵀ and BᵀB (r, r); None for a target without an adapter
-    inputs    Σ_t w_t h_t h_tᵀ (r, r);  outputs   Σ_t w_t u_t u_tᵀ (r, r); None where not collected
-    rows      Σ_t w_t;  samples   how many losses ℓ sums
+    scaling       s;  slots   who shares, as in `Assignment`
+    A, B          A Aᵀ and BᵀB (r, r); None for a target without an adapter
+    inputs        Σ_t w_t h_t h_tᵀ (r, r) over all tokens
+    left, right   Σ_b S_b S_bᵀ and Σ_b S_bᵀS_b (r, r) of S_b = s·Σ_t u_t h_tᵀ over the tokens of a
+                  batch: the gradient of ℓ_b by a core between B and A. Of a shared adapter at its
+                  first member alone. None where nothing was collected
+    samples       how many losses all ℓ_b together sum
     """
 
     scaling: tuple[float, ...]
@@ -53,8 +56,8 @@ class Grams:
     A: tuple[Tensor | None, ...]
     B: tuple[Tensor | None, ...]
     inputs: tuple[Tensor | None, ...]
-    outputs: tuple[Tensor | None, ...]
-    rows: tuple[float, ...]
+    left: tuple[Tensor | None, ...]
+    right: tuple[Tensor | None, ...]
     samples: float
 
 
@@ -100,6 +103,15 @@ class Scores(Mapping[str, float]):
             "rows": len(self.rows),
             "values": dict(zip(self, self.values_by_target, strict=True)),
         }
+
+
+def members_of(slots: Sequence[int | None]) -> dict[int, list[int]]:
+    """Slot -> the indices of the targets that use it."""
+    members: dict[int, list[int]] = {}
+    for i, slot in enumerate(slots):
+        if slot is not None:
+            members.setdefault(slot, []).append(i)
+    return members
 
 
 @dataclass(frozen=True)

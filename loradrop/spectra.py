@@ -1,15 +1,18 @@
 """Spectral LoRA-drop: which directions of each adapter matter, and how a budget is spent on them.
 
 One adapter: s·B·A with h = A x (r,) and u = Bᵀ ∂ℓ/∂y (r,). A core M (r, r) of rank k between its
-factors gives the smaller adapter s·B·M·A. What that costs is ‖L (I − M) R‖² with roots of two Gram
+factors gives the smaller adapter s·B·M·A. What that costs is unit·‖L (I − M) R‖² with roots of two
 matrices, LᵀL and RRᵀ, of three kinds:
 
     metric    LᵀL          RRᵀ           the cost
     weight    BᵀB          A Aᵀ          of the weights; needs no data
     output    BᵀB          Σ w h hᵀ      of the target's outputs; LoRA-drop's score, by direction
-    loss      Σ w u uᵀ     Σ w h hᵀ      of the loss: half the Fisher quadratic form of the change,
-                                         x and ∂ℓ/∂y taken as independent (K-FAC, Martens & Grosse,
-                                         2015)
+    loss      Σ_b S Sᵀ     Σ_b SᵀS       of the loss: half the Fisher quadratic form of I − M
+
+S = s·Σ_t u_t h_tᵀ over a batch is the gradient of its loss by M, which training passes make anyway:
+BᵀdB. The Fisher matrix of M is Σ_b vec(S) vec(S)ᵀ, and L ⊗ R over the trace is the Kronecker
+product next to it (Shampoo, Gupta et al., 2018; Morwani et al., 2024). Unlike K-FAC's Σ u uᵀ and
+Σ h hᵀ it knows that the tokens of a sample err together.
 
 With L R = U Σ Vᵀ the best core of every rank k is L⁺ U_k Σ_k V_kᵀ R⁺ (Eckart & Young), and the
 squared singular values that it leaves out are the cost. In units of the loss they compare between
@@ -24,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from loradrop.scores import Grams, Scores, Target, layer_of
+from loradrop.scores import Grams, Scores, Target, layer_of, members_of
 from loradrop.selection import check_choice, check_part
 
 METRICS = ("loss", "output", "weight")
@@ -129,15 +132,6 @@ def spectrum_of(targets: Sequence[Target], grams: Grams, metric: str) -> Spectru
     return Spectrum(tuple(targets), tuple(grams.slots), tuple(values), metric)
 
 
-def members_of(slots: Sequence[int | None]) -> dict[int, list[int]]:
-    """Slot -> the indices of the targets that use it."""
-    members: dict[int, list[int]] = {}
-    for i, slot in enumerate(slots):
-        if slot is not None:
-            members.setdefault(slot, []).append(i)
-    return members
-
-
 def _names(targets: Sequence[Target], members: Sequence[int]) -> str:
     return ", ".join(targets[i].name for i in members)
 
@@ -150,12 +144,12 @@ def cores(grams: Grams, members: Sequence[int], metric: str, name: str) -> Cores
     i = members[0]
     left, right, unit = grams.B[i], grams.A[i], grams.scaling[i] ** 2
     assert left is not None and right is not None
-    if metric != "weight":
+    if metric == "output":
         right = _sum(grams.inputs, members)
-    if metric == "loss":
-        left = _sum(grams.outputs, members)
-        rows = sum(grams.rows[k] for k in members)
-        unit /= 2.0 * max(grams.samples, 1.0) * max(rows, 1.0)
+    elif metric == "loss":
+        left, right = grams.left[i], grams.right[i]
+        trace = 0.0 if left is None else float(left.trace())
+        unit = 1.0 / (2.0 * max(grams.samples, 1.0) * (trace or 1.0))
     if left is None or right is None:
         need = "outputs and the loss" if metric == "loss" else "outputs"
         raise ValueError(
@@ -234,8 +228,8 @@ def allocate(
                training takes about that part of its time, since the backward pass ends above them:
                1 − k / 2L for k of L equal layers
 
-    Ties go to the earlier target. Raises ValueError for options out of range and for a budget below
-    one step of the smallest target.
+    Ties go to the earlier target. Raises ValueError for options out of range, for a budget below
+    one step of the smallest target, and for a max_loss that leaves nothing.
     """
     check_choice("scope", scope, SCOPES)
     given = {"budget": budget, "threshold": threshold, "max_loss": max_loss, "rank": rank}
@@ -265,6 +259,11 @@ def allocate(
         raise ValueError(
             f"budget={budget:g} is below one direction: choose at least {least:.3g}, or a scope "
             "that pools more targets"
+        )
+    if max_loss is not None and spectrum.full and not any(ranks.values()):
+        raise ValueError(
+            f"max_loss={max_loss:g} leaves no adapter at all, which would cost "
+            f"{_total(spectrum):.2g}: choose less"
         )
     return ranks
 

@@ -87,11 +87,11 @@ def sink(*shape: int) -> Tensor:
 
 
 def all_sinks(k: int, r: int) -> list[Tensor]:
-    """Leaves for sqnorm, moment and both Gram matrices."""
+    """Leaves for sqnorm, moment, the Gram matrix and the core."""
     return [sink(), sink(k), sink(r, r), sink(r, r)]
 
 
-SINKS = ("sqnorm_sink", "moment_sink", "gram_in_sink", "gram_out_sink")
+SINKS = ("sqnorm_sink", "moment_sink", "gram_in_sink", "core_sink")
 
 
 def kept(t: Tensors, p: float) -> Tensor | None:

@@ -21,6 +21,7 @@ from loradrop.scores import Grams, Scores
 pytestmark = pytest.mark.numbers
 
 NAMES = ("sqnorm", *GRAMS)
+KINDS = ("inputs", "left", "right")
 
 
 def each(outputs: Tensor, given: Any = None) -> Tensor:
@@ -33,49 +34,63 @@ def step(model: Callable[..., Tensor], batch: Batch) -> Tensor:
 
 
 def explicit(
-    model: Any, data: list[Batch], loss: Callable[[Any, Batch], Tensor] = each
-) -> tuple[list[Tensor], list[Tensor], list[float]]:
-    """Σ w h hᵀ, Σ w u uᵀ and Σ w of each target, by hooks, for the sum of the samples' losses."""
+    model: Any,
+    data: list[Batch],
+    loss: Callable[[Any, Batch], Tensor] = each,
+    accumulate: int = 1,
+) -> dict[str, list[Tensor]]:
+    """Σ w h hᵀ, and Σ S Sᵀ and Σ SᵀS of S = s Σ u hᵀ over the tokens of a step, by hooks."""
     bank, handles = model.lora_bank, []
-    inputs, outputs = ([torch.zeros(R, R).double() for _ in bank.targets] for _ in range(2))
-    rows, mask = [0.0] * len(bank.targets), [torch.zeros(0)]
+    found = {kind: [torch.zeros(R, R).double() for _ in bank.targets] for kind in KINDS}
+    cores: list[dict[int, Tensor]] = [{}]
+    mask = [torch.zeros(0)]
 
     def watch(i: int) -> Callable[..., None]:
         def forward(_: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
             A, B = (factor.detach().double() for factor in bank.factors(i))
             w = mask[0].double().reshape(-1)
             h = args[0].detach().double().reshape(-1, A.shape[1]) @ A.T
-            inputs[i].add_(h.T @ (w[:, None] * h))
-            rows[i] += float(w.sum())
+            found["inputs"][i].add_(h.T @ (w[:, None] * h))
 
             def backward(dy: Tensor) -> None:
                 u = dy.double().reshape(-1, B.shape[0]) @ B
-                outputs[i].add_(u.T @ (w[:, None] * u))
+                first = members[i]
+                core = bank.scaling[i] * u.T @ h
+                cores[0][first] = cores[0].get(first, torch.zeros(R, R).double()) + core
 
             y.register_hook(backward)
 
         return forward
 
+    members = [bank.slots.index(slot) for slot in bank.slots]
     for i, target in enumerate(bank.targets):
         layer = model.get_submodule(target.name)
         handles.append(layer.register_forward_hook(watch(i)))
-    for batch in data:
+    for number, batch in enumerate(data, 1):
         mask[0] = batch["attention_mask"]
         loss(model(**batch), batch).sum().backward()
+        if number % accumulate == 0:
+            for i, core in cores[0].items():
+                found["left"][i].add_(core @ core.T)
+                found["right"][i].add_(core.T @ core)
+            cores[0] = {}
     model.zero_grad()
     for handle in handles:
         handle.remove()
-    return inputs, outputs, rows
+    return found
 
 
-def assert_grams(found: Scores | Grams, want: tuple[Any, Any, Any], rtol: float) -> None:
+def assert_grams(found: Scores | Grams, want: dict[str, list[Tensor]], rtol: float) -> None:
     grams = found.grams if isinstance(found, Scores) else found
     assert grams is not None
-    for got, expected in ((grams.inputs, want[0]), (grams.outputs, want[1])):
-        for one, two in zip(got, expected, strict=True):
+    for kind in KINDS:
+        for i, (one, two) in enumerate(zip(getattr(grams, kind), want[kind], strict=True)):
+            shared_before = kind != "inputs" and grams.slots.index(grams.slots[i]) != i
+            if shared_before:  # it is counted at the first member
+                assert one is None and not two.any()
+                continue
             assert_close(one, two, rtol=rtol, atol=rtol * float(two.trace()))
             assert two.trace() > 0
-    assert grams.rows == pytest.approx(want[2], rel=1e-12)
 
 
 def online(model: Any, data: list[Batch], run: Any = None, accumulate: int = 1) -> Scores:
@@ -119,7 +134,7 @@ def test_probe(dtype: torch.dtype) -> None:
 def test_online(reentrant: bool | None, accumulate: int) -> None:
     model, data = net(reentrant).double(), batches()
     scores = online(model, data, accumulate=accumulate)
-    assert_grams(scores, explicit(net().double(), data), 1e-10)
+    assert_grams(scores, explicit(net().double(), data, accumulate=accumulate), 1e-10)
     assert scores.source == "online" and len(scores.rows) == 4 // accumulate
 
 
@@ -140,13 +155,15 @@ def test_members_of_a_shared_adapter_add_up() -> None:
     model, data = net().double(), batches()
     loradrop.share(model, ["layers.0.query"])
     scores = loradrop.probe(wake(model), data, gram=True, labels=each)
-    inputs, outputs, rows = explicit(model, data)
-    assert_grams(scores, (inputs, outputs, rows), 1e-11)
+    want = explicit(model, data)
+    assert_grams(scores, want, 1e-11)
     one, two = (i for i, s in enumerate(model.lora_bank.slots) if s == model.lora_bank.slots[1])
-    values = loradrop.spectrum(scores, "loss")[scores.targets[one].name]
-    total = torch.trace((outputs[one] + outputs[two]) @ (inputs[one] + inputs[two]))
-    unit = model.lora_bank.scaling[0] ** 2 / (2 * scores.grams.samples * (rows[one] + rows[two]))
-    assert sum(values) == pytest.approx(unit * float(total))
+    found = loradrop.spectrum(scores, "loss")
+    values = found[scores.targets[one].name]
+    left, right = want["left"][one], want["right"][one]
+    unit = 1 / (2 * scores.grams.samples * left.trace())
+    assert values == found[scores.targets[two].name]
+    assert sum(values) == pytest.approx(float(unit * torch.trace(left @ right)))
 
 
 def test_a_step_that_overflowed_leaves_its_gradients_out() -> None:
@@ -157,9 +174,8 @@ def test_a_step_that_overflowed_leaves_its_gradients_out() -> None:
             (loss * (float("inf") if i == 2 else 1.0)).backward()
             collector.close_row()
         scores = collector.scores()
-    inputs, _, rows = explicit(model, data)
-    _, outputs, _ = explicit(model, [data[0], data[1], data[3]])
-    assert_grams(scores, (inputs, outputs, rows), 1e-10)
+    want = explicit(model, [data[0], data[1], data[3]])
+    assert_grams(scores, want | {"inputs": explicit(model, data)["inputs"]}, 1e-10)
 
 
 def test_a_collector_goes_on_from_its_state() -> None:
@@ -237,12 +253,12 @@ def test_labels_of_the_data() -> None:
 
 
 def fisher(model: Any, data: list[Batch], weights: Callable[[Any, Batch], Any]) -> list[Tensor]:
-    """E Σ u uᵀ over all labels a model can draw, by a backward pass for each of them."""
+    """E Σ S Sᵀ over all labels a model can draw, by a backward pass for each of them."""
     total: list[Tensor] = []
     for batch in data:
         for weight, loss in weights(model(**batch), batch):
-            _, outputs, _ = explicit(model, [batch], lambda out, b, loss=loss: loss(out))
-            part = [float(weight) * value for value in outputs]
+            found = explicit(model, [batch], lambda out, b, loss=loss: loss(out))
+            part = [float(weight) * value for value in found["left"]]
             total = part if not total else [a + b for a, b in zip(total, part, strict=True)]
     return total
 
@@ -259,11 +275,11 @@ def test_drawn_labels_give_the_fisher_matrix() -> None:
     want, draws = fisher(model, [batch], classes), 600
     grams = loradrop.probe(model, [batch] * draws, gram=True).grams
     assert grams is not None and grams.samples == draws
-    for got, expected in zip(grams.outputs, want, strict=True):
+    for got, expected in zip(grams.left, want, strict=True):
         assert got is not None
         assert_close(got / draws, expected, rtol=0.0, atol=0.2 * float(expected.trace()))
     again = loradrop.probe(model, [batch] * draws, gram=True).grams
-    assert again is not None and all(map(torch.equal, grams.outputs, again.outputs))
+    assert again is not None and all(map(torch.equal, grams.left, again.left))
 
 
 @pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
@@ -279,11 +295,11 @@ def test_drawn_labels_of_other_heads(kind: str) -> None:
     curvature = 2.0 + 0 * logits if kind == "regression" else odds * (1 - odds)
     want = None
     for c, weight in enumerate(curvature / len(logits)):
-        _, outputs, _ = explicit(model, [batch], lambda out, b, c=c: out.logits[:, c])
-        part = [float(weight) * value for value in outputs]
+        found = explicit(model, [batch], lambda out, b, c=c: out.logits[:, c])
+        part = [float(weight) * value for value in found["left"]]
         want = part if want is None else [a + b for a, b in zip(want, part, strict=True)]
     assert want is not None
-    for got, expected in zip(grams.outputs, want, strict=True):
+    for got, expected in zip(grams.left, want, strict=True):
         assert got is not None
         assert_close(got / draws, expected, rtol=0.0, atol=0.2 * float(expected.trace()))
 

@@ -285,7 +285,7 @@ OPTIONS = {
     "sqnorm_sink": ones(dtype=torch.float64),
     "moment_sink": ones(8, dtype=torch.float64),
     "gram_in_sink": ones(3, 3, dtype=torch.float64),
-    "gram_out_sink": ones(3, 3, dtype=torch.float64),
+    "core_sink": ones(3, 3, dtype=torch.float64),
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "x of another K": ({"x": ones(5, 9)}, r"x .*\(5, 9\).*A .*\(3, 8\)"),
@@ -323,7 +323,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gram_in_sink of another r": (
         {"gram_in_sink": ones(4, 4, dtype=torch.float64)}, r"gram_in_sink.*\(3, 3\).*\(4, 4\)"
     ),
-    "gram_out_sink of float32": ({"gram_out_sink": ones(3, 3)}, "gram_out_sink.*float32"),
+    "core_sink of float32": ({"core_sink": ones(3, 3)}, "core_sink.*float32"),
 }  # fmt: skip
 ELSEWHERE = {
     f"{name} elsewhere": ({name: tensor.to("meta"), "dropout": 0.5}, rf"\b{name}\b.*meta")

@@ -101,8 +101,8 @@ def drawn(
         A=tuple(A @ A.T if t else None for (A, _), t in zip(pairs, there, strict=True)),
         B=tuple(B.T @ B if t else None for (_, B), t in zip(pairs, there, strict=True)),
         inputs=tuple(h.T @ h if t else None for h, t in zip(tokens, there, strict=True)),
-        outputs=tuple(u.T @ u if t else None for u, t in zip(grads, there, strict=True)),
-        rows=(40.0,) * len(slots),
+        left=tuple(u.T @ u if t else None for u, t in zip(grads, there, strict=True)),
+        right=tuple(h.T @ h if t else None for h, t in zip(tokens, there, strict=True)),
         samples=8.0,
     )
     norms = [
@@ -149,9 +149,12 @@ def test_statistics_that_are_missing_or_broken_are_refused() -> None:
         spectrum(scores, "energy")
     assert scores.grams is not None and scores.grams.inputs[0] is not None
     scores.grams.inputs[0][0, 0] = math.nan
-    for metric in ("loss", "output"):
-        with pytest.raises(ValueError, match=r"layers\.0\.q is not finite"):
-            spectrum(scores, metric)
+    with pytest.raises(ValueError, match=r"layers\.0\.q is not finite"):
+        spectrum(scores, "output")
+    assert scores.grams.left[1] is not None
+    scores.grams.left[1][0, 0] = math.inf
+    with pytest.raises(ValueError, match=r"layers\.1\.q is not finite"):
+        spectrum(scores, "loss")
     assert len(spectrum(scores, "weight")) == 2
 
 
@@ -256,6 +259,7 @@ REFUSED = {
     "an unknown scope": ({"budget": 0.5, "scope": "all"}, "scope='all': choose one of joint"),
     "no multiple": ({"budget": 0.5, "multiple": 0}, "multiple=0"),
     "below a direction": ({"budget": 0.05}, "below one direction: choose at least 0.0833"),
+    "everything goes": ({"max_loss": 31.0}, "no adapter at all, which would cost 30: choose less"),
     "below eight": ({"budget": 0.2, "multiple": 8}, "choose at least 0.333"),
 }
 

@@ -48,7 +48,8 @@ class Method:
     statistics   what training collects for the method, for each target:
                    "sqnorm"   Σ_t w_t ‖s·B·h_t‖², what the warm-up's `Scores` are made of
                    "moment"   Σ_t w_t x_tk², (K,) float64 for the inputs x of one optimiser step
-                   "gram_in", "gram_out"   the Gram matrices of `Scores.grams`
+                   "gram_in", "core"   Σ_t w_t h_t h_tᵀ and Σ_t u_t h_tᵀ, (r, r) float64, for the
+                                       matrices of `Scores.grams`
                  during the warm-up where there is one, else during all of training
     """
 

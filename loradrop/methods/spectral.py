@@ -40,7 +40,7 @@ class Spectral(Method):
     """
 
     name: ClassVar[str] = "spectral"
-    statistics: ClassVar[tuple[str, ...]] = ("sqnorm", "gram_in", "gram_out")
+    statistics: ClassVar[tuple[str, ...]] = ("sqnorm", "gram_in", "core")
     keeps_parameters: ClassVar[bool] = False
 
     budget: float = 0.25

@@ -60,21 +60,19 @@ class Saved(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients somebody asks for, and whether the Gram matrix of t."""
+    """Which gradients somebody asks for."""
 
     x: bool
     A: bool
     B: bool
-    gram: bool = False
 
 
 class Grads(NamedTuple):
-    """dx (M, K), dA (r, K), dB (N, r), and Σ w t tᵀ (r, r) float64; None where nobody asks."""
+    """dx (M, K), dA (r, K), dB (N, r); None where nobody asks."""
 
     x: Tensor | None
     A: Tensor | None
     B: Tensor | None
-    gram: Tensor | None = None
 
 
 class Problem(NamedTuple):

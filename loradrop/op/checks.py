@@ -65,7 +65,7 @@ def check_options(call: Call, sinks: Sinks) -> None:
         _check_sink("moment_sink", sinks.moment, (x.shape[-1],), x)
         r = call.A.shape[0]
         _check_sink("gram_in_sink", sinks.gram_in, (r, r), x)
-        _check_sink("gram_out_sink", sinks.gram_out, (r, r), x)
+        _check_sink("core_sink", sinks.core, (r, r), x)
 
 
 def _check_sink(name: str, sink: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:

@@ -45,7 +45,7 @@ forward_op = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor? y0, Tensor A, Tensor B, "
     "float scaling, float dropout, Tensor? seed, Tensor? token_weights, bool sqnorm, bool gram, "
-    "Tensor? sqnorm_sink, Tensor? moment_sink, Tensor? gram_in_sink, Tensor? gram_out_sink, "
+    "Tensor? sqnorm_sink, Tensor? moment_sink, Tensor? gram_in_sink, Tensor? core_sink, "
     "str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
@@ -63,11 +63,10 @@ def _backward(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     *fields, needs, backend = inputs
     saved = Saved(*fields)
     saved = saved if saved.dropout else saved._replace(mask=None)
-    x, weight, A, B, _, _, seed, scaling, dropout, _ = fields
+    x, weight, A, B, _, _, seed, scaling, dropout = fields
     call = Call(x, weight, None, None, A, B, scaling, dropout, seed)
     grads = dispatch.serving(call, backend).backward(saved, dy, Needs(*needs))
-    empty = x.new_empty(0), x.new_empty(0), x.new_empty(0), x.new_empty(0, dtype=torch.float64)
-    return tuple(e if grad is None else grad for e, grad in zip(empty, grads, strict=True))
+    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
 
 
 _backward_op = torch.library.custom_op(
@@ -75,18 +74,16 @@ _backward_op = torch.library.custom_op(
     _backward,
     mutates_args=(),
     schema="(Tensor dy, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor h, Tensor mask, "
-    "Tensor? seed, float scaling, float dropout, Tensor? token_weights, bool[] needs, "
-    "str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? seed, float scaling, float dropout, bool[] needs, str? backend) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 
 
 @_backward_op.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     _dy, x, _weight, A, B, *_, needs, _backend = inputs
-    likes = zip((x, A, B), needs[:3], strict=True)
-    grads = (like.new_empty(like.shape) if need else x.new_empty(0) for like, need in likes)
-    r = A.shape[0]
-    return *grads, x.new_empty((r, r) if needs[3] else (0,), dtype=torch.float64)
+    likes = zip((x, A, B), needs, strict=True)
+    return tuple(like.new_empty(like.shape) if need else x.new_empty(0) for like, need in likes)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -101,7 +98,7 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor |
     wants = Call(*ctx.needs_input_grad[:_FIELDS])
 
     def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
-        grads = _backward_op(dy, *saved[:10], list(needs), ctx.backend)
+        grads = _backward_op(dy, *saved[:9], list(needs), ctx.backend)
         return Grads(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
 
     saved = saved_of(ctx.saved_tensors, ctx.scaling, ctx.dropout)

@@ -66,8 +66,8 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
     kept = None
     if seed is not None and (needs.x or needs.A):
         kept = keep_mask(seed, x.shape[0], x.shape[1], p)
-    dx = dA = dB = of_u = None
-    if needs.x or needs.A or needs.gram:
+    dx = dA = dB = None
+    if needs.x or needs.A:
         # beta = 0 leaves what h holds out, NaN included; it has the shape of dh.
         dh = torch.addmm(h, dy, _as(B, x), beta=0, alpha=s * gain(p))
     if needs.x:
@@ -81,9 +81,7 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
         dA = _outer(dh, x if kept is None else torch.where(kept, x, 0.0), 1.0, A)
     if needs.B:
         dB = _outer(dy, h, s, B)
-    if needs.gram:
-        of_u = gram(dh, saved.token_weights).div_((s * gain(p)) ** 2)
-    return Grads(dx, dA, dB, of_u)
+    return Grads(dx, dA, dB)
 
 
 def _outer(p: Tensor, q: Tensor, scale: float, like: Tensor) -> Tensor:

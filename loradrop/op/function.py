@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved
-from loradrop.op.reference import REFERENCE, backward_with_graph, moment
+from loradrop.op.reference import REFERENCE, backward_with_graph, core, moment
 
 Backward = Callable[[Saved, Tensor, Needs], Grads]
 
@@ -26,7 +26,7 @@ class Sinks(NamedTuple):
     sqnorm: Tensor | None = None  # 0-dim
     moment: Tensor | None = None  # (K,)
     gram_in: Tensor | None = None  # (r, r)
-    gram_out: Tensor | None = None  # (r, r)
+    core: Tensor | None = None  # (r, r)
 
 
 NO_SINKS = Sinks()
@@ -38,11 +38,11 @@ def _copy(statistic: Tensor | None) -> Tensor | None:
 
 
 # In the order of `Sinks`.
-STATISTICS: Sequence[Callable[[Saved, Grads], Tensor | None]] = (
-    lambda saved, _: _copy(saved.sqnorm),
-    lambda saved, _: moment(saved.x, saved.token_weights),
-    lambda saved, _: _copy(saved.gram),
-    lambda saved, grads: grads.gram,
+STATISTICS: Sequence[Callable[[Saved, Tensor | None, Grads], Tensor | None]] = (
+    lambda saved, *_: _copy(saved.sqnorm),
+    lambda saved, *_: moment(saved.x, saved.token_weights),
+    lambda saved, *_: _copy(saved.gram),
+    lambda saved, dy, grads: core(saved, dy, grads.B),
 )
 
 
@@ -53,8 +53,8 @@ def autocasting(device: str) -> bool:
 
 def saved_tensors(call: Call, sinks: Sinks, out: Output) -> tuple[Tensor | None, ...]:
     """What the backward pass reads, in the order in which `saved_of` takes it."""
-    later = sinks.moment is not None or sinks.gram_out is not None
-    kept = (call.token_weights if later else None, out.sqnorm, out.gram)
+    weights = call.token_weights if sinks.moment is not None else None
+    kept = weights, out.sqnorm, out.gram
     return call.x, call.weight, call.A, call.B, out.h, out.mask, call.seed, *kept
 
 
@@ -75,10 +75,8 @@ def gradients(
     if autocasting(device):
         with torch.autocast(device, enabled=False):
             return gradients(backward, saved, dy, needs, sinks)
-    if sinks:
-        needs = needs._replace(gram=sinks[Sinks._fields.index("gram_out")])
     grads = Grads(None, None, None) if dy is None else backward(saved, dy, needs)
-    values = [of(saved, grads) for of, wants in zip(STATISTICS, sinks, strict=False) if wants]
+    values = [of(saved, dy, grads) for of, wants in zip(STATISTICS, sinks, strict=False) if wants]
     wanted = iter(None if value is None else value.detach() for value in values)
     return grads, tuple(next(wanted) if wants else None for wants in sinks)
 

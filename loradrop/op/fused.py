@@ -166,14 +166,13 @@ class Fused:
         if x.numel() == 0 or dy.numel() == 0:
             return eager.backward(saved, dy, needs)
         machine, (m, k), (n, r) = tiles.machine_of(x.device), x.shape, B.shape
-        dx = dA = dB = of_u = None
+        dx = dA = dB = None
         scale, rest = scaling * gain(dropout), 1.0
         if x.dtype == torch.float16 and abs(scale) > 1.0:  # t must not overflow for its scale
             scale, rest = 1.0, scale
-        if needs.x or needs.A or needs.gram:
+        if needs.x or needs.A:
             cut = tiles.shrink(machine, dy.dtype, m, n, r)
             t = shrink(dy, B.T, scale, cut).h
-            of_u = gram(t, saved.token_weights).div_(scale**2) if needs.gram else None
         if needs.x and weight is None:
             dx = expand(None, t, A, rest, tiles.expand(machine, x.dtype), mask)
         elif needs.x:
@@ -183,7 +182,7 @@ class Fused:
             dA = outer(x, t, rest, A.dtype, tiles_A, mask=mask, transposed=True)
         if needs.B:
             dB = outer(dy, h, scaling, B.dtype, tiles.outer(machine, x.dtype, m, n, r))
-        return Grads(dx, dA, dB, of_u)
+        return Grads(dx, dA, dB)
 
 
 THIN = Fused(by_cublas)

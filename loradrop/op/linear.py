@@ -38,7 +38,7 @@ def lora_linear(
     sqnorm_sink: Tensor | None = None,
     moment_sink: Tensor | None = None,
     gram_in_sink: Tensor | None = None,
-    gram_out_sink: Tensor | None = None,
+    core_sink: Tensor | None = None,
     backend: str | None = None,
 ) -> Any:
     """y = xWᵀ + b + s·(x Aᵀ)Bᵀ with W and b frozen (Hu et al., arXiv:2106.09685).
@@ -54,8 +54,8 @@ def lora_linear(
 
     Sinks are float64 leaves on x's device that receive a statistic as their gradient in every
     backward pass: `sqnorm_sink` (0-dim) gets sqnorm, `moment_sink` (K,) gets Σ_t w_t x_tk² of the x
-    before dropout, `gram_in_sink` (r, r) gets Σ_t w_t h_t h_tᵀ, and `gram_out_sink` (r, r) gets
-    Σ_t w_t u_t u_tᵀ of u = dy·B.
+    before dropout, `gram_in_sink` (r, r) gets Σ_t w_t h_t h_tᵀ, and `core_sink` (r, r) gets
+    Σ_t u_t h_tᵀ of u = dy·B.
 
     A and B may be of a wider type than x; they are rounded to it. A weight that requires a gradient
     gets it, through `lora_add`, which also serves a weight of a type of its own, such as a
@@ -69,7 +69,7 @@ def lora_linear(
     if own or weight.requires_grad or (bias is not None and bias.requires_grad):
         check_operands(call._replace(weight=None, bias=None) if own else call)
         call = call._replace(weight=None, bias=None, y0=linear(x, weight, bias))
-    return _run(call, _sinks(sqnorm_sink, moment_sink, gram_in_sink, gram_out_sink), backend)
+    return _run(call, _sinks(sqnorm_sink, moment_sink, gram_in_sink, core_sink), backend)
 
 
 def lora_add(
@@ -86,7 +86,7 @@ def lora_add(
     sqnorm_sink: Tensor | None = None,
     moment_sink: Tensor | None = None,
     gram_in_sink: Tensor | None = None,
-    gram_out_sink: Tensor | None = None,
+    core_sink: Tensor | None = None,
     backend: str | None = None,
 ) -> Any:
     """y = y0 + s·(x Aᵀ)Bᵀ, for a base y0 (..., N) of x (..., K) that is not a plain matrix product.
@@ -94,7 +94,7 @@ def lora_add(
     Everything else as in `lora_linear`. y0 keeps its gradient and is not changed.
     """
     call = Call(x, None, None, y0, A, B, scaling, dropout, seed, token_weights, return_sqnorm)
-    return _run(call, _sinks(sqnorm_sink, moment_sink, gram_in_sink, gram_out_sink), backend)
+    return _run(call, _sinks(sqnorm_sink, moment_sink, gram_in_sink, core_sink), backend)
 
 
 def _sinks(*given: Tensor | None) -> Sinks:

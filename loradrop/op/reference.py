@@ -7,8 +7,9 @@
     backward   dh = s·dy B                   dB = s·dyᵀh
                dA = c·dhᵀ(mask∘x)            dx = dy W + c·mask∘(dh A)
     sqnorm     Σ_t w_t ‖s·B·h_t‖²            (Zhou et al., COLING 2025: the importance of a layer)
-    gram       Σ_t w_t h_t h_tᵀ              in the forward; the backward's is Σ_t w_t u_t u_tᵀ of
-                                             u = dy B, the gradient of what B multiplies, over s
+    gram       Σ_t w_t h_t h_tᵀ
+    core       Σ_t u_t h_tᵀ                  of u = dy B: 1/s times the gradient of a matrix between
+                                             B and A
     moment     Σ_t w_t x_tk²                 for each column k of x, before dropout
 
 A and B are rounded to x's dtype, products accumulate in float32 (float64 for float64), h is rounded
@@ -56,8 +57,7 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
     x, weight, s, p, seed = saved.x, saved.weight, saved.scaling, saved.dropout, saved.seed
     wide, c = _wide(x.dtype), gain(p)
     a, b, dy = saved.A.to(x.dtype).to(wide), saved.B.to(x.dtype).to(wide), dy.to(wide)
-    u = dy @ b
-    dh = s * u
+    dh = s * (dy @ b)
     dx = dA = dB = None
     if needs.x:
         delta = c * keep(dh @ a, seed, p)
@@ -66,7 +66,7 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
         dA = (c * (dh.T @ keep(x, seed, p).to(wide))).to(saved.A.dtype)
     if needs.B:
         dB = (s * (dy.T @ saved.h.to(wide))).to(saved.B.dtype)
-    return Grads(dx, dA, dB, gram(u, saved.token_weights) if needs.gram else None)
+    return Grads(dx, dA, dB)
 
 
 def backward_with_graph(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
@@ -78,6 +78,16 @@ def sqnorm(h: Tensor, B: Tensor, scaling: float, token_weights: Tensor | None) -
     """Σ_t w_t ‖s·B·h_t‖² by its definition, for the rounded h (M, r) and B (N, r): float64."""
     delta = scaling * (h.double() @ B.to(h.dtype).double().T)
     return _sum_over_tokens(delta.square().sum(1), token_weights)
+
+
+def core(saved: Saved, dy: Tensor | None, dB: Tensor | None) -> Tensor:
+    """Σ_t u_t h_tᵀ of u = dy B: (r, r) float64, from dB where there is one."""
+    b = saved.B.to(saved.x.dtype)
+    if dy is None:
+        return saved.h.new_zeros((b.shape[1], b.shape[1]), dtype=torch.float64)
+    if dB is not None:
+        return b.double().T @ dB.double() / saved.scaling
+    return (dy @ b).double().T @ saved.h.double()
 
 
 def gram(h: Tensor, token_weights: Tensor | None) -> Tensor:
