@@ -220,7 +220,11 @@ class LoRABank(AdapterBank):
         self.pairs = nn.ModuleList(LoRAPair(*pair) for pair in pairs)
 
     def _use(self, assignment: Assignment) -> None:
-        super()._use(assignment)
+        targets = tuple(
+            target if slot is None else target._replace(r=len(self._pair(slot).factors()[0]))
+            for target, slot in zip(assignment.targets, assignment.slots, strict=True)
+        )
+        super()._use(Assignment(targets, assignment.slots, assignment.kept))
         for link, slot in zip(self.links, assignment.slots, strict=True):
             link.adapter = NO_PAIR if slot is None else self.pairs[slot]
 

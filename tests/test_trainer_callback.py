@@ -21,7 +21,7 @@ from transformers import (
 import loradrop
 from loradrop import LoRAConfig, LoraDropConfig
 from loradrop.injection import plan_of
-from loradrop.methods import LoRADrop
+from loradrop.methods import LoRADrop, Spectral
 
 STEPS, WARM = 14, 4
 DROP = LoraDropConfig(**tiny.LORA, keep=1, probe_steps=WARM)
@@ -105,6 +105,30 @@ def test_resumed_to_the_same_end(step: int, whole: tuple[Path, Any], tmp_path: P
     assert run.state.global_step == STEPS
     assert equal(tensors(model), tensors(whole[1]))
     assert plan_of(model).scores == plan_of(whole[1]).scores
+
+
+def test_the_spectral_method_in_one_run(tmp_path: Path) -> None:
+    """It cuts in place, trains what is left, and resumes on either side to the same end."""
+    lora = LoRAConfig(**tiny.LORA, method=Spectral(cut_at=WARM))
+    model = injected(lora)
+    run = trainer(tmp_path / "whole", model, [loradrop.LoraDropCallback()])
+    run.train()
+    bank, plan = model.lora_bank, plan_of(model)
+    assert bank.trainable <= 0.25 * bank.nominal < plan.full_parameters / 4
+    assert plan.cut["ranks"] == {
+        t.name: 0 if s is None else t.r for t, s in zip(bank.targets, bank.slots, strict=True)
+    }
+    held = {id(p) for group in run.optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters() if p.requires_grad}
+    for step in (3, 6):
+        folder = tmp_path / str(step)
+        with pytest.raises(StopError):
+            stopping = At(folder.name, step, stop)
+            trainer(folder, injected(lora), [loradrop.LoraDropCallback(), stopping]).train()
+        again = injected(lora)
+        trainer(folder, again, [loradrop.LoraDropCallback()]).train(resume_from_checkpoint=True)
+        assert equal(tensors(again), tensors(model))
+        assert again.lora_bank.targets == bank.targets
 
 
 def test_the_best_model_is_one_of_the_second_part(tmp_path: Path) -> None:
