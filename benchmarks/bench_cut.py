@@ -97,6 +97,8 @@ def run_cell(task: TextTask, name: str, seed: int, rows: int) -> Iterator[dict[s
         for arm, (metric, options) in ARMS.items():
             found = spectrum(scores, metric)
             for budget in BUDGETS:
+                if options.get("scope") == "per_target" and budget * RANK < 1:
+                    continue  # below rank 1 there is none
                 ranks = allocate(found, budget=budget, **options)
                 loradrop.load(model, folder)
                 loradrop.injection.injection_of(model).scores = scores

@@ -96,7 +96,8 @@ _Loader.add_implicit_resolver(
 
 
 def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunConfig:
-    """The YAML file with `section.key=value` overrides on top; `model=ID`, `data=SOURCE` are short.
+    """The YAML file with `section.key=value` overrides on top; `model=ID`, `data=SOURCE` are short,
+    and `method=NAME`, `method.key=value` are of `lora.method`.
 
     Raises FileNotFoundError for a missing file, and ValueError for an unknown key (with the nearest
     one that exists), for a value of the wrong type, and for broken YAML.
@@ -141,6 +142,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ValueError(f"{text!r} is not an override: write section.key=value (train.steps=200)")
+    if key.partition(".")[0] == "method":
+        key = f"lora.{key}"
     *path, last = key.split(".")
     place = raw
     for part in path:

@@ -105,6 +105,21 @@ def test_train_without_a_file(work: Path, tmp_path: Path, capsys: Capsys) -> Non
     assert plan["config"]["r"] == 2 and plan["config"]["method"] == {"name": "lora"}
 
 
+def test_train_with_the_spectral_method(work: Path, tmp_path: Path, capsys: Capsys) -> None:
+    """The ranks that are left are in the terminal, in the report and in the pictures."""
+    given = [f"model={work / 'base'}", f"data={work / 'films.csv'}", f"output={tmp_path}"]
+    given += ["lora.r=4", "train.steps=10", "train.log_every=2", "data.max_length=16"]
+    out = works(capsys, "train", *given, "method=spectral", "method.budget=0.5")
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    ranks = plan["cut"]["ranks"]
+    assert "and the rank that is left" in out and f"r{max(ranks.values())}" in out
+    assert f"{sum(ranks.values())} of {8 * len(ranks)} directions" in out
+    page = (tmp_path / "report.html").read_text()
+    assert "What each direction is worth" in page and page.count("<svg") == 2
+    assert f" r{max(ranks.values())}" in page and (tmp_path / "importance.png").exists()
+    assert "r8" in works(capsys, "plan", "show", tmp_path / "spectral" / "adapter")
+
+
 def test_train_refuses_a_used_output(work: Path, capsys: Capsys) -> None:
     written = (work / "run" / "config.yaml").read_text()
     status, out, err = command(capsys, "train", work / "config.yaml")

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import loradrop
-from loradrop import LoRA, LoRADrop
+from loradrop import LoRA, LoRADrop, Spectral
 from loradrop.base_models import build, load_base, resolve_model
 from loradrop.native import read
 from loradrop.run import measure, run, warm_up_run
@@ -218,6 +218,8 @@ def test_overrides_go_into_short_forms(tmp_path: Path) -> None:
     assert (config.model.id, config.model.dtype) == ("some/model", "bfloat16")
     assert config.lora.method == LoRADrop(keep=3)
     assert read_config(None, ["lora.method=lora"]).lora.method == LoRA()
+    short = read_config(file, ["method=spectral", "method.budget=0.1"])
+    assert short.lora.method == Spectral(budget=0.1)
     assert read_config(None, ["lora.method.threshold=0.3"]).lora.method == LoRADrop(threshold=0.3)
     empty = tmp_path / "empty.yaml"
     empty.write_text("")

@@ -39,6 +39,7 @@ class Cell:
 
     weight     what selection ranks by;  fraction: its part of all that are ranked together
     frequency  how often the bootstrap kept it
+    rank       what is left, 0 for no adapter;  group: of its shape, at the rank before any cut
     """
 
     target: Target
@@ -50,6 +51,7 @@ class Cell:
     fraction: float | None
     frequency: float | None
     rank: int
+    group: tuple[str, int, int, int]
 
     @property
     def percent(self) -> str:
@@ -84,6 +86,7 @@ class Grid:
         self.cells: dict[tuple[int | None, str], Cell] = {}
         self.groups: dict[Any, list[Cell]] = {}
         for target, state in zip(plan.targets, plan.assignment.states, strict=True):
+            group = target._replace(r=full[target.name]).group
             score, (layer, column) = scores.get(target.name), _place(target.name)
             known = score is not None and math.isfinite(score)
             total = totals[joint or target.group] or 1.0
@@ -91,8 +94,8 @@ class Grid:
                 target=target, layer=layer, column=column, state=state, score=score,
                 weight=weights[target], fraction=weights[target] / total if known else None,
                 frequency=frequency.get(target.name), rank=0 if state == "none" else target.r,
+                group=group,
             )  # fmt: skip
-            group = target._replace(r=full[target.name]).group
             self.groups.setdefault(group, []).append(cell)
         self.labels = _labels(list(dict.fromkeys(cell.column for cell in self)))
         self.layers = sorted({c.layer for c in self}, key=lambda n: math.inf if n is None else n)
@@ -111,7 +114,7 @@ class Grid:
         """The labels of the group's columns (its module type where they are many) and its shape."""
         target, labels = group[0].target, dict.fromkeys(self.labels[c.column] for c in group)
         name = target.kind if len(labels) > 2 else ", ".join(labels)
-        return f"{name} {target.in_features}→{target.out_features} r{target.r}"
+        return f"{name} {target.in_features}→{target.out_features} r{group[0].group[3]}"
 
     def shade(self, cell: Cell) -> float:
         """The cell's fraction over the largest one of the grid."""

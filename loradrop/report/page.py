@@ -12,7 +12,7 @@ from loradrop.native import TENSORS, read
 from loradrop.plan import Plan
 from loradrop.report import grid as grids
 from loradrop.report.grid import INK, MUTED, RULE, SERIES, Arm, Grid
-from loradrop.report.plots import curves, is_reported, points_of
+from loradrop.report.plots import curves, is_reported, points_of, spectra
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,6 +81,7 @@ def write_report(
         drawn=drawn,
         closest=CLOSEST,
         curves=_svg(curves(arms)) if logged else None,
+        spectra={arm.name: _svg(spectra(arm.plan)) for arm in arms if arm.plan and arm.plan.cut},
         facts=facts,
         options=json.dumps(configs, indent=2, ensure_ascii=False),
         words=grids,

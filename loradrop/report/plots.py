@@ -92,31 +92,33 @@ def plot_importance(plan: Plan, path: str | os.PathLike[str]) -> None:
 
 def plot_spectra(plan: Plan, path: str | os.PathLike[str]) -> None:
     """A PNG of a plan that was cut: what each direction of each target was worth, and was kept."""
+    _save(spectra(plan), path)
+
+
+def spectra(plan: Plan) -> "Figure":
+    """What each direction of each target was worth: faint, and solid as far as it was kept."""
     from matplotlib.lines import Line2D
 
     cut = plan.cut
     assert cut is not None
     figure = _figure(8.4, 4.4)
     axes = figure.subplots()
-    kinds = list(dict.fromkeys(target.kind for target in plan.targets))
     handles: dict[str, Any] = {}
     for target in plan.targets:
-        values, rank = list(cut["values"][target.name]), cut["ranks"][target.name]
-        kind = kinds.index(target.kind)
-        color = SERIES[kind % len(SERIES)]
+        color = SERIES[list({t.kind: 0 for t in plan.targets}).index(target.kind) % len(SERIES)]
         handles[target.kind] = Line2D([], [], color=color, linewidth=1.8)
-        places = range(1, len(values) + 1)
+        values, rank = list(cut["values"][target.name]), cut["ranks"][target.name]
+        places = list(range(1, len(values) + 1))
         axes.plot(places, values, color=color, alpha=0.2, linewidth=1)
         axes.plot(places[:rank], values[:rank], color=color, marker="o", markersize=3, linewidth=1)
     if any(value > 0 for values in cut["values"].values() for value in values):
         axes.set_yscale("log")
-    axes.set_xlabel("direction of the target's adapter")
     worth = {"loss": "predicted rise of the loss without it", "output": "Σ‖s·B·A·x‖² of it"}
-    axes.set_ylabel(worth.get(cut["metric"], "‖s·B·A‖² of it"))
+    axes.set(xlabel="direction", ylabel=worth.get(cut["metric"], "‖s·B·A‖² of it"))
     axes.grid(color=RULE, linewidth=0.8)
     _bare(axes)
     _legend(figure, "upper", handles)
-    _save(figure, path)
+    return figure
 
 
 def plot_history(arms: Sequence[Arm], path: str | os.PathLike[str]) -> None:
