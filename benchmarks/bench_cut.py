@@ -27,12 +27,13 @@ from torch.utils.data import DataLoader
 import loradrop
 import loradrop.injection
 from lib import RESULTS
+from loradrop.allocation import allocate
 from loradrop.base_models import build
 from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.env import versions
 from loradrop.files import read_json, write_json
 from loradrop.run_config import RunConfig
-from loradrop.spectra import allocate, spectrum
+from loradrop.spectra import spectrum
 from loradrop.text.examples import TextTask
 from loradrop.text.task import DataConfig, load_task
 from loradrop.text.tokens import collator, tokenize

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from loradrop._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from loradrop.allocation import allocate as allocate
     from loradrop.any_trainer import LoraDropCallback as LoraDropCallback
     from loradrop.bank import AdapterBank as AdapterBank
     from loradrop.config import LoRAConfig as LoRAConfig
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from loradrop.selection import select as select
     from loradrop.sharing import share as share
     from loradrop.spectra import Spectrum as Spectrum
-    from loradrop.spectra import allocate as allocate
     from loradrop.spectra import spectrum as spectrum
     from loradrop.surgery import disabled as disabled
     from loradrop.surgery import inject as inject
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from loradrop.truncation import truncate as truncate
 
 _NAMES = {
+    "allocation": "allocate",
     "bank": "AdapterBank",
     "any_trainer": "LoraDropCallback",
     "config": "LoRAConfig LoraDropConfig TrainConfig",
@@ -60,7 +61,7 @@ _NAMES = {
     "scores": "Scores Target",
     "selection": "select",
     "sharing": "share",
-    "spectra": "Spectrum allocate spectrum",
+    "spectra": "Spectrum spectrum",
     "surgery": "disabled inject merge remove",
     "text.task": "DataConfig load_task",
     "training": "fit",

@@ -125,9 +125,9 @@ def compress(
     batches: Measure = None, padded: Padded = False, dry_run: DryRun = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Keep the directions of a trained adapter that matter."""
+    from loradrop.allocation import allocate
     from loradrop.compression import REPORT, SPECTRUM, compress, open_adapter, require_apart
     from loradrop.report.grid import budget_table, plan_table
-    from loradrop.spectra import allocate
 
     _quiet()
     config = _config(settings)

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from loradrop.allocation import allocate
 from loradrop.scores import Grams, Scores, Target
-from loradrop.spectra import METRICS, Spectrum, allocate, best_cores, spectrum
+from loradrop.spectra import METRICS, Spectrum, best_cores, spectrum
 
 pytestmark = pytest.mark.numbers
 

@@ -14,12 +14,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from loradrop.allocation import SCOPES, allocate
 from loradrop.bank import AdapterBank
 from loradrop.methods.base import Method, Warmup
 from loradrop.pairs import LoRABank
 from loradrop.scores import Scores, Target
 from loradrop.selection import check_choice
-from loradrop.spectra import METRICS, SCOPES, allocate, spectrum
+from loradrop.spectra import METRICS, spectrum
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loradrop.allocation import allocate
 from loradrop.plan import Plan
 from loradrop.scores import Target
-from loradrop.spectra import Spectrum, allocate
+from loradrop.spectra import Spectrum
 
 MARKS = {"own": "●", "shared": "○", "none": "·"}
 MEANINGS = {"own": "own adapter", "shared": "shared adapter", "none": "no adapter"}

@@ -1,0 +1,158 @@
+"""How a budget is spent on the directions of all targets: pure functions on plain data."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loradrop.scores import layer_of
+from loradrop.selection import check_choice, check_part
+from loradrop.spectra import Spectrum
+
+SCOPES = ("joint", "per_module", "per_target")
+
+
+def allocate(
+    spectrum: Spectrum,
+    *,
+    budget: float | None = None,
+    threshold: float | None = None,
+    max_loss: float | None = None,
+    rank: int | None = None,
+    scope: str = "joint",
+    multiple: int = 1,
+    budget_time: float | None = None,
+) -> dict[str, int]:
+    """Name -> the rank that is left, 0 included: the directions worth most per element.
+
+    Exactly one of
+      budget      in (0, 1]: at most that part of the elements of the adapters as they are
+      threshold   in (0, 1]: the fewest elements that keep that part of the sum of the values
+      max_loss    the fewest elements whose predicted rise of the loss is at most this
+      rank        this rank for every target, where it has as many directions
+    scope      "joint": one pool of all targets; "per_module": a pool for each module type and
+               shape; "per_target": every target the same part
+    multiple   ranks are multiples of it, as far as an adapter has directions (8 for some engines)
+    budget_time   in (0.5, 1]: also, no adapter in so many of the lowest layers that a step of
+               training takes about that part of its time, since the backward pass ends above them:
+               1 − k / 2L for k of L equal layers
+
+    Ties go to the earlier target. Raises ValueError for options out of range, for a budget below
+    one step of the smallest target, and for a max_loss that leaves nothing.
+    """
+    check_choice("scope", scope, SCOPES)
+    given = {"budget": budget, "threshold": threshold, "max_loss": max_loss, "rank": rank}
+    _check(spectrum, given, multiple)
+    low = _lowest(spectrum, budget_time)
+    if rank is not None:
+        return {name: 0 if name in low else min(rank, len(spectrum[name])) for name in spectrum}
+    ranks = dict.fromkeys(spectrum, 0)
+    for pool in _pools(spectrum, scope):
+        whole = sum(sum(spectrum.by_target[i]) for i in pool)
+        full = sum(len(spectrum.by_target[i]) * spectrum.cost(i) for i in pool)
+        limit = math.inf if budget is None else budget * full * (1 + 1e-12)
+        wanted = math.inf  # what has to be kept of the values
+        if threshold is not None:
+            wanted = threshold * whole * (1 - 1e-12)
+        elif max_loss is not None:
+            wanted = whole - max_loss * (1.0 if scope == "joint" else whole / _total(spectrum))
+        upper = [
+            i for i in pool if not low & {spectrum.targets[j].name for j in _users(spectrum, i)}
+        ]
+        for i, k in _spend(spectrum, upper, limit, wanted, multiple).items():
+            for j in _users(spectrum, i):
+                ranks[spectrum.targets[j].name] = k
+    if budget is not None and not any(ranks.values()):
+        first = [(i, len(spectrum.by_target[i])) for i in spectrum.adapters]
+        least = min(min(multiple, r) * spectrum.cost(i) for i, r in first) / spectrum.full
+        raise ValueError(
+            f"budget={budget:g} is below one direction: choose at least {least:.3g}, or a scope "
+            "that pools more targets"
+        )
+    if max_loss is not None and spectrum.full and not any(ranks.values()):
+        raise ValueError(
+            f"max_loss={max_loss:g} leaves no adapter at all, which would cost "
+            f"{_total(spectrum):.2g}: choose less"
+        )
+    return ranks
+
+
+def _spend(
+    spectrum: Spectrum, pool: Sequence[int], limit: float, wanted: float, step: int
+) -> dict[int, int]:
+    """First target of an adapter -> rank, by falling value per element."""
+    offers = []
+    for order, i in enumerate(pool):
+        values = spectrum.by_target[i]
+        for start in range(0, len(values), step):
+            part = values[start : start + step]
+            offers.append((-sum(part) / len(part) / spectrum.cost(i), order, start, i, part))
+    ranks, closed, spent, kept = dict.fromkeys(pool, 0), set[int](), 0, 0.0
+    for *_, start, i, part in sorted(offers):
+        size = len(part) * spectrum.cost(i)
+        if kept >= wanted:
+            break
+        if i in closed or spent + size > limit:
+            closed.add(i)
+            continue
+        ranks[i], spent, kept = start + len(part), spent + size, kept + sum(part)
+    return ranks
+
+
+def _users(spectrum: Spectrum, i: int) -> list[int]:
+    """The targets that use the adapter of target i."""
+    return [j for j, slot in enumerate(spectrum.slots) if slot == spectrum.slots[i]]
+
+
+def _lowest(spectrum: Spectrum, budget_time: float | None) -> set[str]:
+    """The targets in the lowest layers, which must go for this part of a step's time."""
+    if budget_time is None:
+        return set()
+    if not 0.5 < budget_time <= 1.0:
+        raise ValueError(
+            f"budget_time={budget_time}: choose a number in (0.5, 1], as the forward pass stays"
+        )
+    of_layer = {name: layer_of(name) for name in spectrum}
+    layers = list(dict.fromkeys(layer for layer in of_layer.values() if layer))
+    count = math.ceil(2 * len(layers) * (1 - budget_time) - 1e-9)
+    if count >= len(layers):
+        raise ValueError(
+            f"budget_time={budget_time} leaves none of the {len(layers)} layers an adapter: choose "
+            f"at least {1 - (len(layers) - 1) / (2 * max(len(layers), 1)):.3g}"
+        )
+    return {name for name, layer in of_layer.items() if layer in layers[:count]}
+
+
+def _pools(spectrum: Spectrum, scope: str) -> list[list[int]]:
+    pools: dict[Any, list[int]] = {}
+    for i in spectrum.adapters:
+        target = spectrum.targets[i]
+        key = {"joint": None, "per_target": i, "per_module": target.group[:3]}[scope]
+        pools.setdefault(key, []).append(i)
+    return list(pools.values())
+
+
+def _total(spectrum: Spectrum) -> float:
+    return sum(sum(spectrum.by_target[i]) for i in spectrum.adapters) or 1.0
+
+
+def _check(spectrum: Spectrum, given: Mapping[str, Any], multiple: int) -> None:
+    named = [f"{name}={value}" for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        got = ", ".join(named) or "none"
+        raise ValueError(f"give exactly one of {', '.join(given)}; got {got}")
+    for name in ("budget", "threshold"):
+        check_part(name, given[name])
+        if given[name] == 0.0:
+            raise ValueError(f"{name}=0: choose a number in (0, 1]")
+    rank, max_loss = given["rank"], given["max_loss"]
+    if rank is not None and (not isinstance(rank, int) or rank < 0):
+        raise ValueError(f"rank={rank!r}: choose a whole number from 0 up")
+    if max_loss is not None:
+        if not 0.0 <= max_loss < math.inf:
+            raise ValueError(f"max_loss={max_loss}: choose a number from 0 up")
+        if spectrum.metric != "loss":
+            raise ValueError(
+                f"max_loss needs metric='loss', and the spectrum has {spectrum.metric!r}"
+            )
+    if not isinstance(multiple, int) or multiple < 1:
+        raise ValueError(f"multiple={multiple!r}: choose a whole number from 1 up")
