@@ -128,7 +128,7 @@ def check(model: nn.Module, base: float, batch: dict[str, Tensor]) -> None:
     off = abs(float(loss.detach()) / base - 1.0)
     assert off <= LOSS_ERROR, f"the loss is off by {off:.2%}, though B is zero"
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    of_b = [name for name in names if "lora_B" in name or ".B." in name]
+    of_b = [name for name in names if "lora_B" in name or name.endswith(".B")]
     assert 2 * len(of_b) == len(names), f"{len(of_b)} of {len(names)} parameters are a B"
     for name in of_b:
         grad = model.get_parameter(name).grad

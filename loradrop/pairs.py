@@ -225,6 +225,8 @@ class LoRABank(AdapterBank):
             for target, slot in zip(assignment.targets, assignment.slots, strict=True)
         )
         super()._use(Assignment(targets, assignment.slots, assignment.kept))
+        if type(self).factors is not LoRABank.factors:
+            return  # a subclass composes them itself, and each layer asks for its own
         for link, slot in zip(self.links, assignment.slots, strict=True):
             link.adapter = NO_PAIR if slot is None else self.pairs[slot]
 
