@@ -1,7 +1,7 @@
 """One `fit` of the tiny model, for torchrun: FOLDER BATCH [MODE]; prints what each rank ended with.
 
-MODE is "resume", "kill" (rank 1 dies in the middle of the main run), or "callback": a Trainer with
-LoraDropCallback in place of `fit`.
+MODE is "resume", "kill" (rank 1 dies in the middle of the main run), "spectral" for that method, or
+"callback": a Trainer with LoraDropCallback in place of `fit`.
 """
 
 import json
@@ -15,7 +15,7 @@ import training_runs as tiny
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import loradrop
-from loradrop import LoraDropConfig, fit
+from loradrop import LoRAConfig, LoraDropConfig, Spectral, fit
 
 
 class Kill(TrainerCallback):
@@ -29,12 +29,14 @@ def main(folder: str, batch: str, mode: str = "") -> None:
     torch.set_num_threads(1)
     options = tiny.LORA | {"lora_dropout": 0.0}
     config = LoraDropConfig(**options, keep=1, probe_steps=4)
+    if mode.startswith("spectral"):
+        config = LoRAConfig(**options, method=Spectral(cut_at=4))
     args = replace(tiny.ARGS, steps=None, epochs=2, batch_size=int(batch), save_every=2)
     model = tiny.make_model()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0  # each rank would draw its own
-    if mode == "callback":
+    if mode.endswith("callback"):
         return by_callback(model, config, folder, int(batch))
     result = fit(
         model, tiny.make_rows(48), tiny.make_rows(16, 1), config, args=args, output_dir=folder,

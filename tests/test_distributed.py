@@ -63,6 +63,21 @@ def test_a_rank_that_died_is_resumed_to_the_same_end(alone: dict[str, Any], tmp_
     same(found(tmp_path / "run"), alone)
 
 
+def test_two_ranks_cut_alike(tmp_path: Path) -> None:
+    """The ranks of all targets from what both measured; new parameters would be new to DDP, so in
+    one run of a Trainer it is refused.
+    """
+    done = torchrun(SCRIPT, tmp_path / "run", 4, "spectral")
+    assert done.returncode == 0, done.stderr
+    one, two = (found(tmp_path / "run", rank) for rank in (0, 1))
+    assert one | {"rank": 1} == two
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert sum(map(len, one["adapters"])) == plan["parameters"]
+    assert plan["cut"]["ranks"] and len(set(plan["cut"]["ranks"].values())) > 1
+    refused = torchrun(SCRIPT, tmp_path / "other", 4, "spectral callback")
+    assert refused.returncode != 0 and "which DDP does not know" in refused.stderr
+
+
 def test_the_callback_in_two_ranks(tmp_path: Path) -> None:
     for processes, batch in ((1, 8), (2, 4)):
         done = torchrun(SCRIPT, tmp_path / str(processes), batch, "callback", processes=processes)
