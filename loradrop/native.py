@@ -29,6 +29,7 @@ from loradrop.injection import (
     require_adapted,
     trained_since,
 )
+from loradrop.pairs import short_name
 from loradrop.plan import Plan
 from loradrop.ranks import here, is_sharded, writes
 from loradrop.tensor_file import write_tensors
@@ -42,7 +43,7 @@ _log = logging.getLogger(__name__)
 class NativeFile(NamedTuple):
     """A native adapter as it is on disk.
 
-    bank      the bank's tensors by their names in its state dict
+    bank      the bank's tensors by their names in its state dict, those of pairs as "A.0"
     trained   the base tensors trained whole, by their names in the model
     """
 
@@ -67,7 +68,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def write(adapters: Adapters, path: str | os.PathLike[str]) -> None:
     """`save` of a snapshot."""
     plan = adapters.plan.to_dict()
-    tensors = {f"{_BANK}{k}": v.detach().cpu().contiguous() for k, v in adapters.state.items()}
+    state = {short_name(key): tensor for key, tensor in adapters.state.items()}
+    tensors = {f"{_BANK}{k}": v.detach().cpu().contiguous() for k, v in state.items()}
     tensors |= {f"{_TRAINED}{k}": v.cpu().contiguous().clone() for k, v in adapters.trained.items()}
     text, schema = json.dumps(plan), str(plan["schema"])
     metadata = {"format": "pt", "loradrop_schema": schema, "plan": text}
@@ -123,10 +125,7 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
         if not agrees:
             why = "(an interrupted save, or edited); the header counts"
             _log.warning("%s is not the plan in the header of %s %s", beside, file, why)
-    bank = _part(tensors, _BANK)
-    if int(metadata.get("loradrop_schema", 0)) < 3:  # "A.0" is "pairs.0.A" since
-        bank = {re.sub(r"^([AB])\.(\d+)$", r"pairs.\2.\1", key): v for key, v in bank.items()}
-    return NativeFile(plan, bank, _part(tensors, _TRAINED))
+    return NativeFile(plan, _part(tensors, _BANK), _part(tensors, _TRAINED))
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -123,6 +123,10 @@ class LoRABank(AdapterBank):
         held = [self.factors(members[slot][0]) for slot in range(len(members))]
         self.assign(assignment, _in_place(pairs, held))
 
+    def restore(self, assignment: Assignment, tensors: Mapping[str, Tensor]) -> None:
+        """As in the base; a file's "A.0" is "pairs.0.A"."""
+        super().restore(assignment, {_long_name(key): value for key, value in tensors.items()})
+
     @torch.no_grad()
     def cut(self, ranks: Mapping[str, int], probed: Grams | None, metric: str) -> dict[str, Any]:
         """Every adapter at its rank: see `truncation.truncate`. Returns the plan's record of it."""
@@ -280,6 +284,15 @@ def tensors_of(pairs: Sequence[Pair]) -> dict[str, Tensor]:
         for k, pair in enumerate(pairs)
         for side, factor in zip("AB", pair, strict=True)
     }
+
+
+def short_name(key: str) -> str:
+    """The name in a file of the tensor "pairs.0.A", "A.0"; of any other its own."""
+    return re.sub(r"^pairs\.(\d+)\.([AB])$", r"\2.\1", key)
+
+
+def _long_name(key: str) -> str:
+    return re.sub(r"^([AB])\.(\d+)$", r"pairs.\2.\1", key)
 
 
 def _truncated(pair: Pair, best: Cores, k: int) -> Pair:

@@ -122,5 +122,5 @@ def _from_1(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-# By the schema that each starts from. Schema 3 renamed tensors of the file: see `native.read`.
+# By the schema that each starts from. Schema 3 added `cut`.
 _MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: dict}

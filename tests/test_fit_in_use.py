@@ -134,7 +134,7 @@ def test_early_stopping_and_the_best_model(more: dict[str, Any], tmp_path: Path)
     )  # fmt: skip
     assert result.steps == tiny.WARMUP + 12 == max(entry["step"] for entry in result.history)
     best = read(tmp_path / "main" / "checkpoint-4")
-    B = best.bank["pairs.0.B"]
+    B = best.bank["B.0"]
     assert torch.equal(B, model.lora_bank.B[0]) and B.any()
 
 

@@ -154,7 +154,7 @@ class TestSize:
         loradrop.save(share(model, [0, 3]), tmp_path)
         tensors = load_file(tmp_path / TENSORS)
         slots = range(4)  # 2 own, 1 for each type
-        pairs = {f"bank.pairs.{k}.{side}" for side in "AB" for k in slots}
+        pairs = {f"bank.{side}.{k}" for side in "AB" for k in slots}
         assert set(tensors) == pairs | {"saved.classifier.weight", "saved.classifier.bias"}
         numbers = sum(tensor.numel() for tensor in tensors.values())
         assert numbers == 4 * 4 * (32 + 32) + 2 * 32 + 2
@@ -278,7 +278,7 @@ class TestDamage:
             (rb"\"lora_alpha\": 12", rb"\"lora_alpha\": 13"),
             (rb"query", rb"kuery"),
             (rb'"dtype":"F32"', rb'"dtype":"I32"'),
-            (rb"bank.pairs.0.A", rb"bank.A.9"),
+            (rb"bank.A.0", rb"bank.A.9"),
         ],
     )
     def test_a_changed_header(self, old: bytes, new: bytes, path: Path) -> None:
@@ -291,7 +291,7 @@ class TestDamage:
 @pytest.mark.parametrize("name", ["adapter.bin", "adapter.pt", TENSORS])
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_pickle_is_refused(name: str, legacy: bool, tmp_path: Path) -> None:
-    tensors = {"bank.pairs.0.A": torch.ones(2, 3)}
+    tensors = {"bank.A.0": torch.ones(2, 3)}
     torch.save(tensors, tmp_path / name, _use_new_zipfile_serialization=not legacy)
     refused(rf"{name} is a pickle, which can run any code", tmp_path / name)
 
