@@ -128,6 +128,10 @@ class AdapterBank(nn.Module):
         """s·B·A (N, K) of target i, as `delta_of`: what `merge` adds to its weight."""
         return delta_of(self.factors(i), self.scaling[i])
 
+    def in_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of its state dict by their names in a file, which `restore` understands."""
+        return dict(tensors)
+
     def restore(self, assignment: Assignment, tensors: Mapping[str, Tensor]) -> None:
         """Take the assignment and the `state_dict` of a saved bank of the same method.
 

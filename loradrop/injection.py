@@ -56,7 +56,7 @@ class Adapters:
 
     factors   (A (r, K), B (N, r)) of each target, detached; None where it has no adapter
     scaling   s of each target
-    state     the bank's own tensors by their names in its state dict
+    state     the bank's own tensors by their names in a file
     trained   the base tensors that are trained whole, by their names in the model: those of
               modules_to_save, and what was made trainable or added since `inject`
     """
@@ -96,7 +96,7 @@ def adapters_of(model: nn.Module) -> Adapters:
             None if p is None else (whole(p[0].detach()), whole(p[1].detach())) for p in pairs
         ),
         scaling=tuple(bank.scaling),
-        state={k: whole(v) for k, v in bank.state_dict().items() if k != STATE},
+        state=bank.in_file({k: whole(v) for k, v in bank.state_dict().items() if k != STATE}),
         trained={k: whole(v) for k, v in trained.items()},
     )
 

@@ -29,7 +29,6 @@ from loradrop.injection import (
     require_adapted,
     trained_since,
 )
-from loradrop.pairs import short_name
 from loradrop.plan import Plan
 from loradrop.ranks import here, is_sharded, writes
 from loradrop.tensor_file import write_tensors
@@ -68,8 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 def write(adapters: Adapters, path: str | os.PathLike[str]) -> None:
     """`save` of a snapshot."""
     plan = adapters.plan.to_dict()
-    state = {short_name(key): tensor for key, tensor in adapters.state.items()}
-    tensors = {f"{_BANK}{k}": v.detach().cpu().contiguous() for k, v in state.items()}
+    tensors = {f"{_BANK}{k}": v.detach().cpu().contiguous() for k, v in adapters.state.items()}
     tensors |= {f"{_TRAINED}{k}": v.cpu().contiguous().clone() for k, v in adapters.trained.items()}
     text, schema = json.dumps(plan), str(plan["schema"])
     metadata = {"format": "pt", "loradrop_schema": schema, "plan": text}
@@ -240,7 +238,7 @@ def _save_given(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> 
     bank = {k.removeprefix("lora_bank."): v for k, v in state.items() if k.startswith("lora_bank.")}
     bank.pop(STATE, None)
     trained = {name: state[name] for name in names}
-    write(Adapters(plan_of(model), (), (), bank, trained), folder)
+    write(Adapters(plan_of(model), (), (), bank_of(model).in_file(bank), trained), folder)
 
 
 def _require_measured(model: nn.Module) -> None:

@@ -123,9 +123,16 @@ class LoRABank(AdapterBank):
         held = [self.factors(members[slot][0]) for slot in range(len(members))]
         self.assign(assignment, _in_place(pairs, held))
 
+    def in_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As in the base; "pairs.0.A" is "A.0" there."""
+        pair = re.compile(r"^pairs\.(\d+)\.([AB])$")
+        return {pair.sub(r"\2.\1", key): value for key, value in tensors.items()}
+
     def restore(self, assignment: Assignment, tensors: Mapping[str, Tensor]) -> None:
-        """As in the base; a file's "A.0" is "pairs.0.A"."""
-        super().restore(assignment, {_long_name(key): value for key, value in tensors.items()})
+        """As in the base, also by the names in a file."""
+        short = re.compile(r"^([AB])\.(\d+)$")
+        named = {short.sub(r"pairs.\2.\1", key): value for key, value in tensors.items()}
+        super().restore(assignment, named)
 
     @torch.no_grad()
     def cut(self, ranks: Mapping[str, int], probed: Grams | None, metric: str) -> dict[str, Any]:
@@ -284,15 +291,6 @@ def tensors_of(pairs: Sequence[Pair]) -> dict[str, Tensor]:
         for k, pair in enumerate(pairs)
         for side, factor in zip("AB", pair, strict=True)
     }
-
-
-def short_name(key: str) -> str:
-    """The name in a file of the tensor "pairs.0.A", "A.0"; of any other its own."""
-    return re.sub(r"^pairs\.(\d+)\.([AB])$", r"\2.\1", key)
-
-
-def _long_name(key: str) -> str:
-    return re.sub(r"^([AB])\.(\d+)$", r"pairs.\2.\1", key)
 
 
 def _truncated(pair: Pair, best: Cores, k: int) -> Pair:
