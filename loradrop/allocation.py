@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loradrop.scores import layer_of
-from loradrop.selection import check_choice, check_part
+from loradrop.selection import check_choice, check_one, check_part
 from loradrop.spectra import Spectrum
 
 SCOPES = ("joint", "per_module", "per_target")
@@ -54,7 +54,7 @@ def allocate(
         if threshold is not None:
             wanted = threshold * whole * (1 - 1e-12)
         elif max_loss is not None:
-            wanted = whole - max_loss * (1.0 if scope == "joint" else whole / _total(spectrum))
+            wanted = whole - max_loss * whole / (spectrum.total or 1.0)
         upper = [
             i for i in pool if not low & {spectrum.targets[j].name for j in _users(spectrum, i)}
         ]
@@ -71,7 +71,7 @@ def allocate(
     if max_loss is not None and spectrum.full and not any(ranks.values()):
         raise ValueError(
             f"max_loss={max_loss:g} leaves no adapter at all, which would cost "
-            f"{_total(spectrum):.2g}: choose less"
+            f"{spectrum.total:.2g}: choose less"
         )
     return ranks
 
@@ -131,15 +131,8 @@ def _pools(spectrum: Spectrum, scope: str) -> list[list[int]]:
     return list(pools.values())
 
 
-def _total(spectrum: Spectrum) -> float:
-    return sum(sum(spectrum.by_target[i]) for i in spectrum.adapters) or 1.0
-
-
 def _check(spectrum: Spectrum, given: Mapping[str, Any], multiple: int) -> None:
-    named = [f"{name}={value}" for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        got = ", ".join(named) or "none"
-        raise ValueError(f"give exactly one of {', '.join(given)}; got {got}")
+    check_one(given)
     for name in ("budget", "threshold"):
         check_part(name, given[name])
         if given[name] == 0.0:

@@ -1,7 +1,6 @@
 """Base models of transformers: the one of a run, and the one that an adapter was trained on."""
 
 import importlib.util
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +15,6 @@ from loradrop.formats import peft_file, peft_load
 from loradrop.formats.peft import DTYPES
 from loradrop.run_config import MINILM, RunConfig
 from loradrop.text.examples import TextTask
-
-_log = logging.getLogger(__name__)
 
 
 def resolve_model(model_id: str) -> str:
@@ -51,8 +48,6 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 where, revision=config.model.revision, add_prefix_space=True
             )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     auto: Any = transformers.AutoModelForCausalLM
     if words:
         auto = transformers.AutoModelForTokenClassification
@@ -67,8 +62,7 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
         model, info = auto.from_pretrained(
             where, revision=config.model.revision, output_loading_info=True, **options
         )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    pad_with(model, tokenizer)
     model.config._name_or_path = config.model.id
     missing = {key.rpartition(".")[0] for key in info["missing_keys"]}
     return model, tokenizer, sorted(missing)
@@ -105,6 +99,14 @@ def load_base(
     return model.eval(), where
 
 
+def pad_with(model: Any, tokenizer: Any) -> None:
+    """Both know what batches are padded with: where there is nothing, the end of a text."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+
+
 def tokenizer_of(where: str) -> Any:
     """The tokenizer at an id or path; None where there is none."""
     try:
@@ -112,8 +114,6 @@ def tokenizer_of(where: str) -> Any:
     except (OSError, ValueError):
         return None
     bare = len(tokenizer) <= len(tokenizer.all_special_ids)  # what some classes are without files
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return None if bare else tokenizer
 
 

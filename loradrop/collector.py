@@ -18,7 +18,8 @@ from torch.utils.hooks import RemovableHandle
 
 from loradrop.bank import AdapterBank
 from loradrop.env import is_first_rank
-from loradrop.gram_sums import GramSums, samples_of
+from loradrop.gram_sums import GramSums
+from loradrop.losses import samples_of
 from loradrop.masks import MASK, MaskFn, TokenMasks
 from loradrop.ranks import is_distributed, reduced
 from loradrop.scores import Scores, Target

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
-from loradrop.base_models import load_base, tokenizer_of
+from loradrop.base_models import load_base, pad_with, tokenizer_of
 from loradrop.config import TrainConfig
 from loradrop.files import write_json
 from loradrop.formats.peft import export
@@ -26,11 +26,11 @@ from loradrop.spectra import Spectrum, spectrum, spectrum_of
 from loradrop.text.examples import TextTask
 from loradrop.text.task import load_task
 from loradrop.text.tokens import TokenizedDataset, collator, metric_fn, tokenize
+from loradrop.trainer import dev_metrics
 from loradrop.truncation import truncate
 
 REPORT, SPECTRUM = "compression.json", "spectrum.png"
 BATCHES = 64
-_TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 _log = logging.getLogger(__name__)
 
 
@@ -78,6 +78,7 @@ def open_adapter(
     _require_fit(base, task, adapter)
     if (tokenizer := tokenizer_of(where)) is None:
         raise ValueError(f"{where} has no tokenizer, which reading the data needs: give model=")
+    pad_with(base, tokenizer)
     train, dev = tokenize(task, tokenizer, config.data.max_length, base)
     rows = Rows(task, train, dev, collator(task, tokenizer))
     loader = DataLoader(
@@ -158,9 +159,7 @@ def _evaluated(model: Any, rows: Rows) -> dict[str, float]:
             model, args, eval_dataset=rows.dev, data_collator=rows.collate,
             compute_metrics=metric_fn(rows.task),
         )  # fmt: skip
-        found = trainer.evaluate().items()
-    kept = {k: v for k, v in found if k != "epoch" and not k.endswith(_TIMINGS)}
-    return {key.removeprefix("eval_"): float(value) for key, value in kept.items()}
+        return dev_metrics(trainer)
 
 
 def _heal(model: Any, rows: Rows, train: TrainConfig) -> None:

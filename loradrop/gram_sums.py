@@ -114,14 +114,3 @@ def grams_of(
         scaling=bank.scaling, slots=bank.slots, A=tuple(of_A), B=tuple(of_B),
         inputs=inputs, left=left, right=right, samples=samples,
     )  # fmt: skip
-
-
-def samples_of(given: Mapping[str, Any]) -> Tensor | int:
-    """How many losses a model with these inputs takes the mean of: its labels that count, else the
-    length of the batch.
-    """
-    labels = given.get("labels")
-    if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim:
-        return (labels != -100).sum()
-    first = next((v for v in given.values() if isinstance(v, Tensor) and v.ndim), None)
-    return 1 if first is None else len(first)

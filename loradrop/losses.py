@@ -21,7 +21,7 @@ Labels = str | LossFn | None
 
 
 def losses(model: Any, outputs: Any, given: Mapping[str, Any], labels: Labels, seed: int) -> Tensor:
-    """The loss of each sample of a batch, (n,); for "data" n times their mean, (1,), counts as n.
+    """The loss of each sample of a batch, (n,); for "data" their mean, n times.
 
     given   the inputs of the model by name;  seed   of the draw
 
@@ -61,10 +61,7 @@ def _of_data(outputs: Any, given: Mapping[str, Any]) -> Tensor:
             "labels='data' needs a loss, and the model returned none: put labels into the batches, "
             "or pass a function of (outputs, inputs) that gives the loss of each sample"
         )
-    from loradrop.gram_sums import samples_of
-
-    count = int(samples_of(given))
-    return (loss.float() * count / max(count, 1)).expand(count)
+    return loss.float().expand(int(samples_of(given)))
 
 
 def _drawn(
@@ -104,3 +101,14 @@ def _counting(model: Any, logits: Tensor, given: Mapping[str, Any]) -> Tensor | 
     name = "decoder_attention_mask" if "decoder_attention_mask" in given else "attention_mask"
     mask = given.get(name)
     return mask > 0 if isinstance(mask, Tensor) and mask.shape == shape else None
+
+
+def samples_of(given: Mapping[str, Any]) -> Tensor | int:
+    """How many losses a model with these inputs takes the mean of: its labels that count, else the
+    length of the batch.
+    """
+    labels = given.get("labels")
+    if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim:
+        return (labels != -100).sum()
+    first = next((v for v in given.values() if isinstance(v, Tensor) and v.ndim), None)
+    return 1 if first is None else len(first)

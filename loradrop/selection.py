@@ -117,10 +117,7 @@ def _quota(
 
 
 def _check(scores: Scores, given: Mapping[str, Any]) -> None:
-    named = [f"{name}={value}" for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        got = ", ".join(named) or "none"
-        raise ValueError(f"give exactly one of {', '.join(given)}; got {got}")
+    check_one(given)
     for name in ("threshold", "keep_ratio", "budget"):
         check_part(name, given[name])
     keep = given["keep"]
@@ -132,6 +129,14 @@ def _check(scores: Scores, given: Mapping[str, Any]) -> None:
                 f"the score of {target.name} is {value}: its LoRA output overflowed or met NaN. "
                 "Lower the learning rate, or train in float32"
             )
+
+
+def check_one(given: Mapping[str, Any]) -> None:
+    """Raises ValueError unless exactly one of the options is not None."""
+    named = [f"{name}={value}" for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        got = ", ".join(named) or "none"
+        raise ValueError(f"give exactly one of {', '.join(given)}; got {got}")
 
 
 def check_part(name: str, value: float | None) -> None:

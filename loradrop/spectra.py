@@ -73,8 +73,7 @@ class Spectrum(Mapping[str, Sequence[float]]):
     @property
     def adapters(self) -> list[int]:
         """The first target of each adapter."""
-        found = {slot: i for i, slot in reversed(list(enumerate(self.slots))) if slot is not None}
-        return sorted(found.values())
+        return [members[0] for members in members_of(self.slots).values()]
 
     def cost(self, i: int) -> int:
         """Elements of one direction of target i: K + N."""
@@ -91,8 +90,12 @@ class Spectrum(Mapping[str, Sequence[float]]):
 
     def kept(self, ranks: Mapping[str, int]) -> float:
         """The part of the sum of all values that these ranks keep, in [0, 1]."""
-        whole = sum(sum(self.by_target[i]) for i in self.adapters)
-        return 1.0 - self._lost(ranks) / whole if whole > 0 else 1.0
+        return 1.0 - self._lost(ranks) / self.total if self.total > 0 else 1.0
+
+    @property
+    def total(self) -> float:
+        """The sum of all values, each adapter once."""
+        return sum(sum(self.by_target[i]) for i in self.adapters)
 
     def loss(self, ranks: Mapping[str, int]) -> float:
         """The predicted rise of the mean loss. Raises ValueError for another metric."""

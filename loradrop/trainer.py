@@ -89,9 +89,7 @@ class LoRATrainer(Trainer):
 
     def dev_metrics(self) -> dict[str, Any]:
         """Those of `evaluate`, without the epoch and the timings, which differ from run to run."""
-        found = self.evaluate().items()
-        kept = {k: v for k, v in found if k != "epoch" and not k.endswith(_TIMINGS)}
-        return {key.removeprefix("eval_"): value for key, value in kept.items()}
+        return dev_metrics(self)
 
     def history(self, stage: str, offset: int = 0) -> list[dict[str, Any]]:
         """What was logged at each step, without summaries and timings; `offset` steps before."""
@@ -148,6 +146,13 @@ class LoRATrainer(Trainer):
 
     def _load_best_model(self) -> None:
         fill(self.events.model, read(str(self.state.best_model_checkpoint)))
+
+
+def dev_metrics(trainer: Trainer) -> dict[str, Any]:
+    """Those of `evaluate`, without the epoch and the timings, which differ from run to run."""
+    found = trainer.evaluate().items()
+    kept = {k: v for k, v in found if k != "epoch" and not k.endswith(_TIMINGS)}
+    return {key.removeprefix("eval_"): value for key, value in kept.items()}
 
 
 @contextmanager

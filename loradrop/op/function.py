@@ -32,16 +32,11 @@ class Sinks(NamedTuple):
 NO_SINKS = Sinks()
 
 
-def _copy(statistic: Tensor | None) -> Tensor | None:
-    """Not the saved tensor itself: autograd adds to what it was given first."""
-    return None if statistic is None else statistic.clone()
-
-
-# In the order of `Sinks`.
-STATISTICS: Sequence[Callable[[Saved, Tensor | None, Grads], Tensor | None]] = (
-    lambda saved, *_: _copy(saved.sqnorm),
+# In the order of `Sinks`. Never a saved tensor itself: autograd adds to what it was given first.
+STATISTICS: Sequence[Callable[[Saved, Tensor | None, Grads], Tensor]] = (
+    lambda saved, *_: saved.sqnorm.clone(),
     lambda saved, *_: moment(saved.x, saved.token_weights),
-    lambda saved, *_: _copy(saved.gram),
+    lambda saved, *_: saved.gram.clone(),
     lambda saved, dy, grads: core(saved, dy, grads.B),
 )
 
@@ -76,9 +71,8 @@ def gradients(
         with torch.autocast(device, enabled=False):
             return gradients(backward, saved, dy, needs, sinks)
     grads = Grads(None, None, None) if dy is None else backward(saved, dy, needs)
-    values = [of(saved, dy, grads) for of, wants in zip(STATISTICS, sinks, strict=False) if wants]
-    wanted = iter(None if value is None else value.detach() for value in values)
-    return grads, tuple(next(wanted) if wants else None for wants in sinks)
+    wanted = zip(STATISTICS, sinks, strict=True) if sinks else ()
+    return grads, tuple(of(saved, dy, grads).detach() if wants else None for of, wants in wanted)
 
 
 class LoRAFunction(torch.autograd.Function):
