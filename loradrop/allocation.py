@@ -45,22 +45,14 @@ def allocate(
     low = _lowest(spectrum, budget_time)
     if rank is not None:
         return {name: 0 if name in low else min(rank, len(spectrum[name])) for name in spectrum}
-    ranks = dict.fromkeys(spectrum, 0)
-    for pool in _pools(spectrum, scope):
-        whole = sum(sum(spectrum.by_target[i]) for i in pool)
-        full = sum(len(spectrum.by_target[i]) * spectrum.cost(i) for i in pool)
-        limit = math.inf if budget is None else budget * full * (1 + 1e-12)
-        wanted = math.inf  # what has to be kept of the values
-        if threshold is not None:
-            wanted = threshold * whole * (1 - 1e-12)
-        elif max_loss is not None:
-            wanted = whole - max_loss * whole / (spectrum.total or 1.0)
-        upper = [
-            i for i in pool if not low & {spectrum.targets[j].name for j in _users(spectrum, i)}
-        ]
-        for i, k in _spend(spectrum, upper, limit, wanted, multiple).items():
-            for j in _users(spectrum, i):
-                ranks[spectrum.targets[j].name] = k
+    pools = [
+        (pool, [i for i in pool if not low & _names(spectrum, i)])
+        for pool in _pools(spectrum, scope)
+    ]
+    if max_loss is None:
+        ranks = _spend(spectrum, pools, budget, threshold, multiple)
+    else:
+        ranks = _within(spectrum, pools, max_loss, multiple)
     if budget is not None and not any(ranks.values()):
         first = [(i, len(spectrum.by_target[i])) for i in spectrum.adapters]
         least = min(min(multiple, r) * spectrum.cost(i) for i, r in first) / spectrum.full
@@ -71,12 +63,54 @@ def allocate(
     if max_loss is not None and spectrum.full and not any(ranks.values()):
         raise ValueError(
             f"max_loss={max_loss:g} leaves no adapter at all, which would cost "
-            f"{spectrum.total:.2g}: choose less"
+            f"{spectrum.loss(ranks):.2g}: choose less"
         )
     return ranks
 
 
+# All of a pool's adapters, and those that may keep some directions.
+_Pool = tuple[list[int], list[int]]
+
+
+def _within(
+    spectrum: Spectrum, pools: Sequence[_Pool], max_loss: float, step: int
+) -> dict[str, int]:
+    """The fewest directions, in the order of their worth, whose cut costs no more than max_loss."""
+    low, high = 0.0, 1.0  # parts of the values to keep
+    ranks = _spend(spectrum, pools, None, low, step)
+    if spectrum.loss(ranks) <= max_loss:
+        return ranks
+    ranks = _spend(spectrum, pools, None, None, step)
+    for _ in range(50):
+        middle = (low + high) / 2
+        tried = _spend(spectrum, pools, None, middle, step)
+        if spectrum.loss(tried) <= max_loss:
+            high, ranks = middle, tried
+        else:
+            low = middle
+    return ranks
+
+
 def _spend(
+    spectrum: Spectrum,
+    pools: Sequence[_Pool],
+    budget: float | None,
+    threshold: float | None,
+    step: int,
+) -> dict[str, int]:
+    """Name -> rank: in each pool by falling value per element, as `allocate` says."""
+    ranks = dict.fromkeys(spectrum, 0)
+    for pool, upper in pools:
+        whole = sum(sum(spectrum.by_target[i]) for i in pool)
+        full = sum(len(spectrum.by_target[i]) * spectrum.cost(i) for i in pool)
+        limit = math.inf if budget is None else budget * full * (1 + 1e-12)
+        wanted = math.inf if threshold is None else threshold * whole * (1 - 1e-12)
+        for i, k in _of_pool(spectrum, upper, limit, wanted, step).items():
+            ranks |= dict.fromkeys(_names(spectrum, i), k)
+    return ranks
+
+
+def _of_pool(
     spectrum: Spectrum, pool: Sequence[int], limit: float, wanted: float, step: int
 ) -> dict[int, int]:
     """First target of an adapter -> rank, by falling value per element."""
@@ -98,9 +132,10 @@ def _spend(
     return ranks
 
 
-def _users(spectrum: Spectrum, i: int) -> list[int]:
-    """The targets that use the adapter of target i."""
-    return [j for j, slot in enumerate(spectrum.slots) if slot == spectrum.slots[i]]
+def _names(spectrum: Spectrum, i: int) -> set[str]:
+    """The names of the targets that use the adapter of target i."""
+    users = zip(spectrum.targets, spectrum.slots, strict=True)
+    return {target.name for target, slot in users if slot == spectrum.slots[i]}
 
 
 def _lowest(spectrum: Spectrum, budget_time: float | None) -> set[str]:

@@ -49,7 +49,7 @@ Budget = Annotated[float | None, Option(help="The part of its parameters to keep
 MaxLoss = Annotated[float | None, Option(help="Instead: the predicted rise of the loss to accept.")]
 Multiple = Annotated[int, Option(help="Ranks are multiples of it.")]
 Heal = Annotated[int, Option(help="Train what is left for so many steps, as train.* says.")]
-Measure = Annotated[int | None, Option(help="Training batches to measure; 64 by default.")]
+Measure = Annotated[int | None, Option(min=1, help="Training rows to measure; 1,024 by default.")]
 Padded = Annotated[bool, Option("--padded", help="One rank for all, as SGLang wants it.")]
 DryRun = Annotated[bool, Option("--dry-run", help="Only print the table.")]
 Layer = Annotated[str | None, Option(metavar="MxKxN", help="Explain the backend chosen for it.")]
@@ -122,7 +122,7 @@ def probe(
 def compress(
     adapter: Trained, settings: Settings = None, out: Smaller = Path("runs/compressed"),
     budget: Budget = None, max_loss: MaxLoss = None, multiple: Multiple = 1, heal: Heal = 0,
-    batches: Measure = None, padded: Padded = False, dry_run: DryRun = False, debug: Debug = False,
+    measured: Measure = None, padded: Padded = False, dry_run: DryRun = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Keep the directions of a trained adapter that matter."""
     from loradrop.allocation import allocate
@@ -139,7 +139,7 @@ def compress(
         raise ValueError(f"--heal {heal} needs data to train on: give data=SOURCE")
     if not dry_run:
         require_apart(out, adapter)
-    opened = open_adapter(adapter, data, model_id=model_id, batches=batches)
+    opened = open_adapter(adapter, data, model_id=model_id, measured=measured)
     part = 0.25 if budget is None and max_loss is None else budget
     ranks = allocate(opened.spectrum, budget=part, max_loss=max_loss, multiple=multiple)
     print(budget_table(opened.spectrum))

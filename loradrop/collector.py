@@ -69,7 +69,8 @@ class Collector:
         self._tokens = torch.zeros((), dtype=torch.int64)
         self.loss_scale = 1.0  # of the losses whose gradients come now, as a loss scaler sets it
         self._samples = torch.zeros((), dtype=torch.float64)  # of the open row
-        self._sums = GramSums(bank) if set(GRAMS) & set(statistics) else None
+        self._keeps = self.source == "offline" and "core" in statistics
+        self._sums = GramSums(bank, self._keeps) if set(GRAMS) & set(statistics) else None
         self._inside = self._recomputed = False
         self._pending = 0  # forward passes whose backward may still come
         self._handles: list[RemovableHandle] = [
@@ -161,7 +162,7 @@ class Collector:
         """Begin anew: what was collected so far does not count."""
         self.rows, self._tokens = [], torch.zeros_like(self._tokens)
         if self._sums is not None:
-            self._sums = GramSums(self.bank)
+            self._sums = GramSums(self.bank, self._keeps)
 
     def silent(self) -> list[str]:
         """The targets with an adapter whose forward was called in no row so far, on no rank."""

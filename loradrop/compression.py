@@ -30,7 +30,7 @@ from loradrop.trainer import dev_metrics
 from loradrop.truncation import truncate
 
 REPORT, SPECTRUM = "compression.json", "spectrum.png"
-BATCHES = 64
+ROWS, BATCH = 1024, 2  # small batches: each says something of its own of what goes with what
 _log = logging.getLogger(__name__)
 
 
@@ -58,13 +58,13 @@ def open_adapter(
     config: RunConfig | None = None,
     *,
     model_id: str | None = None,
-    batches: int | None = None,
+    measured: int | None = None,
 ) -> Opened:
     """The adapter in a native or PEFT folder on its base model, measured.
 
-    config     its `data` is measured, with its `train.batch_size`; without, the weights decide
+    config     its `data` is measured; without, the weights decide
     model_id   the base model, instead of the one that the adapter names
-    batches    training batches to measure; None is 64
+    measured   training rows to measure; None is 1,024
 
     Raises ValueError for an adapter that is not plain LoRA, and for a base or data that it does not
     fit.
@@ -82,10 +82,10 @@ def open_adapter(
     train, dev = tokenize(task, tokenizer, config.data.max_length, base)
     rows = Rows(task, train, dev, collator(task, tokenizer))
     loader = DataLoader(
-        train, batch_size=config.train.batch_size, shuffle=True, collate_fn=rows.collate,
+        train, batch_size=BATCH, shuffle=True, collate_fn=rows.collate,
         generator=torch.Generator().manual_seed(config.train.seed),
     )  # fmt: skip
-    some = itertools.islice(loader, batches or BATCHES)
+    some = itertools.islice(loader, -(-(measured or ROWS) // BATCH))
     return Opened(base, spectrum(probe(base, some, gram=True, mask=config.train.mask)), rows)
 
 

@@ -1,12 +1,14 @@
 """What a run says of directions, summed over its steps: what a collector keeps for `spectrum`."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, distributed
 
 from loradrop.bank import AdapterBank
+from loradrop.kept_cores import KeptCores
 from loradrop.ranks import is_distributed, reduced, whole
 from loradrop.scores import Grams, members_of
 
@@ -14,10 +16,14 @@ _KINDS = ("inputs", "left", "right")
 
 
 class GramSums:
-    """The matrices of `Grams` that passes give, for every target of `bank`."""
+    """The matrices of `Grams` that passes give, for every target of `bank`.
 
-    def __init__(self, bank: AdapterBank) -> None:
+    keep   also the core of each step; when there are too many, two neighbours become one
+    """
+
+    def __init__(self, bank: AdapterBank, keep: bool = False) -> None:
         self.bank = bank
+        self.kept = KeptCores(bank) if keep else None
         self._sums: dict[str, list[Tensor | None]] = {n: [None] * len(bank.targets) for n in _KINDS}
         self._samples = torch.zeros((), dtype=torch.float64)
 
@@ -31,17 +37,21 @@ class GramSums:
         for i, gram in enumerate(closed.get("gram_in", ())):
             self._count("inputs", i, gram)
         given, s = closed.get("core", [None] * len(self.bank.targets)), self.bank.scaling
+        found: list[Tensor | None] = []
         for members in members_of(self.bank.slots).values():
             total: Tensor | None = None
             for i in members:
                 if (core := given[i]) is not None:
                     total = s[i] * core if total is None else total + s[i] * core.to(total.device)
+            found.append(None)
             if total is None:
                 continue
             of_sum = total * (samples.to(total.device) / loss_scale)
-            of_sum = torch.where(of_sum.isfinite().all(), of_sum, 0.0)
+            found[-1] = of_sum = torch.where(of_sum.isfinite().all(), of_sum, 0.0)
             self._count("left", members[0], of_sum @ of_sum.T)
             self._count("right", members[0], of_sum.T @ of_sum)
+        if self.kept is not None:
+            self.kept.add(found)
 
     def _count(self, kind: str, i: int, value: Tensor | None) -> None:
         if value is not None:
@@ -71,7 +81,8 @@ class GramSums:
     def grams(self) -> Grams:
         """What `spectrum` needs, with the factors as they are now."""
         sums, samples = self._total()
-        return grams_of(self.bank, sums, float(samples))
+        found = grams_of(self.bank, sums, float(samples))
+        return found if self.kept is None else replace(found, cores=self.kept.by_target())
 
     def _total(self) -> tuple[dict[str, list[Tensor | None]], Tensor]:
         """The sums and samples of all ranks, on the CPU."""

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, Pair, empty, form, keep_width
+from loradrop.compensation import compensate
 from loradrop.gram_sums import grams_of
 from loradrop.scores import Assignment, Grams, Scores, Target, members_of
 from loradrop.selection import assign, check_choice
-from loradrop.spectra import Cores, cores, spectrum_of
+from loradrop.spectra import Cores, between, decompose
 
 INITS = ("fresh", "mean", "top")
 AFTER = ("reinit", "continue")
@@ -135,20 +136,29 @@ class LoRABank(AdapterBank):
         super().restore(assignment, named)
 
     @torch.no_grad()
-    def cut(self, ranks: Mapping[str, int], probed: Grams | None, metric: str) -> dict[str, Any]:
+    def cut(
+        self, ranks: Mapping[str, int], probed: Grams | None, metric: str, make_up: bool = True
+    ) -> dict[str, Any]:
         """Every adapter at its rank: see `truncation.truncate`. Returns the plan's record of it."""
         wanted = self._ranks(ranks)
         grams = self._now(probed, metric)
-        values = spectrum_of(self.targets, grams, metric)
+        values, of_slot = decompose(self.targets, grams, metric)
+        rank_of = {slot: wanted[members[0]] for slot, members in members_of(self.slots).items()}
+        given = between(grams, of_slot) if make_up and metric == "loss" else {}
+        made_up = (
+            compensate([*given.values()], [*rank_of.values()], grams.samples) if given else None
+        )
+        rows: dict[int, Tensor] = {}
+        if made_up is not None and made_up.ridge is not None:
+            rows = dict(zip(given, made_up.rows, strict=True))
         numbers = dict[int, int]()
         pairs: list[Pair] = []
-        for slot, members in members_of(self.slots).items():
-            pair, k = self._pair(slot).factors(), wanted[members[0]]
+        for slot, k in rank_of.items():
+            pair = self._pair(slot).factors()
             if k == 0:
                 continue
-            if k < len(pair[0]):
-                names = ", ".join(self.targets[i].name for i in members)
-                pair = _truncated(pair, cores(grams, members, metric, names), k)
+            if k < len(pair[0]) or slot in rows:
+                pair = _truncated(pair, of_slot[slot], k, rows.get(slot))
             numbers[slot] = len(pairs)
             pairs.append(pair)
         targets = tuple(
@@ -164,6 +174,7 @@ class LoRABank(AdapterBank):
             "values": {name: list(values[name]) for name in values},
             "ranks": left,
             "loss": values.loss(left) if metric == "loss" else None,
+            "compensated": None if made_up is None else made_up.rise,
         }
 
     def _ranks(self, ranks: Mapping[str, int]) -> list[int]:
@@ -293,11 +304,23 @@ def tensors_of(pairs: Sequence[Pair]) -> dict[str, Tensor]:
     }
 
 
-def _truncated(pair: Pair, best: Cores, k: int) -> Pair:
-    """(A' (k, K), B' (N, k)), made in float64, in the dtypes of A and B."""
+def _truncated(pair: Pair, best: Cores, k: int, rows: Tensor | None) -> Pair:
+    """(A' (k, K), B' (N, k)), made in float64, in the dtypes of A and B, of the first k directions
+    with `rows` (k, r) of all of them added to their right factor.
+    """
     A, B = pair
-    left, right = (core.to(A.device) for core in (best.left[:, :k], best.right[:k]))
-    return (right @ A.double()).to(A.dtype), (B.double() @ left).to(B.dtype)
+    left, right = (core.to(A.device) for core in (best.left[:, :k], best.right))
+    added = None if rows is None else rows.to(A.device) @ right
+    if k == len(A):  # what no batch reached stays
+        assert added is not None
+        return (A.double() + left @ added @ A.double()).to(A.dtype), B.detach()
+    of_A = right[:k] if added is None else right[:k] + added
+    down, up = of_A @ A.double(), B.double() @ left
+    if added is not None:  # directions of the same length on both sides
+        ratio = (up.norm(dim=0) / down.norm(dim=1)).sqrt()
+        ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+        down, up = down * ratio[:, None], up / ratio
+    return down.to(A.dtype), up.to(B.dtype)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

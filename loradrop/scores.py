@@ -48,6 +48,8 @@ class Grams:
     left, right   Σ_b S_b S_bᵀ and Σ_b S_bᵀS_b (r, r) of S_b = s·Σ_t u_t h_tᵀ over the tokens of a
                   batch: the gradient of ℓ_b by a core between B and A. Of a shared adapter at its
                   first member alone. None where nothing was collected
+    cores         S_b itself (n, r, r) float32, where a probe kept it; its n rows are batches, or
+                  sums of a few neighbours each
     samples       how many losses all ℓ_b together sum
     """
 
@@ -59,6 +61,7 @@ class Grams:
     left: tuple[Tensor | None, ...]
     right: tuple[Tensor | None, ...]
     samples: float
+    cores: tuple[Tensor | None, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

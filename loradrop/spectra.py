@@ -20,12 +20,13 @@ targets, so one budget serves all. Pure functions on plain data; docs/spectral.m
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from loradrop.compensation import rise
 from loradrop.scores import Grams, Scores, Target, members_of
 from loradrop.selection import check_choice
 
@@ -50,12 +51,18 @@ class Spectrum(Mapping[str, Sequence[float]]):
     metric "loss": the predicted rise of the mean loss of a sample without it. "output": its part of
     Σ‖s·B·A·x‖², so that they sum to LoRA-drop's score. "weight": of ‖s·B·A‖². Targets that share an
     adapter have its values, which are of all its members together; a target without one has none.
+
+    gates     slot -> (n, r), where the batches' cores were kept, with metric "loss": by how much
+              each batch's loss changes when a direction goes, to first order
+    samples   how many losses the n batches sum
     """
 
     targets: tuple[Target, ...]
     slots: tuple[int | None, ...]
     by_target: tuple[tuple[float, ...], ...]
     metric: str
+    gates: Mapping[int, Tensor] = field(default_factory=dict)
+    samples: float = 0.0
 
     def __getitem__(self, name: str) -> tuple[float, ...]:
         return dict(zip(self, self.by_target, strict=True))[name]
@@ -98,10 +105,18 @@ class Spectrum(Mapping[str, Sequence[float]]):
         return sum(sum(self.by_target[i]) for i in self.adapters)
 
     def loss(self, ranks: Mapping[str, int]) -> float:
-        """The predicted rise of the mean loss. Raises ValueError for another metric."""
+        """The predicted rise of the mean loss: of all that is cut together where there are `gates`,
+        else the sum of the values. Raises ValueError for another metric.
+        """
         if self.metric != "loss":
             raise ValueError(f"metric={self.metric!r} does not predict a loss: take metric='loss'")
-        return self._lost(ranks)
+        if not self.gates:
+            return self._lost(ranks)
+        lost = [
+            self.gates[slot][:, ranks[self.targets[members[0]].name] :].sum(1)
+            for slot, members in members_of(self.slots).items()
+        ]
+        return rise(torch.stack(lost).sum(0), self.samples)
 
     def _lost(self, ranks: Mapping[str, int]) -> float:
         return sum(sum(self.by_target[i][ranks[self.targets[i].name] :]) for i in self.adapters)
@@ -124,13 +139,43 @@ def spectrum(scores: Scores, metric: str = "loss") -> Spectrum:
 
 def spectrum_of(targets: Sequence[Target], grams: Grams, metric: str) -> Spectrum:
     """`spectrum` of the Gram matrices themselves."""
+    return decompose(targets, grams, metric)[0]
+
+
+def decompose(
+    targets: Sequence[Target], grams: Grams, metric: str
+) -> tuple[Spectrum, dict[int, Cores]]:
+    """The spectrum, and the cores of each adapter by its slot."""
     check_choice("metric", metric, METRICS)
     members = members_of(grams.slots)
     of_slot = {slot: cores(grams, of, metric, _names(targets, of)) for slot, of in members.items()}
     values: list[tuple[float, ...]] = [
         () if slot is None else tuple(of_slot[slot].values.tolist()) for slot in grams.slots
     ]
-    return Spectrum(tuple(targets), tuple(grams.slots), tuple(values), metric)
+    gates = {}
+    if metric == "loss":
+        gates = {
+            slot: given.diagonal(dim1=1, dim2=2) for slot, given in between(grams, of_slot).items()
+        }
+    found = Spectrum(
+        tuple(targets), tuple(grams.slots), tuple(values), metric, gates, grams.samples
+    )
+    return found, of_slot
+
+
+def between(grams: Grams, of_slot: Mapping[int, Cores]) -> dict[int, Tensor]:
+    """Slot -> (n, r, r): each batch's gradient by a core between the left and right factors; empty
+    where no batch's was kept.
+    """
+    first = {slot: members[0] for slot, members in members_of(grams.slots).items()}
+    if not grams.cores or any(grams.cores[i] is None for i in first.values()):
+        return {}
+    found = {}
+    for slot, i in first.items():
+        kept, (_, left, right) = grams.cores[i], of_slot[slot]
+        assert kept is not None
+        found[slot] = left.T @ kept.double() @ right.T
+    return found
 
 
 def _names(targets: Sequence[Target], members: Sequence[int]) -> str:

@@ -14,17 +14,23 @@ from loradrop.spectra import METRICS
 _log = logging.getLogger(__name__)
 
 
-def truncate(model: nn.Module, ranks: Mapping[str, int], *, metric: str = "loss") -> None:
+def truncate(
+    model: nn.Module, ranks: Mapping[str, int], *, metric: str = "loss", compensate: bool = True
+) -> None:
     """Cut every adapter to its rank: the best (A', B') of that rank by the last probe.
 
     ranks    name -> rank, as from `allocate`; targets that it leaves out keep theirs. At 0 a target
              has no adapter any more
     metric   what "best" means: see `spectra`; "weight" needs no probe
+    compensate   what is left makes up for what goes, in all adapters, as far as the probe's batches
+             say how: see `compensation`. With metric="loss" after `probe(..., gram=True)`; the more
+             batches the better, so small ones
 
-    s, the frozen weights and adapters that keep their rank stay as they are, and A' and B' of each
-    direction have the same length. Parameters change, so an optimiser made before this does not fit
-    any more. Raises ValueError for ranks that do not fit, targets that share an adapter and get
-    different ones, a bank without pairs, and statistics that are not there.
+    s and the frozen weights stay as they are, and so do adapters that keep their rank where nothing
+    is made up for. A' and B' of each direction that is left of a cut adapter have the same length.
+    Parameters change, so an optimiser made before this does not fit any more. Raises ValueError for
+    ranks that do not fit, targets that share an adapter and get different ones, a bank without
+    pairs, and statistics that are not there.
     """
     bank, injection = bank_of(model), injection_of(model)
     check_choice("metric", metric, METRICS)
@@ -38,8 +44,9 @@ def truncate(model: nn.Module, ranks: Mapping[str, int], *, metric: str = "loss"
     require_adapted(model)
     grams = None if injection.scores is None else injection.scores.grams
     plan, full = plan_of(model), bank.trainable
-    record = bank.cut(ranks, grams, metric)
+    record = bank.cut(ranks, grams, metric, compensate)
     injection.plan = plan.after_cut(record)
     injection.scores = None  # of the adapters that were there
-    loss = "" if record["loss"] is None else f", predicted rise of the loss {record['loss']:.2g}"
+    found = record["loss"] if record["compensated"] is None else record["compensated"]
+    loss = "" if found is None else f", predicted rise of the loss {found:.2g}"
     _log.info("cut from %s to %s parameters%s", f"{full:,}", f"{bank.trainable:,}", loss)
