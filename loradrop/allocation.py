@@ -81,6 +81,11 @@ def _within(
     if spectrum.loss(ranks) <= max_loss:
         return ranks
     ranks = _spend(spectrum, pools, None, None, step)
+    if (least := spectrum.loss(ranks)) > max_loss:
+        raise ValueError(
+            f"max_loss={max_loss:g} cannot be kept without adapters in the lowest layers, which "
+            f"costs {least:.2g}: choose more, or a larger budget_time"
+        )
     for _ in range(50):
         middle = (low + high) / 2
         tried = _spend(spectrum, pools, None, middle, step)

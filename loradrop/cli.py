@@ -48,6 +48,7 @@ Smaller = Annotated[Path, Option(help="The PEFT folder to write.")]
 Budget = Annotated[float | None, Option(help="The part of its parameters to keep; 0.25 if none.")]
 MaxLoss = Annotated[float | None, Option(help="Instead: the predicted rise of the loss to accept.")]
 Multiple = Annotated[int, Option(help="Ranks are multiples of it.")]
+StepTime = Annotated[float | None, Option(help="End the backward pass above the lowest layers.")]
 Heal = Annotated[int, Option(help="Train what is left for so many steps, as train.* says.")]
 Measure = Annotated[int | None, Option(min=1, help="Training rows to measure; 1,024 by default.")]
 Padded = Annotated[bool, Option("--padded", help="One rank for all, as SGLang wants it.")]
@@ -122,7 +123,8 @@ def probe(
 def compress(
     adapter: Trained, settings: Settings = None, out: Smaller = Path("runs/compressed"),
     budget: Budget = None, max_loss: MaxLoss = None, multiple: Multiple = 1, heal: Heal = 0,
-    measured: Measure = None, padded: Padded = False, dry_run: DryRun = False, debug: Debug = False,
+    measured: Measure = None, padded: Padded = False, budget_time: StepTime = None,
+    dry_run: DryRun = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Keep the directions of a trained adapter that matter."""
     from loradrop.allocation import allocate
@@ -141,8 +143,9 @@ def compress(
         require_apart(out, adapter)
     opened = open_adapter(adapter, data, model_id=model_id, measured=measured)
     part = 0.25 if budget is None and max_loss is None else budget
-    ranks = allocate(opened.spectrum, budget=part, max_loss=max_loss, multiple=multiple)
-    print(budget_table(opened.spectrum))
+    how: dict[str, Any] = {"multiple": multiple, "budget_time": budget_time}
+    ranks = allocate(opened.spectrum, budget=part, max_loss=max_loss, **how)
+    print(budget_table(opened.spectrum, **how))
     if dry_run:
         return None
     made, metrics = compress(opened, ranks, out, heal=heal, train=config.train, padded=padded)

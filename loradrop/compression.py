@@ -17,6 +17,7 @@ from loradrop.files import write_json
 from loradrop.formats.peft import export
 from loradrop.gram_sums import grams_of
 from loradrop.injection import injection_of, plan_of
+from loradrop.kept_cores import BATCH, MEASURED
 from loradrop.loading import load
 from loradrop.plan import Plan
 from loradrop.probing import probe
@@ -30,7 +31,6 @@ from loradrop.trainer import dev_metrics
 from loradrop.truncation import truncate
 
 REPORT, SPECTRUM = "compression.json", "spectrum.png"
-ROWS, BATCH = 1024, 2  # small batches: each says something of its own of what goes with what
 _log = logging.getLogger(__name__)
 
 
@@ -85,7 +85,7 @@ def open_adapter(
         train, batch_size=BATCH, shuffle=True, collate_fn=rows.collate,
         generator=torch.Generator().manual_seed(config.train.seed),
     )  # fmt: skip
-    some = itertools.islice(loader, -(-(measured or ROWS) // BATCH))
+    some = itertools.islice(loader, -(-(measured or MEASURED) // BATCH))
     return Opened(base, spectrum(probe(base, some, gram=True, mask=config.train.mask)), rows)
 
 

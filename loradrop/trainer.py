@@ -16,8 +16,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import read_json, write_json
+from loradrop.kept_cores import BATCH, MEASURED
 from loradrop.loading import fill
 from loradrop.native import read, save
+from loradrop.sampling import sample_of
 
 COMPLETE = "complete.json"
 _WRAPPED = ("forward", "_original_forward")  # what accelerate's mixed precision sets on a model
@@ -64,6 +66,18 @@ class LoRATrainer(Trainer):
         if isinstance(self.train_dataset, DataLoader):
             return self.accelerator.prepare(self.train_dataset)  # type: ignore[no-any-return]
         return super().get_train_dataloader()
+
+    def some_batches(self, rows: Any) -> DataLoader[Any]:
+        """Small batches of a sample of training rows, for a probe of directions."""
+        if isinstance(rows, DataLoader):
+            return self.get_eval_dataloader(rows)
+        if len(rows) > MEASURED:
+            rows = sample_of(rows, MEASURED / len(rows), self.args.seed)
+        size, self.args.per_device_eval_batch_size = self.args.per_device_eval_batch_size, BATCH
+        try:
+            return self.get_eval_dataloader(rows)
+        finally:
+            self.args.per_device_eval_batch_size = size
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """A DataLoader is taken as it is."""

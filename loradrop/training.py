@@ -315,9 +315,10 @@ class _Run:
         steps = trainer.state.global_step
         set_seed(self.args.seed)
         if stage.source == "offline" or events.collector is None:
-            batches = trainer.get_eval_dataloader(rows)
-            masks: dict[str, Any] = {"mask": self.args.mask, "mask_fn": self.mask_fn}
-            scores = probe(self.model, batches, gram="gram_in" in method.statistics, **masks)
+            gram = "gram_in" in method.statistics
+            batches = trainer.some_batches(rows) if gram else trainer.get_eval_dataloader(rows)
+            mask, mask_fn = self.args.mask, self.mask_fn
+            scores = probe(self.model, batches, gram=gram, mask=mask, mask_fn=mask_fn)
         else:
             scores = events.collector.scores()
         record = {"steps": steps, "planned": stage.steps, "settled": events.settled}

@@ -12,10 +12,11 @@ from torch.testing import assert_close
 import loradrop
 from loradrop import kept_cores
 from loradrop.allocation import allocate
+from loradrop.collector import Collector
 from loradrop.compensation import RIDGES, compensate, rise
 from loradrop.injection import plan_of
 from loradrop.kept_cores import KeptCores
-from loradrop.scores import Assignment, Grams, Scores, Target
+from loradrop.scores import Grams, Scores, Target
 from loradrop.spectra import Spectrum, spectrum
 
 RANKS = (2, 0, 4, 1)
@@ -170,6 +171,16 @@ def test_max_loss_keeps_the_fewest_directions_that_cost_no_more(part: float) -> 
     assert found.loss({**ranks, last: ranks[last] - 1}) > most
 
 
+def test_max_loss_without_the_lowest_layers_may_not_be_possible() -> None:
+    found = spectrum(probed(classifier()))
+    most = found.loss(dict.fromkeys(found, 0))
+    for part in (0.9, 0.75):
+        ranks = allocate(found, max_loss=0.8 * most, budget_time=part)
+        assert found.loss(ranks) <= 0.8 * most and not ranks[next(iter(found))]
+        with pytest.raises(ValueError, match=r"lowest layers, which costs .*: choose more"):
+            allocate(found, max_loss=1e-6 * most, budget_time=part)
+
+
 def test_members_of_a_shared_adapter_have_one_gate() -> None:
     targets = tuple(Target(f"{i}.q", "q", 5, 5, 2) for i in range(3))
     core = torch.randn(6, 2, 2)
@@ -222,8 +233,6 @@ def test_an_adapter_that_was_not_called_counts_as_zero() -> None:
 def test_training_keeps_none() -> None:
     model = classifier()
     assert probed(model).grams is not None
-    from loradrop.collector import Collector
-
     names = ("sqnorm", "gram_in", "core")
     collector = Collector(model, model.lora_bank, online=True, statistics=names)
     model(input_ids=torch.ones(2, 6, dtype=torch.int64)).logits.sum().backward()
@@ -249,11 +258,3 @@ def test_the_rows_of_all_ranks_are_together(tmp_path: Path) -> None:
         first, _, second = torch.load(tmp_path / f"rank{rank}.pt")
         for found in (first, second):
             assert found[:, 0, 0].tolist() == [0.0, 0.0, 10.0, 11.0]
-
-
-def test_the_assignment_is_unchanged() -> None:
-    model = classifier()
-    slots = model.lora_bank.slots
-    ranks = allocate(spectrum(probed(model)), rank=2)
-    loradrop.truncate(model, ranks)
-    assert model.lora_bank.slots == slots and isinstance(model.lora_bank.assignment, Assignment)

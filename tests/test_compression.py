@@ -72,13 +72,16 @@ def test_a_quarter_of_a_peft_adapter(
     assert base.lora_bank.trainable == size
 
 
-@pytest.mark.parametrize("how", ["native", "padded", "multiple", "max-loss", "weights", "healed"])
+@pytest.mark.parametrize(
+    "how", ["native", "time", "padded", "multiple", "max-loss", "weights", "healed"]
+)
 def test_ways_to_compress(
     how: str, trained: Path, adapter: Path, work: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     out, source, options = tmp_path / "small", trained, [*data(work)]
     options += {
-        "native": [], "padded": ["--padded"], "multiple": ["--multiple", "2", "--budget", "0.5"],
+        "native": [], "time": ["--budget-time", "0.8"],
+        "padded": ["--padded"], "multiple": ["--multiple", "2", "--budget", "0.5"],
         "max-loss": ["--max-loss", "0.002"], "weights": [],
         "healed": ["--heal", "4", "train.learning_rate=1e-3", "train.batch_size=6"],
     }[how]  # fmt: skip
@@ -92,6 +95,10 @@ def test_ways_to_compress(
     assert cut["metric"] == ("weight" if how == "weights" else "loss")
     if how == "padded":
         assert set(ranks) == {8}
+    elif how == "time":
+        assert {n for n, k in cut["ranks"].items() if k} <= {
+            n for n in cut["ranks"] if ".0." not in n
+        }
     elif how == "multiple":
         assert set(ranks) <= {2, 4}
     elif how == "max-loss":

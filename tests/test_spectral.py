@@ -34,6 +34,7 @@ def test_it_cuts_to_its_budget_and_trains_on(metric: str, source: str, tmp_path:
     assert plan.cut["ranks"] == ranks and len(set(ranks.values())) > 1
     assert all(len(values) == 8 for values in plan.cut["values"].values())
     assert plan.cut["metric"] == metric and (plan.cut["loss"] is not None) == (metric == "loss")
+    assert (plan.cut["compensated"] is not None) == (metric == "loss" and source == "offline")
     assert plan.full_parameters == 2 * nominal and result.steps == tiny.TOTAL
     assert set(bank.scaling) == {2.0} and plan.warmup["steps"] == CUT
     losses = [entry["loss"] for entry in result.history if "loss" in entry]

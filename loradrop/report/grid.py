@@ -247,14 +247,16 @@ def plan_table(plan: Plan) -> str:
     return "\n".join([*lines, *(f"{key:<11} {value}" for key, value in grid.summary.items())])
 
 
-def budget_table(found: Spectrum) -> str:
-    """What each budget would leave, for a terminal: parameters, its cost, ranks."""
+def budget_table(found: Spectrum, **how: Any) -> str:
+    """What each budget would leave, for a terminal: parameters, its cost, ranks; `how` as in
+    `allocate`.
+    """
     loss = found.metric == "loss"
     kept = "predicted rise of the loss" if loss else f"kept by {found.metric}"
     rows = [["budget", "parameters", "float32 bytes", kept, "ranks", "without an adapter"]]
     for budget in BUDGETS:
         try:
-            ranks = allocate(found, budget=budget)
+            ranks = allocate(found, budget=budget, **how)
         except ValueError:  # below one direction
             continue
         size, used = found.parameters(ranks), [rank for rank in ranks.values() if rank]
