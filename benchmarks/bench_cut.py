@@ -2,16 +2,19 @@
 
 LoRA is trained on every linear layer of a model. Then each way to cut leaves a half, a quarter, an
 eighth or a sixteenth of it, and the cut model is compared with the uncut one: the KL divergence of
-its predictions on dev, the loss and the accuracy. Cells are written as they finish; a run again
+its predictions on dev, the loss and the accuracy; of some also what a step of training takes, as a
+part of one of the uncut model, the two taking turns. Cells are written as they finish; a run again
 does the rest.
 
     python benchmarks/bench_cut.py --data DIR [--models DIR]    DIR/sst2 ... hold train and dev
 """
 
 import argparse
+import copy
 import json
 import math
 import random
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -45,6 +48,7 @@ BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "loss": ("loss", {}),
     "loss, nothing made up": ("loss", {}),
+    "loss, step time 0.75": ("loss", {"budget_time": 0.75}),  # nothing in the lowest layers
     "output": ("output", {}),
     "weight": ("weight", {}),
     "weight, one rank for all": ("weight", {"scope": "per_target"}),  # as PEFT's conversion
@@ -73,6 +77,7 @@ def run_cell(tasks: Tasks, name: str, seed: int) -> Iterator[dict[str, Any]]:
     uncut = predictions(model, batches)
     facts = {"task": name, "seed": seed, "n": len(labels), "full": model.lora_bank.trainable}
     yield facts | {"arm": "uncut", "budget": 1.0, "kl": 0.0, **quality(uncut, labels)}
+    whole, batch = copy.deepcopy(model), given.batches(given.train, setting.batch_size)[0]
     with tempfile.TemporaryDirectory() as folder:
         loradrop.save(model, folder)
         for arm, (metric, options) in ARMS.items():
@@ -83,14 +88,30 @@ def run_cell(tasks: Tasks, name: str, seed: int) -> Iterator[dict[str, Any]]:
                 ranks = allocate(found, budget=budget, **options)
                 loradrop.load(model, folder)
                 injection_of(model).scores = scores
-                loradrop.truncate(model, ranks, metric=metric, compensate=arm == "loss")
+                made_up = arm != "loss, nothing made up"
+                loradrop.truncate(model, ranks, metric=metric, compensate=made_up)
                 log = injection_of(model).plan.cut
                 cut = predictions(model, batches)
+                timed = arm == "loss" or "budget_time" in options
                 yield facts | {
                     "arm": arm, "budget": budget, "parameters": model.lora_bank.trainable,
                     "predicted": log["loss"] if log["compensated"] is None else log["compensated"],
                     "kl": divergence(cut, uncut), **quality(cut, labels),
+                    "step": step_time(model, whole, batch) if timed else None,
                 }  # fmt: skip
+
+
+def step_time(model: Any, whole: Any, batch: Any) -> float:
+    """Forward and backward of `model`, as a part of those of `whole`: medians of eight turns."""
+    seconds: dict[int, list[float]] = {0: [], 1: []}
+    for _ in range(9):
+        for i, each in enumerate((model, whole)):
+            each.train()
+            started = time.perf_counter()
+            each(**batch).loss.backward()
+            seconds[i].append(time.perf_counter() - started)
+            each.zero_grad(set_to_none=True)
+    return statistics.median(seconds[0][1:]) / statistics.median(seconds[1][1:])
 
 
 def main() -> None:

@@ -11,12 +11,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, get_scheduler, set_seed
 
 from loradrop.bank import bank_of
+from loradrop.batches import small_batches
 from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import read_json
 from loradrop.injection import injection_of
 from loradrop.masks import MASK, MaskFn
 from loradrop.methods.base import Method, Warmup
 from loradrop.native import FOLDER, read
+from loradrop.probing import probe
 from loradrop.ranks import world_size
 from loradrop.sharing import conclude
 
@@ -36,8 +38,8 @@ class LoraDropCallback(TrainerCallback):
     mask, mask_fn   of the statistics, as for `probe`
 
     At the start of the run it raises ValueError for options of the warm-up that need `fit`
-    (sample_ratio, source="offline"), and where sharing could not reach every process (DeepSpeed,
-    FSDP, DDP without find_unused_parameters).
+    (sample_ratio, source="offline" of lora_drop), and where sharing could not reach every process
+    (DeepSpeed, FSDP, DDP without find_unused_parameters).
     """
 
     def __init__(self, *, mask: str | None = MASK, mask_fn: MaskFn | None = None) -> None:
@@ -94,7 +96,13 @@ class LoraDropCallback(TrainerCallback):
         self.events.watch(collector, last=True)
         groups = _groups(model, o["optimizer"])
         set_seed(args.seed)
-        conclude(model, collector.scores(), record)
+        if self.warmup.source == "offline":
+            rows = o["train_dataloader"]
+            batches = small_batches(rows.dataset, rows.collate_fn, args.seed)
+            scores = probe(model, batches, gram=True, **self.masks)
+        else:
+            scores = collector.scores()
+        conclude(model, scores, record)
         _regroup(model, o["optimizer"], groups)
         self.warmup, self.ended = None, step
         _restart(args, state, step, **o)
@@ -122,7 +130,7 @@ def _of_step(args: Any, state: TrainerState) -> Path:
 
 def _require_one_run(warmup: Warmup, method: Method, args: Any) -> None:
     why = None
-    if warmup.sample_ratio < 1.0 or warmup.source != "online":
+    if warmup.sample_ratio < 1.0 or (warmup.source != "online" and method.keeps_parameters):
         why = 'sample_ratio below 1 and source="offline" need a run of their own'
     elif args.deepspeed or args.fsdp:
         why = "sharing changes the parameters, which DeepSpeed and FSDP hold themselves"

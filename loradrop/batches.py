@@ -1,11 +1,32 @@
 """Running a model on batches: mappings of keyword arguments, tuples of positional ones, tensors."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from loradrop.sampling import sample_of
+
+MEASURED, BATCH = 1024, 2  # rows, and how many at a time
+
+
+def small_batches(
+    rows: Any, collate: Callable[[list[Any]], Any] | None, seed: int, count: int = MEASURED
+) -> DataLoader[Any]:
+    """A sample of the rows, `BATCH` at a time: what a probe of directions takes.
+
+    Raises ValueError for rows that cannot be drawn from.
+    """
+    if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
+        raise ValueError(
+            f"a {type(rows).__name__} has no rows to draw some of, which measuring directions at "
+            "fixed weights needs: give a Dataset with a length, or lora.method.source=online"
+        )
+    some = sample_of(rows, min(1.0, count / len(rows)), seed)
+    return DataLoader(some, batch_size=BATCH, collate_fn=collate)
 
 
 @contextmanager

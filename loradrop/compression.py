@@ -1,6 +1,5 @@
 """Compressing a trained adapter: measure its directions, keep those that matter, heal, write."""
 
-import itertools
 import logging
 import tempfile
 from dataclasses import dataclass, replace
@@ -8,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from loradrop.base_models import load_base, pad_with, tokenizer_of
+from loradrop.batches import MEASURED, small_batches
 from loradrop.config import TrainConfig
 from loradrop.files import write_json
 from loradrop.formats.peft import export
 from loradrop.gram_sums import grams_of
 from loradrop.injection import injection_of, plan_of
-from loradrop.kept_cores import BATCH, MEASURED
 from loradrop.loading import load
 from loradrop.plan import Plan
 from loradrop.probing import probe
@@ -81,11 +79,7 @@ def open_adapter(
     pad_with(base, tokenizer)
     train, dev = tokenize(task, tokenizer, config.data.max_length, base)
     rows = Rows(task, train, dev, collator(task, tokenizer))
-    loader = DataLoader(
-        train, batch_size=BATCH, shuffle=True, collate_fn=rows.collate,
-        generator=torch.Generator().manual_seed(config.train.seed),
-    )  # fmt: skip
-    some = itertools.islice(loader, -(-(measured or MEASURED) // BATCH))
+    some = small_batches(train, rows.collate, config.train.seed, measured or MEASURED)
     return Opened(base, spectrum(probe(base, some, gram=True, mask=config.train.mask)), rows)
 
 

@@ -9,7 +9,6 @@ from loradrop.bank import AdapterBank
 from loradrop.ranks import is_distributed, reduced
 from loradrop.scores import members_of
 
-MEASURED, BATCH = 1024, 2  # samples, and how many at a time, where nobody says
 _ROWS, _ELEMENTS = 1024, 2**27  # at most, the latter of all rows: 512 MiB
 
 

@@ -14,9 +14,9 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from loradrop.batches import BATCH, MEASURED, small_batches
 from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import read_json, write_json
-from loradrop.kept_cores import BATCH, MEASURED
 from loradrop.loading import fill
 from loradrop.native import read, save
 from loradrop.sampling import sample_of
@@ -70,9 +70,9 @@ class LoRATrainer(Trainer):
     def some_batches(self, rows: Any) -> DataLoader[Any]:
         """Small batches of a sample of training rows, for a probe of directions."""
         if isinstance(rows, DataLoader):
-            return self.get_eval_dataloader(rows)
-        if len(rows) > MEASURED:
-            rows = sample_of(rows, MEASURED / len(rows), self.args.seed)
+            some = small_batches(rows.dataset, rows.collate_fn, self.args.seed)
+            return self.get_eval_dataloader(some)
+        rows = sample_of(rows, min(1.0, MEASURED / len(rows)), self.args.seed)
         size, self.args.per_device_eval_batch_size = self.args.per_device_eval_batch_size, BATCH
         try:
             return self.get_eval_dataloader(rows)

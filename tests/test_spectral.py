@@ -68,7 +68,7 @@ def test_only_the_last_part_of_the_first_stage_is_measured(tmp_path: Path) -> No
     stage = Spectral(cut_at=50, measured=0.2).warmup(100)
     assert (stage.steps, stage.measured_from) == (50, 40)
     for part, rows in ((0.5, CUT // 2), (1.0, CUT)):
-        result = tiny.run(tmp_path / str(part), config(measured=part))
+        result = tiny.run(tmp_path / str(part), config(measured=part, source="online"))
         assert result.plan.scores["rows"] == rows
 
 

@@ -114,6 +114,7 @@ def test_the_spectral_method_in_one_run(tmp_path: Path) -> None:
     run = trainer(tmp_path / "whole", model, [loradrop.LoraDropCallback()])
     run.train()
     bank, plan = model.lora_bank, plan_of(model)
+    assert plan.scores["source"] == "offline" and plan.cut["compensated"] <= plan.cut["loss"]
     assert bank.trainable <= 0.25 * bank.nominal < plan.full_parameters / 4
     assert plan.cut["ranks"] == {
         t.name: 0 if s is None else t.r for t, s in zip(bank.targets, bank.slots, strict=True)

@@ -139,38 +139,8 @@ def summary(results: Path) -> str | None:
     return markdown(head, body) if body else None
 
 
-def cut(results: Path) -> str | None:
-    """For every task: each way to cut, at every budget, against the uncut model."""
-    path = results / "cpu" / "bench_cut.json"
-    cells = read_json(path)["cells"] if path.exists() else []
-    parts = []
-    for task in dict.fromkeys(cell["task"] for cell in cells):
-        here = [cell for cell in cells if cell["task"] == task]
-        full = {cell["seed"]: cell["accuracy"] for cell in here if cell["arm"] == "uncut"}
-        here = [cell for cell in here if cell["arm"] != "uncut"]
-        budgets = list(dict.fromkeys(cell["budget"] for cell in here))
-        head = (f"{task}, n={len(full)}", *(f"{part:g} left" for part in budgets))
-        body = []
-        for arm in dict.fromkeys(cell["arm"] for cell in here):
-            row = [arm]
-            for part in budgets:
-                found = [c for c in here if (c["arm"], c["budget"]) == (arm, part)]
-                if not found:
-                    row.append("–")
-                    continue
-                kl = statistics.mean(cell["kl"] for cell in found)
-                points = statistics.mean(
-                    100 * (cell["accuracy"] - full[cell["seed"]]) for cell in found
-                )
-                row.append(f"{kl:.4f}, {points:+.1f}".replace("-", "−"))
-            body.append(row)
-        parts.append(markdown(head, body))
-    return "\n\n".join(parts) or None
-
-
 CPU_TABLES: dict[str, Callable[[Path], str | None]] = {
     "summary": summary,
     "quality": quality,
-    "cut": cut,
     "lora_linear_cpu": lora_linear_cpu,
 }

@@ -31,9 +31,10 @@ class Spectral(Method):
     r_start   rank of the first stage; None is twice the rank of `LoRAConfig`, as far as a target
               has so many directions. s is that of `LoRAConfig` throughout
     cut_at    when to cut: a part of all steps, or a number of steps
-    measured  the part of the first stage, at its end, whose passes are measured
-    source    "online": those passes themselves; "offline": a pass in eval mode over the training
-              set at its end, with labels drawn from the model
+    source    "offline": at its end 1,024 rows of the training set are measured in eval mode, with
+              labels drawn from the model, and what is left makes up for what goes; "online": its
+              own passes are, at no cost
+    measured  of those: the part, at the end of the first stage, that counts
     metric    what a direction is worth: "loss", "output" or "weight", of `spectrum`
     scope, multiple, budget_time   of `allocate`
 
@@ -47,8 +48,8 @@ class Spectral(Method):
     budget: float = 0.25
     r_start: int | None = None
     cut_at: float = 0.6
+    source: str = "offline"
     measured: float = 0.2
-    source: str = "online"
     metric: str = "loss"
     scope: str = "joint"
     multiple: int = 1

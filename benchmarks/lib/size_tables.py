@@ -1,0 +1,153 @@
+"""The tables of small adapters: those that were cut after training, and those trained small."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lib.markdown import markdown
+from loradrop.files import read_json
+
+# Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom.
+_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+SMALL = "LoRA r=1"  # what spectral LoRA-drop at an eighth is compared with
+RIVAL = "weight"  # whose divergence is the unit of `cut_all`
+Cell = dict[str, Any]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and half of its 95 % interval, None for one value."""
+    n = len(values)
+    if n < 2:
+        return values[0], None
+    point = _T[n - 2] if n - 2 < len(_T) else 1.96
+    return statistics.mean(values), point * statistics.stdev(values) / n**0.5
+
+
+def shown(values: Sequence[float], digits: int, unit: str = "", sign: str = "") -> str:
+    """Mean ± half of the 95 % interval."""
+    mean, half = interval(values)
+    text = f"{mean:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
+    return (text + unit).replace("-", "−")
+
+
+def _cells(results: Path, name: str) -> list[Cell]:
+    path = results / "cpu" / f"{name}.json"
+    return list(read_json(path)["cells"]) if path.exists() else []
+
+
+def _distinct(cells: Sequence[Cell], key: str) -> list[Any]:
+    return list(dict.fromkeys(cell[key] for cell in cells))
+
+
+def _rise(cell: Cell, uncut: dict[tuple[str, int], Cell]) -> float:
+    """By how many percent of the uncut model's loss its own is higher."""
+    whole: float = uncut[cell["task"], cell["seed"]]["loss"]
+    return 100 * (cell["loss"] / whole - 1)
+
+
+def _by_arm(
+    results: Path, tasks: Sequence[str], entry: Callable[[list[Cell], dict[Any, Cell]], str]
+) -> tuple[list[str], list[list[str]], int]:
+    """The head, a row for each way to cut with `entry` for each budget, and the number of runs."""
+    cells = [cell for cell in _cells(results, "bench_cut") if cell["task"] in tasks]
+    uncut = {(c["task"], c["seed"]): c for c in cells if c["arm"] == "uncut"}
+    cells = [cell for cell in cells if cell["arm"] != "uncut"]
+    budgets, body = _distinct(cells, "budget"), []
+    for arm in _distinct(cells, "arm"):
+        found = [[c for c in cells if (c["arm"], c["budget"]) == (arm, part)] for part in budgets]
+        body.append([arm, *(entry(some, uncut) if some else "–" for some in found)])
+    return [f"{part:g} left" for part in budgets], body, len(uncut)
+
+
+def cut(results: Path) -> str | None:
+    """For every task: each way to cut, at every budget, against the uncut model."""
+
+    def entry(cells: list[Cell], uncut: dict[Any, Cell]) -> str:
+        kl = statistics.mean(cell["kl"] for cell in cells)
+        loss = statistics.mean(_rise(cell, uncut) for cell in cells)
+        return f"{kl:.4f}, {loss:+.1f} %".replace("-", "−")
+
+    parts = []
+    for task in _distinct(_cells(results, "bench_cut"), "task"):
+        head, body, n = _by_arm(results, [task], entry)
+        parts.append(markdown((f"{task}, n={n}", *head), body))
+    return "\n\n".join(parts) or None
+
+
+def cut_all(results: Path) -> str | None:
+    """Over all tasks: the divergence as a part of the rival's, and the rise of the loss."""
+    cells = _cells(results, "bench_cut")
+    rival = {(c["task"], c["seed"], c["budget"]): c["kl"] for c in cells if c["arm"] == RIVAL}
+
+    def entry(some: list[Cell], uncut: dict[Any, Cell]) -> str:
+        parts = [c["kl"] / rival[c["task"], c["seed"], c["budget"]] for c in some]
+        return f"{statistics.geometric_mean(parts):.2f}, " + shown(
+            [_rise(cell, uncut) for cell in some], 1, " %", "+"
+        )
+
+    tasks = _distinct(cells, "task")
+    if not tasks:
+        return None
+    head, body, n = _by_arm(results, tasks, entry)
+    return markdown((f"{len(tasks)} tasks, n={n}", *head), body)
+
+
+def step_time(results: Path) -> str | None:
+    """What a step of training takes with what is left, and what it costs to leave that."""
+    cells = [c for c in _cells(results, "bench_cut") if c.get("step") is not None]
+
+    def entry(some: list[Cell]) -> str:
+        steps = shown([cell["step"] for cell in some], 2)
+        return f"{steps}; {statistics.mean(cell['kl'] for cell in some):.4f}"
+
+    budgets = _distinct(cells, "budget")
+    body = []
+    for task in _distinct(cells, "task"):
+        for arm in _distinct(cells, "arm"):
+            here = [c for c in cells if (c["task"], c["arm"]) == (task, arm)]
+            found = [[c for c in here if c["budget"] == part] for part in budgets]
+            body.append([task, arm, *(entry(some) if some else "–" for some in found)])
+    return markdown(("task", "", *(f"{part:g} left" for part in budgets)), body) if body else None
+
+
+def _final(results: Path) -> dict[tuple[str, str], list[Cell]]:
+    """(task, arm) -> its cells on dev, one for each seed."""
+    found: dict[tuple[str, str], list[Cell]] = {}
+    for cell in _cells(results, "bench_sizes"):
+        if cell.get("of") == "dev":
+            found.setdefault((cell["task"], cell["arm"]), []).append(cell)
+    return found
+
+
+def sizes(results: Path) -> str | None:
+    """For every task and arm: the rate that won, parameters, loss and accuracy on dev."""
+    final = _final(results)
+    parts = []
+    for task in dict.fromkeys(task for task, _ in final):
+        body = []
+        for (of, arm), cells in final.items():
+            if of != task:
+                continue
+            size = statistics.mean(cell["parameters"] for cell in cells)
+            row = [arm, f"{size:,.0f}", f"{cells[0]['rate']:g}"]
+            row += [shown([c["loss"] for c in cells], 3)]
+            row += [shown([100 * c["accuracy"] for c in cells], 1)]
+            rival = {c["seed"]: c["loss"] for c in final.get((task, SMALL), ())}
+            pairs = [100 * (c["loss"] / rival[c["seed"]] - 1) for c in cells if c["seed"] in rival]
+            against = shown(pairs, 1, " %", "+") if pairs and arm != SMALL else ""
+            body.append([*row, against, str(len(cells))])
+        head = (
+            task, "parameters", "learning rate", "dev loss", "dev accuracy, %",
+            f"loss against {SMALL}, paired", "n",
+        )  # fmt: skip
+        parts.append(markdown(head, body))
+    return "\n\n".join(parts) or None
+
+
+SIZE_TABLES: dict[str, Callable[[Path], str | None]] = {
+    "cut": cut,
+    "cut_all": cut_all,
+    "step_time": step_time,
+    "sizes": sizes,
+}
