@@ -42,7 +42,7 @@ from loradrop.spectra import spectrum
 from loradrop.text.tokens import TokenizedDataset
 
 RESULT = RESULTS / "cpu" / "bench_cut.json"
-RANK, DEV_ROWS = 8, 400
+RANK = 8
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 # Arm -> metric, and how `allocate` spends the budget.
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -69,7 +69,7 @@ def run_cell(tasks: Tasks, name: str, seed: int) -> Iterator[dict[str, Any]]:
         r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", modules_to_save=given.missing
     )
     loradrop.fit(model, given.train, None, lora, args=train, collate=given.collate)
-    dev = random.Random(0).sample(given.dev.rows, min(DEV_ROWS, len(given.dev)))
+    dev = random.Random(0).sample(given.dev.rows, min(setting.dev_rows, len(given.dev)))
     batches = given.batches(TokenizedDataset(dev), 32)
     labels = labels_of(batches)
     rows = TokenizedDataset(given.train.rows[: setting.measured])
@@ -135,7 +135,7 @@ def main() -> None:
             if (name, seed) in done or time.monotonic() > deadline:
                 continue
             cells += list(run_cell(known, name, seed))
-            write_cells(args.out, cells, {"rank": RANK, "dev_rows": DEV_ROWS})
+            write_cells(args.out, cells, {"rank": RANK})
             print(json.dumps(cells[-1]), flush=True)
 
 

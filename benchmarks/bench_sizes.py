@@ -6,6 +6,7 @@ trains on; the whole curve is kept. At the rate that won, every seed trains once
 at once, at the end. Cells are written as they finish, and a run again does the rest.
 
     python benchmarks/bench_sizes.py --data DIR [--models DIR]    DIR/sst2 ... hold train and dev
+    python benchmarks/bench_sizes.py --picture                    docs/sizes.png from the cells
 """
 
 import argparse
@@ -17,7 +18,8 @@ from typing import Any
 
 import torch
 
-from lib import RESULTS
+from lib import RESULTS, ROOT
+from lib.size_picture import draw
 from lib.tasks import SETTINGS, Tasks, labels_of, predictions, quality, write_cells
 from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.files import read_json
@@ -31,16 +33,18 @@ FIRST_RATE, SEARCH_SEED = 4e-3, 100
 # Arm -> rank of its configuration and its method.
 ARMS: dict[str, tuple[int, Method]] = {
     "LoRA r=8": (8, LoRA()),
-    "LoRA r=4": (4, LoRA()),
-    "LoRA r=2": (2, LoRA()),
     "LoRA r=1": (1, LoRA()),
-    "LoRA-drop, 1/2": (8, LoRADrop(budget=0.5, probe_steps=0.2)),
-    "spectral, 1/2": (8, Spectral(budget=0.5)),
-    "spectral, 1/4": (8, Spectral(budget=0.25)),
     "spectral, 1/8": (8, Spectral(budget=0.125)),
     "spectral, 1/16": (8, Spectral(budget=0.0625)),
+    "LoRA r=2": (2, LoRA()),
+    "spectral, 1/4": (8, Spectral(budget=0.25)),
+    "LoRA-drop, 1/2": (8, LoRADrop(budget=0.5, probe_steps=0.2)),
+    "LoRA r=4": (4, LoRA()),
+    "spectral, 1/2": (8, Spectral(budget=0.5)),
+    "LoRA r=16": (16, LoRA()),
     "spectral from r, 1/8": (8, Spectral(budget=0.125, r_start=8)),
     "spectral by weights, 1/8": (8, Spectral(budget=0.125, metric="weight")),
+    "spectral online, 1/8": (8, Spectral(budget=0.125, source="online")),
 }
 
 
@@ -130,7 +134,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which no run starts")
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--picture", action="store_true", help="only draw what is there")
     args = parser.parse_args()
+    if args.picture:
+        draw(RESULTS, ROOT / "docs" / "sizes.png")
+        return
     torch.set_num_threads(1)
     tasks = Tasks(args.data, args.models)
     study = Study(tasks, args.out, args.minutes)

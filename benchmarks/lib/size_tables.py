@@ -111,7 +111,7 @@ def step_time(results: Path) -> str | None:
     return markdown(("task", "", *(f"{part:g} left" for part in budgets)), body) if body else None
 
 
-def _final(results: Path) -> dict[tuple[str, str], list[Cell]]:
+def final_cells(results: Path) -> dict[tuple[str, str], list[Cell]]:
     """(task, arm) -> its cells on dev, one for each seed."""
     found: dict[tuple[str, str], list[Cell]] = {}
     for cell in _cells(results, "bench_sizes"):
@@ -122,7 +122,7 @@ def _final(results: Path) -> dict[tuple[str, str], list[Cell]]:
 
 def sizes(results: Path) -> str | None:
     """For every task and arm: the rate that won, parameters, loss and accuracy on dev."""
-    final = _final(results)
+    final = final_cells(results)
     parts = []
     for task in dict.fromkeys(task for task, _ in final):
         body = []

@@ -30,6 +30,7 @@ class Setting:
 
     data      "stdlib", or a folder with train and dev files;  model   a folder, None for MiniLM
     columns   of the data, where they are not guessed
+    dev_rows  on which a cut is judged
     measured, measured_batch   training rows that are probed, and in batches of how many
     """
 
@@ -41,6 +42,7 @@ class Setting:
     batch_size: int = 16
     max_train: int = 2400
     max_dev: int | None = None
+    dev_rows: int = 400
     measured: int = 1024
     measured_batch: int = 2
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -54,14 +56,16 @@ SETTINGS = {
     "rte": Setting(data="rte", steps=240, max_length=96, max_train=2000),
     "cola": Setting(data="cola", steps=240, max_length=32),
     "sst2, mpnet": Setting(
-        data="sst2", model="mpnet", steps=120, max_length=40, learning_rate=1e-3, measured=512,
+        data="sst2", model="mpnet", steps=120, max_length=40, learning_rate=1e-3, dev_rows=160,
+        measured=512,
     ),
     "stdlib, mpnet": Setting(
-        data="stdlib", model="mpnet", steps=160, max_length=40, learning_rate=1e-3, measured=512,
+        data="stdlib", model="mpnet", steps=160, max_length=40, learning_rate=1e-3, dev_rows=160,
+        measured=512,
     ),
     "e2e, SmolLM2": Setting(
         data="e2e", model="smollm2", steps=60, max_length=128, learning_rate=1e-3, batch_size=8,
-        max_dev=100, measured=256, measured_batch=1, columns=_E2E,
+        dev_rows=60, measured=256, measured_batch=1, columns=_E2E,
     ),
 }  # fmt: skip
 

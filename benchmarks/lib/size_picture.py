@@ -1,0 +1,47 @@
+"""The picture of `bench_sizes.py`: the loss on dev over the parameters that were trained."""
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from lib.size_tables import final_cells, interval
+from loradrop.files import replacing
+from loradrop.report.grid import INK, MUTED, RULE, SERIES
+
+FAMILIES = {"LoRA r=": "LoRA", "LoRA-drop, ": "LoRA-drop", "spectral, ": "spectral LoRA-drop"}
+
+
+def draw(results: Path, path: Path) -> None:
+    """A PNG with a panel for each task: mean and 95 % interval of every arm of a family."""
+    from matplotlib.figure import Figure
+
+    final = final_cells(results)
+    tasks = list(dict.fromkeys(task for task, _ in final))
+    figure = Figure(figsize=(4.4 * len(tasks), 3.4), layout="constrained", facecolor="white")
+    handles: dict[str, Any] = {}
+    for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+        for color, (start, family) in zip(SERIES, FAMILIES.items(), strict=False):
+            points = []
+            for (of, arm), cells in final.items():
+                if of == task and arm.startswith(start):
+                    mean, half = interval([cell["loss"] for cell in cells])
+                    size = statistics.mean(cell["parameters"] for cell in cells)
+                    points.append((size, mean, half or 0.0))
+            if points:
+                handles[family] = axes.errorbar(
+                    *zip(*sorted(points), strict=True), color=color, marker="o", markersize=4,
+                    capsize=3, linewidth=1.4,
+                )  # fmt: skip
+        axes.set_xscale("log", base=2)
+        sizes = sorted({round(c["parameters"], -3) for cells in final.values() for c in cells})
+        axes.set_xticks(sizes, [f"{size / 1000:.0f}k" for size in sizes], rotation=45)
+        axes.minorticks_off()
+        axes.set_title(task, color=INK, fontsize=11)
+        axes.set_xlabel("trained parameters", color=MUTED, fontsize=9)
+        axes.set_ylabel("dev loss", color=MUTED, fontsize=9)
+        axes.grid(color=RULE, linewidth=0.8)
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0, colors=MUTED, labelsize=8)
+    figure.legend(handles.values(), handles, loc="outside upper left", ncols=3, frameon=False)
+    with replacing(path) as draft:
+        figure.savefig(draft, format="png", dpi=150, backend="agg")
