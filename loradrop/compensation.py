@@ -34,9 +34,17 @@ class Compensation(NamedTuple):
     before: float
 
 
-def rise(lost: Tensor, samples: float) -> float:
-    """The predicted rise of the mean loss of a sample, of Σ ⟨S_b, D⟩ for each batch (n,)."""
-    return float(lost.square().sum()) / (2.0 * max(samples, 1.0))
+def rise(gone: Tensor, samples: float) -> float:
+    """The predicted rise of the mean loss of a sample, from Σ ⟨S_b, D⟩ of each batch (n,)."""
+    return float(gone.square().sum()) / (2.0 * max(samples, 1.0))
+
+
+def lost(gradients: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
+    """Σ ⟨S_b, D⟩ over the adapters of what these ranks take away, (n,): see `compensate`."""
+    gone = gradients[0].new_zeros(len(gradients[0]))
+    for given, k in zip(gradients, ranks, strict=True):
+        gone = gone - given.diagonal(dim1=1, dim2=2)[:, k:].sum(1)
+    return gone
 
 
 def compensate(gradients: Sequence[Tensor], ranks: Sequence[int], samples: float) -> Compensation:
@@ -46,19 +54,16 @@ def compensate(gradients: Sequence[Tensor], ranks: Sequence[int], samples: float
                 in falling order
     samples     how many losses the n batches sum
     """
-    n = len(gradients[0])
-    lost = gradients[0].new_zeros(n)
-    for given, k in zip(gradients, ranks, strict=True):
-        lost -= given.diagonal(dim1=1, dim2=2)[:, k:].sum(1)
+    gone = lost(gradients, ranks)
     rows = [given.new_zeros(k, given.shape[2]) for given, k in zip(gradients, ranks, strict=True)]
-    before = rise(lost, samples)
+    before = rise(gone, samples)
     free = [given[:, :k].flatten(1) for given, k in zip(gradients, ranks, strict=True)]
-    kernel = sum((part @ part.T for part in free), lost.new_zeros(n, n))
+    kernel = sum((part @ part.T for part in free), gone.new_zeros(len(gone), len(gone)))
     unit = float(kernel.diagonal().mean())
     if before == 0.0 or unit == 0.0:
         return Compensation(rows, None, before, before)
     values, vectors = torch.linalg.eigh(kernel)
-    seen, least, chosen = vectors.T @ lost, before, None
+    seen, least, chosen = vectors.T @ gone, before, None
     for ridge in RIDGES:
         inverse = 1.0 / (values.clamp_min(0.0) + ridge * unit)
         left_out = vectors @ (inverse * seen) / (vectors.square() @ inverse)

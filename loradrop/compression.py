@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from loradrop.base_models import load_base, pad_with, tokenizer_of
 from loradrop.batches import MEASURED, small_batches
@@ -153,6 +154,7 @@ def _evaluated(model: Any, rows: Rows) -> dict[str, float]:
             model, args, eval_dataset=rows.dev, data_collator=rows.collate,
             compute_metrics=metric_fn(rows.task),
         )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
         return dev_metrics(trainer)
 
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, Pair, empty, form, keep_width
-from loradrop.compensation import compensate
 from loradrop.gram_sums import grams_of
 from loradrop.scores import Assignment, Grams, Scores, Target, members_of
 from loradrop.selection import assign, check_choice
-from loradrop.spectra import Cores, between, decompose
+from loradrop.spectra import Cores, decompose
 
 INITS = ("fresh", "mean", "top")
 AFTER = ("reinit", "continue")
@@ -144,13 +143,11 @@ class LoRABank(AdapterBank):
         grams = self._now(probed, metric)
         values, of_slot = decompose(self.targets, grams, metric)
         rank_of = {slot: wanted[members[0]] for slot, members in members_of(self.slots).items()}
-        given = between(grams, of_slot) if make_up and metric == "loss" else {}
-        made_up = (
-            compensate([*given.values()], [*rank_of.values()], grams.samples) if given else None
-        )
+        names = [target.name for target in self.targets]
+        made_up = values.made_up(dict(zip(names, wanted, strict=True))) if make_up else None
         rows: dict[int, Tensor] = {}
         if made_up is not None and made_up.ridge is not None:
-            rows = dict(zip(given, made_up.rows, strict=True))
+            rows = dict(zip(rank_of, made_up.rows, strict=True))
         numbers = dict[int, int]()
         pairs: list[Pair] = []
         for slot, k in rank_of.items():

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loradrop.compensation import rise
+from loradrop.compensation import Compensation, compensate, lost, rise
 from loradrop.scores import Grams, Scores, Target, members_of
 from loradrop.selection import check_choice
 
@@ -52,16 +52,16 @@ class Spectrum(Mapping[str, Sequence[float]]):
     Σ‖s·B·A·x‖², so that they sum to LoRA-drop's score. "weight": of ‖s·B·A‖². Targets that share an
     adapter have its values, which are of all its members together; a target without one has none.
 
-    gates     slot -> (n, r), where the batches' cores were kept, with metric "loss": by how much
-              each batch's loss changes when a direction goes, to first order
-    samples   how many losses the n batches sum
+    gradients   slot -> (n, r, r), with metric "loss" and where the probe kept them: the gradient of
+                each batch's loss by a core between the best left and right factors
+    samples     how many losses the n batches sum
     """
 
     targets: tuple[Target, ...]
     slots: tuple[int | None, ...]
     by_target: tuple[tuple[float, ...], ...]
     metric: str
-    gates: Mapping[int, Tensor] = field(default_factory=dict)
+    gradients: Mapping[int, Tensor] = field(default_factory=dict)
     samples: float = 0.0
 
     def __getitem__(self, name: str) -> tuple[float, ...]:
@@ -105,18 +105,24 @@ class Spectrum(Mapping[str, Sequence[float]]):
         return sum(sum(self.by_target[i]) for i in self.adapters)
 
     def loss(self, ranks: Mapping[str, int]) -> float:
-        """The predicted rise of the mean loss: of all that is cut together where there are `gates`,
-        else the sum of the values. Raises ValueError for another metric.
+        """The predicted rise of the mean loss: of all that is cut together where the probe kept
+        batches, else the sum of the values. Raises ValueError for another metric.
         """
         if self.metric != "loss":
             raise ValueError(f"metric={self.metric!r} does not predict a loss: take metric='loss'")
-        if not self.gates:
+        if not self.gradients:
             return self._lost(ranks)
-        lost = [
-            self.gates[slot][:, ranks[self.targets[members[0]].name] :].sum(1)
-            for slot, members in members_of(self.slots).items()
-        ]
-        return rise(torch.stack(lost).sum(0), self.samples)
+        return rise(lost([*self.gradients.values()], self._of_adapters(ranks)), self.samples)
+
+    def made_up(self, ranks: Mapping[str, int]) -> Compensation | None:
+        """How what is left makes up for what goes; None where the probe kept no batches."""
+        if not self.gradients:
+            return None
+        return compensate([*self.gradients.values()], self._of_adapters(ranks), self.samples)
+
+    def _of_adapters(self, ranks: Mapping[str, int]) -> list[int]:
+        firsts = (members[0] for members in members_of(self.slots).values())
+        return [ranks[self.targets[i].name] for i in firsts]
 
     def _lost(self, ranks: Mapping[str, int]) -> float:
         return sum(sum(self.by_target[i][ranks[self.targets[i].name] :]) for i in self.adapters)
@@ -152,21 +158,15 @@ def decompose(
     values: list[tuple[float, ...]] = [
         () if slot is None else tuple(of_slot[slot].values.tolist()) for slot in grams.slots
     ]
-    gates = {}
-    if metric == "loss":
-        gates = {
-            slot: given.diagonal(dim1=1, dim2=2) for slot, given in between(grams, of_slot).items()
-        }
+    given = _between(grams, of_slot) if metric == "loss" else {}
     found = Spectrum(
-        tuple(targets), tuple(grams.slots), tuple(values), metric, gates, grams.samples
+        tuple(targets), tuple(grams.slots), tuple(values), metric, given, grams.samples
     )
     return found, of_slot
 
 
-def between(grams: Grams, of_slot: Mapping[int, Cores]) -> dict[int, Tensor]:
-    """Slot -> (n, r, r): each batch's gradient by a core between the left and right factors; empty
-    where no batch's was kept.
-    """
+def _between(grams: Grams, of_slot: Mapping[int, Cores]) -> dict[int, Tensor]:
+    """`Spectrum.gradients`."""
     first = {slot: members[0] for slot, members in members_of(grams.slots).items()}
     if not grams.cores or any(grams.cores[i] is None for i in first.values()):
         return {}

@@ -148,7 +148,10 @@ def test_a_spectrum_predicts_the_loss_of_all_that_goes_together() -> None:
     assert grams is not None and len(grams.cores) == 4
     found = spectrum(scores)
     ranks = dict(zip(found, (3, 1, 0, 4), strict=True))
-    lost = sum(found.gates[slot][:, ranks[name] :].sum(1) for slot, name in enumerate(found))
+    lost = sum(
+        found.gradients[slot].diagonal(dim1=1, dim2=2)[:, ranks[name] :].sum(1)
+        for slot, name in enumerate(found)
+    )
     assert isinstance(lost, Tensor) and len(lost) == 48
     assert found.loss(ranks) == pytest.approx(float(lost.square().sum()) / 2 / grams.samples)
     everything = sum(
@@ -181,7 +184,7 @@ def test_max_loss_without_the_lowest_layers_may_not_be_possible() -> None:
             allocate(found, max_loss=1e-6 * most, budget_time=part)
 
 
-def test_members_of_a_shared_adapter_have_one_gate() -> None:
+def test_members_of_a_shared_adapter_count_once() -> None:
     targets = tuple(Target(f"{i}.q", "q", 5, 5, 2) for i in range(3))
     core = torch.randn(6, 2, 2)
     eye = torch.eye(2, dtype=torch.float64)
@@ -193,7 +196,7 @@ def test_members_of_a_shared_adapter_have_one_gate() -> None:
     )  # fmt: skip
     rows = torch.ones(1, 3, dtype=torch.float64)
     found = spectrum(Scores(targets, rows, 1, "offline", grams))
-    assert isinstance(found, Spectrum) and list(found.gates) == [0]
+    assert isinstance(found, Spectrum) and list(found.gradients) == [0]
     assert found.loss({"0.q": 2, "1.q": 2, "2.q": 0}) == 0.0
     assert found.loss({"0.q": 1, "1.q": 1, "2.q": 0}) > 0.0
 
@@ -238,7 +241,7 @@ def test_training_keeps_none() -> None:
     model(input_ids=torch.ones(2, 6, dtype=torch.int64)).logits.sum().backward()
     collector.close_row()
     grams = collector.scores().grams
-    assert grams is not None and not grams.cores and not spectrum(collector.scores()).gates
+    assert grams is not None and not grams.cores and not spectrum(collector.scores()).gradients
 
 
 def on_rank(rank: int, folder: str) -> None:

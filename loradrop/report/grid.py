@@ -180,6 +180,8 @@ def _summary(plan: Plan, own: int | None) -> dict[str, str]:
         found["cut"] = f"by {cut['metric']}; {sum(left)} of {sum(cut['full'].values())} directions"
         if cut["loss"] is not None:
             found["cut"] += f", predicted rise of the loss {cut['loss']:.2g}"
+            if cut["compensated"] is not None:
+                found["cut"] += f", {cut['compensated']:.2g} as made up for"
     if warmup := plan.warmup:
         asked = getattr(plan.config.method, "settle_margin", None) is not None
         end = "settled" if warmup["settled"] else "not settled" if asked else "no early end"
@@ -251,19 +253,22 @@ def budget_table(found: Spectrum, **how: Any) -> str:
     """What each budget would leave, for a terminal: parameters, its cost, ranks; `how` as in
     `allocate`.
     """
-    loss = found.metric == "loss"
-    kept = "predicted rise of the loss" if loss else f"kept by {found.metric}"
-    rows = [["budget", "parameters", "float32 bytes", kept, "ranks", "without an adapter"]]
+    loss, several = found.metric == "loss", bool(found.gradients)
+    kept = ["predicted rise of the loss"] if loss else [f"kept by {found.metric}"]
+    kept += ["as made up for"] * several
+    rows = [["budget", "parameters", "float32 bytes", *kept, "ranks", "without an adapter"]]
     for budget in BUDGETS:
         try:
             ranks = allocate(found, budget=budget, **how)
         except ValueError:  # below one direction
             continue
         size, used = found.parameters(ranks), [rank for rank in ranks.values() if rank]
-        cost = f"{found.loss(ranks):.2g}" if loss else f"{as_percent(found.kept(ranks))} %"
+        cost = [f"{found.loss(ranks):.2g}" if loss else f"{as_percent(found.kept(ranks))} %"]
+        if (made_up := found.made_up(ranks)) is not None:
+            cost.append(f"{made_up.rise:.2g}")
         spread = f"{min(used)}–{max(used)}" if len(set(used)) > 1 else str(used[0])
         none = str(len(ranks) - len(used))
-        rows.append([f"{budget:g}", f"{size:,}", f"{4 * size:,}", cost, spread, none])
+        rows.append([f"{budget:g}", f"{size:,}", f"{4 * size:,}", *cost, spread, none])
     return "\n".join(_aligned(rows))
 
 
