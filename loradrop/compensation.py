@@ -41,9 +41,9 @@ def rise(gone: Tensor, samples: float) -> float:
 
 def lost(gradients: Sequence[Tensor], ranks: Sequence[int]) -> Tensor:
     """Σ ⟨S_b, D⟩ over the adapters of what these ranks take away, (n,): see `compensate`."""
-    gone = gradients[0].new_zeros(len(gradients[0]))
+    gone = torch.zeros(len(gradients[0]), dtype=torch.float64)
     for given, k in zip(gradients, ranks, strict=True):
-        gone = gone - given.diagonal(dim1=1, dim2=2)[:, k:].sum(1)
+        gone = gone - given.diagonal(dim1=1, dim2=2)[:, k:].double().sum(1)
     return gone
 
 
@@ -55,10 +55,16 @@ def compensate(gradients: Sequence[Tensor], ranks: Sequence[int], samples: float
     samples     how many losses the n batches sum
     """
     gone = lost(gradients, ranks)
-    rows = [given.new_zeros(k, given.shape[2]) for given, k in zip(gradients, ranks, strict=True)]
+    rows = [
+        torch.zeros(k, given.shape[2], dtype=torch.float64)
+        for given, k in zip(gradients, ranks, strict=True)
+    ]
     before = rise(gone, samples)
     free = [given[:, :k].flatten(1) for given, k in zip(gradients, ranks, strict=True)]
-    kernel = sum((part @ part.T for part in free), gone.new_zeros(len(gone), len(gone)))
+    kernel = gone.new_zeros(len(gone), len(gone))
+    for part in free:
+        wide = part.double()
+        kernel += wide @ wide.T
     unit = float(kernel.diagonal().mean())
     if before == 0.0 or unit == 0.0:
         return Compensation(rows, None, before, before)
@@ -72,7 +78,7 @@ def compensate(gradients: Sequence[Tensor], ranks: Sequence[int], samples: float
     if chosen is None:
         return Compensation(rows, None, before, before)
     rows = [
-        -(part.T @ dual).view(k, given.shape[2])
+        -(part.double().T @ dual).view(k, given.shape[2])
         for part, given, k in zip(free, gradients, ranks, strict=True)
     ]
     return Compensation(rows, chosen, least, before)

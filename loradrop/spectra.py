@@ -174,7 +174,7 @@ def _between(grams: Grams, of_slot: Mapping[int, Cores]) -> dict[int, Tensor]:
     for slot, i in first.items():
         kept, (_, left, right) = grams.cores[i], of_slot[slot]
         assert kept is not None
-        found[slot] = left.T @ kept.double() @ right.T
+        found[slot] = (left.T @ kept.double() @ right.T).float()
     return found
 
 
