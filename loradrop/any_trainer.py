@@ -1,12 +1,9 @@
 """LoRA-drop in one run of any Trainer: the callback, and what it does to a running optimiser."""
 
 import logging
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, get_scheduler, set_seed
 
@@ -18,6 +15,7 @@ from loradrop.injection import injection_of
 from loradrop.masks import MASK, MaskFn
 from loradrop.methods.base import Method, Warmup
 from loradrop.native import FOLDER, read
+from loradrop.optimizers import groups_of, plain, regroup
 from loradrop.probing import probe
 from loradrop.ranks import world_size
 from loradrop.sharing import conclude
@@ -94,7 +92,7 @@ class LoraDropCallback(TrainerCallback):
         assert collector is not None
         record = {"steps": step, "planned": self.warmup.steps, "settled": self.events.settled}
         self.events.watch(collector, last=True)
-        groups = _groups(model, o["optimizer"])
+        groups = groups_of(model, o["optimizer"])
         set_seed(args.seed)
         if self.warmup.source == "offline":
             rows = o["train_dataloader"]
@@ -103,7 +101,7 @@ class LoraDropCallback(TrainerCallback):
         else:
             scores = collector.scores()
         conclude(model, scores, record)
-        _regroup(model, o["optimizer"], groups)
+        regroup(model, o["optimizer"], groups)
         self.warmup, self.ended = None, step
         _restart(args, state, step, **o)
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
@@ -146,42 +144,12 @@ def _require_one_run(warmup: Warmup, method: Method, args: Any) -> None:
         )
 
 
-def _places(optimizer: Any) -> dict[int, int]:
-    """The id of each parameter that it holds -> the number of its group."""
-    return {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
-
-
-def _groups(model: nn.Module, optimizer: Any) -> dict[str, int]:
-    """The optimiser's group of each kind of tensor in the bank."""
-    places = _places(optimizer)
-    named = bank_of(model).named_parameters()
-    return {_kind(name): places[id(p)] for name, p in named if id(p) in places}
-
-
-def _kind(name: str) -> str:
-    """The name of a tensor in the bank without its numbers."""
-    return re.sub(r"\.\d+", "", name)
-
-
-def _regroup(model: nn.Module, optimizer: Any, groups: Mapping[str, int]) -> None:
-    """The optimiser forgets what it knew, holds what is trained now, in the model's order."""
-    bank = {id(p): _kind(name) for name, p in bank_of(model).named_parameters()}
-    places = _places(optimizer)
-    for group in optimizer.param_groups:
-        group["params"] = []
-    for parameter in model.parameters():
-        place = places.get(id(parameter), groups.get(bank.get(id(parameter), "")))
-        if place is not None and parameter.requires_grad:
-            optimizer.param_groups[place]["params"].append(parameter)
-    getattr(optimizer, "optimizer", optimizer).state.clear()
-
-
 def _restart(
     args: Any, state: TrainerState, ended: int, optimizer: Any = None, lr_scheduler: Any = None,
     **_: Any,
 ) -> None:  # fmt: skip
     """The schedule as if the run began after step `ended`, with the steps that are left."""
-    plain = getattr(optimizer, "optimizer", optimizer)
+    inner = plain(optimizer)
     scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
     if not isinstance(scheduler, LambdaLR):
         what = f"the schedule is a {type(scheduler).__name__}, which cannot start again"
@@ -189,11 +157,11 @@ def _restart(
         return
     left, done = state.max_steps - ended, state.global_step - ended
     new = get_scheduler(
-        args.lr_scheduler_type, plain, args.get_warmup_steps(left), left,
+        args.lr_scheduler_type, inner, args.get_warmup_steps(left), left,
         scheduler_specific_kwargs=args.lr_scheduler_kwargs,
     )  # fmt: skip
     rates = [base * at(done) for base, at in zip(new.base_lrs, new.lr_lambdas, strict=True)]
-    for group, rate in zip(plain.param_groups, rates, strict=True):
+    for group, rate in zip(inner.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler.lr_lambdas, scheduler.base_lrs = new.lr_lambdas, new.base_lrs
     scheduler.last_epoch, scheduler._last_lr = done, rates

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,26 @@ from loradrop.bank import AdapterBank, Pair, empty, form, keep_width
 from loradrop.gram_sums import grams_of
 from loradrop.scores import Assignment, Grams, Scores, Target, members_of
 from loradrop.selection import assign, check_choice
-from loradrop.spectra import Cores, decompose
+from loradrop.spectra import decompose, narrowed
 
 INITS = ("fresh", "mean", "top")
 AFTER = ("reinit", "continue")
+
+
+class Narrowed(NamedTuple):
+    """An adapter that was cut: A' = down (k, r) A, and B' = B up (r, k)."""
+
+    before: Pair
+    after: Pair
+    down: Tensor
+    up: Tensor
+
+
+class Cut(NamedTuple):
+    """What `LoRABank.cut` did: the plan's record of it, and the adapters that have new factors."""
+
+    record: dict[str, Any]
+    changed: list[Narrowed]
 
 
 class LoRAPair(nn.Module):
@@ -137,12 +153,13 @@ class LoRABank(AdapterBank):
     @torch.no_grad()
     def cut(
         self, ranks: Mapping[str, int], probed: Grams | None, metric: str, make_up: bool = True
-    ) -> dict[str, Any]:
-        """Every adapter at its rank: see `truncation.truncate`. Returns the plan's record of it."""
+    ) -> "Cut":
+        """Every adapter at its rank: see `truncation.truncate`."""
         wanted = self._ranks(ranks)
         grams = self._now(probed, metric)
         values, of_slot = decompose(self.targets, grams, metric)
-        rank_of = {slot: wanted[members[0]] for slot, members in members_of(self.slots).items()}
+        firsts = {slot: members[0] for slot, members in members_of(self.slots).items()}
+        rank_of = {slot: wanted[first] for slot, first in firsts.items()}
         names = [target.name for target in self.targets]
         made_up = values.made_up(dict(zip(names, wanted, strict=True))) if make_up else None
         rows: dict[int, Tensor] = {}
@@ -150,12 +167,17 @@ class LoRABank(AdapterBank):
             rows = dict(zip(rank_of, made_up.rows, strict=True))
         numbers = dict[int, int]()
         pairs: list[Pair] = []
+        changed: list[tuple[int, Pair, Tensor, Tensor]] = []
         for slot, k in rank_of.items():
             pair = self._pair(slot).factors()
             if k == 0:
                 continue
             if k < len(pair[0]) or slot in rows:
-                pair = _truncated(pair, of_slot[slot], k, rows.get(slot))
+                of_A, of_B = grams.A[firsts[slot]], grams.B[firsts[slot]]
+                assert of_A is not None and of_B is not None
+                down, up = narrowed(of_slot[slot], k, rows.get(slot), (of_A, of_B))
+                changed.append((len(pairs), pair, down, up))
+                pair = _narrowed(pair, down, up)
             numbers[slot] = len(pairs)
             pairs.append(pair)
         targets = tuple(
@@ -166,13 +188,15 @@ class LoRABank(AdapterBank):
         kept = tuple(t.name for t, s in zip(targets, slots, strict=True) if s is not None)
         self.assign(Assignment(targets, slots, kept), pairs)
         left = {t.name: 0 if s is None else t.r for t, s in zip(targets, slots, strict=True)}
-        return {
+        record = {
             "metric": metric,
             "values": {name: list(values[name]) for name in values},
             "ranks": left,
             "loss": values.loss(left) if metric == "loss" else None,
             "compensated": None if made_up is None else made_up.rise,
         }
+        new = [Narrowed(pair, self._pair(i).factors(), *maps) for i, pair, *maps in changed]
+        return Cut(record, new)
 
     def _ranks(self, ranks: Mapping[str, int]) -> list[int]:
         """The rank of each target, in their order."""
@@ -301,23 +325,11 @@ def tensors_of(pairs: Sequence[Pair]) -> dict[str, Tensor]:
     }
 
 
-def _truncated(pair: Pair, best: Cores, k: int, rows: Tensor | None) -> Pair:
-    """(A' (k, K), B' (N, k)), made in float64, in the dtypes of A and B, of the first k directions
-    with `rows` (k, r) of all of them added to their right factor.
-    """
+def _narrowed(pair: Pair, down: Tensor, up: Tensor) -> Pair:
+    """(A' (k, K), B' (N, k)), made in float64, in the dtypes of A and B."""
     A, B = pair
-    left, right = (core.to(A.device) for core in (best.left[:, :k], best.right))
-    added = None if rows is None else rows.to(A.device) @ right
-    if k == len(A):  # what no batch reached stays
-        assert added is not None
-        return (A.double() + left @ added @ A.double()).to(A.dtype), B.detach()
-    of_A = right[:k] if added is None else right[:k] + added
-    down, up = of_A @ A.double(), B.double() @ left
-    if added is not None:  # directions of the same length on both sides
-        ratio = (up.norm(dim=0) / down.norm(dim=1)).sqrt()
-        ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
-        down, up = down * ratio[:, None], up / ratio
-    return down.to(A.dtype), up.to(B.dtype)
+    new_A, new_B = down.to(A.device) @ A.double(), B.double() @ up.to(B.device)
+    return new_A.to(A.dtype), new_B.to(B.dtype)
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

@@ -240,6 +240,29 @@ def best_cores(
     return Cores(unit * sigma.square(), q, p)
 
 
+def narrowed(
+    best: Cores, k: int, rows: Tensor | None, factors: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """P (k, r) and Q (r, k) of the adapter with A' = P A and B' = B Q: the first k directions, with
+    `rows` (k, r) of all of them added to their right factor.
+
+    factors   A Aᵀ and BᵀB: what got rows has directions of the same length on both sides again
+    """
+    left, right = best.left[:, :k], best.right[:k]
+    if rows is None:
+        return right, left
+    added = rows @ best.right
+    if k == len(best.right):  # what no batch reached stays
+        whole = torch.eye(k, dtype=added.dtype)
+        return whole + left @ added, whole
+    right, (of_A, of_B) = right + added, factors
+    long_p = (right @ of_A @ right.T).diagonal().clamp_min(0.0).sqrt()
+    long_q = (left.T @ of_B @ left).diagonal().clamp_min(0.0).sqrt()
+    ratio = (long_q / long_p).sqrt()
+    ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+    return right * ratio[:, None], left / ratio
+
+
 def _root(gram: Tensor) -> tuple[Tensor, Tensor]:
     """L (r, r) with LᵀL = gram, and its pseudo-inverse."""
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)

@@ -2,11 +2,20 @@
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from loradrop.bank import bank_of
 from loradrop.injection import injection_of, plan_of, require_adapted
+from loradrop.optimizers import (
+    MOMENTS,
+    groups_of,
+    narrowed_state,
+    plain,
+    regroup,
+    require_projectable,
+)
 from loradrop.pairs import LoRABank
 from loradrop.selection import check_choice
 from loradrop.spectra import METRICS
@@ -15,7 +24,13 @@ _log = logging.getLogger(__name__)
 
 
 def truncate(
-    model: nn.Module, ranks: Mapping[str, int], *, metric: str = "loss", compensate: bool = True
+    model: nn.Module,
+    ranks: Mapping[str, int],
+    *,
+    metric: str = "loss",
+    compensate: bool = True,
+    optimizer: Any = None,
+    moments: str = "projected",
 ) -> None:
     """Cut every adapter to its rank: the best (A', B') of that rank by the last probe.
 
@@ -25,15 +40,18 @@ def truncate(
     compensate   what is left makes up for what goes, in all adapters, as far as the probe's batches
              say how: see `compensation`. With metric="loss" after `probe(..., gram=True)`; the more
              batches the better, so small ones
+    optimizer   that of torch which trains the model: it goes on with the parameters that are there
+    moments  what it knows of cut adapters is "projected" with them, or all it knows is "reset"
 
     s and the frozen weights stay as they are, and so do adapters that keep their rank where nothing
     is made up for. A' and B' of each direction that is left of a cut adapter have the same length.
-    Parameters change, so an optimiser made before this does not fit any more. Raises ValueError for
-    ranks that do not fit, targets that share an adapter and get different ones, a bank without
-    pairs, and statistics that are not there.
+    Parameters change, so an optimiser made before this that is not given does not fit any more.
+    Raises ValueError for ranks that do not fit, targets that share an adapter and get different
+    ones, a bank without pairs, statistics that are not there, and moments that cannot be projected.
     """
     bank, injection = bank_of(model), injection_of(model)
     check_choice("metric", metric, METRICS)
+    check_choice("moments", moments, MOMENTS)
     if not isinstance(bank, LoRABank):
         raise ValueError(
             f"the method {injection.config.method.name!r} has no pair (A, B) for each target, so "
@@ -44,7 +62,15 @@ def truncate(
     require_adapted(model)
     grams = None if injection.scores is None else injection.scores.grams
     plan, full = plan_of(model), bank.trainable
-    record = bank.cut(ranks, grams, metric, compensate)
+    groups = {} if optimizer is None else groups_of(model, optimizer)
+    if optimizer is not None and moments == "projected":
+        require_projectable(model, optimizer)
+    record, changed = bank.cut(ranks, grams, metric, compensate)
+    if optimizer is not None:
+        state = narrowed_state(optimizer, changed) if moments == "projected" else {}
+        regroup(model, optimizer, groups)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        plain(optimizer).state.update({p: known for p, known in state.items() if id(p) in held})
     injection.plan = plan.after_cut(record)
     injection.scores = None  # of the adapters that were there
     found = record["loss"] if record["compensated"] is None else record["compensated"]

@@ -111,7 +111,7 @@ class Spectral(Method):
             found, budget=budget, scope=self.scope, multiple=self.multiple,
             budget_time=self.budget_time,
         )  # fmt: skip
-        return bank.cut(ranks, scores.grams, self.metric)
+        return bank.cut(ranks, scores.grams, self.metric).record
 
 
 class SpectralBank(LoRABank):

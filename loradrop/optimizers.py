@@ -1,0 +1,98 @@
+"""A running optimiser whose parameters change under it: its groups, and what it knows."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from loradrop.bank import bank_of
+from loradrop.pairs import Narrowed
+
+MOMENTS = ("projected", "reset")
+# What an optimiser keeps for each element of a parameter: of its gradients, or of their squares.
+_LINEAR, _SQUARED = ("exp_avg", "momentum_buffer"), ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+
+
+def groups_of(model: nn.Module, optimizer: Any) -> dict[str, int]:
+    """The optimiser's group of each kind of tensor in the bank."""
+    places = _places(optimizer)
+    named = bank_of(model).named_parameters()
+    return {_kind(name): places[id(p)] for name, p in named if id(p) in places}
+
+
+def regroup(model: nn.Module, optimizer: Any, groups: Mapping[str, int]) -> None:
+    """The optimiser forgets what it knew, holds what is trained now, in the model's order."""
+    bank = {id(p): _kind(name) for name, p in bank_of(model).named_parameters()}
+    places = _places(optimizer)
+    for group in optimizer.param_groups:
+        group["params"] = []
+    for parameter in model.parameters():
+        place = places.get(id(parameter), groups.get(bank.get(id(parameter), "")))
+        if place is not None and parameter.requires_grad:
+            optimizer.param_groups[place]["params"].append(parameter)
+    plain(optimizer).state.clear()
+
+
+def plain(optimizer: Any) -> Any:
+    """The optimiser of torch inside accelerate's."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def narrowed_state(optimizer: Any, changed: Sequence[Narrowed]) -> dict[Any, dict[str, Any]]:
+    """Parameter -> what the optimiser would know of it: of narrowed adapters as A' = P A and
+    B' = B Q say, of the others as it is.
+
+    ∂A' = Qᵀ ∂A and ∂B' = ∂B Pᵀ hold for gradients and so for their means; means of squares go over
+    with the squares of P and Q, as if the elements were independent.
+    """
+    state = plain(optimizer).state
+    found = {parameter: state[parameter] for parameter in state}
+    for before, after, down, up in changed:
+        for old, new, left, right in (
+            (before[0], after[0], up.T, None), (before[1], after[1], None, down.T),
+        ):  # fmt: skip
+            if known := found.pop(old, None):
+                found[new] = {
+                    name: _moved(name, value, old, left, right) for name, value in known.items()
+                }
+    return found
+
+
+def _moved(name: str, value: Any, of: Tensor, left: Tensor | None, right: Tensor | None) -> Any:
+    if not isinstance(value, Tensor) or value.shape != of.shape:
+        return value
+    square = name in _SQUARED
+    wide = value.double()
+    if left is not None:
+        left = left.to(wide)
+        wide = (left.square() if square else left) @ wide
+    if right is not None:
+        right = right.to(wide)
+        wide = wide @ (right.square() if square else right)
+    return wide.to(value.dtype).contiguous()
+
+
+def require_projectable(model: nn.Module, optimizer: Any) -> None:
+    """Raises ValueError for what an optimiser keeps of adapters beside means of gradients and of
+    their squares, element by element, and numbers.
+    """
+    state = plain(optimizer).state
+    for parameter in bank_of(model).parameters():
+        for name, value in state.get(parameter, {}).items():
+            number = not isinstance(value, Tensor) or not value.ndim
+            if not (number or (value.shape == parameter.shape and name in _LINEAR + _SQUARED)):
+                raise ValueError(
+                    f"{type(plain(optimizer)).__name__} keeps {name!r} of each parameter, which "
+                    "cannot be projected: pass moments='reset', which begins its state anew"
+                )
+
+
+def _places(optimizer: Any) -> dict[int, int]:
+    """The id of each parameter that it holds -> the number of its group."""
+    return {id(p): i for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
+
+
+def _kind(name: str) -> str:
+    """The name of a tensor in the bank without its numbers."""
+    return re.sub(r"\.\d+", "", name)

@@ -1,0 +1,135 @@
+"""An optimiser goes on with what a cut leaves: its groups, and what it knows of it."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import adapt, bert, wake
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import loradrop
+from loradrop.config import LoRAConfig
+from loradrop.optimizers import groups_of
+
+K, N, R = 12, 10, 6
+
+
+def chain(used: int = R) -> Any:
+    """One adapted layer in float64, of whose R directions only `used` do anything."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(K, N)).double()
+    loradrop.inject(model, LoRAConfig(r=R, lora_alpha=2 * R, target_modules=["0"]))
+    wake(model.double())
+    with torch.no_grad():
+        model.lora_bank.B[0][:, used:] = 0.0
+    return model
+
+
+def loss(model: Any) -> Tensor:
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(40, K, generator=random, dtype=torch.float64)
+    found: Tensor = model(x).square().mean()
+    return found
+
+
+def batches() -> list[Tensor]:
+    return list(torch.randn(20, 2, K, dtype=torch.float64))
+
+
+def test_projected_gradients_are_those_of_the_cut_adapter() -> None:
+    """Where the cut takes away nothing that is used, the model is the same and so are they."""
+    model = chain(used=3)
+    optimizer = torch.optim.SGD(model.lora_bank.parameters(), lr=0.0, momentum=0.9)
+    loss(model).backward()
+    optimizer.step()  # the first mean is the gradient itself
+    loradrop.probe(model, batches(), gram=True)
+    before = float(loss(model))
+    loradrop.truncate(model, {"0": 3}, metric="output", optimizer=optimizer)
+    after = loss(model)
+    assert float(after) == pytest.approx(before)
+    optimizer.zero_grad()
+    after.backward()
+    for parameter in (model.lora_bank.A[0], model.lora_bank.B[0]):
+        assert parameter.shape in ((3, K), (N, 3))
+        assert_close(optimizer.state[parameter]["momentum_buffer"], parameter.grad)
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+def test_training_goes_on_with_means_of_squares(compensate: bool) -> None:
+    model = chain()
+    optimizer = torch.optim.AdamW(model.lora_bank.parameters(), lr=1e-2, amsgrad=True)
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+    loradrop.probe(model, batches(), gram=True)
+    loradrop.truncate(model, {"0": 2}, compensate=compensate, optimizer=optimizer)
+    for parameter in (model.lora_bank.A[0], model.lora_bank.B[0]):
+        known = optimizer.state[parameter]
+        assert float(known["step"]) == 5
+        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            assert known[name].shape == parameter.shape and known[name].any()
+            assert name == "exp_avg" or bool((known[name] >= 0).all())
+    before = float(loss(model))
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+    assert float(loss(model)) < before
+
+
+def trained() -> tuple[Any, torch.optim.Optimizer]:
+    """A classifier after a step of an optimiser with a rate for A, one for B, one for the head."""
+    model = wake(adapt(bert(2)))
+    bank = model.lora_bank
+    head = [p for n, p in model.named_parameters() if p.requires_grad and "lora_bank" not in n]
+    groups = [
+        {"params": list(bank.A), "lr": 1e-3}, {"params": list(bank.B), "lr": 2e-3},
+        {"params": head, "lr": 3e-3},
+    ]  # fmt: skip
+    optimizer = torch.optim.AdamW(groups)
+    model(input_ids=torch.arange(1, 9)[None]).logits.sum().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("moments", ["projected", "reset"])
+def test_groups_stay_and_what_was_not_cut_keeps_its_state(moments: str) -> None:
+    model, optimizer = trained()
+    bank, groups = model.lora_bank, groups_of(model, optimizer)
+    names = [target.name for target in bank.targets]
+    state = {parameter: dict(known) for parameter, known in optimizer.state.items()}
+    head = list(optimizer.param_groups[2]["params"])
+    whole = bank.factors(1)
+    loradrop.truncate(
+        model, {names[0]: 1, names[3]: 0}, metric="weight", optimizer=optimizer, moments=moments
+    )
+    bank = model.lora_bank
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert [rates[id(p)] for p in bank.A] == [1e-3] * 3
+    assert [rates[id(p)] for p in bank.B] == [2e-3] * 3
+    assert optimizer.param_groups[2]["params"] == head and groups_of(model, optimizer) == groups
+    assert len(rates) == sum(p.requires_grad for p in model.parameters())
+    if moments == "reset":
+        assert not optimizer.state
+        return
+    for parameter in (*whole, *head):
+        for name, value in state[parameter].items():
+            assert torch.equal(optimizer.state[parameter][name], value)
+    assert set(map(id, optimizer.state)) == set(rates)
+
+
+def test_what_cannot_be_projected_is_refused_before_anything_changes() -> None:
+    model = chain()
+    optimizer = torch.optim.Rprop(model.lora_bank.parameters())
+    loss(model).backward()
+    optimizer.step()
+    before = model.lora_bank.factors(0)
+    with pytest.raises(ValueError, match=r"Rprop keeps 'prev'.*moments='reset'"):
+        loradrop.truncate(model, {"0": 2}, metric="weight", optimizer=optimizer)
+    assert all(a is b for a, b in zip(before, model.lora_bank.factors(0), strict=True))
+    with pytest.raises(ValueError, match="moments='kept': choose one of projected, reset"):
+        loradrop.truncate(model, {"0": 2}, metric="weight", optimizer=optimizer, moments="kept")
+    loradrop.truncate(model, {"0": 2}, metric="weight", optimizer=optimizer, moments="reset")
+    assert not optimizer.state and len(optimizer.param_groups[0]["params"]) == 2
