@@ -4,16 +4,16 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, Pair, empty, form, keep_width
+from loradrop.cuts import Cut
 from loradrop.gram_sums import grams_of
-from loradrop.scores import Assignment, Grams, Scores, Target, members_of
+from loradrop.scores import Assignment, Grams, Scores, Target
 from loradrop.selection import assign, check_choice
-from loradrop.spectra import decompose, narrowed
 
 INITS = ("fresh", "mean", "top")
 AFTER = ("reinit", "continue")
@@ -26,13 +26,6 @@ class Narrowed(NamedTuple):
     after: Pair
     down: Tensor
     up: Tensor
-
-
-class Cut(NamedTuple):
-    """What `LoRABank.cut` did: the plan's record of it, and the adapters that have new factors."""
-
-    record: dict[str, Any]
-    changed: list[Narrowed]
 
 
 class LoRAPair(nn.Module):
@@ -151,77 +144,29 @@ class LoRABank(AdapterBank):
         super().restore(assignment, named)
 
     @torch.no_grad()
-    def cut(
-        self, ranks: Mapping[str, int], probed: Grams | None, metric: str, make_up: bool = True
-    ) -> "Cut":
-        """Every adapter at its rank: see `truncation.truncate`."""
-        wanted = self._ranks(ranks)
-        grams = self._now(probed, metric)
-        values, of_slot = decompose(self.targets, grams, metric)
-        firsts = {slot: members[0] for slot, members in members_of(self.slots).items()}
-        rank_of = {slot: wanted[first] for slot, first in firsts.items()}
-        names = [target.name for target in self.targets]
-        made_up = values.made_up(dict(zip(names, wanted, strict=True))) if make_up else None
-        rows: dict[int, Tensor] = {}
-        if made_up is not None and made_up.ridge is not None:
-            rows = dict(zip(rank_of, made_up.rows, strict=True))
-        numbers = dict[int, int]()
-        pairs: list[Pair] = []
-        changed: list[tuple[int, Pair, Tensor, Tensor]] = []
-        for slot, k in rank_of.items():
-            pair = self._pair(slot).factors()
-            if k == 0:
-                continue
-            if k < len(pair[0]) or slot in rows:
-                of_A, of_B = grams.A[firsts[slot]], grams.B[firsts[slot]]
-                assert of_A is not None and of_B is not None
-                down, up = narrowed(of_slot[slot], k, rows.get(slot), (of_A, of_B))
-                changed.append((len(pairs), pair, down, up))
-                pair = _narrowed(pair, down, up)
-            numbers[slot] = len(pairs)
-            pairs.append(pair)
-        targets = tuple(
-            target if slot is None or k == 0 else target._replace(r=k)
-            for target, slot, k in zip(self.targets, self.slots, wanted, strict=True)
-        )
+    def cut(self, cut: Cut) -> list[Narrowed]:
+        """Every adapter as the cut says. Returns those that have new factors."""
+        numbers = {slot: n for n, slot in enumerate(s for s, k in cut.ranks.items() if k)}
+        held = {slot: self._pair(slot).factors() for slot in numbers}
+        pairs = [
+            _narrowed(held[slot], *cut.maps[slot]) if slot in cut.maps else held[slot]
+            for slot in numbers
+        ]
+        left = [0 if slot is None else cut.ranks[slot] for slot in self.slots]
+        targets = tuple(t._replace(r=k or t.r) for t, k in zip(self.targets, left, strict=True))
         slots = tuple(None if slot is None else numbers.get(slot) for slot in self.slots)
-        kept = tuple(t.name for t, s in zip(targets, slots, strict=True) if s is not None)
+        kept = tuple(t.name for t, k in zip(targets, left, strict=True) if k)
         self.assign(Assignment(targets, slots, kept), pairs)
-        left = {t.name: 0 if s is None else t.r for t, s in zip(targets, slots, strict=True)}
-        record = {
-            "metric": metric,
-            "values": {name: list(values[name]) for name in values},
-            "ranks": left,
-            "loss": values.loss(left) if metric == "loss" else None,
-            "compensated": None if made_up is None else made_up.rise,
-        }
-        new = [Narrowed(pair, self._pair(i).factors(), *maps) for i, pair, *maps in changed]
-        return Cut(record, new)
+        return [
+            Narrowed(held[slot], self._pair(numbers[slot]).factors(), *maps)
+            for slot, maps in cut.maps.items()
+        ]
 
-    def _ranks(self, ranks: Mapping[str, int]) -> list[int]:
-        """The rank of each target, in their order."""
-        names = [target.name for target in self.targets]
-        for name in ranks:
-            if name not in names:
-                raise ValueError(f"ranks has {name!r}, which is not a target: {', '.join(names)}")
-        wanted = []
-        for target, slot in zip(self.targets, self.slots, strict=True):
-            most = 0 if slot is None else target.r
-            rank = ranks.get(target.name, most)
-            if isinstance(rank, bool) or not isinstance(rank, int) or not 0 <= rank <= most:
-                raise ValueError(
-                    f"ranks[{target.name!r}]={rank!r}: choose a whole number from 0 to {most}, the "
-                    "rank that it has"
-                )
-            wanted.append(rank)
-        for members in members_of(self.slots).values():
-            if len({wanted[i] for i in members}) > 1:
-                shown = ", ".join(f"{names[i]}: {wanted[i]}" for i in members)
-                raise ValueError(f"these targets share an adapter, so one rank serves all: {shown}")
-        return wanted
+    def grams(self, probed: Grams | None, metric: str) -> Grams:
+        """The Gram matrices of the factors as they are now, and of the passes as probed.
 
-    def _now(self, probed: Grams | None, metric: str) -> Grams:
-        """The Gram matrices of the factors as they are now, and of the passes as probed."""
+        Raises ValueError where the metric needs a probe, and for one of other adapters.
+        """
         if probed is None:
             if metric == "weight":
                 return grams_of(self)

@@ -241,7 +241,7 @@ def best_cores(
 
 
 def narrowed(
-    best: Cores, k: int, rows: Tensor | None, factors: tuple[Tensor, Tensor]
+    best: Cores, k: int, rows: Tensor | None, factors: tuple[Tensor | None, Tensor | None]
 ) -> tuple[Tensor, Tensor]:
     """P (k, r) and Q (r, k) of the adapter with A' = P A and B' = B Q: the first k directions, with
     `rows` (k, r) of all of them added to their right factor.
@@ -256,6 +256,7 @@ def narrowed(
         whole = torch.eye(k, dtype=added.dtype)
         return whole + left @ added, whole
     right, (of_A, of_B) = right + added, factors
+    assert of_A is not None and of_B is not None
     long_p = (right @ of_A @ right.T).diagonal().clamp_min(0.0).sqrt()
     long_q = (left.T @ of_B @ left).diagonal().clamp_min(0.0).sqrt()
     ratio = (long_q / long_p).sqrt()

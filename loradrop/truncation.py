@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from loradrop.bank import bank_of
+from loradrop.cuts import decide
 from loradrop.injection import injection_of, plan_of, require_adapted
 from loradrop.optimizers import (
     MOMENTS,
@@ -65,14 +66,15 @@ def truncate(
     groups = {} if optimizer is None else groups_of(model, optimizer)
     if optimizer is not None and moments == "projected":
         require_projectable(model, optimizer)
-    record, changed = bank.cut(ranks, grams, metric, compensate)
+    cut = decide(bank.targets, bank.grams(grams, metric), ranks, metric, compensate)
+    changed = bank.cut(cut)
     if optimizer is not None:
         state = narrowed_state(optimizer, changed) if moments == "projected" else {}
         regroup(model, optimizer, groups)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         plain(optimizer).state.update({p: known for p, known in state.items() if id(p) in held})
-    injection.plan = plan.after_cut(record)
+    injection.plan = plan.after_cut(cut.record)
     injection.scores = None  # of the adapters that were there
-    found = record["loss"] if record["compensated"] is None else record["compensated"]
+    found = cut.record["loss"] if cut.record["compensated"] is None else cut.record["compensated"]
     loss = "" if found is None else f", predicted rise of the loss {found:.2g}"
     _log.info("cut from %s to %s parameters%s", f"{full:,}", f"{bank.trainable:,}", loss)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from loradrop.allocation import SCOPES, allocate
 from loradrop.bank import AdapterBank
+from loradrop.cuts import decide
 from loradrop.methods.base import Method, Warmup
 from loradrop.pairs import LoRABank
 from loradrop.scores import Scores, Target
@@ -111,7 +112,9 @@ class Spectral(Method):
             found, budget=budget, scope=self.scope, multiple=self.multiple,
             budget_time=self.budget_time,
         )  # fmt: skip
-        return bank.cut(ranks, scores.grams, self.metric).record
+        cut = decide(bank.targets, bank.grams(scores.grams, self.metric), ranks, self.metric)
+        bank.cut(cut)
+        return cut.record
 
 
 class SpectralBank(LoRABank):
