@@ -3,7 +3,8 @@
 LoRA of falling rank, LoRA-drop and spectral LoRA-drop, on every linear layer, at equal steps. For
 every arm the learning rate is searched on one grid, by the loss on a part of train that no run
 trains on; the whole curve is kept. At the rate that won, every seed trains once, and dev is looked
-at once, at the end. Cells are written as they finish, and a run again does the rest.
+at once, at the end, beside the rows held out, which are like those of training where dev is not (of
+stdlib it has other modules). Cells are written as they finish, and a run again does the rest.
 
     python benchmarks/bench_sizes.py --data DIR [--models DIR]    DIR/sst2 ... hold train and dev
     python benchmarks/bench_sizes.py --picture                    docs/sizes.png from the cells
@@ -43,6 +44,8 @@ ARMS: dict[str, tuple[int, Method]] = {
     "spectral, 1/2": (8, Spectral(budget=0.5)),
     "LoRA r=16": (16, LoRA()),
     "spectral from r, 1/8": (8, Spectral(budget=0.125, r_start=8)),
+    "spectral from r, late, 1/8": (8, Spectral(budget=0.125, r_start=8, cut_at=0.85)),
+    "spectral late, 1/8": (8, Spectral(budget=0.125, cut_at=0.85)),
     "spectral by weights, 1/8": (8, Spectral(budget=0.125, metric="weight")),
     "spectral online, 1/8": (8, Spectral(budget=0.125, source="online")),
 }
@@ -90,11 +93,15 @@ class Study:
                 raise
             return {"loss": None}
         seconds = round(time.process_time() - started, 1)
-        batches = given.batches(given.choice if search else given.dev)
-        of = "choice" if search else "dev"
-        found = quality(predictions(given.model, batches), labels_of(batches))
-        facts = {"n": len(labels_of(batches)), "parameters": given.model.lora_bank.trainable}
-        return {"of": of, **facts, "seconds": seconds, **found}
+        model, held_out = given.model, given.batches(given.choice)
+        facts = {"parameters": model.lora_bank.trainable, "seconds": seconds}
+        found = quality(predictions(model, held_out), labels_of(held_out))
+        if search:
+            return {"of": "held out", "n": len(given.choice), **facts, **found}
+        facts["held_out_loss"] = found["loss"]
+        dev = given.batches(given.dev)
+        found = quality(predictions(model, dev), labels_of(dev))
+        return {"of": "dev", "n": len(labels_of(dev)), **facts, **found}
 
     def search(self, task: str, arm: str) -> float | None:
         """The rate of the least loss on the rows held out of train: down from the first on either

@@ -131,14 +131,14 @@ def sizes(results: Path) -> str | None:
                 continue
             size = statistics.mean(cell["parameters"] for cell in cells)
             row = [arm, f"{size:,.0f}", f"{cells[0]['rate']:g}"]
-            row += [shown([c["loss"] for c in cells], 3)]
+            row += [shown([c[which] for c in cells], 3) for which in ("held_out_loss", "loss")]
             row += [shown([100 * c["accuracy"] for c in cells], 1)]
             rival = {c["seed"]: c["loss"] for c in final.get((task, SMALL), ())}
             pairs = [100 * (c["loss"] / rival[c["seed"]] - 1) for c in cells if c["seed"] in rival]
             against = shown(pairs, 1, " %", "+") if pairs and arm != SMALL else ""
             body.append([*row, against, str(len(cells))])
         head = (
-            task, "parameters", "learning rate", "dev loss", "dev accuracy, %",
+            task, "parameters", "learning rate", "held-out loss", "dev loss", "dev accuracy, %",
             f"loss against {SMALL}, paired", "n",
         )  # fmt: skip
         parts.append(markdown(head, body))
