@@ -13,7 +13,9 @@ stdlib it has other modules). Cells are written as they finish, and a run again 
 import argparse
 import json
 import math
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,27 @@ import torch
 
 from lib import RESULTS, ROOT
 from lib.size_picture import draw
-from lib.tasks import SETTINGS, Tasks, labels_of, predictions, quality, write_cells
+from lib.tasks import (
+    SETTINGS,
+    Prepared,
+    Tasks,
+    labels_of,
+    predictions,
+    quality,
+    write_cells,
+)
+from loradrop.allocation import allocate
 from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.files import read_json
+from loradrop.injection import injection_of
+from loradrop.loading import load
 from loradrop.methods import LoRA, LoRADrop, Method, Spectral
+from loradrop.native import save
+from loradrop.probing import probe
+from loradrop.spectra import spectrum
+from loradrop.text.tokens import TokenizedDataset
 from loradrop.training import fit
+from loradrop.truncation import truncate
 
 RESULT = RESULTS / "cpu" / "bench_sizes.json"
 RANK = 8  # of what all sizes are a part of
@@ -49,6 +67,21 @@ ARMS: dict[str, tuple[int, Method]] = {
     "spectral by weights, 1/8": (8, Spectral(budget=0.125, metric="weight")),
     "spectral online, 1/8": (8, Spectral(budget=0.125, source="online")),
 }
+# What this arm comes to when it is cut at its end, as `loradrop compress` does.
+CUT = "LoRA r=8"
+CUTS = {f"{CUT}, cut to 1/{n}": 1 / n for n in (2, 4, 8, 16)}
+
+
+def judged(given: Prepared, search: bool) -> dict[str, Any]:
+    """The loss on the rows held out of train; unless a rate is searched, dev beside it."""
+    model, held_out = given.model, given.batches(given.choice)
+    found = quality(predictions(model, held_out), labels_of(held_out))
+    size = model.lora_bank.trainable
+    if search:
+        return {"of": "held out", "n": len(given.choice), "parameters": size, **found}
+    dev = given.batches(given.dev)
+    facts = {"n": len(given.dev), "parameters": size, "held_out_loss": found["loss"]}
+    return {"of": "dev", **facts, **quality(predictions(model, dev), labels_of(dev))}
 
 
 class Study:
@@ -67,13 +100,16 @@ class Study:
                 return cell
         if time.monotonic() > self._deadline:
             return None
-        self.cells.append(key | self._run(task, arm, rate, seed))
+        self.cells += [key | {"arm": of} | found for of, found in self._run(task, arm, rate, seed)]
         settings = {"rank": RANK, "rates": RATES, "search_seed": SEARCH_SEED}
         write_cells(self.path, self.cells, settings)
         print(json.dumps(self.cells[-1]), flush=True)
-        return self.cells[-1]
+        return self.cell(task, arm, rate, seed)
 
-    def _run(self, name: str, arm: str, rate: float, seed: int) -> dict[str, Any]:
+    def _run(
+        self, name: str, arm: str, rate: float, seed: int
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The arm and its cell, and of `CUT` those that are cut from it, without training."""
         setting, (rank, method) = SETTINGS[name], ARMS[arm]
         train = TrainConfig(
             steps=setting.steps, batch_size=setting.batch_size, learning_rate=rate, seed=seed,
@@ -91,17 +127,22 @@ class Study:
         except ValueError as error:  # a rate at which the loss is not finite any more
             if "finite" not in str(error):
                 raise
-            return {"loss": None}
+            yield arm, {"loss": None}
+            return
         seconds = round(time.process_time() - started, 1)
-        model, held_out = given.model, given.batches(given.choice)
-        facts = {"parameters": model.lora_bank.trainable, "seconds": seconds}
-        found = quality(predictions(model, held_out), labels_of(held_out))
-        if search:
-            return {"of": "held out", "n": len(given.choice), **facts, **found}
-        facts["held_out_loss"] = found["loss"]
-        dev = given.batches(given.dev)
-        found = quality(predictions(model, dev), labels_of(dev))
-        return {"of": "dev", "n": len(labels_of(dev)), **facts, **found}
+        yield arm, {"seconds": seconds} | judged(given, search)
+        if search or arm != CUT:
+            return
+        rows = TokenizedDataset(given.train.rows[: setting.measured])
+        model, batches = given.model, given.batches(rows, setting.measured_batch)
+        scores = probe(model, batches, gram=True)
+        with tempfile.TemporaryDirectory() as folder:
+            save(model, folder)
+            for of, budget in CUTS.items():
+                load(model, folder)
+                injection_of(model).scores = scores
+                truncate(model, allocate(spectrum(scores), budget=budget))
+                yield of, judged(given, search)
 
     def search(self, task: str, arm: str) -> float | None:
         """The rate of the least loss on the rows held out of train: down from the first on either

@@ -1,5 +1,6 @@
 """The picture of `bench_sizes.py`: the loss on dev over the parameters that were trained."""
 
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,12 @@ from lib.size_tables import final_cells, interval
 from loradrop.files import replacing
 from loradrop.report.grid import INK, MUTED, RULE, SERIES
 
-FAMILIES = {"LoRA r=": "LoRA", "LoRA-drop, ": "LoRA-drop", "spectral, ": "spectral LoRA-drop"}
+FAMILIES = {  # what the names of arms are like
+    r"LoRA r=\d+": "LoRA",
+    r"LoRA-drop, 1/\d+": "LoRA-drop",
+    r"spectral, 1/\d+": "spectral LoRA-drop",
+    r"LoRA r=8, cut to 1/\d+": "LoRA r=8, cut after training",
+}
 
 
 def draw(results: Path, path: Path) -> None:
@@ -20,10 +26,10 @@ def draw(results: Path, path: Path) -> None:
     figure = Figure(figsize=(4.4 * len(tasks), 3.4), layout="constrained", facecolor="white")
     handles: dict[str, Any] = {}
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        for color, (start, family) in zip(SERIES, FAMILIES.items(), strict=False):
+        for color, (names, family) in zip(SERIES, FAMILIES.items(), strict=False):
             points = []
             for (of, arm), cells in final.items():
-                if of == task and arm.startswith(start):
+                if of == task and re.fullmatch(names, arm):
                     mean, half = interval([cell["loss"] for cell in cells])
                     size = statistics.mean(cell["parameters"] for cell in cells)
                     points.append((size, mean, half or 0.0))
