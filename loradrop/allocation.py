@@ -41,7 +41,8 @@ def allocate(
     """
     check_choice("scope", scope, SCOPES)
     given = {"budget": budget, "threshold": threshold, "max_loss": max_loss, "rank": rank}
-    _check(spectrum, given, multiple)
+    _check(spectrum, given)
+    check_steps(multiple, budget_time)
     low = _lowest(spectrum, budget_time)
     if rank is not None:
         return {name: 0 if name in low else min(rank, len(spectrum[name])) for name in spectrum}
@@ -147,10 +148,6 @@ def _lowest(spectrum: Spectrum, budget_time: float | None) -> set[str]:
     """The targets in the lowest layers, which must go for this part of a step's time."""
     if budget_time is None:
         return set()
-    if not 0.5 < budget_time <= 1.0:
-        raise ValueError(
-            f"budget_time={budget_time}: choose a number in (0.5, 1], as the forward pass stays"
-        )
     of_layer = {name: layer_of(name) for name in spectrum}
     layers = list(dict.fromkeys(layer for layer in of_layer.values() if layer))
     count = math.ceil(2 * len(layers) * (1 - budget_time) - 1e-9)
@@ -171,7 +168,7 @@ def _pools(spectrum: Spectrum, scope: str) -> list[list[int]]:
     return list(pools.values())
 
 
-def _check(spectrum: Spectrum, given: Mapping[str, Any], multiple: int) -> None:
+def _check(spectrum: Spectrum, given: Mapping[str, Any]) -> None:
     check_one(given)
     for name in ("budget", "threshold"):
         check_part(name, given[name])
@@ -187,5 +184,13 @@ def _check(spectrum: Spectrum, given: Mapping[str, Any], multiple: int) -> None:
             raise ValueError(
                 f"max_loss needs metric='loss', and the spectrum has {spectrum.metric!r}"
             )
+
+
+def check_steps(multiple: int, budget_time: float | None) -> None:
+    """Raises ValueError naming the one that is out of range."""
     if not isinstance(multiple, int) or multiple < 1:
         raise ValueError(f"multiple={multiple!r}: choose a whole number from 1 up")
+    if budget_time is not None and not 0.5 < budget_time <= 1.0:
+        raise ValueError(
+            f"budget_time={budget_time}: choose a number in (0.5, 1], as the forward pass stays"
+        )

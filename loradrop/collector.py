@@ -184,10 +184,9 @@ class Collector:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The rows and the token count so far, summed over ranks, for a checkpoint."""
-        scores = self.scores()
-        tokens, called = torch.tensor(scores.tokens), torch.tensor(self.called)
-        sums = {} if self._sums is None else self._sums.state_dict()
-        return {"rows": scores.rows, "tokens": tokens, "called": called, **sums}
+        rows, tokens = self._summed_rows()
+        facts = {"tokens": torch.tensor(tokens), "called": torch.tensor(self.called)}
+        return {"rows": rows, **facts, **({} if self._sums is None else self._sums.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave; the sums count on the first rank alone."""
@@ -200,14 +199,19 @@ class Collector:
 
     def scores(self) -> Scores:
         """The rows so far, summed over the ranks of `torch.distributed` where it runs."""
+        rows, tokens = self._summed_rows()
+        grams = None if self._sums is None else self._sums.grams()
+        return Scores(self.bank.targets, rows, tokens, self.source, grams)
+
+    def _summed_rows(self) -> tuple[Tensor, int]:
+        """(rows, targets) and the tokens, over all ranks."""
         rows = torch.zeros(0, len(self.bank.targets), dtype=torch.float64)
         if self.rows:
             rows = torch.stack([row.cpu() for row in self.rows])
         tokens = int(self._tokens)
         if is_distributed():
             rows, tokens = _sum_over_ranks(rows, tokens)
-        grams = None if self._sums is None else self._sums.grams()
-        return Scores(self.bank.targets, rows, tokens, self.source, grams)
+        return rows, tokens
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self.online and not torch.is_grad_enabled():

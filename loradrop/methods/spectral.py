@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from loradrop.allocation import SCOPES, allocate
+from loradrop.allocation import SCOPES, allocate, check_steps
 from loradrop.bank import AdapterBank
 from loradrop.cuts import decide
 from loradrop.methods.base import Method, Warmup
@@ -72,10 +72,7 @@ class Spectral(Method):
             ("source", ("online", "offline")), ("metric", METRICS), ("scope", SCOPES),
         ):  # fmt: skip
             check_choice(name, getattr(self, name), known)
-        if not isinstance(self.multiple, int) or self.multiple < 1:
-            raise ValueError(f"multiple={self.multiple!r}: choose a whole number from 1 up")
-        if self.budget_time is not None and not 0.5 < self.budget_time <= 1.0:
-            raise ValueError(f"budget_time={self.budget_time}: choose a number in (0.5, 1]")
+        check_steps(self.multiple, self.budget_time)
 
     def bank(
         self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]
