@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from loradrop.sampling import sample_of
+from loradrop.sampling import some_of
 
 MEASURED, BATCH = 1024, 2  # rows, and how many at a time
 
@@ -25,8 +25,7 @@ def small_batches(
             f"a {type(rows).__name__} has no rows to draw some of, which measuring directions at "
             "fixed weights needs: give a Dataset with a length, or lora.method.source=online"
         )
-    some = sample_of(rows, min(1.0, count / len(rows)), seed)
-    return DataLoader(some, batch_size=BATCH, collate_fn=collate)
+    return DataLoader(some_of(rows, count, seed), batch_size=BATCH, collate_fn=collate)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ class KeptCores:
         self._shapes = [(bank.targets[i].r,) * 2 for i in self._firsts]
         self._count = len(bank.targets)
         size = sum(r * r for r, _ in self._shapes)
-        self._most = max(64, min(_ROWS, _ELEMENTS // max(size, 1)))
+        self._most = max(64, min(_ROWS, _ELEMENTS // max(size, 1)) // 2 * 2)
         self._rows: list[Tensor] = []  # (elements of all adapters,)
         self._each = 1  # steps in a row
         self._open = 0  # steps in the last one

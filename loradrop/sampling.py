@@ -48,6 +48,14 @@ def stratified_indices(
     return sorted(chosen)
 
 
+def some_of(rows: Any, count: int, seed: int) -> "Subset[Any]":
+    """At most so many rows, whatever their class: no row is read for it."""
+    from torch.utils.data import Subset
+
+    n = len(rows)
+    return Subset(rows, stratified_indices(None, n, min(count, n), seed))
+
+
 def sample_of(train: Any, ratio: float, seed: int) -> "Subset[Any]":
     """A part of the data set, drawn by class where its rows have whole numbers as labels."""
     from torch.utils.data import DataLoader, Subset

@@ -19,7 +19,7 @@ from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import read_json, write_json
 from loradrop.loading import fill
 from loradrop.native import read, save
-from loradrop.sampling import sample_of
+from loradrop.sampling import some_of
 
 COMPLETE = "complete.json"
 _WRAPPED = ("forward", "_original_forward")  # what accelerate's mixed precision sets on a model
@@ -72,7 +72,7 @@ class LoRATrainer(Trainer):
         if isinstance(rows, DataLoader):
             some = small_batches(rows.dataset, rows.collate_fn, self.args.seed)
             return self.get_eval_dataloader(some)
-        rows = sample_of(rows, min(1.0, MEASURED / len(rows)), self.args.seed)
+        rows = some_of(rows, MEASURED, self.args.seed)
         size, self.args.per_device_eval_batch_size = self.args.per_device_eval_batch_size, BATCH
         try:
             return self.get_eval_dataloader(rows)

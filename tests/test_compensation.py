@@ -227,6 +227,17 @@ def test_many_rows_become_sums_of_neighbours(monkeypatch: pytest.MonkeyPatch) ->
         assert_close(found[33], whole[132])
 
 
+@pytest.mark.parametrize("most", [70, 71])
+def test_rows_are_as_many_as_the_memory_is_for(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_cores, "_ELEMENTS", most * (4 + 9))
+    kept = KeptCores(Bank())  # type: ignore[arg-type]
+    for _ in range(100):
+        kept.add([torch.ones(2, 2), torch.ones(3, 3)])
+    first, _, second = kept.by_target()
+    assert first is not None and second is not None
+    assert len(first) == len(second) == 50 and bool((second == 2).all())
+
+
 def test_an_adapter_that_was_not_called_counts_as_zero() -> None:
     kept = KeptCores(Bank())  # type: ignore[arg-type]
     kept.add([None, torch.ones(3, 3)])
