@@ -311,7 +311,9 @@ class _Run:
         rows, method = self.train, self.config.method
         if stage.sample_ratio < 1.0:
             rows = sample_of(rows, stage.sample_ratio, self.args.seed)
-        trainer, events = self._stage("warmup", stage.steps, rows, method.statistics, stage)
+        online = stage.source == "online" or stage.settle_every
+        collected = method.statistics if online else ()
+        trainer, events = self._stage("warmup", stage.steps, rows, collected, stage)
         steps = trainer.state.global_step
         set_seed(self.args.seed)
         if stage.source == "offline" or events.collector is None:
