@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -19,6 +19,7 @@ from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import read_json, write_json
 from loradrop.loading import fill
 from loradrop.native import read, save
+from loradrop.order import Onward
 from loradrop.sampling import some_of
 
 COMPLETE = "complete.json"
@@ -30,13 +31,22 @@ _log = logging.getLogger(__name__)
 class LoRATrainer(Trainer):
     """A Trainer whose checkpoints hold adapters, statistics, optimiser, and whether they are whole.
 
+    start   where it begins in the order of the rows; None leaves that order to the Trainer, and so
+            do a DataLoader and a strategy of sampling of one's own
+
     The data may be DataLoaders; everything else is `transformers.Trainer`. Raises ValueError at the
     first loss that is not finite, and for reentrant checkpointing under DDP without a static graph,
     whose gradients of a shared adapter would be wrong.
     """
 
     def __init__(
-        self, model: nn.Module, args: TrainingArguments, *, events: MethodCallback, **kwargs: Any
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        events: MethodCallback,
+        start: int | None = None,
+        **kwargs: Any,
     ) -> None:
         options = args.gradient_checkpointing_kwargs
         reentrant = isinstance(options, dict) and options.get("use_reentrant")
@@ -55,7 +65,7 @@ class LoRATrainer(Trainer):
             super().__init__(
                 model=model, args=args, callbacks=[events, *kwargs.pop("callbacks", [])], **kwargs
             )
-        self.events = events
+        self.events, self.start = events, start
         if getattr(model, "loss_type", None) != "ForCausalLM":
             # Other models take **kwargs and ignore num_items_in_batch: the Trainer would sum their
             # means over an accumulation instead of averaging them.
@@ -66,6 +76,13 @@ class LoRATrainer(Trainer):
         if isinstance(self.train_dataset, DataLoader):
             return self.accelerator.prepare(self.train_dataset)  # type: ignore[no-any-return]
         return super().get_train_dataloader()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if self.start is None or not isinstance(sampler, RandomSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return Onward(len(sampler), seed, self.start)
 
     def some_batches(self, rows: Any) -> DataLoader[Any]:
         """Small batches of a sample of training rows, for a probe of directions."""

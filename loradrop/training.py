@@ -184,18 +184,31 @@ class _Run:
     @property
     def total(self) -> int:
         """Optimiser steps of both stages; the ranks share each pass over the data."""
-        rows, args = len(self.train), self.args
-        batch = 1 if isinstance(self.train, DataLoader) else args.batch_size
-        batches = math.ceil(rows / (batch * world_size()))
-        per_epoch = math.ceil(batches / args.gradient_accumulation)
-        return args.steps or max(1, math.ceil(args.epochs * per_epoch))
+        return self.args.steps or max(1, math.ceil(self.args.epochs * self._per_epoch))
+
+    @property
+    def _per_epoch(self) -> int:
+        """Optimiser steps of a pass over the data."""
+        batch = 1 if isinstance(self.train, DataLoader) else self.args.batch_size
+        batches = math.ceil(len(self.train) / (batch * world_size()))
+        return math.ceil(batches / self.args.gradient_accumulation)
+
+    def _rows(self, steps: int) -> int:
+        """Rows that so many steps take, from one pass over the data after the other."""
+        passes, rest = divmod(steps, self._per_epoch)
+        step = self.args.batch_size * self.args.gradient_accumulation * world_size()
+        return passes * len(self.train) + min(rest * step, len(self.train))
 
     def whole(self) -> Result:
         """Both stages."""
         before = self.first_stage()
         done, decided = int(before["steps"]), bank_of(self.model).assignment.decided
         statistics = () if done or decided else self.config.method.statistics
-        trainer, events = self._stage("main", self.total - done, self.train, statistics)
+        stage = self.config.method.warmup(self.total) if done else None
+        start = self._rows(done) if stage is not None and stage.goes_on else None
+        trainer, events = self._stage(
+            "main", self.total - done, self.train, statistics, start=start
+        )
         metrics = {} if self.dev is None else trainer.dev_metrics()
         save(self.model, self.folder / "adapter")
         plan = plan_of(self.model)
@@ -313,7 +326,8 @@ class _Run:
             rows = sample_of(rows, stage.sample_ratio, self.args.seed)
         online = stage.source == "online" or stage.settle_every
         collected = method.statistics if online else ()
-        trainer, events = self._stage("warmup", stage.steps, rows, collected, stage)
+        start = 0 if stage.goes_on else None
+        trainer, events = self._stage("warmup", stage.steps, rows, collected, stage, start)
         steps = trainer.state.global_step
         set_seed(self.args.seed)
         if stage.source == "offline" or events.collector is None:
@@ -340,10 +354,17 @@ class _Run:
         return training_arguments(self.args, folder, steps, warm_up=warm_up, has_dev=has_dev)
 
     def _stage(
-        self, name: str, steps: int, rows: Any, statistics: Sequence[str],
+        self,
+        name: str,
+        steps: int,
+        rows: Any,
+        statistics: Sequence[str],
         warmup: Warmup | None = None,
+        start: int | None = None,
     ) -> tuple[LoRATrainer, MethodCallback]:
-        """One run of the Trainer on `rows`, from its last whole checkpoint where there is one."""
+        """One run of the Trainer on `rows`, from its last whole checkpoint where there is one, and
+        from row `start` of their order.
+        """
         checkpoint = last_checkpoint(self.folder / name) if self.resume else None
         events = MethodCallback(
             self.model, statistics=statistics, mask=self.args.mask, mask_fn=self.mask_fn,
@@ -358,6 +379,7 @@ class _Run:
             self.model,
             self._arguments(name, steps),
             events=events,
+            start=start,
             train_dataset=rows,
             eval_dataset=self.dev,
             data_collator=self.collate or own,

@@ -11,6 +11,11 @@ from loradrop.files import read_json
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom.
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 SMALL = "LoRA r=1"  # what spectral LoRA-drop at an eighth is compared with
+SHORT = {
+    "loss": "`loradrop compress`",
+    "weight, one rank for all": "by weights, one rank for all, as PEFT converts",
+    "whole layers by output": "whole layers",
+}
 RIVAL = "weight"  # whose divergence is the unit of `cut_all`
 Cell = dict[str, Any]
 
@@ -93,6 +98,19 @@ def cut_all(results: Path) -> str | None:
     return markdown((f"{len(tasks)} tasks, n={n}", *head), body)
 
 
+def cut_summary(results: Path) -> str | None:
+    """By how much the loss rises over all tasks, for three ways to cut."""
+    tasks = _distinct(_cells(results, "bench_cut"), "task")
+    if not tasks:
+        return None
+    head, body, n = _by_arm(
+        results, tasks, lambda some, uncut: shown([_rise(c, uncut) for c in some], 1, " %", "+")
+    )
+    said = {row[0]: row[1:] for row in body}
+    kept = [[name, *said[arm]] for arm, name in SHORT.items()]
+    return markdown((f"rise of the loss, {len(tasks)} tasks, n={n}", *head), kept)
+
+
 def step_time(results: Path) -> str | None:
     """What a step of training takes with what is left, and what it costs to leave that."""
     cells = [c for c in _cells(results, "bench_cut") if c.get("step") is not None]
@@ -148,6 +166,7 @@ def sizes(results: Path) -> str | None:
 SIZE_TABLES: dict[str, Callable[[Path], str | None]] = {
     "cut": cut,
     "cut_all": cut_all,
+    "cut_summary": cut_summary,
     "step_time": step_time,
     "sizes": sizes,
 }

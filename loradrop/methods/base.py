@@ -23,6 +23,8 @@ class Warmup:
     source        "online": scores of its own passes; "offline": of a pass in eval mode at its end
     settle_every  ask `settled` every so many steps; 0 never
     measured      the part of it, at its end, whose statistics count
+    goes_on       the main run goes on with what it trained, in the data too: it begins with the
+                  rows that come next
     """
 
     steps: int
@@ -30,6 +32,7 @@ class Warmup:
     source: str = "online"
     settle_every: int = 0
     measured: float = 1.0
+    goes_on: bool = False
 
     @property
     def measured_from(self) -> int:

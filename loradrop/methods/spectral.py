@@ -94,7 +94,7 @@ class Spectral(Method):
                 f"cut_at={self.cut_at:g} cuts after {steps} of {total} steps: choose at least 2 "
                 "(lora.method.cut_at), as B is zero at first, and fewer than all, or train longer"
             )
-        return Warmup(steps=steps, source=self.source, measured=self.measured)
+        return Warmup(steps=steps, source=self.source, measured=self.measured, goes_on=True)
 
     def update(self, bank: AdapterBank, scores: Scores | None) -> Mapping[str, Any]:
         if scores is None:
