@@ -13,7 +13,7 @@ _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2
 SMALL = "LoRA r=1"  # what spectral LoRA-drop at an eighth is compared with
 SHORT = {
     "loss": "`loradrop compress`",
-    "weight, one rank for all": "by weights, one rank for all, as PEFT converts",
+    "weight, one rank for all": "PEFT's conversion",
     "whole layers by output": "whole layers",
 }
 RIVAL = "weight"  # whose divergence is the unit of `cut_all`
@@ -32,6 +32,7 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 def shown(values: Sequence[float], digits: int, unit: str = "", sign: str = "") -> str:
     """Mean ± half of the 95 % interval."""
     mean, half = interval(values)
+    mean = round(mean, digits) + 0.0  # no minus zero
     text = f"{mean:{sign}.{digits}f}" + ("" if half is None else f" ± {half:.{digits}f}")
     return (text + unit).replace("-", "−")
 
@@ -43,6 +44,12 @@ def _cells(results: Path, name: str) -> list[Cell]:
 
 def _distinct(cells: Sequence[Cell], key: str) -> list[Any]:
     return list(dict.fromkeys(cell[key] for cell in cells))
+
+
+def _points(cell: Cell, uncut: dict[tuple[str, int], Cell]) -> float:
+    """By how many points its accuracy is above the uncut model's."""
+    whole: float = uncut[cell["task"], cell["seed"]]["accuracy"]
+    return 100 * (cell["accuracy"] - whole)
 
 
 def _rise(cell: Cell, uncut: dict[tuple[str, int], Cell]) -> float:
@@ -70,8 +77,9 @@ def cut(results: Path) -> str | None:
 
     def entry(cells: list[Cell], uncut: dict[Any, Cell]) -> str:
         kl = statistics.mean(cell["kl"] for cell in cells)
+        points = statistics.mean(_points(cell, uncut) for cell in cells)
         loss = statistics.mean(_rise(cell, uncut) for cell in cells)
-        return f"{kl:.4f}, {loss:+.1f} %".replace("-", "−")
+        return f"{kl:.4f}; {points:+.1f}; {loss:+.1f} %".replace("-", "−")
 
     parts = []
     for task in _distinct(_cells(results, "bench_cut"), "task"):
@@ -87,9 +95,9 @@ def cut_all(results: Path) -> str | None:
 
     def entry(some: list[Cell], uncut: dict[Any, Cell]) -> str:
         parts = [c["kl"] / rival[c["task"], c["seed"], c["budget"]] for c in some]
-        return f"{statistics.geometric_mean(parts):.2f}, " + shown(
-            [_rise(cell, uncut) for cell in some], 1, " %", "+"
-        )
+        points = shown([_points(cell, uncut) for cell in some], 1, "", "+")
+        loss = shown([_rise(cell, uncut) for cell in some], 1, " %", "+")
+        return f"{statistics.geometric_mean(parts):.2f}; {points}; {loss}"
 
     tasks = _distinct(cells, "task")
     if not tasks:
@@ -99,16 +107,19 @@ def cut_all(results: Path) -> str | None:
 
 
 def cut_summary(results: Path) -> str | None:
-    """By how much the loss rises over all tasks, for three ways to cut."""
+    """The mean divergence over all tasks, and the accuracy, for three ways to cut."""
     tasks = _distinct(_cells(results, "bench_cut"), "task")
     if not tasks:
         return None
-    head, body, n = _by_arm(
-        results, tasks, lambda some, uncut: shown([_rise(c, uncut) for c in some], 1, " %", "+")
-    )
-    said = {row[0]: row[1:] for row in body}
+
+    def entry(some: list[Cell], uncut: dict[Any, Cell]) -> str:
+        kl = statistics.geometric_mean([cell["kl"] for cell in some])
+        return f"{kl:.4f}; " + shown([_points(cell, uncut) for cell in some], 1, "", "+")
+
+    head, body, n = _by_arm(results, tasks, entry)
+    said = {row[0]: row[2:4] for row in body}
     kept = [[name, *said[arm]] for arm, name in SHORT.items()]
-    return markdown((f"rise of the loss, {len(tasks)} tasks, n={n}", *head), kept)
+    return markdown((f"KL from the uncut model; points of accuracy (n={n})", *head[1:3]), kept)
 
 
 def step_time(results: Path) -> str | None:
