@@ -1,0 +1,92 @@
+"""The tables of small adapters say what the result files say, and their arithmetic is right."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from lib import size_picture, size_tables
+
+
+def write(folder: Path, name: str, cells: list[dict[str, Any]]) -> Path:
+    (folder / "cpu").mkdir(parents=True, exist_ok=True)
+    (folder / "cpu" / f"{name}.json").write_text(json.dumps({"cells": cells}))
+    return folder
+
+
+def cut_cells() -> list[dict[str, Any]]:
+    """Two seeds of one task: uncut, the rival, and one that diverges half as far."""
+    cells = []
+    for seed, loss in ((0, 0.5), (1, 1.0)):
+        facts = {"task": "t", "seed": seed}
+        cells.append(
+            facts | {"arm": "uncut", "budget": 1.0, "kl": 0.0, "loss": loss, "accuracy": 0.8}
+        )
+        for arm, kl in (("weight", 0.04), ("loss", 0.02), ("weight, one rank for all", 0.08),
+                        ("whole layers by output", 0.4)):  # fmt: skip
+            for budget in (0.5, 0.25, 0.125):
+                cut = {"arm": arm, "budget": budget, "kl": kl * (1 + seed), "loss": 1.1 * loss}
+                cut |= {"accuracy": 0.79, "step": 0.75 if arm == "loss" else None}
+                cells.append(facts | cut)
+    return cells
+
+
+def test_an_interval_is_that_of_student() -> None:
+    assert size_tables.interval([3.0]) == (3.0, None)
+    mean, half = size_tables.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert mean == 3.0 and half == pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=2e-3)
+    assert size_tables.interval([0.0, 1.0] * 50)[1] == pytest.approx(1.96 * 0.05025, rel=1e-3)
+
+
+def test_how_figures_are_shown() -> None:
+    assert size_tables.shown([-0.04], 1, " %", "+") == "+0.0 %"
+    assert size_tables.shown([-1.0, -1.0], 1, "", "+") == "−1.0 ± 0.0"
+
+
+def test_cuts(tmp_path: Path) -> None:
+    results = write(tmp_path, "bench_cut", cut_cells())
+    one, every = size_tables.cut(results), size_tables.cut_all(results)
+    assert one is not None and every is not None
+    assert "| t, n=2 | 0.5 left | 0.25 left | 0.125 left |" in one
+    assert "| loss | 0.0300; −1.0; +10.0 % |" in one
+    assert "| loss | 0.50; −1.0 ± 0.0; +10.0 ± 0.0 % |" in every
+    assert "| weight | 1.00; " in every
+    short, step = size_tables.cut_summary(results), size_tables.step_time(results)
+    assert short is not None and step is not None
+    assert "(n=2) | 0.25 left | 0.125 left |" in short and "| PEFT's conversion | 0.1131; " in short
+    assert "| t | loss | 0.75 ± 0.00; 0.0300 |" in step and "weight" not in step
+
+
+def size_cells() -> list[dict[str, Any]]:
+    cells: list[dict[str, Any]] = [
+        {"task": "t", "arm": "LoRA r=1", "rate": 0.1, "seed": 100, "of": "held out", "loss": 9.0}
+    ]
+    for arm, size, loss in (("LoRA r=8", 8000, 0.9), ("LoRA r=1", 1000, 1.0)):
+        for seed in (0, 1):
+            cells.append(
+                {"task": "t", "arm": arm, "rate": 0.1, "seed": seed, "of": "dev", "n": 10,
+                 "parameters": size, "held_out_loss": 2 * loss, "loss": loss, "accuracy": 0.5}
+            )  # fmt: skip
+    return cells
+
+
+def test_sizes(tmp_path: Path) -> None:
+    found = size_tables.sizes(write(tmp_path, "bench_sizes", size_cells()))
+    assert found is not None
+    assert "| LoRA r=8 | 8,000 | 0.1 | 1.800 ± 0.000 | 0.900 ± 0.000 | 50.0 ± 0.0 | " in found
+    assert "| −10.0 ± 0.0 % | 2 |" in found and "9.0" not in found
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    size_picture.draw(write(tmp_path, "bench_sizes", size_cells()), tmp_path / "sizes.png")
+    assert (tmp_path / "sizes.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_nothing_measured_is_no_table(tmp_path: Path) -> None:
+    assert {table(tmp_path) for table in size_tables.SIZE_TABLES.values()} == {None}
