@@ -26,7 +26,9 @@
 //   partial     each CTA of the cluster has left its partial h
 //   complete    each CTA of the cluster has written its part of h to this one. By then it has also
 //               read this one's partial h, so this CTA may end without a cluster barrier.
-//   cluster     at the start only: barriers exist before a peer arrives at them
+//   cluster     at the start only: barriers exist before a peer arrives at them. Not in a cluster of
+//               one: a launch without clusters makes a barrier of the whole block of the wait, and
+//               then consumers and producer would wait for each other.
 //   named 1     the eight consumer warps, around what they share
 
 #include "kernels.h"
@@ -280,9 +282,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::barrier_init_fence();
   }
   __syncthreads();
-  ptx::cluster_arrive();
+  if (cluster > 1) ptx::cluster_arrive();
   if (threadIdx.x == kConsumers) produce(args, memory, walk);  // W need not wait for the others
-  ptx::cluster_wait();
+  if (cluster > 1) ptx::cluster_wait();
   if (threadIdx.x < kConsumers) consume<T, Groups>(args, memory, walk, rank, cluster);
 }
 
@@ -316,7 +318,7 @@ cudaError_t launch(const DecodeArguments& args, const DecodeLaunch& how, cudaStr
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
   config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.numAttrs = how.cluster > 1 ? 1 : 0;
   error = cudaLaunchKernelEx(&config, kernel, args, how.cluster);
   if (error != cudaSuccess || args.planes == nullptr) return error;
   add_planes<<<1, 256, 0, stream>>>(args.planes, how.ctas, how.sqnorm);

@@ -368,8 +368,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                Arguments... arguments) {
   CHECK(config->dynamicSmemBytes <= 232448);
   if (config->numAttrs < 2) emulator::machine.before_ended = true;
-  emulator::run(config->gridDim, config->blockDim, config->attrs[0].val.clusterDim.x,
-                [=] { kernel(arguments...); });
+  const int cluster = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
+  emulator::run(config->gridDim, config->blockDim, cluster, [=] { kernel(arguments...); });
   return cudaSuccess;
 }
 
@@ -392,7 +392,13 @@ inline std::uint32_t peer(std::uint32_t address, std::uint32_t rank) {
   return address % emulator::kWindow + rank * emulator::kWindow;
 }
 
+// A launch without clusters has no barrier of clusters: ptxas makes nothing of the arrival there, and a
+// barrier of the whole block of the wait. Whether an explicit cluster of one is such a launch is not
+// documented, so here it is.
+inline bool cluster_is_implicit() { return machine.ctas.size() == 1; }
+
 inline void cluster_arrive() {
+  if (cluster_is_implicit()) return;
   here().cluster_phase = machine.cluster.generation;
   if (++machine.cluster.arrived == static_cast<int>(machine.fibers.size())) {
     machine.cluster.arrived = 0;
@@ -400,9 +406,10 @@ inline void cluster_arrive() {
   }
 }
 inline void cluster_wait() {  // the barrier also orders what each thread did before it
+  if (cluster_is_implicit()) __syncthreads();
   const long phase = here().cluster_phase;
   emulator::block([phase] {
-    if (machine.cluster.generation <= phase) return false;
+    if (!cluster_is_implicit() && machine.cluster.generation <= phase) return false;
     for (const auto& fiber : machine.fibers) {
       if (fiber->arrivals > 0) return false;
     }

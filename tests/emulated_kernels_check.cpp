@@ -162,6 +162,7 @@ int main(int count, char** arguments) {
     return 0;
   }
   check_decode(1, 16, 8, 1, 16, 1, false, false, ++seed);
+  check_decode(3, 40, 600, 8, 32, 1, true, true, ++seed);  // more chunks than slots
   check_decode(5, 100, 600, 8, 32, 2, true, true, ++seed);
   check_decode(12, 130, 1000, 17, 16, 4, true, true, ++seed);
   check_decode(32, 200, 136, 100, 48, 8, true, true, ++seed);

@@ -110,6 +110,16 @@ FAULTS = {
         "  ptx::cluster_arrive();\n  ptx::cluster_wait();\n}",
         "}",
     ),
+    "a cluster of one waits for its cluster": (
+        DECODE,
+        "  if (cluster > 1) ptx::cluster_arrive();\n"
+        "  if (threadIdx.x == kConsumers) produce(args, memory, walk);  "
+        "// W need not wait for the others\n"
+        "  if (cluster > 1) ptx::cluster_wait();\n",
+        "  ptx::cluster_arrive();\n"
+        "  if (threadIdx.x == kConsumers) produce(args, memory, walk);\n"
+        "  ptx::cluster_wait();\n",
+    ),
     "the partial h of the others is not waited for": (
         DECODE,
         "ptx::wait<true>(memory.partial_left(), 0);",
