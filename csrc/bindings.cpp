@@ -4,7 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <optional>
 #include <stdexcept>
@@ -87,6 +89,11 @@ Reason why_not_scaling(double scaling) {
   return "the scaling " + std::to_string(scaling) + " is outside 2^-32 to 2^32";
 }
 
+Reason why_not_cluster(int cluster) {
+  if (cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8) return {};
+  return "cluster=" + std::to_string(cluster) + " where 1, 2, 4 or 8 is needed";
+}
+
 template <class... Reasons>
 Reason first(const Reasons&... reasons) {
   Reason found;
@@ -124,10 +131,7 @@ Reason why_not_decode(const std::string& dtype, const Numbers& x_, const Numbers
   if (reason) return reason;
   if (x.rows > 32) return "x has " + std::to_string(x.rows) + " rows, and decode takes up to 32";
   if (a.rows > 128) return "the rank is " + std::to_string(a.rows) + ", and decode takes up to 128";
-  if (cluster != 1 && cluster != 2 && cluster != 4 && cluster != 8) {
-    return "cluster=" + std::to_string(cluster) + " where 1, 2, 4 or 8 is needed";
-  }
-  return {};
+  return why_not_cluster(cluster);
 }
 
 void demand(const Reason& reason) {
@@ -218,6 +222,11 @@ void gemm_ext(const std::string& dtype, const Numbers& out_, const Numbers& p_, 
 
 // (rows of W a CTA, CTAs): the second is the number of planes that `decode` fills.
 std::tuple<int, int> decode_plan(int n, int sms, int cluster) {
+  if (n < 1 || sms < 1) {
+    throw std::invalid_argument("a weight of " + std::to_string(n) + " rows on " +
+                                std::to_string(sms) + " SMs leaves nothing to decode");
+  }
+  demand(why_not_cluster(cluster));
   const int rows = decode_rows(n, sms);
   return {rows, decode_ctas(n, rows, cluster)};
 }
@@ -275,6 +284,11 @@ void stream_weight(const std::string& dtype, const Numbers& w_, int rows, int st
 }
 
 void cluster_barriers(int cluster, int ctas, int device, std::uintptr_t stream) {
+  demand(why_not_cluster(cluster));
+  if (ctas < 1 || ctas % cluster != 0) {
+    throw std::invalid_argument("ctas=" + std::to_string(ctas) + " is no multiple of cluster=" +
+                                std::to_string(cluster));
+  }
   const On here(device);
   check(launch_cluster_barriers(cluster, ctas, stream_of(stream)),
         "the cluster barriers cannot be launched");
@@ -298,7 +312,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   using namespace loradrop;
-  m.doc() = "The CUDA kernels of loradrop, for Hopper. loradrop/cuda.py is their Python face.";
+  m.doc() = "The CUDA kernels of loradrop, for Hopper. loradrop/op/cuda.py is their Python face.";
   m.def("build_info", &build_info);
   m.def("why_not_gemm", &why_not_gemm, py::arg("dtype"), py::arg("p"), py::arg("q"), py::arg("h"),
         py::arg("l"));

@@ -229,6 +229,34 @@ def test_refusals(
     assert found is None if reason is None else reason in found
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"n": 0}, "0 rows on 132 SMs"),
+        ({"n": -16}, "-16 rows"),
+        ({"sms": 0}, "on 0 SMs"),
+        ({"cluster": 0}, "cluster=0"),
+        ({"cluster": 3}, "cluster=3"),
+    ],
+)
+def test_no_plan_for_an_empty_weight(
+    kernels: ModuleType, change: dict[str, int], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        kernels.decode_plan(**({"n": 4096, "sms": 132, "cluster": 8} | change))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "ctas", "reason"),
+    [(0, 8, "cluster=0"), (16, 16, "cluster=16"), (8, 0, "ctas=0"), (8, 12, "ctas=12")],
+)
+def test_barriers_that_no_grid_has_are_refused(
+    kernels: ModuleType, cluster: int, ctas: int, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        kernels.cluster_barriers(cluster=cluster, ctas=ctas, device=0, stream=0)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_launch_without_a_device_is_refused(kernels: ModuleType) -> None:
     launch = {"device": 0, "stream": 0, "bias": 0, "scaling": 2.0}
