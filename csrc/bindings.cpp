@@ -220,15 +220,37 @@ void gemm_ext(const std::string& dtype, const Numbers& out_, const Numbers& p_, 
         "gemm_ext cannot be launched");
 }
 
-// (rows of W a CTA, CTAs): the second is the number of planes that `decode` fills.
-std::tuple<int, int> decode_plan(int n, int sms, int cluster) {
-  if (n < 1 || sms < 1) {
-    throw std::invalid_argument("a weight of " + std::to_string(n) + " rows on " +
-                                std::to_string(sms) + " SMs leaves nothing to decode");
+using Clusters = std::array<int, 4>;  // of 1, 2, 4 and 8 CTAs
+
+Clusters decode_occupancy(int device) {
+  const On here(device);
+  Clusters clusters;
+  for (int i = 0; i < 4; ++i) {
+    check(decode_residents(1 << i, &clusters[i]), "the device cannot be asked for its clusters");
   }
-  demand(why_not_cluster(cluster));
-  const int rows = decode_rows(n, sms);
-  return {rows, decode_ctas(n, rows, cluster)};
+  return clusters;
+}
+
+// Why a device that holds so many clusters at once cannot place one of `cluster` CTAs, or, for 0, none
+// of 2, 4 or 8.
+Reason why_not_placed(const Clusters& clusters, int cluster) {
+  const Occupancy occupancy{{clusters[0], clusters[1], clusters[2], clusters[3]}};
+  if (decode_plan(1, 1, occupancy, cluster).ctas > 0) return {};
+  return "the device cannot place a cluster of " +
+         (cluster == 0 ? std::string("2, 4 or 8") : std::to_string(cluster)) +
+         " CTAs, each with an SM's shared memory";
+}
+
+// (rows of W a CTA, CTAs of a cluster, CTAs): the last is the number of planes that `decode` fills.
+std::tuple<int, int, int> plan_decode(int n, int r, const Clusters& clusters, int cluster) {
+  if (n < 1) {
+    throw std::invalid_argument("a weight of " + std::to_string(n) + " rows has no plan");
+  }
+  if (cluster != 0) demand(why_not_cluster(cluster));
+  demand(why_not_placed(clusters, cluster));
+  const Occupancy occupancy{{clusters[0], clusters[1], clusters[2], clusters[3]}};
+  const DecodePlan plan = decode_plan(n, r, occupancy, cluster);
+  return {plan.rows, plan.cluster, plan.ctas};
 }
 
 void decode(const std::string& dtype, std::uintptr_t y, std::uintptr_t h, const Numbers& x_,
@@ -321,7 +343,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("device"), py::arg("stream"), py::arg("tile_n"), py::arg("cluster"));
   m.def("why_not_decode", &why_not_decode, py::arg("dtype"), py::arg("x"), py::arg("w"),
         py::arg("a"), py::arg("b"), py::arg("cluster"));
-  m.def("decode_plan", &decode_plan, py::arg("n"), py::arg("sms"), py::arg("cluster"));
+  m.def("decode_occupancy", &decode_occupancy, py::arg("device"));
+  m.def("why_not_placed", &why_not_placed, py::arg("clusters"), py::arg("cluster"));
+  m.def("decode_plan", &plan_decode, py::arg("n"), py::arg("r"), py::arg("clusters"),
+        py::arg("cluster"));
   m.def("decode_stages", &decode_stages, py::arg("rows"), py::arg("m"), py::arg("r"));
   m.def("shared_bytes", [](int tile_n) { return gemm_shared_bytes(tile_n); }, py::arg("tile_n"));
   m.def("decode_shared_bytes", &decode_shared_bytes, py::arg("rows"), py::arg("m"), py::arg("r"),

@@ -302,6 +302,19 @@ __global__ void add_planes(const float* planes, int count, float* sqnorm) {
   if (threadIdx.x == 0) *sqnorm = static_cast<float>(part[0]);
 }
 
+// A launch of `ctas` CTAs. Its attribute is `size`, the size of a cluster.
+cudaLaunchConfig_t configuration(int ctas, int cluster, int bytes, cudaLaunchAttribute* size) {
+  size->id = cudaLaunchAttributeClusterDimension;
+  size->val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(ctas);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.attrs = size;
+  config.numAttrs = 1;
+  return config;
+}
+
 template <class T, int Groups>
 cudaError_t launch(const DecodeArguments& args, const DecodeLaunch& how, cudaStream_t stream) {
   const auto kernel = decode_kernel<T, Groups>;
@@ -309,16 +322,10 @@ cudaError_t launch(const DecodeArguments& args, const DecodeLaunch& how, cudaStr
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(how.ctas);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
+  cudaLaunchAttribute size = {};
+  cudaLaunchConfig_t config = configuration(how.ctas, how.cluster, bytes, &size);
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = how.cluster > 1 ? 1 : 0;
+  if (how.cluster == 1) config.numAttrs = 0;
   error = cudaLaunchKernelEx(&config, kernel, args, how.cluster);
   if (error != cudaSuccess || args.planes == nullptr) return error;
   add_planes<<<1, 256, 0, stream>>>(args.planes, how.ctas, how.sqnorm);
@@ -342,6 +349,22 @@ int decode_shared_bytes(int rows, int m, int r, int stages) {
 int decode_stages(int rows, int m, int r) {
   const Layout none(rows, m, r, 0);
   return smaller(kMaxStages, (kMaxShared - none.bytes()) / (2 * none.half() + 16));
+}
+
+// Of any of the six kernels: with every ring that decode_stages gives, an SM holds one CTA.
+cudaError_t decode_residents(int cluster, int* count) {
+  const auto kernel = decode_kernel<__nv_bfloat16, 1>;
+  *count = 0;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute size = {};
+  const cudaLaunchConfig_t config = configuration(cluster, cluster, kMaxShared, &size);
+  error = cudaOccupancyMaxActiveClusters(count, kernel, &config);
+  if (error != cudaErrorInvalidClusterSize) return error;
+  cudaGetLastError();  // no error of a later call: such clusters cannot be placed
+  *count = 0;
+  return cudaSuccess;
 }
 
 cudaError_t launch_decode(const DecodeArguments& args, const DecodeLaunch& how,

@@ -65,7 +65,7 @@ cudaError_t launch_cluster_barriers(int cluster, int ctas, cudaStream_t stream) 
   config.blockDim = dim3(288);
   config.stream = stream;
   config.attrs = &size;
-  config.numAttrs = 1;
+  config.numAttrs = cluster > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, cluster_barriers_kernel);
 }
 

@@ -258,23 +258,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::cluster_wait();
 }
 
-// How many clusters run at once. Fewer than its SMs would allow where a GPC has an odd number of them,
+// How many clusters of this kernel run at once: fewer than the SMs would hold where others use them too,
 // and a cluster that waits for another to end would double the time. Asked once a device.
-template <class Kernel>
-cudaError_t resident_clusters(Kernel kernel, const cudaLaunchConfig_t& config, int cluster,
-                              int device, int* count) {
+template <auto Kernel>
+cudaError_t resident_clusters(const cudaLaunchConfig_t& config, int cluster, int device, int* count) {
   static std::atomic<int> known[kMaxCluster][kMaxDevices];
   std::atomic<int>& here = known[cluster - 1][device % kMaxDevices];
   *count = here.load();
   if (*count > 0) return cudaSuccess;
-  const cudaError_t error = cudaOccupancyMaxActiveClusters(count, kernel, &config);
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(count, Kernel, &config);
   if (error == cudaSuccess) here.store(*count);
   return error;
 }
 
 template <class T, int TileN, Major QMajor>
 cudaError_t launch(const GemmArguments& args, const GemmLaunch& how, cudaStream_t stream) {
-  const auto kernel = gemm_ext_kernel<T, TileN, QMajor>;
+  constexpr auto kernel = gemm_ext_kernel<T, TileN, QMajor>;
   const int bytes = gemm_shared_bytes(TileN), cluster = args.shape.cluster;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -292,7 +291,7 @@ cudaError_t launch(const GemmArguments& args, const GemmLaunch& how, cudaStream_
   config.attrs = attributes;
   config.numAttrs = 1;
   int clusters = 0;
-  error = resident_clusters(kernel, config, cluster, how.device, &clusters);
+  error = resident_clusters<kernel>(config, cluster, how.device, &clusters);
   if (error != cudaSuccess) return error;
   if (clusters == 0) return cudaErrorLaunchOutOfResources;
   config.gridDim = dim3(static_cast<unsigned>(std::min<long>(clusters, tiles(args.shape))) * cluster);

@@ -106,9 +106,10 @@ LORADROP_FN int choose_tile_n(int m, int n, int sms) {
 constexpr int kDecodeChunk = 128;  // of K: two boxes of 64
 constexpr int kDecodeMaxRows = 128;
 
-// Rows of W that a CTA keeps: one wave over the machine where that is possible.
-LORADROP_FN int decode_rows(int n, int sms) {
-  return smaller(kDecodeMaxRows, 16 * ceil_div(n, 16L * sms));
+// Rows of W that a CTA keeps, of which `slots` run at once: as few waves as possible, all equally high.
+LORADROP_FN int decode_rows(int n, int slots) {
+  const long waves = ceil_div(n, static_cast<long>(kDecodeMaxRows) * slots);
+  return 16 * ceil_div(n, 16 * waves * slots);
 }
 
 // The mma works on eight columns of tokens and sixteen rows of A at a time.
@@ -118,6 +119,42 @@ LORADROP_FN int decode_ranks(int r) { return 16 * ceil_div(r, 16); }
 // The grid: whole clusters, so that the last CTAs may have no row of W but do their part of h.
 LORADROP_FN int decode_ctas(int n, int rows, int cluster) {
   return ceil_div(n, static_cast<long>(rows) * cluster) * cluster;
+}
+
+// How many clusters of 1, 2, 4 and 8 CTAs a device holds at once. A cluster lies within a GPC, and those
+// of a chip differ in their SMs, so clusters of 8 may fill fewer SMs than clusters of 2 do.
+struct Occupancy {
+  int clusters[4];
+
+  constexpr int of(int cluster) const {
+    return clusters[cluster == 8 ? 3 : cluster == 4 ? 2 : cluster == 2 ? 1 : 0];
+  }
+};
+
+struct DecodePlan {
+  int rows, cluster, ctas;  // no CTA: the device holds no such cluster
+};
+
+// The rows of W and of A that one SM streams, wave after wave.
+constexpr int decode_load(const DecodePlan& plan, int r, const Occupancy& occupancy) {
+  const int waves = ceil_div(plan.ctas, plan.cluster * occupancy.of(plan.cluster));
+  return waves * (plan.rows + decode_ranks(r) / plan.cluster);
+}
+
+// The plan for clusters of `cluster`. For 0 that of 8, 4 or 2 whose SMs have least to stream: 8 share the
+// work on h among most, smaller ones may reach more SMs, and so save a wave or a block of rows.
+constexpr DecodePlan decode_plan(int n, int r, const Occupancy& occupancy, int cluster) {
+  DecodePlan best = {};
+  for (int size = 8; size >= 1; size /= 2) {
+    const int slots = size * occupancy.of(size);
+    if (slots == 0 || (cluster == 0 ? size == 1 : size != cluster)) continue;
+    const int rows = decode_rows(n, slots);
+    const DecodePlan plan = {rows, size, decode_ctas(n, rows, size)};
+    if (best.ctas == 0 || decode_load(plan, r, occupancy) < decode_load(best, r, occupancy)) {
+      best = plan;
+    }
+  }
+  return best;
 }
 
 // A CTA walks all chunks of K once, from the first one of its own share and around. So its part of h

@@ -325,7 +325,7 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
 
 // ---- Launches ----------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess, cudaErrorLaunchOutOfResources };
+enum cudaError_t { cudaSuccess, cudaErrorLaunchOutOfResources, cudaErrorInvalidClusterSize };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeClusterDimension,
@@ -359,7 +359,9 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
 
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel, const cudaLaunchConfig_t* config) {
-  *count = emulator::machine.sms / config->attrs[0].val.clusterDim.x;
+  const int cluster = config->attrs[0].val.clusterDim.x;
+  if (cluster > emulator::machine.sms) return cudaErrorInvalidClusterSize;
+  *count = emulator::machine.sms / cluster;
   return cudaSuccess;
 }
 

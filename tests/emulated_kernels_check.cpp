@@ -139,6 +139,14 @@ void check_decode(int m, int n, int k, int r, int rows, int cluster, bool with_b
   if (norm) CHECK(std::abs(sqnorm - squares) <= 1e-5 * squares);
 }
 
+// On the emulator's four SMs.
+void check_residents() {
+  for (int cluster : {1, 2, 4, 8}) {
+    int count = -1;
+    CHECK(decode_residents(cluster, &count) == cudaSuccess && count == 4 / cluster);
+  }
+}
+
 }  // namespace
 
 // Arguments: the kernel, and the seed of the order in which things happen.
@@ -161,6 +169,7 @@ int main(int count, char** arguments) {
     for (const Case& c : cases) check_gemm(c, ++seed);
     return 0;
   }
+  check_residents();
   check_decode(1, 16, 8, 1, 16, 1, false, false, ++seed);
   check_decode(3, 40, 600, 8, 32, 1, true, true, ++seed);  // more chunks than slots
   check_decode(5, 100, 600, 8, 32, 2, true, true, ++seed);

@@ -229,21 +229,32 @@ def test_refusals(
     assert found is None if reason is None else reason in found
 
 
+PLAN = {"n": 4096, "r": 16, "clusters": (132, 66, 33, 16), "cluster": 0}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"n": 0}, "0 rows on 132 SMs"),
+        ({"n": 0}, "0 rows has no plan"),
         ({"n": -16}, "-16 rows"),
-        ({"sms": 0}, "on 0 SMs"),
-        ({"cluster": 0}, "cluster=0"),
+        ({"cluster": -1}, "cluster=-1"),
         ({"cluster": 3}, "cluster=3"),
+        ({"clusters": (132, 66, 33, 0), "cluster": 8}, "cannot place a cluster of 8 CTAs"),
+        ({"clusters": (7, 0, 0, 0)}, "cannot place a cluster of 2, 4 or 8 CTAs"),
     ],
 )
-def test_no_plan_for_an_empty_weight(
-    kernels: ModuleType, change: dict[str, int], reason: str
-) -> None:
+def test_what_has_no_plan(kernels: ModuleType, change: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        kernels.decode_plan(**({"n": 4096, "sms": 132, "cluster": 8} | change))
+        kernels.decode_plan(**(PLAN | change))
+
+
+def test_a_plan_takes_what_has_room(kernels: ModuleType) -> None:
+    assert kernels.decode_plan(**PLAN) == (32, 8, 128)
+    assert kernels.decode_plan(**(PLAN | {"clusters": (132, 66, 32, 15)})) == (32, 4, 128)
+    assert kernels.decode_plan(**(PLAN | {"cluster": 2})) == (32, 2, 128)
+    assert kernels.why_not_placed((132, 66, 33, 16), 0) is None
+    assert kernels.why_not_placed((132, 66, 0, 0), 0) is None
+    assert "of 4 CTAs" in kernels.why_not_placed((132, 66, 0, 0), 4)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +281,7 @@ def test_a_launch_without_a_device_is_refused(kernels: ModuleType) -> None:
         (kernels.gemm_ext, gemm | {"scaling": 0.0}, ValueError, r"2\^-32"),
         (kernels.decode, decode, RuntimeError, r"no CUDA device: .*driver"),
         (kernels.decode, decode | {"rows": 17}, ValueError, "rows=17"),
+        (kernels.decode_occupancy, {"device": 0}, RuntimeError, r"no CUDA device: .*driver"),
     ):
         with pytest.raises(error, match=words):
             kernel(**change)

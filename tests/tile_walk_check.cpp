@@ -314,10 +314,50 @@ void check_decode() {
     for (int n : {1, 8, 100, 1024, 4096, 11008, 14336, 128256}) {
       for (int sms = 1; sms <= 132; ++sms) {
         const int rows = decode_rows(n, sms), ctas = decode_ctas(n, rows, cluster);
+        const int waves = ceil_div(n, static_cast<long>(kDecodeMaxRows) * sms);
         CHECK(rows % 16 == 0 && rows >= 16 && rows <= kDecodeMaxRows);
+        CHECK(ceil_div(n, rows) <= waves * sms);  // and no lower slab does it
+        CHECK(rows == 16 || ceil_div(n, rows - 16) > waves * sms);
         CHECK(ctas % cluster == 0 && static_cast<long>(ctas) * rows >= n);
         CHECK(static_cast<long>(ctas - cluster) * rows < n);
-        CHECK(rows == kDecodeMaxRows || ceil_div(n, rows) <= sms);
+      }
+    }
+  }
+}
+
+bool is(const DecodePlan& plan, int rows, int cluster, int ctas) {
+  return plan.rows == rows && plan.cluster == cluster && plan.ctas == ctas;
+}
+
+void check_plans() {
+  const Occupancy even{{132, 66, 33, 16}}, uneven{{132, 66, 32, 15}}, sparse{{132, 66, 31, 15}};
+  const Occupancy pairs{{14, 7, 0, 0}}, singles{{7, 0, 0, 0}}, nothing{{0, 0, 0, 0}};
+  // 16 clusters of 8 hold 4096 rows in slabs of 32; 15 would need slabs of 48.
+  CHECK(is(decode_plan(4096, 16, even, 0), 32, 8, 128));
+  CHECK(is(decode_plan(4096, 16, uneven, 0), 32, 4, 128));
+  CHECK(is(decode_plan(4096, 16, sparse, 0), 32, 2, 128));
+  CHECK(is(decode_plan(4096, 16, uneven, 8), 48, 8, 88));
+  CHECK(is(decode_plan(4096, 16, uneven, 1), 32, 1, 128));
+  CHECK(is(decode_plan(5120, 16, uneven, 0), 48, 8, 112));  // nothing is saved
+  CHECK(is(decode_plan(4096, 128, sparse, 0), 48, 8, 88));  // A would cost more than W
+  CHECK(is(decode_plan(16384, 16, even, 0), 128, 8, 128));
+  CHECK(is(decode_plan(16384, 16, uneven, 0), 128, 4, 128));  // 15 clusters of 8: a second wave
+  CHECK(is(decode_plan(20000, 16, even, 0), 80, 8, 256));
+  CHECK(is(decode_plan(100, 16, pairs, 0), 16, 2, 8));
+  CHECK(decode_plan(100, 16, pairs, 8).ctas == 0 && decode_plan(100, 16, singles, 0).ctas == 0);
+  CHECK(is(decode_plan(100, 16, singles, 1), 16, 1, 7));
+  CHECK(decode_plan(100, 16, nothing, 1).ctas == 0);
+  for (const Occupancy& on : {even, uneven, sparse, pairs}) {
+    for (int n : {1, 100, 1024, 2048, 4096, 8192, 11008, 14336, 32000, 128256}) {
+      for (int r : {1, 16, 64, 128}) {
+        const DecodePlan best = decode_plan(n, r, on, 0);
+        CHECK(static_cast<long>(best.ctas) * best.rows >= n && best.ctas % best.cluster == 0);
+        for (int cluster : {1, 2, 4, 8}) {
+          const DecodePlan plan = decode_plan(n, r, on, cluster);
+          if (on.of(cluster) == 0) continue;
+          CHECK(plan.cluster == cluster);
+          CHECK(cluster == 1 || decode_load(best, r, on) <= decode_load(plan, r, on));
+        }
       }
     }
   }
@@ -327,5 +367,6 @@ int main() {
   check_coverage();
   check_ring();
   check_decode();
+  check_plans();
   return 0;
 }
