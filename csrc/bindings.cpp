@@ -201,9 +201,8 @@ void gemm_ext(const std::string& dtype, const Numbers& out_, const Numbers& p_, 
   const int sms = attribute(cudaDevAttrMultiProcessorCount, device);
   const int m = static_cast<int>(p.rows), n = static_cast<int>(q.columns);
   GemmArguments args = {};
-  args.shape = {m, n, static_cast<int>(p.columns), h_ ? static_cast<int>((*h_)[2]) : 0,
-                tile_n != 0 ? tile_n : choose_tile_n(m, n, sms),
-                cluster != 0 ? cluster : m > kTileM ? 2 : 1};
+  const int k = static_cast<int>(p.columns), r = h_ ? static_cast<int>((*h_)[2]) : 0;
+  args.shape = cut({m, n, k, r, tile_n, cluster}, sms);
   const int columns = share(args.shape, 0).count;
   args.p = map_of(p, kTileM, type);
   args.q = map_of_right(q, columns, type);
@@ -231,8 +230,8 @@ Clusters decode_occupancy(int device) {
   return clusters;
 }
 
-// Why a device that holds so many clusters at once cannot place one of `cluster` CTAs, or, for 0, none
-// of 2, 4 or 8.
+// Why a device that holds so many clusters at once cannot place one of `cluster` CTAs, or, for 0,
+// none of 2, 4 or 8.
 Reason why_not_placed(const Clusters& clusters, int cluster) {
   const Occupancy occupancy{{clusters[0], clusters[1], clusters[2], clusters[3]}};
   if (decode_plan(1, 1, occupancy, cluster).ctas > 0) return {};

@@ -5,8 +5,8 @@
 //
 // bfloat16 or float16 in and out, float32 sums. Both q and l may lie either way round.
 //
-// Tile plan. A persistent CTA takes tiles of 128 x 256 (128 x 128 for small problems) in the order
-// of `tile_walk.h`. Per tile it walks ceil(k/64) chunks of (p, q) and then ceil(r/64) of (h, l) into
+// Tile plan. A persistent CTA takes tiles of 128 x 256, or 128 x 128 where that takes less time, in
+// the order of `tile_walk.h`. Per tile it walks ceil(k/64) chunks of (p, q) and then ceil(r/64) of (h, l) into
 // the same accumulators: the delta is nothing but the last chunks. Boxes past an edge are filled
 // with zeros by TMA, which also pads r to 64, and stores are clipped.
 //
@@ -258,10 +258,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::cluster_wait();
 }
 
-// How many clusters of this kernel run at once: fewer than the SMs would hold where others use them too,
-// and a cluster that waits for another to end would double the time. Asked once a device.
+// How many clusters of this kernel run at once: where others use the SMs too, fewer than these would
+// hold, and a cluster that waits for another to end would double the time. Asked once a device.
 template <auto Kernel>
-cudaError_t resident_clusters(const cudaLaunchConfig_t& config, int cluster, int device, int* count) {
+cudaError_t resident_clusters(const cudaLaunchConfig_t& config, int cluster, int device,
+                              int* count) {
   static std::atomic<int> known[kMaxCluster][kMaxDevices];
   std::atomic<int>& here = known[cluster - 1][device % kMaxDevices];
   *count = here.load();

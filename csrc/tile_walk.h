@@ -96,9 +96,26 @@ struct Ring {
 // A slot is free for a multicast when the consumers of every CTA that receives it have let go.
 LORADROP_FN int releases(int cluster) { return cluster * kConsumerWarps; }
 
-// 128 x 256 tiles where they fill the machine, 128 x 128 where they would leave it half empty.
-LORADROP_FN int choose_tile_n(int m, int n, int sms) {
-  return static_cast<long>(ceil_div(m, kTileM)) * ceil_div(n, 256) >= sms ? 256 : 128;
+// The time of g, but for a factor: its waves, times the columns of a tile. Those of a tile of 128
+// count 6 % more, since it loads as much of p for half the work.
+constexpr long gemm_time(const Gemm& g, int sms) {
+  const int clusters = sms < g.cluster ? 1 : sms / g.cluster;
+  return static_cast<long>(ceil_div(tiles(g), clusters)) * g.tile_n * (g.tile_n == 128 ? 106 : 100);
+}
+
+// g with the tile_n and the cluster that take least time, where they are left open (0). A pair that
+// takes as long as single CTAs do is better: it halves the traffic of q.
+constexpr Gemm cut(const Gemm& g, int sms) {
+  Gemm best = {};
+  for (int tile_n = 256; tile_n >= 128; tile_n /= 2) {
+    for (int cluster = 2; cluster >= 1; --cluster) {
+      if (g.tile_n != 0 && g.tile_n != tile_n) continue;
+      if (g.cluster != 0 ? g.cluster != cluster : cluster == 2 && g.m <= kTileM) continue;
+      const Gemm now = {g.m, g.n, g.k, g.r, tile_n, cluster};
+      if (best.cluster == 0 || gemm_time(now, sms) < gemm_time(best, sms)) best = now;
+    }
+  }
+  return best;
 }
 
 // ---- decode: a slab of rows of W per CTA, and 1/cluster of h -----------------------------------
@@ -106,7 +123,7 @@ LORADROP_FN int choose_tile_n(int m, int n, int sms) {
 constexpr int kDecodeChunk = 128;  // of K: two boxes of 64
 constexpr int kDecodeMaxRows = 128;
 
-// Rows of W that a CTA keeps, of which `slots` run at once: as few waves as possible, all equally high.
+// Rows of W that a CTA keeps, where `slots` CTAs run at once: as few waves as possible, all as high.
 LORADROP_FN int decode_rows(int n, int slots) {
   const long waves = ceil_div(n, static_cast<long>(kDecodeMaxRows) * slots);
   return 16 * ceil_div(n, 16 * waves * slots);
@@ -121,8 +138,8 @@ LORADROP_FN int decode_ctas(int n, int rows, int cluster) {
   return ceil_div(n, static_cast<long>(rows) * cluster) * cluster;
 }
 
-// How many clusters of 1, 2, 4 and 8 CTAs a device holds at once. A cluster lies within a GPC, and those
-// of a chip differ in their SMs, so clusters of 8 may fill fewer SMs than clusters of 2 do.
+// How many clusters of 1, 2, 4 and 8 CTAs a device holds at once. A cluster lies within a GPC, and
+// GPCs differ in their SMs, so clusters of 8 may fill fewer of them than clusters of 2 do.
 struct Occupancy {
   int clusters[4];
 
@@ -141,8 +158,8 @@ constexpr int decode_load(const DecodePlan& plan, int r, const Occupancy& occupa
   return waves * (plan.rows + decode_ranks(r) / plan.cluster);
 }
 
-// The plan for clusters of `cluster`. For 0 that of 8, 4 or 2 whose SMs have least to stream: 8 share the
-// work on h among most, smaller ones may reach more SMs, and so save a wave or a block of rows.
+// The plan for clusters of `cluster`. For 0 that of 8, 4 or 2 whose SMs have least to stream: 8 share
+// the work on h among most, smaller ones may reach more SMs, and so save a wave or a block of rows.
 constexpr DecodePlan decode_plan(int n, int r, const Occupancy& occupancy, int cluster) {
   DecodePlan best = {};
   for (int size = 8; size >= 1; size /= 2) {

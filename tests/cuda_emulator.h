@@ -394,9 +394,9 @@ inline std::uint32_t peer(std::uint32_t address, std::uint32_t rank) {
   return address % emulator::kWindow + rank * emulator::kWindow;
 }
 
-// A launch without clusters has no barrier of clusters: ptxas makes nothing of the arrival there, and a
-// barrier of the whole block of the wait. Whether an explicit cluster of one is such a launch is not
-// documented, so here it is.
+// A launch without clusters has no barrier of clusters: ptxas makes nothing of the arrival there,
+// and a barrier of the whole block of the wait. Whether an explicit cluster of one is such a launch
+// is not documented, so here it is.
 inline bool cluster_is_implicit() { return machine.ctas.size() == 1; }
 
 inline void cluster_arrive() {

@@ -49,6 +49,14 @@ BROKEN = {
         "first + step - chunks;",
         "first + step - chunks + 1;",
     ),
+    "small tiles cost no more": (WALK, "g.tile_n == 128 ? 106 : 100", "100"),
+    "no pairs": (WALK, "int cluster = 2; cluster >= 1", "int cluster = 1; cluster >= 1"),
+    "pairs run on every SM": (WALK, "1 : sms / g.cluster", "1 : sms"),
+    "the widest tile, whatever it costs": (
+        WALK,
+        "gemm_time(now, sms) < gemm_time(best, sms)",
+        "false",
+    ),
     "a second wave is as high as the first": (WALK, "16 * waves * slots", "16L * slots"),
     "clusters of 8, whatever they cost": (
         WALK,

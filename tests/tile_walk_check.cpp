@@ -100,7 +100,49 @@ void check_coverage() {
   const Gemm large{1 << 20, 1 << 20, 64, 8, 128, 1};
   CHECK(tiles(large) == (1L << 26));
   CHECK(tile(large, tiles(large) - 1, 0).m == (1 << 20) - 128);
-  CHECK(choose_tile_n(8192, 4096, 132) == 256 && choose_tile_n(512, 1024, 132) == 128);
+}
+
+struct Cut {
+  int m, n, tile_n, cluster;
+  long time;  // 25600 a wave of 128 x 256, 13568 one of 128 x 128
+};
+
+// The tiles that take least time, on 132 SMs.
+void check_cuts() {
+  const Cut cuts[] = {
+      {512, 11008, 128, 2, 3 * 13568},   {1024, 5120, 128, 2, 3 * 13568},
+      {1024, 6144, 128, 2, 3 * 13568},   {1536, 4096, 128, 2, 3 * 13568},
+      {2048, 5120, 128, 2, 5 * 13568},   {1536, 6144, 128, 2, 5 * 13568},
+      {2176, 4096, 128, 2, 5 * 13568},   {1024, 14336, 128, 2, 7 * 13568},
+      {2176, 6144, 128, 2, 7 * 13568},   {2048, 11008, 128, 2, 11 * 13568},
+      {1024, 4096, 256, 2, 25600},       {4096, 1024, 256, 2, 25600},
+      {8192, 4096, 256, 2, 8 * 25600},   {8192, 14336, 256, 2, 28 * 25600},
+      {8192, 11008, 256, 2, 21 * 25600}, {512, 1024, 128, 2, 13568},
+      {128, 4096, 128, 1, 13568},  // nothing to share
+      {384, 5120, 128, 1, 13568},  // pairs: a second wave, for a row of tiles beyond the edge
+  };
+  for (const Cut& c : cuts) {
+    const Gemm found = cut({c.m, c.n, 64, 8, 0, 0}, 132);
+    CHECK(found.tile_n == c.tile_n && found.cluster == c.cluster);
+    CHECK(gemm_time(found, 132) == c.time);
+    CHECK(found.m == c.m && found.n == c.n && found.k == 64 && found.r == 8);
+  }
+  for (int sms : {1, 2, 7, 66, 132}) {
+    for (int m : {1, 128, 129, 500, 1024, 3000}) {
+      for (int n : {8, 256, 1000, 5120, 11008}) {
+        const Gemm best = cut({m, n, 64, 8, 0, 0}, sms);
+        CHECK(m > kTileM || best.cluster == 1);
+        for (int tile_n : {128, 256}) {
+          for (int cluster : {1, 2}) {
+            const Gemm asked = cut({m, n, 64, 8, tile_n, cluster}, sms);
+            CHECK(asked.tile_n == tile_n && asked.cluster == cluster);
+            CHECK(gemm_time(best, sms) <= gemm_time(asked, sms));
+          }
+          CHECK(cut({m, n, 64, 8, tile_n, 0}, sms).tile_n == tile_n);
+        }
+      }
+    }
+  }
 }
 
 // ---- The ring under any interleaving -----------------------------------------------------------
@@ -365,6 +407,7 @@ void check_plans() {
 
 int main() {
   check_coverage();
+  check_cuts();
   check_ring();
   check_decode();
   check_plans();
