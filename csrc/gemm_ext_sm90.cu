@@ -6,9 +6,9 @@
 // bfloat16 or float16 in and out, float32 sums. Both q and l may lie either way round.
 //
 // Tile plan. A persistent CTA takes tiles of 128 x 256, or 128 x 128 where that takes less time, in
-// the order of `tile_walk.h`. Per tile it walks ceil(k/64) chunks of (p, q) and then ceil(r/64) of (h, l) into
-// the same accumulators: the delta is nothing but the last chunks. Boxes past an edge are filled
-// with zeros by TMA, which also pads r to 64, and stores are clipped.
+// the order of `tile_walk.h`. Per tile it walks ceil(k/64) chunks of (p, q) and then ceil(r/64) of
+// (h, l) into the same accumulators: the delta is nothing but the last chunks. Boxes past an edge are
+// filled with zeros by TMA, which also pads r to 64, and stores are clipped.
 //
 // Warps. Warpgroup 0 gives its registers away and one of its threads issues all loads. Warpgroups 1
 // and 2 own 64 rows each: wgmma m64n256k16, 128 accumulators a thread. 128·40 + 256·232 = 64512
@@ -197,7 +197,10 @@ __device__ inline void store_tile(const float (&acc)[TileN / 2], const GemmArgum
 template <class T, int TileN, Major QMajor>
 __device__ void consume(const GemmArguments& args, Memory<TileN> memory, int rank) {
   const Gemm& shape = args.shape;
-  const int group = threadIdx.x / kGroupThreads - 1, clusters = gridDim.x / shape.cluster;
+  // From lane 0, so that the compiler knows it to be the same in a warp: descriptors that depend on it
+  // are then built in uniform registers, where wgmma wants them.
+  const int group = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kGroupThreads, 0) - 1;
+  const int clusters = gridDim.x / shape.cluster;
   const std::uint32_t p_offset = 64 * group * kRowBytes;
   const int thin = thin_chunks(shape);
   // The thin chunks are more of the same, unless something has to change between: the scale of the

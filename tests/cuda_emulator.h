@@ -315,6 +315,10 @@ inline void __syncthreads() {
   emulator::meet(emulator::here().cta->named[0], emulator::machine.block.x);
 }
 inline void __syncwarp() { emulator::meet(emulator::here().warp->meeting, 32); }
+inline int __shfl_sync(unsigned, int value, int lane) {
+  const std::uint32_t word = static_cast<std::uint32_t>(value);
+  return static_cast<int>(emulator::exchange(&word, 1)[lane][0]);
+}
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   std::uint32_t word;
   std::memcpy(&word, &value, 4);

@@ -146,6 +146,9 @@ def test_instructions(built: Built) -> None:
         assert len(re.findall(r"\bHGMMA\b", text)) == 12
         assert text.count("WARPGROUP.ARRIVE") == 3
         assert text.count("WARPGROUP.DEPBAR") == 6
+        # Between them, nothing is moved into the registers of descriptors.
+        quads = re.findall(r"HGMMA(?:.*\n)*?.*HGMMA(?:.*\n)*?.*HGMMA(?:.*\n)*?.*HGMMA", text)
+        assert len(quads) == 3 and not any("R2UR" in quad for quad in quads)
         # Letting go of a slot is one arrival, without a fence of all memory.
         loops = text[text.index("HGMMA") : text.rindex("HGMMA")]
         assert "MEMBAR" not in loops and "CCTL" not in loops
