@@ -272,6 +272,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int rank = static_cast<int>(ptx::cluster_rank());
   const DecodeWalk walk = decode_walk(args.k, cluster, rank);
   if (threadIdx.x == 0) {
+    ptx::prefetch(args.w);
+    ptx::prefetch(args.x);
+    ptx::prefetch(args.a);
+    ptx::prefetch(args.b);
     for (int slot = 0; slot < args.stages; ++slot) {
       ptx::barrier_init(memory.filled(slot), 1);
       ptx::barrier_init(memory.emptied(slot), releases(1));
@@ -282,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::barrier_init_fence();
   }
   __syncthreads();
-  if (cluster > 1) ptx::cluster_arrive();
+  if (cluster > 1) ptx::cluster_arrive_relaxed();
   if (threadIdx.x == kConsumers) produce(args, memory, walk);  // W need not wait for the others
   if (cluster > 1) ptx::cluster_wait();
   if (threadIdx.x < kConsumers) consume<T, Groups>(args, memory, walk, rank, cluster);

@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(64, 1)
 
 __global__ void __launch_bounds__(288, 1) cluster_barriers_kernel() {
   for (int i = 0; i < 2; ++i) {
-    ptx::cluster_arrive();
+    ptx::cluster_arrive_relaxed();
     ptx::cluster_wait();
   }
 }

@@ -241,6 +241,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     ptx::prefetch(args.p);
     ptx::prefetch(args.q);
+    if (args.shape.r > 0) {
+      ptx::prefetch(args.h);
+      ptx::prefetch(args.l);
+    }
+    ptx::prefetch(args.out);
     for (int slot = 0; slot < slots(TileN); ++slot) {
       ptx::barrier_init(memory.filled(slot), 1);
       ptx::barrier_init(memory.emptied(slot), releases(args.shape.cluster));
@@ -248,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::barrier_init_fence();
   }
   __syncthreads();
-  ptx::cluster_arrive();
+  ptx::cluster_arrive_relaxed();
   ptx::cluster_wait();
   if (threadIdx.x < kGroupThreads) {
     ptx::give_registers<40>();

@@ -127,7 +127,7 @@ struct Fiber {
   int arrivals = 0;           // at barriers of the cluster, on their way
   std::vector<bool> stores;   // in their order: whether each has read its shared memory
   long cluster_phase = 0;
-  bool done = false, unfenced = false;
+  bool done = false, unfenced = false, arrived = false;
   std::deque<std::vector<Wgmma>> groups{1};  // the last one is not committed
   std::function<bool()> ready;               // empty: it can run
 };
@@ -411,6 +411,10 @@ inline void cluster_arrive() {
     ++machine.cluster.generation;
   }
 }
+inline void cluster_arrive_relaxed() {
+  CHECK(!here().arrived);  // its arrivals at other CTAs would not be ordered
+  cluster_arrive();
+}
 inline void cluster_wait() {  // the barrier also orders what each thread did before it
   if (cluster_is_implicit()) __syncthreads();
   const long phase = here().cluster_phase;
@@ -440,6 +444,7 @@ inline void arrive(std::uint32_t barrier) { emulator::arrive(barrier); }
 inline void arrive_peer(std::uint32_t barrier, std::uint32_t rank) {
   emulator::Fiber* issuer = &here();
   ++issuer->arrivals;
+  issuer->arrived = true;
   machine.events.push_back([issuer, to = peer(barrier, rank)] {
     emulator::arrive(to);
     --issuer->arrivals;

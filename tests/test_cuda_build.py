@@ -141,6 +141,8 @@ def test_instructions(built: Built) -> None:
         found = Counter(re.findall(r"\b[A-Z]+[A-Z0-9]*(?:\.[A-Z0-9]+)*\b", text))
         for name in ("UTMALDG.2D", "UTMALDG.2D.MULTICAST", "UTMASTG.2D", "ACQBULK"):
             assert found[name] > 0, f"{name} is missing"
+        assert found["UTMACCTL.PF"] == 5, "each tensor map is prefetched"
+        assert found["MEMBAR.ALL.GPU"] == 1, "only the last barrier of the cluster orders memory"
         assert "USETMAXREG" in text and ".tnspB" in text
         # Three loops over chunks, of four wgmma each: none waits for another within a chunk.
         assert len(re.findall(r"\bHGMMA\b", text)) == 12
@@ -153,6 +155,8 @@ def test_instructions(built: Built) -> None:
         loops = text[text.index("HGMMA") : text.rindex("HGMMA")]
         assert "MEMBAR" not in loops and "CCTL" not in loops
     for text in decodes:
+        assert text.count("UTMACCTL.PF") == 4
+        assert "MEMBAR" not in text[: text.index("UTMALDG")], "W waits for a fence"
         assert all(name in text for name in ("HMMA.16816.F32", "LDSM.16.M88.4", "UTMALDG.2D"))
     for name, text in code.items():
         assert not re.search(r"\b(LDL|STL|RED|ATOM\w*)\b", text.replace("TRANS64.RED", "")), name

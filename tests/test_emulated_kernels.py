@@ -102,7 +102,7 @@ FAULTS = {
     ),
     "the peer's barriers are used before they exist": (
         GEMM,
-        "  ptx::cluster_arrive();\n  ptx::cluster_wait();\n  if",
+        "  ptx::cluster_arrive_relaxed();\n  ptx::cluster_wait();\n  if",
         "  if",
     ),
     "a CTA leaves while its peer still arrives there": (
@@ -110,13 +110,18 @@ FAULTS = {
         "  ptx::cluster_arrive();\n  ptx::cluster_wait();\n}",
         "}",
     ),
+    "the last barrier of a cluster orders nothing": (
+        GEMM,
+        "  ptx::cluster_arrive();\n",
+        "  ptx::cluster_arrive_relaxed();\n",
+    ),
     "a cluster of one waits for its cluster": (
         DECODE,
-        "  if (cluster > 1) ptx::cluster_arrive();\n"
+        "  if (cluster > 1) ptx::cluster_arrive_relaxed();\n"
         "  if (threadIdx.x == kConsumers) produce(args, memory, walk);  "
         "// W need not wait for the others\n"
         "  if (cluster > 1) ptx::cluster_wait();\n",
-        "  ptx::cluster_arrive();\n"
+        "  ptx::cluster_arrive_relaxed();\n"
         "  if (threadIdx.x == kConsumers) produce(args, memory, walk);\n"
         "  ptx::cluster_wait();\n",
     ),
