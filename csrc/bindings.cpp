@@ -110,6 +110,11 @@ Reason why_not_gemm(const std::string& dtype, const Numbers& p_, const Numbers& 
   if (!reason && q.columns % 8 != 0) {
     reason = "q has " + std::to_string(q.columns) + " columns where a multiple of 8 is needed";
   }
+  if (!reason && tiles({static_cast<int>(p.rows), static_cast<int>(q.columns), 1, 0, 128, 1}) >
+                     kMaxTiles) {
+    reason = "out has " + std::to_string(p.rows) + " x " + std::to_string(q.columns) +
+             " elements where at most 2^30 tiles of 128 x 128 are counted";
+  }
   if (!reason && h_.has_value() != l_.has_value()) reason = "h and l come together or not at all";
   if (reason || !h_) return reason;
   const Matrix h(*h_), l(*l_);
@@ -193,6 +198,7 @@ void gemm_ext(const std::string& dtype, const Numbers& out_, const Numbers& p_, 
   const Matrix out(out_), p(p_), q(q_);
   demand(first(why_not_rows("out", out), differ("out's and p's rows", out.rows, p.rows),
                differ("out's and q's columns", out.columns, q.columns)));
+  if (bias % 4 != 0) throw std::invalid_argument("bias does not begin at a multiple of 4 bytes");
   if ((tile_n != 0 && tile_n != 128 && tile_n != 256) || cluster < 0 || cluster > kMaxCluster) {
     throw std::invalid_argument("tile_n is 128 or 256 and cluster 1 or 2, or 0 to let it choose");
   }

@@ -101,7 +101,8 @@ __device__ void produce(const GemmArguments& args, Memory<TileN> memory, int ran
     early = false;
   }
   Ring ring;
-  for (long index = blockIdx.x / shape.cluster; index < tiles(shape); index += clusters) {
+  const int last = static_cast<int>(tiles(shape));
+  for (int index = blockIdx.x / shape.cluster; index < last; index += clusters) {
     const Tile at = tile(shape, index, rank);
     for (int i = 0; i < count; ++i, ring.advance(slots(TileN))) {
       const Chunk now = chunk(shape, i);
@@ -131,10 +132,11 @@ __device__ inline void release(Memory<TileN> memory, int slot, int cluster) {
 }
 
 // acc += the next `count` chunks of the ring. One group of wgmma stays in flight, so a slot is let
-// go one chunk late.
-template <class T, int TileN, Major RightMajor>
+// go one chunk late. `meanwhile` is done while the last one runs.
+template <class T, int TileN, Major RightMajor, class Meanwhile>
 __device__ inline void multiply(float (&acc)[TileN / 2], Memory<TileN> memory, Ring& ring,
-                                int count, bool add, std::uint32_t p_offset, int cluster) {
+                                int count, bool add, std::uint32_t p_offset, int cluster,
+                                const Meanwhile& meanwhile) {
   int before = 0;
   pin(acc);
   for (int i = 0; i < count; ++i) {
@@ -154,15 +156,29 @@ __device__ inline void multiply(float (&acc)[TileN / 2], Memory<TileN> memory, R
     before = ring.slot;
     ring.advance(slots(TileN));
   }
+  meanwhile();
   wgmma_wait<0>();
   pin(acc);
   if (count > 0) release(memory, before, cluster);
 }
 
-// out = scale·acc + bias, 64 columns at a time through two staging buffers.
-template <class T, int TileN>
-__device__ inline void store_tile(const float (&acc)[TileN / 2], const GemmArguments& args,
-                                  Memory<TileN> memory, Tile at, int group, float scale) {
+// A thread's accumulators lie in pairs of columns, one pair of every eight columns. So does its bias.
+template <int TileN>
+using Pairs = std::uint32_t[TileN / 8];
+
+template <int TileN>
+__device__ inline void load_bias(Pairs<TileN>& bias, const GemmArguments& args, int first) {
+  const auto* from = static_cast<const std::uint32_t*>(args.bias) + first / 2 + threadIdx.x % 4;
+  const int left = args.bias == nullptr ? 0 : args.shape.n - first;  // a multiple of 8
+#pragma unroll
+  for (int j = 0; j < TileN / 8; ++j) bias[j] = 8 * j < left ? from[4 * j] : 0u;
+}
+
+// out = scale·acc + bias, 64 columns at a time through two staging buffers; `Plain`: out = acc.
+template <class T, int TileN, bool Plain>
+__device__ inline void store_tile(const float (&acc)[TileN / 2], const Pairs<TileN>& bias,
+                                  const GemmArguments& args, Memory<TileN> memory, Tile at,
+                                  int group, float scale) {
   const int thread = threadIdx.x % kGroupThreads, warp = thread / 32, lane = thread % 32;
 #pragma unroll
   for (int block = 0; block < TileN / 64; ++block) {
@@ -174,17 +190,17 @@ __device__ inline void store_tile(const float (&acc)[TileN / 2], const GemmArgum
       std::uint32_t packed[4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int j = 8 * block + 2 * pair + half, column = at.n + 8 * j + 2 * (lane % 4);
-        float low = 0.0f, high = 0.0f;
-        if (args.bias != nullptr && column < args.shape.n) {
-          const T* bias = static_cast<const T*>(args.bias) + column;
-          low = ptx::widen(bias[0]);
-          high = ptx::widen(bias[1]);
+        const int j = 8 * block + 2 * pair + half;
+        const float* sums = acc + 4 * j;
+        if constexpr (Plain) {
+          packed[2 * half] = ptx::pack<T>(sums[0], sums[1]);
+          packed[2 * half + 1] = ptx::pack<T>(sums[2], sums[3]);
+        } else {
+          const float low = ptx::low_of<T>(bias[j]), high = ptx::high_of<T>(bias[j]);
+          packed[2 * half] = ptx::pack<T>(fmaf(sums[0], scale, low), fmaf(sums[1], scale, high));
+          packed[2 * half + 1] =
+              ptx::pack<T>(fmaf(sums[2], scale, low), fmaf(sums[3], scale, high));
         }
-        packed[2 * half] = ptx::pack<T>(fmaf(acc[4 * j], scale, low),
-                                        fmaf(acc[4 * j + 1], scale, high));
-        packed[2 * half + 1] = ptx::pack<T>(fmaf(acc[4 * j + 2], scale, low),
-                                            fmaf(acc[4 * j + 3], scale, high));
       }
       ptx::store_matrices(buffer + staging_offset(warp, lane, pair), packed);
     }
@@ -208,11 +224,20 @@ __device__ void consume(const GemmArguments& args, Memory<TileN> memory, int ran
   const float scale = thin > 0 ? args.scale : 1.0f;
   const bool turned = args.l_is_k_major != (QMajor == Major::kK);
   const int apart = thin > 0 && (turned || scale != 1.0f) ? thin : 0;
-  const int together = chunks(shape) - apart;
+  const int together = chunks(shape) - apart, last = static_cast<int>(tiles(shape));
+  const bool plain = args.bias == nullptr && scale == 1.0f;
   Ring ring;
-  for (long index = blockIdx.x / shape.cluster; index < tiles(shape); index += clusters) {
+  for (int index = blockIdx.x / shape.cluster; index < last; index += clusters) {
     float acc[TileN / 2];
-    multiply<T, TileN, QMajor>(acc, memory, ring, together, false, p_offset, shape.cluster);
+    Pairs<TileN> bias;
+    Tile at;
+    const auto prepare_store = [&] {
+      at = tile(shape, index, rank);
+      if (!plain) load_bias<TileN>(bias, args, at.n);
+    };
+    multiply<T, TileN, QMajor>(acc, memory, ring, together, false, p_offset, shape.cluster, [&] {
+      if (apart == 0) prepare_store();
+    });
     if (apart > 0) {
       // acc/s + h·l, times s in the end: h and l stay as they are, and none of them overflows.
       if (scale != 1.0f) {
@@ -222,12 +247,18 @@ __device__ void consume(const GemmArguments& args, Memory<TileN> memory, int ran
       }
       constexpr Major kOther = QMajor == Major::kK ? Major::kN : Major::kK;
       if (turned) {
-        multiply<T, TileN, kOther>(acc, memory, ring, apart, true, p_offset, shape.cluster);
+        multiply<T, TileN, kOther>(acc, memory, ring, apart, true, p_offset, shape.cluster,
+                                   prepare_store);
       } else {
-        multiply<T, TileN, QMajor>(acc, memory, ring, apart, true, p_offset, shape.cluster);
+        multiply<T, TileN, QMajor>(acc, memory, ring, apart, true, p_offset, shape.cluster,
+                                   prepare_store);
       }
     }
-    store_tile<T, TileN>(acc, args, memory, tile(shape, index, rank), group, scale);
+    if (plain) {
+      store_tile<T, TileN, true>(acc, bias, args, memory, at, group, scale);
+    } else {
+      store_tile<T, TileN, false>(acc, bias, args, memory, at, group, scale);
+    }
   }
   if (threadIdx.x % kGroupThreads == 0) ptx::wait_stores_read<0>();
 }

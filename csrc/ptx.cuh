@@ -266,6 +266,17 @@ __device__ inline __half round_to(float value) { return __float2half_rn(value); 
 
 // Two neighbours of a row, the lower column in the lower half.
 template <class T>
+__device__ inline float low_of(std::uint32_t pair) {
+  const std::uint16_t bits = static_cast<std::uint16_t>(pair);
+  return widen(*reinterpret_cast<const T*>(&bits));
+}
+
+template <class T>
+__device__ inline float high_of(std::uint32_t pair) {
+  return low_of<T>(pair >> 16);
+}
+
+template <class T>
 __device__ inline std::uint32_t pack(float low, float high) {
   const T pair[2] = {round_to<T>(low), round_to<T>(high)};
   return static_cast<std::uint32_t>(*reinterpret_cast<const std::uint16_t*>(&pair[0])) |

@@ -13,7 +13,9 @@
 
 namespace loradrop {
 
-LORADROP_FN int ceil_div(long a, long b) { return static_cast<int>((a + b - 1) / b); }
+// In 32 bits where both are: sizes end 1024 below 2^31 (bindings.cpp), so a + b does not overflow.
+template <class A, class B>
+LORADROP_FN int ceil_div(A a, B b) { return static_cast<int>((a + b - 1) / b); }
 LORADROP_FN int smaller(int a, int b) { return a < b ? a : b; }
 
 // ---- gemm_ext: out (m, n) = p (m, k)·q (k, n) + s·h (m, r)·l (r, n) ---------------------------
@@ -48,14 +50,16 @@ LORADROP_FN int tile_rows(const Gemm& g) { return ceil_div(g.m, kTileM * g.clust
 LORADROP_FN int tile_columns(const Gemm& g) { return ceil_div(g.n, g.tile_n); }
 LORADROP_FN long tiles(const Gemm& g) { return static_cast<long>(tile_rows(g)) * tile_columns(g); }
 
+// Kernels count them in 32 bits, in which divisions are short.
+constexpr long kMaxTiles = 1L << 30;
+
 // Cluster c of `clusters` takes the tiles c, c + clusters, ... A tile past the edge of the matrix
 // can only be the lower one of a pair; its loads are zeros and its stores are clipped.
-LORADROP_FN Tile tile(const Gemm& g, long index, int rank) {
-  const int group = kGroup / g.cluster;
-  const long per_group = static_cast<long>(group) * tile_columns(g);
-  const int first = static_cast<int>(index / per_group) * group;
+LORADROP_FN Tile tile(const Gemm& g, int index, int rank) {
+  const int group = kGroup / g.cluster, per_group = group * tile_columns(g);
+  const int first = index / per_group * group;
   const int rows = smaller(group, tile_rows(g) - first);
-  const int within = static_cast<int>(index % per_group);
+  const int within = index % per_group;
   return {((first + within % rows) * g.cluster + rank) * kTileM, within / rows * g.tile_n};
 }
 

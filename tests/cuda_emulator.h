@@ -570,6 +570,10 @@ inline void mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t 
 template <class T>
 inline float widen(T value) { return to_float(value.bits); }
 template <class T>
+inline float low_of(std::uint32_t pair) { return half_of(pair, 0); }
+template <class T>
+inline float high_of(std::uint32_t pair) { return half_of(pair, 1); }
+template <class T>
 inline T round_to(float value) { return {to_bits(value)}; }
 template <class T>
 inline std::uint32_t pack(float low, float high) {

@@ -121,6 +121,14 @@ def test_gemm_without_a_thin_product(dtype: torch.dtype) -> None:
 
 
 @gpu
+def test_a_bias_may_begin_anywhere() -> None:
+    p, q, bias, h, l = operands(SHAPES["ragged"], torch.bfloat16, True, True)
+    odd = torch.cat([bias[:1], bias])[1:]  # not at a multiple of 4 bytes
+    expected = cuda.gemm_ext(p, q, bias, h, l, 1.0)
+    assert torch.equal(cuda.gemm_ext(p, q, odd, h, l, 1.0), expected)
+
+
+@gpu
 def test_a_scale_does_not_overflow_float16() -> None:
     p, q, _, h, l = operands((256, 64, 256, 16), torch.float16, True, True)
     h, l = h * 5e3, l * 1e-3

@@ -151,6 +151,10 @@ def test_instructions(built: Built) -> None:
         # Between them, nothing is moved into the registers of descriptors.
         quads = re.findall(r"HGMMA(?:.*\n)*?.*HGMMA(?:.*\n)*?.*HGMMA(?:.*\n)*?.*HGMMA", text)
         assert len(quads) == 3 and not any("R2UR" in quad for quad in quads)
+        # Which tile it is, and its bias, are found while the last wgmma of a loop runs.
+        for meanwhile in text.split("WARPGROUP.DEPBAR")[1::2]:
+            assert "MUFU.RCP" in meanwhile and meanwhile.count("LDG.E R") in (16, 32)
+        assert "LDG.E.U16" not in text and "I2F.U64" not in text, "pairs, and 32-bit divisions"
         # Letting go of a slot is one arrival, without a fence of all memory.
         loops = text[text.index("HGMMA") : text.rindex("HGMMA")]
         assert "MEMBAR" not in loops and "CCTL" not in loops
@@ -214,6 +218,7 @@ REFUSALS = [
     (GEMM, {"q": (ALIGNED, 64, 36, 40, 1)}, "36 columns"),
     (GEMM, {"q": (ALIGNED, 64, 40, 80, 2)}, "column stride"),
     (GEMM, {"h": None}, "together"),
+    (GEMM, {"p": (ALIGNED, 1 << 29, 64, 64, 1), "q": (ALIGNED, 64, 1 << 20, 1 << 20, 1)}, "2^30"),
     (GEMM, {"h": (ALIGNED, 99, 5, 8, 1)}, "100 and 99"),
     (GEMM, {"l": (ALIGNED, 5, 48, 1, 8)}, "40 and 48"),
     (GEMM, {"l": (ALIGNED, 5, 40, 1, 5)}, "row stride 5"),
@@ -286,6 +291,7 @@ def test_a_launch_without_a_device_is_refused(kernels: ModuleType) -> None:
         (kernels.gemm_ext, gemm, RuntimeError, r"no CUDA device: .*driver"),
         (kernels.gemm_ext, gemm | wide, ValueError, "out's and q's columns"),
         (kernels.gemm_ext, gemm | {"scaling": 0.0}, ValueError, r"2\^-32"),
+        (kernels.gemm_ext, gemm | {"bias": ALIGNED + 2}, ValueError, "multiple of 4 bytes"),
         (kernels.decode, decode, RuntimeError, r"no CUDA device: .*driver"),
         (kernels.decode, decode | {"rows": 17}, ValueError, "rows=17"),
         (kernels.decode_occupancy, {"device": 0}, RuntimeError, r"no CUDA device: .*driver"),

@@ -97,9 +97,17 @@ FAULTS = {
     "a CTA leaves while its stores still read": (GEMM, "ptx::wait_stores_read<0>()", "(void)0"),
     "the sums are not scaled back": (
         GEMM,
-        "memory, tile(shape, index, rank), group, scale)",
-        "memory, tile(shape, index, rank), group, 1.0f)",
+        "<T, TileN, false>(acc, bias, args, memory, at, group, scale)",
+        "<T, TileN, false>(acc, bias, args, memory, at, group, 1.0f)",
     ),
+    "a scale alone is left out": (GEMM, "args.bias == nullptr && scale == 1.0f", "!args.bias"),
+    "a bias alone is left out": (
+        GEMM,
+        "args.bias == nullptr && scale == 1.0f",
+        "scale == 1.0f",
+    ),
+    "the pairs of a bias change places": (GEMM, "+ threadIdx.x % 4;", "+ 3 - threadIdx.x % 4;"),
+    "a bias is read beyond its end": (GEMM, "8 * j < left ?", "8 * j <= left ?"),
     "the peer's barriers are used before they exist": (
         GEMM,
         "  ptx::cluster_arrive_relaxed();\n  ptx::cluster_wait();\n  if",

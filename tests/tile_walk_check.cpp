@@ -23,7 +23,7 @@ using namespace loradrop;
 void check_tiles(const Gemm& g, int clusters) {
   std::vector<int> seen(static_cast<std::size_t>(g.m) * g.n);
   for (int c = 0; c < clusters; ++c) {
-    for (long index = c; index < tiles(g); index += clusters) {
+    for (int index = c; index < tiles(g); index += clusters) {
       for (int rank = 0; rank < g.cluster; ++rank) {
         const Tile at = tile(g, index, rank);
         CHECK(at.m >= 0 && at.n >= 0 && at.n < g.n);
@@ -67,7 +67,7 @@ void check_shares(const Gemm& g) {
 // Tiles that run at the same time stay within kGroup rows of tiles, and meet again in L2.
 void check_groups(const Gemm& g) {
   const long per_group = static_cast<long>(kGroup / g.cluster) * tile_columns(g);
-  for (long index = 0; index < tiles(g); ++index) {
+  for (int index = 0; index < tiles(g); ++index) {
     const int row = tile(g, index, 0).m / kTileM;
     CHECK(row / kGroup == index / per_group);
   }
@@ -98,8 +98,8 @@ void check_coverage() {
     }
   }
   const Gemm large{1 << 20, 1 << 20, 64, 8, 128, 1};
-  CHECK(tiles(large) == (1L << 26));
-  CHECK(tile(large, tiles(large) - 1, 0).m == (1 << 20) - 128);
+  CHECK(tiles(large) == (1L << 26) && tiles(large) <= kMaxTiles);
+  CHECK(tile(large, static_cast<int>(tiles(large)) - 1, 0).m == (1 << 20) - 128);
 }
 
 struct Cut {

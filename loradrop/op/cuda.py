@@ -136,6 +136,8 @@ def gemm_ext(
     """
     _demand("gemm_ext", p, q, h, l)
     bias = _vector("bias", bias, q.shape[1], p)
+    if bias is not None and bias.data_ptr() % 4 != 0:
+        bias = bias.clone()  # it is read in pairs
     if h is None or l is None or scaling == 0.0:
         h = l = None
     out = p.new_empty((p.shape[0], q.shape[1]))
