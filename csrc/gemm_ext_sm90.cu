@@ -335,7 +335,8 @@ cudaError_t launch(const GemmArguments& args, const GemmLaunch& how, cudaStream_
   if (error != cudaSuccess) return error;
   if (clusters == 0) return cudaErrorLaunchOutOfResources;
   config.gridDim = dim3(static_cast<unsigned>(std::min<long>(clusters, tiles(args.shape))) * cluster);
-  config.numAttrs = how.overlap ? 2 : 1;
+  config.attrs = attributes + (cluster > 1 ? 0 : 1);  // single CTAs are launched without clusters
+  config.numAttrs = (cluster > 1 ? 1 : 0) + (how.overlap ? 1 : 0);
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

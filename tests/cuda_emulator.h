@@ -373,8 +373,18 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
   CHECK(config->dynamicSmemBytes <= 232448);
-  if (config->numAttrs < 2) emulator::machine.before_ended = true;
-  const int cluster = config->numAttrs == 0 ? 1 : config->attrs[0].val.clusterDim.x;
+  int cluster = 1;
+  bool overlap = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& given = config->attrs[i];
+    if (given.id == cudaLaunchAttributeClusterDimension) {
+      cluster = given.val.clusterDim.x;
+      CHECK(cluster > 1);  // see cluster_is_implicit
+    } else {
+      overlap = given.val.programmaticStreamSerializationAllowed != 0;
+    }
+  }
+  if (!overlap) emulator::machine.before_ended = true;
   emulator::run(config->gridDim, config->blockDim, cluster, [=] { kernel(arguments...); });
   return cudaSuccess;
 }
@@ -400,7 +410,7 @@ inline std::uint32_t peer(std::uint32_t address, std::uint32_t rank) {
 
 // A launch without clusters has no barrier of clusters: ptxas makes nothing of the arrival there,
 // and a barrier of the whole block of the wait. Whether an explicit cluster of one is such a launch
-// is not documented, so here it is.
+// is not documented, so nobody may launch one.
 inline bool cluster_is_implicit() { return machine.ctas.size() == 1; }
 
 inline void cluster_arrive() {

@@ -165,6 +165,7 @@ int main(int count, char** arguments) {
       {130, 520, 200, 0, 256, 1, false, false, true, 5.0f, false},
       {520, 136, 72, 64, 256, 2, false, true, true, 1.0f, false},
       {130, 272, 96, 8, 256, 2, true, true, false, 1.0f, false},
+      {100, 136, 130, 0, 128, 1, true, true, true, 1.0f, true},
   };
   if (gemm) {
     for (const Case& c : cases) check_gemm(c, ++seed);

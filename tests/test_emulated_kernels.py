@@ -88,6 +88,7 @@ FAULTS = {
         "arrive_and_expect(barrier, slot_bytes(TileN) - q_bytes(TileN) / 2)",
     ),
     "h is read before it is written": (GEMM, "if (now.thin && early)", "if (false)"),
+    "the output is written while it may be read": (GEMM, "if (shape.r == 0) {", "if (false) {"),
     "a staging buffer is overwritten before it is stored": (
         GEMM,
         "ptx::wait_stores_read<1>()",
@@ -118,6 +119,13 @@ FAULTS = {
         "  ptx::cluster_arrive();\n  ptx::cluster_wait();\n}",
         "}",
     ),
+    "single CTAs are launched as clusters": (
+        GEMM,
+        "attributes + (cluster > 1 ? 0 : 1);  // single CTAs are launched without clusters\n"
+        "  config.numAttrs = (cluster > 1 ? 1 : 0) + ",
+        "attributes;\n  config.numAttrs = 1 + ",
+    ),
+    "single CTAs decode as clusters": (DECODE, "if (how.cluster == 1) config.numAttrs = 0;", ""),
     "the last barrier of a cluster orders nothing": (
         GEMM,
         "  ptx::cluster_arrive();\n",
