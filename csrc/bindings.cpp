@@ -4,7 +4,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cmath>
+#include <cstdint>
 #include <limits>
 #include <optional>
 #include <stdexcept>
@@ -87,6 +89,11 @@ Reason why_not_scaling(double scaling) {
   return "the scaling " + std::to_string(scaling) + " is outside 2^-32 to 2^32";
 }
 
+Reason why_not_cluster(int cluster) {
+  if (cluster == 1 || cluster == 2 || cluster == 4 || cluster == 8) return {};
+  return "cluster=" + std::to_string(cluster) + " where 1, 2, 4 or 8 is needed";
+}
+
 template <class... Reasons>
 Reason first(const Reasons&... reasons) {
   Reason found;
@@ -102,6 +109,11 @@ Reason why_not_gemm(const std::string& dtype, const Numbers& p_, const Numbers& 
                         differ("p's columns and q's rows", p.columns, q.rows));
   if (!reason && q.columns % 8 != 0) {
     reason = "q has " + std::to_string(q.columns) + " columns where a multiple of 8 is needed";
+  }
+  if (!reason && tiles({static_cast<int>(p.rows), static_cast<int>(q.columns), 1, 0, 128, 1}) >
+                     kMaxTiles) {
+    reason = "out has " + std::to_string(p.rows) + " x " + std::to_string(q.columns) +
+             " elements where at most 2^30 tiles of 128 x 128 are counted";
   }
   if (!reason && h_.has_value() != l_.has_value()) reason = "h and l come together or not at all";
   if (reason || !h_) return reason;
@@ -124,10 +136,7 @@ Reason why_not_decode(const std::string& dtype, const Numbers& x_, const Numbers
   if (reason) return reason;
   if (x.rows > 32) return "x has " + std::to_string(x.rows) + " rows, and decode takes up to 32";
   if (a.rows > 128) return "the rank is " + std::to_string(a.rows) + ", and decode takes up to 128";
-  if (cluster != 1 && cluster != 2 && cluster != 4 && cluster != 8) {
-    return "cluster=" + std::to_string(cluster) + " where 1, 2, 4 or 8 is needed";
-  }
-  return {};
+  return why_not_cluster(cluster);
 }
 
 void demand(const Reason& reason) {
@@ -189,6 +198,7 @@ void gemm_ext(const std::string& dtype, const Numbers& out_, const Numbers& p_, 
   const Matrix out(out_), p(p_), q(q_);
   demand(first(why_not_rows("out", out), differ("out's and p's rows", out.rows, p.rows),
                differ("out's and q's columns", out.columns, q.columns)));
+  if (bias % 4 != 0) throw std::invalid_argument("bias does not begin at a multiple of 4 bytes");
   if ((tile_n != 0 && tile_n != 128 && tile_n != 256) || cluster < 0 || cluster > kMaxCluster) {
     throw std::invalid_argument("tile_n is 128 or 256 and cluster 1 or 2, or 0 to let it choose");
   }
@@ -197,9 +207,8 @@ void gemm_ext(const std::string& dtype, const Numbers& out_, const Numbers& p_, 
   const int sms = attribute(cudaDevAttrMultiProcessorCount, device);
   const int m = static_cast<int>(p.rows), n = static_cast<int>(q.columns);
   GemmArguments args = {};
-  args.shape = {m, n, static_cast<int>(p.columns), h_ ? static_cast<int>((*h_)[2]) : 0,
-                tile_n != 0 ? tile_n : choose_tile_n(m, n, sms),
-                cluster != 0 ? cluster : m > kTileM ? 2 : 1};
+  const int k = static_cast<int>(p.columns), r = h_ ? static_cast<int>((*h_)[2]) : 0;
+  args.shape = cut({m, n, k, r, tile_n, cluster}, sms);
   const int columns = share(args.shape, 0).count;
   args.p = map_of(p, kTileM, type);
   args.q = map_of_right(q, columns, type);
@@ -216,10 +225,37 @@ void gemm_ext(const std::string& dtype, const Numbers& out_, const Numbers& p_, 
         "gemm_ext cannot be launched");
 }
 
-// (rows of W a CTA, CTAs): the second is the number of planes that `decode` fills.
-std::tuple<int, int> decode_plan(int n, int sms, int cluster) {
-  const int rows = decode_rows(n, sms);
-  return {rows, decode_ctas(n, rows, cluster)};
+using Clusters = std::array<int, 4>;  // of 1, 2, 4 and 8 CTAs
+
+Clusters decode_occupancy(int device) {
+  const On here(device);
+  Clusters clusters;
+  for (int i = 0; i < 4; ++i) {
+    check(decode_residents(1 << i, &clusters[i]), "the device cannot be asked for its clusters");
+  }
+  return clusters;
+}
+
+// Why a device that holds so many clusters at once cannot place one of `cluster` CTAs, or, for 0,
+// none of 2, 4 or 8.
+Reason why_not_placed(const Clusters& clusters, int cluster) {
+  const Occupancy occupancy{{clusters[0], clusters[1], clusters[2], clusters[3]}};
+  if (decode_plan(1, 1, occupancy, cluster).ctas > 0) return {};
+  return "the device cannot place a cluster of " +
+         (cluster == 0 ? std::string("2, 4 or 8") : std::to_string(cluster)) +
+         " CTAs, each with an SM's shared memory";
+}
+
+// (rows of W a CTA, CTAs of a cluster, CTAs): the last is the number of planes that `decode` fills.
+std::tuple<int, int, int> plan_decode(int n, int r, const Clusters& clusters, int cluster) {
+  if (n < 1) {
+    throw std::invalid_argument("a weight of " + std::to_string(n) + " rows has no plan");
+  }
+  if (cluster != 0) demand(why_not_cluster(cluster));
+  demand(why_not_placed(clusters, cluster));
+  const Occupancy occupancy{{clusters[0], clusters[1], clusters[2], clusters[3]}};
+  const DecodePlan plan = decode_plan(n, r, occupancy, cluster);
+  return {plan.rows, plan.cluster, plan.ctas};
 }
 
 void decode(const std::string& dtype, std::uintptr_t y, std::uintptr_t h, const Numbers& x_,
@@ -275,6 +311,11 @@ void stream_weight(const std::string& dtype, const Numbers& w_, int rows, int st
 }
 
 void cluster_barriers(int cluster, int ctas, int device, std::uintptr_t stream) {
+  demand(why_not_cluster(cluster));
+  if (ctas < 1 || ctas % cluster != 0) {
+    throw std::invalid_argument("ctas=" + std::to_string(ctas) + " is no multiple of cluster=" +
+                                std::to_string(cluster));
+  }
   const On here(device);
   check(launch_cluster_barriers(cluster, ctas, stream_of(stream)),
         "the cluster barriers cannot be launched");
@@ -298,7 +339,7 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   using namespace loradrop;
-  m.doc() = "The CUDA kernels of loradrop, for Hopper. loradrop/cuda.py is their Python face.";
+  m.doc() = "The CUDA kernels of loradrop, for Hopper. loradrop/op/cuda.py is their Python face.";
   m.def("build_info", &build_info);
   m.def("why_not_gemm", &why_not_gemm, py::arg("dtype"), py::arg("p"), py::arg("q"), py::arg("h"),
         py::arg("l"));
@@ -307,7 +348,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("device"), py::arg("stream"), py::arg("tile_n"), py::arg("cluster"));
   m.def("why_not_decode", &why_not_decode, py::arg("dtype"), py::arg("x"), py::arg("w"),
         py::arg("a"), py::arg("b"), py::arg("cluster"));
-  m.def("decode_plan", &decode_plan, py::arg("n"), py::arg("sms"), py::arg("cluster"));
+  m.def("decode_occupancy", &decode_occupancy, py::arg("device"));
+  m.def("why_not_placed", &why_not_placed, py::arg("clusters"), py::arg("cluster"));
+  m.def("decode_plan", &plan_decode, py::arg("n"), py::arg("r"), py::arg("clusters"),
+        py::arg("cluster"));
   m.def("decode_stages", &decode_stages, py::arg("rows"), py::arg("m"), py::arg("r"));
   m.def("shared_bytes", [](int tile_n) { return gemm_shared_bytes(tile_n); }, py::arg("tile_n"));
   m.def("decode_shared_bytes", &decode_shared_bytes, py::arg("rows"), py::arg("m"), py::arg("r"),

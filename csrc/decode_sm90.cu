@@ -26,7 +26,9 @@
 //   partial     each CTA of the cluster has left its partial h
 //   complete    each CTA of the cluster has written its part of h to this one. By then it has also
 //               read this one's partial h, so this CTA may end without a cluster barrier.
-//   cluster     at the start only: barriers exist before a peer arrives at them
+//   cluster     at the start only: barriers exist before a peer arrives at them. Not in a cluster of
+//               one: a launch without clusters makes a barrier of the whole block of the wait, and
+//               then consumers and producer would wait for each other.
 //   named 1     the eight consumer warps, around what they share
 
 #include "kernels.h"
@@ -270,6 +272,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int rank = static_cast<int>(ptx::cluster_rank());
   const DecodeWalk walk = decode_walk(args.k, cluster, rank);
   if (threadIdx.x == 0) {
+    ptx::prefetch(args.w);
+    ptx::prefetch(args.x);
+    ptx::prefetch(args.a);
+    ptx::prefetch(args.b);
     for (int slot = 0; slot < args.stages; ++slot) {
       ptx::barrier_init(memory.filled(slot), 1);
       ptx::barrier_init(memory.emptied(slot), releases(1));
@@ -280,9 +286,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::barrier_init_fence();
   }
   __syncthreads();
-  ptx::cluster_arrive();
+  if (cluster > 1) ptx::cluster_arrive_relaxed();
   if (threadIdx.x == kConsumers) produce(args, memory, walk);  // W need not wait for the others
-  ptx::cluster_wait();
+  if (cluster > 1) ptx::cluster_wait();
   if (threadIdx.x < kConsumers) consume<T, Groups>(args, memory, walk, rank, cluster);
 }
 
@@ -300,6 +306,19 @@ __global__ void add_planes(const float* planes, int count, float* sqnorm) {
   if (threadIdx.x == 0) *sqnorm = static_cast<float>(part[0]);
 }
 
+// A launch of `ctas` CTAs. Its attribute is `size`, the size of a cluster.
+cudaLaunchConfig_t configuration(int ctas, int cluster, int bytes, cudaLaunchAttribute* size) {
+  size->id = cudaLaunchAttributeClusterDimension;
+  size->val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(ctas);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.attrs = size;
+  config.numAttrs = 1;
+  return config;
+}
+
 template <class T, int Groups>
 cudaError_t launch(const DecodeArguments& args, const DecodeLaunch& how, cudaStream_t stream) {
   const auto kernel = decode_kernel<T, Groups>;
@@ -307,16 +326,10 @@ cudaError_t launch(const DecodeArguments& args, const DecodeLaunch& how, cudaStr
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(how.ctas);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
+  cudaLaunchAttribute size = {};
+  cudaLaunchConfig_t config = configuration(how.ctas, how.cluster, bytes, &size);
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  if (how.cluster == 1) config.numAttrs = 0;
   error = cudaLaunchKernelEx(&config, kernel, args, how.cluster);
   if (error != cudaSuccess || args.planes == nullptr) return error;
   add_planes<<<1, 256, 0, stream>>>(args.planes, how.ctas, how.sqnorm);
@@ -340,6 +353,22 @@ int decode_shared_bytes(int rows, int m, int r, int stages) {
 int decode_stages(int rows, int m, int r) {
   const Layout none(rows, m, r, 0);
   return smaller(kMaxStages, (kMaxShared - none.bytes()) / (2 * none.half() + 16));
+}
+
+// Of any of the six kernels: with every ring that decode_stages gives, an SM holds one CTA.
+cudaError_t decode_residents(int cluster, int* count) {
+  const auto kernel = decode_kernel<__nv_bfloat16, 1>;
+  *count = 0;
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute size = {};
+  const cudaLaunchConfig_t config = configuration(cluster, cluster, kMaxShared, &size);
+  error = cudaOccupancyMaxActiveClusters(count, kernel, &config);
+  if (error != cudaErrorInvalidClusterSize) return error;
+  cudaGetLastError();  // no error of a later call: such clusters cannot be placed
+  *count = 0;
+  return cudaSuccess;
 }
 
 cudaError_t launch_decode(const DecodeArguments& args, const DecodeLaunch& how,

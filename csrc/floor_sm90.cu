@@ -39,7 +39,7 @@ __global__ void __launch_bounds__(64, 1)
 
 __global__ void __launch_bounds__(288, 1) cluster_barriers_kernel() {
   for (int i = 0; i < 2; ++i) {
-    ptx::cluster_arrive();
+    ptx::cluster_arrive_relaxed();
     ptx::cluster_wait();
   }
 }
@@ -65,7 +65,7 @@ cudaError_t launch_cluster_barriers(int cluster, int ctas, cudaStream_t stream) 
   config.blockDim = dim3(288);
   config.stream = stream;
   config.attrs = &size;
-  config.numAttrs = 1;
+  config.numAttrs = cluster > 1 ? 1 : 0;
   return cudaLaunchKernelEx(&config, cluster_barriers_kernel);
 }
 

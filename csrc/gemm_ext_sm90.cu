@@ -5,10 +5,10 @@
 //
 // bfloat16 or float16 in and out, float32 sums. Both q and l may lie either way round.
 //
-// Tile plan. A persistent CTA takes tiles of 128 x 256 (128 x 128 for small problems) in the order
-// of `tile_walk.h`. Per tile it walks ceil(k/64) chunks of (p, q) and then ceil(r/64) of (h, l) into
-// the same accumulators: the delta is nothing but the last chunks. Boxes past an edge are filled
-// with zeros by TMA, which also pads r to 64, and stores are clipped.
+// Tile plan. A persistent CTA takes tiles of 128 x 256, or 128 x 128 where that takes less time, in
+// the order of `tile_walk.h`. Per tile it walks ceil(k/64) chunks of (p, q) and then ceil(r/64) of
+// (h, l) into the same accumulators: the delta is nothing but the last chunks. Boxes past an edge are
+// filled with zeros by TMA, which also pads r to 64, and stores are clipped.
 //
 // Warps. Warpgroup 0 gives its registers away and one of its threads issues all loads. Warpgroups 1
 // and 2 own 64 rows each: wgmma m64n256k16, 128 accumulators a thread. 128·40 + 256·232 = 64512
@@ -101,7 +101,8 @@ __device__ void produce(const GemmArguments& args, Memory<TileN> memory, int ran
     early = false;
   }
   Ring ring;
-  for (long index = blockIdx.x / shape.cluster; index < tiles(shape); index += clusters) {
+  const int last = static_cast<int>(tiles(shape));
+  for (int index = blockIdx.x / shape.cluster; index < last; index += clusters) {
     const Tile at = tile(shape, index, rank);
     for (int i = 0; i < count; ++i, ring.advance(slots(TileN))) {
       const Chunk now = chunk(shape, i);
@@ -131,10 +132,11 @@ __device__ inline void release(Memory<TileN> memory, int slot, int cluster) {
 }
 
 // acc += the next `count` chunks of the ring. One group of wgmma stays in flight, so a slot is let
-// go one chunk late.
-template <class T, int TileN, Major RightMajor>
+// go one chunk late. `meanwhile` is done while the last one runs.
+template <class T, int TileN, Major RightMajor, class Meanwhile>
 __device__ inline void multiply(float (&acc)[TileN / 2], Memory<TileN> memory, Ring& ring,
-                                int count, bool add, std::uint32_t p_offset, int cluster) {
+                                int count, bool add, std::uint32_t p_offset, int cluster,
+                                const Meanwhile& meanwhile) {
   int before = 0;
   pin(acc);
   for (int i = 0; i < count; ++i) {
@@ -154,15 +156,29 @@ __device__ inline void multiply(float (&acc)[TileN / 2], Memory<TileN> memory, R
     before = ring.slot;
     ring.advance(slots(TileN));
   }
+  meanwhile();
   wgmma_wait<0>();
   pin(acc);
   if (count > 0) release(memory, before, cluster);
 }
 
-// out = scale·acc + bias, 64 columns at a time through two staging buffers.
-template <class T, int TileN>
-__device__ inline void store_tile(const float (&acc)[TileN / 2], const GemmArguments& args,
-                                  Memory<TileN> memory, Tile at, int group, float scale) {
+// A thread's accumulators lie in pairs of columns, one pair of every eight columns. So does its bias.
+template <int TileN>
+using Pairs = std::uint32_t[TileN / 8];
+
+template <int TileN>
+__device__ inline void load_bias(Pairs<TileN>& bias, const GemmArguments& args, int first) {
+  const auto* from = static_cast<const std::uint32_t*>(args.bias) + first / 2 + threadIdx.x % 4;
+  const int left = args.bias == nullptr ? 0 : args.shape.n - first;  // a multiple of 8
+#pragma unroll
+  for (int j = 0; j < TileN / 8; ++j) bias[j] = 8 * j < left ? from[4 * j] : 0u;
+}
+
+// out = scale·acc + bias, 64 columns at a time through two staging buffers; `Plain`: out = acc.
+template <class T, int TileN, bool Plain>
+__device__ inline void store_tile(const float (&acc)[TileN / 2], const Pairs<TileN>& bias,
+                                  const GemmArguments& args, Memory<TileN> memory, Tile at,
+                                  int group, float scale) {
   const int thread = threadIdx.x % kGroupThreads, warp = thread / 32, lane = thread % 32;
 #pragma unroll
   for (int block = 0; block < TileN / 64; ++block) {
@@ -174,17 +190,17 @@ __device__ inline void store_tile(const float (&acc)[TileN / 2], const GemmArgum
       std::uint32_t packed[4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int j = 8 * block + 2 * pair + half, column = at.n + 8 * j + 2 * (lane % 4);
-        float low = 0.0f, high = 0.0f;
-        if (args.bias != nullptr && column < args.shape.n) {
-          const T* bias = static_cast<const T*>(args.bias) + column;
-          low = ptx::widen(bias[0]);
-          high = ptx::widen(bias[1]);
+        const int j = 8 * block + 2 * pair + half;
+        const float* sums = acc + 4 * j;
+        if constexpr (Plain) {
+          packed[2 * half] = ptx::pack<T>(sums[0], sums[1]);
+          packed[2 * half + 1] = ptx::pack<T>(sums[2], sums[3]);
+        } else {
+          const float low = ptx::low_of<T>(bias[j]), high = ptx::high_of<T>(bias[j]);
+          packed[2 * half] = ptx::pack<T>(fmaf(sums[0], scale, low), fmaf(sums[1], scale, high));
+          packed[2 * half + 1] =
+              ptx::pack<T>(fmaf(sums[2], scale, low), fmaf(sums[3], scale, high));
         }
-        packed[2 * half] = ptx::pack<T>(fmaf(acc[4 * j], scale, low),
-                                        fmaf(acc[4 * j + 1], scale, high));
-        packed[2 * half + 1] = ptx::pack<T>(fmaf(acc[4 * j + 2], scale, low),
-                                            fmaf(acc[4 * j + 3], scale, high));
       }
       ptx::store_matrices(buffer + staging_offset(warp, lane, pair), packed);
     }
@@ -197,7 +213,10 @@ __device__ inline void store_tile(const float (&acc)[TileN / 2], const GemmArgum
 template <class T, int TileN, Major QMajor>
 __device__ void consume(const GemmArguments& args, Memory<TileN> memory, int rank) {
   const Gemm& shape = args.shape;
-  const int group = threadIdx.x / kGroupThreads - 1, clusters = gridDim.x / shape.cluster;
+  // From lane 0, so that the compiler knows it to be the same in a warp: descriptors that depend on it
+  // are then built in uniform registers, where wgmma wants them.
+  const int group = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kGroupThreads, 0) - 1;
+  const int clusters = gridDim.x / shape.cluster;
   const std::uint32_t p_offset = 64 * group * kRowBytes;
   const int thin = thin_chunks(shape);
   // The thin chunks are more of the same, unless something has to change between: the scale of the
@@ -205,11 +224,20 @@ __device__ void consume(const GemmArguments& args, Memory<TileN> memory, int ran
   const float scale = thin > 0 ? args.scale : 1.0f;
   const bool turned = args.l_is_k_major != (QMajor == Major::kK);
   const int apart = thin > 0 && (turned || scale != 1.0f) ? thin : 0;
-  const int together = chunks(shape) - apart;
+  const int together = chunks(shape) - apart, last = static_cast<int>(tiles(shape));
+  const bool plain = args.bias == nullptr && scale == 1.0f;
   Ring ring;
-  for (long index = blockIdx.x / shape.cluster; index < tiles(shape); index += clusters) {
+  for (int index = blockIdx.x / shape.cluster; index < last; index += clusters) {
     float acc[TileN / 2];
-    multiply<T, TileN, QMajor>(acc, memory, ring, together, false, p_offset, shape.cluster);
+    Pairs<TileN> bias;
+    Tile at;
+    const auto prepare_store = [&] {
+      at = tile(shape, index, rank);
+      if (!plain) load_bias<TileN>(bias, args, at.n);
+    };
+    multiply<T, TileN, QMajor>(acc, memory, ring, together, false, p_offset, shape.cluster, [&] {
+      if (apart == 0) prepare_store();
+    });
     if (apart > 0) {
       // acc/s + h·l, times s in the end: h and l stay as they are, and none of them overflows.
       if (scale != 1.0f) {
@@ -219,12 +247,18 @@ __device__ void consume(const GemmArguments& args, Memory<TileN> memory, int ran
       }
       constexpr Major kOther = QMajor == Major::kK ? Major::kN : Major::kK;
       if (turned) {
-        multiply<T, TileN, kOther>(acc, memory, ring, apart, true, p_offset, shape.cluster);
+        multiply<T, TileN, kOther>(acc, memory, ring, apart, true, p_offset, shape.cluster,
+                                   prepare_store);
       } else {
-        multiply<T, TileN, QMajor>(acc, memory, ring, apart, true, p_offset, shape.cluster);
+        multiply<T, TileN, QMajor>(acc, memory, ring, apart, true, p_offset, shape.cluster,
+                                   prepare_store);
       }
     }
-    store_tile<T, TileN>(acc, args, memory, tile(shape, index, rank), group, scale);
+    if (plain) {
+      store_tile<T, TileN, true>(acc, bias, args, memory, at, group, scale);
+    } else {
+      store_tile<T, TileN, false>(acc, bias, args, memory, at, group, scale);
+    }
   }
   if (threadIdx.x % kGroupThreads == 0) ptx::wait_stores_read<0>();
 }
@@ -238,6 +272,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     ptx::prefetch(args.p);
     ptx::prefetch(args.q);
+    if (args.shape.r > 0) {
+      ptx::prefetch(args.h);
+      ptx::prefetch(args.l);
+    }
+    ptx::prefetch(args.out);
     for (int slot = 0; slot < slots(TileN); ++slot) {
       ptx::barrier_init(memory.filled(slot), 1);
       ptx::barrier_init(memory.emptied(slot), releases(args.shape.cluster));
@@ -245,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::barrier_init_fence();
   }
   __syncthreads();
-  ptx::cluster_arrive();
+  ptx::cluster_arrive_relaxed();
   ptx::cluster_wait();
   if (threadIdx.x < kGroupThreads) {
     ptx::give_registers<40>();
@@ -258,23 +297,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::cluster_wait();
 }
 
-// How many clusters run at once. Fewer than its SMs would allow where a GPC has an odd number of them,
-// and a cluster that waits for another to end would double the time. Asked once a device.
-template <class Kernel>
-cudaError_t resident_clusters(Kernel kernel, const cudaLaunchConfig_t& config, int cluster,
-                              int device, int* count) {
+// How many clusters of this kernel run at once: where others use the SMs too, fewer than these would
+// hold, and a cluster that waits for another to end would double the time. Asked once a device.
+template <auto Kernel>
+cudaError_t resident_clusters(const cudaLaunchConfig_t& config, int cluster, int device,
+                              int* count) {
   static std::atomic<int> known[kMaxCluster][kMaxDevices];
   std::atomic<int>& here = known[cluster - 1][device % kMaxDevices];
   *count = here.load();
   if (*count > 0) return cudaSuccess;
-  const cudaError_t error = cudaOccupancyMaxActiveClusters(count, kernel, &config);
+  const cudaError_t error = cudaOccupancyMaxActiveClusters(count, Kernel, &config);
   if (error == cudaSuccess) here.store(*count);
   return error;
 }
 
 template <class T, int TileN, Major QMajor>
 cudaError_t launch(const GemmArguments& args, const GemmLaunch& how, cudaStream_t stream) {
-  const auto kernel = gemm_ext_kernel<T, TileN, QMajor>;
+  constexpr auto kernel = gemm_ext_kernel<T, TileN, QMajor>;
   const int bytes = gemm_shared_bytes(TileN), cluster = args.shape.cluster;
   cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
@@ -292,11 +331,12 @@ cudaError_t launch(const GemmArguments& args, const GemmLaunch& how, cudaStream_
   config.attrs = attributes;
   config.numAttrs = 1;
   int clusters = 0;
-  error = resident_clusters(kernel, config, cluster, how.device, &clusters);
+  error = resident_clusters<kernel>(config, cluster, how.device, &clusters);
   if (error != cudaSuccess) return error;
   if (clusters == 0) return cudaErrorLaunchOutOfResources;
   config.gridDim = dim3(static_cast<unsigned>(std::min<long>(clusters, tiles(args.shape))) * cluster);
-  config.numAttrs = how.overlap ? 2 : 1;
+  config.attrs = attributes + (cluster > 1 ? 0 : 1);  // single CTAs are launched without clusters
+  config.numAttrs = (cluster > 1 ? 1 : 0) + (how.overlap ? 1 : 0);
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 

@@ -52,6 +52,10 @@ struct DecodeLaunch {
 
 cudaError_t launch_decode(const DecodeArguments&, const DecodeLaunch&, cudaStream_t);
 
+// How many clusters of `cluster` CTAs of decode the current device holds at once; 0 where it cannot
+// place one.
+cudaError_t decode_residents(int cluster, int* count);
+
 // How deep the ring of a decode launch is; less than 2 does not run.
 int decode_stages(int rows, int m, int r);
 int decode_shared_bytes(int rows, int m, int r, int stages);

@@ -37,6 +37,11 @@ __device__ inline void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
 
+// Without a fence of all memory: where nothing but barriers was written, and barrier_init_fence called.
+__device__ inline void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
+
 __device__ inline void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 }
@@ -260,6 +265,17 @@ template <>
 __device__ inline __half round_to(float value) { return __float2half_rn(value); }
 
 // Two neighbours of a row, the lower column in the lower half.
+template <class T>
+__device__ inline float low_of(std::uint32_t pair) {
+  const std::uint16_t bits = static_cast<std::uint16_t>(pair);
+  return widen(*reinterpret_cast<const T*>(&bits));
+}
+
+template <class T>
+__device__ inline float high_of(std::uint32_t pair) {
+  return low_of<T>(pair >> 16);
+}
+
 template <class T>
 __device__ inline std::uint32_t pack(float low, float high) {
   const T pair[2] = {round_to<T>(low), round_to<T>(high)};

@@ -56,6 +56,8 @@ def _cpu() -> dict[str, Any]:
 def _cuda() -> list[dict[str, Any]]:
     import torch
 
+    from loradrop.op import cuda
+
     if not torch.cuda.is_available():
         return []
     devices = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
@@ -64,9 +66,15 @@ def _cuda() -> list[dict[str, Any]]:
             "name": device.name,
             "capability": f"{device.major}.{device.minor}",
             "memory_gib": round(device.total_memory / 2**30, 1),
+            "clusters": cuda.occupancy(i),
         }
-        for device in devices
+        for i, device in enumerate(devices)
     ]
+
+
+def _device(gpu: dict[str, Any]) -> str:
+    clusters = "".join(f", {count} clusters of {size}" for size, count in gpu["clusters"].items())
+    return f"{gpu['name']}, sm {gpu['capability']}, {gpu['memory_gib']} GiB{clusters}"
 
 
 def _extension(built: dict[str, Any] | str) -> str:
@@ -141,10 +149,7 @@ def format_report() -> str:
         ("Python", f"{facts['python']} on {facts['platform']}"),
         *((name, version or "not installed") for name, version in facts["packages"].items()),
         ("CPU", f"{cpu['capability']}, bf16 {bf16}, {cpu['threads']} threads"),
-        *(
-            (f"CUDA {i}", f"{gpu['name']}, sm {gpu['capability']}, {gpu['memory_gib']} GiB")
-            for i, gpu in enumerate(devices)
-        ),
+        *((f"CUDA {i}", _device(gpu)) for i, gpu in enumerate(devices)),
         *([] if devices else [("CUDA", "no device")]),
         ("loradrop._C", _extension(facts["extension"])),
         *((f"backend {name}", why or "available") for name, why in facts["backends"].items()),

@@ -127,7 +127,7 @@ struct Fiber {
   int arrivals = 0;           // at barriers of the cluster, on their way
   std::vector<bool> stores;   // in their order: whether each has read its shared memory
   long cluster_phase = 0;
-  bool done = false, unfenced = false;
+  bool done = false, unfenced = false, arrived = false;
   std::deque<std::vector<Wgmma>> groups{1};  // the last one is not committed
   std::function<bool()> ready;               // empty: it can run
 };
@@ -315,6 +315,10 @@ inline void __syncthreads() {
   emulator::meet(emulator::here().cta->named[0], emulator::machine.block.x);
 }
 inline void __syncwarp() { emulator::meet(emulator::here().warp->meeting, 32); }
+inline int __shfl_sync(unsigned, int value, int lane) {
+  const std::uint32_t word = static_cast<std::uint32_t>(value);
+  return static_cast<int>(emulator::exchange(&word, 1)[lane][0]);
+}
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   std::uint32_t word;
   std::memcpy(&word, &value, 4);
@@ -325,7 +329,7 @@ inline float __shfl_xor_sync(unsigned, float value, int mask) {
 
 // ---- Launches ----------------------------------------------------------------------------------
 
-enum cudaError_t { cudaSuccess, cudaErrorLaunchOutOfResources };
+enum cudaError_t { cudaSuccess, cudaErrorLaunchOutOfResources, cudaErrorInvalidClusterSize };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID {
   cudaLaunchAttributeClusterDimension,
@@ -359,7 +363,9 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
 
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* count, Kernel, const cudaLaunchConfig_t* config) {
-  *count = emulator::machine.sms / config->attrs[0].val.clusterDim.x;
+  const int cluster = config->attrs[0].val.clusterDim.x;
+  if (cluster > emulator::machine.sms) return cudaErrorInvalidClusterSize;
+  *count = emulator::machine.sms / cluster;
   return cudaSuccess;
 }
 
@@ -367,9 +373,19 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments... arguments) {
   CHECK(config->dynamicSmemBytes <= 232448);
-  if (config->numAttrs < 2) emulator::machine.before_ended = true;
-  emulator::run(config->gridDim, config->blockDim, config->attrs[0].val.clusterDim.x,
-                [=] { kernel(arguments...); });
+  int cluster = 1;
+  bool overlap = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& given = config->attrs[i];
+    if (given.id == cudaLaunchAttributeClusterDimension) {
+      cluster = given.val.clusterDim.x;
+      CHECK(cluster > 1);  // see cluster_is_implicit
+    } else {
+      overlap = given.val.programmaticStreamSerializationAllowed != 0;
+    }
+  }
+  if (!overlap) emulator::machine.before_ended = true;
+  emulator::run(config->gridDim, config->blockDim, cluster, [=] { kernel(arguments...); });
   return cudaSuccess;
 }
 
@@ -392,17 +408,28 @@ inline std::uint32_t peer(std::uint32_t address, std::uint32_t rank) {
   return address % emulator::kWindow + rank * emulator::kWindow;
 }
 
+// A launch without clusters has no barrier of clusters: ptxas makes nothing of the arrival there,
+// and a barrier of the whole block of the wait. Whether an explicit cluster of one is such a launch
+// is not documented, so nobody may launch one.
+inline bool cluster_is_implicit() { return machine.ctas.size() == 1; }
+
 inline void cluster_arrive() {
+  if (cluster_is_implicit()) return;
   here().cluster_phase = machine.cluster.generation;
   if (++machine.cluster.arrived == static_cast<int>(machine.fibers.size())) {
     machine.cluster.arrived = 0;
     ++machine.cluster.generation;
   }
 }
+inline void cluster_arrive_relaxed() {
+  CHECK(!here().arrived);  // its arrivals at other CTAs would not be ordered
+  cluster_arrive();
+}
 inline void cluster_wait() {  // the barrier also orders what each thread did before it
+  if (cluster_is_implicit()) __syncthreads();
   const long phase = here().cluster_phase;
   emulator::block([phase] {
-    if (machine.cluster.generation <= phase) return false;
+    if (!cluster_is_implicit() && machine.cluster.generation <= phase) return false;
     for (const auto& fiber : machine.fibers) {
       if (fiber->arrivals > 0) return false;
     }
@@ -427,6 +454,7 @@ inline void arrive(std::uint32_t barrier) { emulator::arrive(barrier); }
 inline void arrive_peer(std::uint32_t barrier, std::uint32_t rank) {
   emulator::Fiber* issuer = &here();
   ++issuer->arrivals;
+  issuer->arrived = true;
   machine.events.push_back([issuer, to = peer(barrier, rank)] {
     emulator::arrive(to);
     --issuer->arrivals;
@@ -551,6 +579,10 @@ inline void mma(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t 
 
 template <class T>
 inline float widen(T value) { return to_float(value.bits); }
+template <class T>
+inline float low_of(std::uint32_t pair) { return half_of(pair, 0); }
+template <class T>
+inline float high_of(std::uint32_t pair) { return half_of(pair, 1); }
 template <class T>
 inline T round_to(float value) { return {to_bits(value)}; }
 template <class T>

@@ -139,6 +139,14 @@ void check_decode(int m, int n, int k, int r, int rows, int cluster, bool with_b
   if (norm) CHECK(std::abs(sqnorm - squares) <= 1e-5 * squares);
 }
 
+// On the emulator's four SMs.
+void check_residents() {
+  for (int cluster : {1, 2, 4, 8}) {
+    int count = -1;
+    CHECK(decode_residents(cluster, &count) == cudaSuccess && count == 4 / cluster);
+  }
+}
+
 }  // namespace
 
 // Arguments: the kernel, and the seed of the order in which things happen.
@@ -156,12 +164,16 @@ int main(int count, char** arguments) {
       {257, 264, 70, 5, 128, 2, true, false, false, 0.25f, true},
       {130, 520, 200, 0, 256, 1, false, false, true, 5.0f, false},
       {520, 136, 72, 64, 256, 2, false, true, true, 1.0f, false},
+      {130, 272, 96, 8, 256, 2, true, true, false, 1.0f, false},
+      {100, 136, 130, 0, 128, 1, true, true, true, 1.0f, true},
   };
   if (gemm) {
     for (const Case& c : cases) check_gemm(c, ++seed);
     return 0;
   }
+  check_residents();
   check_decode(1, 16, 8, 1, 16, 1, false, false, ++seed);
+  check_decode(3, 40, 600, 8, 32, 1, true, true, ++seed);  // more chunks than slots
   check_decode(5, 100, 600, 8, 32, 2, true, true, ++seed);
   check_decode(12, 130, 1000, 17, 16, 4, true, true, ++seed);
   check_decode(32, 200, 136, 100, 48, 8, true, true, ++seed);

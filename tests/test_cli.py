@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -16,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from test_run import write_model, write_table
 
 import loradrop
+from loradrop import env
 from loradrop.base_models import load_base
 from loradrop.cli import Dtype, main
 from loradrop.formats.peft import DTYPES
 from loradrop.methods import available
+from loradrop.op import cuda
 
 Capsys = pytest.CaptureFixture[str]
 
@@ -283,6 +286,23 @@ def test_env_and_version(capsys: Capsys) -> None:
     version = f"loradrop {loradrop.__version__}\n"
     for arguments in (["--version"], ["--version", "env"]):
         assert python("-m", "loradrop", *arguments) == (0, version, "")
+
+
+def test_env_says_how_many_clusters_a_device_holds(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capsys
+) -> None:
+    facts = env.report()
+    gpu = SimpleNamespace(name="H", major=9, minor=0, total_memory=80 << 30)
+    with monkeypatch.context() as machine:
+        machine.setattr(torch.cuda, "is_available", lambda: True)
+        machine.setattr(torch.cuda, "device_count", lambda: 2)
+        machine.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+        machine.setattr(cuda, "occupancy", lambda device: {} if device else {2: 66, 8: 15})
+        facts["cuda"] = env._cuda()
+    monkeypatch.setattr(env, "report", lambda: facts)
+    out = works(capsys, "env")
+    assert "H, sm 9.0, 80.0 GiB, 66 clusters of 2, 15 clusters of 8\n" in out
+    assert "H, sm 9.0, 80.0 GiB\n" in out
 
 
 def test_a_missing_file_is_said_before_training_is_loaded() -> None:

@@ -121,6 +121,14 @@ def test_gemm_without_a_thin_product(dtype: torch.dtype) -> None:
 
 
 @gpu
+def test_a_bias_may_begin_anywhere() -> None:
+    p, q, bias, h, l = operands(SHAPES["ragged"], torch.bfloat16, True, True)
+    odd = torch.cat([bias[:1], bias])[1:]  # not at a multiple of 4 bytes
+    expected = cuda.gemm_ext(p, q, bias, h, l, 1.0)
+    assert torch.equal(cuda.gemm_ext(p, q, odd, h, l, 1.0), expected)
+
+
+@gpu
 def test_a_scale_does_not_overflow_float16() -> None:
     p, q, _, h, l = operands((256, 64, 256, 16), torch.float16, True, True)
     h, l = h * 5e3, l * 1e-3
@@ -211,7 +219,7 @@ def decode_operands(
 
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cluster", [1, 2, 4, 8])
+@pytest.mark.parametrize("cluster", [0, 2, 4, 8, 1])
 @pytest.mark.parametrize("shape", DECODE)
 def test_decode(shape: str, cluster: int, dtype: torch.dtype) -> None:
     m, _, n, r = DECODE[shape]
@@ -256,7 +264,7 @@ def test_the_floors_run() -> None:
     weight = matrix(4096, 4096, torch.bfloat16)
     for cluster in (1, 8):
         cuda.stream_floor(weight, 8, 16, cluster)
-        cuda.barrier_floor(weight, cluster)
+        cuda.barrier_floor(weight, 16, cluster)
     torch.cuda.synchronize()
 
 
@@ -271,7 +279,7 @@ def test_a_cpu_tensor_is_refused_with_the_reason() -> None:
         cuda.gemm_ext(a, a, None, a, a, 1.0)
     with pytest.raises(ValueError, match="decode cannot serve this call: the "):
         cuda.decode(a, a, None, a, a, 1.0)
-    for floor in (lambda: cuda.stream_floor(a, 8, 16), lambda: cuda.barrier_floor(a)):
+    for floor in (lambda: cuda.stream_floor(a, 8, 16), lambda: cuda.barrier_floor(a, 8)):
         with pytest.raises(ValueError, match="floor cannot serve this call: the "):
             floor()
 
@@ -281,6 +289,42 @@ def test_what_is_built_or_why_not() -> None:
     assert "arch" in built if isinstance(built, dict) else "LORADROP_BUILD_CUDA=1" in built
     if not torch.cuda.is_available():
         assert cuda.missing() is not None
+
+
+class Extension:
+    """Of loradrop._C, what is asked before a launch, on a device with room for pairs or not."""
+
+    def __init__(self, pairs: int) -> None:
+        self.pairs, self.asked = pairs, 0
+
+    def decode_occupancy(self, device: int) -> list[int]:
+        self.asked += 1
+        return [7, self.pairs, 0, 0]
+
+    def why_not_placed(self, clusters: tuple[int, ...], cluster: int) -> str | None:
+        return None if clusters[1] else f"no room for {cluster}"
+
+
+@pytest.mark.parametrize("pairs", [0, 3])
+def test_the_device_is_asked_once_for_its_clusters(
+    pairs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extension = Extension(pairs)
+    monkeypatch.setattr(cuda, "_extension", lambda: extension)
+    monkeypatch.setattr(cuda, "_why_not_on", lambda device: "none" if device == 1 else None)
+    for ask in ("occupancy", "why_not_placed"):  # without what is known of this machine
+        monkeypatch.setattr(cuda, ask, functools.cache(getattr(cuda, ask).__wrapped__))
+    for _ in range(2):
+        assert cuda.occupancy(0) == {1: 7, 2: pairs, 4: 0, 8: 0}
+        assert cuda.why_not_placed(0) == (None if pairs else "no room for 0")
+    assert extension.asked == 1
+    assert cuda.occupancy(1) == {}
+
+
+@gpu
+def test_a_hopper_gpu_has_room_for_pairs() -> None:
+    clusters = cuda.occupancy(torch.cuda.current_device())
+    assert set(clusters) == {1, 2, 4, 8} and clusters[1] >= clusters[2] > 0
 
 
 @gpu

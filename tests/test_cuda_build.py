@@ -141,15 +141,26 @@ def test_instructions(built: Built) -> None:
         found = Counter(re.findall(r"\b[A-Z]+[A-Z0-9]*(?:\.[A-Z0-9]+)*\b", text))
         for name in ("UTMALDG.2D", "UTMALDG.2D.MULTICAST", "UTMASTG.2D", "ACQBULK"):
             assert found[name] > 0, f"{name} is missing"
+        assert found["UTMACCTL.PF"] == 5, "each tensor map is prefetched"
+        assert found["MEMBAR.ALL.GPU"] == 1, "only the last barrier of the cluster orders memory"
         assert "USETMAXREG" in text and ".tnspB" in text
         # Three loops over chunks, of four wgmma each: none waits for another within a chunk.
         assert len(re.findall(r"\bHGMMA\b", text)) == 12
         assert text.count("WARPGROUP.ARRIVE") == 3
         assert text.count("WARPGROUP.DEPBAR") == 6
+        # Between them, nothing is moved into the registers of descriptors.
+        quads = re.findall(r"HGMMA(?:.*\n)*?.*HGMMA(?:.*\n)*?.*HGMMA(?:.*\n)*?.*HGMMA", text)
+        assert len(quads) == 3 and not any("R2UR" in quad for quad in quads)
+        # Which tile it is, and its bias, are found while the last wgmma of a loop runs.
+        for meanwhile in text.split("WARPGROUP.DEPBAR")[1::2]:
+            assert "MUFU.RCP" in meanwhile and meanwhile.count("LDG.E R") in (16, 32)
+        assert "LDG.E.U16" not in text and "I2F.U64" not in text, "pairs, and 32-bit divisions"
         # Letting go of a slot is one arrival, without a fence of all memory.
         loops = text[text.index("HGMMA") : text.rindex("HGMMA")]
         assert "MEMBAR" not in loops and "CCTL" not in loops
     for text in decodes:
+        assert text.count("UTMACCTL.PF") == 4
+        assert "MEMBAR" not in text[: text.index("UTMALDG")], "W waits for a fence"
         assert all(name in text for name in ("HMMA.16816.F32", "LDSM.16.M88.4", "UTMALDG.2D"))
     for name, text in code.items():
         assert not re.search(r"\b(LDL|STL|RED|ATOM\w*)\b", text.replace("TRANS64.RED", "")), name
@@ -207,6 +218,7 @@ REFUSALS = [
     (GEMM, {"q": (ALIGNED, 64, 36, 40, 1)}, "36 columns"),
     (GEMM, {"q": (ALIGNED, 64, 40, 80, 2)}, "column stride"),
     (GEMM, {"h": None}, "together"),
+    (GEMM, {"p": (ALIGNED, 1 << 29, 64, 64, 1), "q": (ALIGNED, 64, 1 << 20, 1 << 20, 1)}, "2^30"),
     (GEMM, {"h": (ALIGNED, 99, 5, 8, 1)}, "100 and 99"),
     (GEMM, {"l": (ALIGNED, 5, 48, 1, 8)}, "40 and 48"),
     (GEMM, {"l": (ALIGNED, 5, 40, 1, 5)}, "row stride 5"),
@@ -229,6 +241,45 @@ def test_refusals(
     assert found is None if reason is None else reason in found
 
 
+PLAN = {"n": 4096, "r": 16, "clusters": (132, 66, 33, 16), "cluster": 0}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"n": 0}, "0 rows has no plan"),
+        ({"n": -16}, "-16 rows"),
+        ({"cluster": -1}, "cluster=-1"),
+        ({"cluster": 3}, "cluster=3"),
+        ({"clusters": (132, 66, 33, 0), "cluster": 8}, "cannot place a cluster of 8 CTAs"),
+        ({"clusters": (7, 0, 0, 0)}, "cannot place a cluster of 2, 4 or 8 CTAs"),
+    ],
+)
+def test_what_has_no_plan(kernels: ModuleType, change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        kernels.decode_plan(**(PLAN | change))
+
+
+def test_a_plan_takes_what_has_room(kernels: ModuleType) -> None:
+    assert kernels.decode_plan(**PLAN) == (32, 8, 128)
+    assert kernels.decode_plan(**(PLAN | {"clusters": (132, 66, 32, 15)})) == (32, 4, 128)
+    assert kernels.decode_plan(**(PLAN | {"cluster": 2})) == (32, 2, 128)
+    assert kernels.why_not_placed((132, 66, 33, 16), 0) is None
+    assert kernels.why_not_placed((132, 66, 0, 0), 0) is None
+    assert "of 4 CTAs" in kernels.why_not_placed((132, 66, 0, 0), 4)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "ctas", "reason"),
+    [(0, 8, "cluster=0"), (16, 16, "cluster=16"), (8, 0, "ctas=0"), (8, 12, "ctas=12")],
+)
+def test_barriers_that_no_grid_has_are_refused(
+    kernels: ModuleType, cluster: int, ctas: int, reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        kernels.cluster_barriers(cluster=cluster, ctas=ctas, device=0, stream=0)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_launch_without_a_device_is_refused(kernels: ModuleType) -> None:
     launch = {"device": 0, "stream": 0, "bias": 0, "scaling": 2.0}
@@ -240,8 +291,10 @@ def test_a_launch_without_a_device_is_refused(kernels: ModuleType) -> None:
         (kernels.gemm_ext, gemm, RuntimeError, r"no CUDA device: .*driver"),
         (kernels.gemm_ext, gemm | wide, ValueError, "out's and q's columns"),
         (kernels.gemm_ext, gemm | {"scaling": 0.0}, ValueError, r"2\^-32"),
+        (kernels.gemm_ext, gemm | {"bias": ALIGNED + 2}, ValueError, "multiple of 4 bytes"),
         (kernels.decode, decode, RuntimeError, r"no CUDA device: .*driver"),
         (kernels.decode, decode | {"rows": 17}, ValueError, "rows=17"),
+        (kernels.decode_occupancy, {"device": 0}, RuntimeError, r"no CUDA device: .*driver"),
     ):
         with pytest.raises(error, match=words):
             kernel(**change)

@@ -88,6 +88,7 @@ FAULTS = {
         "arrive_and_expect(barrier, slot_bytes(TileN) - q_bytes(TileN) / 2)",
     ),
     "h is read before it is written": (GEMM, "if (now.thin && early)", "if (false)"),
+    "the output is written while it may be read": (GEMM, "if (shape.r == 0) {", "if (false) {"),
     "a staging buffer is overwritten before it is stored": (
         GEMM,
         "ptx::wait_stores_read<1>()",
@@ -97,18 +98,48 @@ FAULTS = {
     "a CTA leaves while its stores still read": (GEMM, "ptx::wait_stores_read<0>()", "(void)0"),
     "the sums are not scaled back": (
         GEMM,
-        "memory, tile(shape, index, rank), group, scale)",
-        "memory, tile(shape, index, rank), group, 1.0f)",
+        "<T, TileN, false>(acc, bias, args, memory, at, group, scale)",
+        "<T, TileN, false>(acc, bias, args, memory, at, group, 1.0f)",
     ),
+    "a scale alone is left out": (GEMM, "args.bias == nullptr && scale == 1.0f", "!args.bias"),
+    "a bias alone is left out": (
+        GEMM,
+        "args.bias == nullptr && scale == 1.0f",
+        "scale == 1.0f",
+    ),
+    "the pairs of a bias change places": (GEMM, "+ threadIdx.x % 4;", "+ 3 - threadIdx.x % 4;"),
+    "a bias is read beyond its end": (GEMM, "8 * j < left ?", "8 * j <= left ?"),
     "the peer's barriers are used before they exist": (
         GEMM,
-        "  ptx::cluster_arrive();\n  ptx::cluster_wait();\n  if",
+        "  ptx::cluster_arrive_relaxed();\n  ptx::cluster_wait();\n  if",
         "  if",
     ),
     "a CTA leaves while its peer still arrives there": (
         GEMM,
         "  ptx::cluster_arrive();\n  ptx::cluster_wait();\n}",
         "}",
+    ),
+    "single CTAs are launched as clusters": (
+        GEMM,
+        "attributes + (cluster > 1 ? 0 : 1);  // single CTAs are launched without clusters\n"
+        "  config.numAttrs = (cluster > 1 ? 1 : 0) + ",
+        "attributes;\n  config.numAttrs = 1 + ",
+    ),
+    "single CTAs decode as clusters": (DECODE, "if (how.cluster == 1) config.numAttrs = 0;", ""),
+    "the last barrier of a cluster orders nothing": (
+        GEMM,
+        "  ptx::cluster_arrive();\n",
+        "  ptx::cluster_arrive_relaxed();\n",
+    ),
+    "a cluster of one waits for its cluster": (
+        DECODE,
+        "  if (cluster > 1) ptx::cluster_arrive_relaxed();\n"
+        "  if (threadIdx.x == kConsumers) produce(args, memory, walk);  "
+        "// W need not wait for the others\n"
+        "  if (cluster > 1) ptx::cluster_wait();\n",
+        "  ptx::cluster_arrive_relaxed();\n"
+        "  if (threadIdx.x == kConsumers) produce(args, memory, walk);\n"
+        "  ptx::cluster_wait();\n",
     ),
     "the partial h of the others is not waited for": (
         DECODE,

@@ -66,6 +66,7 @@ def by_torch(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
     monkeypatch.setattr(fused.cuda, "gemm_ext", gemm_ext)
     monkeypatch.setattr(fused.cuda, "decode", decode)
+    monkeypatch.setattr(fused.cuda, "why_not_placed", lambda device: None)
     return decoded
 
 
@@ -102,6 +103,19 @@ def test_what_goes_to_the_decode_kernel(change: str, by_torch: list[Tensor]) -> 
     assert error(y, want.y) < 1e-3 and error(h, want.h) < 1e-3
     assert float(sqnorm) == pytest.approx(float(want.sqnorm), rel=2e-3)
     assert len(by_torch) == (change == "none")
+
+
+def test_clusters_without_room_are_served_by_more_kernels(
+    by_torch: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the reason, once."""
+    monkeypatch.setattr(fused.cuda, "why_not_placed", lambda device: "there is no room")
+    fused._warn_once.cache_clear()
+    call = call_of(draw(Shape(5, 64, 48, 8), torch.float16), 0.0, sqnorm=True)
+    with pytest.warns(UserWarning, match="there is no room") as said:
+        outputs = [fused.CUDA.forward(call) for _ in range(2)]
+    assert len(said) == 1 and by_torch == []
+    assert error(outputs[1].y, reference.forward(call).y) < 1e-3
 
 
 def test_t_does_not_overflow_float16_for_its_scale() -> None:

@@ -23,7 +23,7 @@ using namespace loradrop;
 void check_tiles(const Gemm& g, int clusters) {
   std::vector<int> seen(static_cast<std::size_t>(g.m) * g.n);
   for (int c = 0; c < clusters; ++c) {
-    for (long index = c; index < tiles(g); index += clusters) {
+    for (int index = c; index < tiles(g); index += clusters) {
       for (int rank = 0; rank < g.cluster; ++rank) {
         const Tile at = tile(g, index, rank);
         CHECK(at.m >= 0 && at.n >= 0 && at.n < g.n);
@@ -67,7 +67,7 @@ void check_shares(const Gemm& g) {
 // Tiles that run at the same time stay within kGroup rows of tiles, and meet again in L2.
 void check_groups(const Gemm& g) {
   const long per_group = static_cast<long>(kGroup / g.cluster) * tile_columns(g);
-  for (long index = 0; index < tiles(g); ++index) {
+  for (int index = 0; index < tiles(g); ++index) {
     const int row = tile(g, index, 0).m / kTileM;
     CHECK(row / kGroup == index / per_group);
   }
@@ -98,9 +98,51 @@ void check_coverage() {
     }
   }
   const Gemm large{1 << 20, 1 << 20, 64, 8, 128, 1};
-  CHECK(tiles(large) == (1L << 26));
-  CHECK(tile(large, tiles(large) - 1, 0).m == (1 << 20) - 128);
-  CHECK(choose_tile_n(8192, 4096, 132) == 256 && choose_tile_n(512, 1024, 132) == 128);
+  CHECK(tiles(large) == (1L << 26) && tiles(large) <= kMaxTiles);
+  CHECK(tile(large, static_cast<int>(tiles(large)) - 1, 0).m == (1 << 20) - 128);
+}
+
+struct Cut {
+  int m, n, tile_n, cluster;
+  long time;  // 25600 a wave of 128 x 256, 13568 one of 128 x 128
+};
+
+// The tiles that take least time, on 132 SMs.
+void check_cuts() {
+  const Cut cuts[] = {
+      {512, 11008, 128, 2, 3 * 13568},   {1024, 5120, 128, 2, 3 * 13568},
+      {1024, 6144, 128, 2, 3 * 13568},   {1536, 4096, 128, 2, 3 * 13568},
+      {2048, 5120, 128, 2, 5 * 13568},   {1536, 6144, 128, 2, 5 * 13568},
+      {2176, 4096, 128, 2, 5 * 13568},   {1024, 14336, 128, 2, 7 * 13568},
+      {2176, 6144, 128, 2, 7 * 13568},   {2048, 11008, 128, 2, 11 * 13568},
+      {1024, 4096, 256, 2, 25600},       {4096, 1024, 256, 2, 25600},
+      {8192, 4096, 256, 2, 8 * 25600},   {8192, 14336, 256, 2, 28 * 25600},
+      {8192, 11008, 256, 2, 21 * 25600}, {512, 1024, 128, 2, 13568},
+      {128, 4096, 128, 1, 13568},  // nothing to share
+      {384, 5120, 128, 1, 13568},  // pairs: a second wave, for a row of tiles beyond the edge
+  };
+  for (const Cut& c : cuts) {
+    const Gemm found = cut({c.m, c.n, 64, 8, 0, 0}, 132);
+    CHECK(found.tile_n == c.tile_n && found.cluster == c.cluster);
+    CHECK(gemm_time(found, 132) == c.time);
+    CHECK(found.m == c.m && found.n == c.n && found.k == 64 && found.r == 8);
+  }
+  for (int sms : {1, 2, 7, 66, 132}) {
+    for (int m : {1, 128, 129, 500, 1024, 3000}) {
+      for (int n : {8, 256, 1000, 5120, 11008}) {
+        const Gemm best = cut({m, n, 64, 8, 0, 0}, sms);
+        CHECK(m > kTileM || best.cluster == 1);
+        for (int tile_n : {128, 256}) {
+          for (int cluster : {1, 2}) {
+            const Gemm asked = cut({m, n, 64, 8, tile_n, cluster}, sms);
+            CHECK(asked.tile_n == tile_n && asked.cluster == cluster);
+            CHECK(gemm_time(best, sms) <= gemm_time(asked, sms));
+          }
+          CHECK(cut({m, n, 64, 8, tile_n, 0}, sms).tile_n == tile_n);
+        }
+      }
+    }
+  }
 }
 
 // ---- The ring under any interleaving -----------------------------------------------------------
@@ -314,10 +356,50 @@ void check_decode() {
     for (int n : {1, 8, 100, 1024, 4096, 11008, 14336, 128256}) {
       for (int sms = 1; sms <= 132; ++sms) {
         const int rows = decode_rows(n, sms), ctas = decode_ctas(n, rows, cluster);
+        const int waves = ceil_div(n, static_cast<long>(kDecodeMaxRows) * sms);
         CHECK(rows % 16 == 0 && rows >= 16 && rows <= kDecodeMaxRows);
+        CHECK(ceil_div(n, rows) <= waves * sms);  // and no lower slab does it
+        CHECK(rows == 16 || ceil_div(n, rows - 16) > waves * sms);
         CHECK(ctas % cluster == 0 && static_cast<long>(ctas) * rows >= n);
         CHECK(static_cast<long>(ctas - cluster) * rows < n);
-        CHECK(rows == kDecodeMaxRows || ceil_div(n, rows) <= sms);
+      }
+    }
+  }
+}
+
+bool is(const DecodePlan& plan, int rows, int cluster, int ctas) {
+  return plan.rows == rows && plan.cluster == cluster && plan.ctas == ctas;
+}
+
+void check_plans() {
+  const Occupancy even{{132, 66, 33, 16}}, uneven{{132, 66, 32, 15}}, sparse{{132, 66, 31, 15}};
+  const Occupancy pairs{{14, 7, 0, 0}}, singles{{7, 0, 0, 0}}, nothing{{0, 0, 0, 0}};
+  // 16 clusters of 8 hold 4096 rows in slabs of 32; 15 would need slabs of 48.
+  CHECK(is(decode_plan(4096, 16, even, 0), 32, 8, 128));
+  CHECK(is(decode_plan(4096, 16, uneven, 0), 32, 4, 128));
+  CHECK(is(decode_plan(4096, 16, sparse, 0), 32, 2, 128));
+  CHECK(is(decode_plan(4096, 16, uneven, 8), 48, 8, 88));
+  CHECK(is(decode_plan(4096, 16, uneven, 1), 32, 1, 128));
+  CHECK(is(decode_plan(5120, 16, uneven, 0), 48, 8, 112));  // nothing is saved
+  CHECK(is(decode_plan(4096, 128, sparse, 0), 48, 8, 88));  // A would cost more than W
+  CHECK(is(decode_plan(16384, 16, even, 0), 128, 8, 128));
+  CHECK(is(decode_plan(16384, 16, uneven, 0), 128, 4, 128));  // 15 clusters of 8: a second wave
+  CHECK(is(decode_plan(20000, 16, even, 0), 80, 8, 256));
+  CHECK(is(decode_plan(100, 16, pairs, 0), 16, 2, 8));
+  CHECK(decode_plan(100, 16, pairs, 8).ctas == 0 && decode_plan(100, 16, singles, 0).ctas == 0);
+  CHECK(is(decode_plan(100, 16, singles, 1), 16, 1, 7));
+  CHECK(decode_plan(100, 16, nothing, 1).ctas == 0);
+  for (const Occupancy& on : {even, uneven, sparse, pairs}) {
+    for (int n : {1, 100, 1024, 2048, 4096, 8192, 11008, 14336, 32000, 128256}) {
+      for (int r : {1, 16, 64, 128}) {
+        const DecodePlan best = decode_plan(n, r, on, 0);
+        CHECK(static_cast<long>(best.ctas) * best.rows >= n && best.ctas % best.cluster == 0);
+        for (int cluster : {1, 2, 4, 8}) {
+          const DecodePlan plan = decode_plan(n, r, on, cluster);
+          if (on.of(cluster) == 0) continue;
+          CHECK(plan.cluster == cluster);
+          CHECK(cluster == 1 || decode_load(best, r, on) <= decode_load(plan, r, on));
+        }
       }
     }
   }
@@ -325,7 +407,9 @@ void check_decode() {
 
 int main() {
   check_coverage();
+  check_cuts();
   check_ring();
   check_decode();
+  check_plans();
   return 0;
 }

@@ -136,6 +136,8 @@ def gemm_ext(
     """
     _demand("gemm_ext", p, q, h, l)
     bias = _vector("bias", bias, q.shape[1], p)
+    if bias is not None and bias.data_ptr() % 4 != 0:
+        bias = bias.clone()  # it is read in pairs
     if h is None or l is None or scaling == 0.0:
         h = l = None
     out = p.new_empty((p.shape[0], q.shape[1]))
@@ -147,11 +149,29 @@ def gemm_ext(
     return out
 
 
-def _plan(weight: Tensor, cluster: int) -> tuple[int, int]:
-    """(rows of weight that a CTA of `decode` keeps, CTAs)."""
-    sms = torch.cuda.get_device_properties(weight.device).multi_processor_count
-    rows, ctas = _extension().decode_plan(weight.shape[0], sms, cluster)
-    return rows, ctas
+@functools.cache
+def occupancy(device: int) -> dict[int, int]:
+    """{CTAs of a cluster: how many such clusters of `decode` the device holds at once}.
+
+    Empty where the kernels cannot run. The device is asked once.
+    """
+    if _why_not_on(device) is not None:
+        return {}
+    return dict(zip((1, 2, 4, 8), _extension().decode_occupancy(device), strict=True))
+
+
+@functools.cache
+def why_not_placed(device: int) -> str | None:
+    """Why no cluster of `decode` has room on the device, or None."""
+    reason = _extension().why_not_placed(tuple(occupancy(device).values()), 0)
+    return None if reason is None else str(reason)
+
+
+def _plan(weight: Tensor, r: int, cluster: int) -> tuple[int, int, int]:
+    """(rows of weight that a CTA of `decode` keeps, CTAs of a cluster, CTAs)."""
+    clusters = tuple(occupancy(weight.device.index).values())
+    rows, cluster, ctas = _extension().decode_plan(weight.shape[0], r, clusters, cluster)
+    return rows, cluster, ctas
 
 
 def decode(
@@ -164,17 +184,18 @@ def decode(
     token_weights: Tensor | None = None,
     norm: bool = False,
     *,
-    cluster: int = 8,
+    cluster: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, h, sqnorm or None) of up to 32 tokens, in one launch; the norm adds a second, tiny one.
 
     x (M, K)   weight (N, K)   bias (N,) or None   A (r, K)   B (N, r)   token_weights (M,) or None
     ->  y (M, N)   h (M, r)   sqnorm 0-dim, float32
 
-    All row-major. h is unscaled and rounded, and its product is what y and sqnorm contain.
+    All row-major. h is unscaled and rounded, and its product is what y and sqnorm contain. The
+    cluster is 1, 2, 4 or 8 CTAs that share the work on h, or 0 for those that fill the device best.
 
     Raises ValueError with the reason for operands that it cannot read: rows that do not begin at
-    whole 16 bytes, more than 32 tokens, ranks over 128.
+    whole 16 bytes, more than 32 tokens, ranks over 128; and for a cluster that has no room.
     """
     _demand("decode", x, weight, A, B)
     m, n = x.shape[0], weight.shape[0]
@@ -183,7 +204,7 @@ def decode(
     if token_weights is not None:
         like = x.new_empty(0, dtype=torch.float32)
         token_weights = _vector("token_weights", token_weights.float(), m, like)
-    rows, ctas = _plan(weight, cluster)
+    rows, cluster, ctas = _plan(weight, A.shape[0], cluster)
     y, h = x.new_empty((m, n)), x.new_empty((m, A.shape[0]))
     if norm:
         planes, sqnorm = (x.new_empty(shape, dtype=torch.float32) for shape in ((ctas,), ()))
@@ -196,20 +217,20 @@ def decode(
     return y, h, sqnorm
 
 
-def stream_floor(weight: Tensor, m: int, r: int, cluster: int = 8) -> None:
+def stream_floor(weight: Tensor, m: int, r: int, cluster: int = 0) -> None:
     """Reads weight (N, K) as `decode` of m tokens and rank r would, and does nothing with it.
 
     With `barrier_floor`, the time that `decode` cannot beat. For benchmarks.
     """
     _demand("stream_floor", weight)
-    rows, _ = _plan(weight, cluster)
+    rows, *_ = _plan(weight, r, cluster)
     stages = _extension().decode_stages(rows, m, r)
     dtype, w = _DTYPES[weight.dtype], _numbers(weight)
     _launch("stream_weight", weight, dtype=dtype, w=w, rows=rows, stages=stages)
 
 
-def barrier_floor(weight: Tensor, cluster: int = 8) -> None:
+def barrier_floor(weight: Tensor, r: int, cluster: int = 0) -> None:
     """Two cluster barriers on the grid of `decode`, with no work between them. For benchmarks."""
     _demand("barrier_floor", weight)
-    _, ctas = _plan(weight, cluster)
+    _, cluster, ctas = _plan(weight, r, cluster)
     _launch("cluster_barriers", weight, cluster=cluster, ctas=ctas)

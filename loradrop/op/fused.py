@@ -8,6 +8,8 @@ with t = s·dyB/(1 − p). `thin` leaves the wide product to cuBLAS and adds the
 `shrink`, and kept as one bit an element.
 """
 
+import functools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -103,13 +105,21 @@ def small_m_triton(call: Call, weights: Tensor | None) -> Output | None:
     return Output(y, h, None, None if parts is None else total(parts, call.scaling).double())
 
 
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"LoRA of few tokens takes several kernels, not one: {reason}", stacklevel=2)
+
+
 def small_m_cuda(call: Call, weights: Tensor | None) -> Output | None:
-    """As `small_m_triton`, by csrc/; None for what its kernel cannot read."""
+    """As `small_m_triton`, by csrc/; None for what its kernel cannot read, or has no room for."""
     x, weight = call.x, call.weight
     if weight is None or x.shape[0] > DECODE_ROWS or call.A.shape[0] > DECODE_RANK:
         return None
     A, B = call.A.to(x.dtype), call.B.to(x.dtype)
     if not all(map(rows_aligned, (x, weight, A, B))):
+        return None
+    if reason := cuda.why_not_placed(x.device.index):
+        _warn_once(reason)
         return None
     y, h, sqnorm = cuda.decode(x, weight, call.bias, A, B, call.scaling, weights, call.sqnorm)
     return Output(y, h, None, None if sqnorm is None else sqnorm.double())
