@@ -84,6 +84,7 @@ constexpr std::size_t kStack = 1 << 16;
 
 struct Barrier {
   long expected = 0, pending = 0, bytes = 0, completed = 0;
+  bool plain = false, published = false;  // by arrivals from the cluster
 
   void settle() {
     if (pending == 0 && bytes == 0) {
@@ -451,21 +452,29 @@ inline void arrive_and_expect(std::uint32_t barrier, std::uint32_t bytes) {
   emulator::arrive(barrier);
 }
 inline void arrive(std::uint32_t barrier) { emulator::arrive(barrier); }
-inline void arrive_peer(std::uint32_t barrier, std::uint32_t rank) {
+inline void arrive_later(std::uint32_t barrier, bool emulator::Barrier::* how) {
   emulator::Fiber* issuer = &here();
   ++issuer->arrivals;
   issuer->arrived = true;
-  machine.events.push_back([issuer, to = peer(barrier, rank)] {
-    emulator::arrive(to);
+  machine.events.push_back([=] {
+    emulator::barrier(barrier).*how = true;
+    emulator::arrive(barrier);
     --issuer->arrivals;
   });
 }
-inline void publish_peer(std::uint32_t barrier, std::uint32_t rank) { arrive_peer(barrier, rank); }
+inline void arrive_peer(std::uint32_t barrier, std::uint32_t rank) {
+  arrive_later(peer(barrier, rank), &emulator::Barrier::plain);
+}
+inline void publish_peer(std::uint32_t barrier, std::uint32_t rank) {
+  arrive_later(peer(barrier, rank), &emulator::Barrier::published);
+}
 
 template <bool Cluster = false>
 inline void wait(std::uint32_t barrier, std::uint32_t parity) {
   emulator::Barrier& b = emulator::barrier(barrier);
   emulator::block([&b, parity] { return (b.completed & 1) != static_cast<long>(parity); });
+  // What a peer publishes is seen by a wait of the cluster's scope, and such a wait sees nothing else.
+  CHECK(Cluster ? !b.plain : !b.published);
 }
 
 inline void sync_threads(int barrier, int threads) {

@@ -147,6 +147,26 @@ FAULTS = {
         "",
     ),
     "h is used before it is complete": (DECODE, "ptx::wait<true>(memory.h_complete(), 0);", ""),
+    "a partial h is left, not published": (
+        DECODE,
+        "ptx::publish_peer(memory.partial_left(), threadIdx.x)",
+        "ptx::arrive_peer(memory.partial_left(), threadIdx.x)",
+    ),
+    "a part of h is written, not published": (
+        DECODE,
+        "ptx::publish_peer(memory.h_complete(), threadIdx.x)",
+        "ptx::arrive_peer(memory.h_complete(), threadIdx.x)",
+    ),
+    "the partial h of the others is waited for as the own": (
+        DECODE,
+        "ptx::wait<true>(memory.partial_left(), 0)",
+        "ptx::wait(memory.partial_left(), 0)",
+    ),
+    "h is waited for as if all of it were the own": (
+        DECODE,
+        "ptx::wait<true>(memory.h_complete(), 0)",
+        "ptx::wait(memory.h_complete(), 0)",
+    ),
     "the warps add up at the same time": (DECODE, "if (warp % 4 == turn)", "if (turn == 0)"),
     "0 times NaN": (DECODE, "if (weight > 0.0f) squares", "squares"),
 }
