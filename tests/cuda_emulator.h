@@ -118,6 +118,9 @@ struct Wgmma {
   bool add, n_major;
 };
 
+// Who may touch the accumulators: ordinary code, nobody, as the compiler knows, or wgmma.
+enum class Sums { kOrdinary, kPinned, kFenced };
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
@@ -130,6 +133,7 @@ struct Fiber {
   long cluster_phase = 0;
   bool done = false, unfenced = false, arrived = false;
   std::deque<std::vector<Wgmma>> groups{1};  // the last one is not committed
+  Sums sums = Sums::kOrdinary;
   std::function<bool()> ready;               // empty: it can run
 };
 
@@ -550,6 +554,8 @@ template <int Count>
 inline void take_registers() {}
 
 inline void store_matrices(std::uint32_t address, const std::uint32_t (&value)[4]) {
+  CHECK(here().sums != emulator::Sums::kFenced);  // the values come from accumulators
+  here().sums = emulator::Sums::kOrdinary;
   const auto words = emulator::exchange(&address, 1);
   const int lane = here().thread.x % 32;
   for (int i = 0; i < 4; ++i) {
@@ -635,7 +641,10 @@ inline void perform(const emulator::Wgmma& op) {
   }
 }
 
-inline void wgmma_fence() {}
+inline void wgmma_fence() {
+  emulator::Sums& sums = emulator::here().sums;
+  if (sums == emulator::Sums::kPinned) sums = emulator::Sums::kFenced;
+}
 inline void wgmma_commit() { emulator::here().groups.emplace_back(); }
 
 template <int Pending>
@@ -650,6 +659,7 @@ inline void wgmma_wait() {
 
 template <class T, int TransB, int Count>
 inline void wgmma(float (&d)[Count], std::uint64_t a, std::uint64_t b, bool add) {
+  CHECK(emulator::here().sums == emulator::Sums::kFenced);
   auto& groups = emulator::here().groups;
   const emulator::Wgmma op{d, 2 * Count, a, b, add, TransB != 0};
   // In order: at once only where none before it is still to come.
@@ -662,6 +672,10 @@ inline void wgmma(float (&d)[Count], std::uint64_t a, std::uint64_t b, bool add)
 }
 
 template <int Count>
-inline void pin(float (&)[Count]) {}
+inline void pin(float (&)[Count]) {
+  const auto& groups = emulator::here().groups;
+  CHECK(groups.size() == 1 && groups.back().empty());  // else a wgmma still writes them
+  emulator::here().sums = emulator::Sums::kPinned;
+}
 
 }  // namespace loradrop

@@ -87,6 +87,18 @@ FAULTS = {
         "arrive_and_expect(barrier, slot_bytes(TileN))",
         "arrive_and_expect(barrier, slot_bytes(TileN) - q_bytes(TileN) / 2)",
     ),
+    "wgmma begins without a fence": (GEMM, "wgmma_fence();", ""),
+    "wgmma begins on what the compiler may still write": (GEMM, "  pin(acc);\n  for", "  for"),
+    "the compiler may read the sums before wgmma has ended": (
+        GEMM,
+        "wgmma_wait<0>();\n  pin(acc);",
+        "wgmma_wait<0>();",
+    ),
+    "the sums are pinned before wgmma has ended": (
+        GEMM,
+        "wgmma_wait<0>();\n  pin(acc);",
+        "pin(acc);\n  wgmma_wait<0>();",
+    ),
     "h is read before it is written": (GEMM, "if (now.thin && early)", "if (false)"),
     "the output is written while it may be read": (GEMM, "if (shape.r == 0) {", "if (false) {"),
     "a staging buffer is overwritten before it is stored": (
