@@ -225,6 +225,7 @@ inline void arrive(std::uint32_t address) {
 inline void count_bytes(std::uint32_t address, long bytes) {
   Barrier& b = barrier(address);
   b.bytes += bytes;
+  CHECK(std::abs(b.bytes) < 1 << 20);  // the range of a barrier's tx-count
   b.settle();
 }
 

@@ -179,6 +179,14 @@ FAULTS = {
         "ptx::wait<true>(memory.h_complete(), 0)",
         "ptx::wait(memory.h_complete(), 0)",
     ),
+    "a barrier awaits more bytes than it can count": (
+        DECODE,
+        "ptx::arrive_and_expect(memory.b_filled(), at.boxes * at.rows * kRowBytes);\n"
+        "      for (int box = 0; box < at.boxes; ++box) {\n",
+        "ptx::arrive_and_expect(memory.b_filled(), 32 * at.boxes * at.rows * kRowBytes);\n"
+        "      for (int i = 0; i < 32 * at.boxes; ++i) {\n"
+        "        const int box = i % at.boxes;\n",
+    ),
     "the warps add up at the same time": (DECODE, "if (warp % 4 == turn)", "if (turn == 0)"),
     "0 times NaN": (DECODE, "if (weight > 0.0f) squares", "squares"),
 }
