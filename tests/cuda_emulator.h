@@ -3,15 +3,17 @@
 //
 // Every thread of a cluster is a fiber, and one of them runs at a time, chosen at random. What is
 // asynchronous on the device is an event here, which happens at some later time: the bytes of a TMA
-// load (apart for each CTA of a multicast), an arrival at another CTA's barrier, the reads of a TMA
-// store, the end of the kernel that writes h. A wgmma reads its operands when it is issued or only
-// when it is waited for. So a missing wait shows as a wrong value, and a deadlock as one.
+// load (eight rows at a time, apart for each CTA of a multicast, the last thing of all at one
+// barrier), an arrival at another CTA's barrier, the reads of a TMA store, the end of the kernel that
+// writes h. A wgmma reads its operands when it is issued or only when it is waited for. So a missing
+// wait shows as a wrong value, and a deadlock as one.
 //
 // Not modelled: the memory model (all writes are seen at once), registers, and time.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -84,6 +86,7 @@ constexpr std::size_t kStack = 1 << 16;
 
 struct Barrier {
   long expected = 0, pending = 0, bytes = 0, completed = 0;
+  bool slow = false;
   bool plain = false, published = false;  // by arrivals from the cluster
 
   void settle() {
@@ -144,6 +147,8 @@ struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<std::function<void()>> events;
   std::vector<std::function<void()>> late;  // the same, in no hurry: stores, and the kernel before
+  std::vector<std::function<void()>> slow;  // and what takes longest: the loads of one barrier
+  std::size_t slow_barrier = 0;  // which one, in the order of their making
   Rendezvous cluster;
   ucontext_t scheduler;
   Fiber* now = nullptr;
@@ -272,10 +277,12 @@ inline void run_cluster(int first_block, int size) {
   // Stores may be fast or take for ever, and one CTA be faster than the others, by far.
   const unsigned lateness = m.random() % 2 == 0 ? 16 : 100000;
   const std::size_t favoured = m.random() % 2 == 0 ? m.random() % size : size;
+  m.slow_barrier = m.random() % 10;
   int left = size * threads;
   while (left > 0) {
     if (m.random() % 4 == 0) happen(m.events);
     if (m.random() % lateness == 0) happen(m.late);
+    if (m.random() % 32768 == 0) happen(m.slow);
     // From a random thread on, the first that can run.
     std::size_t start = m.random() % m.fibers.size();
     if (favoured < m.ctas.size() && m.random() % 64 != 0) start = favoured * threads;
@@ -285,7 +292,7 @@ inline void run_cluster(int first_block, int size) {
       if (!fiber.done && (!fiber.ready || fiber.ready())) next = &fiber;
     }
     if (next == nullptr) {
-      CHECK(happen(m.events) || happen(m.late));  // otherwise: a deadlock
+      CHECK(happen(m.events) || happen(m.late) || happen(m.slow));  // otherwise: a deadlock
       continue;
     }
     next->ready = nullptr;
@@ -295,7 +302,8 @@ inline void run_cluster(int first_block, int size) {
     swapcontext(&m.scheduler, &next->context);
     if (next->done) --left;
   }
-  CHECK(m.events.empty() && m.late.empty());  // nothing is still on its way to a CTA that has left
+  // Nothing is still on its way to a CTA that has left.
+  CHECK(m.events.empty() && m.late.empty() && m.slow.empty());
 }
 
 inline void run(dim3 grid, dim3 block, int cluster, std::function<void()> body) {
@@ -449,7 +457,10 @@ inline void store_peer(std::uint32_t address, std::uint16_t value) {
 }
 
 inline void barrier_init(std::uint32_t barrier, int arrivals) {
-  emulator::cta_of(barrier).barriers[barrier % emulator::kWindow] = {arrivals, arrivals};
+  auto& barriers = emulator::cta_of(barrier).barriers;
+  const bool slow = barriers.size() == machine.slow_barrier;
+  barriers[barrier % emulator::kWindow] = {
+      .expected = arrivals, .pending = arrivals, .slow = slow};
 }
 inline void barrier_init_fence() {}
 inline void arrive_and_expect(std::uint32_t barrier, std::uint32_t bytes) {
@@ -493,9 +504,10 @@ struct Landing {
 
 inline void prefetch(const CUtensorMap&) {}
 
-inline void load_box(CUtensorMap map, Landing to, int inner, int outer) {
-  CHECK(to.address % 1024 == 0);
-  for (int row = 0; row < map.box_rows; ++row) {
+// A box lands in pieces of eight rows, in any order, and each brings its own bytes.
+inline void land(const CUtensorMap& map, Landing to, int inner, int outer, int first) {
+  const int end = std::min(first + 8, map.box_rows);
+  for (int row = first; row < end; ++row) {
     for (int column = 0; column < 64; ++column) {
       const bool inside = outer + row < map.rows && inner + column < map.columns;
       emulator::write<std::uint16_t>(
@@ -503,19 +515,23 @@ inline void load_box(CUtensorMap map, Landing to, int inner, int outer) {
           inside ? map.pointer[(outer + row) * map.stride + inner + column] : 0);
     }
   }
-  emulator::count_bytes(to.barrier, -map.box_rows * 128L);
+  emulator::count_bytes(to.barrier, (first - end) * 128L);
+}
+
+inline void load(const CUtensorMap& map, Landing to, int inner, int outer) {
+  CHECK(to.address % 1024 == 0);
+  for (int first = 0; first < map.box_rows; first += 8) {
+    auto& when = emulator::barrier(to.barrier).slow ? machine.slow : machine.events;
+    when.push_back([=] { land(map, to, inner, outer, first); });
+  }
 }
 
 inline void load_multicast(const CUtensorMap& map, Landing to, int inner, int outer,
                            std::uint16_t ctas) {
   for (std::uint32_t rank = 0; rank < machine.ctas.size(); ++rank) {
     if (!(ctas >> rank & 1)) continue;
-    const Landing there{peer(to.address, rank), peer(to.barrier, rank)};
-    machine.events.push_back([=] { load_box(map, there, inner, outer); });
+    load(map, {peer(to.address, rank), peer(to.barrier, rank)}, inner, outer);
   }
-}
-inline void load(const CUtensorMap& map, Landing to, int inner, int outer) {
-  machine.events.push_back([=] { load_box(map, to, inner, outer); });
 }
 
 inline void store(const CUtensorMap& map, std::uint32_t from, int inner, int outer) {

@@ -187,6 +187,15 @@ FAULTS = {
         "      for (int i = 0; i < 32 * at.boxes; ++i) {\n"
         "        const int box = i % at.boxes;\n",
     ),
+    "B is taken to have landed when the ends of its boxes have": (
+        DECODE,
+        "  ptx::wait(memory.b_filled(), 0);\n",
+        "  for (int box = 1; box <= at.boxes; ++box) {\n"
+        "    const auto end = memory.base + at.b() + box * at.rows * kRowBytes - 4;\n"
+        "    while (std::isnan(ptx::load_peer(end))) ptx::wait_for_earlier_kernels();\n"
+        "  }\n",
+    ),
+    "B is not waited for": (DECODE, "ptx::wait(memory.b_filled(), 0);", ""),
     "the warps add up at the same time": (DECODE, "if (warp % 4 == turn)", "if (turn == 0)"),
     "0 times NaN": (DECODE, "if (weight > 0.0f) squares", "squares"),
 }
