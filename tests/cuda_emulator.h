@@ -278,8 +278,11 @@ inline void run_cluster(int first_block, int size) {
   const unsigned lateness = m.random() % 2 == 0 ? 16 : 100000;
   const std::size_t favoured = m.random() % 2 == 0 ? m.random() % size : size;
   m.slow_barrier = m.random() % 10;
+  // One CTA may also begin later than the others.
+  const int held = m.random() % (2 * size);
+  long turn = 0, release = m.random() % 65536;
   int left = size * threads;
-  while (left > 0) {
+  for (; left > 0; ++turn) {
     if (m.random() % 4 == 0) happen(m.events);
     if (m.random() % lateness == 0) happen(m.late);
     if (m.random() % 32768 == 0) happen(m.slow);
@@ -289,10 +292,16 @@ inline void run_cluster(int first_block, int size) {
     Fiber* next = nullptr;
     for (std::size_t i = 0; i < m.fibers.size() && next == nullptr; ++i) {
       Fiber& fiber = *m.fibers[(start + i) % m.fibers.size()];
+      if (fiber.rank == held && turn < release) continue;
       if (!fiber.done && (!fiber.ready || fiber.ready())) next = &fiber;
     }
     if (next == nullptr) {
-      CHECK(happen(m.events) || happen(m.late) || happen(m.slow));  // otherwise: a deadlock
+      if (happen(m.events)) continue;
+      if (turn < release) {
+        release = turn;
+        continue;
+      }
+      CHECK(happen(m.late) || happen(m.slow));  // otherwise: a deadlock
       continue;
     }
     next->ready = nullptr;

@@ -196,6 +196,11 @@ FAULTS = {
         "  }\n",
     ),
     "B is not waited for": (DECODE, "ptx::wait(memory.b_filled(), 0);", ""),
+    "a pair does not wait for its barriers": (
+        DECODE,
+        "if (cluster > 1) ptx::cluster_wait();",
+        "if (cluster > 2) ptx::cluster_wait();",
+    ),
     "the warps add up at the same time": (DECODE, "if (warp % 4 == turn)", "if (turn == 0)"),
     "0 times NaN": (DECODE, "if (weight > 0.0f) squares", "squares"),
 }
