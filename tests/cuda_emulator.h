@@ -8,7 +8,8 @@
 // writes h. A wgmma reads its operands when it is issued or only when it is waited for. So a missing
 // wait shows as a wrong value, and a deadlock as one.
 //
-// Not modelled: the memory model (all writes are seen at once), registers, and time.
+// Not modelled: the memory model (all writes are seen at once; of fences and scopes only that they
+// are asked for), what a register holds, and time.
 #pragma once
 
 #include <ucontext.h>
@@ -86,6 +87,7 @@ constexpr std::size_t kStack = 1 << 16;
 
 struct Barrier {
   long expected = 0, pending = 0, bytes = 0, completed = 0;
+  bool known = false;  // to the copy engine and to other CTAs
   bool slow = false;
   bool plain = false, published = false;  // by arrivals from the cluster
 
@@ -107,6 +109,7 @@ struct Cta {
   std::map<std::uint32_t, Barrier> barriers;
   std::map<int, Rendezvous> named;
   int block = 0, alive = 0;
+  int registers = 0;  // that no thread has
 };
 
 struct Warp {
@@ -471,7 +474,9 @@ inline void barrier_init(std::uint32_t barrier, int arrivals) {
   barriers[barrier % emulator::kWindow] = {
       .expected = arrivals, .pending = arrivals, .slow = slow};
 }
-inline void barrier_init_fence() {}
+inline void barrier_init_fence() {
+  for (auto& [address, barrier] : here().cta->barriers) barrier.known = true;
+}
 inline void arrive_and_expect(std::uint32_t barrier, std::uint32_t bytes) {
   emulator::count_bytes(barrier, bytes);
   emulator::arrive(barrier);
@@ -482,6 +487,7 @@ inline void arrive_later(std::uint32_t barrier, bool emulator::Barrier::* how) {
   ++issuer->arrivals;
   issuer->arrived = true;
   machine.events.push_back([=] {
+    CHECK(emulator::barrier(barrier).known);
     emulator::barrier(barrier).*how = true;
     emulator::arrive(barrier);
     --issuer->arrivals;
@@ -524,6 +530,7 @@ inline void land(const CUtensorMap& map, Landing to, int inner, int outer, int f
           inside ? map.pointer[(outer + row) * map.stride + inner + column] : 0);
     }
   }
+  CHECK(emulator::barrier(to.barrier).known);
   emulator::count_bytes(to.barrier, (first - end) * 128L);
 }
 
@@ -574,10 +581,18 @@ inline void wait_for_earlier_kernels() {
   emulator::block([] { return machine.before_ended; });
 }
 
+// A thread begins with its share of the 65536 registers, in eights.
+inline int first_registers() { return 65536 / static_cast<int>(machine.block.x) / 8 * 8; }
 template <int Count>
-inline void give_registers() {}
+inline void give_registers() {
+  here().cta->registers += first_registers() - Count;
+}
 template <int Count>
-inline void take_registers() {}
+inline void take_registers() {
+  emulator::Cta* cta = here().cta;
+  emulator::block([cta] { return cta->registers >= Count - first_registers(); });
+  cta->registers -= Count - first_registers();
+}
 
 inline void store_matrices(std::uint32_t address, const std::uint32_t (&value)[4]) {
   CHECK(here().sums != emulator::Sums::kFenced);  // the values come from accumulators

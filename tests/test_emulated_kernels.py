@@ -201,6 +201,18 @@ FAULTS = {
         "if (cluster > 1) ptx::cluster_wait();",
         "if (cluster > 2) ptx::cluster_wait();",
     ),
+    "the peer and the copy engine do not know the barriers": (
+        GEMM,
+        "ptx::barrier_init_fence();",
+        "",
+    ),
+    "the others and the copy engine do not know the barriers": (
+        DECODE,
+        "ptx::barrier_init_fence();",
+        "",
+    ),
+    "the producer keeps its registers": (GEMM, "ptx::give_registers<40>();", ""),
+    "more registers are taken than given": (GEMM, "take_registers<232>", "take_registers<240>"),
     "the warps add up at the same time": (DECODE, "if (warp % 4 == turn)", "if (turn == 0)"),
     "0 times NaN": (DECODE, "if (weight > 0.0f) squares", "squares"),
 }
