@@ -304,7 +304,7 @@ inline void run_cluster(int first_block, int size) {
         release = turn;
         continue;
       }
-      CHECK(happen(m.late) || happen(m.slow));  // otherwise: a deadlock
+      CHECK(happen(m.slow) || happen(m.late));  // otherwise: a deadlock
       continue;
     }
     next->ready = nullptr;
