@@ -3,15 +3,18 @@
 //
 // Every thread of a cluster is a fiber, and one of them runs at a time, chosen at random. What is
 // asynchronous on the device is an event here, which happens at some later time: the bytes of a TMA
-// load (apart for each CTA of a multicast), an arrival at another CTA's barrier, the reads of a TMA
-// store, the end of the kernel that writes h. A wgmma reads its operands when it is issued or only
-// when it is waited for. So a missing wait shows as a wrong value, and a deadlock as one.
+// load (eight rows at a time, apart for each CTA of a multicast, the last thing of all at one
+// barrier), an arrival at another CTA's barrier, the reads of a TMA store, the end of the kernel that
+// writes h. A wgmma reads its operands when it is issued or only when it is waited for. So a missing
+// wait shows as a wrong value, and a deadlock as one.
 //
-// Not modelled: the memory model (all writes are seen at once), registers, and time.
+// Not modelled: the memory model (all writes are seen at once; of fences and scopes only that they
+// are asked for), what a register holds, and time.
 #pragma once
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -84,6 +87,9 @@ constexpr std::size_t kStack = 1 << 16;
 
 struct Barrier {
   long expected = 0, pending = 0, bytes = 0, completed = 0;
+  bool known = false;  // to the copy engine and to other CTAs
+  bool slow = false;
+  bool plain = false, published = false;  // by arrivals from the cluster
 
   void settle() {
     if (pending == 0 && bytes == 0) {
@@ -103,6 +109,7 @@ struct Cta {
   std::map<std::uint32_t, Barrier> barriers;
   std::map<int, Rendezvous> named;
   int block = 0, alive = 0;
+  int registers = 0;  // that no thread has
 };
 
 struct Warp {
@@ -117,6 +124,9 @@ struct Wgmma {
   bool add, n_major;
 };
 
+// Who may touch the accumulators: ordinary code, nobody, as the compiler knows, or wgmma.
+enum class Sums { kOrdinary, kPinned, kFenced };
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
@@ -129,6 +139,7 @@ struct Fiber {
   long cluster_phase = 0;
   bool done = false, unfenced = false, arrived = false;
   std::deque<std::vector<Wgmma>> groups{1};  // the last one is not committed
+  Sums sums = Sums::kOrdinary;
   std::function<bool()> ready;               // empty: it can run
 };
 
@@ -139,6 +150,8 @@ struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<std::function<void()>> events;
   std::vector<std::function<void()>> late;  // the same, in no hurry: stores, and the kernel before
+  std::vector<std::function<void()>> slow;  // and what takes longest: the loads of one barrier
+  std::size_t slow_barrier = 0;  // which one, in the order of their making
   Rendezvous cluster;
   ucontext_t scheduler;
   Fiber* now = nullptr;
@@ -220,6 +233,7 @@ inline void arrive(std::uint32_t address) {
 inline void count_bytes(std::uint32_t address, long bytes) {
   Barrier& b = barrier(address);
   b.bytes += bytes;
+  CHECK(std::abs(b.bytes) < 1 << 20);  // the range of a barrier's tx-count
   b.settle();
 }
 
@@ -266,20 +280,31 @@ inline void run_cluster(int first_block, int size) {
   // Stores may be fast or take for ever, and one CTA be faster than the others, by far.
   const unsigned lateness = m.random() % 2 == 0 ? 16 : 100000;
   const std::size_t favoured = m.random() % 2 == 0 ? m.random() % size : size;
+  m.slow_barrier = m.random() % 10;
+  // One CTA may also begin later than the others.
+  const int held = m.random() % (2 * size);
+  long turn = 0, release = m.random() % 65536;
   int left = size * threads;
-  while (left > 0) {
+  for (; left > 0; ++turn) {
     if (m.random() % 4 == 0) happen(m.events);
     if (m.random() % lateness == 0) happen(m.late);
+    if (m.random() % 32768 == 0) happen(m.slow);
     // From a random thread on, the first that can run.
     std::size_t start = m.random() % m.fibers.size();
     if (favoured < m.ctas.size() && m.random() % 64 != 0) start = favoured * threads;
     Fiber* next = nullptr;
     for (std::size_t i = 0; i < m.fibers.size() && next == nullptr; ++i) {
       Fiber& fiber = *m.fibers[(start + i) % m.fibers.size()];
+      if (fiber.rank == held && turn < release) continue;
       if (!fiber.done && (!fiber.ready || fiber.ready())) next = &fiber;
     }
     if (next == nullptr) {
-      CHECK(happen(m.events) || happen(m.late));  // otherwise: a deadlock
+      if (happen(m.events)) continue;
+      if (turn < release) {
+        release = turn;
+        continue;
+      }
+      CHECK(happen(m.slow) || happen(m.late));  // otherwise: a deadlock
       continue;
     }
     next->ready = nullptr;
@@ -289,7 +314,8 @@ inline void run_cluster(int first_block, int size) {
     swapcontext(&m.scheduler, &next->context);
     if (next->done) --left;
   }
-  CHECK(m.events.empty() && m.late.empty());  // nothing is still on its way to a CTA that has left
+  // Nothing is still on its way to a CTA that has left.
+  CHECK(m.events.empty() && m.late.empty() && m.slow.empty());
 }
 
 inline void run(dim3 grid, dim3 block, int cluster, std::function<void()> body) {
@@ -443,29 +469,43 @@ inline void store_peer(std::uint32_t address, std::uint16_t value) {
 }
 
 inline void barrier_init(std::uint32_t barrier, int arrivals) {
-  emulator::cta_of(barrier).barriers[barrier % emulator::kWindow] = {arrivals, arrivals};
+  auto& barriers = emulator::cta_of(barrier).barriers;
+  const bool slow = barriers.size() == machine.slow_barrier;
+  barriers[barrier % emulator::kWindow] = {
+      .expected = arrivals, .pending = arrivals, .slow = slow};
 }
-inline void barrier_init_fence() {}
+inline void barrier_init_fence() {
+  for (auto& [address, barrier] : here().cta->barriers) barrier.known = true;
+}
 inline void arrive_and_expect(std::uint32_t barrier, std::uint32_t bytes) {
   emulator::count_bytes(barrier, bytes);
   emulator::arrive(barrier);
 }
 inline void arrive(std::uint32_t barrier) { emulator::arrive(barrier); }
-inline void arrive_peer(std::uint32_t barrier, std::uint32_t rank) {
+inline void arrive_later(std::uint32_t barrier, bool emulator::Barrier::* how) {
   emulator::Fiber* issuer = &here();
   ++issuer->arrivals;
   issuer->arrived = true;
-  machine.events.push_back([issuer, to = peer(barrier, rank)] {
-    emulator::arrive(to);
+  machine.events.push_back([=] {
+    CHECK(emulator::barrier(barrier).known);
+    emulator::barrier(barrier).*how = true;
+    emulator::arrive(barrier);
     --issuer->arrivals;
   });
 }
-inline void publish_peer(std::uint32_t barrier, std::uint32_t rank) { arrive_peer(barrier, rank); }
+inline void arrive_peer(std::uint32_t barrier, std::uint32_t rank) {
+  arrive_later(peer(barrier, rank), &emulator::Barrier::plain);
+}
+inline void publish_peer(std::uint32_t barrier, std::uint32_t rank) {
+  arrive_later(peer(barrier, rank), &emulator::Barrier::published);
+}
 
 template <bool Cluster = false>
 inline void wait(std::uint32_t barrier, std::uint32_t parity) {
   emulator::Barrier& b = emulator::barrier(barrier);
   emulator::block([&b, parity] { return (b.completed & 1) != static_cast<long>(parity); });
+  // What a peer publishes is seen by a wait of the cluster's scope, and such a wait sees nothing else.
+  CHECK(Cluster ? !b.plain : !b.published);
 }
 
 inline void sync_threads(int barrier, int threads) {
@@ -479,9 +519,10 @@ struct Landing {
 
 inline void prefetch(const CUtensorMap&) {}
 
-inline void load_box(CUtensorMap map, Landing to, int inner, int outer) {
-  CHECK(to.address % 1024 == 0);
-  for (int row = 0; row < map.box_rows; ++row) {
+// A box lands in pieces of eight rows, in any order, and each brings its own bytes.
+inline void land(const CUtensorMap& map, Landing to, int inner, int outer, int first) {
+  const int end = std::min(first + 8, map.box_rows);
+  for (int row = first; row < end; ++row) {
     for (int column = 0; column < 64; ++column) {
       const bool inside = outer + row < map.rows && inner + column < map.columns;
       emulator::write<std::uint16_t>(
@@ -489,19 +530,24 @@ inline void load_box(CUtensorMap map, Landing to, int inner, int outer) {
           inside ? map.pointer[(outer + row) * map.stride + inner + column] : 0);
     }
   }
-  emulator::count_bytes(to.barrier, -map.box_rows * 128L);
+  CHECK(emulator::barrier(to.barrier).known);
+  emulator::count_bytes(to.barrier, (first - end) * 128L);
+}
+
+inline void load(const CUtensorMap& map, Landing to, int inner, int outer) {
+  CHECK(to.address % 1024 == 0);
+  for (int first = 0; first < map.box_rows; first += 8) {
+    auto& when = emulator::barrier(to.barrier).slow ? machine.slow : machine.events;
+    when.push_back([=] { land(map, to, inner, outer, first); });
+  }
 }
 
 inline void load_multicast(const CUtensorMap& map, Landing to, int inner, int outer,
                            std::uint16_t ctas) {
   for (std::uint32_t rank = 0; rank < machine.ctas.size(); ++rank) {
     if (!(ctas >> rank & 1)) continue;
-    const Landing there{peer(to.address, rank), peer(to.barrier, rank)};
-    machine.events.push_back([=] { load_box(map, there, inner, outer); });
+    load(map, {peer(to.address, rank), peer(to.barrier, rank)}, inner, outer);
   }
-}
-inline void load(const CUtensorMap& map, Landing to, int inner, int outer) {
-  machine.events.push_back([=] { load_box(map, to, inner, outer); });
 }
 
 inline void store(const CUtensorMap& map, std::uint32_t from, int inner, int outer) {
@@ -535,12 +581,22 @@ inline void wait_for_earlier_kernels() {
   emulator::block([] { return machine.before_ended; });
 }
 
+// A thread begins with its share of the 65536 registers, in eights.
+inline int first_registers() { return 65536 / static_cast<int>(machine.block.x) / 8 * 8; }
 template <int Count>
-inline void give_registers() {}
+inline void give_registers() {
+  here().cta->registers += first_registers() - Count;
+}
 template <int Count>
-inline void take_registers() {}
+inline void take_registers() {
+  emulator::Cta* cta = here().cta;
+  emulator::block([cta] { return cta->registers >= Count - first_registers(); });
+  cta->registers -= Count - first_registers();
+}
 
 inline void store_matrices(std::uint32_t address, const std::uint32_t (&value)[4]) {
+  CHECK(here().sums != emulator::Sums::kFenced);  // the values come from accumulators
+  here().sums = emulator::Sums::kOrdinary;
   const auto words = emulator::exchange(&address, 1);
   const int lane = here().thread.x % 32;
   for (int i = 0; i < 4; ++i) {
@@ -626,7 +682,10 @@ inline void perform(const emulator::Wgmma& op) {
   }
 }
 
-inline void wgmma_fence() {}
+inline void wgmma_fence() {
+  emulator::Sums& sums = emulator::here().sums;
+  if (sums == emulator::Sums::kPinned) sums = emulator::Sums::kFenced;
+}
 inline void wgmma_commit() { emulator::here().groups.emplace_back(); }
 
 template <int Pending>
@@ -641,6 +700,7 @@ inline void wgmma_wait() {
 
 template <class T, int TransB, int Count>
 inline void wgmma(float (&d)[Count], std::uint64_t a, std::uint64_t b, bool add) {
+  CHECK(emulator::here().sums == emulator::Sums::kFenced);
   auto& groups = emulator::here().groups;
   const emulator::Wgmma op{d, 2 * Count, a, b, add, TransB != 0};
   // In order: at once only where none before it is still to come.
@@ -653,6 +713,10 @@ inline void wgmma(float (&d)[Count], std::uint64_t a, std::uint64_t b, bool add)
 }
 
 template <int Count>
-inline void pin(float (&)[Count]) {}
+inline void pin(float (&)[Count]) {
+  const auto& groups = emulator::here().groups;
+  CHECK(groups.size() == 1 && groups.back().empty());  // else a wgmma still writes them
+  emulator::here().sums = emulator::Sums::kPinned;
+}
 
 }  // namespace loradrop

@@ -87,6 +87,18 @@ FAULTS = {
         "arrive_and_expect(barrier, slot_bytes(TileN))",
         "arrive_and_expect(barrier, slot_bytes(TileN) - q_bytes(TileN) / 2)",
     ),
+    "wgmma begins without a fence": (GEMM, "wgmma_fence();", ""),
+    "wgmma begins on what the compiler may still write": (GEMM, "  pin(acc);\n  for", "  for"),
+    "the compiler may read the sums before wgmma has ended": (
+        GEMM,
+        "wgmma_wait<0>();\n  pin(acc);",
+        "wgmma_wait<0>();",
+    ),
+    "the sums are pinned before wgmma has ended": (
+        GEMM,
+        "wgmma_wait<0>();\n  pin(acc);",
+        "pin(acc);\n  wgmma_wait<0>();",
+    ),
     "h is read before it is written": (GEMM, "if (now.thin && early)", "if (false)"),
     "the output is written while it may be read": (GEMM, "if (shape.r == 0) {", "if (false) {"),
     "a staging buffer is overwritten before it is stored": (
@@ -147,6 +159,60 @@ FAULTS = {
         "",
     ),
     "h is used before it is complete": (DECODE, "ptx::wait<true>(memory.h_complete(), 0);", ""),
+    "a partial h is left, not published": (
+        DECODE,
+        "ptx::publish_peer(memory.partial_left(), threadIdx.x)",
+        "ptx::arrive_peer(memory.partial_left(), threadIdx.x)",
+    ),
+    "a part of h is written, not published": (
+        DECODE,
+        "ptx::publish_peer(memory.h_complete(), threadIdx.x)",
+        "ptx::arrive_peer(memory.h_complete(), threadIdx.x)",
+    ),
+    "the partial h of the others is waited for as the own": (
+        DECODE,
+        "ptx::wait<true>(memory.partial_left(), 0)",
+        "ptx::wait(memory.partial_left(), 0)",
+    ),
+    "h is waited for as if all of it were the own": (
+        DECODE,
+        "ptx::wait<true>(memory.h_complete(), 0)",
+        "ptx::wait(memory.h_complete(), 0)",
+    ),
+    "a barrier awaits more bytes than it can count": (
+        DECODE,
+        "ptx::arrive_and_expect(memory.b_filled(), at.boxes * at.rows * kRowBytes);\n"
+        "      for (int box = 0; box < at.boxes; ++box) {\n",
+        "ptx::arrive_and_expect(memory.b_filled(), 32 * at.boxes * at.rows * kRowBytes);\n"
+        "      for (int i = 0; i < 32 * at.boxes; ++i) {\n"
+        "        const int box = i % at.boxes;\n",
+    ),
+    "B is taken to have landed when the ends of its boxes have": (
+        DECODE,
+        "  ptx::wait(memory.b_filled(), 0);\n",
+        "  for (int box = 1; box <= at.boxes; ++box) {\n"
+        "    const auto end = memory.base + at.b() + box * at.rows * kRowBytes - 4;\n"
+        "    while (std::isnan(ptx::load_peer(end))) ptx::wait_for_earlier_kernels();\n"
+        "  }\n",
+    ),
+    "B is not waited for": (DECODE, "ptx::wait(memory.b_filled(), 0);", ""),
+    "a pair does not wait for its barriers": (
+        DECODE,
+        "if (cluster > 1) ptx::cluster_wait();",
+        "if (cluster > 2) ptx::cluster_wait();",
+    ),
+    "the peer and the copy engine do not know the barriers": (
+        GEMM,
+        "ptx::barrier_init_fence();",
+        "",
+    ),
+    "the others and the copy engine do not know the barriers": (
+        DECODE,
+        "ptx::barrier_init_fence();",
+        "",
+    ),
+    "the producer keeps its registers": (GEMM, "ptx::give_registers<40>();", ""),
+    "more registers are taken than given": (GEMM, "take_registers<232>", "take_registers<240>"),
     "the warps add up at the same time": (DECODE, "if (warp % 4 == turn)", "if (turn == 0)"),
     "0 times NaN": (DECODE, "if (weight > 0.0f) squares", "squares"),
 }
