@@ -34,12 +34,28 @@ def regroup(model: nn.Module, optimizer: Any, groups: Mapping[str, int]) -> None
     plain(optimizer).state.clear()
 
 
+def follow(
+    model: nn.Module,
+    optimizer: Any,
+    groups: Mapping[str, int],
+    changed: Sequence[Narrowed],
+    moments: str,
+) -> None:
+    """The optimiser goes on with what a cut left: `groups` are those of before, `changed` the
+    adapters that have new factors.
+    """
+    state = _narrowed_state(optimizer, changed) if moments == "projected" else {}
+    regroup(model, optimizer, groups)
+    held = _places(optimizer)
+    plain(optimizer).state.update({p: known for p, known in state.items() if id(p) in held})
+
+
 def plain(optimizer: Any) -> Any:
     """The optimiser of torch inside accelerate's."""
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def narrowed_state(optimizer: Any, changed: Sequence[Narrowed]) -> dict[Any, dict[str, Any]]:
+def _narrowed_state(optimizer: Any, changed: Sequence[Narrowed]) -> dict[Any, dict[str, Any]]:
     """Parameter -> what the optimiser would know of it: of narrowed adapters as A' = P A and
     B' = B Q say, of the others as it is.
 

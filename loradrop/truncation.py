@@ -9,14 +9,7 @@ from torch import nn
 from loradrop.bank import bank_of
 from loradrop.cuts import decide
 from loradrop.injection import injection_of, plan_of, require_adapted
-from loradrop.optimizers import (
-    MOMENTS,
-    groups_of,
-    narrowed_state,
-    plain,
-    regroup,
-    require_projectable,
-)
+from loradrop.optimizers import MOMENTS, follow, groups_of, require_projectable
 from loradrop.pairs import LoRABank
 from loradrop.selection import check_choice
 from loradrop.spectra import METRICS
@@ -69,10 +62,7 @@ def truncate(
     cut = decide(bank.targets, bank.grams(grams, metric), ranks, metric, compensate)
     changed = bank.cut(cut)
     if optimizer is not None:
-        state = narrowed_state(optimizer, changed) if moments == "projected" else {}
-        regroup(model, optimizer, groups)
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        plain(optimizer).state.update({p: known for p, known in state.items() if id(p) in held})
+        follow(model, optimizer, groups, changed, moments)
     injection.plan = plan.after_cut(cut.record)
     injection.scores = None  # of the adapters that were there
     found = cut.record["loss"] if cut.record["compensated"] is None else cut.record["compensated"]
