@@ -189,26 +189,51 @@ Major major_of(const Matrix& a) { return a.row_major() ? Major::kN : Major::kK; 
 
 cudaStream_t stream_of(std::uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
+// How `device`, which is current, walks the tiles: its shape with tile_n, cluster and streams.
+Gemm planned(int m, int n, int k, int r, int tile_n, int cluster, bool a_is_k_major, int device) {
+  int pairs = 0;
+  check(gemm_residents(2, device, &pairs), "the device cannot be asked for its clusters");
+  const int sms = attribute(cudaDevAttrMultiProcessorCount, device);
+  Gemm shape = cut({m, n, k, r, tile_n, cluster == 0 && pairs == 0 ? 1 : cluster}, sms);
+  shape.streams = streams(shape, pairs, a_is_k_major);
+  return shape;
+}
+
+// How many clusters would make h beside the tiles; 0 where it is better made before.
+int gemm_streams(int m, int n, int k, int r, bool a_is_k_major, int device) {
+  const On here(device);
+  return planned(m, n, k, r, 0, 0, a_is_k_major, device).streams;
+}
+
+// What makes h: a (k, r), the scale, and one flag for 128 rows.
+using Maker = std::tuple<Numbers, double, std::uintptr_t>;
+
 void gemm_ext(const std::string& dtype, const Numbers& out_, const Numbers& p_, const Numbers& q_,
               std::uintptr_t bias, const std::optional<Numbers>& h_,
-              const std::optional<Numbers>& l_, double scaling, bool overlap, int device,
-              std::uintptr_t stream, int tile_n, int cluster) {
+              const std::optional<Numbers>& l_, double scaling, const std::optional<Maker>& maker,
+              bool overlap, int device, std::uintptr_t stream, int tile_n, int cluster) {
   demand(why_not_gemm(dtype, p_, q_, h_, l_));
   if (h_) demand(why_not_scaling(scaling));
   const Matrix out(out_), p(p_), q(q_);
   demand(first(why_not_rows("out", out), differ("out's and p's rows", out.rows, p.rows),
                differ("out's and q's columns", out.columns, q.columns)));
+  if (maker) {
+    const Matrix a(std::get<0>(*maker));
+    demand(first(why_not_right("a", a), differ("p's columns and a's rows", p.columns, a.rows),
+                 differ("a's and h's columns", a.columns, h_ ? (*h_)[2] : 0)));
+  }
   if (bias % 4 != 0) throw std::invalid_argument("bias does not begin at a multiple of 4 bytes");
   if ((tile_n != 0 && tile_n != 128 && tile_n != 256) || cluster < 0 || cluster > kMaxCluster) {
     throw std::invalid_argument("tile_n is 128 or 256 and cluster 1 or 2, or 0 to let it choose");
   }
   const On here(device);
   const Type type = *type_of(dtype);
-  const int sms = attribute(cudaDevAttrMultiProcessorCount, device);
   const int m = static_cast<int>(p.rows), n = static_cast<int>(q.columns);
   GemmArguments args = {};
   const int k = static_cast<int>(p.columns), r = h_ ? static_cast<int>((*h_)[2]) : 0;
-  args.shape = cut({m, n, k, r, tile_n, cluster}, sms);
+  args.a_is_k_major = maker && major_of(Matrix(std::get<0>(*maker))) == Major::kK;
+  args.shape = planned(m, n, k, r, tile_n, cluster, args.a_is_k_major != 0, device);
+  if (!maker) args.shape.streams = 0;
   const int columns = share(args.shape, 0).count;
   args.p = map_of(p, kTileM, type);
   args.q = map_of_right(q, columns, type);
@@ -219,9 +244,21 @@ void gemm_ext(const std::string& dtype, const Numbers& out_, const Numbers& p_, 
     args.l = map_of_right(l, columns, type);
     args.l_is_k_major = major_of(l) == Major::kK;
   }
+  if (maker) {
+    const auto& [a_, scale, ready] = *maker;
+    const Matrix a(a_), h(*h_);
+    if (args.shape.streams == 0 || ready == 0 || h.stride() < (r + 7) / 8 * 8) {
+      throw std::invalid_argument("h cannot be made beside this product: ask gemm_streams first");
+    }
+    args.a = map_of_right(a, stream_ranks(r), type);
+    args.h_made = reinterpret_cast<void*>(h.pointer);
+    args.h_stride = h.stride();
+    args.h_scale = static_cast<float>(scale);
+    args.ready = reinterpret_cast<std::uint32_t*>(ready);
+  }
   args.bias = reinterpret_cast<const void*>(bias);
   args.scale = static_cast<float>(scaling);
-  check(launch_gemm_ext(args, {type, major_of(q), device, sms, overlap}, stream_of(stream)),
+  check(launch_gemm_ext(args, {type, major_of(q), device, overlap}, stream_of(stream)),
         "gemm_ext cannot be launched");
 }
 
@@ -344,8 +381,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("why_not_gemm", &why_not_gemm, py::arg("dtype"), py::arg("p"), py::arg("q"), py::arg("h"),
         py::arg("l"));
   m.def("gemm_ext", &gemm_ext, py::arg("dtype"), py::arg("out"), py::arg("p"), py::arg("q"),
-        py::arg("bias"), py::arg("h"), py::arg("l"), py::arg("scaling"), py::arg("overlap"),
-        py::arg("device"), py::arg("stream"), py::arg("tile_n"), py::arg("cluster"));
+        py::arg("bias"), py::arg("h"), py::arg("l"), py::arg("scaling"), py::arg("maker"),
+        py::arg("overlap"), py::arg("device"), py::arg("stream"), py::arg("tile_n"),
+        py::arg("cluster"));
+  m.def("gemm_streams", &gemm_streams, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"),
+        py::arg("a_is_k_major"), py::arg("device"));
   m.def("why_not_decode", &why_not_decode, py::arg("dtype"), py::arg("x"), py::arg("w"),
         py::arg("a"), py::arg("b"), py::arg("cluster"));
   m.def("decode_occupancy", &decode_occupancy, py::arg("device"));

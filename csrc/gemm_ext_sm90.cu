@@ -36,6 +36,7 @@
 #include <atomic>
 
 #include "kernels.h"
+#include "stream.cuh"
 #include "wgmma.cuh"
 
 namespace loradrop {
@@ -50,6 +51,9 @@ constexpr int kStagingBytes = 64 * kRowBytes;
 constexpr int q_bytes(int tile_n) { return tile_n * kRowBytes; }
 constexpr int slot_bytes(int tile_n) { return kPBytes + q_bytes(tile_n); }
 constexpr int slots(int tile_n) { return tile_n == 256 ? 4 : 6; }
+constexpr int shared_bytes(int tile_n) {
+  return kAtomBytes + slots(tile_n) * (slot_bytes(tile_n) + 16) + 4 * kStagingBytes;
+}
 
 template <int TileN>
 struct Memory {
@@ -94,7 +98,7 @@ __device__ void produce(const GemmArguments& args, Memory<TileN> memory, int ran
   const Gemm& shape = args.shape;
   const Share part = share(shape, rank);
   const Major l_major = args.l_is_k_major ? Major::kK : Major::kN;
-  const int clusters = gridDim.x / shape.cluster, count = chunks(shape);
+  const int clusters = gridDim.x / shape.cluster - shape.streams, count = chunks(shape);
   bool early = true;  // the kernel that writes h may still run
   if (shape.r == 0) {
     ptx::wait_for_earlier_kernels();
@@ -102,7 +106,7 @@ __device__ void produce(const GemmArguments& args, Memory<TileN> memory, int ran
   }
   Ring ring;
   const int last = static_cast<int>(tiles(shape));
-  for (int index = blockIdx.x / shape.cluster; index < last; index += clusters) {
+  for (int index = blockIdx.x / shape.cluster - shape.streams; index < last; index += clusters) {
     const Tile at = tile(shape, index, rank);
     for (int i = 0; i < count; ++i, ring.advance(slots(TileN))) {
       const Chunk now = chunk(shape, i);
@@ -111,6 +115,10 @@ __device__ void produce(const GemmArguments& args, Memory<TileN> memory, int ran
         // that an earlier kernel still reads.
         ptx::wait_for_earlier_kernels();
         early = false;
+      }
+      if (now.thin && now.k == 0 && shape.streams > 0 && at.m < shape.m) {
+        ptx::await(args.ready + at.m / kTileM);
+        ptx::fence_async_proxy_global();
       }
       const std::uint32_t barrier = memory.filled(ring.slot);
       ptx::wait(memory.emptied(ring.slot), ring.emptied());
@@ -131,35 +139,57 @@ __device__ inline void release(Memory<TileN> memory, int slot, int cluster) {
   if (lane < cluster) ptx::arrive_peer(memory.emptied(slot), lane);
 }
 
-// acc += the next `count` chunks of the ring. One group of wgmma stays in flight, so a slot is let
-// go one chunk late. `meanwhile` is done while the last one runs.
+// acc += `Steps` times sixteen k of the chunk in `slot`.
+template <class T, int TileN, Major RightMajor, int Steps>
+__device__ inline void multiply_chunk(float (&acc)[TileN / 2], Memory<TileN> memory, int slot,
+                                      std::uint32_t p_offset, bool add) {
+  const std::uint64_t left = descriptor(memory.p(slot) + p_offset, Major::kK);
+  const std::uint64_t right = descriptor(memory.q(slot), RightMajor);
+  wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < Steps; ++step) {
+    wgmma<T, RightMajor == Major::kN>(acc, advanced(left, Major::kK, step),
+                                      advanced(right, RightMajor, step), add || step > 0);
+  }
+  wgmma_commit();
+}
+
+// acc += the next `count` chunks of the ring, at least one. One group of wgmma stays in flight, so a
+// slot is let go one chunk late. The last chunk has `steps` times sixteen k, 1, 2 or 4, and
+// `meanwhile` is done while it runs.
 template <class T, int TileN, Major RightMajor, class Meanwhile>
 __device__ inline void multiply(float (&acc)[TileN / 2], Memory<TileN> memory, Ring& ring,
-                                int count, bool add, std::uint32_t p_offset, int cluster,
+                                int count, int steps, bool add, std::uint32_t p_offset, int cluster,
                                 const Meanwhile& meanwhile) {
-  int before = 0;
-  pin(acc);
-  for (int i = 0; i < count; ++i) {
-    ptx::wait(memory.filled(ring.slot), ring.filled());
-    wgmma_fence();
-    const std::uint64_t left = descriptor(memory.p(ring.slot) + p_offset, Major::kK);
-    const std::uint64_t right = descriptor(memory.q(ring.slot), RightMajor);
-#pragma unroll
-    for (int step = 0; step < kChunk / kStepK; ++step) {
-      wgmma<T, RightMajor == Major::kN>(acc, advanced(left, Major::kK, step),
-                                        advanced(right, RightMajor, step),
-                                        add || i > 0 || step > 0);
-    }
-    wgmma_commit();
+  constexpr int kSteps = kChunk / kStepK;
+  int before = -1;
+  const auto one_later = [&] {
     wgmma_wait<1>();
-    if (i > 0) release(memory, before, cluster);
+    if (before >= 0) release(memory, before, cluster);
     before = ring.slot;
     ring.advance(slots(TileN));
+  };
+  pin(acc);
+  for (int i = 0; i < count - 1; ++i) {
+    ptx::wait(memory.filled(ring.slot), ring.filled());
+    multiply_chunk<T, TileN, RightMajor, kSteps>(acc, memory, ring.slot, p_offset, add || i > 0);
+    one_later();
   }
+  // Not in the loop: there the compiler would put fences between wgmmas that may be left out.
+  ptx::wait(memory.filled(ring.slot), ring.filled());
+  const bool more = add || count > 1;
+  if (steps == 1) {
+    multiply_chunk<T, TileN, RightMajor, 1>(acc, memory, ring.slot, p_offset, more);
+  } else if (steps == 2) {
+    multiply_chunk<T, TileN, RightMajor, 2>(acc, memory, ring.slot, p_offset, more);
+  } else {
+    multiply_chunk<T, TileN, RightMajor, kSteps>(acc, memory, ring.slot, p_offset, more);
+  }
+  one_later();
   meanwhile();
   wgmma_wait<0>();
   pin(acc);
-  if (count > 0) release(memory, before, cluster);
+  release(memory, before, cluster);
 }
 
 // A thread's accumulators lie in pairs of columns, one pair of every eight columns. So does its bias.
@@ -216,7 +246,7 @@ __device__ void consume(const GemmArguments& args, Memory<TileN> memory, int ran
   // From lane 0, so that the compiler knows it to be the same in a warp: descriptors that depend on it
   // are then built in uniform registers, where wgmma wants them.
   const int group = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kGroupThreads, 0) - 1;
-  const int clusters = gridDim.x / shape.cluster;
+  const int clusters = gridDim.x / shape.cluster - shape.streams;
   const std::uint32_t p_offset = 64 * group * kRowBytes;
   const int thin = thin_chunks(shape);
   // The thin chunks are more of the same, unless something has to change between: the scale of the
@@ -224,10 +254,11 @@ __device__ void consume(const GemmArguments& args, Memory<TileN> memory, int ran
   const float scale = thin > 0 ? args.scale : 1.0f;
   const bool turned = args.l_is_k_major != (QMajor == Major::kK);
   const int apart = thin > 0 && (turned || scale != 1.0f) ? thin : 0;
+  const int steps = last_steps(shape);
   const int together = chunks(shape) - apart, last = static_cast<int>(tiles(shape));
   const bool plain = args.bias == nullptr && scale == 1.0f;
   Ring ring;
-  for (int index = blockIdx.x / shape.cluster; index < last; index += clusters) {
+  for (int index = blockIdx.x / shape.cluster - shape.streams; index < last; index += clusters) {
     float acc[TileN / 2];
     Pairs<TileN> bias;
     Tile at;
@@ -235,7 +266,8 @@ __device__ void consume(const GemmArguments& args, Memory<TileN> memory, int ran
       at = tile(shape, index, rank);
       if (!plain) load_bias<TileN>(bias, args, at.n);
     };
-    multiply<T, TileN, QMajor>(acc, memory, ring, together, false, p_offset, shape.cluster, [&] {
+    multiply<T, TileN, QMajor>(acc, memory, ring, together, apart == 0 ? steps : kChunk / kStepK, false,
+                                p_offset, shape.cluster, [&] {
       if (apart == 0) prepare_store();
     });
     if (apart > 0) {
@@ -247,10 +279,10 @@ __device__ void consume(const GemmArguments& args, Memory<TileN> memory, int ran
       }
       constexpr Major kOther = QMajor == Major::kK ? Major::kN : Major::kK;
       if (turned) {
-        multiply<T, TileN, kOther>(acc, memory, ring, apart, true, p_offset, shape.cluster,
+        multiply<T, TileN, kOther>(acc, memory, ring, apart, steps, true, p_offset, shape.cluster,
                                    prepare_store);
       } else {
-        multiply<T, TileN, QMajor>(acc, memory, ring, apart, true, p_offset, shape.cluster,
+        multiply<T, TileN, QMajor>(acc, memory, ring, apart, steps, true, p_offset, shape.cluster,
                                    prepare_store);
       }
     }
@@ -268,18 +300,31 @@ __global__ void __launch_bounds__(kThreads, 1)
     gemm_ext_kernel(const __grid_constant__ GemmArguments args) {
   extern __shared__ std::uint8_t raw[];
   const Memory<TileN> memory(raw);
+  const bool k_major = args.a_is_k_major != 0;
+  const StreamMemory streamed{
+      memory.base, stream_slots(args.shape.r, k_major, shared_bytes(TileN) - kAtomBytes)};
   const int rank = static_cast<int>(ptx::cluster_rank());
+  const bool streams = static_cast<int>(blockIdx.x) < args.shape.streams * args.shape.cluster;
+  const RowBlocks blocks = stream_blocks(args.shape, blockIdx.x);
   if (threadIdx.x == 0) {
     ptx::prefetch(args.p);
-    ptx::prefetch(args.q);
-    if (args.shape.r > 0) {
-      ptx::prefetch(args.h);
-      ptx::prefetch(args.l);
-    }
-    ptx::prefetch(args.out);
-    for (int slot = 0; slot < slots(TileN); ++slot) {
-      ptx::barrier_init(memory.filled(slot), 1);
-      ptx::barrier_init(memory.emptied(slot), releases(args.shape.cluster));
+    if (streams) {
+      ptx::prefetch(args.a);
+      for (int slot = 0; slot < streamed.slots.count; ++slot) {
+        ptx::barrier_init(streamed.filled(slot), 1);
+        ptx::barrier_init(streamed.emptied(slot), releases(1));
+      }
+    } else {
+      ptx::prefetch(args.q);
+      if (args.shape.r > 0) {
+        ptx::prefetch(args.h);
+        ptx::prefetch(args.l);
+      }
+      ptx::prefetch(args.out);
+      for (int slot = 0; slot < slots(TileN); ++slot) {
+        ptx::barrier_init(memory.filled(slot), 1);
+        ptx::barrier_init(memory.emptied(slot), releases(args.shape.cluster));
+      }
     }
     ptx::barrier_init_fence();
   }
@@ -288,10 +333,20 @@ __global__ void __launch_bounds__(kThreads, 1)
   ptx::cluster_wait();
   if (threadIdx.x < kGroupThreads) {
     ptx::give_registers<40>();
-    if (threadIdx.x == 0) produce<TileN, QMajor>(args, memory, rank);
+    if (threadIdx.x == 0) {
+      if (streams) {
+        produce_h(args, streamed, blocks);
+      } else {
+        produce<TileN, QMajor>(args, memory, rank);
+      }
+    }
   } else {
     ptx::take_registers<232>();
-    consume<T, TileN, QMajor>(args, memory, rank);
+    if (streams) {
+      consume_h<T>(args, streamed, blocks);
+    } else {
+      consume<T, TileN, QMajor>(args, memory, rank);
+    }
   }
   ptx::cluster_arrive();
   ptx::cluster_wait();
@@ -311,30 +366,47 @@ cudaError_t resident_clusters(const cudaLaunchConfig_t& config, int cluster, int
   return error;
 }
 
+// What a launch in clusters needs: `config` points into `attributes`.
+struct Launch {
+  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchConfig_t config = {};
+  cudaError_t error;
+
+  template <class Kernel>
+  Launch(Kernel kernel, int cluster, int bytes) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+    config.gridDim = dim3(cluster);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = bytes;
+    config.attrs = attributes;
+    config.numAttrs = 1;
+  }
+  Launch(const Launch&) = delete;
+};
+
 template <class T, int TileN, Major QMajor>
 cudaError_t launch(const GemmArguments& args, const GemmLaunch& how, cudaStream_t stream) {
   constexpr auto kernel = gemm_ext_kernel<T, TileN, QMajor>;
-  const int bytes = gemm_shared_bytes(TileN), cluster = args.shape.cluster;
-  cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  const int cluster = args.shape.cluster;
+  Launch launch(kernel, cluster, shared_bytes(TileN));
+  auto& [attributes, config, error] = launch;
   if (error != cudaSuccess) return error;
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = how.overlap;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(how.sms / cluster * cluster);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = 1;
   int clusters = 0;
   error = resident_clusters<kernel>(config, cluster, how.device, &clusters);
   if (error != cudaSuccess) return error;
-  if (clusters == 0) return cudaErrorLaunchOutOfResources;
-  config.gridDim = dim3(static_cast<unsigned>(std::min<long>(clusters, tiles(args.shape))) * cluster);
+  if (clusters <= args.shape.streams) return cudaErrorLaunchOutOfResources;
+  config.stream = stream;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = how.overlap;
+  const long wanted = tiles(args.shape) + args.shape.streams;
+  config.gridDim = dim3(static_cast<unsigned>(std::min<long>(clusters, wanted)) * cluster);
+  if (args.shape.streams > 0) {
+    const std::size_t flags = sizeof(std::uint32_t) * row_blocks(args.shape);
+    error = cudaMemsetAsync(args.ready, 0, flags, stream);
+    if (error != cudaSuccess) return error;
+  }
   config.attrs = attributes + (cluster > 1 ? 0 : 1);  // single CTAs are launched without clusters
   config.numAttrs = (cluster > 1 ? 1 : 0) + (how.overlap ? 1 : 0);
   return cudaLaunchKernelEx(&config, kernel, args);
@@ -354,8 +426,13 @@ cudaError_t launch(const GemmArguments& args, const GemmLaunch& how, cudaStream_
 
 }  // namespace
 
-int gemm_shared_bytes(int tile_n) {
-  return kAtomBytes + slots(tile_n) * (slot_bytes(tile_n) + 16) + 4 * kStagingBytes;
+int gemm_shared_bytes(int tile_n) { return shared_bytes(tile_n); }
+
+cudaError_t gemm_residents(int cluster, int device, int* count) {
+  constexpr auto kernel = gemm_ext_kernel<__nv_bfloat16, 256, Major::kK>;
+  Launch launch(kernel, cluster, shared_bytes(256));
+  return launch.error != cudaSuccess ? launch.error
+                                     : resident_clusters<kernel>(launch.config, cluster, device, count);
 }
 
 cudaError_t launch_gemm_ext(const GemmArguments& args, const GemmLaunch& how, cudaStream_t stream) {

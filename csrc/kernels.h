@@ -17,16 +17,28 @@ struct GemmArguments {
   const void* bias;      // (n,) in the type of out, or null
   float scale;           // of the thin product
   int l_is_k_major;
+  // Where shape.streams > 0, h is made here: h_scale·p·a, rows h_stride apart, and ready[i] is set
+  // when rows 128·i to 128·i + 127 are. `ready` begins with zeros.
+  CUtensorMap a;
+  void* h_made;
+  long h_stride;
+  std::uint32_t* ready;
+  float h_scale;
+  int a_is_k_major;
 };
 
 struct GemmLaunch {
   Type type;
   Major q_major;
-  int device, sms;
+  int device;
   bool overlap;  // the launch before this one writes h and nothing else that is read here
 };
 
 cudaError_t launch_gemm_ext(const GemmArguments&, const GemmLaunch&, cudaStream_t);
+
+// How many clusters of `cluster` CTAs of gemm_ext the current device holds at once; 0 where it cannot
+// place one.
+cudaError_t gemm_residents(int cluster, int device, int* count);
 
 // Bytes of shared memory of a launch; a Hopper SM grants 232448 to one block.
 int gemm_shared_bytes(int tile_n);

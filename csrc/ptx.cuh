@@ -193,6 +193,38 @@ __device__ inline void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Ordinary accesses to global memory of this thread, and those of the copy engine, one after the other.
+__device__ inline void fence_async_proxy_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// Two numbers of two bytes, where other CTAs will read them.
+__device__ inline void write_pair(void* to, std::uint32_t pair) {
+  *static_cast<std::uint32_t*>(to) = pair;
+}
+
+// Says to all CTAs that what this thread and those it has met wrote may be read.
+__device__ inline void publish(std::uint32_t* flag) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag), "r"(1u) : "memory");
+}
+
+// Until another CTA has published.
+__device__ inline void await(const std::uint32_t* flag) {
+  std::uint32_t value;
+#ifdef LORADROP_DEBUG
+  std::uint64_t start;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+#endif
+  while (true) {
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+    if (value != 0) return;
+#ifdef LORADROP_DEBUG
+    check_deadline(start, 0, 0);
+#endif
+    __nanosleep(100);
+  }
+}
+
 // Until the kernels that this one was launched to overlap have finished and their writes are
 // visible. Returns at once in a launch without that attribute.
 __device__ inline void wait_for_earlier_kernels() {

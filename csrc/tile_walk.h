@@ -30,6 +30,7 @@ struct Gemm {
   int m, n, k, r;
   int tile_n;   // 128 or 256
   int cluster;  // CTAs that share a tile of q: 1 or 2, one above the other
+  int streams = 0;  // clusters that make h meanwhile; 0 where it is there already
 };
 
 struct Tile {
@@ -53,10 +54,13 @@ LORADROP_FN long tiles(const Gemm& g) { return static_cast<long>(tile_rows(g)) *
 // Kernels count them in 32 bits, in which divisions are short.
 constexpr long kMaxTiles = 1L << 30;
 
+// Where h is made meanwhile, lower groups: the first wave of tiles needs all rows of its groups.
+LORADROP_FN int group_rows(const Gemm& g) { return g.streams > 0 ? kGroup / 2 : kGroup; }
+
 // Cluster c of `clusters` takes the tiles c, c + clusters, ... A tile past the edge of the matrix
 // can only be the lower one of a pair; its loads are zeros and its stores are clipped.
 LORADROP_FN Tile tile(const Gemm& g, int index, int rank) {
-  const int group = kGroup / g.cluster, per_group = group * tile_columns(g);
+  const int group = group_rows(g) / g.cluster, per_group = group * tile_columns(g);
   const int first = index / per_group * group;
   const int rows = smaller(group, tile_rows(g) - first);
   const int within = index % per_group;
@@ -66,6 +70,12 @@ LORADROP_FN Tile tile(const Gemm& g, int index, int rank) {
 LORADROP_FN int wide_chunks(const Gemm& g) { return ceil_div(g.k, kChunk); }
 LORADROP_FN int thin_chunks(const Gemm& g) { return ceil_div(g.r, kChunk); }
 LORADROP_FN int chunks(const Gemm& g) { return wide_chunks(g) + thin_chunks(g); }
+
+// Of sixteen k, in the last chunk, 1, 2 or 4: what is beyond r, or beyond k, is zeros.
+LORADROP_FN int last_steps(const Gemm& g) {
+  const int of = g.r > 0 ? g.r : g.k, left = (of - 1) % kChunk + 1;
+  return left <= 16 ? 1 : left <= 32 ? 2 : 4;
+}
 
 // The delta is nothing but the last chunks of every tile.
 LORADROP_FN Chunk chunk(const Gemm& g, int index) {
@@ -120,6 +130,70 @@ constexpr Gemm cut(const Gemm& g, int sms) {
     }
   }
   return best;
+}
+
+// ---- The making of h beside it (stream.cuh) ----------------------------------------------------
+
+constexpr int kStreamMaxRank = 128;
+constexpr int kStreamFirstThread = 128;  // the consumers' warps of gemm_ext
+constexpr int kStreamThreads = 256;
+constexpr int kStreamMaxSlots = 12;
+
+// The row blocks that one streaming CTA makes.
+struct RowBlocks {
+  int first, end, step;
+};
+
+LORADROP_FN int row_blocks(const Gemm& g) { return ceil_div(g.m, kTileM); }
+
+LORADROP_FN RowBlocks stream_blocks(const Gemm& g, int cta) {
+  return {cta, row_blocks(g), g.streams * g.cluster};
+}
+
+struct StreamSlots {
+  int count, bytes;
+};
+
+// The ranks of a tile of h: wgmma takes 16, 32, 64 or 128 here.
+LORADROP_FN int stream_ranks(int r) { return r > 64 ? 128 : r > 32 ? 64 : r > 16 ? 32 : 16; }
+
+// A slot has 128 x 64 of p, and 64 of k of a: rows of 128 bytes for the ranks, or 64 of k in boxes of
+// 64 ranks. Beside each lie two barriers of 8 bytes.
+LORADROP_FN StreamSlots stream_slots(int r, bool a_is_k_major, int shared_bytes) {
+  const int ranks = a_is_k_major ? stream_ranks(r) : 64 * ceil_div(r, 64);
+  const int bytes = (kTileM + ranks) * 128;
+  return {smaller(kStreamMaxSlots, shared_bytes / (bytes + 16)), bytes};
+}
+
+// How long a CTA takes for 128 x 64 of p, in units of the chunk of 128 x 256 x 64 that another takes,
+// 0.69 microseconds: measured on an H100 up to 32 ranks, beyond estimated.
+constexpr double stream_time(int r, bool a_is_k_major) {
+  const double more = a_is_k_major ? 0.0 : 0.06;
+  return r <= 32 ? 0.26 + more : r <= 64 ? 0.34 + more : 0.6 + more;
+}
+
+// The clusters of `clusters` that the tiles can spare: the last wave is as long with them as without.
+constexpr int spare_clusters(const Gemm& g, int clusters) {
+  const int waves = ceil_div(tiles(g), clusters);
+  return clusters - ceil_div(tiles(g), waves);
+}
+
+// How many clusters make h beside the tiles; 0 where it takes less to make it first, by all SMs, at
+// 2.7 TB/s and 3 microseconds for one more launch. In the same units, for each chunk of k.
+constexpr int streams(const Gemm& g, int clusters, bool a_is_k_major) {
+  const int spare = spare_clusters(g, clusters);
+  if (spare == 0 || g.r < 1 || g.r > kStreamMaxRank || g.cluster != 2) return 0;
+  const int waves = ceil_div(tiles(g), clusters), made = smaller(2 * spare, row_blocks(g));
+  const double tile = g.tile_n / 256.0, multiply = waves * tile;
+  const double chunk = stream_time(g.r, a_is_k_major);
+  const int first = smaller(kGroup / 2 * ceil_div(clusters - spare, kGroup / 4 * tile_columns(g)),
+                            row_blocks(g));  // the row blocks of the first wave of tiles
+  const double at_first = ceil_div(first, made) * chunk - tile;
+  const double in_all = ceil_div(row_blocks(g), made) * chunk - multiply;
+  const double waited = at_first > in_all ? at_first : in_all;
+  const double beside = 0.013 * multiply + (waited > 0 ? waited : 0) + 3.0 / wide_chunks(g);
+  const double before = row_blocks(g) * 0.009 + 4.5 / wide_chunks(g);
+  return beside < before ? ceil_div(made, 2) : 0;
 }
 
 // ---- decode: a slab of rows of W per CTA, and 1/cluster of h -----------------------------------

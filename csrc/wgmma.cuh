@@ -38,6 +38,13 @@ __device__ inline void pin(float (&d)[Count]) {
   LORADROP_F8(d, i), LORADROP_F8(d, i + 8), LORADROP_F8(d, i + 16), LORADROP_F8(d, i + 24),      \
       LORADROP_F8(d, i + 32), LORADROP_F8(d, i + 40), LORADROP_F8(d, i + 48),                    \
       LORADROP_F8(d, i + 56)
+#define LORADROP_F32(d, i)                                                                       \
+  LORADROP_F8(d, i), LORADROP_F8(d, i + 8), LORADROP_F8(d, i + 16), LORADROP_F8(d, i + 24)
+#define LORADROP_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define LORADROP_R16 LORADROP_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define LORADROP_R32                                                                             \
+  LORADROP_R16                                                                                   \
+  ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define LORADROP_R64                                                                             \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "   \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "   \
@@ -51,6 +58,24 @@ __device__ inline void pin(float (&d)[Count]) {
   "%115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
 // scale-d is a predicate (0 starts a new sum); both operands keep their sign; A is K-major.
+#define LORADROP_WGMMA16(TYPE)                                                                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"                                      \
+               "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE " {" LORADROP_R8      \
+               "}, %8, %9, p, 1, 1, 0, %11;\n}"                                                  \
+               : LORADROP_F8(d, 0)                                                               \
+               : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(TransB))
+#define LORADROP_WGMMA32(TYPE)                                                                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"                                      \
+               "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE " {" LORADROP_R16     \
+               "}, %16, %17, p, 1, 1, 0, %19;\n}"                                                \
+               : LORADROP_F8(d, 0), LORADROP_F8(d, 8)                                            \
+               : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(TransB))
+#define LORADROP_WGMMA64(TYPE)                                                                   \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                      \
+               "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " {" LORADROP_R32     \
+               "}, %32, %33, p, 1, 1, 0, %35;\n}"                                                \
+               : LORADROP_F32(d, 0)                                                              \
+               : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(TransB))
 #define LORADROP_WGMMA128(TYPE)                                                                  \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                      \
                "wgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " {" LORADROP_R64    \
@@ -64,28 +89,33 @@ __device__ inline void pin(float (&d)[Count]) {
                : LORADROP_F64(d, 0), LORADROP_F64(d, 64)                                         \
                : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(TransB))
 
-template <class T, int TransB>
-__device__ inline void wgmma(float (&d)[64], std::uint64_t a, std::uint64_t b, bool add) {
-  if constexpr (std::is_same_v<T, __half>) {
-    LORADROP_WGMMA128("f16");
-  } else {
-    LORADROP_WGMMA128("bf16");
+#define LORADROP_OVERLOAD(N)                                                                     \
+  template <class T, int TransB>                                                                 \
+  __device__ inline void wgmma(float (&d)[N / 2], std::uint64_t a, std::uint64_t b, bool add) {  \
+    if constexpr (std::is_same_v<T, __half>) {                                                   \
+      LORADROP_WGMMA##N("f16");                                                                  \
+    } else {                                                                                     \
+      LORADROP_WGMMA##N("bf16");                                                                 \
+    }                                                                                            \
   }
-}
+LORADROP_OVERLOAD(16)
+LORADROP_OVERLOAD(32)
+LORADROP_OVERLOAD(64)
+LORADROP_OVERLOAD(128)
+LORADROP_OVERLOAD(256)
 
-template <class T, int TransB>
-__device__ inline void wgmma(float (&d)[128], std::uint64_t a, std::uint64_t b, bool add) {
-  if constexpr (std::is_same_v<T, __half>) {
-    LORADROP_WGMMA256("f16");
-  } else {
-    LORADROP_WGMMA256("bf16");
-  }
-}
-
+#undef LORADROP_OVERLOAD
+#undef LORADROP_WGMMA16
+#undef LORADROP_WGMMA32
+#undef LORADROP_WGMMA64
 #undef LORADROP_WGMMA128
 #undef LORADROP_WGMMA256
 #undef LORADROP_R128
 #undef LORADROP_R64
+#undef LORADROP_R32
+#undef LORADROP_R16
+#undef LORADROP_R8
+#undef LORADROP_F32
 #undef LORADROP_F64
 #undef LORADROP_F8
 

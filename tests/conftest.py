@@ -22,7 +22,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen, rest = [], []
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        kernels = parameters.get("backend") in ("thin", "triton", "cuda")
+        kernels = parameters.get("backend") in ("thin", "triton", "cuda", "overlap")
         if item.get_closest_marker("every_launch") and "every_launch" not in config.option.markexpr:
             rest.append(item)  # half an hour: only where it is asked for
         elif kernels and parameters.get("dtype") == torch.float64:

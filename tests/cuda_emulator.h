@@ -1,7 +1,8 @@
 // Runs the kernels of csrc/ on the host, from their own source: a stand-in for cuda.h, cuda_runtime.h,
 // ptx.cuh and wgmma.cuh, with the instructions as the PTX ISA describes them.
 //
-// Every thread of a cluster is a fiber, and one of them runs at a time, chosen at random. What is
+// Every thread is a fiber, and one of them runs at a time, chosen at random; as many clusters run at
+// once as the device has SMs for, those with the lowest numbers first. What is
 // asynchronous on the device is an event here, which happens at some later time: the bytes of a TMA
 // load (eight rows at a time, apart for each CTA of a multicast, the last thing of all at one
 // barrier), an arrival at another CTA's barrier, the reads of a TMA store, the end of the kernel that
@@ -25,6 +26,7 @@
 #include <map>
 #include <memory>
 #include <random>
+#include <set>
 #include <type_traits>
 #include <vector>
 
@@ -81,7 +83,7 @@ struct CUtensorMap {
 
 namespace emulator {
 
-constexpr std::uint32_t kWindow = 1u << 24;  // between the shared memories of a cluster
+constexpr std::uint32_t kWindow = 1u << 24;  // between the shared memories of CTAs that run at once
 constexpr std::uint32_t kFirst = 1040;       // dynamic shared memory begins at no round number
 constexpr std::size_t kStack = 1 << 16;
 
@@ -102,6 +104,11 @@ struct Barrier {
 struct Rendezvous {
   int arrived = 0;
   long generation = 0;
+};
+
+struct Cluster {
+  Rendezvous barrier;
+  int first, size;  // its CTAs, of those that run
 };
 
 struct Cta {
@@ -133,11 +140,16 @@ struct Fiber {
   dim3 thread;
   Cta* cta = nullptr;
   Warp* warp = nullptr;
-  int rank = 0;
+  Cluster* cluster = nullptr;
+  int rank = 0;               // in the cluster
+  int window = 0;             // of its shared memory
   int arrivals = 0;           // at barriers of the cluster, on their way
   std::vector<bool> stores;   // in their order: whether each has read its shared memory
   long cluster_phase = 0;
   bool done = false, unfenced = false, arrived = false;
+  // Of what other CTAs wrote to global memory: whether it knows, and the copy engine with it.
+  bool acquired = false, fenced = false;
+  bool unfenced_global = false;  // whether the copy engine may not know what it wrote there itself
   std::deque<std::vector<Wgmma>> groups{1};  // the last one is not committed
   Sums sums = Sums::kOrdinary;
   std::function<bool()> ready;               // empty: it can run
@@ -152,7 +164,8 @@ struct Machine {
   std::vector<std::function<void()>> late;  // the same, in no hurry: stores, and the kernel before
   std::vector<std::function<void()>> slow;  // and what takes longest: the loads of one barrier
   std::size_t slow_barrier = 0;  // which one, in the order of their making
-  Rendezvous cluster;
+  std::vector<Cluster> clusters;
+  std::set<const void*> written;  // in this launch, by ordinary stores to global memory
   ucontext_t scheduler;
   Fiber* now = nullptr;
   dim3 block;
@@ -256,20 +269,24 @@ inline void enter() {
   swapcontext(&me.context, &machine.scheduler);
 }
 
-inline void run_cluster(int first_block, int size) {
+// The CTAs first_block to first_block + size − 1, in clusters of `cluster`.
+inline void run_ctas(int first_block, int size, int cluster) {
   Machine& m = machine;
   const int threads = m.block.x;
   m.ctas = std::vector<Cta>(size);
   m.warps = std::vector<Warp>(size * threads / 32);
   m.fibers.clear();
-  m.cluster = {};
+  m.clusters.clear();
+  for (int i = 0; i < size; i += cluster) m.clusters.push_back({.first = i, .size = cluster});
   for (int i = 0; i < size * threads; ++i) {
     m.fibers.push_back(std::make_unique<Fiber>());
     Fiber& fiber = *m.fibers.back();
-    fiber.rank = i / threads;
+    fiber.window = i / threads;
+    fiber.cluster = &m.clusters[fiber.window / cluster];
+    fiber.rank = fiber.window % cluster;
     fiber.thread = dim3(i % threads);
-    fiber.cta = &m.ctas[fiber.rank];
-    fiber.cta->block = first_block + fiber.rank;
+    fiber.cta = &m.ctas[fiber.window];
+    fiber.cta->block = first_block + fiber.window;
     fiber.cta->alive = threads;
     fiber.warp = &m.warps[i / 32];
     getcontext(&fiber.context);
@@ -295,7 +312,7 @@ inline void run_cluster(int first_block, int size) {
     Fiber* next = nullptr;
     for (std::size_t i = 0; i < m.fibers.size() && next == nullptr; ++i) {
       Fiber& fiber = *m.fibers[(start + i) % m.fibers.size()];
-      if (fiber.rank == held && turn < release) continue;
+      if (fiber.window == held && turn < release) continue;
       if (!fiber.done && (!fiber.ready || fiber.ready())) next = &fiber;
     }
     if (next == nullptr) {
@@ -324,14 +341,16 @@ inline void run(dim3 grid, dim3 block, int cluster, std::function<void()> body) 
   m.block = block;
   m.body = std::move(body);
   CHECK(grid.x % cluster == 0);
-  for (unsigned first = 0; first < grid.x; first += cluster) {
+  m.written.clear();
+  const unsigned together = std::max(m.sms / cluster, 1) * cluster;
+  for (unsigned first = 0; first < grid.x; first += together) {
     if (!m.before_ended && m.before && first == 0) {
       m.late.push_back([] {
         machine.before();
         machine.before_ended = true;
       });
     }
-    run_cluster(first, cluster);
+    run_ctas(first, std::min(together, grid.x - first), cluster);
   }
 }
 
@@ -416,6 +435,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* to, int value, std::size_t bytes, cudaStream_t) {
+  std::memset(to, value, bytes);
+  return cudaSuccess;
+}
 
 // ---- ptx.cuh -----------------------------------------------------------------------------------
 
@@ -426,25 +449,26 @@ using emulator::machine;
 
 inline std::uint32_t shared(const void* pointer) {
   const std::ptrdiff_t offset = static_cast<const std::uint8_t*>(pointer) - here().cta->memory.data();
-  return static_cast<std::uint32_t>(offset) + here().rank * emulator::kWindow;
+  return static_cast<std::uint32_t>(offset) + here().window * emulator::kWindow;
 }
 
 inline std::uint32_t cluster_rank() { return here().rank; }
 inline std::uint32_t peer(std::uint32_t address, std::uint32_t rank) {
-  return address % emulator::kWindow + rank * emulator::kWindow;
+  return address % emulator::kWindow + (here().cluster->first + rank) * emulator::kWindow;
 }
 
 // A launch without clusters has no barrier of clusters: ptxas makes nothing of the arrival there,
 // and a barrier of the whole block of the wait. Whether an explicit cluster of one is such a launch
 // is not documented, so nobody may launch one.
-inline bool cluster_is_implicit() { return machine.ctas.size() == 1; }
+inline bool cluster_is_implicit() { return here().cluster->size == 1; }
 
 inline void cluster_arrive() {
   if (cluster_is_implicit()) return;
-  here().cluster_phase = machine.cluster.generation;
-  if (++machine.cluster.arrived == static_cast<int>(machine.fibers.size())) {
-    machine.cluster.arrived = 0;
-    ++machine.cluster.generation;
+  emulator::Rendezvous& barrier = here().cluster->barrier;
+  here().cluster_phase = barrier.generation;
+  if (++barrier.arrived == here().cluster->size * static_cast<int>(machine.block.x)) {
+    barrier.arrived = 0;
+    ++barrier.generation;
   }
 }
 inline void cluster_arrive_relaxed() {
@@ -454,10 +478,11 @@ inline void cluster_arrive_relaxed() {
 inline void cluster_wait() {  // the barrier also orders what each thread did before it
   if (cluster_is_implicit()) __syncthreads();
   const long phase = here().cluster_phase;
-  emulator::block([phase] {
-    if (!cluster_is_implicit() && machine.cluster.generation <= phase) return false;
+  const emulator::Cluster* cluster = here().cluster;
+  emulator::block([cluster, phase] {
+    if (cluster->size > 1 && cluster->barrier.generation <= phase) return false;
     for (const auto& fiber : machine.fibers) {
-      if (fiber->arrivals > 0) return false;
+      if (fiber->cluster == cluster && fiber->arrivals > 0) return false;
     }
     return true;
   });
@@ -509,7 +534,7 @@ inline void wait(std::uint32_t barrier, std::uint32_t parity) {
 }
 
 inline void sync_threads(int barrier, int threads) {
-  CHECK(!here().unfenced);
+  CHECK(!here().unfenced && !here().unfenced_global);
   emulator::meet(here().cta->named[barrier], threads);
 }
 
@@ -536,6 +561,8 @@ inline void land(const CUtensorMap& map, Landing to, int inner, int outer, int f
 
 inline void load(const CUtensorMap& map, Landing to, int inner, int outer) {
   CHECK(to.address % 1024 == 0);
+  const bool made = machine.written.count(map.pointer + outer * map.stride + inner) > 0;
+  CHECK(!made || here().fenced);
   for (int first = 0; first < map.box_rows; first += 8) {
     auto& when = emulator::barrier(to.barrier).slow ? machine.slow : machine.events;
     when.push_back([=] { land(map, to, inner, outer, first); });
@@ -544,7 +571,7 @@ inline void load(const CUtensorMap& map, Landing to, int inner, int outer) {
 
 inline void load_multicast(const CUtensorMap& map, Landing to, int inner, int outer,
                            std::uint16_t ctas) {
-  for (std::uint32_t rank = 0; rank < machine.ctas.size(); ++rank) {
+  for (int rank = 0; rank < here().cluster->size; ++rank) {
     if (!(ctas >> rank & 1)) continue;
     load(map, {peer(to.address, rank), peer(to.barrier, rank)}, inner, outer);
   }
@@ -577,6 +604,21 @@ inline void wait_stores_read() {
 }
 
 inline void fence_async_proxy() { here().unfenced = false; }
+inline void fence_async_proxy_global() {
+  here().unfenced_global = false;
+  here().fenced = here().acquired;
+}
+inline void write_pair(void* to, std::uint32_t pair) {
+  std::memcpy(to, &pair, 4);
+  machine.written.insert(to);
+  here().unfenced_global = true;
+}
+inline void publish(std::uint32_t* flag) { *flag = 1; }
+inline void await(const std::uint32_t* flag) {
+  emulator::block([flag] { return *flag != 0; });
+  here().acquired = true;
+  here().fenced = false;
+}
 inline void wait_for_earlier_kernels() {
   emulator::block([] { return machine.before_ended; });
 }
@@ -660,7 +702,7 @@ inline float wgmma_element(std::uint64_t descriptor, bool n_major, int n, int k)
   const std::uint32_t offset =
       n_major ? n % 64 * 2 + n / 64 * field(16) + k % 8 * 128 + k / 8 * field(32)
               : n % 8 * 128 + n / 8 * field(32) + k * 2;
-  const std::uint32_t own = emulator::here().rank * emulator::kWindow;
+  const std::uint32_t own = emulator::here().window * emulator::kWindow;
   return to_float(emulator::read<std::uint16_t>(emulator::swizzled(field(0) + offset) + own));
 }
 

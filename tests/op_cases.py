@@ -24,7 +24,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 S = 1.3  # no power of two, so that scaling rounds
 SEED = torch.tensor(81985529216486895, device=DEVICE)
 PLAIN = [] if INTERPRETED else ["reference", "eager"]
-KERNELS = [n for n in ("thin", "triton", "cuda") if dispatch.BACKENDS[n].missing() is None]
+NAMES = ("thin", "triton", "cuda", "overlap")
+KERNELS = [name for name in NAMES if dispatch.BACKENDS[name].missing() is None]
 _MARKS = () if INTERPRETED else pytest.mark.gpu
 BACKENDS = [*PLAIN, *(pytest.param(name, marks=_MARKS) for name in KERNELS)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -158,6 +158,33 @@ def test_overlap_waits_for_h(shape: str) -> None:
         assert torch.equal(cuda.gemm_ext(p, q, bias, late, l, 1.0, overlap=True), expected)
 
 
+LORA = {"llama q": (8192, 4096, 4096, 16), "ragged": (4093, 4096, 4096, 24),
+        "down": (2048, 1024, 14336, 16), "wide rank": (4096, 8192, 8192, 64)}  # fmt: skip
+
+
+@gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("turned", [False, True], ids=["dx", "forward"])
+@pytest.mark.parametrize("shape", LORA)
+def test_h_is_made_beside_the_product(shape: str, turned: bool, dtype: torch.dtype) -> None:
+    m, n, k, r = LORA[shape]
+    if not cuda.streams(m, n, k, r, turned, 0):
+        pytest.skip("this device makes h before")
+    p, q, bias, _, l = operands((m, k, n, r), dtype, turned, turned)
+    a = matrix(r, k, dtype, k**-0.5).T if turned else matrix(k, r, dtype, k**-0.5)
+    h = ((p.double() @ a.double()) * 0.5).to(dtype)
+    for with_bias in (None, bias):
+        poison(m, n, dtype)
+        out, made = cuda.gemm_lora(p, q, with_bias, a, l, 1.0, 0.5)
+        assert_within(made, 0.5 * (p @ a), 0.5 * (p.double() @ a.double()))
+        assert_gemm(out, p, q, with_bias, made, l, 1.0)
+        assert torch.equal(out, cuda.gemm_ext(p, q, with_bias, made, l, 1.0))
+        assert error(made, h) < 1e-2
+    for _ in range(30):
+        again, made_again = cuda.gemm_lora(p, q, bias, a, l, 1.0, 0.5)
+        assert torch.equal(again, out) and torch.equal(made_again, made)
+
+
 def captured(call: Callable[[], Tensor]) -> Tensor:
     """What `call` gives when it is replayed from a CUDA graph."""
     call()

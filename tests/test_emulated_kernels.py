@@ -31,6 +31,8 @@ def prepared(folder: Path) -> None:
 def kernel(name: str) -> str:
     """A kernel as C++: what CUDA adds to the language, beyond attributes, is spelt out."""
     text = (ROOT / "csrc" / f"{name}.cu").read_text(encoding="utf-8")
+    stream = (ROOT / "csrc" / "stream.cuh").read_text(encoding="utf-8")
+    text = text.replace('#include "stream.cuh"', stream.replace("#pragma once", ""))
     raw = "std::uint8_t* const raw = emulator::dynamic_memory();"
     text = text.replace("extern __shared__ std::uint8_t raw[];", raw)
     launch = r"emulator::run(dim3(\2), dim3(\3), 1, [=] { \1(\4); });"
@@ -69,12 +71,13 @@ def test_kernel(name: str, objects: dict[str, Path], tmp_path: Path) -> None:
 FAULTS = {
     "a slot is filled before it is free": (
         GEMM,
-        "ptx::wait(memory.emptied(ring.slot), ring.emptied());",
-        "",
+        "ptx::wait(memory.emptied(ring.slot), ring.emptied());\n"
+        "      ptx::arrive_and_expect(barrier, slot_bytes",
+        "ptx::arrive_and_expect(barrier, slot_bytes",
     ),
     "a slot is let go while wgmma reads it": (
         GEMM,
-        "if (i > 0) release(memory, before, cluster);",
+        "if (before >= 0) release(memory, before, cluster);",
         "release(memory, ring.slot, cluster);",
     ),
     "only the own producer learns that a slot is free": (
@@ -87,17 +90,25 @@ FAULTS = {
         "arrive_and_expect(barrier, slot_bytes(TileN))",
         "arrive_and_expect(barrier, slot_bytes(TileN) - q_bytes(TileN) / 2)",
     ),
-    "wgmma begins without a fence": (GEMM, "wgmma_fence();", ""),
-    "wgmma begins on what the compiler may still write": (GEMM, "  pin(acc);\n  for", "  for"),
+    "wgmma begins without a fence": (
+        GEMM,
+        "wgmma_fence();\n#pragma unroll\n  for (int step = 0; step < Steps",
+        "for (int step = 0; step < Steps",
+    ),
+    "wgmma begins on what the compiler may still write": (
+        GEMM,
+        "  pin(acc);\n  for (int i = 0; i < count - 1; ++i)",
+        "  for (int i = 0; i < count - 1; ++i)",
+    ),
     "the compiler may read the sums before wgmma has ended": (
         GEMM,
-        "wgmma_wait<0>();\n  pin(acc);",
-        "wgmma_wait<0>();",
+        "wgmma_wait<0>();\n  pin(acc);\n  release",
+        "wgmma_wait<0>();\n  release",
     ),
     "the sums are pinned before wgmma has ended": (
         GEMM,
-        "wgmma_wait<0>();\n  pin(acc);",
-        "pin(acc);\n  wgmma_wait<0>();",
+        "wgmma_wait<0>();\n  pin(acc);\n  release",
+        "pin(acc);\n  wgmma_wait<0>();\n  release",
     ),
     "h is read before it is written": (GEMM, "if (now.thin && early)", "if (false)"),
     "the output is written while it may be read": (GEMM, "if (shape.r == 0) {", "if (false) {"),
@@ -136,6 +147,46 @@ FAULTS = {
         "attributes + (cluster > 1 ? 0 : 1);  // single CTAs are launched without clusters\n"
         "  config.numAttrs = (cluster > 1 ? 1 : 0) + ",
         "attributes;\n  config.numAttrs = 1 + ",
+    ),
+    "the last chunk of a tile has too few steps": (GEMM, "if (steps == 1) {", "if (steps < 4) {"),
+    "h is loaded before it is made": (GEMM, "ptx::await(args.ready + at.m / kTileM);", ""),
+    "the copy engine does not know that h is made": (
+        GEMM,
+        "        ptx::fence_async_proxy_global();\n      }",
+        "      }",
+    ),
+    "h is made known before all have written it": (
+        GEMM,
+        "ptx::sync_threads(1, kStreamThreads);",
+        "",
+    ),
+    "h is written without a fence": (
+        GEMM,
+        "ptx::fence_async_proxy_global();  // the copy engine will",
+        "// the copy engine will",
+    ),
+    "an old call's word is taken for this one's": (
+        GEMM,
+        "error = cudaMemsetAsync(args.ready, 0, flags, stream);",
+        "",
+    ),
+    "h is not scaled": (GEMM, "args.h_scale * acc[4 * j + 2 * half]", "acc[4 * j + 2 * half]"),
+    "a streaming slot is filled before it is free": (
+        GEMM,
+        "ptx::wait(memory.emptied(ring.slot), ring.emptied());\n"
+        "      ptx::arrive_and_expect(barrier, memory",
+        "ptx::arrive_and_expect(barrier, memory",
+    ),
+    "a streaming slot is let go while wgmma reads it": (
+        GEMM,
+        "ptx::arrive(memory.emptied(before))",
+        "ptx::arrive(memory.emptied(ring.slot))",
+    ),
+    "both warpgroups make the same rows": (GEMM, "+ 64 * group * kRowBytes, Major", ", Major"),
+    "the tiles of the streaming clusters are left out": (
+        GEMM,
+        "const int clusters = gridDim.x / shape.cluster - shape.streams, count",
+        "const int clusters = gridDim.x / shape.cluster, count",
     ),
     "single CTAs decode as clusters": (DECODE, "if (how.cluster == 1) config.numAttrs = 0;", ""),
     "the last barrier of a cluster orders nothing": (

@@ -319,6 +319,67 @@ class Cluster {
   std::vector<Event> events_;
 };
 
+// ---- Making h beside the tiles ---------------------------------------------------------------
+
+// Every row block is made once, whatever the number of streaming CTAs; slots and barriers fit.
+void check_streams() {
+  for (int m : {1, 128, 129, 1000, 8192}) {
+    for (int streams : {1, 2, 3, 40}) {
+      const Gemm g{m, 256, 64, 8, 256, 2, streams};
+      std::vector<int> made(row_blocks(g));
+      for (int cta = 0; cta < 2 * streams; ++cta) {
+        const RowBlocks blocks = stream_blocks(g, cta);
+        for (int b = blocks.first; b < blocks.end; b += blocks.step) ++made.at(b);
+      }
+      for (int count : made) CHECK(count == 1);
+      CHECK(128 * row_blocks(g) >= m);
+    }
+  }
+  for (int r = 1; r <= kStreamMaxRank; ++r) {
+    for (bool k_major : {true, false}) {
+      const StreamSlots slots = stream_slots(r, k_major, 229000);
+      CHECK(slots.bytes % 1024 == 0 && slots.count >= 6 && slots.count <= kStreamMaxSlots);
+      CHECK(slots.count * (slots.bytes + 16) <= 229000);
+      CHECK(stream_ranks(r) >= r && slots.bytes >= 128 * (128 + (k_major ? r : 64)));
+    }
+  }
+}
+
+// What 66 clusters of 2 spare, and whether h is made there.
+void check_plans_of_h() {
+  const struct {
+    int m, n, k, r, spare, forward, backward;
+  } plans[] = {
+      {8192, 4096, 4096, 16, 2, 2, 2}, {8192, 14336, 4096, 16, 2, 2, 2},
+      {8192, 4096, 4096, 64, 2, 2, 2}, {8192, 4096, 14336, 16, 2, 2, 2},
+      {2048, 4096, 4096, 16, 2, 2, 2}, {512, 4096, 4096, 16, 34, 2, 2},
+      {8192, 2048, 2048, 16, 2, 2, 0}, {8192, 1024, 4096, 16, 2, 0, 0},  // few tiles
+      {8192, 11008, 4096, 16, 0, 0, 0},  // 1376 tiles: the last wave is full
+      {8192, 4096, 4096, 129, 2, 0, 0}, {8192, 4096, 4096, 0, 2, 0, 0},
+  };
+  for (const auto& plan : plans) {
+    Gemm g{plan.m, plan.n, plan.k, plan.r, 256, 2};
+    CHECK(spare_clusters(g, 66) == plan.spare);
+    CHECK(streams(g, 66, true) == plan.forward && streams(g, 66, false) == plan.backward);
+    const int waves = ceil_div(tiles(g), 66);
+    CHECK(ceil_div(tiles(g), 66 - smaller(plan.spare, plan.forward)) == waves);
+    g.cluster = 1;
+    CHECK(streams(g, 132, true) == 0);
+  }
+}
+
+// Sixteens of the last chunk: all of its k, and no more than twice as many.
+void check_last_steps() {
+  for (int r = 0; r <= 300; ++r) {
+    for (int k : {1, 16, 17, 64, 65, 4096}) {
+      const int of = r > 0 ? r : k, steps = last_steps({1, 8, k, r, 128, 1});
+      const int left = of - (of - 1) / 64 * 64;
+      CHECK(16 * steps >= left && (steps == 1 || 8 * steps < left));
+      CHECK(steps == 1 || steps == 2 || steps == 4);
+    }
+  }
+}
+
 void check_ring() {
   for (int size : {1, 2}) {
     for (int slots : {1, 2, 3, 4, 6}) {
@@ -408,6 +469,9 @@ void check_plans() {
 int main() {
   check_coverage();
   check_cuts();
+  check_streams();
+  check_plans_of_h();
+  check_last_steps();
   check_ring();
   check_decode();
   check_plans();

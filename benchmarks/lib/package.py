@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from lib.cases import Case, Output
 
-BACKENDS = ("eager", "thin", "triton", "cuda")  # those a GPU may be served by
+BACKENDS = ("eager", "thin", "triton", "cuda", "overlap")  # those a GPU may be served by
 _REFUSES = " cannot serve this call: "
 
 

@@ -18,7 +18,7 @@ from loradrop.files import asset
 from loradrop.kernels.tiles import cdiv, rank_tile
 from loradrop.op.call import Problem
 
-SERVING = ("eager", "thin", "triton", "cuda")  # the simpler first: it wins a tie
+SERVING = ("eager", "thin", "triton", "cuda", "overlap")  # the simpler first: it wins a tie
 MARGIN = 0.02  # a backend replaces a simpler one only if it is faster by more than this
 NEAR = 1.5  # a measurement holds for numbers of tokens up to this factor away
 

@@ -1,6 +1,7 @@
 """The CUDA kernels of csrc/ from Python: refusals with their reasons, and launches.
 
     gemm_ext   out = p·q + bias + s·h·l
+    gemm_lora  the same with h = t·p·a, made meanwhile
     decode     y = xWᵀ + b + s·hBᵀ   h = xAᵀ   sqnorm = Σ_t w_t ‖s·B·h_t‖²   for up to 32 tokens
 
 All operands in bfloat16, or all in float16; sums in float32. Launches go to the current stream.
@@ -88,6 +89,12 @@ def _vector(name: str, vector: Tensor | None, size: int, like: Tensor) -> Tensor
     return vector.contiguous()
 
 
+def _pairs(name: str, vector: Tensor | None, size: int, like: Tensor) -> Tensor | None:
+    """As `_vector`, where it is read in pairs."""
+    vector = _vector(name, vector, size, like)
+    return vector.clone() if vector is not None and vector.data_ptr() % 4 != 0 else vector
+
+
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -135,18 +142,53 @@ def gemm_ext(
     Raises ValueError with the reason that `why_not_gemm` gives.
     """
     _demand("gemm_ext", p, q, h, l)
-    bias = _vector("bias", bias, q.shape[1], p)
-    if bias is not None and bias.data_ptr() % 4 != 0:
-        bias = bias.clone()  # it is read in pairs
+    bias = _pairs("bias", bias, q.shape[1], p)
     if h is None or l is None or scaling == 0.0:
         h = l = None
     out = p.new_empty((p.shape[0], q.shape[1]))
     _launch(
         "gemm_ext", p, dtype=_DTYPES[p.dtype], out=_numbers(out), p=_numbers(p), q=_numbers(q),
-        bias=_pointer(bias), h=_numbers(h), l=_numbers(l), scaling=float(scaling),
+        bias=_pointer(bias), h=_numbers(h), l=_numbers(l), scaling=float(scaling), maker=None,
         overlap=overlap, tile_n=tile_n, cluster=cluster,
     )  # fmt: skip
     return out
+
+
+@functools.lru_cache(maxsize=4096)
+def streams(m: int, n: int, k: int, r: int, turned: bool, device: int) -> int:
+    """How many clusters of `gemm_lora` would make h; 0 where it is better made before.
+
+    Of p (m, k), q (k, n) and a (k, r), `turned` where a is the transpose of what lies in memory.
+    The tiles' last wave leaves them without work anyway.
+    """
+    return int(_extension().gemm_streams(m, n, k, r, turned, device))
+
+
+def gemm_lora(
+    p: Tensor, q: Tensor, bias: Tensor | None, a: Tensor, l: Tensor, scaling: float, h_scale: float
+) -> tuple[Tensor, Tensor]:
+    """(out, h): out = p·q + bias + s·h·l with h = h_scale·p·a, rounded, in one launch.
+
+    p (M, R)   q (R, C)   bias (C,) or None   a (R, r)   l (r, C)   ->  out (M, C)   h (M, r)
+
+    q, a and l lie either way round: forward is (x, W.T, bias, A.T, B.T), the gradient of x is
+    (dy, W, None, B, A). Only where `streams` is not 0.
+
+    Raises ValueError with the reason for operands that it cannot read, as `gemm_ext`.
+    """
+    _demand("gemm_lora", p, q, a, l)
+    bias = _pairs("bias", bias, q.shape[1], p)
+    m, r = p.shape[0], a.shape[1]
+    h = p.new_empty((m, -(-r // 8) * 8))[:, :r]  # rows of whole 16 bytes
+    ready = p.new_empty(-(-m // 128), dtype=torch.int32)
+    out = p.new_empty((m, q.shape[1]))
+    _launch(
+        "gemm_ext", p, dtype=_DTYPES[p.dtype], out=_numbers(out), p=_numbers(p), q=_numbers(q),
+        bias=_pointer(bias), h=_numbers(h), l=_numbers(l), scaling=float(scaling),
+        maker=(_numbers(a), float(h_scale), ready.data_ptr()),
+        overlap=False, tile_n=0, cluster=0,
+    )  # fmt: skip
+    return out, h
 
 
 @functools.cache

@@ -100,6 +100,7 @@ BACKENDS = {
         _fused("thin", triton_missing, why_not_triton),
         _fused("triton", triton_missing, why_not_triton),
         _fused("cuda", lambda: cuda.missing() or triton_missing(), why_not_cuda),
+        _fused("overlap", lambda: cuda.missing() or triton_missing(), why_not_cuda),
     )
 }
 
@@ -164,5 +165,6 @@ def explain(problem: Problem) -> str:
     refusal = why_not_triton(problem)
     if refusal is not None:
         return f"eager: {refusal}"
-    able = able_to(problem)
-    return costs.explain(problem, [n for n in able if n != "cuda" or cuda.missing() is None])
+    by_csrc = ("cuda", "overlap")
+    able = [n for n in able_to(problem) if n not in by_csrc or cuda.missing() is None]
+    return costs.explain(problem, able)

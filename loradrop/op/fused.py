@@ -4,8 +4,8 @@
     backward   t = shrink(dy, Bᵀ)    dx = dy W + mask∘(tA)    dA = tᵀ(mask∘x)    dB = s·dyᵀh
 
 with t = s·dyB/(1 − p). `thin` leaves the wide product to cuBLAS and adds the LoRA product in place;
-`triton` and `cuda` compute both in one kernel. The mask of dropout is drawn once, by the first
-`shrink`, and kept as one bit an element.
+`triton` and `cuda` compute both in one kernel; `overlap` makes h and t beside it. The mask of dropout
+is drawn once, by the first `shrink`, and kept as one bit an element.
 """
 
 import functools
@@ -21,7 +21,7 @@ from loradrop.kernels import tiles
 from loradrop.kernels.expand import expand
 from loradrop.kernels.gemm_ext import gemm_ext, scale_mode
 from loradrop.kernels.gram import sqnorm as sqnorm_of_grams
-from loradrop.kernels.gram import total
+from loradrop.kernels.gram import total, wide_grams
 from loradrop.kernels.outer import outer
 from loradrop.kernels.shrink import shrink
 from loradrop.kernels.single_pass import single_pass
@@ -82,14 +82,36 @@ def by_cuda(
         p = p.contiguous()
     if mask is not None:
         return _add_masked(cuda.gemm_ext(p, q, bias, None, None, 1.0), h, l, scale, mask)
-    l = l.to(p.dtype)
-    if scale_mode(scale, p.dtype) == "h":
-        l, scale = l * scale, 1.0  # exact
+    l, scale = _scaled(l, scale, p.dtype)
     if missing := -h.shape[1] % 8:  # rows of whole 16 bytes
         h, l = pad(h, (0, missing)), pad(l, (0, 0, 0, missing))
     if not rows_aligned(as_stored(l)):
         l = l.contiguous()
     return cuda.gemm_ext(p, q, bias, h, l, scale)
+
+
+def _scaled(l: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """l rounded to `dtype`, times the scale where that is exact; and the scale that is left."""
+    if scale_mode(scale, dtype) != "h":
+        return l.to(dtype), scale
+    return torch.mul(l, scale, out=torch.empty_like(l, dtype=dtype)), 1.0
+
+
+def with_h_by_cuda(
+    p: Tensor, q: Tensor, bias: Tensor | None, a: Tensor, l: Tensor, scale: float, h_scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """(p·q + bias + s·h·l, h = h_scale·p·a) in one launch, or None where two are faster.
+
+    p (M, D)   q (D, C)   bias (C,) or None   a (D, r)   l (r, C)
+    """
+    (m, k), n, r = p.shape, q.shape[1], a.shape[1]
+    turned = as_stored(a) is not a
+    if r % 8 or p.device.index is None or not cuda.streams(m, n, k, r, turned, p.device.index):
+        return None
+    a, (l, scale) = a.to(p.dtype), _scaled(l, scale, p.dtype)
+    if not all(rows_aligned(as_stored(t)) for t in (a, l)) or not rows_aligned(p):
+        return None
+    return cuda.gemm_lora(p, q, bias, a, l, scale, h_scale)
 
 
 def small_m_triton(call: Call, weights: Tensor | None) -> Output | None:
@@ -129,11 +151,12 @@ def small_m_cuda(call: Call, weights: Tensor | None) -> Output | None:
 class Fused:
     """`forward` and `backward` over one way to compute the wide product.
 
-    `few`: few rows without dropout in one pass.
+    `few`: few rows without dropout in one pass. `with_h`: the wide product, and h beside it.
     """
 
     extend: Extend
     few: Callable[[Call, Tensor | None], Output | None] | None = None
+    with_h: Callable[..., tuple[Tensor, Tensor] | None] | None = None
 
     def forward(self, call: Call) -> Output:
         """As `reference.forward`; the mask of dropout is kept."""
@@ -147,6 +170,14 @@ class Fused:
             done = self.few(call, weights)
             if done is not None:
                 return self._with_gram(done, call)
+        if self.with_h is not None and dropout == 0.0 and weight is not None:
+            both = self.with_h(x, weight.T, bias, A.T, B.T, scaling, 1.0)
+            if both is not None:
+                sqnorm = None
+                if call.sqnorm:
+                    grams = wide_grams(both[1], B, weights)
+                    sqnorm = sqnorm_of_grams(grams, both[1], B, scaling, weights).double()
+                return self._with_gram(Output(*both, None, sqnorm), call)
         cut = tiles.shrink(machine, x.dtype, x.shape[0], x.shape[1], A.shape[0])
         in_pass = call.sqnorm and x.dtype != torch.float32
         thin = shrink(
@@ -176,17 +207,22 @@ class Fused:
         if x.numel() == 0 or dy.numel() == 0:
             return eager.backward(saved, dy, needs)
         machine, (m, k), (n, r) = tiles.machine_of(x.device), x.shape, B.shape
-        dx = dA = dB = None
+        dx = dA = dB = both = None
         scale, rest = scaling * gain(dropout), 1.0
         if x.dtype == torch.float16 and abs(scale) > 1.0:  # t must not overflow for its scale
             scale, rest = 1.0, scale
-        if needs.x or needs.A:
-            cut = tiles.shrink(machine, dy.dtype, m, n, r)
-            t = shrink(dy, B.T, scale, cut).h
-        if needs.x and weight is None:
-            dx = expand(None, t, A, rest, tiles.expand(machine, x.dtype), mask)
-        elif needs.x:
-            dx = self.extend(dy, weight, None, t, A, rest, mask)
+        if needs.x and self.with_h is not None and mask is None and weight is not None:
+            both = self.with_h(dy, weight, None, B, A, rest, scale)
+        if both is not None:
+            dx, t = both
+        else:
+            if needs.x or needs.A:
+                cut = tiles.shrink(machine, dy.dtype, m, n, r)
+                t = shrink(dy, B.T, scale, cut).h
+            if needs.x and weight is None:
+                dx = expand(None, t, A, rest, tiles.expand(machine, x.dtype), mask)
+            elif needs.x:
+                dx = self.extend(dy, weight, None, t, A, rest, mask)
         if needs.A:
             tiles_A = tiles.outer(machine, x.dtype, m, k, r)
             dA = outer(x, t, rest, A.dtype, tiles_A, mask=mask, transposed=True)
@@ -198,3 +234,4 @@ class Fused:
 THIN = Fused(by_cublas)
 TRITON = Fused(by_triton, small_m_triton)
 CUDA = Fused(by_cuda, small_m_cuda)
+OVERLAP = Fused(by_cuda, small_m_cuda, with_h_by_cuda)
