@@ -4,8 +4,8 @@
     backward   t = shrink(dy, Bᵀ)    dx = dy W + mask∘(tA)    dA = tᵀ(mask∘x)    dB = s·dyᵀh
 
 with t = s·dyB/(1 − p). `thin` leaves the wide product to cuBLAS and adds the LoRA product in place;
-`triton` and `cuda` compute both in one kernel; `overlap` makes h and t beside it. The mask of dropout
-is drawn once, by the first `shrink`, and kept as one bit an element.
+`triton` and `cuda` compute both in one kernel; `overlap` makes h and t beside it. The mask of
+dropout is drawn once, by the first `shrink`, and kept as one bit an element.
 """
 
 import functools
