@@ -34,7 +34,7 @@ def _expand(BASE, H, L, Y, MASK, M, C, r, sbm, sbc, shm, slr, slc, sym, smask, s
                    BM, BN, RANKS, STEP, False, DTYPE, PRECISION)  # fmt: skip
     acc *= scale
     if MASKED:
-        acc = where_kept(mask_words(MASK, m, n, M, smask, BM, BN), acc, 32)
+        acc = where_kept(mask_words(MASK, m, n, M, smask, BM, BN), acc)
     if HAS_BASE:
         acc += load_tile(BASE, m, n, M, C, sbm, sbc, BM, BN, False).to(tl.float32)
     rows, columns = m + tl.arange(0, BM), n + tl.arange(0, BN)

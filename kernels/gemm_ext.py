@@ -96,7 +96,7 @@ def _gemm_ext(P, Q, H, L, BIAS, Y, MASK,
                            BM, BN, RANKS, STEP, False, DTYPE, PRECISION)  # fmt: skip
             acc *= scale
             if MASKED:
-                acc = where_kept(mask_words(MASK, m, n, M, smask, BM, BN), acc, 32)
+                acc = where_kept(mask_words(MASK, m, n, M, smask, BM, BN), acc)
         for d in range(0, D, BK):
             p = load_tile(P, m, d, M, D, spm, spd, BM, BK, TMA)  # (BM, BK)
             if Q_T:

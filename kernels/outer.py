@@ -36,7 +36,7 @@ def _outer(P, Q, OUT, MASK,
         q = tl.load(Q + at * sqm + ranks[None, :] * sqr,
                     mask=there[:, None] & (ranks < r)[None, :], other=0.0)  # (BM, R)
         if MASKED:
-            p = where_kept(mask_words(MASK, m, column, M, smask, BM, BC), p, 32)
+            p = where_kept(mask_words(MASK, m, column, M, smask, BM, BC), p)
         acc = tl.dot(tl.trans(q), p, acc, input_precision=PRECISION)
     place = part * plane + columns.to(tl.int64)[None, :] * soc + ranks.to(tl.int64)[:, None] * sor
     inside = (columns < C)[None, :] & (ranks < r)[:, None]

@@ -1,7 +1,7 @@
 """The dropout mask inside a kernel: one bit an element, the bits of `loradrop.op.philox`.
 
-A byte holds eight neighbouring columns of a row, lowest bit first; a word of 32 bits holds 32. A
-row takes whole words (`tiles.row_bytes`).
+A word of 32 bits holds 32 neighbouring columns of a row, lowest bit first. A row takes whole words
+(`tiles.row_bytes`).
 """
 
 import triton
@@ -9,25 +9,13 @@ import triton.language as tl
 
 
 @triton.jit
-def _bits(word, threshold, AT: tl.constexpr):
-    """Bits AT and AT + 1: whether the low and the high half of `word` are at least `threshold`.
+def philox4x32(c0, c1, c2, k0, k1):
+    """Philox4x32-7 of the counter (c0, c1, c2, 0) under the key (k0, k1), all uint32.
 
-    `threshold` stands in the upper half of its word. There the half below decides nothing.
+    A product of two 32-bit words is taken in 64 bits: one instruction for both halves.
     """
-    low = tl.where((word << 16) >= threshold, 1 << AT, 0)
-    return low | tl.where(word >= threshold, 2 << AT, 0)
-
-
-@triton.jit
-def _octet(k0, k1, group, threshold):
-    """The byte of elements 8·group … 8·group + 7: a bit is set where the element is kept.
-
-    Philox4x32-10. A product of two 32-bit words is taken in 64 bits: one instruction for both
-    halves.
-    """
-    c0, c1 = group.to(tl.uint32), (group >> 32).to(tl.uint32)
-    c2, c3 = c0 * 0, c0 * 0
-    for _ in tl.static_range(10):
+    c3 = c2 * 0
+    for _ in tl.static_range(7):
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
@@ -35,29 +23,51 @@ def _octet(k0, k1, group, threshold):
         c1, c3 = p1.to(tl.uint32), p0.to(tl.uint32)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
-    byte = _bits(c0, threshold, 0) | _bits(c1, threshold, 2)
-    return byte | _bits(c2, threshold, 4) | _bits(c3, threshold, 6)
+    return c0, c1, c2, c3
 
 
 @triton.jit
-def draw_bytes(seed, rows, first, K, lanes, BYTES: tl.constexpr, ALIGNED: tl.constexpr):
-    """The mask of `rows` (BM,), columns first … first + 8·BYTES − 1, as (BM, BYTES) bytes in int32.
+def _at_least(kept, word, threshold, BIT: tl.constexpr):
+    """One digit of the comparison of 32 numbers with a threshold; `kept` is that of the digits
+    below it. With the digit of the threshold set it is word & kept, otherwise word | kept.
+    """
+    unset = ((threshold >> BIT) & 1) - 1  # all bits where the digit is 0
+    return (word & kept) | (unset & (word | kept))
 
-    `seed` is an int64, `lanes` is p·2¹⁶. ALIGNED: K is a multiple of eight, so that no row begins
-    within a group of Philox.
+
+@triton.jit
+def draw_words(seed, rows, first, words, threshold, WORDS: tl.constexpr):
+    """The mask of `rows` (BM,), words first … first + WORDS − 1 of each: (BM, WORDS) int32.
+
+    `seed` is an int64, a row has `words` words, `threshold` is p·2¹².
     """
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
-    threshold = lanes.to(tl.uint32) << 16
-    element = rows.to(tl.int64)[:, None] * K + (first + 8 * tl.arange(0, BYTES))[None, :]
-    byte = _octet(k0, k1, element >> 3, threshold)
-    if not ALIGNED:
-        byte |= _octet(k0, k1, (element >> 3) + 1, threshold) << 8
-        byte = (byte >> (element & 7).to(tl.int32)) & 0xFF
-    return byte
+    word = rows.to(tl.int64)[:, None] * words + (first + tl.arange(0, WORDS))[None, :]
+    low, high = word.to(tl.uint32), (word >> 32).to(tl.uint32)
+    t = threshold.to(tl.uint32)
+    kept = ~(low * 0)
+    for call in tl.static_range(3):  # the lowest digits first
+        u0, u1, u2, u3 = philox4x32(low, high, low * 0 + (2 - call), k0, k1)
+        kept = _at_least(kept, u3, t, 4 * call)
+        kept = _at_least(kept, u2, t, 4 * call + 1)
+        kept = _at_least(kept, u1, t, 4 * call + 2)
+        kept = _at_least(kept, u0, t, 4 * call + 3)
+    # A gather by its own index: without, Triton draws a word anew in each thread that reads it.
+    own = tl.broadcast_to(tl.arange(0, WORDS)[None, :], word.shape)
+    return tl.gather(kept.to(tl.int32, bitcast=True), own, 1)
 
 
 @triton.jit
-def where_kept(bits, tile, WIDTH: tl.constexpr):
-    """`tile` (ROWS, WORDS·WIDTH), zero where its bit in `bits` (ROWS, WORDS) is not set."""
-    spread = (bits[:, :, None] >> tl.arange(0, WIDTH)[None, None, :]) & 1
-    return tl.where(tl.reshape(spread, tile.shape) != 0, tile, 0.0)
+def where_kept(words, tile):
+    """`tile` (ROWS, 32·WORDS), zero where its bit in `words` (ROWS, WORDS) is not set.
+
+    Half precision is masked as integers: as a choice it costs twice the instructions.
+    """
+    shape: tl.constexpr = tile.shape
+    if tile.dtype.primitive_bitwidth == 16:
+        spread = words[:, :, None] << (31 - tl.arange(0, 32))[None, None, :]
+        kept = tl.reshape(spread >> 31, shape).to(tl.int16)
+        return (tile.to(tl.int16, bitcast=True) & kept).to(tile.dtype, bitcast=True)
+    else:
+        spread = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+        return tl.where(tl.reshape(spread, shape) != 0, tile, 0.0)

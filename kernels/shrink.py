@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loradrop.kernels.gram import gram, gram_of_b, store_gram, wide_grams
-from loradrop.kernels.philox import draw_bytes, where_kept
+from loradrop.kernels.philox import draw_words, where_kept
 from loradrop.kernels.tiles import ShrinkTiles, cdiv, dot_precision, rank_tile, row_bytes
 
 
@@ -47,12 +47,12 @@ def _emit(acc, H, WEIGHTS, GRAM, block, rows, M, r, shm, scale,
         store_gram(GRAM, gram(h, weights, WEIGHTED), block, R)
 
 
-@triton.jit(do_not_specialize=["M", "N", "steps", "blocks", "lanes"])
+@triton.jit(do_not_specialize=["M", "N", "steps", "blocks", "threshold"])
 def _shrink(X, A, H, MASK, SEED, WEIGHTS, GRAM, B, GRAM_B, PLANES,
-            M, K, r, N, sxm, sxk, sar, sak, shm, smask, sbn, sbr, steps, blocks, scale, lanes,
+            M, K, r, N, sxm, sxk, sar, sak, shm, smask, sbn, sbr, steps, blocks, scale, threshold,
             BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr,
-            DROPOUT: tl.constexpr, ALIGNED: tl.constexpr, GRAMS: tl.constexpr,
-            WEIGHTED: tl.constexpr, PRECISION: tl.constexpr, B_ROWS: tl.constexpr):  # fmt: skip
+            DROPOUT: tl.constexpr, GRAMS: tl.constexpr, WEIGHTED: tl.constexpr,
+            PRECISION: tl.constexpr, B_ROWS: tl.constexpr):  # fmt: skip
     block, part = tl.program_id(0), tl.program_id(1)
     if GRAMS and block >= blocks:
         gram_of_b(B, GRAM_B, block - blocks, N, r, sbn, sbr, H.dtype.element_ty, R, B_ROWS, BM)
@@ -72,12 +72,12 @@ def _shrink(X, A, H, MASK, SEED, WEIGHTS, GRAM, B, GRAM_B, PLANES,
             x = tl.load(x_at, mask=(rows < M)[:, None] & there[None, :], other=0.0)  # (BM, BK)
             a = tl.load(a_at, mask=there[:, None] & (ranks < r)[None, :], other=0.0)  # (BK, R)
             if DROPOUT:
-                bits = draw_bytes(seed, rows, start, K, lanes, BK // 8, ALIGNED)  # (BM, BK / 8)
-                column = start // 8 + tl.arange(0, BK // 8)
+                words = draw_words(seed, rows, start // 32, smask, threshold, BK // 32)
+                column = start // 32 + tl.arange(0, BK // 32)
                 place = rows.to(tl.int64)[:, None] * smask + column[None, :]
                 inside = (rows < M)[:, None] & (column < smask)[None, :]
-                tl.store(MASK + place, bits.to(tl.uint8), mask=inside)
-                x = where_kept(bits, x, 8)
+                tl.store(MASK + place, words, mask=inside)
+                x = where_kept(words, x)
             acc = tl.dot(x, a.to(x.dtype), acc, input_precision=PRECISION)
             x_at += BK * tl.cast(sxk, tl.int64)
             a_at += BK * tl.cast(sak, tl.int64)
@@ -130,6 +130,7 @@ def shrink(
     split = cdiv(k, steps * tiles.BK)
     h = x.new_empty((m, r))
     mask = x.new_empty((m, row_bytes(k)), dtype=torch.uint8) if masked else None
+    words = None if mask is None else mask.view(torch.int32)
     grams = planes = None
     if in_pass:
         grams = (new_planes(x, blocks, ranks, ranks), new_planes(x, b_blocks, ranks, ranks))
@@ -146,12 +147,11 @@ def shrink(
         "num_warps": tiles.warps,
     }
     _shrink[(blocks + (b_blocks if split == 1 else 0), split)](
-        x, A, h, mask, seed, weights, gram_h, B, gram_b, planes,
-        m, k, r, n, *x.stride(), *A.stride(), h.stride(0), row_bytes(k), *b_strides,
-        steps, blocks, scale, round(dropout * 65536),
-        BK=tiles.BK, SPLIT=split > 1, DROPOUT=masked, ALIGNED=k % 8 == 0,
-        GRAMS=in_pass and split == 1, PRECISION=dot_precision(x.dtype),
-        num_stages=tiles.stages, **facts,
+        x, A, h, words, seed, weights, gram_h, B, gram_b, planes,
+        m, k, r, n, *x.stride(), *A.stride(), h.stride(0), 0 if words is None else words.stride(0),
+        *b_strides, steps, blocks, scale, round(dropout * 4096),
+        BK=tiles.BK, SPLIT=split > 1, DROPOUT=masked, GRAMS=in_pass and split == 1,
+        PRECISION=dot_precision(x.dtype), num_stages=tiles.stages, **facts,
     )  # fmt: skip
     if split > 1:
         _finish[(blocks + b_blocks,)](

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved
-from loradrop.op.philox import gain, keep, keep_mask
+from loradrop.op.philox import draw, gain, unpack
 from loradrop.op.reference import gram
 
 _MANY_ROWS = 512  # where a pass over y outweighs two small copies
@@ -25,13 +25,15 @@ _ROWS_PER_BLOCK = 512  # rows of a half-precision operand widened at a time
 
 
 def forward(call: Call) -> Output:
-    """As `reference.forward`."""
+    """As `reference.forward`; the mask of dropout is kept."""
     x, weight, bias, s = call.x, call.weight, call.bias, call.scaling
-    a, b = _as(call.A, x), _as(call.B, x)
+    a, b, mask = _as(call.A, x), _as(call.B, x), None
     if call.seed is None:
         h = linear(x, a)
     else:
-        h = linear(keep(x, call.seed, call.dropout), a).mul_(gain(call.dropout))
+        mask = draw(call.seed, x.shape[0], x.shape[1], call.dropout)
+        kept = torch.where(unpack(mask, x.shape[1]), x, 0.0)
+        h = linear(kept, a).mul_(gain(call.dropout))
     if call.y0 is not None:
         y = torch.addmm(call.y0, h, b.t(), alpha=s)
     elif bias is not None and _bias_costs_a_pass(x) and math.frexp(s)[0] in (0.5, -0.5):
@@ -44,7 +46,7 @@ def forward(call: Call) -> Output:
         y = linear(x, weight, bias).addmm_(h, b.t(), alpha=s)
     of_h = gram(h, call.token_weights) if call.sqnorm or call.gram else None
     norm = sqnorm_of(of_h, b, s) if of_h is not None and call.sqnorm else None
-    return Output(y, h, None, norm, of_h if call.gram else None)
+    return Output(y, h, mask, norm, of_h if call.gram else None)
 
 
 def _as(parameter: Tensor, x: Tensor) -> Tensor:
@@ -61,11 +63,11 @@ def _bias_costs_a_pass(x: Tensor) -> bool:
 
 
 def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
-    """As `reference.backward`."""
-    x, weight, A, B, h, _, seed, s, p = saved[:9]
+    """As `reference.backward`, with the mask that `forward` kept."""
+    x, weight, A, B, h, mask, _, s, p = saved[:9]
     kept = None
-    if seed is not None and (needs.x or needs.A):
-        kept = keep_mask(seed, x.shape[0], x.shape[1], p)
+    if mask is not None and (needs.x or needs.A):
+        kept = unpack(mask, x.shape[1])
     dx = dA = dB = None
     if needs.x or needs.A:
         # beta = 0 leaves what h holds out, NaN included; it has the shape of dh.

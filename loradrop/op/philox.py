@@ -1,9 +1,14 @@
-"""The dropout mask: Philox4x32-10 (Salmon et al., SC 2011) of the seed and the logical element.
+"""The dropout mask: Philox4x32-7 (Salmon et al., SC 2011) of the seed and the logical element.
 
-Element (row, column) of an x with K columns has the index e = row·K + column. The counter is
-e >> 3, the key is the 64-bit seed; the four 32-bit outputs hold eight 16-bit lanes, low half first,
-and element e takes lane e & 7. It is kept iff its lane is at least round(p·2¹⁶). A pure function of
-(seed, e): every backend, layout and recomputation draws the same mask.
+Columns come in words of 32, so that one call of Philox serves 32 elements. A row of K columns has
+⌈K/32⌉ words, and word w of the matrix gets twelve random words: u_4c … u_4c+3 are Philox of the
+counter (w low, w high, c, 0), c = 0, 1, 2, under the 64-bit seed as the key. Seven rounds are the
+fewest that pass BigCrush. Bit b of the twelve, u_0 first, is the number U of column b of the word;
+the element is kept iff U is at least p·2¹². A pure function of (seed, row, column, K): every
+backend, layout and recomputation draws the same mask.
+
+As bits, a mask is what `draw` returns and the kernels keep: a bit is set where an element is kept,
+32 columns a word, the lowest bit first. The bits behind the last column mean nothing.
 """
 
 import torch
@@ -14,20 +19,22 @@ from loradrop.kernels.tiles import row_bytes as row_bytes
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
-_LANES = 8
-_RESOLUTION = 1 << 16
-_GROUPS_PER_BLOCK = 1 << 15  # 256 KiB a word: the ten rounds stay in the cache
+_ROUNDS = 7
+_DIGITS = 12
+_RESOLUTION = 1 << _DIGITS
+_WORDS_PER_BLOCK = 1 << 13  # 64 KiB for each of three calls: the rounds stay in the cache
 
 
 def quantize(p: float) -> float:
-    """The dropout probability that is really applied: p rounded to a multiple of 2⁻¹⁶.
+    """The dropout probability that is really applied: p rounded to a multiple of 2⁻¹².
 
-    Raises ValueError unless p is 0 or in [2⁻¹⁷, 1 − 2⁻¹⁷].
+    Raises ValueError where a p other than 0 would become 0 or 1: it must lie between 2⁻¹³ and
+    1 − 2⁻¹³.
     """
-    lanes = round(p * _RESOLUTION) if 0.0 <= p < 1.0 else -1
-    if lanes < 0 or lanes == _RESOLUTION or (lanes == 0 and p > 0):
-        raise ValueError(f"dropout={p!r}: choose 0, or a probability in [2**-17, 1 - 2**-17]")
-    return lanes / _RESOLUTION
+    threshold = round(p * _RESOLUTION) if 0.0 <= p < 1.0 else -1
+    if threshold < 0 or threshold == _RESOLUTION or (threshold == 0 and p > 0):
+        raise ValueError(f"dropout={p!r}: choose 0, or a probability between 2**-13 and 1 - 2**-13")
+    return threshold / _RESOLUTION
 
 
 def gain(p: float) -> float:
@@ -35,40 +42,61 @@ def gain(p: float) -> float:
     return 1.0 / (1.0 - p)
 
 
-def philox4x32(counter: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 of (counter, 0, 0) under the 64-bit key `seed`.
+def philox4x32(counter: Tensor, call: Tensor, seed: Tensor) -> tuple[Tensor, ...]:
+    """Philox4x32-7 of (counter low, counter high, call, 0) under the 64-bit key `seed`.
 
-    counter (n,) int64, seed 0-dim int64  ->  four (n,) int64 tensors holding 32-bit words
+    counter and call int64 of shapes that broadcast, seed 0-dim int64  ->  four int64 tensors of
+    that shape, which hold 32-bit words
     """
-    c0, c1 = counter & _LOW, (counter >> 32) & _LOW
-    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(10):
-        # int64 products wrap modulo 2**64, which keeps all 64 bits of a 32 x 32 product.
+    rounds = torch.arange(_ROUNDS, device=seed.device)
+    k0, k1 = (
+        torch.bitwise_and(half + rounds * weyl, _LOW).unbind()
+        for half, weyl in zip((seed, seed >> 32), _WEYL, strict=True)
+    )
+    c0, c1, c2, c3 = counter & _LOW, counter >> 32, call, torch.zeros_like(counter)
+    for key in range(_ROUNDS):
+        # int64 products wrap modulo 2**64, which keeps all 64 bits of a 32 x 32 product. As c1 and
+        # c3 they stay whole: their upper halves go with the mask of the next round.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = (p1 >> 32).bitwise_and_(_LOW).bitwise_xor_(c1).bitwise_xor_(k0)
-        c2 = (p0 >> 32).bitwise_and_(_LOW).bitwise_xor_(c3).bitwise_xor_(k1)
-        c1, c3 = p1.bitwise_and_(_LOW), p0.bitwise_and_(_LOW)
-        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
-    return c0, c1, c2, c3
+        c0 = ((p1 >> 32) ^ c1).bitwise_xor_(k0[key]).bitwise_and_(_LOW)
+        c2 = ((p0 >> 32) ^ c3).bitwise_xor_(k1[key]).bitwise_and_(_LOW)
+        c1, c3 = p1, p0
+    return c0, c1 & _LOW, c2, c3 & _LOW
+
+
+def draw(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
+    """The elements of a (rows, columns) matrix that dropout with probability p keeps, as bits.
+
+    seed 0-dim int64 on the wanted device  ->  (rows, row_bytes(columns)) uint8
+    """
+    threshold, size = round(p * _RESOLUTION), row_bytes(columns)
+    words = torch.empty(rows * size // 4, dtype=torch.int32, device=seed.device)
+    calls = torch.arange(_DIGITS // 4, device=seed.device).unsqueeze(1)
+    for start in range(0, words.numel(), _WORDS_PER_BLOCK):
+        stop = min(start + _WORDS_PER_BLOCK, words.numel())
+        found = philox4x32(torch.arange(start, stop, device=seed.device), calls, seed)
+        digits = [word for call in zip(*(f.unbind() for f in found), strict=True) for word in call]
+        # 32 comparisons at a time, from the last digit on: those equal so far count as kept.
+        kept = torch.full_like(digits[0], -1)
+        for place, digit in enumerate(reversed(digits)):
+            if threshold >> place & 1:
+                kept &= digit
+            else:
+                kept |= digit
+        words[start:stop] = kept
+    return words.view(torch.uint8).view(rows, size)
+
+
+def unpack(bits: Tensor, columns: int) -> Tensor:
+    """A mask of bits as booleans: (rows, row_bytes(columns)) uint8  ->  (rows, columns) bool."""
+    byte, bit = (torch.arange(count, device=bits.device) for count in (256, 8))
+    octets = (byte.unsqueeze(1) >> bit & 1).to(torch.uint8).view(torch.int64)  # a byte's, in one
+    return octets.squeeze(1)[bits.int()].view(torch.bool)[:, :columns]
 
 
 def keep_mask(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
-    """The elements of a (rows, columns) matrix that dropout with probability p keeps.
-
-    seed 0-dim int64 on the wanted device  ->  (rows, columns) bool
-    """
-    total, threshold = rows * columns, round(p * _RESOLUTION)
-    groups = -(-total // _LANES)
-    kept = torch.empty(groups * _LANES, dtype=torch.bool, device=seed.device)
-    for start in range(0, groups, _GROUPS_PER_BLOCK):
-        stop = min(start + _GROUPS_PER_BLOCK, groups)
-        words = philox4x32(torch.arange(start, stop, device=seed.device), seed)
-        lanes = kept[start * _LANES : stop * _LANES].view(-1, _LANES)
-        for index, word in enumerate(words):
-            torch.ge(word & 0xFFFF, threshold, out=lanes[:, 2 * index])
-            torch.ge(word >> 16, threshold, out=lanes[:, 2 * index + 1])
-    return kept[:total].view(rows, columns)
+    """As `draw`, as booleans: (rows, columns) bool."""
+    return unpack(draw(seed, rows, columns, p), columns)
 
 
 def keep(x: Tensor, seed: Tensor | None, p: float) -> Tensor:
