@@ -247,6 +247,7 @@ NAMED = {
     100: {
         "shrink with weighted Gram matrices r32": Pick(_llama(32, **_NORM), "_shrink", _FORWARD),
         "Gram matrices r128": Pick(_llama(128, norm=True), "_gram"),
+        "inner product of Gram matrices r16": Pick(_llama(16, norm=True), "_dot"),
         "squared norm r16": Pick(_llama(16, norm=True), "_sqnorm"),
         "gemm_ext forward TMA 128x256 r16": Pick(_llama(16), "_gemm_ext", _TURNED),
         "gemm_ext backward TMA 128x256 masked r64": Pick(_DROPPED, "_gemm_ext", _MASKED),

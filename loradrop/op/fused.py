@@ -102,7 +102,7 @@ def small_m_triton(call: Call, weights: Tensor | None) -> Output | None:
         x, weight, call.bias, call.A, call.B, call.scaling, cut,
         sqnorm=call.sqnorm, token_weights=weights,
     )  # fmt: skip
-    return Output(y, h, None, None if parts is None else total(parts, call.scaling).double())
+    return Output(y, h, None, None if parts is None else total(parts, call.scaling))
 
 
 @functools.cache
@@ -161,7 +161,7 @@ class Fused:
             y = self.extend(x, weight.T, bias, h, B.T, scaling)
         sqnorm = None
         if thin.grams is not None:
-            sqnorm = sqnorm_of_grams(thin.grams, h, B, scaling, weights).double()
+            sqnorm = sqnorm_of_grams(thin.grams, h, B, scaling, weights)
         elif call.sqnorm:  # float32: the digits of its products need float64
             sqnorm = eager.sqnorm(h, B, scaling, call.token_weights)
         return self._with_gram(Output(y, h, thin.mask, sqnorm), call)
