@@ -38,6 +38,13 @@ _AHEAD = 128  # bytes of a column of l for which registers beside a tile suffice
 
 
 @triton.jit
+def in_eights(n, KNOWN: tl.constexpr):
+    """n, a multiple of 8 where KNOWN. Triton itself looks for multiples of 16 only, and loads one
+    number at a time where it does not know that rows begin at whole 16 bytes."""
+    return n // 8 * 8 if KNOWN else n
+
+
+@triton.jit
 def load_tile(P, first, second, rows, columns, s0, s1,
               BR: tl.constexpr, BC: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """The tile (BR, BC) of P (rows, columns) at (first, second), zero outside."""
@@ -95,7 +102,9 @@ def _gemm_ext(P, Q, H, L, BIAS, Y, MASK,
               STEP: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
               Q_T: tl.constexpr, HAS_BIAS: tl.constexpr, FIRST: tl.constexpr,
               MASKED: tl.constexpr, SCALE: tl.constexpr, LORA: tl.constexpr, AHEAD: tl.constexpr,
-              HALVES: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+              H_EIGHTS: tl.constexpr, L_EIGHTS: tl.constexpr, HALVES: tl.constexpr,
+              DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    r, shm, slc = in_eights(r, H_EIGHTS), in_eights(shm, H_EIGHTS), in_eights(slc, L_EIGHTS)
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(C, BN)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=False):
         tile_m, tile_n = place_tile(tile, tiles_m, tiles_n, GROUP)
@@ -218,8 +227,8 @@ def gemm_ext(
         BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, RANKS=ranks, STEP=step,
         GROUP=tiles.group, TMA=tma, Q_T=turned, HAS_BIAS=bias is not None, FIRST=first,
         MASKED=mask is not None, SCALE=scale_mode(scale, p.dtype), LORA=h is not None,
-        AHEAD=ahead, HALVES=tiles.halves, DTYPE=triton_dtype(p.dtype),
-        PRECISION=dot_precision(p.dtype),
+        AHEAD=ahead, H_EIGHTS=r % 8 == h_row % 8 == 0, L_EIGHTS=l_strides[1] % 8 == 0,
+        HALVES=tiles.halves, DTYPE=triton_dtype(p.dtype), PRECISION=dot_precision(p.dtype),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y
