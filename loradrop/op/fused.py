@@ -33,10 +33,21 @@ from loradrop.op.reference import gram
 
 SINGLE_PASS_ROWS = 64  # rows up to which one pass over everything may beat two launches
 SINGLE_PASS_RANK = 32  # ... with ranks that are cheap to compute again for every tile of outputs
+ROUNDED_ROWS, ROUNDED_RANK = 2048, 64  # from which both a copy of A and B in x's dtype pays
 DECODE_ROWS, DECODE_RANK = 32, 128  # what the CUDA kernel for decoding takes
 
 # p (M, D)   q (D, C)   bias (C,) or None   h (M, r)   l (r, C)   s   mask (M, row_bytes(C)) or None
 Extend = Callable[..., Tensor]
+
+
+def _rounded(A: Tensor, B: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B, in x's dtype where they are read so often that halving their bytes pays.
+
+    Every 64 rows read them again, from L2: in float32, from rank 64 on, more bytes than their x.
+    """
+    if x.shape[0] < ROUNDED_ROWS or A.shape[0] < ROUNDED_RANK:
+        return A, B
+    return A.to(x.dtype), B.to(x.dtype)
 
 
 def _add_masked(y: Tensor, h: Tensor, l: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -147,6 +158,7 @@ class Fused:
             done = self.few(call, weights)
             if done is not None:
                 return self._with_gram(done, call)
+        A, B = _rounded(A, B, x)
         cut = tiles.shrink(machine, x.dtype, x.shape[0], x.shape[1], A.shape[0])
         in_pass = call.sqnorm and x.dtype != torch.float32
         thin = shrink(
@@ -177,10 +189,12 @@ class Fused:
             return eager.backward(saved, dy, needs)
         machine, (m, k), (n, r) = tiles.machine_of(x.device), x.shape, B.shape
         dx = dA = dB = None
+        dtype_A, dtype_B = A.dtype, B.dtype
         scale, rest = scaling * gain(dropout), 1.0
         if x.dtype == torch.float16 and abs(scale) > 1.0:  # t must not overflow for its scale
             scale, rest = 1.0, scale
         if needs.x or needs.A:
+            A, B = _rounded(A, B, x)
             cut = tiles.shrink(machine, dy.dtype, m, n, r)
             t = shrink(dy, B.T, scale, cut).h
         if needs.x and weight is None:
@@ -189,9 +203,9 @@ class Fused:
             dx = self.extend(dy, weight, None, t, A, rest, mask)
         if needs.A:
             tiles_A = tiles.outer(machine, x.dtype, m, k, r)
-            dA = outer(x, t, rest, A.dtype, tiles_A, mask=mask, transposed=True)
+            dA = outer(x, t, rest, dtype_A, tiles_A, mask=mask, transposed=True)
         if needs.B:
-            dB = outer(dy, h, scaling, B.dtype, tiles.outer(machine, x.dtype, m, n, r))
+            dB = outer(dy, h, scaling, dtype_B, tiles.outer(machine, x.dtype, m, n, r))
         return Grads(dx, dA, dB)
 
 
