@@ -33,7 +33,8 @@ from loradrop.op.reference import gram
 
 SINGLE_PASS_ROWS = 64  # rows up to which one pass over everything may beat two launches
 SINGLE_PASS_RANK = 32  # ... with ranks that are cheap to compute again for every tile of outputs
-ROUNDED_ROWS, ROUNDED_RANK = 2048, 64  # from which both a copy of A and B in x's dtype pays
+ROUNDED_ROWS = 2048  # rows from which a copy of A and B in x's dtype pays
+ROUNDED_RANKS = range(64, 129)  # ... with such ranks; of wider ones ptxas serialises the products
 DECODE_ROWS, DECODE_RANK = 32, 128  # what the CUDA kernel for decoding takes
 
 # p (M, D)   q (D, C)   bias (C,) or None   h (M, r)   l (r, C)   s   mask (M, row_bytes(C)) or None
@@ -45,7 +46,7 @@ def _rounded(A: Tensor, B: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Every 64 rows read them again, from L2: in float32, from rank 64 on, more bytes than their x.
     """
-    if x.shape[0] < ROUNDED_ROWS or A.shape[0] < ROUNDED_RANK:
+    if x.shape[0] < ROUNDED_ROWS or A.shape[0] not in ROUNDED_RANKS:
         return A, B
     return A.to(x.dtype), B.to(x.dtype)
 
@@ -158,7 +159,8 @@ class Fused:
             done = self.few(call, weights)
             if done is not None:
                 return self._with_gram(done, call)
-        A, B = _rounded(A, B, x)
+        if dropout == 0.0:  # products of a masked x with a rounded A, too, ptxas serialises
+            A, B = _rounded(A, B, x)
         cut = tiles.shrink(machine, x.dtype, x.shape[0], x.shape[1], A.shape[0])
         in_pass = call.sqnorm and x.dtype != torch.float32
         thin = shrink(
