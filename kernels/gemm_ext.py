@@ -6,8 +6,9 @@
     backward   p = dy   q = W    l = A        dx = dy W + mask∘(tA)
 
 The LoRA product is the last chunk of the sum (`FIRST` off). With a mask on it, it is the first:
-what is in the accumulator then is the LoRA product alone. Persistent: the programs go through the
-tiles in groups that keep q in L2.
+what is in the accumulator then is the LoRA product alone. A last chunk of few ranks is loaded
+before the sum, into registers, so that no tile waits for it (`AHEAD`). Persistent: the programs go
+through the tiles in groups that keep q in L2.
 
 A scale other than 1 has to act on the LoRA product only. Last, it multiplies h where that is exact
 (`SCALE` "h"); elsewhere the sum is divided by s before the chunk and multiplied after ("sum"), two
@@ -33,6 +34,15 @@ from loradrop.kernels.tiles import (
     triton_dtype,
 )
 
+_AHEAD = 128  # bytes of a column of l for which registers beside a tile suffice
+
+
+@triton.jit
+def in_eights(n, KNOWN: tl.constexpr):
+    """n, a multiple of 8 where KNOWN. Triton itself looks for multiples of 16 only, and loads one
+    number at a time where it does not know that rows begin at whole 16 bytes."""
+    return n // 8 * 8 if KNOWN else n
+
 
 @triton.jit
 def load_tile(P, first, second, rows, columns, s0, s1,
@@ -45,6 +55,13 @@ def load_tile(P, first, second, rows, columns, s0, s1,
         place = i.to(tl.int64)[:, None] * s0 + j.to(tl.int64)[None, :] * s1
         tile = tl.load(P + place, mask=(i < rows)[:, None] & (j < columns)[None, :], other=0.0)
     return tile
+
+
+@triton.jit
+def as_bits(tile):
+    """A tile as integers. Those stay in registers, where Triton would move numbers that are ready
+    for a product to shared memory at once."""
+    return tile.to(tl.int16 if tile.dtype.primitive_bitwidth == 16 else tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -84,8 +101,10 @@ def _gemm_ext(P, Q, H, L, BIAS, Y, MASK,
               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RANKS: tl.constexpr,
               STEP: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
               Q_T: tl.constexpr, HAS_BIAS: tl.constexpr, FIRST: tl.constexpr,
-              MASKED: tl.constexpr, SCALE: tl.constexpr, LORA: tl.constexpr, HALVES: tl.constexpr,
+              MASKED: tl.constexpr, SCALE: tl.constexpr, LORA: tl.constexpr, AHEAD: tl.constexpr,
+              H_EIGHTS: tl.constexpr, L_EIGHTS: tl.constexpr, HALVES: tl.constexpr,
               DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    r, shm, slc = in_eights(r, H_EIGHTS), in_eights(shm, H_EIGHTS), in_eights(slc, L_EIGHTS)
     tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(C, BN)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=False):
         tile_m, tile_n = place_tile(tile, tiles_m, tiles_n, GROUP)
@@ -97,6 +116,9 @@ def _gemm_ext(P, Q, H, L, BIAS, Y, MASK,
             acc *= scale
             if MASKED:
                 acc = where_kept(mask_words(MASK, m, n, M, smask, BM, BN), acc)
+        if AHEAD:
+            h = as_bits(load_tile(H, m, 0, M, r, shm, 1, BM, STEP, False))
+            l = as_bits(load_tile(L, 0, n, r, C, slr, slc, STEP, BN, False))
         for d in range(0, D, BK):
             p = load_tile(P, m, d, M, D, spm, spd, BM, BK, TMA)  # (BM, BK)
             if Q_T:
@@ -107,8 +129,15 @@ def _gemm_ext(P, Q, H, L, BIAS, Y, MASK,
         if LORA and not FIRST:
             if SCALE == "sum":
                 acc *= inverse
-            acc = add_thin(acc, H, L, m, n, M, C, r, shm, slr, slc, scale,
-                           BM, BN, RANKS, STEP, SCALE == "h", DTYPE, PRECISION)  # fmt: skip
+            if AHEAD:
+                h = h.to(DTYPE, bitcast=True)
+                if SCALE == "h":
+                    h = (h.to(tl.float32) * scale).to(DTYPE)
+                l = l.to(L.dtype.element_ty, bitcast=True)
+                acc = tl.dot(h, l.to(DTYPE), acc, input_precision=PRECISION)
+            else:
+                acc = add_thin(acc, H, L, m, n, M, C, r, shm, slr, slc, scale,
+                               BM, BN, RANKS, STEP, SCALE == "h", DTYPE, PRECISION)  # fmt: skip
             if SCALE == "sum":
                 acc *= scale
         if HALVES == 1:
@@ -179,6 +208,8 @@ def gemm_ext(
     tma = tiles.tma and d > 0 and all(map(rows_aligned, (p, stored, y)))
     count = cdiv(m, tiles.BM) * cdiv(c, tiles.BN)
     words = None if mask is None else mask.view(torch.int32)
+    ranks, step = rank_tile(r), rank_step(p.dtype, r)
+    ahead = l is not None and not first and ranks == step and ranks * l.element_size() <= _AHEAD
     wide: tuple[object, ...] = (p, q, y)
     if tma:
         from triton.tools.tensor_descriptor import TensorDescriptor
@@ -193,9 +224,10 @@ def gemm_ext(
         wide[0], wide[1], h, l, bias, wide[2], words,
         m, c, d, r, *p.stride(), *q.stride(), h_row, *l_strides, c,
         0 if words is None else words.stride(0), scale, 1.0 / scale if scale else 0.0,
-        BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, RANKS=rank_tile(r), STEP=rank_step(p.dtype, r),
+        BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, RANKS=ranks, STEP=step,
         GROUP=tiles.group, TMA=tma, Q_T=turned, HAS_BIAS=bias is not None, FIRST=first,
         MASKED=mask is not None, SCALE=scale_mode(scale, p.dtype), LORA=h is not None,
+        AHEAD=ahead, H_EIGHTS=r % 8 == h_row % 8 == 0, L_EIGHTS=l_strides[1] % 8 == 0,
         HALVES=tiles.halves, DTYPE=triton_dtype(p.dtype), PRECISION=dot_precision(p.dtype),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip

@@ -6,9 +6,13 @@ G comes in blocks of rows from the pass that makes h (`shrink`), C beside it. Pr
 precision numbers are exact in float32, sums over a block are float32, everything after is float64
 in a fixed order.
 
+Two launches: `_dot` adds the blocks, every program a slice of the matrices, and `_sqnorm` adds what
+the slices give.
+
 The inner product cancels where h lies in directions that B maps to almost nothing. Float32 sums
 then lack digits. `_sqnorm` sees it from ⟨|G|, |C|⟩ and sums the squared products themselves
-instead, tile by tile, in one program: slow, but rarely needed, and exact.
+instead, tile by tile, in one program: some milliseconds, but exact. Trained adapters do not come
+near it, and a launch of many programs for it would cost every other call two microseconds.
 """
 
 import torch
@@ -16,11 +20,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loradrop.kernels.gemm_ext import load_tile
 from loradrop.kernels.tiles import cdiv, rank_tile, triton_dtype
 
 _CANCELS = 16  # ⟨G, C⟩ of less than a sixteenth of ⟨|G|, |C|⟩
 _ROWS = 256  # rows of h or B in one program of `_gram`
-_SLICE = 1024  # elements of a Gram matrix in one program of `_dot`
+_SLICES = 512  # the most programs of `_dot`, whose results one program adds
 
 
 @triton.jit
@@ -111,67 +116,47 @@ def _gram(H, B, WEIGHTS, GRAM, GRAM_B, M, N, r, shm, sbn, sbr, blocks,
         tl.store(GRAM + place, total)
 
 
-@triton.jit
-def _sum_planes(GRAM, count, at, SIZE: tl.constexpr, SLICE: tl.constexpr):
-    """Σ over `count` planes of SIZE numbers, at the places `at` (SLICE,); several at a time."""
-    TOGETHER: tl.constexpr = 4096 // SLICE
-    total = tl.zeros((SLICE,), tl.float64)
-    for start in range(0, count, TOGETHER):
+@triton.jit(do_not_specialize=["blocks", "b_blocks"])
+def _dot(GRAM, GRAM_B, PARTS, blocks, b_blocks,
+         SIZE: tl.constexpr, SLICE: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
+    """One slice of ⟨G, C⟩ and of ⟨|G|, |C|⟩, into PARTS (slices, 2); TOGETHER blocks at a time."""
+    at = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
+    g, c = tl.zeros((SLICE,), tl.float64), tl.zeros((SLICE,), tl.float64)
+    for start in range(0, max(blocks, b_blocks), TOGETHER):
         planes = start + tl.arange(0, TOGETHER)
         place = planes.to(tl.int64)[:, None] * SIZE + at[None, :]
-        inside = (planes < count)[:, None] & (at < SIZE)[None, :]
-        total += tl.sum(tl.load(GRAM + place, mask=inside, other=0.0).to(tl.float64), 0)
-    return total
+        of_h = tl.load(GRAM + place, mask=(planes < blocks)[:, None], other=0.0)
+        of_b = tl.load(GRAM_B + place, mask=(planes < b_blocks)[:, None], other=0.0)
+        g += tl.sum(of_h.to(tl.float64), 0)
+        c += tl.sum(of_b.to(tl.float64), 0)
+    parts = PARTS + 2 * tl.program_id(0)
+    tl.store(parts, tl.sum(g * c, 0))
+    tl.store(parts + 1, tl.sum(tl.abs(g * c), 0))
 
 
-@triton.jit(do_not_specialize=["blocks", "b_blocks"])
-def _dot(GRAM, GRAM_B, PARTS, blocks, b_blocks, SIZE: tl.constexpr, SLICE: tl.constexpr):
-    """One slice of ⟨G, C⟩ and of ⟨|G|, |C|⟩, into PARTS (slices, 2)."""
-    piece = tl.program_id(0)
-    at = piece * SLICE + tl.arange(0, SLICE)
-    product = _sum_planes(GRAM, blocks, at, SIZE, SLICE)
-    product *= _sum_planes(GRAM_B, b_blocks, at, SIZE, SLICE)
-    tl.store(PARTS + 2 * piece, tl.sum(product, 0))
-    tl.store(PARTS + 2 * piece + 1, tl.sum(tl.abs(product), 0))
-
-
-@triton.jit(do_not_specialize=["M", "N", "blocks", "b_blocks", "slices"])
-def _sqnorm(PARTS, GRAM, GRAM_B, H, B, WEIGHTS, OUT,
-            M, N, r, shm, sbn, sbr, blocks, b_blocks, slices, scale,
-            R: tl.constexpr, SIZE: tl.constexpr, SLICE: tl.constexpr, WHOLE: tl.constexpr,
-            WEIGHTED: tl.constexpr, DTYPE: tl.constexpr, CANCELS: tl.constexpr,
-            BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["M", "N", "slices"])
+def _sqnorm(PARTS, H, B, WEIGHTS, OUT, M, N, r, shm, sbn, sbr, slices, scale,
+            R: tl.constexpr, SLICES: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr,
+            CANCELS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """The squared norm from the inner products, or from the products h·Bᵀ where those cancel."""
-    if WHOLE:
-        at = tl.arange(0, SLICE)
-        product = _sum_planes(GRAM, blocks, at, SIZE, SLICE)
-        product *= _sum_planes(GRAM_B, b_blocks, at, SIZE, SLICE)
-        value, size = tl.sum(product, 0), tl.sum(tl.abs(product), 0)
-    else:
-        at = tl.arange(0, SLICE)
-        value = tl.sum(tl.load(PARTS + 2 * at, mask=at < slices, other=0.0), 0)
-        size = tl.sum(tl.load(PARTS + 2 * at + 1, mask=at < slices, other=0.0), 0)
+    at = tl.arange(0, SLICES)
+    value = tl.sum(tl.load(PARTS + 2 * at, mask=at < slices, other=0.0), 0)
+    size = tl.sum(tl.load(PARTS + 2 * at + 1, mask=at < slices, other=0.0), 0)
     if CANCELS * value < size:
         value = value * 0.0
         for m in range(0, M, BM):
             rows = m + tl.arange(0, BM)
+            h = load_tile(H, m, 0, M, r, shm, 1, BM, R, False)  # (BM, R)
             square = tl.zeros((BM,), tl.float32)
             for n in range(0, N, BN):
-                columns = n + tl.arange(0, BN)
-                delta = tl.zeros((BM, BN), tl.float32)
-                for k in range(0, R, STEP):
-                    ranks = k + tl.arange(0, STEP)
-                    h = tl.load(H + rows.to(tl.int64)[:, None] * shm + ranks[None, :],
-                                mask=(rows < M)[:, None] & (ranks < r)[None, :], other=0.0)
-                    b = tl.load(B + columns.to(tl.int64)[None, :] * sbn + ranks[:, None] * sbr,
-                                mask=(columns < N)[None, :] & (ranks < r)[:, None], other=0.0)
-                    delta = tl.dot(h, b.to(DTYPE), delta)  # (BM, BN)
+                b = load_tile(B, 0, n, r, N, sbr, sbn, R, BN, False)  # (R, BN)
+                delta = tl.dot(h, b.to(DTYPE))  # (BM, BN)
                 square += tl.sum(delta * delta, 1)
             if WEIGHTED:
                 weights = tl.load(WEIGHTS + rows, mask=rows < M, other=0.0)
                 square = tl.where(weights > 0.0, square * weights, 0.0)
             value += tl.sum(square.to(tl.float64), 0)
-    tl.store(OUT, (value * scale * scale).to(tl.float32))
+    tl.store(OUT, value * scale * scale)
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -181,7 +166,7 @@ def _total(PARTS, OUT, count, scale, BLOCK: tl.constexpr):
     for start in range(0, count, BLOCK):
         at = start + tl.arange(0, BLOCK)
         total += tl.load(PARTS + at, mask=at < count, other=0.0)
-    tl.store(OUT, (tl.sum(total, 0) * scale * scale).to(tl.float32))
+    tl.store(OUT, tl.sum(total, 0) * scale * scale)
 
 
 def wide_grams(h: Tensor, B: Tensor, token_weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -205,31 +190,30 @@ def sqnorm(
     scale: float,
     token_weights: Tensor | None,
 ) -> Tensor:
-    """scale²·Σ_t w_t ‖B·h_t‖², 0-dim float32.
+    """scale²·Σ_t w_t ‖B·h_t‖², 0-dim float64.
 
     grams (blocks, R, R) of h, weighted, and of B   h (M, r) rows contiguous   B (N, r)
     token_weights (M,) float32
     """
     (m, r), n, size = h.shape, B.shape[0], grams[0][0].numel()
-    blocks, b_blocks = len(grams[0]), len(grams[1])
-    slices = cdiv(size, _SLICE)
-    out = h.new_empty((), dtype=torch.float32)
-    parts = None
-    if slices > 1:
-        parts = h.new_empty((slices, 2), dtype=torch.float64)
-        _dot[(slices,)](*grams, parts, blocks, b_blocks, SIZE=size, SLICE=_SLICE, num_warps=4)
+    width = max(32, size // _SLICES)  # 32: a line of memory of each block
+    slices, tile = size // width, rank_tile(r)
+    parts = h.new_empty((slices, 2), dtype=torch.float64)
+    out = h.new_empty((), dtype=torch.float64)
+    _dot[(slices,)](
+        *grams, parts, len(grams[0]), len(grams[1]),
+        SIZE=size, SLICE=width, TOGETHER=4096 // width, num_warps=8,
+    )  # fmt: skip
     _sqnorm[(1,)](
-        parts, *grams, h, B, token_weights, out, m, n, r, h.stride(0), *B.stride(),
-        blocks, b_blocks, slices, scale,
-        R=rank_tile(r), SIZE=size, SLICE=min(size, _SLICE) if slices == 1 else 64,
-        WHOLE=slices == 1, WEIGHTED=token_weights is not None, DTYPE=triton_dtype(h.dtype),
-        CANCELS=_CANCELS, BM=64, BN=64, STEP=min(rank_tile(r), 64), num_warps=4, num_stages=1,
+        parts, h, B, token_weights, out, m, n, r, h.stride(0), *B.stride(), slices, scale,
+        R=tile, SLICES=_SLICES, WEIGHTED=token_weights is not None, DTYPE=triton_dtype(h.dtype),
+        CANCELS=_CANCELS, BM=64, BN=64 if tile <= 128 else 32, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
 
 
 def total(parts: Tensor, scale: float) -> Tensor:
-    """scale²·Σ parts, 0-dim float32, summed in float64: the squared norm from the sums of tiles."""
-    out = parts.new_empty((), dtype=torch.float32)
+    """scale²·Σ parts, 0-dim float64: the squared norm from the sums of tiles."""
+    out = parts.new_empty((), dtype=torch.float64)
     _total[(1,)](parts, out, parts.numel(), scale, BLOCK=1024, num_warps=4)
     return out

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loradrop.kernels.gemm_ext import mask_words
+from loradrop.kernels.gemm_ext import in_eights, mask_words
 from loradrop.kernels.philox import where_kept
 from loradrop.kernels.tiles import OuterTiles, cdiv, dot_precision, rank_tile
 
@@ -23,7 +23,8 @@ from loradrop.kernels.tiles import OuterTiles, cdiv, dot_precision, rank_tile
 def _outer(P, Q, OUT, MASK,
            M, C, r, spm, spc, sqm, sqr, plane, soc, sor, smask, rows_per_part, scale,
            BC: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr,
-           PRECISION: tl.constexpr):  # fmt: skip
+           EIGHTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    r, sqm = in_eights(r, EIGHTS), in_eights(sqm, EIGHTS)
     column, part = tl.program_id(0) * BC, tl.program_id(1)
     columns, ranks = column + tl.arange(0, BC), tl.arange(0, R)
     acc = tl.zeros((R, BC), tl.float32)  # this way round p may come from registers, masked
@@ -80,7 +81,7 @@ def outer(
         *((1, c) if transposed else (r, 1)), 0 if words is None else words.stride(0),
         rows_per_part, scale,
         BC=tiles.BC, BM=tiles.BM, R=rank_tile(r), MASKED=mask is not None,
-        PRECISION=dot_precision(p.dtype),
+        EIGHTS=r % 8 == q.stride(0) % 8 == 0, PRECISION=dot_precision(p.dtype),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     if split > 1:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from loradrop.kernels.gemm_ext import in_eights
 from loradrop.kernels.gram import gram, gram_of_b, store_gram, wide_grams
 from loradrop.kernels.philox import draw_words, where_kept
 from loradrop.kernels.tiles import ShrinkTiles, cdiv, dot_precision, rank_tile, row_bytes
@@ -52,7 +53,8 @@ def _shrink(X, A, H, MASK, SEED, WEIGHTS, GRAM, B, GRAM_B, PLANES,
             M, K, r, N, sxm, sxk, sar, sak, shm, smask, sbn, sbr, steps, blocks, scale, threshold,
             BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr,
             DROPOUT: tl.constexpr, GRAMS: tl.constexpr, WEIGHTED: tl.constexpr,
-            PRECISION: tl.constexpr, B_ROWS: tl.constexpr):  # fmt: skip
+            PRECISION: tl.constexpr, B_ROWS: tl.constexpr, EIGHTS: tl.constexpr):  # fmt: skip
+    r, sak = in_eights(r, EIGHTS), in_eights(sak, EIGHTS)
     block, part = tl.program_id(0), tl.program_id(1)
     if GRAMS and block >= blocks:
         gram_of_b(B, GRAM_B, block - blocks, N, r, sbn, sbr, H.dtype.element_ty, R, B_ROWS, BM)
@@ -151,7 +153,8 @@ def shrink(
         m, k, r, n, *x.stride(), *A.stride(), h.stride(0), 0 if words is None else words.stride(0),
         *b_strides, steps, blocks, scale, round(dropout * 4096),
         BK=tiles.BK, SPLIT=split > 1, DROPOUT=masked, GRAMS=in_pass and split == 1,
-        PRECISION=dot_precision(x.dtype), num_stages=tiles.stages, **facts,
+        PRECISION=dot_precision(x.dtype), EIGHTS=r % 8 == A.stride(1) % 8 == 0,
+        num_stages=tiles.stages, **facts,
     )  # fmt: skip
     if split > 1:
         _finish[(blocks + b_blocks,)](

@@ -57,6 +57,7 @@ class OuterTiles(NamedTuple):
 
 
 INTERPRETER = Machine(0, 3)
+_TILE = {256: 1.0, 128: 0.55}  # the time of a tile by its columns: its two ends do not shrink
 _ROOMY = (80, 90, 100, 103)  # at least 163 KiB of shared memory a block; 99 KiB elsewhere
 
 
@@ -148,10 +149,14 @@ def gemm_ext(
         return GemmTiles(64, 128, 32, 8, 2)
     if machine.arch < 90 or machine.arch not in _ROOMY:
         return GemmTiles(128, 128, 32, 8, 3, per_sm=2 if machine.arch == 80 else 1)
-    if cdiv(m, 128) * cdiv(c, 256) >= machine.sms:
-        # Three stages where the sum starts with a product: its operands need shared memory too.
-        return GemmTiles(128, 256, 64, 8, 3 if first else 4, tma=True, halves=2)
-    return GemmTiles(128, 128, 64, 8, 3 if first else 4, tma=True)
+    # Three stages where the sum starts with a product: its operands need shared memory too.
+    narrow = GemmTiles(128, 128, 64, 8, 3 if first else 4, tma=True)
+    wide = narrow._replace(BN=256, halves=2)
+
+    def cost(tiles: GemmTiles) -> float:
+        return cdiv(cdiv(m, tiles.BM) * cdiv(c, tiles.BN), machine.sms) * _TILE[tiles.BN]
+
+    return min(wide, narrow, key=cost)
 
 
 def single_pass(machine: Machine, dtype: torch.dtype, m: int) -> GemmTiles:

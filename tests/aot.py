@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def compile_launch(launch: Launch, function: Any, arch: int) -> dict[str, Any]:
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     found = {name: len(re.findall(rf"\b{name}\b", code)) for name in INSTRUCTIONS}
     return {
+        "loads": Counter(re.findall(r"\b(LDG(?:STS)?\.[.\w]+)", code)),
         "registers": registers,
         "shared": kernel.metadata.shared,
         "instructions": {name: count for name, count in found.items() if count},

@@ -238,6 +238,7 @@ NAMED = {
         "gemm_ext forward ragged r12": Pick(_RAGGED, "_gemm_ext", {"Q_T": True, "TMA": False}),
         "gemm_ext forward float32 r8": Pick(_FLOAT32, "_gemm_ext", _TURNED),
         "outer masked r64": Pick(_DROPPED, "_outer", _MASKED),
+        "outer masked, ragged": Pick(_RAGGED, "_outer", _MASKED),
         "planes of outer added": Pick(_llama(16), "_add_planes"),
         "single_pass decode r16 with the squared norm, weighted": Pick(
             _DECODE._replace(**_NORM), "_single_pass"
@@ -247,6 +248,7 @@ NAMED = {
     100: {
         "shrink with weighted Gram matrices r32": Pick(_llama(32, **_NORM), "_shrink", _FORWARD),
         "Gram matrices r128": Pick(_llama(128, norm=True), "_gram"),
+        "inner product of Gram matrices r16": Pick(_llama(16, norm=True), "_dot"),
         "squared norm r16": Pick(_llama(16, norm=True), "_sqnorm"),
         "gemm_ext forward TMA 128x256 r16": Pick(_llama(16), "_gemm_ext", _TURNED),
         "gemm_ext backward TMA 128x256 masked r64": Pick(_DROPPED, "_gemm_ext", _MASKED),
@@ -257,15 +259,18 @@ NAMED = {
 }
 
 
+def the_launch(pick: Pick, arch: int) -> tuple[Launch, JITFunction]:
+    """The launch of a Pick for one architecture; what is not one launch is an error."""
+    layer, kernel, constants = pick
+    fitting = [
+        (launch, function)
+        for launch, function in launches(MACHINES[arch], [layer]).items()
+        if launch.kernel == kernel and constants.items() <= dict(launch.constants).items()
+    ]
+    assert len(fitting) == 1, f"{pick} on sm_{arch} is {len(fitting)} launches"
+    return fitting[0]
+
+
 def named(arch: int) -> dict[str, tuple[Launch, JITFunction]]:
-    """The launches of NAMED for one architecture; a name that is not one launch is an error."""
-    found = {}
-    for name, (layer, kernel, constants) in NAMED[arch].items():
-        fitting = [
-            (launch, function)
-            for launch, function in launches(MACHINES[arch], [layer]).items()
-            if launch.kernel == kernel and constants.items() <= dict(launch.constants).items()
-        ]
-        assert len(fitting) == 1, f"{name} sm_{arch} names {len(fitting)} launches"
-        found[name] = fitting[0]
-    return found
+    """The launches of NAMED for one architecture."""
+    return {name: the_launch(pick, arch) for name, pick in NAMED[arch].items()}

@@ -107,6 +107,24 @@ def test_the_judge_sees_faults() -> None:
     assert faults(80, plain, no_copies | {"shared": 1000}) == ["loads are not asynchronous"]
 
 
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [("_shrink", {"sar": 1}), ("_gemm_ext", {"Q_T": True}), ("_outer", {"sor": 1})],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_rank_8_is_loaded_as_wide_as_rank_16(kernel: str, constants: dict[str, Any]) -> None:
+    """Rows of eight numbers begin at whole 16 bytes, but not at whole 16 numbers."""
+    sys.path.insert(0, str(HERE))
+    from aot import compile_launch
+    from launches import Layer, Pick, the_launch
+
+    loads = []
+    for r in (8, 16):
+        pick = Pick(Layer(8192, 4096, 4096, r), kernel, constants)
+        loads.append(compile_launch(*the_launch(pick, 90), 90)["loads"])
+    assert loads[0] == loads[1] and any(name.endswith(".128") for name in loads[1]), loads
+
+
 def test_a_model_needs_few_compilations() -> None:
     """Training Llama-3 8B with LoRA on all linear layers: at most eight binaries."""
     sys.path.insert(0, str(HERE))

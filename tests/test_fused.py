@@ -131,6 +131,31 @@ def test_t_does_not_overflow_float16_for_its_scale() -> None:
         torch.testing.assert_close(dA, torch.full_like(dA, 240000.0))
 
 
+@pytest.mark.parametrize("backend", [fused.THIN, fused.TRITON], ids=["thin", "triton"])
+def test_rounded_adapters_change_no_bit(
+    backend: fused.Fused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wide adapters are rounded once for many rows, and their gradients stay float32."""
+    seen, shrink = [], fused.shrink
+
+    def spy(x: Tensor, A: Tensor, *args: object, **kwargs: object) -> object:
+        seen.append(A.dtype)
+        return shrink(x, A, *args, **kwargs)
+
+    monkeypatch.setattr(fused, "shrink", spy)
+    t = draw(Shape(65, 64, 48, 64), torch.float16)
+    call, found = call_of(t, sqnorm=True), []
+    for rows in (66, 65):
+        monkeypatch.setattr(fused, "ROUNDED_ROWS", rows)
+        out = backend.forward(call)
+        grads = backend.backward(saved_of(call, out), t["dy"], ALL)
+        found.append((out.y, out.h, out.sqnorm, *grads))
+    assert seen == 2 * [torch.float32] + 2 * [torch.float16]
+    assert found[0][4].dtype == found[0][5].dtype == torch.float32
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other) and one.isfinite().all()
+
+
 def test_a_mask_is_drawn_once() -> None:
     """The backward reads the bits that the forward kept, not the seed."""
     t = draw(Shape(20, 64, 48, 8), torch.float16)

@@ -125,6 +125,15 @@ def test_norm_from_gram_matrices(shape: Shape, split: int, weighted: bool) -> No
     assert torch.equal(found.h, case.shrink(tiles).h)  # the norm changes no bit
 
 
+@pytest.mark.parametrize(("r", "blocks", "b_blocks"), [(8, 300, 5), (8, 2, 129), (256, 40, 33)])
+def test_norm_of_many_blocks(r: int, blocks: int, b_blocks: int) -> None:
+    """More than `_dot` loads at once, of h, of B, and of both."""
+    case, ranks, generator = Case(Shape(5, 8, 6, r), torch.float16), max(16, r), torch.Generator()
+    g, c = (torch.rand(n, ranks, ranks, generator=generator) for n in (blocks, b_blocks))
+    exact = S * S * float((g.double().sum(0) * c.double().sum(0)).sum())
+    assert float(gram.sqnorm((g, c), case.h, case.B, S, None)) == pytest.approx(exact, rel=1e-12)
+
+
 @pytest.mark.parametrize("r", [8, 64, 100])
 @each_weighting
 def test_norm_where_the_inner_product_cancels(r: int, weighted: bool) -> None:

@@ -33,10 +33,22 @@ from loradrop.op.reference import gram
 
 SINGLE_PASS_ROWS = 64  # rows up to which one pass over everything may beat two launches
 SINGLE_PASS_RANK = 32  # ... with ranks that are cheap to compute again for every tile of outputs
+ROUNDED_ROWS = 2048  # rows from which a copy of A and B in x's dtype pays
+ROUNDED_RANKS = range(64, 129)  # ... with such ranks; of wider ones ptxas serialises the products
 DECODE_ROWS, DECODE_RANK = 32, 128  # what the CUDA kernel for decoding takes
 
 # p (M, D)   q (D, C)   bias (C,) or None   h (M, r)   l (r, C)   s   mask (M, row_bytes(C)) or None
 Extend = Callable[..., Tensor]
+
+
+def _rounded(A: Tensor, B: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B, in x's dtype where they are read so often that halving their bytes pays.
+
+    Every 64 rows read them again, from L2: in float32, from rank 64 on, more bytes than their x.
+    """
+    if x.shape[0] < ROUNDED_ROWS or A.shape[0] not in ROUNDED_RANKS:
+        return A, B
+    return A.to(x.dtype), B.to(x.dtype)
 
 
 def _add_masked(y: Tensor, h: Tensor, l: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -124,7 +136,7 @@ def small_m_triton(call: Call, weights: Tensor | None) -> Output | None:
         x, weight, call.bias, call.A, call.B, call.scaling, cut,
         sqnorm=call.sqnorm, token_weights=weights,
     )  # fmt: skip
-    return Output(y, h, None, None if parts is None else total(parts, call.scaling).double())
+    return Output(y, h, None, None if parts is None else total(parts, call.scaling))
 
 
 @functools.cache
@@ -176,8 +188,10 @@ class Fused:
                 sqnorm = None
                 if call.sqnorm:
                     grams = wide_grams(both[1], B, weights)
-                    sqnorm = sqnorm_of_grams(grams, both[1], B, scaling, weights).double()
+                    sqnorm = sqnorm_of_grams(grams, both[1], B, scaling, weights)
                 return self._with_gram(Output(*both, None, sqnorm), call)
+        if dropout == 0.0:  # products of a masked x with a rounded A, too, ptxas serialises
+            A, B = _rounded(A, B, x)
         cut = tiles.shrink(machine, x.dtype, x.shape[0], x.shape[1], A.shape[0])
         in_pass = call.sqnorm and x.dtype != torch.float32
         thin = shrink(
@@ -192,7 +206,7 @@ class Fused:
             y = self.extend(x, weight.T, bias, h, B.T, scaling)
         sqnorm = None
         if thin.grams is not None:
-            sqnorm = sqnorm_of_grams(thin.grams, h, B, scaling, weights).double()
+            sqnorm = sqnorm_of_grams(thin.grams, h, B, scaling, weights)
         elif call.sqnorm:  # float32: the digits of its products need float64
             sqnorm = eager.sqnorm(h, B, scaling, call.token_weights)
         return self._with_gram(Output(y, h, thin.mask, sqnorm), call)
@@ -208,6 +222,7 @@ class Fused:
             return eager.backward(saved, dy, needs)
         machine, (m, k), (n, r) = tiles.machine_of(x.device), x.shape, B.shape
         dx = dA = dB = both = None
+        dtype_A, dtype_B = A.dtype, B.dtype
         scale, rest = scaling * gain(dropout), 1.0
         if x.dtype == torch.float16 and abs(scale) > 1.0:  # t must not overflow for its scale
             scale, rest = 1.0, scale
@@ -217,6 +232,7 @@ class Fused:
             dx, t = both
         else:
             if needs.x or needs.A:
+                A, B = _rounded(A, B, x)
                 cut = tiles.shrink(machine, dy.dtype, m, n, r)
                 t = shrink(dy, B.T, scale, cut).h
             if needs.x and weight is None:
@@ -225,9 +241,9 @@ class Fused:
                 dx = self.extend(dy, weight, None, t, A, rest, mask)
         if needs.A:
             tiles_A = tiles.outer(machine, x.dtype, m, k, r)
-            dA = outer(x, t, rest, A.dtype, tiles_A, mask=mask, transposed=True)
+            dA = outer(x, t, rest, dtype_A, tiles_A, mask=mask, transposed=True)
         if needs.B:
-            dB = outer(dy, h, scaling, B.dtype, tiles.outer(machine, x.dtype, m, n, r))
+            dB = outer(dy, h, scaling, dtype_B, tiles.outer(machine, x.dtype, m, n, r))
         return Grads(dx, dA, dB)
 
 
