@@ -44,6 +44,9 @@ GRIDS: dict[str, tuple[Grid, ...]] = {
         Grid(tuple((m, d, d) for d in (4096, 5120, 8192) for m in _TOKENS[::-1]), (16,), (0.1,)),
         Grid(((8192, 5120, 5120),), (16,)),
     ),
+    "llama_1b": (
+        Grid(shapes("8192x2048x2048,8192x2048x8192,8192x8192x2048,8192x2048x512"), (16,)),
+    ),
     "gqa": (Grid(shapes("8192x4096x1024"), RANKS, (0.0, 0.1)),),
     "decode": (
         Grid(

@@ -240,9 +240,13 @@ def main(bench: Bench, args: argparse.Namespace) -> int:
         dates = {row["date"] for row in rows if results.cell_of(row) in asked}
         rows = [row for row in rows if row["date"] not in dates]
     beside = csv.with_suffix(".json")
-    kept = read_json(beside) if rows and beside.exists() else {}
-    given_up = {Cell(*of["cell"]) for of in kept.get("given_up", ()) if of["commit"] == args.commit}
     about = _about(args, facts)
+    kept = read_json(beside) if rows and beside.exists() else {}
+    clocks = [of["protocol"]["clock"] for of in (kept, about) if of]
+    if len(set(clocks)) > 1:
+        print(f"{len(rows)} rows are measured again, by another clock: {', then '.join(clocks)}")
+        rows, kept = [], {}
+    given_up = {Cell(*of["cell"]) for of in kept.get("given_up", ()) if of["commit"] == args.commit}
     failed, told = False, set()
     for process in range(processes):
         measured = {(results.cell_of(row), row["date"]) for row in rows if row["r"] != "0"}
@@ -268,7 +272,7 @@ def _about(args: argparse.Namespace, facts: Row) -> dict[str, Any]:
     """The machine and the protocol."""
     protocol: dict[str, Any] = {
         "process": workers.SURROUNDINGS,
-        "clock": "process time" if args.device == "cpu" else "CUDA events, L2 cold",
+        "clock": "process time" if args.device == "cpu" else "CUDA events, L2 cold and clean",
         "bias": args.device == "cpu",
         "seconds": args.seconds,
         "rounds": timing.ROUNDS,

@@ -1,9 +1,10 @@
 """Clocks: what a call costs on a CPU, on a GPU with a cold L2, and in a CUDA graph.
 
 On a CPU the clock counts the processor time of one thread, so that a busy machine disturbs little.
-On a CUDA device, events time the work alone: L2 is flushed before every call, and the stream sleeps
-while Python launches. Calls of a few microseconds are captured in a graph, over so many copies of
-their inputs that none is found in L2.
+On a CUDA device, events time the work alone: before every call L2 is filled with other data, which
+is only read, so that the call need not write it back; and the stream sleeps while Python launches.
+Calls of a few microseconds are captured in a graph, over so many copies of their inputs that none
+is found in L2.
 """
 
 import random
@@ -69,11 +70,11 @@ def cuda_clock(calls: Sequence[Call]) -> list[float]:
     """Microseconds of device time of each call, L2 cold, in the order given; a `Graph` by call."""
     import torch
 
-    cache = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    other = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
     events = []
     for call in calls:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        cache.zero_()
+        other.amax()
         torch.cuda._sleep(_SLEEP_CYCLES)
         start.record()
         call()
