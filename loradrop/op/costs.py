@@ -37,8 +37,8 @@ _FLOAT32 = 1 / 16  # the rate of float32 products outside the matrix units
 _LAUNCH = {"eager": 5.0, "thin": 12.0, "triton": 16.0}  # µs of the host for each launch
 _GEMM = {"eager": 1.0, "thin": 1.0, "triton": 0.90}  # rate of the wide product, of cuBLAS's
 _STREAM = 0.85  # of the bandwidth that a thin product reaches
-_MASK_BYTES = 160  # bytes moved for each element when PyTorch calls draw the mask of dropout
-_MASK_LAUNCHES = 130  # for every 2¹⁸ elements of such a mask
+_MASK_BYTES = 150  # bytes moved for each element when PyTorch calls draw the mask of dropout
+_MASK_LAUNCHES = 100  # for every 2¹⁸ elements of such a mask
 _WIDENED = 5.0  # times the bytes where PyTorch calls sum half-precision rows in float32
 
 
