@@ -28,10 +28,11 @@ def philox4x32(c0, c1, c2, k0, k1):
 
 @triton.jit
 def _at_least(kept, word, threshold, BIT: tl.constexpr):
-    """One digit of the comparison of 32 numbers with a threshold; `kept` is that of the digits
-    below it. With the digit of the threshold set it is word & kept, otherwise word | kept.
+    """One digit of 32 comparisons with a threshold: `word` holds the numbers' digit, `kept` is what
+    the digits below it say. It is word & kept where the threshold has a 1, else word | kept.
     """
-    unset = ((threshold >> BIT) & 1) - 1  # all bits where the digit is 0
+    word = word.to(tl.int32, bitcast=True)
+    unset = ((threshold >> BIT) & 1) - 1  # all bits where the threshold has a 0
     return (word & kept) | (unset & (word | kept))
 
 
@@ -44,17 +45,16 @@ def draw_words(seed, rows, first, words, threshold, WORDS: tl.constexpr):
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     word = rows.to(tl.int64)[:, None] * words + (first + tl.arange(0, WORDS))[None, :]
     low, high = word.to(tl.uint32), (word >> 32).to(tl.uint32)
-    t = threshold.to(tl.uint32)
-    kept = ~(low * 0)
+    kept = tl.full(word.shape, -1, tl.int32)
     for call in tl.static_range(3):  # the lowest digits first
         u0, u1, u2, u3 = philox4x32(low, high, low * 0 + (2 - call), k0, k1)
-        kept = _at_least(kept, u3, t, 4 * call)
-        kept = _at_least(kept, u2, t, 4 * call + 1)
-        kept = _at_least(kept, u1, t, 4 * call + 2)
-        kept = _at_least(kept, u0, t, 4 * call + 3)
+        kept = _at_least(kept, u3, threshold, 4 * call)
+        kept = _at_least(kept, u2, threshold, 4 * call + 1)
+        kept = _at_least(kept, u1, threshold, 4 * call + 2)
+        kept = _at_least(kept, u0, threshold, 4 * call + 3)
     # A gather by its own index: without, Triton draws a word anew in each thread that reads it.
     own = tl.broadcast_to(tl.arange(0, WORDS)[None, :], word.shape)
-    return tl.gather(kept.to(tl.int32, bitcast=True), own, 1)
+    return tl.gather(kept, own, 1)
 
 
 @triton.jit

@@ -138,13 +138,15 @@ def test_more_than_two_to_the_31_elements(p: float, backend: str) -> None:
 
 
 def last_rows(p: float, m: int, k: int, tail: int) -> Tensor:
-    """The mask of the last rows, from the counters of their elements."""
-    first = (m - tail) * k
-    assert first % 8 == 0 and k % 8 == 0
-    groups = torch.arange(first // 8, m * k // 8, device="cuda")
-    words = philox.philox4x32(groups, SEED)
-    lanes = torch.stack([half for w in words for half in (w & 0xFFFF, w >> 16)], 1)
-    return (lanes >= round(p * 65536)).view(tail, k)
+    """The mask of the last rows, from the counters of their words."""
+    assert k % 32 == 0
+    words = torch.arange((m - tail) * k // 32, m * k // 32, device="cuda")
+    calls = torch.arange(3, device="cuda").unsqueeze(1)
+    digits = torch.stack(philox.philox4x32(words, calls, SEED.cuda()), 1).flatten(0, 1)  # (12, n)
+    bits = digits.unsqueeze(2) >> torch.arange(32, device="cuda") & 1
+    places = 2 ** torch.arange(11, -1, -1, device="cuda")
+    numbers = (bits * places.view(12, 1, 1)).sum(0)
+    return (numbers >= round(p * 4096)).view(tail, k)
 
 
 @each_kernel

@@ -295,19 +295,12 @@ def test_single_pass(shape: Shape, dtype: torch.dtype, weighted: bool) -> None:
     assert torch.equal(y, without[0]) and torch.equal(h, without[1])
 
 
-# (seed, element, lane): the element's 16 bits of Philox, one for each value of element & 7. For an
-# odd element they are the upper half of a word; the lower half is 0 here, so all 32 bits are equal.
-LANES = [
-    *((1698, 48, 32768), (252, 97, 10468), (794, 2, 32768), (2122, 19, 61931)),
-    *((653, 28, 32768), (117, 5, 5176), (147, 142, 32768), (3011, 79, 19769)),
-]
-
-
-@pytest.mark.parametrize(("seed", "element", "lane"), LANES)
-@pytest.mark.parametrize("k", [75, 80], ids=["ragged", "aligned"])
-def test_an_element_at_the_threshold_is_kept(seed: int, element: int, lane: int, k: int) -> None:
-    row, column = divmod(element, k)
-    operands = (torch.ones(2, k), torch.ones(1, k), 1.0, ShrinkTiles(16, 32, 1, 4, 2))
-    for threshold, kept in ((lane, True), (lane + 1, False)):
-        found = shrink.shrink(*operands, dropout=threshold / 65536, seed=torch.tensor(seed))
-        assert bool(unpack(found.mask, k)[row, column]) is kept
+@pytest.mark.parametrize("digit", range(12))
+@pytest.mark.parametrize("k", [75, 96], ids=["ragged", "whole words"])
+def test_thresholds_of_every_digit(digit: int, k: int) -> None:
+    """The comparison in the kernel is that of the specification, for each digit of p."""
+    operands = (torch.ones(5, k), torch.ones(1, k), 1.0, ShrinkTiles(16, 32, 1, 4, 2))
+    for threshold in {1 << digit, (1 << digit) + 1, 4096 - (1 << digit)} - {4096}:
+        p = threshold / 4096
+        found = shrink.shrink(*operands, dropout=p, seed=SEED)
+        assert torch.equal(found.mask, philox.draw(SEED, 5, k, p))

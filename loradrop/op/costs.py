@@ -37,8 +37,8 @@ _FLOAT32 = 1 / 16  # the rate of float32 products outside the matrix units
 _LAUNCH = {"eager": 5.0, "thin": 12.0, "triton": 16.0}  # µs of the host for each launch
 _GEMM = {"eager": 1.0, "thin": 1.0, "triton": 0.90}  # rate of the wide product, of cuBLAS's
 _STREAM = 0.85  # of the bandwidth that a thin product reaches
-_MASK_BYTES = 400  # bytes moved for each element when PyTorch calls draw the mask of dropout
-_MASK_LAUNCHES = 170  # for every 2¹⁸ elements of such a mask
+_MASK_BYTES = 150  # bytes moved for each element when PyTorch calls draw the mask of dropout
+_MASK_LAUNCHES = 100  # for every 2¹⁸ elements of such a mask
 _WIDENED = 5.0  # times the bytes where PyTorch calls sum half-precision rows in float32
 
 
@@ -69,13 +69,13 @@ def predict(problem: Problem, backend: str) -> float:
         widened = _WIDENED if backend == "eager" and size == 2 else 1.0
         total += widened * size * m * (k + n) / (rate.bytes * _STREAM)
     if masked and backend == "eager":
-        total += (1 + problem.grad) * m * k * (_MASK_BYTES + 3 * size) / rate.bytes
+        total += m * k * (_MASK_BYTES + (1 + problem.grad) * 3 * size) / rate.bytes
     elif masked:
         total += (1 + 2 * problem.grad) * m * k / 8 / rate.bytes
     launches = {"eager": 3 + 6 * problem.grad, "thin": 3 + 7 * problem.grad}
     count = launches.get(backend, 2 + 6 * problem.grad)
     if masked and backend == "eager":
-        count += (1 + problem.grad) * _MASK_LAUNCHES * cdiv(m * k, 1 << 18)
+        count += _MASK_LAUNCHES * cdiv(m * k, 1 << 18)
     return max(1e6 * total, _LAUNCH[backend] * count)
 
 
