@@ -170,9 +170,11 @@ def _total(PARTS, OUT, count, scale, BLOCK: tl.constexpr):
 
 
 def wide_grams(h: Tensor, B: Tensor, token_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The Gram matrices of h and of B, (blocks, R, R), where the rank is too wide for `shrink`."""
+    """The Gram matrices of h and of B, (blocks, R, R): of an h that `shrink` has not made, or that
+    is too wide for it.
+    """
     (m, r), n = h.shape, B.shape[0]
-    tile, side = rank_tile(r), 32
+    tile, side = rank_tile(r), min(32, rank_tile(r))
     blocks, b_blocks = cdiv(m, _ROWS), cdiv(n, _ROWS)
     grams = [h.new_empty((count, tile, tile), dtype=torch.float32) for count in (blocks, b_blocks)]
     _gram[(blocks + b_blocks, (tile // side) ** 2)](
