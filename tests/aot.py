@@ -22,7 +22,7 @@ from launches import MACHINES, Launch, launches, named
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have
+SHARED = {80: 166912, 90: 232448, 100: 232448}  # bytes a block may have; 101376 elsewhere
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("HGMMA", "HMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "UTMASTG", "STG")
 
@@ -51,12 +51,45 @@ def compile_launch(launch: Launch, function: Any, arch: int) -> dict[str, Any]:
         "registers": registers,
         "shared": kernel.metadata.shared,
         "instructions": {name: count for name, count in found.items() if count},
+        "early": early_refills(code) if launch.warps > 4 else 0,
     } | _assembler(kernel.asm["ptx"], arch)
 
 
 def _tool(name: str, *arguments: str) -> str:
     done = subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True)
     return done.stdout
+
+
+def early_refills(code: str) -> int:
+    """The tensor loads that may overwrite what another warpgroup still multiplies.
+
+    A WARPGROUP.DEPBAR waits for the products of its own warpgroup. Before memory is filled again,
+    the others have to join it: on every way there, a BAR.SYNC lies between (triton#11047).
+    """
+    labels: dict[str, int] = {}
+    steps: list[tuple[str, str]] = []  # its predicate, or nothing, and the instruction
+    for line in code.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(steps)
+        elif step := re.match(r"\s+/\*[0-9a-f]+\*/\s+(@\S+)?\s*([^;]+);", line):
+            steps.append((step[1] or "", step[2]))
+    ways, seen, early = [(0, False)], set(), set()
+    while ways:
+        way = ways.pop()
+        if way in seen or way[0] == len(steps):
+            continue
+        seen.add(way)
+        (at, waited), (predicate, step) = way, steps[way[0]]
+        if step.startswith("UTMALDG") and waited:
+            early.add(at)
+        if step.startswith(("WARPGROUP.DEPBAR", "BAR.SYNC")):
+            waited = step.startswith("WARPGROUP")
+        target = re.match(r"BRA\b.*(\.L_x_\d+)", step)
+        if target:
+            ways.append((labels[target[1]], waited))
+        if predicate or not (target or step.startswith("EXIT")):
+            ways.append((at + 1, waited))
+    return len(early)
 
 
 def _assembler(ptx: str, arch: int) -> dict[str, Any]:
@@ -82,6 +115,7 @@ def faults(arch: int, launch: Launch, found: dict[str, Any]) -> list[str]:
         return [found["error"]]
     has, constants = found["instructions"], dict(launch.constants)
     half = constants.get("PRECISION") != "ieee"
+    limit = SHARED.get(arch, 101376)
     products = launch.kernel not in ("_add_planes", "_dot", "_total", "_finish")
     spilled, shared = found["spilled"], found["shared"]
     wide = launch.kernel in ("_gemm_ext", "_shrink", "_outer") and half
@@ -93,8 +127,9 @@ def faults(arch: int, launch: Launch, found: dict[str, Any]) -> list[str]:
     rules = {
         "nothing is stored": not has.keys() & {"STG", "UTMASTG"},
         f"{spilled} bytes of registers are spilled": spilled,
-        f"{shared} bytes of shared memory, more than {SHARED[arch]}": shared > SHARED[arch],
+        f"{shared} bytes of shared memory, more than {limit}": shared > limit,
         "ptxas serialises the warpgroup products": found["serialised"],
+        "memory is filled again while another warpgroup may multiply it": found["early"],
         "no matrix instruction": products and half and not matrix,
         f"no {newest}": tall and newest is not None and newest not in has,
         "no tensor memory access": tma and not {"UTMALDG", "UTMASTG"} <= has.keys(),

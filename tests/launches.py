@@ -19,7 +19,8 @@ from loradrop.kernels import tiles
 from loradrop.kernels.tiles import Machine
 from loradrop.op.call import Call, Needs, Saved
 
-MACHINES = {arch: Machine(arch, sms) for arch, sms in ((80, 108), (90, 132), (100, 148))}
+SMS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # of a chip that many have
+MACHINES = {arch: Machine(arch, sms) for arch, sms in SMS.items()}
 
 _NAMES = {
     torch.float64: "fp64",
@@ -213,6 +214,22 @@ NAMED = {
         "expand float32 r8": Pick(_FLOAT32._replace(added=True), "_expand", {"HAS_BASE": True}),
         "single_pass decode float32 r8": Pick(_FLOAT32._replace(m=5), "_single_pass"),
     },
+    86: {
+        "shrink forward r16": Pick(_llama(16), "_shrink", _FORWARD),
+        "shrink with weighted Gram matrices r64": Pick(_llama(64, **_NORM), "_shrink", _FORWARD),
+        "gemm_ext forward r16": Pick(_llama(16), "_gemm_ext", _TURNED),
+        "gemm_ext backward masked r64": Pick(_DROPPED, "_gemm_ext", _MASKED),
+        "outer masked r64": Pick(_DROPPED, "_outer", _MASKED),
+        "squared norm r256": Pick(_llama(256, norm=True), "_sqnorm"),
+    },
+    89: {
+        "shrink forward r16": Pick(_llama(16), "_shrink", _FORWARD),
+        "shrink with weighted Gram matrices r64": Pick(_llama(64, **_NORM), "_shrink", _FORWARD),
+        "gemm_ext forward r16": Pick(_llama(16), "_gemm_ext", _TURNED),
+        "gemm_ext backward masked r64": Pick(_DROPPED, "_gemm_ext", _MASKED),
+        "outer masked r64": Pick(_DROPPED, "_outer", _MASKED),
+        "squared norm r256": Pick(_llama(256, norm=True), "_sqnorm"),
+    },
     90: {
         "shrink backward r16": Pick(_llama(16), "_shrink", _BACKWARD),
         "shrink forward r64 with dropout": Pick(_DROPPED, "_shrink", {"DROPOUT": True}),
@@ -255,6 +272,14 @@ NAMED = {
         "outer masked r64": Pick(_DROPPED, "_outer", _MASKED),
         "expand masked r64": Pick(_DROPPED, "_expand"),
         "expand without a base r16": Pick(_llama(16, added=True), "_expand", {"HAS_BASE": False}),
+    },
+    120: {
+        "shrink forward r16": Pick(_llama(16), "_shrink", _FORWARD),
+        "shrink with weighted Gram matrices r32": Pick(_llama(32, **_NORM), "_shrink", _FORWARD),
+        "gemm_ext forward r16": Pick(_llama(16), "_gemm_ext", _TURNED),
+        "gemm_ext backward masked r64": Pick(_DROPPED, "_gemm_ext", _MASKED),
+        "outer masked r64": Pick(_DROPPED, "_outer", _MASKED),
+        "squared norm r256": Pick(_llama(256, norm=True), "_sqnorm"),
     },
 }
 

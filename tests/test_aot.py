@@ -1,7 +1,7 @@
-"""The kernels compiled ahead of time for sm_80, sm_90 and sm_100, by two versions of Triton.
+"""The kernels compiled ahead of time for every architecture, by two versions of Triton.
 
 What is compiled is what the launchers launch (`launches.py`): in the usual run some launches that
-have names there, with `-m every_launch` all of them, which takes half an hour.
+have names there, with `-m every_launch` all of them, which takes an hour.
 """
 
 import json
@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 OLDER = ROOT / ".venv" / "triton-3.6.0"  # made by `make test`
-each_arch = pytest.mark.parametrize("arch", [80, 90, 100], ids="sm_{}".format)
+each_arch = pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120], ids="sm_{}".format)
 each_version = pytest.mark.parametrize("version", ["installed", "3.6.0"])
 
 
@@ -87,7 +87,7 @@ def test_the_judge_sees_faults() -> None:
     constants = (("TMA", True), ("BM", 128), ("PRECISION", "tf32"))
     launch = Launch("_gemm_ext", (), constants, ("spm",), 8, 4)
     good = {
-        **{"registers": 168, "spilled": 0, "shared": 229408, "serialised": False},
+        **{"registers": 168, "spilled": 0, "shared": 229408, "serialised": False, "early": 0},
         "instructions": {"HGMMA": 5, "UTMALDG": 8, "UTMASTG": 2},
     }
     assert faults(90, launch, good) == []
@@ -95,6 +95,7 @@ def test_the_judge_sees_faults() -> None:
         ({"spilled": 8}, "spilled"),
         ({"shared": 232449}, "shared memory"),
         ({"serialised": True}, "serialises"),
+        ({"early": 1}, "another warpgroup"),
         ({"instructions": {}}, "nothing is stored"),
         ({"instructions": {"UTMALDG": 8, "UTMASTG": 2}}, "no matrix instruction"),
         ({"instructions": {"HMMA": 4, "UTMALDG": 8, "UTMASTG": 2}}, "no HGMMA"),
@@ -123,6 +124,26 @@ def test_rank_8_is_loaded_as_wide_as_rank_16(kernel: str, constants: dict[str, A
         pick = Pick(Layer(8192, 4096, 4096, r), kernel, constants)
         loads.append(compile_launch(*the_launch(pick, 90), 90)["loads"])
     assert loads[0] == loads[1] and any(name.endswith(".128") for name in loads[1]), loads
+
+
+@pytest.mark.parametrize(
+    ("lines", "count"),
+    [
+        (["WARPGROUP.DEPBAR.LE gsb0, 0x1", "BAR.SYNC 0x0", "UTMALDG.2D [UR4], [UR8]"], 0),
+        (["BAR.SYNC 0x0", "WARPGROUP.DEPBAR.LE gsb0, 0x1", "@UP2 UTMALDG.2D [UR4], [UR8]"], 1),
+        (["WARPGROUP.DEPBAR.LE gsb0, 0x1", "@P0 BRA `(.L_x_0)", "BAR.SYNC 0x0", ".L_x_0:",
+          "UTMALDG.2D [UR4], [UR8]"], 1),  # one way goes past the barrier
+        ([".L_x_1:", "UTMALDG.2D [UR4], [UR8]", "WARPGROUP.DEPBAR.LE gsb0, 0x1",
+          "@!P1 BRA `(.L_x_1)", "EXIT"], 1),  # round the loop
+        (["WARPGROUP.DEPBAR.LE gsb0, 0x0", "EXIT", "UTMALDG.2D [UR4], [UR8]"], 0),  # no way there
+    ],
+)  # fmt: skip
+def test_the_judge_sees_memory_that_is_filled_early(lines: list[str], count: int) -> None:
+    sys.path.insert(0, str(HERE))
+    from aot import early_refills
+
+    code = [line if line.endswith(":") else f"        /*0a10*/   {line} ;" for line in lines]
+    assert early_refills("\n".join(code)) == count
 
 
 def test_a_model_needs_few_compilations() -> None:
