@@ -134,6 +134,18 @@ def test_norm_of_many_blocks(r: int, blocks: int, b_blocks: int) -> None:
     assert float(gram.sqnorm((g, c), case.h, case.B, S, None)) == pytest.approx(exact, rel=1e-12)
 
 
+@pytest.mark.parametrize("r", [1, 16, 24, 64, 100])
+@each_weighting
+def test_gram_matrices_of_an_h_that_was_not_shrunk_here(r: int, weighted: bool) -> None:
+    case = Case(Shape(300, 8, 270, r), torch.float16)
+    weights = case.weights if weighted else torch.ones(300)
+    of_h, of_b = gram.wide_grams(case.h, case.B, weights if weighted else None)
+    h, b = case.h.double(), case.B.half().double()
+    for found, exact in ((of_h, h.T @ (weights.double().unsqueeze(1) * h)), (of_b, b.T @ b)):
+        assert error(found.double().sum(0)[:r, :r], exact) < 1e-6
+        assert not found.sum(0)[r:].any() and not found.sum(0)[:, r:].any()
+
+
 @pytest.mark.parametrize("r", [8, 64, 100])
 @each_weighting
 def test_norm_where_the_inner_product_cancels(r: int, weighted: bool) -> None:

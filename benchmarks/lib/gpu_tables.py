@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib import package
+from lib.grids import BOTH
 from lib.markdown import markdown, unique
 from lib.results import Cell, medians, ratios, read_rows
 from loradrop.files import read_json
@@ -111,4 +112,33 @@ def gpu(results: Path) -> str:
     return "\n\n".join(parts) or NOTHING
 
 
-GPU_TABLES: dict[str, Callable[[Path], str | None]] = {"gpu": gpu}
+# K, N and the dropout of layers of a Llama.
+SUMMARY = ((4096, 4096, 0.0), (4096, 14336, 0.0), (4096, 4096, 0.1))
+
+
+def summary(results: Path) -> str | None:
+    """Of each GPU, the layers of a Llama at r = 16: PEFT and our fastest backend, which is what the
+    dispatcher takes from the same figures, over the frozen product.
+    """
+    tables = []
+    for csv in sorted(results.glob("*/bench_lora_linear.csv")):
+        if csv.parent.name == "cpu" or not (rows := read_rows(csv)):
+            continue
+        cells, lines = medians(ratios(rows)), []
+        for k, n, dropout in SUMMARY:
+            line = [f"{k}→{n}" + (f", dropout {dropout:g}" if dropout else "")]
+            for direction in BOTH:
+                cell = Cell("bfloat16", 8192, k, n, SHOWN_RANK, dropout, direction)
+                if cell in cells.index:
+                    of = cells.loc[cell].dropna()
+                    ours = min(of[name] for name in OWN if name in of)
+                    line += [f"{of['peft']:.2f}", f"{ours:.2f}"]
+            if len(line) == 5:
+                lines.append(line)
+        title = unique(rows, "device").removeprefix("NVIDIA ")
+        columns = [title, "forward: PEFT", "loradrop", "with backward: PEFT", "loradrop"]
+        tables.append(markdown(columns, lines))
+    return "\n\n".join(tables) or None
+
+
+GPU_TABLES: dict[str, Callable[[Path], str | None]] = {"gpu": gpu, "gpu_summary": summary}
