@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lib import package
-from lib.cases import Case, Output
 from lib.markdown import SHORT
 from lib.results import FROZEN, Cell
 from lib.rivals import addmm, frozen, peft, peft_compiled, peft_hook, peft_hook_b
+from loradrop.measuring.cases import Case, Output
 
 Make = Callable[[Case], Callable[[], Output]]
 COMPILED = (4096, 14336, 16)  # K, N and r at which PEFT is compiled, for half a minute a cell
