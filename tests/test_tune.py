@@ -20,7 +20,7 @@ from loradrop import LoRAConfig, tuning
 from loradrop.files import read_json
 from loradrop.kernels.tiles import Machine
 from loradrop.measuring import child, correct
-from loradrop.measuring.cases import as_peft, by_backend, make_case
+from loradrop.measuring.cases import as_peft, make_case, ours
 from loradrop.measuring.points import BACKWARD, KEYS, Cell
 from loradrop.op import costs, dispatch, tuned
 from loradrop.op.call import Problem
@@ -178,7 +178,7 @@ def test_what_is_timed_computes_the_layer(dtype: str, dropout: float) -> None:
 @pytest.mark.parametrize("what", ["y", "dx", "dA", "dB", "sqnorm", "no norm", "nan", "zero"])
 def test_what_is_off_is_named(what: str) -> None:
     case = make_case(Cell("float32", 40, 64, 96, 4, 0.0, BACKWARD), "cpu")
-    found = correct.results(case, by_backend(case, "eager", norm=True), True)
+    found = correct.results(case, ours(case, norm=True, backend="eager"), True)
     correct.compare(found, case, norm=True)
     name = what if what in found else "sqnorm" if what == "no norm" else "y"
     value = found[name]

@@ -13,7 +13,7 @@ import torch
 
 from loradrop.kernels.tiles import machine_of
 from loradrop.measuring import timing, workers
-from loradrop.measuring.cases import Case, as_peft, by_backend, make_case, run_once
+from loradrop.measuring.cases import MASKED, Case, as_peft, make_case, ours, run_once
 from loradrop.measuring.correct import check_backend, forget
 from loradrop.measuring.points import BACKWARD, Cell
 from loradrop.op import dispatch
@@ -21,7 +21,6 @@ from loradrop.op.call import Problem
 from loradrop.op.costs import SERVING
 
 PEFT = "PEFT"
-MASKED = 1 << 20  # elements of x from which a mask by PyTorch calls takes thousands of launches
 
 
 class Measured(NamedTuple):
@@ -92,7 +91,7 @@ def measure(
 
 def _ready(name: str, case: Case, backward: bool) -> Callable[[], None]:
     """The call to time, of a backend that is right. Raises AssertionError for one that is not."""
-    run = as_peft(case) if name == PEFT else by_backend(case, name)
+    run = as_peft(case) if name == PEFT else ours(case, backend=name)
     if name == PEFT:
         run_once(run, case, backward)
     else:

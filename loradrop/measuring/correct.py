@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from loradrop.measuring.cases import Case, Output, by_backend
+from loradrop.measuring.cases import Case, Output, ours
 from loradrop.op.philox import keep_mask, quantize
 from loradrop.testing import assert_within, torch_delta
 
@@ -57,7 +57,7 @@ def _truth(case: Case, bare: bool, backward: bool) -> tuple[Results, Results]:
         return linear(case.x, case.weight, case.bias) + delta, None
 
     wide = doubled(case)
-    exact = by_backend(wide, "reference", norm=True)
+    exact = ours(wide, norm=True, backend="reference")
     return results(case, plain, backward), results(wide, exact, backward)
 
 
@@ -88,8 +88,7 @@ def compare(actual: Results, case: Case, *, norm: bool, bare: bool = False) -> N
 def check_backend(case: Case, backend: str, backward: bool) -> None:
     """One backend, with the norm and without. Raises AssertionError as `compare`."""
     for norm in (True, False):
-        run = partial(by_backend, case, backend, norm)
-        compare(results(case, run(), backward), case, norm=norm)
+        compare(results(case, ours(case, norm, backend), backward), case, norm=norm)
 
 
 def forget() -> None:
