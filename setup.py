@@ -19,7 +19,7 @@ def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-WINGS = ("op", "methods", "text", "formats", "report")
+WINGS = ("op", "methods", "text", "formats", "report", "measuring")
 packages = ["loradrop", *(f"loradrop.{wing}" for wing in WINGS)]
 if any((ROOT / "loradrop" / "kernels").glob("*.py")):  # a link to ../kernels
     packages.append("loradrop.kernels")

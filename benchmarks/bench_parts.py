@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from lib import harness, package
-from lib.cases import Case, Output
 from lib.providers import Provider
 from lib.results import FROZEN
 from lib.rivals import frozen
+from loradrop.measuring.cases import Case, Output
 
 
 class Operands(NamedTuple):

@@ -31,9 +31,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lib import environment, harness, timing, workers
+from lib import environment, harness
 from loradrop import LoRAConfig, LoraDropConfig, inject, probe, select, share
 from loradrop.files import read_json, write_json
+from loradrop.measuring import timing, workers
 
 RANK, ALPHA = 16, 32
 ARMS = ("peft_bf16", "peft_fp32", "loradrop", "loradrop_half")
@@ -204,7 +205,7 @@ def work(
     except AssertionError as error:
         return {"fault": str(error)}
     except Exception as error:
-        return {"fault": harness.first_line(error)}
+        return {"fault": workers.first_line(error)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,10 +28,10 @@ Command = Callable[[str], list[str]]  # backend -> what checks it
 
 def one(backend: str, device: str) -> str:
     """`OK`, or why the backend is not here. Raises AssertionError where a value is wrong."""
-    from lib.cases import make_case
     from lib.correct import check
     from lib.providers import named
     from lib.results import Cell
+    from loradrop.measuring.cases import make_case
 
     dtype = "bfloat16" if device == "cuda" else "float32"
     sizes = (SMALL, LLAMA) if device == "cuda" else (SMALL,)

@@ -1,6 +1,7 @@
 """Base models of transformers: the one of a run, and the one that an adapter was trained on."""
 
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,6 +100,20 @@ def load_base(
     return model.eval(), where
 
 
+def without_weights(model_id: str, revision: str | None = None) -> Any:
+    """The model at an id or path on the meta device: its layers and their sizes, no weights.
+
+    Raises ValueError for one that cannot be had, or is none of transformers.
+    """
+    where = resolve_model(os.path.expanduser(model_id))
+    cls = _first_architecture(where, revision)
+    if cls is None:
+        raise ValueError(f"the model {model_id!r} is none that transformers knows: give its layers")
+    with _naming(model_id):
+        config = transformers.AutoConfig.from_pretrained(where, revision=revision)
+    return _on_meta(cls, config)
+
+
 def pad_with(model: Any, tokenizer: Any) -> None:
     """Both know what batches are padded with: where there is nothing, the end of a text."""
     if tokenizer.pad_token is None:
@@ -137,10 +152,13 @@ def _first_architecture(where: str, revision: str | None) -> Any:
     return getattr(transformers, names[0], None)
 
 
+def _on_meta(cls: Any, config: Any) -> Any:
+    with torch.device("meta"):
+        return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+
+
 def _holds(cls: Any, config: Any, num_labels: int, saved: Mapping[str, Tensor]) -> bool:
     """Whether a model with that many labels has the saved tensors in their shapes."""
     config.num_labels = num_labels
-    with torch.device("meta"):
-        made = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
-        shapes = {key: value.shape for key, value in made.state_dict().items()}
+    shapes = {key: value.shape for key, value in _on_meta(cls, config).state_dict().items()}
     return all(shapes.get(key) == value.shape for key, value in saved.items())

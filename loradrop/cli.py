@@ -55,6 +55,16 @@ Padded = Annotated[bool, Option("--padded", help="One rank for all, as SGLang wa
 DryRun = Annotated[bool, Option("--dry-run", help="Only print the table.")]
 Layer = Annotated[str | None, Option(metavar="MxKxN", help="Explain the backend chosen for it.")]
 Chip = Annotated[str | None, Option(metavar="ARCH:SMS", help="As 90:132; the device's by default.")]
+Source = Annotated[str, Argument(metavar="MODEL | CONFIG.yaml | KxN,KxN", help="Whose layers.")]
+Tokens = Annotated[str | None, Option(help="Of a batch, as 1024,2048; holds up to 1.5 x away.")]
+Ranks = Annotated[str | None, Option(help="As 8,16; 16 by default, or the file's.")]
+Targets = Annotated[str | None, Option(help="all-linear, or a,b; query and value by default.")]
+Training = Annotated[bool, Option("--train/--infer", help="With a backward pass, or without.")]
+Dropout = Annotated[float | None, Option(help="0 by default, or the file's.")]
+Device = Annotated[Literal["cpu", "cuda"] | None, Option(help="A GPU by default, if any.")]
+Seconds = Annotated[float, Option(help="Of timing, for each line of the table.")]
+Limit = Annotated[float, Option(help="Seconds for a backend at a layer, compiling included.")]
+Points = Annotated[Path | None, Option(help="The user's cache by default, where loradrop looks.")]
 Version = Annotated[bool, Option("--version", help="Show the version.", is_eager=True)]
 
 app = typer.Typer(
@@ -227,6 +237,36 @@ def methods(debug: Debug = False) -> None:
         print(f"{name}: {' '.join(about.split(chr(10) * 2)[0].split())}")
         for option in fields(method):
             print(f"    {option.name:<16} {option.default!r}")
+
+
+@app.command()
+def tune(
+    source: Source, tokens: Tokens = None, rank: Ranks = None, targets: Targets = None,
+    train: Training = True, dropout: Dropout = None, dtype: Dtype | None = None,
+    device: Device = None, seconds: Seconds = 1.0, limit: Limit = 120.0, out: Points = None,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Measure which backend is fastest for your layers here."""
+    import torch
+
+    from loradrop import tuning
+
+    _quiet()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no CUDA device here; leave it out")
+    ranks = None if rank is None else tuning.numbers("--rank", rank)
+    sizes = tuning.TOKENS[device] if tokens is None else tuning.numbers("--tokens", tokens)
+    layers, p = tuning.layers_of(source, ranks, targets)
+    p = p if dropout is None else dropout
+    kind = dtype or tuning.DTYPES[device]
+    cells = tuning.cells_of(layers, sizes, kind, p, train)
+    print(tuning.about(cells, device))
+    path = tuning.tune(cells, device, print, seconds=seconds, limit=limit, out=out)
+    if device == "cpu":
+        print("\nOn a CPU the op runs as plain PyTorch calls all the same, unless these failed.")
+    if path is not None:
+        _wrote(path)
 
 
 @app.command()

@@ -1,30 +1,22 @@
 """What this machine offers: versions, processors, and which backends of the op run here."""
 
-import importlib.metadata
 import os
 import platform
 import sys
 from typing import Any
 
 from loradrop._version import __version__
+from loradrop.machine import version
 
 PACKAGES = (
     *("torch", "triton", "transformers", "peft", "accelerate", "safetensors", "numpy", "datasets"),
 )
 
 
-def _version(package: str) -> str | None:
-    """The installed version, read without importing the package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def versions() -> dict[str, str]:
     """The versions that a result depends on."""
     names = ("torch", "transformers", "safetensors", "triton", "peft")
-    found = {name: version for name in names if (version := _version(name))}
+    found = {name: known for name in names if (known := version(name))}
     return {"loradrop": __version__, **found}
 
 
@@ -91,7 +83,7 @@ def report() -> dict[str, Any]:
         "loradrop": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {package: _version(package) for package in PACKAGES},
+        "packages": {package: version(package) for package in PACKAGES},
         "cpu": _cpu(),
         "cuda": _cuda(),
         "extension": cuda.built(),
@@ -103,29 +95,29 @@ def explain(layer: str, rank: int, dropout: float, dtype: str, chip: str | None 
     """Which backend an unnamed call gets, in training and without gradients, and why.
 
     layer MxKxN: tokens, in and out features   chip ARCH:SMS, as 90:132 for an H100 or H200; by
-    default the first CUDA device. Raises ValueError for a layer or a chip written otherwise.
+    default the first CUDA device, or the CPU. Raises ValueError for a layer or a chip written
+    otherwise.
     """
     import torch
 
+    from loradrop.kernels.tiles import Machine, machine_of
     from loradrop.op import dispatch
     from loradrop.op.call import Problem
 
     m, k, n = _numbers("layer", layer, "x", 3)
-    device_name = ""
-    if chip is not None:
-        arch, sms = _numbers("chip", chip, ":", 2)
-    elif torch.cuda.is_available():
-        facts = torch.cuda.get_device_properties(0)
-        arch, sms = 10 * facts.major + facts.minor, facts.multi_processor_count
-        device_name = facts.name
+    on_gpu = chip is not None or torch.cuda.is_available()
+    if chip is None:
+        machine = machine_of(torch.device("cuda:0" if on_gpu else "cpu"))
     else:
-        return "eager: without a CUDA device the op runs as plain PyTorch calls; name a --chip"
+        arch, sms = _numbers("chip", chip, ":", 2)
+        machine = Machine(arch, sms)
     problem = Problem(
-        "cuda", getattr(torch, dtype), m, k, n, rank, dropout,
-        arch=arch, sms=sms, device_name=device_name,
+        "cuda" if on_gpu else "cpu", getattr(torch, dtype), m, k, n, rank, dropout,
+        arch=machine.arch, sms=machine.sms, device_name=machine.name,
     )  # fmt: skip
     about = f"{m} tokens, {k} to {n}, rank {rank}, dropout {dropout:g}, {dtype}"
-    lines = [f"{about}, sm_{arch} x {sms}"]
+    where = f"sm_{machine.arch} x {machine.sms}" if on_gpu else "this CPU (--chip names a GPU)"
+    lines = [f"{about}, {where}"]
     for grad, what in ((True, "forward + backward"), (False, "forward")):
         lines.append(f"  {what:<18} {dispatch.explain(problem._replace(grad=grad))}")
     return "\n".join(lines)
@@ -137,6 +129,16 @@ def _numbers(name: str, text: str, between: str, count: int) -> list[int]:
         example = {"layer": "8192x4096x4096", "chip": "90:132"}[name]
         raise ValueError(f"--{name} {text!r}: write it as {example}")
     return [int(part) for part in parts]
+
+
+def _tuned(device: str) -> str:
+    """What `loradrop tune` measured on a device."""
+    from loradrop.op import tuned
+
+    file = tuned.of_device(device)
+    if file.points:
+        return f"{len(file.points)} layers of {device} in {file.path}"
+    return file.why_not or f"nothing on {device}: loradrop tune measures your model's layers"
 
 
 def format_report() -> str:
@@ -153,6 +155,8 @@ def format_report() -> str:
         *([] if devices else [("CUDA", "no device")]),
         ("loradrop._C", _extension(facts["extension"])),
         *((f"backend {name}", why or "available") for name, why in facts["backends"].items()),
+        *(("tuned", _tuned(device)) for device in dict.fromkeys(gpu["name"] for gpu in devices)),
+        *([] if devices else [("tuned", _tuned("cpu"))]),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -65,6 +65,15 @@ def triton_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def nothing_tuned(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What `loradrop tune` measured on this machine is not what is tested."""
+    from loradrop.op import tuned
+
+    nowhere = tmp_path_factory.mktemp("cache")
+    tuned.folder = lambda: nowhere
+
+
 @pytest.fixture(scope="session")
 def minilm_path() -> Path:
     """The folder of all-MiniLM-L6-v2, found without importing its package."""

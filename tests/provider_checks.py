@@ -9,10 +9,10 @@ from dataclasses import replace
 import torch
 
 from bench_parts import parts
-from lib.cases import make_case
 from lib.correct import check
 from lib.providers import probing, providers
 from lib.results import Cell
+from loradrop.measuring.cases import make_case
 
 
 def checked(dtype: str, skipped: str = "none") -> set[str]:

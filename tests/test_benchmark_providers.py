@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import bench_train_step as steps
-from lib import workers
+from loradrop.measuring import workers
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = 4 * 16 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))  # layers · r · Σ (K + N)
@@ -46,11 +46,11 @@ def test_and_by_triton_s_kernels() -> None:
 
 def test_peft_compiled_is_right() -> None:
     pytest.importorskip("peft")
-    from lib.cases import make_case
     from lib.correct import check
     from lib.providers import Provider
     from lib.results import Cell
     from lib.rivals import peft_compiled
+    from loradrop.measuring.cases import make_case
 
     case = make_case(Cell("float32", 24, 16, 12, 4, 0.0, "forward_backward"), "cpu")
     check(Provider("peft_compiled", partial(peft_compiled, compiler="eager")), case, True)

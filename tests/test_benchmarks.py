@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from bench_lora_linear import BENCH
-from lib import grids, harness, providers, results, workers
+from lib import grids, harness, providers, results
+from loradrop.measuring import workers
 
 pytest.importorskip("peft")
 
@@ -126,7 +127,8 @@ def test_a_norm_that_changes_bits_gets_no_number() -> None:
 STUB = """
 import os, sys
 sys.path.insert(0, FOLDER)
-from lib import results, workers
+from lib import results
+from loradrop.measuring import workers
 
 def work(task, without, begin):
     cell = results.Cell(*task)

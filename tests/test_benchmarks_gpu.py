@@ -15,7 +15,8 @@ import torch
 
 import gpu
 import smoke
-from lib import harness, workers
+from lib import harness
+from loradrop.measuring import workers
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks"
@@ -81,7 +82,8 @@ for name in sys.argv[2:]:
 WORKER = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
-from lib import workers
+import lib
+from loradrop.measuring import workers
 
 print("a library prints this too", flush=True)
 

@@ -11,6 +11,7 @@ import torch
 
 from lib import ROOT
 from loradrop.env import report
+from loradrop.machine import processor
 
 
 def need_cuda(asked_by: str) -> None:
@@ -23,12 +24,7 @@ def device_name(device: str) -> str:
     """The name of the GPU, or of the processor."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return processor()
 
 
 def folder(results: Path, device: str) -> Path:

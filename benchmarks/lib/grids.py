@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from itertools import product
 from typing import NamedTuple
 
-from lib.results import Cell
+from loradrop.measuring.points import DIRECTIONS as BOTH
+from loradrop.measuring.points import Cell
 
-BOTH = ("forward", "forward_backward")
 PARTS = "parts"  # what stands for a direction where kernels are timed by themselves
 DIRECTIONS = (*BOTH, PARTS)
 RANKS = (16, 64, 8, 128)  # the most telling first

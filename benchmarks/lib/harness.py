@@ -8,21 +8,22 @@ import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
-from lib import RESULTS, environment, grids, package, results, timing, workers
-from lib.cases import Case, Output, make_case
-from lib.correct import check, forget
+from lib import RESULTS, environment, grids, package, results
+from lib.correct import check
 from lib.providers import Provider
 from lib.results import Cell, Row
 from loradrop.files import read_json, write_json
+from loradrop.measuring import timing, workers
+from loradrop.measuring.cases import make_case, run_once
+from loradrop.measuring.correct import forget
+from loradrop.measuring.workers import device_survives, first_line
 
 PROCESSES = {"cpu": 5, "cuda": 1}
 SECONDS = {"cpu": 5.0, "cuda": 1.0}
@@ -50,35 +51,6 @@ class Measured(NamedTuple):
     left_out: list[str]  # who cannot serve, and why
 
 
-def _timed(run: Callable[[], Output], case: Case, backward: bool) -> None:
-    if backward:
-        run()[0].backward(case.dy)
-        case.x.grad = case.A.grad = case.B.grad = None
-    else:
-        with torch.no_grad():
-            run()
-
-
-def _widened(case: Case) -> Case:
-    wide = (nn.Parameter(t.detach().float()) for t in (case.A, case.B))
-    return replace(case, **dict(zip("AB", wide, strict=True)))
-
-
-def first_line(error: BaseException) -> str:
-    """The kind of an exception and the first line of its message."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-
-
-def device_survives(device: str) -> bool:
-    """Whether the device still works after an exception; a fault of a kernel breaks the process."""
-    try:
-        if device == "cuda":
-            torch.cuda.synchronize()
-    except Exception:
-        return False
-    return True
-
-
 def run_cell(
     compared: Sequence[Provider],
     cell: Cell,
@@ -104,14 +76,14 @@ def run_cell(
     for provider in compared:
         backend = picked if provider.name == "loradrop" else provider.backend
         begin(provider.key)
-        own = [_widened(case) for case in cases] if provider.wide else cases
+        own = [case.widened() for case in cases] if provider.wide else cases
         try:
             asked = "as asked" if {provider.key, backend} & without else None
             if reason := asked or provider.refuses(cell, cases[0]):
                 left_out.append(f"{provider.key} is left out: {reason}")
                 continue
             check(provider, own[0], backward)
-            runs = [partial(_timed, provider.make(case), case, backward) for case in own]
+            runs = [partial(run_once, provider.make(case), case, backward) for case in own]
             calls[provider.key] = timing.Graph(runs) if len(runs) > 1 else runs[0]
         except AssertionError as error:
             errors.append(f"{provider.key} is wrong, and gets no number: {error}")

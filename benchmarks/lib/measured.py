@@ -14,9 +14,9 @@ from lib import ROOT
 from lib.package import BACKENDS
 from lib.results import cell_of, read_rows
 from loradrop.files import read_json
+from loradrop.measuring.points import KEYS, key_of, point_of
 
 ASSET = ROOT / "loradrop" / "assets" / "measured.json"
-KEYS = ("device", "arch", "sms", "dtype", "k", "n", "m", "r", "dropout", "grad")
 
 
 def points_of(csv: Path) -> list[dict[str, Any]]:
@@ -30,13 +30,10 @@ def points_of(csv: Path) -> list[dict[str, Any]]:
         backend = row["provider"].removeprefix("loradrop_")
         if backend not in BACKENDS or backend == row["provider"] or row["norm"] == "1":
             continue
-        c, of = cell_of(row), (row["device"], chip["arch"], chip["sms"])
-        drops, grads = int(c.dropout > 0.0), int(c.direction == "forward_backward")
-        key = (*of, c.dtype, c.K, c.N, c.M, c.r, drops, grads)
+        key = key_of(cell_of(row), row["device"], chip["arch"], chip["sms"])
         times.setdefault(key, {}).setdefault(backend, []).append(float(row["median_us"]))
     return [
-        dict(zip(KEYS, key, strict=True))
-        | {"us": {b: round(statistics.median(us[b]), 1) for b in BACKENDS if b in us}}
+        point_of(key, {b: round(statistics.median(us[b]), 1) for b in BACKENDS if b in us})
         for key, us in times.items()
     ]
 

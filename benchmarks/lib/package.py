@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lib.cases import Case, Output
+    from loradrop.measuring.cases import Case, Output
 
 BACKENDS = ("eager", "thin", "triton", "cuda", "overlap")  # those a GPU may be served by
 _REFUSES = " cannot serve this call: "
@@ -62,14 +62,6 @@ def chosen(case: "Case", grad: bool) -> str:
         arch, sms = chip()["arch"], chip()["sms"]
     layer = Problem(device, case.x.dtype, m, k, n, r, case.dropout, grad, True, arch, sms)
     return dispatch.choose(layer)
-
-
-def mask(seed: "Tensor", rows: int, columns: int, dropout: float) -> tuple["Tensor", float]:
-    """What dropout keeps (rows, columns), and the probability as it is rounded."""
-    from loradrop.op.philox import keep_mask, quantize
-
-    p = quantize(dropout)
-    return keep_mask(seed, rows, columns, p), p
 
 
 def gemm_triton(

@@ -5,29 +5,16 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
-import torch
 from torch import Tensor
 
 from lib import package
-from lib.cases import Case, Output
 from lib.markdown import SHORT
 from lib.results import FROZEN, Cell
 from lib.rivals import addmm, frozen, peft, peft_compiled, peft_hook, peft_hook_b
+from loradrop.measuring.cases import MASKED, Case, Output, ours
 
 Make = Callable[[Case], Callable[[], Output]]
 COMPILED = (4096, 14336, 16)  # K, N and r at which PEFT is compiled, for half a minute a cell
-
-
-def ours(case: Case, norm: bool = False, backend: str | None = None) -> Callable[[], Output]:
-    """The op; without a `backend` the dispatcher picks. Its seed is drawn as the layer does."""
-
-    def run() -> Output:
-        seed = None
-        if case.dropout:
-            seed = torch.randint(0, 1 << 62, (), device=case.x.device)
-        return package.lora_linear(case, norm=norm, backend=backend, seed=seed)
-
-    return run
 
 
 @dataclass(frozen=True)
@@ -85,7 +72,7 @@ def named(backend: str, norm: bool = False) -> Provider:
 
 
 def _no_mask_by_calls(cell: Cell) -> str | None:
-    few = cell.dropout == 0.0 or cell.M * cell.K < 1 << 20
+    few = cell.dropout == 0.0 or cell.M * cell.K < MASKED
     return None if few else "its mask takes thousands of launches, too long to be timed"
 
 

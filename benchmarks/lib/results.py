@@ -4,9 +4,10 @@ import csv
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from lib.markdown import SHORT
+from loradrop.measuring.points import Cell
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -17,18 +18,6 @@ COLUMNS = (
 )
 FROZEN = "frozen"  # the provider that is the linear layer alone
 Row = dict[str, str]
-
-
-class Cell(NamedTuple):
-    """What is measured together, in one interleaved group: x (M, K) times weight (N, K), rank r."""
-
-    dtype: str
-    M: int
-    K: int
-    N: int
-    r: int
-    dropout: float
-    direction: str
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from lib.cases import Case, Output
+from loradrop.measuring.cases import Case, Output
 
 
 def frozen(case: Case) -> Callable[[], Output]:

@@ -1,21 +1,23 @@
 """What a call would cost on a GPU, measured or predicted, and so which backend should serve it.
 
-`assets/measured.json` holds medians that `benchmarks/bench_lora_linear.py` measured and
-`benchmarks/measured.py` took from its result files. Where it has nothing near, a roofline decides:
-bytes over bandwidth or operations over rate, whichever takes longer, and what launching costs the
-host. Its constants are assumptions; a measurement always outranks them.
+What `loradrop tune` measured on this machine comes first (`tuned.py`), then `assets/measured.json`:
+medians that `benchmarks/bench_lora_linear.py` measured and `benchmarks/lib/measured.py` took from
+its result files. Where neither has anything near, a roofline decides: bytes over bandwidth or
+operations over rate, whichever takes longer, and what launching costs the host. Its constants are
+data sheets and assumptions; a measurement always outranks them.
 """
 
 import functools
 import json
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
 from loradrop.files import asset
 from loradrop.kernels.tiles import cdiv, rank_tile
+from loradrop.op import tuned
 from loradrop.op.call import Problem
 
 SERVING = ("eager", "thin", "triton", "cuda", "overlap")  # the simpler first: it wins a tie
@@ -30,9 +32,23 @@ class Rates(NamedTuple):
     bytes: float  # read + written, in bytes/s
 
 
-# FLOP per clock and multiprocessor, clock in Hz, bytes per FLOP; an H200 multiplies at about
-# 790 TFLOP/s and copies at 4.3 TB/s.
-_FAMILIES = {80: (2048, 1.3e9, 1 / 170), 90: (4096, 1.46e9, 1 / 184), 100: (8192, 1.7e9, 1 / 230)}
+# The makers' figures: dense bfloat16 with float32 sums in TFLOP/s, memory in TB/s. The first whose
+# words are all in the device's name.
+_CHIPS = {
+    "RTX 3090 Ti": (80, 1.008), "RTX 3090": (71, 0.936), "RTX 4090": (165.2, 1.008),
+    "RTX 5090": (209.5, 1.792), "L40S": (362, 0.864), "L4": (121, 0.3),
+    "A100 40GB": (312, 1.555), "A100 PCIe": (312, 1.935), "A100": (312, 2.039),
+    "H20": (148, 4.0), "H100 PCIe": (756, 2.0), "H100 NVL": (835, 3.9), "H100": (989, 3.35),
+    "H200 NVL": (835, 4.8), "H200": (989, 4.8), "B200": (2250, 8.0),
+}  # fmt: skip
+_PARTIAL = {"MIG", "LAPTOP", "D"}  # words of devices that are less than the chip they name
+_REACHED = (0.80, 0.90)  # of those: an H200 multiplies at about 790 TFLOP/s, copies at 4.3 TB/s
+# For other devices: FLOP per clock and multiprocessor, clock in Hz, bytes per FLOP. Of 86, 89 and
+# 120 these are GeForce's; professional cards multiply up to twice as fast.
+_FAMILIES = {
+    80: (2048, 1.3e9, 1 / 170), 86: (512, 1.4e9, 1 / 67), 89: (512, 2.0e9, 1 / 146),
+    90: (4096, 1.46e9, 1 / 184), 100: (8192, 1.7e9, 1 / 230), 120: (512, 1.9e9, 1 / 104),
+}  # fmt: skip
 _FLOAT32 = 1 / 16  # the rate of float32 products outside the matrix units
 _LAUNCH = {"eager": 5.0, "thin": 12.0, "triton": 16.0}  # µs of the host for each launch
 _GEMM = {"eager": 1.0, "thin": 1.0, "triton": 0.90}  # rate of the wide product, of cuBLAS's
@@ -42,8 +58,12 @@ _MASK_LAUNCHES = 100  # for every 2¹⁸ elements of such a mask
 _WIDENED = 5.0  # times the bytes where PyTorch calls sum half-precision rows in float32
 
 
-def rates(arch: int, sms: int) -> Rates:
-    """The assumed rates; an architecture that is not listed counts as the nearest older one."""
+def rates(arch: int, sms: int, name: str = "") -> Rates:
+    """The rates of a device by its name, else assumed by its architecture, or the nearest older."""
+    words = {*name.upper().replace("-", " ").split()}
+    for chip, (tera_flops, tera_bytes) in _CHIPS.items():
+        if words >= {*chip.upper().split()} and not words & _PARTIAL:
+            return Rates(_REACHED[0] * tera_flops * 1e12, _REACHED[1] * tera_bytes * 1e12)
     known = max((a for a in _FAMILIES if a <= arch), default=80)
     per_clock, clock, bytes_per_flop = _FAMILIES[known]
     flops = per_clock * clock * max(sms, 1)
@@ -53,7 +73,7 @@ def rates(arch: int, sms: int) -> Rates:
 def predict(problem: Problem, backend: str) -> float:
     """Microseconds of one call, with its backward pass where there is one."""
     m, k, n, r, size = problem.m, problem.k, problem.n, problem.r, problem.dtype.itemsize
-    rate, masked = rates(problem.arch, problem.sms), problem.dropout > 0.0
+    rate, masked = rates(problem.arch, problem.sms, problem.device_name), problem.dropout > 0
     flops = rate.flops * (_FLOAT32 if problem.dtype == torch.float32 else 1.0)
     total = 0.0
     for inner, outer in ((k, n), (n, k))[: 1 + problem.grad]:  # forward, and the product for dx
@@ -79,16 +99,21 @@ def predict(problem: Problem, backend: str) -> float:
     return max(1e6 * total, _LAUNCH[backend] * count)
 
 
-def choose_predicted(problem: Problem) -> str:
-    """The faster by the roofline, among backends whose frozen product is cuBLAS's.
+def choose_predicted(problem: Problem, able: Collection[str] = SERVING) -> str:
+    """The faster by the roofline, among able backends whose frozen product is cuBLAS's.
 
-    Another GEMM in its place is worth it from 93 % of its rate on, which a guess cannot tell.
+    Another GEMM in its place is worth it from 93 % of its rate on, which a guess cannot tell; it is
+    taken where neither is able, and the reference where nobody is.
     """
-    return fastest({name: predict(problem, name) for name in ("eager", "thin")})
+    guessed = {name: predict(problem, name) for name in ("eager", "thin") if name in able}
+    return fastest(guessed) or next((name for name in SERVING if name in able), "reference")
 
 
-def fastest(microseconds: dict[str, float]) -> str:
-    """The backend to take: a later one of `SERVING` only where it is faster by `MARGIN`."""
+def fastest(microseconds: Mapping[str, float]) -> str:
+    """The backend to take: a later one of `SERVING` only where it is faster by `MARGIN`.
+
+    Empty where none of `SERVING` has a time.
+    """
     best, time = "", math.inf
     for name in SERVING:
         if name in microseconds and microseconds[name] < time * (1.0 - MARGIN * bool(best)):
@@ -134,21 +159,47 @@ def nearest(problem: Problem, points: Iterable[dict[str, Any]]) -> dict[str, Any
     return best
 
 
+def times_of(point: Mapping[str, Any]) -> dict[str, float]:
+    """µs of one call by backend: of the device, or of the host where it takes longer to launch."""
+    host = point.get("host_us", {})
+    return {name: max(us, host.get(name, 0.0)) for name, us in point["us"].items()}
+
+
+def _measured(problem: Problem, able: Collection[str]) -> tuple[str, dict[str, Any]] | None:
+    """The fastest able backend, and the point that says so: one of this machine's own, if any."""
+    for points in (tuned.of_problem(problem).points, measurements()):
+        point = nearest(problem, points)
+        if point is not None:
+            times = {name: us for name, us in times_of(point).items() if name in able}
+            if best := fastest(times):
+                return best, point
+    return None
+
+
 def choose_measured(problem: Problem, able: Collection[str] = SERVING) -> str | None:
     """The fastest backend among `able` by the nearest measurement, None without one."""
-    point = nearest(problem, measurements())
-    if point is None:
-        return None
-    return fastest({name: us for name, us in point["us"].items() if name in able}) or None
+    found = _measured(problem, able)
+    return None if found is None else found[0]
 
 
 def explain(problem: Problem, able: Collection[str] = SERVING) -> str:
     """Why an unnamed call gets its backend, in a sentence."""
-    point, chosen = nearest(problem, measurements()), choose_measured(problem, able)
-    if point is not None and chosen is not None:
-        times = ", ".join(f"{name} {us:.0f}" for name, us in point["us"].items())
+    found = _measured(problem, able)
+    if found is not None:
+        chosen, point = found
         where = f" on {point['device']}" if point.get("device") else ""
-        return f"{chosen}: measured{where} at {point['m']} tokens, in µs: {times}"
-    names = ("eager", "thin", "triton")
-    times = ", ".join(f"{name} {predict(problem, name):.0f}" for name in names)
-    return f"{choose_predicted(problem)}: not measured; the roofline's guess, in µs: {times}"
+        how = "by loradrop tune" if "host_us" in point else f"measured{where}"
+        return f"{chosen}: {how} at {point['m']} tokens, in µs: {written(point)}"
+    names = [name for name in ("eager", "thin", "triton") if name in able]
+    times = ", ".join(f"{name} {predict(problem, name):.0f}" for name in names) or "nothing"
+    guess = choose_predicted(problem, able)
+    return f"{guess}: not measured; the roofline's guess, in µs: {times}"
+
+
+def written(point: Mapping[str, Any]) -> str:
+    """The times of a point as text: "thin 700, triton 650 (host 812)", the host where it counts."""
+    longer = {name: us for name, us in times_of(point).items() if us > point["us"][name]}
+    return ", ".join(
+        f"{name} {us:.0f}" + (f" (host {longer[name]:.0f})" if name in longer else "")
+        for name, us in point["us"].items()
+    )

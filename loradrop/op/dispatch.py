@@ -6,12 +6,12 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
 
-from loradrop.op import costs, cuda
+from loradrop.op import costs, cuda, tuned
 from loradrop.op.call import Backend, Call, Problem, Saved, problem_of
 from loradrop.op.eager import EAGER
 from loradrop.op.reference import REFERENCE
@@ -119,7 +119,7 @@ def serving(call: Call, name: str | None, grad: bool = True) -> Backend:
     """
     if name is None:
         x = call.x
-        if x.is_cpu:  # as `choose` has it, without a question
+        if x.is_cpu and _trusts_cpu():  # as `choose` has it, without a question
             return REFERENCE if x.dtype == torch.float64 else EAGER
         return BACKENDS[choose(problem_of(call, grad))]
     backend = named(name)
@@ -129,28 +129,56 @@ def serving(call: Call, name: str | None, grad: bool = True) -> Backend:
     return backend
 
 
+@functools.cache
+def _trusts_cpu() -> bool:
+    """Whether `loradrop tune` found no fault on this CPU."""
+    file = tuned.of_device(tuned.CPU)
+    if file.why_not is not None:
+        _warn_once(file.why_not)
+    return not any(point["refused"] for point in file.points)
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(problem: Problem) -> str:
-    """The backend that an unnamed call gets.
+    """The backend that an unnamed call gets, never one that failed in `loradrop tune`.
 
-    The reference in float64, plain PyTorch calls on a CPU. On a CUDA device, what the shipped
-    measurements show to be fastest, and the roofline's guess where they hold nothing near.
+    The reference in float64, plain PyTorch calls on a CPU. On a CUDA device, what measurements show
+    to be fastest, those of `loradrop tune` first, and the roofline's guess where they hold nothing
+    near.
     """
     if problem.dtype == torch.float64:
         return "reference"
-    if problem.device != "cuda":
-        return "eager"
+    file = tuned.of_problem(problem)
+    if file.why_not is not None:
+        _warn_once(file.why_not)
+    failed = tuned.refusals(problem, file.points)
+    for name in failed:
+        _warn_once(f"backend {name} failed in loradrop tune, and is not used: {file.path} has why")
     refusal = triton_missing() or why_not_triton(problem)
-    if refusal is not None:
-        _warn_once(refusal)
-        return "eager"
+    if refusal is not None or problem.device != "cuda":
+        if problem.device == "cuda":
+            _warn_once(f"LoRA runs as plain PyTorch calls: {refusal}")
+        return _plain(failed)
     able = [name for name in able_to(problem) if BACKENDS[name].missing() is None]
-    return costs.choose_measured(problem, able) or costs.choose_predicted(problem)
+    able = [name for name in able if name not in failed]
+    return costs.choose_measured(problem, able) or costs.choose_predicted(problem, able)
+
+
+def _plain(failed: Container[str]) -> str:
+    """Who serves as PyTorch calls."""
+    return "reference" if "eager" in failed else "eager"
+
+
+def forget() -> None:
+    """Drops every choice, so that a new file of `loradrop tune` counts in this process too."""
+    tuned.of_device.cache_clear()
+    _trusts_cpu.cache_clear()
+    choose.cache_clear()
 
 
 @functools.cache
-def _warn_once(refusal: str) -> None:
-    warnings.warn(f"LoRA runs as plain PyTorch calls: {refusal}", stacklevel=6)
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=6)
 
 
 def able_to(problem: Problem) -> list[str]:
@@ -162,9 +190,17 @@ def explain(problem: Problem) -> str:
     """What `choose` gives on a machine that could run everything, and why, in a sentence."""
     if problem.dtype == torch.float64:
         return "reference: float64"
+    file = tuned.of_problem(problem)
+    failed = tuned.refusals(problem, file.points)
+    rest = "".join(f"; not {name}, which failed here: {why}" for name, why in failed.items())
+    rest += f"; {file.why_not}" if file.why_not else ""
+    if problem.device == "cpu":
+        point = costs.nearest(problem, file.points)
+        took = f", by loradrop tune in µs: {costs.written(point)}" if point else ""
+        return f"{_plain(failed)}: a CPU runs plain PyTorch calls{took}{rest}"
     refusal = why_not_triton(problem)
     if refusal is not None:
-        return f"eager: {refusal}"
-    by_csrc = ("cuda", "overlap")
-    able = [n for n in able_to(problem) if n not in by_csrc or cuda.missing() is None]
-    return costs.explain(problem, able)
+        return f"{_plain(failed)}: {refusal}{rest}"
+    able = [name for name in able_to(problem) if name not in failed]
+    able = [name for name in able if name not in ("cuda", "overlap") or not cuda.missing()]
+    return costs.explain(problem, able) + rest

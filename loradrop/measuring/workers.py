@@ -37,6 +37,23 @@ class BrokenDeviceError(Exception):
     """Raised in a worker by what leaves the device unusable: (name, reason)."""
 
 
+def first_line(error: BaseException) -> str:
+    """The kind of an exception and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def device_survives(device: str) -> bool:
+    """Whether the device still works after an exception; a fault of a kernel breaks the process."""
+    try:
+        if device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+    except Exception:
+        return False
+    return True
+
+
 class Answer(NamedTuple):
     """The worker's result, None where the task was given up; and who was lost, with the reason."""
 
@@ -79,9 +96,10 @@ class _Worker:
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with suppress(ValueError):  # what a library prints before `serve` has begun
-                self.events.put(json.loads(line))
+        with self.process.stdout as lines:
+            for line in lines:
+                with suppress(ValueError):  # what a library prints before `serve` has begun
+                    self.events.put(json.loads(line))
         self.events.put(None)
 
     def ask(self, task: Any, without: Iterable[str], patience: float) -> tuple[Any, ...]:
@@ -111,6 +129,9 @@ class _Worker:
 
     def stop(self) -> None:
         self.process.kill()
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         with suppress(subprocess.TimeoutExpired):  # one that hangs in a driver stays
             self.process.wait(10.0)
         self.errors.close()

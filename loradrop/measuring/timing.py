@@ -1,4 +1,4 @@
-"""Clocks: what a call costs on a CPU, on a GPU with a cold L2, and in a CUDA graph.
+"""Clocks: what a call costs on a CPU, on a GPU with a cold L2, in a CUDA graph, and on the host.
 
 On a CPU the clock counts the processor time of one thread, so that a busy machine disturbs little.
 On a CUDA device, events time the work alone: before every call L2 is filled with other data, which
@@ -21,7 +21,7 @@ Call = Callable[[], object]
 
 
 class Sample(NamedTuple):
-    """The time of one call over all rounds, and its peak of memory (None on a CPU)."""
+    """The time of one call over all rounds, and its peak of memory on a GPU (None elsewhere)."""
 
     median_us: float
     p20_us: float
@@ -36,7 +36,7 @@ class Graph:
         import torch
 
         self.count = len(calls)
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # what is compiled or cached at a first call
             for call in calls:
@@ -73,9 +73,10 @@ def cuda_clock(calls: Sequence[Call]) -> list[float]:
     other = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
     events = []
     for call in calls:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         other.amax()
-        torch.cuda._sleep(_SLEEP_CYCLES)
+        torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
         start.record()
         call()
         end.record()
@@ -84,6 +85,23 @@ def cuda_clock(calls: Sequence[Call]) -> list[float]:
     counts = [call.count if isinstance(call, Graph) else 1 for call in calls]
     times = (1e3 * start.elapsed_time(end) for start, end in events)
     return [us / count for us, count in zip(times, counts, strict=True)]
+
+
+def host_clock(calls: Sequence[Call]) -> list[float]:
+    """Microseconds until each call returns, on an idle GPU: what Python and launching take."""
+    import torch
+
+    times = []
+    for call in calls:
+        torch.cuda.synchronize()
+        start = time.perf_counter_ns()
+        call()
+        times.append((time.perf_counter_ns() - start) / 1e3)
+    torch.cuda.synchronize()
+    return times
+
+
+CLOCKS = {"cpu": cpu_clock, "cuda": cuda_clock, "host": host_clock}
 
 
 def peak_bytes(call: Call) -> int:
@@ -104,9 +122,12 @@ def fifths(values: Sequence[float]) -> tuple[float, float]:
     return cuts[0], cuts[3]
 
 
-def measure(calls: Mapping[str, Call], device: str, seconds: float) -> dict[str, Sample]:
-    """Times all calls in rounds, each round in an order of its own, for about `seconds`."""
-    clock = cuda_clock if device == "cuda" else cpu_clock
+def measure(calls: Mapping[str, Call], clock_of: str, seconds: float) -> dict[str, Sample]:
+    """Times all calls in rounds, each round in an order of its own, for about `seconds`.
+
+    `clock_of` one of `CLOCKS`: the device where they run, or the host that launches them.
+    """
+    clock = CLOCKS[clock_of]
     names, draw = list(calls), random.Random(0)
     clock([calls[name] for name in names])  # warm-up
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -119,7 +140,7 @@ def measure(calls: Mapping[str, Call], device: str, seconds: float) -> dict[str,
             times[name].append(value)
     samples = {}
     for name, values in times.items():
-        timed_alone = device == "cuda" and not isinstance(calls[name], Graph)
+        timed_alone = clock_of == "cuda" and not isinstance(calls[name], Graph)
         peak = peak_bytes(calls[name]) if timed_alone else None
         samples[name] = Sample(statistics.median(values), *fifths(values), peak)
     return samples

@@ -1,0 +1,1 @@
+"""How a layer is measured: its operands, the check of its values, clocks, and processes."""

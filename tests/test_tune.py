@@ -1,0 +1,502 @@
+"""`loradrop tune`: what it measures, who fails, its file, and what the dispatcher makes of it."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from op_cases import call_of, draw
+from test_cli import Capsys, command, fails, works
+from test_run import write_model
+
+from loradrop import LoRAConfig, tuning
+from loradrop.files import read_json
+from loradrop.kernels.tiles import Machine
+from loradrop.measuring import child, correct
+from loradrop.measuring.cases import as_peft, make_case, ours
+from loradrop.measuring.points import BACKWARD, KEYS, Cell
+from loradrop.op import costs, dispatch, tuned
+from loradrop.op.call import Problem
+from loradrop.testing import AWKWARD
+
+ROOT = Path(__file__).resolve().parent.parent
+H200 = "NVIDIA H200"
+LLAMA_Q = Problem(
+    "cuda", torch.bfloat16, 8192, 4096, 4096, 16, 0.0, arch=90, sms=132, device_name=H200
+)
+POINT: dict[str, Any] = {  # of LLAMA_Q
+    **{"device": H200, "arch": 90, "sms": 132, "dtype": "bfloat16", "k": 4096, "n": 4096},
+    **{"m": 8192, "r": 16, "dropout": 0, "grad": 1},
+    **{"us": {"eager": 900.0, "thin": 800.0, "triton": 700.0}, "host_us": {}, "refused": {}},
+}
+HERE = {
+    "device": H200,
+    "driver": "580",
+    "loradrop": "1",
+    "torch": "2",
+    "triton": "3",
+    "kernels": "a",
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's cache, empty, and a dispatcher that remembers nothing."""
+    monkeypatch.setattr(tuned, "folder", lambda: tmp_path / "cache")
+    dispatch.forget()
+    dispatch._warn_once.cache_clear()
+    yield tmp_path / "cache"
+    monkeypatch.undo()
+    dispatch.forget()
+
+
+@pytest.fixture
+def h200(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this were a machine with an H200, where everything but the CUDA kernels runs."""
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
+    monkeypatch.setattr(tuned, "header", lambda device: HERE | {"device": device})
+    for name in ("thin", "triton"):
+        runs = dataclasses.replace(dispatch.BACKENDS[name], missing=lambda: None)
+        monkeypatch.setitem(dispatch.BACKENDS, name, runs)
+
+
+def write(*points: dict[str, Any], **changed: Any) -> None:
+    """The file of the H200, whose header is that of this machine but for what is changed."""
+    tuned.write(tuned.path_of(H200), tuned.header(H200) | changed, points)
+    dispatch.forget()
+
+
+# On a CPU, from the command to the file
+
+
+def test_from_layers_to_the_file(cache: Path, capsys: Capsys) -> None:
+    options = ("--device", "cpu", "--tokens", "5,24", "--rank", "4", "--seconds", 0)
+    out = works(capsys, "tune", "16x12,12x24", *options)
+    about, head, *lines = out.splitlines()
+    assert "forward + backward, float32, in µs" in about
+    assert head.split() == ["tokens", "K", "N", "r", "PEFT", *costs.SERVING, "fastest"]
+    rows = [line.split() for line in lines if line.split()[4:] and line.split()[0].isdigit()]
+    layers = [["5", "16", "12"], ["24", "16", "12"], ["5", "12", "24"], ["24", "12", "24"]]
+    assert [row[:4] for row in rows] == [[*layer, "4"] for layer in layers]
+    assert all(float(row[4]) > 0 and float(row[5]) > 0 and row[9] == "eager," for row in rows)
+    assert out.count("cuda is left out: the extension loradrop._C is") == 1
+    assert "plain PyTorch calls all the same" in out and f"wrote {cache / 'tuned-cpu.json'}" in out
+
+    data = read_json(cache / "tuned-cpu.json")
+    assert data["header"] == tuned.header("cpu") and len(data["points"]) == 4
+    for point in data["points"]:
+        assert set(point) == {*KEYS, "us", "host_us", "refused"}
+        assert point["us"]["eager"] > 0 and (point["host_us"], point["refused"]) == ({}, {})
+    assert [name.name for name in cache.iterdir()] == ["tuned-cpu.json"], "no draft is left"
+
+    again = works(capsys, "tune", "16x12", *options, "--infer", "--dropout", "0.1")
+    assert "forward, float32, dropout 0.1, in µs" in again
+    points = read_json(cache / "tuned-cpu.json")["points"]
+    assert len(points) == 6, "those of before are still there"
+    assert sum((p["grad"], p["dropout"]) == (0, 1) for p in points) == 2
+    works(capsys, "tune", "16x12", *options)
+    assert len(read_json(cache / "tuned-cpu.json")["points"]) == 6, "replaced, not added"
+
+
+def test_out_is_another_file(cache: Path, tmp_path: Path, capsys: Capsys) -> None:
+    out = tmp_path / "there" / "points.json"
+    works(capsys, "tune", "16x12", "--device", "cpu", "--tokens", 3, "--seconds", 0, "--out", out)
+    assert len(read_json(out)["points"]) == 1 and not cache.exists()
+
+
+def test_the_layers_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import PreTrainedModel
+
+    folder = write_model(tmp_path / "base")
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)  # no weight is read
+    (d,) = {layer.k for layer in tuning.layers_of(str(folder), None, None)[0]}
+    assert tuning.layers_of(str(folder), None, None) == ([(d, d, 16)], 0.0)
+    every, _ = tuning.layers_of(str(folder), (2, 4), "all-linear")
+    assert len(every) == len(set(every)) and {layer.r for layer in every} == {2, 4}
+    assert {(d, d, 2), (d, d, 4)} < set(every)
+    assert any(layer.k != layer.n for layer in every)
+    named, _ = tuning.layers_of(str(folder), (2,), "query,key")
+    assert named == [(d, d, 2)]
+    run = tmp_path / "run.yaml"
+    run.write_text(f"{{model: {folder}, lora: {{r: 4, lora_dropout: 0.25, method: lora}}}}")
+    assert tuning.layers_of(str(run), None, None) == ([(d, d, 4)], 0.25)
+    pattern = LoRAConfig(r=4, rank_pattern={"query": 2})
+    assert set(tuning.layers_of_model(str(folder), [pattern])) == {(d, d, 2), (d, d, 4)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("4096x", "the model '4096x' cannot be loaded"),
+        ("4096x4096x4", "'4096x4096x4': write layers as KxN,KxN"),
+        ("8x8 --tokens many", "--tokens 'many': write whole numbers as 1024,2048"),
+        ("8x8 --rank 0", "--rank '0': write whole numbers"),
+        ("8x8 --targets q_proj", "--targets 'q_proj' needs a model, and '8x8' names layers"),
+        ("no/model --rank 8", "the model 'no/model' cannot be loaded"),
+        ("8x8 --limit soon", "Invalid value for '--limit'"),
+    ],
+)
+def test_what_is_wrong_is_named(arguments: str, message: str, cache: Path, capsys: Capsys) -> None:
+    status, _, err = command(capsys, "tune", *arguments.split())
+    assert status == 2 and message in err and "Traceback" not in err
+    assert not cache.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there(capsys: Capsys) -> None:
+    fails(
+        capsys,
+        "--device cuda: PyTorch finds no CUDA device here",
+        "tune",
+        "8x8",
+        "--device",
+        "cuda",
+    )
+
+
+# The check
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_is_timed_computes_the_layer(dtype: str, dropout: float) -> None:
+    case = make_case(Cell(dtype, 40, 64, 96, 4, dropout, BACKWARD), "cpu").widened()
+    assert case.A.dtype == torch.float32 and case.x.dtype == getattr(torch, dtype)
+    for backward in (False, True):
+        correct.check_backend(case, "eager", backward)
+    if not dropout:  # its mask is another
+        correct.compare(correct.results(case, as_peft(case), True), case, norm=False)
+
+
+@pytest.mark.parametrize("what", ["y", "dx", "dA", "dB", "sqnorm", "no norm", "nan", "zero"])
+def test_what_is_off_is_named(what: str) -> None:
+    case = make_case(Cell("float32", 40, 64, 96, 4, 0.0, BACKWARD), "cpu")
+    found = correct.results(case, ours(case, norm=True, backend="eager"), True)
+    correct.compare(found, case, norm=True)
+    name = what if what in found else "sqnorm" if what == "no norm" else "y"
+    value = found[name]
+    assert value is not None
+    bad = {"nan": value * float("nan"), "zero": torch.zeros_like(value), "no norm": None}
+    found[name] = bad[what] if what in bad else value * 1.001
+    with pytest.raises(
+        AssertionError, match="norm nobody asked for" if what == "no norm" else name
+    ):
+        correct.compare(found, case, norm=True)
+
+
+# Backends that fail
+
+PLANTED = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+from dataclasses import replace
+from loradrop.measuring import child
+from loradrop.op import dispatch
+
+EAGER = dispatch.BACKENDS["eager"]
+
+def crash(call):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+def hang(call):
+    time.sleep(60)
+
+def wrong(call):
+    found = EAGER.forward(call)
+    return found._replace(y=found.y * 1.001)
+
+def fault(call):
+    raise RuntimeError("no such kernel")
+
+def right(call):
+    return EAGER.forward(call)
+
+def for_wide_layers(call):
+    return (crash if call.B.shape[0] > 12 else right)(call)
+
+for name, forward in {planted}.items():
+    planted = replace(EAGER, name=name, forward=globals()[forward])
+    dispatch.BACKENDS[name] = planted
+child.main()
+"""
+
+
+def tune(tmp_path: Path, layers: list[tuple[int, int]], **planted: str) -> tuple[list[Any], str]:
+    """The points, and what is printed, where these backends are planted."""
+    script = tmp_path / "planted.py"
+    script.write_text(PLANTED.format(root=str(ROOT), planted=planted))
+    cells = [Cell("float32", 6, k, n, 4, 0.0, BACKWARD) for k, n in layers]
+    printed: list[str] = []
+    command = [sys.executable, str(script)]
+    path = tuning.tune(cells, "cpu", printed.append, seconds=0.0, limit=3.0, command=command)
+    assert path == tuned.path_of("cpu")
+    return list(reversed(read_json(path)["points"])), "\n".join(printed)
+
+
+def test_who_crashes_hangs_or_is_wrong_costs_the_others_nothing(tmp_path: Path) -> None:
+    (point,), out = tune(tmp_path, [(16, 12)], thin="crash", triton="hang", cuda="wrong")
+    assert set(point["us"]) == {"eager"}
+    assert point["refused"]["thin"].startswith("its process ended with SIGSEGV")
+    assert point["refused"]["triton"] == "gave no sign of life for 3 s and was stopped"
+    assert point["refused"]["cuda"].startswith("wrong: y: relative error 0.001")
+    row = next(line for line in out.splitlines() if line.split()[:3] == ["6", "16", "12"])
+    assert row.split()[6:9] == ["failed"] * 3 and "eager" in row
+    for name, why in point["refused"].items():
+        assert f"{name} failed, and is not used for such layers: {why}" in out
+
+
+def test_a_fault_of_one_layer(tmp_path: Path) -> None:
+    """One that is lost twice is tried no more; one that raises is asked at every layer."""
+    layers = [(16, 12), (16, 24), (16, 40), (16, 8)]
+    points, out = tune(tmp_path, layers, thin="for_wide_layers", triton="fault", cuda="right")
+    first, second, third, fourth = points
+    assert set(first["us"]) == {"eager", "thin", "cuda"}
+    assert [set(p["us"]) for p in points[1:]] == [{"eager", "cuda"}] * 3
+    assert {p["refused"]["triton"] for p in points} == {"RuntimeError: no such kernel"}
+    assert "thin" not in first["refused"]
+    assert second["refused"]["thin"] == third["refused"]["thin"] != fourth["refused"]["thin"]
+    assert fourth["refused"]["thin"] == "it was lost at two layers before, and was not tried here"
+    assert out.count("no such kernel") == 1, "each note once"
+
+
+def test_a_cpu_that_computes_wrongly_gets_the_reference(tmp_path: Path, capsys: Capsys) -> None:
+    t = draw(AWKWARD["rank 4"])  # 37 x 31 -> 17
+    assert dispatch.serving(call_of(t), None).name == "eager"
+    points, _ = tune(tmp_path, [(31, 17)], eager="wrong")
+    assert set(points[0]["refused"]) == {"eager"} and points[0]["us"] == {}
+    with pytest.warns(UserWarning, match=r"backend eager failed in loradrop tune.*tuned-cpu\.json"):
+        assert dispatch.serving(call_of(t), None).name == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch.serving(call_of(draw(AWKWARD["rank 4"])), None).name == "reference"
+        assert dispatch.serving(call_of(draw(AWKWARD["rank 8"])), None).name == "eager"
+        assert dispatch.serving(call_of(t), "eager").name == "eager", "named, so asked for"
+    if not torch.cuda.is_available():
+        layer = ("--layer", "500x31x17", "--rank", 4, "--dtype", "float32")
+        out = works(capsys, "env", *layer)
+        assert (
+            "reference: a CPU runs plain PyTorch calls; not eager, which failed here: wrong" in out
+        )
+
+
+def test_env_says_what_was_tuned(tmp_path: Path, monkeypatch: Any, capsys: Capsys) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "nothing on cpu: loradrop tune measures your model's layers" in works(capsys, "env")
+    tune(tmp_path, [(16, 12), (16, 24)], thin="right")
+    assert f"2 layers of cpu in {tuned.path_of('cpu')}" in works(capsys, "env")
+    out = works(capsys, "env", "--layer", "7x16x12", "--rank", 4, "--dtype", "float32")
+    assert "this CPU (--chip names a GPU)" in out
+    assert "eager: a CPU runs plain PyTorch calls, by loradrop tune in µs: eager " in out
+    assert out.count("by loradrop tune") == 1, "only training was measured"
+
+
+# The file and the dispatcher
+
+
+@pytest.mark.usefixtures("h200")
+def test_own_points_outrank_shipped_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = {key: POINT[key] for key in (*KEYS, "us")} | {"us": {"eager": 1.0, "thin": 2.0}}
+    monkeypatch.setattr(costs, "measurements", lambda: (shipped,))
+    dispatch.forget()
+    assert dispatch.choose(LLAMA_Q) == "eager"
+    write(POINT | {"m": 6000})  # farther, but of this machine
+    assert dispatch.choose(LLAMA_Q) == "triton"
+    assert dispatch.explain(LLAMA_Q) == (
+        "triton: by loradrop tune at 6000 tokens, in µs: eager 900, thin 800, triton 700"
+    )
+    for change in ({"m": 500}, {"k": 512}, {"grad": False}, {"dropout": 0.1}):
+        other = LLAMA_Q._replace(**change)
+        assert dispatch.choose(other) == costs.choose_predicted(other), "it holds for its own layer"
+    other = LLAMA_Q._replace(device_name="NVIDIA H100 80GB HBM3")
+    assert dispatch.choose(other) == costs.choose_predicted(other), "and its own device"
+    named = LLAMA_Q._replace(device_name="")
+    assert dispatch.choose(named) == "eager", "a chip of which only the kind is known: the shipped"
+    write(POINT | {"us": {}, "refused": {"triton": "wrong"}})
+    with pytest.warns(UserWarning, match="triton failed"):
+        assert dispatch.choose(LLAMA_Q) == "eager", "nothing was timed: the shipped point"
+
+
+@pytest.mark.usefixtures("h200")
+def test_the_host_counts_where_it_takes_longer() -> None:
+    write(POINT | {"host_us": {"eager": 300.0, "thin": 850.0, "triton": 960.0}})
+    assert dispatch.choose(LLAMA_Q) == "thin"
+    assert dispatch.explain(LLAMA_Q).endswith(
+        "eager 900, thin 800 (host 850), triton 700 (host 960)"
+    )
+    write(POINT | {"host_us": {"eager": 300.0, "thin": 990.0, "triton": 960.0}})
+    assert dispatch.choose(LLAMA_Q) == "eager"
+
+
+@pytest.mark.usefixtures("h200")
+def test_who_failed_is_never_chosen() -> None:
+    failed = POINT | {"us": {"eager": 9.0}, "refused": {"thin": "wrong: y", "cuda": "SIGSEGV"}}
+    write(failed, POINT | {"m": 2048, "us": {"eager": 900.0, "thin": 1.0, "triton": 700.0}})
+    with pytest.warns(UserWarning) as warned:
+        assert dispatch.choose(LLAMA_Q) == "eager"
+        for change in ({"m": 2048}, {"m": 2048, "r": 8}):  # thin is fastest there by its time
+            assert dispatch.choose(LLAMA_Q._replace(**change)) == "triton"
+    assert len(warned) == 2, "each once"
+    assert all(name in str(w.message) for name, w in zip(("thin", "cuda"), warned, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for change in ({"m": 100}, {"grad": False}, {"base": False}, {"aligned": False}):
+            assert dispatch.choose(LLAMA_Q._replace(**change)) == "eager", "nor by a guess"
+        masked = LLAMA_Q._replace(dropout=0.1)
+        assert dispatch.choose(masked) == "thin", "another kernel"
+    explained = dispatch.explain(LLAMA_Q)
+    assert "; not thin, which failed here: wrong: y; not cuda, which failed here: SIGS" in explained
+    everyone = dict.fromkeys(costs.SERVING, "wrong")
+    write(POINT | {"us": {}, "refused": everyone})
+    with pytest.warns(UserWarning, match="eager failed"):
+        assert dispatch.choose(LLAMA_Q) == "reference"
+    write(POINT | {"us": {}, "refused": {"eager": "wrong", "thin": "wrong"}})
+    assert dispatch.choose(LLAMA_Q) == "triton", "rather than the reference"
+
+
+@pytest.mark.usefixtures("h200")
+@pytest.mark.parametrize("field", HERE)
+def test_a_file_of_another_machine_is_refused_and_said_once(field: str) -> None:
+    slow = POINT | {"us": {"eager": 1.0, "thin": 9e6}}
+    masked = LLAMA_Q._replace(dropout=0.1)
+    write(slow | {"dropout": 1})
+    assert dispatch.choose(masked) == "eager"
+    write(slow | {"dropout": 1, "refused": {"thin": "wrong"}}, **{field: "another"})
+    with pytest.warns(
+        UserWarning, match=f"{field} was another, is .*: run loradrop tune"
+    ) as warned:
+        assert dispatch.choose(masked) == "thin"
+        assert dispatch.choose(masked._replace(m=100)) == "thin"
+    assert len(warned) == 1
+    assert f"({field} was another" in dispatch.explain(masked)
+    write(slow | {"dropout": 1}, unknown="a field of a later version")
+    with pytest.warns(UserWarning, match="unknown was a field of a later version, is none"):
+        assert dispatch.choose(masked) == "thin"
+
+
+BROKEN = {
+    "half": '{"schema": 1, "head',
+    "a list": "[]",
+    "schema": '{"schema": 2}',
+    "no points": '{"schema": 1, "header": {}}',
+    "a point": '{"schema": 1, "header": {}, "points": [{"k": 1}]}',
+    "no header": '{"schema": 1, "header": null, "points": []}',
+}
+
+
+@pytest.mark.usefixtures("h200")
+@pytest.mark.parametrize("text", BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_stops_nobody(text: str) -> None:
+    path = tuned.path_of(H200)
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.warns(UserWarning, match=r"tuned-nvidia-h200\.json .*run loradrop tune again"):
+        assert dispatch.choose(LLAMA_Q) == costs.choose_predicted(LLAMA_Q)
+    tuned.write(path, tuned.header(H200), [POINT])
+    dispatch.forget()
+    assert dispatch.choose(LLAMA_Q) == "triton", "written over"
+
+
+def test_a_write_that_fails_leaves_the_old_file(cache: Path, monkeypatch: Any) -> None:
+    write(POINT)
+    before = tuned.path_of(H200).read_bytes()
+    monkeypatch.setattr(os, "replace", _no_space)
+    with pytest.raises(OSError, match="no space"):
+        write(POINT | {"m": 1})
+    assert tuned.path_of(H200).read_bytes() == before and len(list(cache.iterdir())) == 1
+
+
+def _no_space(*_: Any) -> None:
+    raise OSError("no space")
+
+
+def test_where_the_file_lies_and_what_it_depends_on(tmp_path: Path) -> None:
+    code = "from loradrop.op import tuned; print(tuned.path_of('NVIDIA H100 80GB HBM3'))"
+    for variables, folder in (
+        ({"XDG_CACHE_HOME": str(tmp_path)}, tmp_path),
+        ({"XDG_CACHE_HOME": "", "HOME": str(tmp_path)}, tmp_path / ".cache"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.strip() == str(folder / "loradrop/tuned-nvidia-h100-80gb-hbm3.json")
+    here = tuned.header("cpu")
+    assert here["torch"].startswith(torch.__version__.partition("+")[0]) and here["device"]
+    assert re.fullmatch("[0-9a-f]{16}", here["kernels"])
+
+
+def test_the_hash_is_of_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "loradrop"
+    for name in ("kernels/shrink", *(f"op/{name}" for name in ("tuned", *tuned._SOURCES))):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / f"{name}.py").write_text(name)
+    monkeypatch.setattr(tuned, "__file__", str(root / "op" / "tuned.py"))
+
+    def now() -> str:
+        return tuned.kernels_hash.__wrapped__()
+
+    seen = [now()]
+    for change in ("kernels/shrink.py", "kernels/new.py", "op/fused.py", "_C.so"):
+        (root / change).write_text("another")
+        seen.append(now())
+    assert len(set(seen)) == 5
+    (root / "op" / "costs.py").write_text("another")
+    assert now() == seen[-1]
+
+
+def test_a_child_leaves_out_what_would_take_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell("bfloat16", 8192, 4096, 4096, 16, 0.1, BACKWARD)
+    assert child._why_left_out("eager", cell, "cpu") is None
+    monkeypatch.setattr(child, "machine_of", lambda _: Machine(90, 132, H200))
+    assert "thousands of launches" in str(child._why_left_out("eager", cell, "cuda"))
+    assert child._why_left_out("eager", cell._replace(dropout=0.0), "cuda") is None
+
+
+# Devices by their names
+
+NAMES = {
+    "NVIDIA GeForce RTX 4090": (165.2, 1.008),
+    "NVIDIA GeForce RTX 3090": (71, 0.936),
+    "NVIDIA GeForce RTX 3090 Ti": (80, 1.008),
+    "NVIDIA GeForce RTX 5090": (209.5, 1.792),
+    "NVIDIA L4": (121, 0.3),
+    "NVIDIA L40S": (362, 0.864),
+    "NVIDIA A100-SXM4-40GB": (312, 1.555),
+    "NVIDIA A100-SXM4-80GB": (312, 2.039),
+    "NVIDIA A100 80GB PCIe": (312, 1.935),
+    "NVIDIA H20": (148, 4.0),
+    "NVIDIA H100 80GB HBM3": (989, 3.35),
+    "NVIDIA H100 PCIe": (756, 2.0),
+    "NVIDIA H200": (989, 4.8),
+    "NVIDIA B200": (2250, 8.0),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rates_by_name(name: str) -> None:
+    tera_flops, tera_bytes = NAMES[name]
+    rate = costs.rates(90, 132, name)
+    assert rate.flops == pytest.approx(0.8e12 * tera_flops)
+    assert rate.bytes == pytest.approx(0.9e12 * tera_bytes)
+
+
+@pytest.mark.parametrize(
+    "name", ["NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA A100-SXM4-80GB MIG 1g.10gb", "GH200", ""]
+)
+def test_rates_of_a_part_of_a_chip_are_those_of_its_family(name: str) -> None:
+    assert costs.rates(90, 20, name) == costs.rates(90, 20)
+
+
+def test_families_of_geforce_are_near_their_chips() -> None:
+    for arch, sms, name in ((86, 82, "RTX 3090"), (89, 128, "RTX 4090"), (120, 170, "RTX 5090")):
+        known, family = costs.rates(arch, sms, name), costs.rates(arch, sms)
+        assert family.flops == pytest.approx(known.flops, rel=0.05)
+        assert family.bytes == pytest.approx(known.bytes, rel=0.05)
