@@ -3,49 +3,29 @@
 Importing this imports neither torch nor loradrop.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loradrop.measuring.cases import Case, Output
+    from loradrop.measuring.cases import Case
 
 BACKENDS = ("eager", "thin", "triton", "cuda", "overlap")  # those a GPU may be served by
 _REFUSES = " cannot serve this call: "
-
-
-class RefusedError(Exception):
-    """A backend cannot serve; the message is its reason."""
-
-
-def lora_linear(
-    case: "Case", *, norm: bool = False, backend: str | None = None, seed: Any = None
-) -> "Output":
-    """The op on the operands of a case. Raises RefusedError where a named backend cannot serve."""
-    from loradrop.op import linear
-
-    operands = (case.x, case.weight, case.bias, case.A, case.B, case.scaling)
-    options = {"dropout": case.dropout, "seed": seed, "return_sqnorm": norm, "backend": backend}
-    try:
-        found = linear.lora_linear(*operands, **options)
-    except RuntimeError as error:
-        if backend is None or _REFUSES not in str(error):
-            raise
-        reason = str(error).split(_REFUSES, 1)[1].split(". Pass ")[0]
-        raise RefusedError(reason) from None
-    return found if norm else (found, None)
 
 
 def refusal(backend: str, case: "Case") -> str | None:
     """Why a backend cannot serve the case, or None: asked by a call without gradients."""
     import torch
 
-    seed = torch.zeros((), dtype=torch.int64, device=case.x.device) if case.dropout else None
+    from loradrop.measuring.cases import ours
+    from loradrop.op.dispatch import RefusedError
+
     try:
         with torch.no_grad():
-            lora_linear(case, backend=backend, seed=seed)
+            ours(case, backend=backend)()
     except RefusedError as refused:
-        return str(refused)
+        return str(refused).split(_REFUSES, 1)[1].split(". Pass ")[0]
     return None
 
 
