@@ -103,7 +103,7 @@ def cut_all(results: Path) -> str | None:
     if not tasks:
         return None
     head, body, n = _by_arm(results, tasks, entry)
-    return markdown((f"{len(tasks)} tasks, n={n}", *head), body)
+    return markdown((f"{len(tasks)} settings, n={n}", *head), body)
 
 
 def cut_summary(results: Path) -> str | None:
