@@ -272,6 +272,19 @@ def test_a_measurement_holds_for_its_own_device() -> None:
     assert costs.nearest(on["H100"], [MEASURED, pcie]) is pcie, "the name before the size"
 
 
+@pytest.mark.parametrize(
+    ("measured", "asked", "holds"),
+    [(8192, 2048, True), (2048, 65536, True), (8192, 2047, False), (2047, 8192, False),
+     (1024, 1500, True), (1024, 1600, False), (1, 2, False)],
+)  # fmt: skip
+def test_of_how_many_tokens_a_measurement_speaks(measured: int, asked: int, holds: bool) -> None:
+    point = MEASURED | {"m": measured}
+    found = costs.nearest(LLAMA_Q._replace(m=asked), [point])
+    assert (found is point) == holds
+    near = MEASURED | {"m": asked}
+    assert costs.nearest(LLAMA_Q._replace(m=asked), [point, near]) is near
+
+
 def test_the_shipped_measurements_are_well_formed() -> None:
     for point in costs.measurements():
         assert set(point) == {"device", *MEASURED}

@@ -23,6 +23,7 @@ from loradrop.op.call import Problem
 SERVING = ("eager", "thin", "triton", "cuda", "overlap")  # the simpler first: it wins a tie
 MARGIN = 0.02  # a backend replaces a simpler one only if it is faster by more than this
 NEAR = 1.5  # a measurement holds for numbers of tokens up to this factor away
+MANY = 2048  # ... or for any from here on, if it was of as many: there the wide product decides
 
 
 class Rates(NamedTuple):
@@ -154,7 +155,8 @@ def nearest(problem: Problem, points: Iterable[dict[str, Any]]) -> dict[str, Any
         # The same device before all, then one of its size, the number of tokens, the rank.
         others = name != problem.device_name
         distance = (others, abs(point["sms"] - problem.sms), away, abs(point["r"] - problem.r))
-        if distance < closest and away <= math.log(NEAR):
+        holds = away <= math.log(NEAR) or min(point["m"], problem.m) >= MANY
+        if holds and distance < closest:
             best, closest = point, distance
     return best
 
