@@ -372,7 +372,7 @@ def test_env_explains_a_choice(capsys: Capsys) -> None:
 
 
 def test_help_names_every_command(capsys: Capsys) -> None:
-    names = ("train", "probe", "plan", "export", "merge", "verify", "methods", "env")
+    names = ("train", "probe", "plan", "export", "merge", "verify", "tune", "methods", "env")
     assert all(f"\n  {name} " in works(capsys, "--help") for name in names)
     for name in names:
         out = works(capsys, name, "--help")

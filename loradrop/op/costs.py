@@ -33,8 +33,8 @@ class Rates(NamedTuple):
     bytes: float  # read + written, in bytes/s
 
 
-# The makers' figures: dense bfloat16 with float32 sums in TFLOP/s, memory in TB/s. The first whose
-# words are all in the device's name.
+# Peaks as they are published: dense bfloat16 with float32 sums in TFLOP/s, memory in TB/s; we have
+# measured on an H100 alone. The first whose words are all in the device's name.
 _CHIPS = {
     "RTX 3090 Ti": (80, 1.008), "RTX 3090": (71, 0.936), "RTX 4090": (165.2, 1.008),
     "RTX 5090": (209.5, 1.792), "L40S": (362, 0.864), "L4": (121, 0.3),
