@@ -20,8 +20,21 @@ pytest.importorskip("triton")
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 OLDER = ROOT / ".venv" / "triton-3.6.0"  # made by `make test`
-each_arch = pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120], ids="sm_{}".format)
-each_version = pytest.mark.parametrize("version", ["installed", "3.6.0"])
+ARCHS, VERSIONS = (80, 86, 89, 90, 100, 120), ("installed", "3.6.0")
+# Those of the usual run: each takes a minute.
+USUAL = {(80, "installed"), (89, "installed"), (90, "installed"), (120, "installed")}
+USUAL |= {(90, "3.6.0"), (100, "3.6.0")}
+
+
+def each_target(usual: set[tuple[int, str]]) -> pytest.MarkDecorator:
+    """Every architecture with both versions: what is not usual, only with -m every_launch."""
+    rare = pytest.mark.every_launch
+    pairs = [(arch, version) for arch in ARCHS for version in VERSIONS]
+    return pytest.mark.parametrize(
+        ("arch", "version"),
+        [pytest.param(*pair, marks=() if pair in usual else rare) for pair in pairs],
+        ids=[f"sm_{arch}-{version}" for arch, version in pairs],
+    )
 
 
 def compiled(version: str, arch: int, *options: str) -> list[dict[str, Any]]:
@@ -44,8 +57,7 @@ def compiled(version: str, arch: int, *options: str) -> list[dict[str, Any]]:
     return found
 
 
-@each_arch
-@each_version
+@each_target(USUAL)
 def test_named_launches_compile_well(version: str, arch: int) -> None:
     sys.path.insert(0, str(HERE))
     from launches import NAMED
@@ -53,9 +65,7 @@ def test_named_launches_compile_well(version: str, arch: int) -> None:
     assert [facts["name"] for facts in compiled(version, arch)] == list(NAMED[arch])
 
 
-@pytest.mark.every_launch
-@each_arch
-@each_version
+@each_target(set())
 def test_every_launch_compiles_well(version: str, arch: int) -> None:
     assert len(compiled(version, arch, "--every")) > 130
 
