@@ -14,19 +14,24 @@ STREAMS = "streams"  # the cases of gemm_ext that make h
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
 
 
-def compiled(source: Path, *more: Path | str) -> None:
-    subprocess.run(
-        ["g++", "-O1", "-std=c++20", "-I", source.parent, "-x", "c++", source, *more], check=True
-    )
-
-
-def prepared(folder: Path) -> None:
-    """The sources with the emulator in place of CUDA's headers and of the instructions."""
-    shutil.copy(ROOT / "tests" / "cuda_emulator.h", folder)
+@pytest.fixture(scope="module")
+def headers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The emulator, compiled, in place of CUDA's headers and of the instructions."""
+    folder = tmp_path_factory.mktemp("headers")
+    emulator = folder / "cuda_emulator.h"
+    shutil.copy(ROOT / "tests" / emulator.name, folder)
     for name in ("kernels.h", "smem_layout.h", "tile_walk.h"):
         shutil.copy(ROOT / "csrc" / name, folder)
     for name in ("cuda.h", "cuda_runtime.h", "ptx.cuh", "wgmma.cuh"):
         (folder / name).write_text('#include "cuda_emulator.h"\n')
+    # `#pragma once` in what is compiled by itself is a warning.
+    compiled(folder, emulator, "c++-header", "-w", "-o", folder / "cuda_emulator.h.gch")
+    return folder
+
+
+def compiled(headers: Path, source: Path, language: str, *more: Path | str) -> None:
+    command = ["g++", "-O1", "-std=c++20", "-I", headers, "-x", language, source, *more]
+    subprocess.run(command, check=True)
 
 
 def kernel(name: str) -> str:
@@ -40,20 +45,21 @@ def kernel(name: str) -> str:
     return re.sub(r"(\w+)<<<(\w+), (\w+), 0, stream>>>\((.*)\);", launch, text)
 
 
-def build(folder: Path, name: str, text: str) -> Path:
-    prepared(folder)
-    (folder / f"{name}.cpp").write_text(text, encoding="utf-8")
-    compiled(folder / f"{name}.cpp", "-c", "-o", folder / f"{name}.o")
-    return folder / f"{name}.o"
+def build(headers: Path, folder: Path, name: str, text: str) -> Path:
+    source, built = folder / f"{name}.cpp", folder / f"{name}.o"
+    source.write_text(text, encoding="utf-8")
+    # The compiled header counts only where it comes first.
+    compiled(headers, source, "c++", "-include", "cuda_emulator.h", "-c", "-o", built)
+    return built
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def objects(headers: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The check and both kernels, compiled."""
     folder = tmp_path_factory.mktemp("emulated")
     check = (ROOT / "tests" / "emulated_kernels_check.cpp").read_text(encoding="utf-8")
     texts = {"check": check, GEMM: kernel(GEMM), DECODE: kernel(DECODE)}
-    return {name: build(folder, name, text) for name, text in texts.items()}
+    return {name: build(headers, folder, name, text) for name, text in texts.items()}
 
 
 def run(program: Path, name: str, seed: int) -> subprocess.CompletedProcess[str]:
@@ -271,11 +277,13 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_noticed(fault: str, objects: dict[str, Path], tmp_path: Path) -> None:
+def test_a_fault_is_noticed(
+    fault: str, headers: Path, objects: dict[str, Path], tmp_path: Path
+) -> None:
     cases, right, wrong = FAULTS[fault]
     name = GEMM if cases == STREAMS else cases
     text = kernel(name)
     assert text.count(right) == 1, f"{right!r} does not stand once in {name}.cu"
-    parts = objects | {name: build(tmp_path, name, text.replace(right, wrong))}
+    parts = objects | {name: build(headers, tmp_path, name, text.replace(right, wrong))}
     subprocess.run(["g++", *parts.values(), "-o", tmp_path / "wrong"], check=True)
     assert any(run(tmp_path / "wrong", cases, seed).returncode != 0 for seed in (0, 100))
