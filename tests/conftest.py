@@ -19,10 +19,12 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In the interpreter's process only what runs kernels; elsewhere everything but that."""
+    from loradrop.op.costs import KERNELS
+
     chosen, rest = [], []
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        kernels = parameters.get("backend") in ("thin", "triton", "cuda", "overlap")
+        kernels = parameters.get("backend") in KERNELS
         if item.get_closest_marker("every_launch") and "every_launch" not in config.option.markexpr:
             rest.append(item)  # half an hour: only where it is asked for
         elif kernels and parameters.get("dtype") == torch.float64:

@@ -46,7 +46,7 @@ def test_both_entries_take_the_same_options() -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there it can")
-@pytest.mark.parametrize("name", ["thin", "triton", "cuda", "overlap"])
+@pytest.mark.parametrize("name", costs.KERNELS)
 def test_a_backend_that_cannot_serve_says_why(name: str) -> None:
     t = draw(AWKWARD["rank 4"])
     backend = dispatch.named(name)
