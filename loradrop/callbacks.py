@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.amp.grad_scaler import OptState
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
@@ -17,6 +18,7 @@ from loradrop.collector import Collector
 from loradrop.files import read_json, write_json
 from loradrop.injection import injection_of
 from loradrop.masks import MASK, MaskFn
+from loradrop.methods.base import Method
 from loradrop.tensor_file import write_tensors
 
 STATISTICS, EVENTS = "statistics.safetensors", "events.json"
@@ -48,6 +50,7 @@ class MethodCallback(TrainerCallback):
     ) -> None:
         self.model, self.bank = model, bank_of(model)
         self.method = injection_of(model).config.method
+        self._changes_gradients = type(self.method).before_step is not Method.before_step
         self.statistics, self.settle_every = tuple(statistics), settle_every
         self.measured_from = measured_from
         self.masks: dict[str, Any] = {"mask": mask, "mask_fn": mask_fn}
@@ -81,6 +84,10 @@ class MethodCallback(TrainerCallback):
         scaler = getattr(optimizer, "scaler", None)  # of accelerate, for fp16
         if self.collector is not None and scaler is not None:
             self.collector.loss_scale = float(scaler.get_scale())
+        if self._changes_gradients:
+            if scaler is not None:
+                _unscale(scaler, optimizer.optimizer)
+            self.method.before_step(self.bank, state.global_step + 1, state.max_steps)
 
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
@@ -135,6 +142,12 @@ class MethodCallback(TrainerCallback):
         """Stop collecting, also where the run ended with an error; what was collected stays."""
         if self.collector is not None:
             self.collector.detach()
+
+
+def _unscale(scaler: Any, optimizer: Any) -> None:
+    """Divides the gradients by the loss scale, unless clipping has done it already."""
+    if scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
+        scaler.unscale_(optimizer)
 
 
 class Progress(TrainerCallback):

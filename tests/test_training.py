@@ -4,6 +4,7 @@ import pickle
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -248,6 +249,54 @@ class Watching(Method):
 
     def on_step_end(self, bank: Any, step: int, statistics: Any) -> None:
         self.events.append((step, dict(statistics)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holding(Method):
+    """Notes the gradients of A and takes them away."""
+
+    name: ClassVar[str] = "holding"
+    events: ClassVar[list[tuple[int, int, float]]] = []
+
+    def before_step(self, bank: Any, step: int, total: int) -> None:
+        grads = [pair.A.grad for pair in bank.pairs]
+        self.events.append((step, total, float(sum(grad.norm() for grad in grads))))
+        for grad in grads:
+            grad.zero_()
+
+
+def test_a_method_can_change_gradients(tmp_path: Path) -> None:
+    model, config = make_model(), replace(tiny.PLAIN, method=Holding())
+    Holding.events.clear()
+    bank = loradrop.inject(model, config)
+    before = [(pair.A.detach().clone(), pair.B.detach().clone()) for pair in bank.pairs]
+    run(tmp_path, config, replace(tiny.ARGS, steps=3), model=model)
+    assert [event[:2] for event in Holding.events] == [(1, 3), (2, 3), (3, 3)]
+    assert Holding.events[-1][2] > 0
+    for pair, (A, B) in zip(bank.pairs, before, strict=True):
+        assert torch.equal(pair.A, A) and not torch.equal(pair.B, B)
+
+
+@pytest.mark.parametrize("clipped", [True, False])
+def test_a_method_sees_gradients_without_the_loss_scale(clipped: bool) -> None:
+    model = make_model()
+    bank = loradrop.inject(model, replace(tiny.PLAIN, method=Holding()))
+    optimizer = torch.optim.SGD(bank.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale(sum(p.sum() for p in bank.parameters())).backward()
+    if clipped:
+        scaler.unscale_(optimizer)
+    Holding.events.clear()
+    wrapped = SimpleNamespace(scaler=scaler, optimizer=optimizer)  # as accelerate's
+    events = MethodCallback(model)
+    state = SimpleNamespace(global_step=0, max_steps=1)
+    events.on_pre_optimizer_step(None, state, None, optimizer=wrapped)
+    ones = sum(pair.A.numel() ** 0.5 for pair in bank.pairs)
+    assert Holding.events[0][2] == pytest.approx(ones)
+    before = [pair.B.detach().clone() for pair in bank.pairs]
+    scaler.step(optimizer)
+    for pair, B in zip(bank.pairs, before, strict=True):
+        torch.testing.assert_close(pair.B, B - 1.0)
 
 
 def without_dropout() -> nn.Module:

@@ -95,6 +95,12 @@ class Method:
         """
         raise ValueError(f"the method {self.name!r} selects nothing: pass kept, or use LoRADrop()")
 
+    def before_step(self, bank: AdapterBank, step: int, total: int) -> None:
+        """Before optimiser step number `step` (from 1) of `total`, when its gradients are there:
+        summed over micro-batches and ranks, clipped, without a loss scale. It may add to those of
+        the bank's parameters, for a penalty, or mask them.
+        """
+
     def on_step_end(
         self, bank: AdapterBank, step: int, statistics: Mapping[str, Sequence[Tensor | None]]
     ) -> None:
