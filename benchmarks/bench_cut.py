@@ -17,7 +17,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,26 +38,31 @@ from loradrop.allocation import allocate
 from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.files import read_json
 from loradrop.injection import injection_of
+from loradrop.scores import Assignment
 from loradrop.spectra import spectrum
 from loradrop.text.tokens import TokenizedDataset
 
 RESULT = RESULTS / "cpu" / "bench_cut.json"
 RANK = 8
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
-# Arm -> metric, and how `allocate` spends the budget.
-ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+# Arm -> metric (None: directions drawn at random), and how `allocate` spends the budget.
+ARMS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "loss": ("loss", {}),
     "loss, nothing made up": ("loss", {}),
+    "loss, one rank for all": ("loss", {"scope": "per_target"}),
     "loss, step time 0.75": ("loss", {"budget_time": 0.75}),  # nothing in the lowest layers
     "output": ("output", {}),
     "weight": ("weight", {}),
     "weight, one rank for all": ("weight", {"scope": "per_target"}),  # as PEFT's conversion
+    "random, one rank for all": (None, {"scope": "per_target"}),
     "whole layers by output": ("output", {"multiple": RANK}),  # LoRA-drop without sharing
 }
 
 
-def run_cell(tasks: Tasks, name: str, seed: int) -> Iterator[dict[str, Any]]:
-    """The uncut model, then every arm at every budget."""
+def run_cell(
+    tasks: Tasks, name: str, seed: int, arms: Collection[str]
+) -> Iterator[dict[str, Any]]:
+    """Of the uncut model, if it is among the arms, then every other arm at every budget."""
     setting = SETTINGS[name]
     train = TrainConfig(
         steps=setting.steps, batch_size=setting.batch_size, learning_rate=setting.learning_rate,
@@ -76,12 +81,15 @@ def run_cell(tasks: Tasks, name: str, seed: int) -> Iterator[dict[str, Any]]:
     scores = loradrop.probe(model, given.batches(rows, setting.measured_batch), gram=True)
     uncut = predictions(model, batches)
     facts = {"task": name, "seed": seed, "n": len(labels), "full": model.lora_bank.trainable}
-    yield facts | {"arm": "uncut", "budget": 1.0, "kl": 0.0, **quality(uncut, labels)}
+    if "uncut" in arms:
+        yield facts | {"arm": "uncut", "budget": 1.0, "kl": 0.0, **quality(uncut, labels)}
     whole, batch = copy.deepcopy(model), given.batches(given.train, setting.batch_size)[0]
     with tempfile.TemporaryDirectory() as folder:
         loradrop.save(model, folder)
         for arm, (metric, options) in ARMS.items():
-            found = spectrum(scores, metric)
+            if arm not in arms:
+                continue
+            found = spectrum(scores, metric or "weight")
             for budget in BUDGETS:
                 if options.get("scope") == "per_target" and budget * RANK < 1:
                     continue  # below rank 1 there is none
@@ -89,8 +97,12 @@ def run_cell(tasks: Tasks, name: str, seed: int) -> Iterator[dict[str, Any]]:
                 loradrop.load(model, folder)
                 injection_of(model).scores = scores
                 made_up = arm != "loss, nothing made up"
-                loradrop.truncate(model, ranks, metric=metric, compensate=made_up)
-                log = injection_of(model).plan.cut
+                log = {"loss": None, "compensated": None}
+                if metric is None:
+                    draw_directions(model, ranks, seed)
+                else:
+                    loradrop.truncate(model, ranks, metric=metric, compensate=made_up)
+                    log = injection_of(model).plan.cut
                 cut = predictions(model, batches)
                 timed = arm == "loss" or "budget_time" in options
                 yield facts | {
@@ -99,6 +111,20 @@ def run_cell(tasks: Tasks, name: str, seed: int) -> Iterator[dict[str, Any]]:
                     "kl": divergence(cut, uncut), **quality(cut, labels),
                     "step": step_time(model, whole, batch) if timed else None,
                 }  # fmt: skip
+
+
+@torch.no_grad()
+def draw_directions(model: Any, ranks: Mapping[str, int], seed: int) -> None:
+    """Of every B·A = U Σ Vᵀ so many triplets as `ranks` says, drawn at random."""
+    bank, random = model.lora_bank, torch.Generator().manual_seed(seed)
+    targets = tuple(target._replace(r=ranks[target.name]) for target in bank.targets)
+    pairs = []
+    for target, A, B in zip(targets, bank.A, bank.B, strict=True):
+        U, sigma, Vt = torch.linalg.svd(B.double() @ A.double(), full_matrices=False)
+        drawn = torch.randperm(len(A), generator=random)[: target.r]
+        root = sigma[drawn].sqrt()
+        pairs.append(((root[:, None] * Vt[drawn]).float(), (U[:, drawn] * root).float()))
+    bank.assign(Assignment(targets, bank.slots), pairs)
 
 
 def step_time(model: Any, whole: Any, batch: Any) -> float:
@@ -128,13 +154,14 @@ def main() -> None:
     torch.set_num_threads(1)
     known = Tasks(args.data, args.models)
     cells = read_json(args.out)["cells"] if args.out.exists() else []
-    done = {(cell["task"], cell["seed"]) for cell in cells}
+    done = {(cell["task"], cell["seed"], cell["arm"]) for cell in cells}
     deadline = time.monotonic() + 60 * args.minutes
     for seed in args.seeds:
         for name in filter(known.has, args.tasks):
-            if (name, seed) in done or time.monotonic() > deadline:
+            arms = [arm for arm in ("uncut", *ARMS) if (name, seed, arm) not in done]
+            if not arms or time.monotonic() > deadline:
                 continue
-            cells += list(run_cell(known, name, seed))
+            cells += list(run_cell(known, name, seed, arms))
             write_cells(args.out, cells, {"rank": RANK})
             print(json.dumps(cells[-1]), flush=True)
 
