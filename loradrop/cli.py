@@ -138,7 +138,7 @@ def compress(
 ) -> None:  # fmt: skip
     """Keep the directions of a trained adapter that matter."""
     from loradrop.allocation import allocate
-    from loradrop.compression import REPORT, SPECTRUM, compress, open_adapter, require_apart
+    from loradrop.compression import PAGE, REPORT, SPECTRUM, compress, open_adapter, require_apart
     from loradrop.report.grid import budget_table, plan_table
 
     _quiet()
@@ -165,7 +165,7 @@ def compress(
     for name in metrics.get("after", {}):
         before, after = (metrics[when][name] for when in ("before", "after"))
         print(f"dev {name:<12} {before:.4f} before, {after:.4f} after")
-    return _wrote(out, out / REPORT, out / SPECTRUM)
+    return _wrote(out, out / REPORT, out / SPECTRUM, out / PAGE)
 
 
 @app.command()

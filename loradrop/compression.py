@@ -4,7 +4,7 @@ import logging
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -20,6 +20,8 @@ from loradrop.injection import injection_of, plan_of
 from loradrop.loading import load
 from loradrop.plan import Plan
 from loradrop.probing import probe
+from loradrop.report.grid import Arm
+from loradrop.report.page import write_report
 from loradrop.report.plots import plot_spectra
 from loradrop.run_config import RunConfig
 from loradrop.spectra import Spectrum, spectrum, spectrum_of
@@ -29,7 +31,10 @@ from loradrop.text.tokens import TokenizedDataset, collator, metric_fn, tokenize
 from loradrop.trainer import dev_metrics
 from loradrop.truncation import truncate
 
-REPORT, SPECTRUM = "compression.json", "spectrum.png"
+if TYPE_CHECKING:
+    from loradrop.training import Result
+
+REPORT, SPECTRUM, PAGE = "compression.json", "spectrum.png", "report.html"
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +52,7 @@ class Rows:
 class Opened:
     """An adapter on its base model, what its directions are worth, and the data, if any."""
 
+    source: str
     model: Any
     spectrum: Spectrum
     rows: Rows | None
@@ -72,7 +78,7 @@ def open_adapter(
     bank = load(base, adapter)
     if config is None:
         _log.warning("no data is given: the cut is by weights alone, and no loss is predicted")
-        return Opened(base, spectrum_of(bank.targets, grams_of(bank), "weight"), None)
+        return Opened(str(adapter), base, spectrum_of(bank.targets, grams_of(bank), "weight"), None)
     task = load_task(config.data)
     _require_fit(base, task, adapter)
     if (tokenizer := tokenizer_of(where)) is None:
@@ -81,7 +87,8 @@ def open_adapter(
     train, dev = tokenize(task, tokenizer, config.data.max_length, base)
     rows = Rows(task, train, dev, collator(task, tokenizer))
     some = small_batches(train, rows.collate, config.train.seed, measured or MEASURED)
-    return Opened(base, spectrum(probe(base, some, gram=True, mask=config.train.mask)), rows)
+    scores = probe(base, some, gram=True, mask=config.train.mask)
+    return Opened(str(adapter), base, spectrum(scores), rows)
 
 
 def compress(
@@ -97,23 +104,29 @@ def compress(
 
     padded    one rank for all targets, as SGLang and llama.cpp want it
 
-    Beside the adapter it writes the plan, the dev metrics and a picture of the spectra. Returns the
+    Beside the adapter it writes the plan, the dev metrics, a picture of the spectra and a page that
+    shows all of it. Returns the
     plan, and the dev metrics "before" and "after" where there is data. Raises ValueError for
     healing without data.
     """
     model, rows, folder = opened.model, opened.rows, Path(out)
     if heal and rows is None:
         raise ValueError(f"heal={heal} needs data to train on: give data=")
-    metrics = {} if rows is None else {"before": _evaluated(model, rows)}
+    metrics, full = {}, plan_of(model).parameters
+    healed: Result | None = None
+    if rows is not None:
+        metrics["before"] = _evaluated(model, rows)
     truncate(model, ranks, metric=opened.spectrum.metric)
     if rows is not None:
         if heal:
-            _heal(model, rows, replace(train or TrainConfig(), steps=heal))
+            healed = _heal(model, rows, replace(train or TrainConfig(), steps=heal))
         metrics["after"] = _evaluated(model, rows)
     export(model, folder, padded=padded)
     plan = plan_of(model)
     write_json(folder / REPORT, {"metrics": metrics, "heal": heal, "plan": plan.to_dict()})
     plot_spectra(plan, folder / SPECTRUM)
+    title = f"{opened.source}, cut from {full:,} to {plan.parameters:,} parameters"
+    write_report(folder / PAGE, _arms(plan, full, metrics, healed), title=title, facts=_facts(plan))
     return plan, metrics
 
 
@@ -158,8 +171,38 @@ def _evaluated(model: Any, rows: Rows) -> dict[str, float]:
         return dev_metrics(trainer)
 
 
-def _heal(model: Any, rows: Rows, train: TrainConfig) -> None:
+def _arms(
+    plan: Plan, full: int, metrics: dict[str, dict[str, float]], healed: "Result | None"
+) -> list[Arm]:
+    """The adapter as it was, and as it is now."""
+    none: dict[str, Any] = {"seconds": 0.0, "steps": 0, "history": ()}
+    trained = none
+    if healed is not None:
+        trained = {name: getattr(healed, name) for name in none}
+    name = "cut" if healed is None else "cut and healed"
+    before, after = metrics.get("before", {}), metrics.get("after", {})
+    return [
+        Arm(name="as it was", parameters=full, metrics=before, plan=None, **none),
+        Arm(name=name, parameters=plan.parameters, metrics=after, plan=plan, **trained),
+    ]
+
+
+def _facts(plan: Plan) -> dict[str, str]:
+    """What the page says beside its pictures."""
+    cut = plan.cut or {}
+    facts = {"model": str(plan.base.get("id") or plan.base.get("class") or "")}
+    facts["a direction is worth"] = {
+        "loss": "the predicted rise of the loss without it",
+        "weight": "its part of the squared norm of s·B·A: no data was given",
+    }[cut["metric"]]
+    for key, name in (("loss", "predicted rise of the loss"), ("compensated", "as made up for")):
+        if cut.get(key) is not None:
+            facts[name] = f"{cut[key]:.2g}"
+    return facts | {"versions": ", ".join(f"{k} {v}" for k, v in plan.versions.items())}
+
+
+def _heal(model: Any, rows: Rows, train: TrainConfig) -> "Result":
     from loradrop.training import fit  # it loads slowly
 
     config, data = injection_of(model).config, dict(rows.task.fingerprint)
-    fit(model, rows.train, None, config, args=train, collate=rows.collate, data=data)
+    return fit(model, rows.train, None, config, args=train, collate=rows.collate, data=data)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import loradrop
 from loradrop.base_models import load_base
-from loradrop.compression import REPORT, SPECTRUM
+from loradrop.compression import PAGE, REPORT, SPECTRUM
 from loradrop.formats.peft_file import read
 
 __all__ = ["adapter", "work"]  # fixtures
@@ -57,6 +57,8 @@ def test_a_quarter_of_a_peft_adapter(
     table = text.splitlines()[:6]
     assert table[0].split()[:2] == ["budget", "parameters"] and "predicted rise" in table[0]
     assert "dev accuracy" in text and f"wrote {out}" in text and (out / SPECTRUM).exists()
+    page = (out / PAGE).read_text()
+    assert "cut from" in page and "What each direction is worth" in page and "<svg" in page
     report = json.loads((out / REPORT).read_text())
     large, small = read(trained), read(out)
     whole = sum(4 * (A.shape[1] + B.shape[0]) for A, B in large.modules.values())  # padded to 8
@@ -107,6 +109,7 @@ def test_ways_to_compress(
         assert report["metrics"] == {} and "kept by weight" in text
     elif how == "healed":
         assert report["heal"] == 4
+        assert "cut and healed" in (out / PAGE).read_text()
     base, _ = load_base(out)
     loradrop.load(base, out)
     assert logits(base).isfinite().all()
