@@ -61,6 +61,7 @@ ARMS: dict[str, tuple[int, Method]] = {
     "LoRA r=4": (4, LoRA()),
     "spectral, 1/2": (8, Spectral(budget=0.5)),
     "LoRA r=16": (16, LoRA()),
+    "spectral, step time 0.75, 1/8": (8, Spectral(budget=0.125, budget_time=0.75)),
     "spectral from r, 1/8": (8, Spectral(budget=0.125, r_start=8)),
     "spectral from r, late, 1/8": (8, Spectral(budget=0.125, r_start=8, cut_at=0.85)),
     "spectral late, 1/8": (8, Spectral(budget=0.125, cut_at=0.85)),
@@ -117,7 +118,7 @@ class Study:
         )  # fmt: skip
         given = self.tasks.prepare(name, train)
         lora = LoRAConfig(
-            r=rank, lora_alpha=2 * rank, target_modules="all-linear",
+            r=rank, lora_alpha=2 * rank, target_modules=setting.target_modules,
             modules_to_save=given.missing, method=method,
         )  # fmt: skip
         search = seed == SEARCH_SEED

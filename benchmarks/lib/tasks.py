@@ -39,6 +39,7 @@ class Setting:
     max_length: int
     learning_rate: float = 2e-3
     model: str | None = None
+    target_modules: str | tuple[str, ...] = "all-linear"
     batch_size: int = 16
     max_train: int = 2400
     max_dev: int | None = None
@@ -52,6 +53,12 @@ _E2E = {"task": "causal_lm", "text": "input", "text_pair": "target"}
 SETTINGS = {
     "sst2": Setting(data="sst2", steps=120, max_length=40),
     "stdlib": Setting(data="stdlib", steps=160, max_length=40),
+    "stdlib, query and value": Setting(
+        data="stdlib", steps=160, max_length=40, target_modules=("query", "value")
+    ),
+    "sst2, query and value": Setting(
+        data="sst2", steps=120, max_length=40, target_modules=("query", "value")
+    ),
     "mrpc": Setting(data="mrpc", steps=240, max_length=64),
     "rte": Setting(data="rte", steps=240, max_length=96, max_train=2000),
     "cola": Setting(data="cola", steps=240, max_length=32),
