@@ -134,7 +134,7 @@ def compress(
     adapter: Trained, settings: Settings = None, out: Smaller = Path("runs/compressed"),
     budget: Budget = None, max_loss: MaxLoss = None, multiple: Multiple = 1, heal: Heal = 0,
     measured: Measure = None, padded: Padded = False, budget_time: StepTime = None,
-    dry_run: DryRun = False, debug: Debug = False,
+    dry_run: DryRun = False, resume: Resume = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Keep the directions of a trained adapter that matter."""
     from loradrop.allocation import allocate
@@ -150,7 +150,7 @@ def compress(
     if heal and data is None:
         raise ValueError(f"--heal {heal} needs data to train on: give data=SOURCE")
     if not dry_run:
-        require_apart(out, adapter)
+        require_apart(out, adapter, resume)
     opened = open_adapter(adapter, data, model_id=model_id, measured=measured)
     part = 0.25 if budget is None and max_loss is None else budget
     how: dict[str, Any] = {"multiple": multiple, "budget_time": budget_time}
@@ -158,7 +158,9 @@ def compress(
     print(budget_table(opened.spectrum, **how))
     if dry_run:
         return None
-    made, metrics = compress(opened, ranks, out, heal=heal, train=config.train, padded=padded)
+    made, metrics = compress(
+        opened, ranks, out, heal=heal, train=config.train, padded=padded, resume=resume
+    )
     if not is_first_rank():
         return None
     print(plan_table(made))

@@ -1,7 +1,10 @@
 """Compressing a trained adapter: measure its directions, keep those that matter, heal, write."""
 
+import json
 import logging
+import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from loradrop.base_models import load_base, pad_with, tokenizer_of
 from loradrop.batches import MEASURED, small_batches
 from loradrop.config import TrainConfig
+from loradrop.env import is_first_rank
 from loradrop.files import write_json
 from loradrop.formats.peft import export
 from loradrop.gram_sums import grams_of
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from loradrop.training import Result
 
 REPORT, SPECTRUM, PAGE = "compression.json", "spectrum.png", "report.html"
+HEALING = "healing"  # in the output folder, until it is done
 _log = logging.getLogger(__name__)
 
 
@@ -99,10 +104,12 @@ def compress(
     heal: int = 0,
     train: TrainConfig | None = None,
     padded: bool = False,
+    resume: bool = False,
 ) -> tuple[Plan, dict[str, dict[str, float]]]:
     """Cut to these ranks, train what is left for `heal` steps, and write a PEFT folder.
 
     padded    one rank for all targets, as SGLang and llama.cpp want it
+    resume    go on healing where an interrupted call with the same arguments ended
 
     Beside the adapter it writes the plan, the dev metrics, a picture of the spectra and a page that
     shows all of it. Returns the
@@ -119,7 +126,8 @@ def compress(
     truncate(model, ranks, metric=opened.spectrum.metric)
     if rows is not None:
         if heal:
-            healed = _heal(model, rows, replace(train or TrainConfig(), steps=heal))
+            train = replace(train or TrainConfig(), steps=heal)
+            healed = _heal(model, rows, train, ranks, folder / HEALING, resume)
         metrics["after"] = _evaluated(model, rows)
     export(model, folder, padded=padded)
     plan = plan_of(model)
@@ -127,15 +135,23 @@ def compress(
     plot_spectra(plan, folder / SPECTRUM)
     title = f"{opened.source}, cut from {full:,} to {plan.parameters:,} parameters"
     write_report(folder / PAGE, _arms(plan, full, metrics, healed), title=title, facts=_facts(plan))
+    if is_first_rank():
+        shutil.rmtree(folder / HEALING, ignore_errors=True)
     return plan, metrics
 
 
-def require_apart(out: str | Path, adapter: str | Path) -> None:
-    """Raises ValueError for an output that holds something, or lies in the adapter's folder."""
+def require_apart(out: str | Path, adapter: str | Path, resume: bool = False) -> None:
+    """Raises ValueError for an output that lies in the adapter's folder, or holds something: where
+    the call is to `resume`, something else than a healing that was interrupted.
+    """
     folder, source = (Path(p).expanduser().resolve() for p in (out, adapter))
     if source in (folder, *folder.parents):
         raise ValueError(f"{out} is in {adapter}, which is only read: choose another output")
-    if folder.exists() and any(folder.iterdir()):
+    held = {file.name for file in folder.iterdir()} if folder.exists() else set()
+    if HEALING in held and not resume:
+        held_up = f"{out} holds a healing that was interrupted"
+        raise ValueError(f"{held_up}: go on with --resume, or choose another output")
+    if held - {HEALING}:
         raise ValueError(f"{out} is not empty: choose another output")
 
 
@@ -201,8 +217,19 @@ def _facts(plan: Plan) -> dict[str, str]:
     return facts | {"versions": ", ".join(f"{k} {v}" for k, v in plan.versions.items())}
 
 
-def _heal(model: Any, rows: Rows, train: TrainConfig) -> "Result":
+def _heal(
+    model: Any,
+    rows: Rows,
+    train: TrainConfig,
+    ranks: Mapping[str, int],
+    folder: Path,
+    resume: bool,
+) -> "Result":
     from loradrop.training import fit  # it loads slowly
 
     config, data = injection_of(model).config, dict(rows.task.fingerprint)
-    return fit(model, rows.train, None, config, args=train, collate=rows.collate, data=data)
+    data["ranks"] = json.dumps(ranks)  # a resume with other ones is refused
+    return fit(
+        model, rows.train, None, config, args=train, collate=rows.collate, data=data,
+        output_dir=folder, resume=resume,
+    )  # fmt: skip

@@ -1,18 +1,22 @@
 """`loradrop compress`: a trained adapter, cut by what its directions are worth."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_cli import Capsys, adapter, fails, work, works
+from test_cli import Capsys, adapter, command, fails, work, works
 from test_run import WORDS, write_model, write_table
 from torch.testing import assert_close
+from training_runs import At, StopError, counting, stop
 
 import loradrop
+from loradrop import training
 from loradrop.base_models import load_base
-from loradrop.compression import PAGE, REPORT, SPECTRUM
+from loradrop.cli import main
+from loradrop.compression import HEALING, PAGE, REPORT, SPECTRUM
 from loradrop.formats.peft_file import read
 
 __all__ = ["adapter", "work"]  # fixtures
@@ -22,8 +26,6 @@ __all__ = ["adapter", "work"]  # fixtures
 def trained(work: Path) -> Path:
     """LoRA of rank 4 on every linear layer, as PEFT writes it."""
     lora = ["lora.method=lora", "lora.target_modules=all-linear", "name=all", "arms="]
-    from loradrop.cli import main
-
     options = [str(work / "config.yaml"), f"output={work / 'all'}", "train.steps=30", *lora]
     assert main(["train", *options]) == 0
     model, _ = load_base(work / "all" / "all" / "adapter")
@@ -113,6 +115,34 @@ def test_ways_to_compress(
     base, _ = load_base(out)
     loradrop.load(base, out)
     assert logits(base).isfinite().all()
+
+
+def test_healing_resumes(
+    trained: Path, work: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the last checkpoint, to the adapter of a run without an interruption."""
+    steps = ["--heal", "6", "train.save_every=2", "train.batch_size=6"]
+    ways = ("compress", trained, *data(work), *steps)
+    whole, out, made = tmp_path / "whole", tmp_path / "resumed", list[int]()
+    works(capsys, *ways, "--out", whole)
+    assert not (whole / HEALING).exists()
+    with monkeypatch.context() as patch:
+        stopped = partial(training.fit, callbacks=[At("main", 3, stop)])
+        patch.setattr(training, "fit", stopped)
+        with pytest.raises(StopError):
+            main([*map(str, ways), "--out", str(out), "--debug"])
+    capsys.readouterr()
+    assert [file.name for file in out.iterdir()] == [HEALING]
+    fails(capsys, "go on with --resume", *ways, "--out", out)
+    status, _, err = command(capsys, *ways, "--out", out, "--resume", "--budget", 0.5)
+    assert status == 2 and "data: ranks" in err
+    monkeypatch.setattr(training, "fit", partial(training.fit, callbacks=counting(made)))
+    works(capsys, *ways, "--out", out, "--resume")
+    assert made == [3, 4, 5, 6]
+    ours, theirs = read(out).modules, read(whole).modules
+    for name, pair in theirs.items():
+        assert all(torch.equal(*factors) for factors in zip(ours[name], pair, strict=True))
+    fails(capsys, "is not empty", *ways, "--out", out, "--resume")
 
 
 def test_a_dry_run_writes_nothing(
