@@ -181,6 +181,15 @@ def test_paired_difference_by_hand() -> None:
     assert cpu_tables.spread([0.805]) == "80.5 (n=1)"
 
 
+def test_what_statistics_cost(tmp_path: Path) -> None:
+    assert cpu_tables.statistics_cost(tmp_path) is None
+    ratio = {"the squared norm": {"low": 0.99, "median": 1.004, "high": 1.02}}
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "bench_statistics.json").write_text(json.dumps({"ratio": ratio}))
+    line = cpu_tables.statistics_cost(tmp_path).splitlines()[-1]
+    assert line == "| the squared norm | +0.4 | −1.0 to +2.0 |"
+
+
 def test_quality_and_summary(tmp_path: Path) -> None:
     write_runs(tmp_path, "stdlib", "LoRA r=8", {0: 0.50, 1: 0.60})
     write_runs(tmp_path, "mrpc", "LoRA r=8", {0: 0.70})

@@ -139,8 +139,28 @@ def summary(results: Path) -> str | None:
     return markdown(head, body) if body else None
 
 
+def statistics_cost(results: Path) -> str | None:
+    """What a step of training takes with statistics, over one without."""
+    path = results / "cpu" / "bench_statistics.json"
+    if not path.exists():
+        return None
+    found = read_json(path)
+    body = [
+        (name, f"{100 * (of['median'] - 1):+.1f}".replace("-", "−"), spread_of(of))
+        for name, of in found["ratio"].items()
+    ]
+    return markdown(("collected", "a step of training, % longer", "quartiles"), body)
+
+
+def spread_of(ratio: dict[str, float]) -> str:
+    """The quartiles of a ratio, as percent above 1."""
+    ends = (f"{100 * (ratio[end] - 1):+.1f}" for end in ("low", "high"))
+    return " to ".join(ends).replace("-", "−")
+
+
 CPU_TABLES: dict[str, Callable[[Path], str | None]] = {
     "summary": summary,
     "quality": quality,
     "lora_linear_cpu": lora_linear_cpu,
+    "statistics": statistics_cost,
 }
