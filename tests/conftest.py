@@ -1,5 +1,6 @@
 """One thread a process, no network, a fresh Triton cache; tests of a GPU skip without one."""
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -59,6 +60,15 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
         if not must_refuse(problem):
             raise
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """What is imported by now stays. Every `Trainer.train` collects garbage, and looking through
+    all modules of torch and transformers each time is a third of such a test.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
