@@ -99,6 +99,6 @@ def orthonormal(A: Tensor, B: Tensor) -> Pair:
     square, rest = A[:, :r], A[:, r:]  # Xᵀ (r, r) and the part of Yᵀ (r, K − r)
     eye = torch.eye(r, dtype=A.dtype, device=A.device)
     Z = square.T - square + rest @ rest.T + B.T @ B  # (r, r)
-    inverse = torch.linalg.inv_ex(eye + Z).inverse  # (r, r); it asks no device whether it exists
-    A = torch.cat((2.0 * inverse.T - eye, -2.0 * inverse.T @ rest), 1)  # (r, K)
-    return A, -2.0 * B @ inverse  # (r, K), (N, r)
+    W = -2.0 * torch.linalg.inv_ex(eye + Z).inverse  # (r, r); it asks no device whether it exists
+    # (I − Z)(I + Z)⁻¹ = −W − I
+    return torch.cat((-W.T - eye, W.T @ rest), 1), B @ W  # (r, K), (N, r)
