@@ -175,7 +175,7 @@ def test_gradients_through_the_composition() -> None:
         ),
         ({"private_rank": 5}, r"private_rank=5 for layers\.0\.up of rank 4: choose at most 4"),
         ({"equivalent_rank": 1}, r"equivalent_rank=1 .*private_rank=1, its group of 5.*2 to 4"),
-        ({"equivalent_rank": 5}, r"equivalent_rank=5 .*from 4 up LoRA costs no more.*2 to 4"),
+        ({"equivalent_rank": 5}, r"equivalent_rank=5 .*beyond 4 it costs more than LoRA.*2 to 4"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:

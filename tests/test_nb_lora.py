@@ -50,7 +50,7 @@ def allowance(bank: Any, i: int, eps: float) -> float:
     """
     A, B = bank.A[i].detach().double(), bank.B[i].detach().double()
     size = (1.0 + float(A.square().sum() + B.square().sum()) ** 0.5) ** 2
-    return 64 * eps * (A.shape[1] + B.shape[0] + len(A) ** 3) * size
+    return 4 * eps * (A.shape[1] + B.shape[0] + len(A) ** 3) * size
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 4.0])
@@ -130,6 +130,7 @@ def test_the_start() -> None:
 
 def test_every_direction_within_the_bound_can_be_reached() -> None:
     """Trained towards a matrix of the spectral norm s, ΔW comes near it; of twice s, it stops."""
+    torch.manual_seed(0)
     layer = loradrop.LoRALinear(6, 6, bias=False, r=2, method=NBLoRA(s=0.5))
     bank = layer.lora_bank
     U, V = (torch.linalg.qr(torch.randn(6, 2))[0] for _ in "UV")

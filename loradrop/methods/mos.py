@@ -91,7 +91,7 @@ class MoS(Method):
             raise ValueError(
                 f"equivalent_rank={found} {what}: with private_rank={private}, its group of "
                 f"{members} needs at least {least} to pick {r - private} ranks without repetition, "
-                f"and from {r} up LoRA costs no more. Choose {least} to {r}, None, or another "
+                f"and beyond {r} it costs more than LoRA. Choose {least} to {r}, None, or another "
                 "private_rank"
             )
         return found
