@@ -205,6 +205,27 @@ def test_quality_and_summary(tmp_path: Path) -> None:
     assert cells_of(short, "head only") == ["2,000", "30.0 (n=1)"] and "| drop" not in short
 
 
+def test_compositions_and_who_is_above_the_goal(tmp_path: Path) -> None:
+    assert cpu_tables.compose(tmp_path) is None
+    row = {"method": "slow", "r": 8, "parameters": 24690, "compose_us": 1234.5, "layer_us": 41000}
+    rows = [
+        row | {"part": 0.02009, "p20": 0.0194, "p80": 0.0222},
+        row | {"method": "quick", "layer_us": 43000, "part": 0.00042, "p20": 0.0004, "p80": 0.02},
+    ]
+    sizes = {"M": 64, "K": 5, "N": 7, "targets": 2, "rounds": 9}
+    about = {"device": "a CPU", "torch": "2.0", "commit": "abc"}
+    path = tmp_path / "cpu" / "bench_compose.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"environment": about, "protocol": sizes, "rows": rows}))
+    table = cpu_tables.compose(tmp_path)
+    assert cells_of(table, "`slow`") == ["8", "12,345", "1,234", "2.01 (1.94–2.22)"]
+    assert cells_of(table, "`quick`")[-1] == "0.04 (0.04–2.00)"
+    assert "takes 42 ms forward and backward at M = 64" in table and "of 9 pairs" in table
+    assert table.splitlines()[0].endswith("Above the goal of 2 %: `slow`.")
+    path.write_text(json.dumps({"environment": about, "protocol": sizes, "rows": rows[1:]}))
+    assert "Above the goal of 2 %: none." in cpu_tables.compose(tmp_path)
+
+
 # The tables of a GPU
 
 

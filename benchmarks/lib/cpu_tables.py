@@ -16,6 +16,7 @@ NO_RUNS = "not shown"
 BASELINE = "LoRA r=8"
 SUMMARY = (BASELINE, "LoRA-drop, half", "LoRA r=4", "head only")
 AIMS = {"of_peft": "goal: at most 0.55", "norm": "goal: at most 3 %"}  # forward at r = 8
+COMPOSE_AIM = 0.02  # of the layer
 SHOWN = {"peft": "PEFT", "peft_hook": "PEFT + norm hook", "loradrop": "loradrop",
          "loradrop+norm": "loradrop + norm"}  # fmt: skip
 
@@ -158,9 +159,40 @@ def spread_of(ratio: dict[str, float]) -> str:
     return " to ".join(ends).replace("-", "−")
 
 
+def compose(results: Path) -> str | None:
+    """What composing costs in each method, as a part of the layer that it serves."""
+    path = results / "cpu" / "bench_compose.json"
+    if not path.exists():
+        return None
+    found = read_json(path)
+    sizes, about, rows = found["protocol"], found["environment"], found["rows"]
+    body = [
+        (
+            f"`{row['method']}`",
+            f"{row['r']}",
+            f"{row['parameters'] / sizes['targets']:,.0f}",
+            f"{row['compose_us']:,.0f}",
+            f"{100 * row['part']:.2f} ({100 * row['p20']:.2f}–{100 * row['p80']:.2f})",
+        )
+        for row in rows
+    ]
+    over = [f"`{row['method']}`" for row in rows if row["part"] > COMPOSE_AIM]
+    ms = statistics.median(row["layer_us"] for row in rows) / 1e3
+    note = (
+        f"{sizes['targets']} targets {sizes['K']}→{sizes['N']}, float32, one thread, "
+        f"{about['device']}, torch {about['torch']}, commit {about['commit']}; a layer of LoRA "
+        f"takes {ms:.0f} ms forward and backward at M = {sizes['M']}. Medians of "
+        f"{sizes['rounds']} pairs, in brackets the 20 % and 80 % quantiles. Above the goal of "
+        f"{100 * COMPOSE_AIM:.0f} %: {', '.join(over) or 'none'}."
+    )
+    head = ("method", "r", "elements a target", "composition, µs", "of the layer, %")
+    return "\n".join((note, "", markdown(head, body)))
+
+
 CPU_TABLES: dict[str, Callable[[Path], str | None]] = {
     "summary": summary,
     "quality": quality,
     "lora_linear_cpu": lora_linear_cpu,
     "statistics": statistics_cost,
+    "compose": compose,
 }
