@@ -10,7 +10,7 @@ BASE := $(VENV)/base.installed
 DEV := $(VENV)/dev.installed
 MODEL := $(VENV)/model.installed
 OLDER := $(VENV)/triton-3.6.0
-PYTEST = $(BIN)/pytest -n auto --maxprocesses 8 $(PYTEST_FLAGS)
+PYTEST = $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_FLAGS)
 
 # Quiet while it works; pip's whole log when it does not.
 LOG := $(VENV)/pip.log

@@ -15,6 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+RARE = ("every_launch", "every_fault")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU
 
 
@@ -26,8 +27,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         kernels = parameters.get("backend") in KERNELS
-        if item.get_closest_marker("every_launch") and "every_launch" not in config.option.markexpr:
-            rest.append(item)  # half an hour: only where it is asked for
+        rare = [name for name in RARE if item.get_closest_marker(name)]
+        if any(name not in config.option.markexpr for name in rare):
+            rest.append(item)  # takes minutes to an hour: only where it is asked for
         elif kernels and parameters.get("dtype") == torch.float64:
             rest.append(item)  # no kernel computes in float64
         elif INTERPRETED:
