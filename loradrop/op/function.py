@@ -53,7 +53,7 @@ def reads_x(call: Call, sinks: Sinks) -> bool:
 
 def saved_tensors(call: Call, sinks: Sinks, out: Output) -> tuple[Tensor | None, ...]:
     """What the backward pass reads, in the order in which `saved_of` takes it."""
-    x = call.x if reads_x(call, sinks) else None
+    x = call.x if call.A.requires_grad or reads_x(call, sinks) else None
     weights = call.token_weights if sinks.moment is not None else None
     kept = weights, out.sqnorm, out.gram
     return x, call.weight, call.A, call.B, out.h, out.mask, call.seed, *kept
@@ -97,12 +97,11 @@ class LoRAFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved_tensors(call, sinks, out))
         ctx.backend, ctx.scaling, ctx.dropout = backend, call.scaling, call.dropout
-        h = None if reads_x(call, sinks) else out.h
-        if h is None and not call.sqnorm:
+        if call.A.requires_grad and not call.sqnorm:
             return out.y
         if call.sqnorm:
             ctx.mark_non_differentiable(out.sqnorm)
-        return out.y, out.sqnorm, h
+        return out.y, out.sqnorm, None if reads_x(call, sinks) else out.h
 
     @staticmethod
     def backward(
@@ -158,4 +157,4 @@ def run(backend: Backend, call: Call, sinks: Sinks, grad: bool) -> tuple[Tensor,
     done = LoRAFunction.apply(  # type: ignore[no-untyped-call]
         backend, call, sinks, call.x, call.y0, call.A, call.B, *leaves
     )
-    return (done, None) if isinstance(done, Tensor) else done[:2]
+    return done[:2] if type(done) is tuple else (done, None)
