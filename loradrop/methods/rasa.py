@@ -104,9 +104,10 @@ class RaSABank(AdapterBank):
                 A, B = fresh(own[i]._replace(r=pooled[i]), like)
                 self.register_parameter(f"A_pool_{g}", A)
                 self.register_parameter(f"B_pool_{g}", B)
-            alpha = scaling[i] * targets[i].r
-            d = [like.new_full((r,), 0.5 * alpha / r) for r in (own[i].r, pooled[i])]
-            self.register_parameter(f"d_{i}", nn.Parameter(torch.cat(d)))
+            alpha, r = scaling[i] * targets[i].r, own[i].r
+            d = like.new_full((r + pooled[i],), 0.5 * alpha / pooled[i])
+            d[:r] = 0.5 * alpha / r
+            self.register_parameter(f"d_{i}", nn.Parameter(d))
 
     def factors(self, i: int) -> Pair:
         """(diag(d_i)·[A_i ; A_S] (r', K), [B_i  B_S] (N, r'))."""
