@@ -63,9 +63,12 @@ TARGETS = ("query", "value", "up")
 X = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
-def net(method: Method | None = None, **options: Any) -> Any:
+def net(method: Method | None = None, seed: int | None = None, **options: Any) -> Any:
+    """The same model every time; `seed` draws other adapters."""
     torch.manual_seed(0)
     model = Net()
+    if seed is not None:
+        torch.manual_seed(seed)
     options = {"r": R, "lora_alpha": 5, "target_modules": TARGETS} | options
     loradrop.inject(model, LoRAConfig(method=method or LoRA(), **options))
     return model
@@ -76,14 +79,21 @@ def optimizer_of(model: Any) -> Any:
     return torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0)
 
 
-def train(model: Any, steps: int = 4, done: int = 0, optimizer: Any = None) -> Any:
+def rolled(step: int) -> Tensor:
+    """Inputs whose columns have another size in every step."""
+    return X * torch.logspace(-1, 1, WIDTH).roll(step)
+
+
+def train(
+    model: Any, steps: int = 4, done: int = 0, optimizer: Any = None, rows: Any = lambda step: X
+) -> Any:
     """A loop of one's own with the method's events, up to step `steps` after `done` of them."""
     bank, method = model.lora_bank, injection_of(model).config.method
     optimizer = optimizer or optimizer_of(model)
     names = method.statistics or ("sqnorm",)
     collector = Collector(model, bank, online=True, statistics=names, mask=None)
     for step in range(done + 1, steps + 1):
-        (model(X.to(model.classifier.weight)) - 1.0).square().mean().backward()
+        (model(rows(step).to(model.classifier.weight)) - 1.0).square().mean().backward()
         method.before_step(bank, step, TOTAL)
         optimizer.step()
         method.on_step_end(bank, step, collector.close_row())
@@ -270,19 +280,18 @@ def test_saved_and_loaded(method: Method, injected: bool, tmp_path: Path) -> Non
 @pytest.mark.usefixtures("registered")
 def test_killed_and_resumed(method: Method, tmp_path: Path) -> None:
     """What a checkpoint holds is all there is: adapters, optimiser, the state of random numbers."""
-    whole = train(net(method), 6)
+    whole = train(net(method), 6, rows=rolled)
     begun = net(method)
     optimizer = optimizer_of(begun)
-    train(begun, 3, optimizer=optimizer)
+    train(begun, 3, optimizer=optimizer, rows=rolled)
     loradrop.save(begun, tmp_path)
     kept = copy.deepcopy(optimizer.state_dict()), torch.get_rng_state()
-    model = net(method)
-    torch.manual_seed(99)
+    model = net(method, seed=99)
     optimizer = optimizer_of(model)
     fill(model, native.read(tmp_path))
     optimizer.load_state_dict(kept[0])
     torch.set_rng_state(kept[1])
-    train(model, 6, done=3, optimizer=optimizer)
+    train(model, 6, done=3, optimizer=optimizer, rows=rolled)
     found, expected = model.state_dict(), whole.state_dict()
     assert list(found) == list(expected)
     differ = [key for key, value in found.items() if not torch.equal(value, expected[key])]
@@ -383,11 +392,13 @@ def test_trainable_parameters(name: str) -> None:
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if another package had the entry point."""
-    entry = SimpleNamespace(load=lambda: Core)
+    entry, real = SimpleNamespace(load=lambda: Core), importlib.metadata.entry_points
     methods.available.cache_clear()
     monkeypatch.setattr(
         *(importlib.metadata, "entry_points"),
-        lambda **selection: [entry] if selection == {"group": "loradrop.methods"} else [],
+        lambda **selection: (
+            [entry] if selection == {"group": "loradrop.methods"} else real(**selection)
+        ),
     )
     yield
     methods.available.cache_clear()
