@@ -56,6 +56,8 @@ DryRun = Annotated[bool, Option("--dry-run", help="Only print the table.")]
 Layer = Annotated[str | None, Option(metavar="MxKxN", help="Explain the backend chosen for it.")]
 Chip = Annotated[str | None, Option(metavar="ARCH:SMS", help="As 90:132; the device's by default.")]
 Source = Annotated[str, Argument(metavar="MODEL | CONFIG.yaml | KxN,KxN", help="Whose layers.")]
+Sized = Annotated[str | None, Argument(metavar="MODEL | CONFIG.yaml", help="Count for it.")]
+Rank = Annotated[int | None, Option(min=1, help="8 by default, or the file's.")]
 Tokens = Annotated[str | None, Option(help="Of a batch, as 1024,2048; from 2048 on for more, too.")]
 Ranks = Annotated[str | None, Option(help="As 8,16; 16 by default, or the file's.")]
 Targets = Annotated[str | None, Option(help="all-linear, or a,b; query and value by default.")]
@@ -230,10 +232,22 @@ def verify(adapter: Native, exported: Exported, model: Base = None, debug: Debug
 
 
 @app.command()
-def methods(debug: Debug = False) -> None:
-    """List the methods and their options."""
+def methods(
+    model: Sized = None, rank: Rank = None, targets: Targets = None, debug: Debug = False
+) -> None:
+    """List the methods and their options, or what each trains on a model."""
     from loradrop.methods import available
 
+    if model is not None:
+        from loradrop.counting import parameters, table
+        from loradrop.run_config import configured
+
+        _quiet()
+        model_id, config = configured(model, targets)
+        config = config if rank is None else replace(config, r=rank)
+        return print(table(parameters(model_id, config)))
+    if rank is not None or targets is not None:
+        raise ValueError("--rank and --targets need a model: loradrop methods MODEL")
     for name, method in available().items():
         about = sys.modules[method.__module__].__doc__ or method.__doc__ or name
         print(f"{name}: {' '.join(about.split(chr(10) * 2)[0].split())}")

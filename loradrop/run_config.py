@@ -131,6 +131,23 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     )
 
 
+def configured(
+    source: str, targets: str | None = None, config: LoRAConfig | None = None
+) -> tuple[str, LoRAConfig]:
+    """(the model's id, how to adapt it) of a model with `config`, or of the YAML file of a run.
+
+    targets   "all-linear", or names as a,b; those of `config` or of the file by default
+    """
+    model_id, config = source, config or LoRAConfig()
+    if source.endswith((".yaml", ".yml")):
+        run = read_config(source)
+        model_id, config = run.model.id, run.lora
+    if targets is not None:
+        names = targets if targets == "all-linear" else targets.split(",")
+        config = replace(config, target_modules=names)
+    return model_id, config
+
+
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, _Loader)

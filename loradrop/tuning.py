@@ -104,15 +104,9 @@ def layers_of(
         if targets is not None:
             raise ValueError(f"--targets {targets!r} needs a model, and {source!r} names layers")
         return written, 0.0
-    model_id, config = source, LoRAConfig(r=RANK)
-    if source.endswith((".yaml", ".yml")):
-        from loradrop.run_config import read_config
+    from loradrop.run_config import configured
 
-        run = read_config(source)
-        model_id, config = run.model.id, run.lora
-    if targets is not None:
-        names = targets if targets == "all-linear" else targets.split(",")
-        config = replace(config, target_modules=names)
+    model_id, config = configured(source, targets, LoRAConfig(r=RANK))
     configs = [replace(config, r=r) for r in ranks] if ranks else [config]
     return layers_of_model(model_id, configs), config.lora_dropout
 

@@ -10,16 +10,22 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from test_distributed import torchrun
 from torch import Tensor, nn
 
 import loradrop
-from loradrop import LoRAConfig, LoRADrop, LoraDropConfig, methods
+from loradrop import LoRAConfig, LoRADrop, LoraDropConfig, methods, native
 from loradrop.bank import AdapterBank
 from loradrop.collector import Collector
 from loradrop.formats.peft_file import read as read_peft
 from loradrop.injection import injection_of, plan_of
+from loradrop.loading import fill
 from loradrop.methods import LoRA, Method, Spectral
+from loradrop.methods.lora_fa import LoRAFA
 from loradrop.methods.prilora import PRILoRA
+from loradrop.methods.rasa import RaSA
+from loradrop.methods.share_lora import ShareLoRA
+from loradrop.methods.tied_lora import TiedLoRA
 from loradrop.methods.vera import VeRA
 from loradrop.pairs import AFTER, INITS
 from loradrop.scores import Scores, Target
@@ -27,6 +33,7 @@ from loradrop.scores import Scores, Target
 pytestmark = pytest.mark.numbers
 
 WIDTH, R, DEPTH = 10, 3, 3
+TOTAL = 20  # steps, as a method is told them
 
 
 class Layer(nn.Module):
@@ -56,23 +63,38 @@ TARGETS = ("query", "value", "up")
 X = torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(0))
 
 
-def net(method: Method | None = None, **options: Any) -> Any:
+def net(method: Method | None = None, seed: int | None = None, **options: Any) -> Any:
+    """The same model every time; `seed` draws other adapters."""
     torch.manual_seed(0)
     model = Net()
+    if seed is not None:
+        torch.manual_seed(seed)
     options = {"r": R, "lora_alpha": 5, "target_modules": TARGETS} | options
     loradrop.inject(model, LoRAConfig(method=method or LoRA(), **options))
     return model
 
 
-def train(model: Any, steps: int = 4) -> Any:
-    """A loop of one's own, with the method's events."""
-    bank, method = model.lora_bank, injection_of(model).config.method
+def optimizer_of(model: Any) -> Any:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0)
+    return torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.0)
+
+
+def rolled(step: int) -> Tensor:
+    """Inputs whose columns have another size in every step."""
+    return X * torch.logspace(-1, 1, WIDTH).roll(step)
+
+
+def train(
+    model: Any, steps: int = 4, done: int = 0, optimizer: Any = None, rows: Any = lambda step: X
+) -> Any:
+    """A loop of one's own with the method's events, up to step `steps` after `done` of them."""
+    bank, method = model.lora_bank, injection_of(model).config.method
+    optimizer = optimizer or optimizer_of(model)
     names = method.statistics or ("sqnorm",)
     collector = Collector(model, bank, online=True, statistics=names, mask=None)
-    for step in range(1, steps + 1):
-        (model(X) - 1.0).square().mean().backward()
+    for step in range(done + 1, steps + 1):
+        (model(rows(step).to(model.classifier.weight)) - 1.0).square().mean().backward()
+        method.before_step(bank, step, TOTAL)
         optimizer.step()
         method.on_step_end(bank, step, collector.close_row())
         optimizer.zero_grad()
@@ -80,8 +102,28 @@ def train(model: Any, steps: int = 4) -> Any:
     return model
 
 
+def by_sgd(model: Any, rows: Tensor, wrap: Any = lambda model: model, steps: int = 3) -> Any:
+    """The factors after some steps of plain SGD, which no rounding of a gradient can turn round.
+
+    wrap   makes the module that is called of the model
+    """
+    bank, method, called = model.lora_bank, injection_of(model).config.method, wrap(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
+    names = method.statistics or ("sqnorm",)
+    collector = Collector(model, bank, online=True, statistics=names, mask=None)
+    for step in range(1, steps + 1):
+        (called(rows) - 1.0).square().mean().backward()
+        method.before_step(bank, step, TOTAL)
+        optimizer.step()
+        method.on_step_end(bank, step, collector.close_row())
+        optimizer.zero_grad()
+    collector.detach()
+    return values(model)
+
+
 def loss(model: Any) -> float:
-    return float((model(X) - 1.0).square().mean().detach())
+    x = X.to(model.classifier.weight)
+    return float((model(x) - 1.0).square().mean().detach())
 
 
 def same(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
@@ -125,14 +167,14 @@ class CoreBank(AdapterBank):
         super().__init__(targets, scaling)
         self.left, self.right = nn.ParameterDict(), nn.ParameterDict()
         for _, K, N, r in {t.group for t in targets}:
-            self.right[f"{K}"] = torch.full((r, K), start)
-            self.left[f"{N}"] = torch.full((N, r), start)
-        self.core = nn.Parameter(torch.zeros(len(targets), R, R))
+            self.right[f"{r} {K}"] = torch.full((r, K), start)
+            self.left[f"{N} {r}"] = torch.full((N, r), start)
+        self.core = nn.ParameterList(torch.zeros(t.r, t.r) for t in targets)
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
 
     def factors(self, i: int) -> tuple[Tensor, Tensor]:
-        _, _, K, N, _ = self.targets[i]
-        return self.core[i] @ self.right[f"{K}"], self.left[f"{N}"]
+        _, _, K, N, r = self.targets[i]
+        return self.core[i] @ self.right[f"{r} {K}"], self.left[f"{N} {r}"]
 
 
 EVERY: dict[str, Method] = {name: cls() for name, cls in methods.available().items()}
@@ -143,7 +185,8 @@ each_method = pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 
 def test_the_methods_are_there() -> None:
     found = {"lora": LoRA, "lora_drop": LoRADrop, "prilora": PRILoRA, "vera": VeRA}
-    found |= {"spectral": Spectral}
+    found |= {"spectral": Spectral, "lora_fa": LoRAFA, "rasa": RaSA}
+    found |= {"share_lora": ShareLoRA, "tied_lora": TiedLoRA}
     assert found.items() <= methods.available().items()
     for name, cls in methods.available().items():
         assert cls.name == name and methods.get(name) is cls and issubclass(cls, Method)
@@ -233,6 +276,94 @@ def test_saved_and_loaded(method: Method, injected: bool, tmp_path: Path) -> Non
     assert not torch.equal(train(found)(X), model(X))  # and it trains on
 
 
+@each_method
+@pytest.mark.usefixtures("registered")
+def test_killed_and_resumed(method: Method, tmp_path: Path) -> None:
+    """What a checkpoint holds is all there is: adapters, optimiser, the state of random numbers."""
+    whole = train(net(method), 6, rows=rolled)
+    begun = net(method)
+    optimizer = optimizer_of(begun)
+    train(begun, 3, optimizer=optimizer, rows=rolled)
+    loradrop.save(begun, tmp_path)
+    kept = copy.deepcopy(optimizer.state_dict()), torch.get_rng_state()
+    model = net(method, seed=99)
+    optimizer = optimizer_of(model)
+    fill(model, native.read(tmp_path))
+    optimizer.load_state_dict(kept[0])
+    torch.set_rng_state(kept[1])
+    train(model, 6, done=3, optimizer=optimizer, rows=rolled)
+    found, expected = model.state_dict(), whole.state_dict()
+    assert list(found) == list(expected)
+    differ = [key for key, value in found.items() if not torch.equal(value, expected[key])]
+    assert not differ
+
+
+@each_method
+def test_shapes_and_ranks_that_differ(method: Method) -> None:
+    """The defaults take any model; a pattern may give one target of a kind another rank."""
+    ranks = {"layers.1.query": 2, "down": 4, "classifier": 1}
+    every = [*TARGETS, "down", "classifier"]
+    model = net(method, target_modules=every, modules_to_save=[], rank_pattern=ranks)
+    plain = Net()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+    assert torch.equal(model(X), plain(X))
+    adapted = train(model)(X).detach()
+    bank = model.lora_bank
+    assert len(bank.targets) == 4 * DEPTH + 1
+    assert all(bank.delta(i).any() for i in range(len(bank.targets)))
+    loradrop.merge(model)
+    torch.testing.assert_close(model(X), adapted, rtol=1e-4, atol=1e-5)
+
+
+@each_method
+def test_in_the_dtype_of_the_base(method: Method) -> None:
+    torch.manual_seed(0)
+    model = Net().bfloat16()
+    config = LoRAConfig(
+        r=R, lora_alpha=5, target_modules=TARGETS, method=method, adapter_dtype="base"
+    )
+    bank = loradrop.inject(model, config)
+    if not isinstance(method, Core):  # it makes its parameters of one type
+        assert {p.dtype for p in bank.parameters()} == {torch.bfloat16}
+    first = loss(model)
+    assert loss(train(model, 8)) < first
+    assert all(p.isfinite().all() for p in bank.parameters())
+
+
+WITHOUT_S = {"vera"}  # methods whose deltas lora_alpha does not scale
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_rank_stabilised_scaling(name: str) -> None:
+    """s is α/√r in place of α/r: all deltas are √r times those of the same factors."""
+    found = []
+    for rslora in (False, True):
+        bank = net(EVERY[name], use_rslora=rslora).lora_bank
+        generator = torch.Generator().manual_seed(3)
+        for p in bank.parameters():  # what is zero at the start; the rest may hold s
+            noise = torch.randn(p.shape, generator=generator)
+            p.data.copy_(torch.where(p == 0, noise, p))
+        found.append([bank.delta(i) for i in range(len(bank.targets))])
+    factor = 1.0 if name in WITHOUT_S else R**0.5
+    for plain, stabilised in zip(*found, strict=True):
+        assert plain.any()
+        torch.testing.assert_close(stabilised, factor * plain, rtol=1e-4, atol=1e-5)
+
+
+def test_two_ranks_are_one(tmp_path: Path) -> None:
+    """Each rank has half of the rows; all methods in one start of two processes."""
+    done = torchrun(Path(__file__).with_name("distributed_methods.py"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert list(one) == list(two) == list(EVERY)
+    for name, method in EVERY.items():
+        alone = by_sgd(net(method), X)
+        assert same(one[name], two[name]), name
+        moved = [a - b for a, b in zip(alone, values(net(method)), strict=True)]
+        assert any(m.abs().max() > 1e-3 for m in moved), name
+        torch.testing.assert_close(one[name], alone, rtol=1e-4, atol=1e-5, msg=name)
+
+
 OWN = 3 * 2 * R * WIDTH * 2 + 3 * R * 3 * WIDTH  # query and value, and up
 # Ranks 2, 3, 4 for r = 3: query and value, and up.
 GROWING = sum(r * (2 * 2 * WIDTH + 3 * WIDTH) for r in (2, 3, 4))
@@ -241,6 +372,9 @@ GROWING = sum(r * (2 * 2 * WIDTH + 3 * WIDTH) for r in (2, 3, 4))
 PARAMETERS = {
     **{"lora": OWN, "lora_drop": OWN, "spectral": 2 * OWN},
     **{"vera": 3 * (3 * R + 4 * WIDTH), "prilora": GROWING},
+    **{"lora_fa": 3 * R * 4 * WIDTH, "share_lora": R * 3 * WIDTH + 3 * R * 4 * WIDTH},
+    "tied_lora": R * 7 * WIDTH + 3 * (3 * R + 4 * WIDTH),
+    "rasa": OWN + 9 * (R - 1 + 3),
     "from outside": 9 * R * R + R * (WIDTH + WIDTH + 2 * WIDTH),
 }
 
@@ -258,11 +392,13 @@ def test_trainable_parameters(name: str) -> None:
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if another package had the entry point."""
-    entry = SimpleNamespace(load=lambda: Core)
+    entry, real = SimpleNamespace(load=lambda: Core), importlib.metadata.entry_points
     methods.available.cache_clear()
     monkeypatch.setattr(
         *(importlib.metadata, "entry_points"),
-        lambda **selection: [entry] if selection == {"group": "loradrop.methods"} else [],
+        lambda **selection: (
+            [entry] if selection == {"group": "loradrop.methods"} else real(**selection)
+        ),
     )
     yield
     methods.available.cache_clear()

@@ -1,0 +1,24 @@
+"""Every method in DDP, for torchrun: FOLDER; each rank trains on half of the rows."""
+
+import sys
+from pathlib import Path
+
+import torch
+from test_methods import EVERY, X, by_sgd, net
+from torch.nn.parallel import DistributedDataParallel
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    rows = X[rank::2].contiguous()
+    found = {
+        name: by_sgd(net(method), rows, DistributedDataParallel) for name, method in EVERY.items()
+    }
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
