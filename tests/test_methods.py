@@ -19,6 +19,7 @@ from loradrop.collector import Collector
 from loradrop.formats.peft_file import read as read_peft
 from loradrop.injection import injection_of, plan_of
 from loradrop.methods import LoRA, Method, Spectral
+from loradrop.methods.adalora import AdaLoRA
 from loradrop.methods.prilora import PRILoRA
 from loradrop.methods.vera import VeRA
 from loradrop.pairs import AFTER, INITS
@@ -73,6 +74,7 @@ def train(model: Any, steps: int = 4) -> Any:
     collector = Collector(model, bank, online=True, statistics=names, mask=None)
     for step in range(1, steps + 1):
         (model(X) - 1.0).square().mean().backward()
+        method.before_step(bank, step, steps)
         optimizer.step()
         method.on_step_end(bank, step, collector.close_row())
         optimizer.zero_grad()
@@ -137,6 +139,7 @@ class CoreBank(AdapterBank):
 
 EVERY: dict[str, Method] = {name: cls() for name, cls in methods.available().items()}
 EVERY["prilora"] = PRILoRA(prune_every=2)
+EVERY["adalora"] = AdaLoRA(r_start=R, mask_every=2)  # every target is left an adapter
 EVERY["from outside"] = Core()
 each_method = pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 
@@ -241,6 +244,7 @@ GROWING = sum(r * (2 * 2 * WIDTH + 3 * WIDTH) for r in (2, 3, 4))
 PARAMETERS = {
     **{"lora": OWN, "lora_drop": OWN, "spectral": 2 * OWN},
     **{"vera": 3 * (3 * R + 4 * WIDTH), "prilora": GROWING},
+    "adalora": OWN + 9 * R,  # and λ
     "from outside": 9 * R * R + R * (WIDTH + WIDTH + 2 * WIDTH),
 }
 
