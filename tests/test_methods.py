@@ -242,7 +242,7 @@ GROWING = sum(r * (2 * 2 * WIDTH + 3 * WIDTH) for r in (2, 3, 4))
 
 
 PARAMETERS = {
-    **{"lora": OWN, "lora_drop": OWN, "spectral": 2 * OWN},
+    **{"lora": OWN, "lora_drop": OWN, "rm_lora": OWN, "spectral": 2 * OWN},
     **{"vera": 3 * (3 * R + 4 * WIDTH), "prilora": GROWING},
     "adalora": OWN + 9 * R,  # and λ
     "from outside": 9 * R * R + R * (WIDTH + WIDTH + 2 * WIDTH),
