@@ -1,5 +1,6 @@
 """RM-LoRA: the regulariser against autograd, the masks, and that a resume draws the same ones."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ pytestmark = pytest.mark.numbers
 R = 4
 
 
-def injected(method: Any, width: int = 24) -> tuple[nn.Module, LoRABank]:
+def injected(method: Any, width: int = 24, inner: int = 48) -> tuple[nn.Module, LoRABank]:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, width))
+    net = nn.Sequential(nn.Linear(width, inner), nn.Tanh(), nn.Linear(inner, width))
     config = LoRAConfig(r=R, lora_alpha=6, target_modules=["0", "2"], method=method)
     bank = loradrop.inject(net, config)
     assert isinstance(bank, LoRABank)
@@ -74,10 +75,11 @@ def test_a_b_of_zeros_is_not_pushed() -> None:
 
 
 def masks(method: RMLoRA, step: int) -> list[Tensor]:
-    _, bank = injected(method, width=96)
+    """Of four tensors of one size, each as (r, columns)."""
+    _, bank = injected(method, 144, 144)
     found = gradients(bank)
     method.before_step(bank, step, 10)
-    return found
+    return [grad if len(grad) == R else grad.T for grad in found]
 
 
 def test_masks_have_their_ratio_and_change() -> None:
@@ -89,7 +91,7 @@ def test_masks_have_their_ratio_and_change() -> None:
     n = len(entries)  # 2,304 draws; six standard deviations
     assert abs(float(entries.mean()) - 0.7) < 6 * (0.3 * 0.7 / n) ** 0.5
     assert all(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert not torch.equal(one[0], one[3].T)  # tensors of one size have masks of their own
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(one, 2))
     again, seeded = masks(method, 3), masks(RMLoRA(penalty=0.0, mask_ratio=0.3, seed=1), 3)
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(one, seeded, strict=True))
@@ -158,7 +160,7 @@ def test_the_regulariser_brings_the_factors_to_orthogonality() -> None:
             optimizer.zero_grad()
         values = torch.linalg.svdvals(bank.delta(0))[:R]
         spread[penalty] = float(values[0] / values[R - 1])
-    assert spread[1.0] < 1.5 < spread[0.0]
+    assert spread[1.0] < 1.1 < 1.2 < spread[0.0]
 
 
 def test_resumed_to_the_same_end(tmp_path: Path) -> None:
