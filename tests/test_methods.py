@@ -24,6 +24,7 @@ from loradrop.methods.prilora import PRILoRA
 from loradrop.methods.vera import VeRA
 from loradrop.pairs import AFTER, INITS
 from loradrop.scores import Scores, Target
+from loradrop.selection import assign, reselect
 
 pytestmark = pytest.mark.numbers
 
@@ -312,7 +313,9 @@ OPTIONS: dict[str, tuple[list[Any], str]] = {
     "keep": ([-1, 2.5], "a whole number of at least 0"),
     "scope": (["global"], "per_module, joint"),
     "importance": (["l1"], "sqnorm, root"),
-    "share": (["all"], "group, none"),
+    "share": (["all"], "group, shape, interval, none"),
+    "interval": ([0, 1.5], "a whole number of layers from 1 up"),
+    "selection": (["best"], "importance, inverse, random, top, bottom"),
     "share_init": (["zero"], "fresh, mean, top"),
     "after_select": (["keep"], "reinit, continue"),
     "source": (["both"], "online, offline"),
@@ -461,7 +464,8 @@ def test_a_group_of_one() -> None:
 
 WRONG = {
     "kept": (["layers.9.query"], r"'layers\.9\.query'.*layers\.0\.query"),
-    "share": ("all", r"share='all'.*group, none"),
+    "share": ("all", r"share='all'.*group, shape, interval, none"),
+    "interval": (0, r"interval=0.*from 1 up"),
     "init": ("zero", r"init='zero'.*fresh, mean, top"),
     "after_select": ("keep", r"after_select='keep'.*reinit, continue"),
 }
@@ -482,6 +486,37 @@ def test_sharing_is_repeated_by_the_seed() -> None:
         torch.manual_seed(5)
         loradrop.share(model, ["layers.0.query"])
     assert same(*map(values, models))
+
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    **{name: {"selection": name} for name in ("inverse", "random", "top", "bottom")},
+    **{name: {"share": name, "interval": 2} for name in ("shape", "interval", "none")},
+}
+
+
+@pytest.mark.parametrize("options", ABLATIONS.values(), ids=ABLATIONS)
+def test_ablations(options: dict[str, Any], tmp_path: Path) -> None:
+    """As many targets of each type are kept, they train, and the export is the adapted model."""
+    model = train(net(LoRADrop(budget=0.7, after_select="continue", **options)))
+    scores(model)
+    loradrop.share(model)
+    bank = model.lora_bank
+    kept = bank.assignment.kept
+    if "selection" in options:
+        usual = loradrop.select(scores(model), budget=0.7)
+        assert list(kept) == reselect(scores(model), usual, options["selection"])
+        assert len(kept) == len(usual) == 3
+    if "share" in options:
+        expected = assign(bank.targets, kept, **options)
+        assert bank.slots == expected.slots and bank.trainable == expected.parameters
+        assert bank.trainable <= 0.7 * OWN
+    before = loss(model)
+    assert loss(train(model, 8)) < before
+    loradrop.export(model, tmp_path)
+    for i, target in enumerate(bank.targets):
+        if bank.slots[i] is not None:
+            A, B = read_peft(tmp_path).modules[target.name]
+            torch.testing.assert_close(B @ A, bank.delta(i))
 
 
 def test_the_whole_of_it() -> None:
