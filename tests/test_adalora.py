@@ -226,6 +226,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def test_a_run_ends_with_the_budget(whole: SimpleNamespace) -> None:
     bank = whole.bank
     assert sum(bank.ranks) == bank.final == 4 * 4 < bank.full == 4 * 6
+    assert whole.result.plan.facts == {"mean rank": 4.0}
     assert whole.result.parameters == 4 * 6 * (32 + 32 + 1) and whole.result.steps == tiny.TOTAL
     losses = [entry["loss"] for entry in whole.result.history if "loss" in entry]
     assert losses[-1] < losses[0]

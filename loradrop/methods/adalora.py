@@ -125,6 +125,11 @@ class AdaLoRA(Method):
         for i, values in enumerate(bank.Lambda):
             values.mul_(bank.mask(i))
 
+    def facts(self, bank: AdapterBank) -> Mapping[str, float]:
+        """How many triplets a target has left, in the mean."""
+        assert isinstance(bank, AdaLoRABank)
+        return {"mean rank": sum(bank.ranks) / len(bank.targets)}
+
 
 class AdaLoRABank(AdapterBank):
     """Target i has P[i] (N, r), Lambda[i] (r,) and Q[i] (r, K); for each of them Ī and Ū of its

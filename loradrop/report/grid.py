@@ -172,6 +172,7 @@ def _summary(plan: Plan, own: int | None) -> dict[str, str]:
             f"all {len(plan.targets)} targets keep their own adapter; to keep fewer, give the "
             "method a smaller budget, keep_ratio or threshold"
         )
+    found |= {name: f"{value:.4g}" for name, value in plan.facts.items()}
     if scores := plan.scores:
         rows = f"{scores['rows']:,} {'steps' if scores['source'] == 'online' else 'batches'}"
         found["scores"] = f"{scores['source']}, {scores['tokens']:,} tokens in {rows}"
