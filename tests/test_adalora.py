@@ -212,6 +212,17 @@ def test_a_target_without_a_gradient_is_left_alone() -> None:
     assert bank.importance(0).all() and not bank.importance(1).any()
 
 
+def test_a_step_that_overflows_is_forgotten() -> None:
+    """As fp16 leaves it out: the importance stays finite, and goes on from what it was."""
+    bank = injected()[1]
+    for step, broken in enumerate((None, float("inf"), float("nan"), None), 1):
+        noise(bank, step)
+        if broken is not None:
+            bank.P[0].grad[0, 0] = bank.Lambda[0].grad[1] = broken
+        AdaLoRA().before_step(bank, step, 10)
+        assert bank.importance(0).isfinite().all() and bank.importance(0).all()
+
+
 METHOD = AdaLoRA(mask_every=3, t_initial=0.1, t_final=0.4)
 CONFIG = LoRAConfig(**tiny.LORA, method=METHOD)
 

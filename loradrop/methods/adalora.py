@@ -178,6 +178,7 @@ class AdaLoRABank(AdapterBank):
             if weight.grad is None:
                 continue
             found = (weight * weight.grad).abs().float()
+            found.nan_to_num_(0.0, 0.0, 0.0)  # of a step that fp16 overflows in, and leaves out
             average = self.get_buffer(f"sensitivity_{side}_{i}").lerp_(found, 1.0 - beta1)
             doubt = self.get_buffer(f"uncertainty_{side}_{i}")
             doubt.lerp_((found - average).abs(), 1.0 - beta2)
