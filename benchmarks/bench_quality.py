@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import platform
-import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from loradrop.files import read_json, write_json
 from loradrop.methods import LoRA, LoRADrop, Method
 from loradrop.pairs import LoRABank
 from loradrop.run_config import RunConfig
-from loradrop.scores import Assignment, Scores
+from loradrop.scores import Assignment
 from loradrop.text.examples import TextTask
 from loradrop.text.task import DataConfig, load_task
 from loradrop.text.tokens import collator, metric_fn, tokenize
@@ -54,31 +53,6 @@ class HeadOnly(Method):
         return bank
 
 
-@dataclass(frozen=True, kw_only=True)
-class InverseDrop(LoRADrop):
-    """LoRA-drop that keeps the least important targets."""
-
-    name: ClassVar[str] = "inverse_drop"
-
-    def decide(self, scores: Scores) -> list[str]:
-        rows = scores.rows.sum(0, keepdim=True)
-        least = rows.max() - rows + 1e-9 * rows.max()
-        return super().decide(dataclasses.replace(scores, rows=least))
-
-
-@dataclass(frozen=True, kw_only=True)
-class RandomDrop(LoRADrop):
-    """LoRA-drop that keeps targets by lot."""
-
-    name: ClassVar[str] = "random_drop"
-    lot: int = 0
-
-    def decide(self, scores: Scores) -> list[str]:
-        draw = random.Random(self.lot)
-        rows = torch.tensor([[draw.random() for _ in scores.targets]], dtype=torch.float64)
-        return super().decide(dataclasses.replace(scores, rows=rows))
-
-
 def arms(seed: int) -> dict[str, LoRAConfig]:
     """Name -> configuration; the most telling first."""
 
@@ -92,8 +66,8 @@ def arms(seed: int) -> dict[str, LoRAConfig]:
         "LoRA r=4": config(LoRA(), r=4),
         "one shared LoRA": config(LoRADrop(threshold=0.0, probe_steps=0.2)),
         "drop without sharing": config(LoRADrop(**half, share="none")),
-        "random selection, half": config(RandomDrop(**half, lot=seed)),
-        "inverse selection, half": config(InverseDrop(**half)),
+        "random selection, half": config(LoRADrop(**half, selection="random", selection_seed=seed)),
+        "inverse selection, half": config(LoRADrop(**half, selection="inverse")),
         "LoRA-drop, T=0.9": config(LoRADrop(threshold=0.9, probe_steps=0.2)),
         "LoRA-drop, half, kept adapters continue": config(
             LoRADrop(**half, after_select="continue")

@@ -34,9 +34,11 @@ Resume = Annotated[bool, Option("--resume", help="Continue what the output folde
 Measured = Annotated[Path | None, Option(help="Measure this trained adapter, without training.")]
 Batches = Annotated[int | None, Option(help="With --adapter: use only this many batches.")]
 Split = Annotated[Literal["train", "dev"] | None, Option(help="With --adapter: train by default.")]
-Action = Annotated[Literal["show", "plot"], Argument()]
+Action = Annotated[Literal["show", "plot", "sweep"], Argument()]
 Planned = Annotated[Path, Argument(help="A plan.json, a native adapter, or the folder of a run.")]
 Picture = Annotated[Path | None, Option(help="importance.png beside the plan by default.")]
+Thresholds = Annotated[str | None, Option(help="Of sweep, as 0.5,0.7,0.9.")]
+Budgets = Annotated[str | None, Option(help="Of sweep: parts of LoRA's parameters, as 0.25,0.5.")]
 Native = Annotated[Path, Argument(help="The folder that loradrop.save wrote.")]
 Out = Annotated[Path, Argument(help="The folder to write.")]
 Format = Annotated[Literal["peft", "merged"], Option(help="What to write.")]
@@ -173,14 +175,24 @@ def compress(
 
 
 @app.command()
-def plan(action: Action, path: Planned, out: Picture = None, debug: Debug = False) -> None:
-    """Print or plot the importance of each layer and module."""
+def plan(
+    action: Action, path: Planned, out: Picture = None, thresholds: Thresholds = None,
+    budgets: Budgets = None, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Print or plot the importance of each layer and module, or what others would have kept."""
     from loradrop.report.grid import plan_table
-    from loradrop.report.plots import plot_importance
+    from loradrop.report.sweep import parts, sweep_table
 
+    asked = parts("--thresholds", thresholds), parts("--budgets", budgets)
+    if action != "sweep" and any(asked):
+        raise ValueError("--thresholds and --budgets are of loradrop plan sweep")
     found = _plan_at(path)
+    if action == "sweep":
+        return print(sweep_table(found, *asked))
     if action == "show":
         return print(plan_table(found))
+    from loradrop.report.plots import plot_importance
+
     out = out or (path if path.is_dir() else path.parent) / "importance.png"
     plot_importance(found, out)
     return _wrote(out)

@@ -147,6 +147,7 @@ def plan_of(model: nn.Module) -> Plan:
     """The plan of an injected model: what `fit` or `load` recorded, with today's assignment."""
     bank, injection = bank_of(model), injection_of(model)
     now: dict[str, Any] = {"assignment": bank.assignment, "parameters": bank.trainable}
+    now["facts"] = dict(injection.config.method.facts(bank))
     if injection.plan is not None:
         return replace(injection.plan, **now)
     scores = None if injection.scores is None else injection.scores.to_dict()

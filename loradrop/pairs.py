@@ -13,7 +13,7 @@ from loradrop.bank import AdapterBank, Pair, empty, form, keep_width
 from loradrop.cuts import Cut
 from loradrop.gram_sums import grams_of
 from loradrop.scores import Assignment, Grams, Scores, Target
-from loradrop.selection import assign, check_choice
+from loradrop.selection import INTERVAL, assign, check_choice
 
 INITS = ("fresh", "mean", "top")
 AFTER = ("reinit", "continue")
@@ -113,13 +113,14 @@ class LoRABank(AdapterBank):
         share: str,
         init: str,
         after_select: str,
+        interval: int = INTERVAL,
     ) -> None:
-        """One pair per (module type, K, N, r) for all targets but `kept`: see `sharing.share`."""
+        """One pair for all targets of a group but `kept`: see `sharing.share`."""
         check_choice("init", init, INITS)
         check_choice("after_select", after_select, AFTER)
         if init == "top" and scores is None:
             raise ValueError("init='top' needs scores: call loradrop.probe(model, batches) first")
-        assignment = assign(self.targets, kept, share)
+        assignment = assign(self.targets, kept, share, interval)
         members: dict[int, list[int]] = {}
         for i, slot in enumerate(assignment.slots):
             if slot is not None:

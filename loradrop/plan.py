@@ -8,7 +8,8 @@ from loradrop._version import __version__
 from loradrop.config import LoRAConfig
 from loradrop.scores import Assignment, Target
 
-SCHEMA = 3
+SCHEMA = 4
+_MAPPINGS = ("facts", "base", "data", "seeds", "versions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class Plan:
                 -> what is left), full (name -> the rank before any cut), loss (its predicted rise)
     warmup      steps, planned, settled, and how often a bootstrap keeps each target (name -> part
                 of the draws)
+    facts       name -> number: what the method says of its bank (`Method.facts`)
     base        id, revision and a fingerprint of all tensor names and shapes of the model
     data        fingerprints of the training and dev rows;  seeds, versions: as they were
     """
@@ -33,6 +35,7 @@ class Plan:
     scores: Mapping[str, Any] | None = None
     cut: Mapping[str, Any] | None = None
     warmup: Mapping[str, Any] | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
     base: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, str] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=dict)
@@ -80,7 +83,7 @@ class Plan:
             "scores": self.scores,
             "cut": self.cut,
             "warmup": self.warmup,
-            **{name: dict(getattr(self, name)) for name in ("base", "data", "seeds", "versions")},
+            **{name: dict(getattr(self, name)) for name in _MAPPINGS},
         }
 
     @classmethod
@@ -122,5 +125,5 @@ def _from_1(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
-# By the schema that each starts from. Schema 3 added `cut`.
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: dict}
+# By the schema that each starts from. Schema 3 added `cut`, and schema 4 `facts`.
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: dict, 3: dict}

@@ -1,18 +1,21 @@
 """Which targets keep their own adapter, and which share: pure functions on plain data."""
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from loradrop.scores import Assignment, Scores, Target
+from loradrop.scores import Assignment, Scores, Target, layer_of
 
 CHOICES = {
     "scope": ("per_module", "joint"),
     "importance": ("sqnorm", "root"),
-    "share": ("group", "none"),
+    "share": ("group", "shape", "interval", "none"),
+    "selection": ("importance", "inverse", "random", "top", "bottom"),
 }
+INTERVAL = 4  # neighbouring layers that share with share="interval"
 
 
 def select(
@@ -24,6 +27,8 @@ def select(
     budget: float | None = None,
     scope: str = "per_module",
     importance: str = "sqnorm",
+    share: str = "group",
+    interval: int = INTERVAL,
 ) -> list[str]:
     """The targets that keep their own adapter, in layer order (Zhou et al., COLING 2025).
 
@@ -37,6 +42,7 @@ def select(
     scope          "per_module": a group is a module type and shape; "joint": all targets are one
                    group
     importance     "sqnorm": the score; "root": its square root
+    share, interval   of `assign`, by which a budget counts; "none" counts as "group"
     Ties go to the earlier target. Raises ValueError for options out of range, for NaN or infinite
     scores and, where the decision depends on them, for scores that are all zero.
     """
@@ -56,13 +62,37 @@ def select(
         if keep is None and keep_ratio is not None:
             keep = math.floor(keep_ratio * n + 0.5 + 1e-9)  # 0.29 · 50 is a little below 14.5
         full = sum(target.parameters for target in scores.targets)
+        how = "group" if share == "none" else share
         for count in range(n, -1, -1) if keep is None else [keep]:
             picked = _quota(scores.targets, values, groups, count)
-            size = assign(scores.targets, _names(scores, picked)).parameters
+            size = assign(scores.targets, _names(scores, picked), how, interval).parameters
             if budget is None or size <= budget * full:
                 break
         else:
             raise ValueError(f"budget={budget}: one shared adapter per group takes more; raise it")
+    return _names(scores, picked)
+
+
+def reselect(scores: Scores, kept: Sequence[str], selection: str, seed: int = 0) -> list[str]:
+    """As many targets of every module type and shape as `kept` has, chosen otherwise: an ablation
+    with the parameters of what it is compared with.
+
+    selection   "importance": the largest scores; "inverse": the smallest; "random": by lot, with
+                the seed; "top": the last layers; "bottom": the first
+    """
+    check_choice("selection", selection, CHOICES["selection"])
+    draw, values = random.Random(seed), scores.values_by_target
+    worth: list[float] = {
+        "importance": values,
+        "inverse": [-value for value in values],
+        "random": [draw.random() for _ in values],
+        "top": list(map(float, range(len(values)))),
+        "bottom": [0.0] * len(values),
+    }[selection]
+    picked: set[int] = set()
+    for members in _groups(scores.targets, "per_module"):
+        count = sum(scores.targets[i].name in kept for i in members)
+        picked.update(sorted(members, key=lambda i: -worth[i])[:count])
     return _names(scores, picked)
 
 
@@ -151,26 +181,45 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
 
 
-def assign(targets: Sequence[Target], kept: Sequence[str], share: str = "group") -> Assignment:
-    """Kept targets have an adapter of their own, the others one per group of equal (type, K, N, r).
+def check_interval(interval: int) -> None:
+    """Raises ValueError unless it is a number of layers."""
+    if not isinstance(interval, int) or interval < 1:
+        raise ValueError(f"interval={interval!r}: choose a whole number of layers from 1 up")
 
-    With share="none" the others have no adapter. Raises ValueError for a name that is not a target.
+
+def assign(
+    targets: Sequence[Target], kept: Sequence[str], share: str = "group", interval: int = INTERVAL
+) -> Assignment:
+    """Kept targets have an adapter of their own, the others share.
+
+    share      one adapter per "group", which is a module type and shape (K, N, r); per "shape", of
+               whatever module type; per group and "interval" of so many neighbouring layers; or
+               "none": the others have no adapter
+    interval   of the layers of the targets, in the order in which they come
+
+    Raises ValueError for a name that is not a target, and for unknown options.
     """
     check_choice("share", share, CHOICES["share"])
+    check_interval(interval)
     names = [target.name for target in targets]
     for name in kept:
         if name not in names:
             known = ", ".join(sorted(names))
             raise ValueError(f"kept has {name!r}, which is not a target; the targets are {known}")
+    layers = list(dict.fromkeys(layer for name in names if (layer := layer_of(name))))
     chosen, numbers = set(kept), dict[Any, int]()
     slots: list[int | None] = []
     for target in targets:
-        own = target.name in chosen
+        own, layer = target.name in chosen, layer_of(target.name)
         if not own and share == "none":
             slots.append(None)
-        else:
-            key = target.name if own else target.group
-            slots.append(numbers.setdefault(key, len(numbers)))
+            continue
+        key: Any = target.name if own else target.group
+        if not own and share == "shape":
+            key = target.group[1:]
+        elif not own and share == "interval" and layer:
+            key = (*target.group, layers.index(layer) // interval)
+        slots.append(numbers.setdefault(key, len(numbers)))
     return Assignment(tuple(targets), tuple(slots), tuple(n for n in names if n in chosen))
 
 

@@ -12,7 +12,7 @@ from loradrop.injection import injection_of, plan_of
 from loradrop.methods import Method
 from loradrop.pairs import LoRABank
 from loradrop.scores import Scores
-from loradrop.selection import keep_frequency
+from loradrop.selection import INTERVAL, keep_frequency
 
 _log = logging.getLogger(__name__)
 
@@ -24,12 +24,14 @@ def share(
     share: str = "group",
     init: str = "fresh",
     after_select: str = "reinit",
+    interval: int = INTERVAL,
 ) -> None:
     """Point all targets but `kept` to one adapter per (module type, K, N, r).
 
     kept           names, as from `select`; None selects by the last probe with the method's own
                    options
-    share          "group", or "none": the others lose their adapter
+    share          "group"; "shape": per (K, N, r), of whatever module type; "interval": also per
+                   `interval` neighbouring layers; or "none": the others lose their adapter
     init           where a shared adapter starts: "fresh" (A Kaiming, B zero), "mean" of its
                    members, or "top", the member with the largest score
     after_select   "reinit": kept adapters start fresh; "continue": they keep what they learnt
@@ -50,7 +52,8 @@ def share(
             f"the method {injection.config.method.name!r} has no pair (A, B) for each target, so "
             "its targets cannot be pointed to shared pairs: use the method lora or lora_drop"
         )
-    bank.share(kept, injection.scores, share=share, init=init, after_select=after_select)
+    how: dict[str, Any] = {"share": share, "init": init, "after_select": after_select}
+    bank.share(kept, injection.scores, **how, interval=interval)
     _say(model)
 
 

@@ -207,7 +207,7 @@ def test_plan_errors(work: Path, tmp_path: Path, capsys: Capsys) -> None:
     fails(capsys, f"{damaged} is damaged or half-written", "plan", "show", damaged)
     fails(capsys, "is damaged", "plan", "show", work / "films.csv")
     status, _, err = command(capsys, "plan", "shwo", work)
-    assert status == 2 and "'shwo' is not one of 'show', 'plot'" in err
+    assert status == 2 and "'shwo' is not one of 'show', 'plot', 'sweep'" in err
 
 
 def test_export_and_verify(adapter: Path, tmp_path: Path, capsys: Capsys) -> None:

@@ -21,6 +21,7 @@ from loradrop.formats.peft_file import read as read_peft
 from loradrop.injection import injection_of, plan_of
 from loradrop.loading import fill
 from loradrop.methods import LoRA, Method, Spectral
+from loradrop.methods.adalora import AdaLoRA
 from loradrop.methods.lora_fa import LoRAFA
 from loradrop.methods.prilora import PRILoRA
 from loradrop.methods.rasa import RaSA
@@ -29,6 +30,7 @@ from loradrop.methods.tied_lora import TiedLoRA
 from loradrop.methods.vera import VeRA
 from loradrop.pairs import AFTER, INITS
 from loradrop.scores import Scores, Target
+from loradrop.selection import assign, reselect
 
 pytestmark = pytest.mark.numbers
 
@@ -166,7 +168,7 @@ class CoreBank(AdapterBank):
     def __init__(self, targets: Sequence[Target], scaling: Sequence[float], start: float) -> None:
         super().__init__(targets, scaling)
         self.left, self.right = nn.ParameterDict(), nn.ParameterDict()
-        for _, K, N, r in {t.group for t in targets}:
+        for _, K, N, r in dict.fromkeys(t.group for t in targets):
             self.right[f"{r} {K}"] = torch.full((r, K), start)
             self.left[f"{N} {r}"] = torch.full((N, r), start)
         self.core = nn.ParameterList(torch.zeros(t.r, t.r) for t in targets)
@@ -179,6 +181,7 @@ class CoreBank(AdapterBank):
 
 EVERY: dict[str, Method] = {name: cls() for name, cls in methods.available().items()}
 EVERY["prilora"] = PRILoRA(prune_every=2)
+EVERY["adalora"] = AdaLoRA(r_start=R, mask_every=2)  # every target is left an adapter
 EVERY["from outside"] = Core()
 each_method = pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 
@@ -302,6 +305,7 @@ def test_killed_and_resumed(method: Method, tmp_path: Path) -> None:
 def test_shapes_and_ranks_that_differ(method: Method) -> None:
     """The defaults take any model; a pattern may give one target of a kind another rank."""
     ranks = {"layers.1.query": 2, "down": 4, "classifier": 1}
+    method = AdaLoRA() if isinstance(method, AdaLoRA) else method  # no mask in so few steps
     every = [*TARGETS, "down", "classifier"]
     model = net(method, target_modules=every, modules_to_save=[], rank_pattern=ranks)
     plain = Net()
@@ -330,7 +334,7 @@ def test_in_the_dtype_of_the_base(method: Method) -> None:
     assert all(p.isfinite().all() for p in bank.parameters())
 
 
-WITHOUT_S = {"vera"}  # methods whose deltas lora_alpha does not scale
+WITHOUT_S = {"nb_lora", "vera"}  # methods whose deltas lora_alpha does not scale
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -370,11 +374,12 @@ GROWING = sum(r * (2 * 2 * WIDTH + 3 * WIDTH) for r in (2, 3, 4))
 
 
 PARAMETERS = {
-    **{"lora": OWN, "lora_drop": OWN, "spectral": 2 * OWN},
+    **{"lora": OWN, "lora_drop": OWN, "rm_lora": OWN, "spectral": 2 * OWN},
     **{"vera": 3 * (3 * R + 4 * WIDTH), "prilora": GROWING},
     **{"lora_fa": 3 * R * 4 * WIDTH, "share_lora": R * 3 * WIDTH + 3 * R * 4 * WIDTH},
     "tied_lora": R * 7 * WIDTH + 3 * (3 * R + 4 * WIDTH),
     "rasa": OWN + 9 * (R - 1 + 3),
+    "adalora": OWN + 9 * R,  # and λ
     "from outside": 9 * R * R + R * (WIDTH + WIDTH + 2 * WIDTH),
 }
 
@@ -444,7 +449,9 @@ OPTIONS: dict[str, tuple[list[Any], str]] = {
     "keep": ([-1, 2.5], "a whole number of at least 0"),
     "scope": (["global"], "per_module, joint"),
     "importance": (["l1"], "sqnorm, root"),
-    "share": (["all"], "group, none"),
+    "share": (["all"], "group, shape, interval, none"),
+    "interval": ([0, 1.5], "a whole number of layers from 1 up"),
+    "selection": (["best"], "importance, inverse, random, top, bottom"),
     "share_init": (["zero"], "fresh, mean, top"),
     "after_select": (["keep"], "reinit, continue"),
     "source": (["both"], "online, offline"),
@@ -593,7 +600,8 @@ def test_a_group_of_one() -> None:
 
 WRONG = {
     "kept": (["layers.9.query"], r"'layers\.9\.query'.*layers\.0\.query"),
-    "share": ("all", r"share='all'.*group, none"),
+    "share": ("all", r"share='all'.*group, shape, interval, none"),
+    "interval": (0, r"interval=0.*from 1 up"),
     "init": ("zero", r"init='zero'.*fresh, mean, top"),
     "after_select": ("keep", r"after_select='keep'.*reinit, continue"),
 }
@@ -614,6 +622,37 @@ def test_sharing_is_repeated_by_the_seed() -> None:
         torch.manual_seed(5)
         loradrop.share(model, ["layers.0.query"])
     assert same(*map(values, models))
+
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    **{name: {"selection": name} for name in ("inverse", "random", "top", "bottom")},
+    **{name: {"share": name, "interval": 2} for name in ("shape", "interval", "none")},
+}
+
+
+@pytest.mark.parametrize("options", ABLATIONS.values(), ids=ABLATIONS)
+def test_ablations(options: dict[str, Any], tmp_path: Path) -> None:
+    """As many targets of each type are kept, they train, and the export is the adapted model."""
+    model = train(net(LoRADrop(budget=0.7, after_select="continue", **options)))
+    scores(model)
+    loradrop.share(model)
+    bank = model.lora_bank
+    kept = bank.assignment.kept
+    if "selection" in options:
+        usual = loradrop.select(scores(model), budget=0.7)
+        assert list(kept) == reselect(scores(model), usual, options["selection"])
+        assert len(kept) == len(usual) == 3
+    if "share" in options:
+        expected = assign(bank.targets, kept, **options)
+        assert bank.slots == expected.slots and bank.trainable == expected.parameters
+        assert bank.trainable <= 0.7 * OWN
+    before = loss(model)
+    assert loss(train(model, 8)) < before
+    loradrop.export(model, tmp_path)
+    for i, target in enumerate(bank.targets):
+        if bank.slots[i] is not None:
+            A, B = read_peft(tmp_path).modules[target.name]
+            torch.testing.assert_close(B @ A, bank.delta(i))
 
 
 def test_the_whole_of_it() -> None:

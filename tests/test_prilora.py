@@ -1,14 +1,24 @@
 """PRILoRA against NumPy: ranks by depth, the moving average of the inputs, and which entries go."""
 
+import json
+import re
+from pathlib import Path
+
+import models
 import numpy as np
 import pytest
 import torch
+import training_runs as tiny
 from torch import nn
 
 import loradrop
 from loradrop import LoRAConfig
 from loradrop.collector import Collector
-from loradrop.methods.prilora import PRILoRA
+from loradrop.files import read_json
+from loradrop.injection import plan_of
+from loradrop.methods.prilora import PRILoRA, smallest
+from loradrop.plan import Plan
+from loradrop.report.grid import plan_table
 from loradrop.scores import Target
 
 WIDTH, R = 12, 4
@@ -92,9 +102,109 @@ def test_pruned_entries_may_grow_again() -> None:
         assert (bank.A[0] == 0).sum() == bank.targets[0].r * (WIDTH // 2)
 
 
+S = [[5.0, 1.0, 4.0, 2.0], [9.0, 8.0, 7.0, 6.0]], [[0.5, 3.0, 0.1]]
+SCOPES = {  # the smallest half: of each row of 4 or 3, of 8 or 3 entries, of all 11
+    "row": ([[0, 1, 0, 1], [0, 0, 1, 1]], [[0, 0, 1]]),
+    "target": ([[1, 1, 1, 1], [0, 0, 0, 0]], [[0, 0, 1]]),
+    "all": ([[0, 1, 0, 1], [0, 0, 0, 0]], [[1, 1, 1]]),
+}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_what_is_smallest(scope: str) -> None:
+    found = smallest([torch.tensor(part) for part in S], 0.5, scope)
+    assert [mask.int().tolist() for mask in found] == list(SCOPES[scope])
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("regrow", [True, False])
+def test_the_state_says_what_was_pruned(scope: str, regrow: bool) -> None:
+    """Pruned at step 2 of 4 alone: afterwards entries regrow, or stay zero and are chosen again."""
+    net, options = model(), config(prune_every=2, prune_scope=scope, regrow=regrow)
+    bank = loradrop.inject(net, options)
+    collector = Collector(net, bank, online=True, statistics=["moment"], mask=None)
+    with torch.no_grad():
+        for B in bank.B:
+            B.normal_(0.0, 0.1)
+    optimizer = torch.optim.SGD(bank.parameters(), lr=0.01)
+    zeros, masks = [], []
+    for step in range(1, 5):
+        net(torch.randn(9, WIDTH)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        options.method.on_step_end(bank, step, collector.close_row())
+        zeros.append([A == 0 for A in bank.A])
+        masks.append([bank.pruned(i).clone() for i in range(2)])
+    assert not any(mask.any() for mask in masks[0]) and bank.sparsity > 0
+    size = sum(A.numel() for A in bank.A)
+    assert sum(int(mask.sum()) for mask in masks[1]) == size // 2
+    for of in (1, 3):
+        assert all(torch.equal(z, m) for z, m in zip(zeros[of], masks[of], strict=True))
+    grown = [int(z.sum()) for z in zeros[2]]
+    assert grown == ([0, 0] if regrow else [int(mask.sum()) for mask in masks[1]])
+    if not regrow:
+        assert all(torch.equal(a, b) for a, b in zip(masks[1], masks[3], strict=True))
+
+
+def test_the_plan_says_how_much_is_zero_and_what_rank_is_equal() -> None:
+    names = ["layers.0.q", "layers.1.q"]
+    net = nn.ModuleDict(
+        {"layers": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(8, 24)}) for _ in (0, 1))}
+    )
+    bank = loradrop.inject(net, LoRAConfig(r=4, target_modules=["q"], method=PRILoRA(r_end=8)))
+    assert [t.r for t in bank.targets] == [2, 8] and [t.name for t in bank.targets] == names
+    with torch.no_grad():
+        bank.A[0][:, :2] = 0.0
+        bank.A[1][:3] = 0.0
+    facts = plan_of(net).facts
+    assert facts == {"zeros of A": (2 * 2 + 3 * 8) / (10 * 8), "equal rank": 5.0}
+    assert bank.trainable == facts["equal rank"] * 2 * (8 + 24)
+    table = plan_table(plan_of(net))
+    assert re.search(r"zeros of A +0\.35$", table, re.M) and re.search(
+        r"equal rank +5$", table, re.M
+    )
+    assert Plan.from_dict(json.loads(json.dumps(plan_of(net).to_dict()))).facts == facts
+
+
+RUN = LoRAConfig(**tiny.LORA, method=PRILoRA(prune_every=3, prune_scope="target", regrow=False))
+
+
+def test_resumed_to_the_same_end(tmp_path: Path) -> None:
+    """Cut off between two prunings, with what is pruned in the checkpoint."""
+    whole = tiny.run(tmp_path / "whole", RUN)
+    tiny.interrupted(tmp_path / "part", "main", 11, config=RUN)
+    tiny.run(tmp_path / "part", RUN, resume=True)
+    assert tiny.outcome(tmp_path / "part") == tiny.outcome(tmp_path / "whole")
+    assert whole.plan.facts == {"zeros of A": 0.5, "equal rank": 4.0}
+    bank = loradrop.load(tiny.make_model(), tmp_path / "whole" / "adapter")
+    assert all(torch.equal(bank.pruned(i), A == 0) for i, A in enumerate(bank.A))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_exports_load_in_peft(padded: bool, tmp_path: Path) -> None:
+    """Ranks that grow with depth: padded to one, and each its own in `rank_pattern`."""
+    peft = pytest.importorskip("peft")
+    net = models.adapt(models.bert(), r=4, target_modules=["query", "value"], method=PRILoRA())
+    ranks = [t.r for t in net.lora_bank.targets]
+    assert sorted(set(ranks)) == [2, 4, 6]
+    with torch.no_grad():
+        for A in net.lora_bank.A:
+            A[:, ::2] = 0.0
+    loradrop.export(net, tmp_path, padded=padded)
+    written = read_json(tmp_path / "adapter_config.json")
+    names = [t.name for t in net.lora_bank.targets]
+    assert written.get("rank_pattern") == (None if padded else dict(zip(names, ranks, strict=True)))
+    loaded = peft.PeftModel.from_pretrained(models.bert(), tmp_path)
+    expected = models.outputs(net)
+    torch.testing.assert_close(models.outputs(loaded), expected, rtol=1e-5, atol=1e-6)
+    with loradrop.disabled(net):
+        assert not torch.allclose(models.outputs(net), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"prune_scope": "column"}, r"prune_scope='column': choose one of row, target, all"),
         ({"r_start": 0}, "r_start=0"),
         ({"r_end": 2.5}, r"r_end=2\.5"),
         ({"prune_every": 0}, "prune_every=0"),

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loradrop.scores import Assignment, Scores, Target
-from loradrop.selection import assign, keep_frequency, select
+from loradrop.selection import assign, keep_frequency, reselect, select
 
 property_test = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -264,6 +264,53 @@ def test_parameters_of_an_assignment() -> None:
     assert assign(targets, ["layers.0.q"], "none").parameters == 2 * 16
 
 
+@pytest.mark.parametrize("share", ["shape", "interval"])
+@pytest.mark.parametrize("budget", [0.4, 0.5])
+def test_a_budget_counts_what_really_shares(budget: float, share: str) -> None:
+    targets = [target(i, kind) for i in range(6) for kind in "qv"]
+    scores, how = scores_of(range(1, 13), targets), {"share": share, "interval": 3}
+    names = select(scores, budget=budget, **how)
+    assert assign(targets, names, **how).parameters <= budget * 12 * 32
+    more = select(scores, keep=len(names) + 1)
+    assert assign(targets, more, **how).parameters > budget * 12 * 32
+    assert len(names) != len(select(scores, budget=budget))
+
+
+# Ablations
+
+OTHERWISE = {"inverse": [0, 2, 6], "top": [2, 3, 7], "bottom": [0, 1, 4], "importance": [1, 3, 5]}
+
+
+@pytest.mark.parametrize(("selection", "expected"), OTHERWISE.items())
+def test_as_many_chosen_otherwise(selection: str, expected: list[int]) -> None:
+    """Two of the first type and one of the second, whatever the choice."""
+    scores = grouped([1, 3, 2, 4], [6, 9, 5, 8])
+    names = [t.name for t in scores.targets]
+    chosen = [names[i] for i in (1, 3, 5)]
+    assert [names.index(n) for n in reselect(scores, chosen, selection)] == expected
+
+
+def test_chosen_by_lot() -> None:
+    scores = grouped([1, 3, 2, 4], [6, 9, 5, 8])
+    chosen = select(scores, keep=4)
+    drawn = [tuple(reselect(scores, chosen, "random", seed)) for seed in range(60)]
+    assert drawn[5] == tuple(reselect(scores, chosen, "random", 5))
+    assert {sum(n.endswith("a") for n in names) for names in drawn} == {2}
+    assert len(set(drawn)) > 20  # of 36
+    assert set().union(*drawn) == set(scores)
+    with pytest.raises(ValueError, match=r"selection='best'.*importance, inverse, random"):
+        reselect(scores, chosen, "best")
+
+
+@property_test
+@given(values_of_some.filter(lambda v: len(v) > 1), decisions)
+def test_chosen_by_importance_is_the_decision_itself(values: Any, options: Any) -> None:
+    half = (len(values) + 1) // 2
+    scores = grouped([1.0, *values[:half]], [1.0, *values[half:]])
+    kept_by_score = select(scores, **options)
+    assert reselect(scores, kept_by_score, "importance") == kept_by_score
+
+
 # Refusals
 
 
@@ -323,8 +370,28 @@ def test_assign() -> None:
     assert assign(targets, [], "none").slots == (None,) * 5
     with pytest.raises(ValueError, match=r"'layers\.9\.q'.*layers\.0\.q"):
         assign(targets, ["layers.9.q"])
-    with pytest.raises(ValueError, match=r"share='no_such'.*group, none"):
+    with pytest.raises(ValueError, match=r"share='no_such'.*group, shape, interval, none"):
         assign(targets, [], "no_such")
+    with pytest.raises(ValueError, match=r"interval=0: choose a whole number of layers"):
+        assign(targets, [], "interval", 0)
+
+
+def test_sharing_by_shape_alone() -> None:
+    targets = [target(0, "q"), target(0, "v"), target(0, "up", 8, 32), target(1, "q", r=4)]
+    assert assign(targets, [], "shape").slots == (0, 0, 1, 2)
+    assert assign(targets, ["layers.0.v"], "shape").slots == (0, 1, 2, 3)
+
+
+def test_sharing_by_neighbouring_layers() -> None:
+    """Runs of layers are counted over the layers that have targets, a group at a time."""
+    targets = [target(i, kind) for i in (0, 1, 4, 5, 9) for kind in "qv"]
+    head = Target("pooler.dense", "dense", 8, 8, 2)
+    found = assign([*targets, head], [], "interval", 2).slots
+    assert found == (0, 1, 0, 1, 2, 3, 2, 3, 4, 5, 6)
+    found = assign([*targets, head], ["layers.1.q"], "interval", 3).slots
+    assert found == (0, 1, 2, 1, 0, 1, 3, 4, 3, 4, 5)
+    assert assign(targets, [], "interval", 5).slots == assign(targets, []).slots
+    assert not assign(targets, [], "interval", 1).shares
 
 
 def test_an_assignment_says_who_shares() -> None:

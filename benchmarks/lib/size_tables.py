@@ -140,13 +140,32 @@ def step_time(results: Path) -> str | None:
     return markdown(("task", "", *(f"{part:g} left" for part in budgets)), body) if body else None
 
 
-def final_cells(results: Path) -> dict[tuple[str, str], list[Cell]]:
+def final_cells(results: Path, name: str = "bench_sizes") -> dict[tuple[str, str], list[Cell]]:
     """(task, arm) -> its cells on dev, one for each seed."""
     found: dict[tuple[str, str], list[Cell]] = {}
-    for cell in _cells(results, "bench_sizes"):
+    for cell in _cells(results, name):
         if cell.get("of") == "dev":
             found.setdefault((cell["task"], cell["arm"]), []).append(cell)
     return found
+
+
+def against(cells: Sequence[Cell], rival: Sequence[Cell]) -> list[float]:
+    """By how many percent its loss on dev is above the rival's, for each seed that both have."""
+    losses = {cell["seed"]: cell["loss"] for cell in rival}
+    return [100 * (c["loss"] / losses[c["seed"]] - 1) for c in cells if c["seed"] in losses]
+
+
+FIGURES = ("parameters", "learning rate", "held-out loss", "dev loss", "dev accuracy, %")
+
+
+def figures(cells: Sequence[Cell], rival: Sequence[Cell]) -> list[str]:
+    """One arm at the rate that won: `FIGURES`, its loss against the rival's, and n."""
+    size = statistics.mean(cell["parameters"] for cell in cells)
+    row = [f"{size:,.0f}", f"{cells[0]['rate']:g}"]
+    row += [shown([c[which] for c in cells], 3) for which in ("held_out_loss", "loss")]
+    row += [shown([100 * c["accuracy"] for c in cells], 1)]
+    pairs = against(cells, rival)
+    return [*row, shown(pairs, 1, " %", "+") if pairs else "", str(len(cells))]
 
 
 def sizes(results: Path) -> str | None:
@@ -154,23 +173,13 @@ def sizes(results: Path) -> str | None:
     final = final_cells(results)
     parts = []
     for task in dict.fromkeys(task for task, _ in final):
-        body = []
-        for (of, arm), cells in final.items():
-            if of != task:
-                continue
-            size = statistics.mean(cell["parameters"] for cell in cells)
-            row = [arm, f"{size:,.0f}", f"{cells[0]['rate']:g}"]
-            row += [shown([c[which] for c in cells], 3) for which in ("held_out_loss", "loss")]
-            row += [shown([100 * c["accuracy"] for c in cells], 1)]
-            rival = {c["seed"]: c["loss"] for c in final.get((task, SMALL), ())}
-            pairs = [100 * (c["loss"] / rival[c["seed"]] - 1) for c in cells if c["seed"] in rival]
-            against = shown(pairs, 1, " %", "+") if pairs and arm != SMALL else ""
-            body.append([*row, against, str(len(cells))])
-        head = (
-            task, "parameters", "learning rate", "held-out loss", "dev loss", "dev accuracy, %",
-            f"loss against {SMALL}, paired", "n",
-        )  # fmt: skip
-        parts.append(markdown(head, body))
+        rival = final.get((task, SMALL), [])
+        body = [
+            [arm, *figures(cells, [] if arm == SMALL else rival)]
+            for (of, arm), cells in final.items()
+            if of == task
+        ]
+        parts.append(markdown((task, *FIGURES, f"loss against {SMALL}, paired", "n"), body))
     return "\n\n".join(parts) or None
 
 

@@ -109,3 +109,7 @@ class Method:
         statistics   name -> a tensor for each target, None where its forward was not called;
                      summed over ranks, on the device of the target
         """
+
+    def facts(self, bank: AdapterBank) -> Mapping[str, float]:
+        """Numbers by name that the plan and its report say of the bank as it is now."""
+        return {}

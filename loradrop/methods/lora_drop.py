@@ -17,7 +17,17 @@ from loradrop.bank import AdapterBank
 from loradrop.methods.base import Method, Warmup
 from loradrop.pairs import AFTER, INITS, LoRABank
 from loradrop.scores import Scores
-from loradrop.selection import CHOICES, assign, check_choice, check_part, keep_frequency, select
+from loradrop.selection import (
+    CHOICES,
+    INTERVAL,
+    assign,
+    check_choice,
+    check_interval,
+    check_part,
+    keep_frequency,
+    reselect,
+    select,
+)
 
 _log = logging.getLogger(__name__)
 _CHOICES = CHOICES | {"share_init": INITS, "after_select": AFTER, "source": ("online", "offline")}
@@ -31,7 +41,9 @@ class LoRADrop(Method):
                      parameters, and threshold=0.9 is the paper's. A budget below what sharing
                      everything takes is raised to that, with a warning
     scope, importance                      of `select`
-    share, share_init, after_select        of `share`
+    selection, selection_seed              of `reselect`, for ablations: "importance" is the method
+    share, interval, share_init, after_select   of `share`; with share="none" as many targets are
+                     kept as with "group"
     probe_steps      length of the warm-up: optimiser steps, or below 1 a part of all steps, at
                      least 3
     sample_ratio     the part of the training set, drawn by class, that the warm-up trains on
@@ -53,7 +65,10 @@ class LoRADrop(Method):
     budget: float | None = None
     scope: str = "per_module"
     importance: str = "sqnorm"
+    selection: str = "importance"
+    selection_seed: int = 0
     share: str = "group"
+    interval: int = INTERVAL
     share_init: str = "fresh"
     after_select: str = "reinit"
     probe_steps: float = 0.1
@@ -75,6 +90,7 @@ class LoRADrop(Method):
             raise ValueError(f"keep={self.keep}: choose a whole number of at least 0")
         for name, known in _CHOICES.items():
             check_choice(name, getattr(self, name), known)
+        check_interval(self.interval)
         steps = self.probe_steps
         if not 0 < steps < math.inf or (steps >= 1 and steps != int(steps)):
             raise ValueError(
@@ -122,12 +138,15 @@ class LoRADrop(Method):
 
     def decide(self, scores: Scores) -> list[str]:
         keep, budget = self.keep, self.budget
-        if budget is not None and budget < _least(scores):
+        if budget is not None and budget < self._least(scores):
             keep, budget = 0, None
-        return select(
+        kept = select(
             scores, self.threshold, keep=keep, keep_ratio=self.keep_ratio, budget=budget,
-            scope=self.scope, importance=self.importance,
+            scope=self.scope, importance=self.importance, share=self.share, interval=self.interval,
         )  # fmt: skip
+        if self.selection == "importance":
+            return kept
+        return reselect(scores, kept, self.selection, self.selection_seed)
 
     def update(self, bank: AdapterBank, scores: Scores | None) -> None:
         if scores is None:
@@ -136,16 +155,18 @@ class LoRADrop(Method):
                 "or pass kept"
             )
         assert isinstance(bank, LoRABank)
-        if self.budget is not None and self.budget < (least := _least(scores)):
+        if self.budget is not None and self.budget < (least := self._least(scores)):
             what = (
                 f"budget={self.budget:g} is out of reach: one adapter per group takes {least:.3g}"
             )
             _log.warning("%s of LoRA's parameters, so no target keeps its own", what)
-        kept, init, after = self.decide(scores), self.share_init, self.after_select
-        bank.share(kept, scores, share=self.share, init=init, after_select=after)
+        bank.share(
+            self.decide(scores), scores, share=self.share, init=self.share_init,
+            after_select=self.after_select, interval=self.interval,
+        )  # fmt: skip
 
-
-def _least(scores: Scores) -> float:
-    """The part of LoRA's parameters that is left where nothing is kept."""
-    full = sum(target.parameters for target in scores.targets)
-    return assign(scores.targets, []).parameters / full
+    def _least(self, scores: Scores) -> float:
+        """The part of LoRA's parameters that is left where nothing is kept."""
+        full = sum(target.parameters for target in scores.targets)
+        share = "group" if self.share == "none" else self.share
+        return assign(scores.targets, [], share, self.interval).parameters / full

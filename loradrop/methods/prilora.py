@@ -4,14 +4,16 @@ and A pruned throughout training by its size and the size of its input.
     r_l = round(r_start + (r_end − r_start)·l / (L − 1))      for the layers l = 0 .. L − 1
     S_ij = |A_ij| · X̄_j       X̄ <- β·X̄ + (1 − β)·‖x_j‖₂     the norm over one step's tokens
 
-Every `prune_every` steps the smallest `prune_ratio` of each row of A, by S, is set to zero; entries
-may regrow until the next time. From the paper: the linear growth, the pruning of A alone,
+Every `prune_every` steps the smallest `prune_ratio` of A, by S, is set to zero: of each row, of
+each target, or of all targets together. Entries may regrow until the next time, or not at all; the
+bank's state says which ones were pruned. From the paper: the linear growth, the pruning of A alone,
 throughout training, by |A| and a moving average of the input. Ours, because we could not read them
 there: the formula of S, its norm and β, the cadence, the ratio and its scope, the ends of the
 ranks, one s for all layers.
 """
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -22,6 +24,9 @@ from loradrop.bank import AdapterBank
 from loradrop.methods.base import Method
 from loradrop.pairs import LoRABank
 from loradrop.scores import Target, layer_of
+from loradrop.selection import check_choice
+
+PRUNE_SCOPES = ("row", "target", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +36,9 @@ class PRILoRA(Method):
     r_start, r_end   rank of the first and the last layer; None is half and one and a half of the
                      `r` of `LoRAConfig`, so that the mean is `r`
     prune_every      steps between two prunings of A
-    prune_ratio      the part of each row of A that a pruning sets to zero, rounded down
+    prune_ratio      the part of A that a pruning sets to zero, rounded down
+    prune_scope      of what: "row", each row of A; "target", each A; "all", all of them together
+    regrow           whether pruned entries may grow until the next pruning; False keeps them zero
     beta             β of the moving average of the input's norm
 
     Targets without a layer number keep the rank of `LoRAConfig`. Raises ValueError naming the
@@ -45,6 +52,8 @@ class PRILoRA(Method):
     r_end: int | None = None
     prune_every: int = 40
     prune_ratio: float = 0.5
+    prune_scope: str = "row"
+    regrow: bool = True
     beta: float = 0.9
 
     def __post_init__(self) -> None:
@@ -56,6 +65,7 @@ class PRILoRA(Method):
         for name, part in (("prune_ratio", self.prune_ratio), ("beta", self.beta)):
             if not 0.0 <= part < 1.0:
                 raise ValueError(f"{name}={part!r}: choose a number in [0, 1)")
+        check_choice("prune_scope", self.prune_scope, PRUNE_SCOPES)
 
     def bank(
         self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]
@@ -84,20 +94,53 @@ class PRILoRA(Method):
         """Takes the step's inputs into X̄ and, every `prune_every` steps, prunes every A."""
         assert isinstance(bank, PRILoRABank)
         for i, moment in enumerate(statistics["moment"]):
-            average = bank.input_norm(i)
             if moment is not None:
+                average = bank.input_norm(i)
                 average.lerp_(moment.sqrt().to(average), 1.0 - self.beta)
-            pair = bank.factors(i)
-            if pair is None or step % self.prune_every:
-                continue
-            A = pair[0]
-            count = int(self.prune_ratio * A.shape[1])
-            smallest = (A.abs() * average).topk(count, dim=1, largest=False).indices
-            A.scatter_(1, smallest, 0.0)
+        if not self.regrow:
+            bank.zero_pruned()  # before S, in which they are the smallest then
+        if step % self.prune_every == 0:
+            scores = [A.abs() * bank.input_norm(i) for i, A in bank.each_A()]
+            chosen = smallest(scores, self.prune_ratio, self.prune_scope)
+            for (i, _), mask in zip(bank.each_A(), chosen, strict=True):
+                bank.pruned(i).copy_(mask)
+            bank.zero_pruned()
+
+    def facts(self, bank: AdapterBank) -> Mapping[str, float]:
+        """The part of A that is zero now, and the rank of LoRA with as many parameters."""
+        assert isinstance(bank, PRILoRABank)
+        size = sum(t.in_features + t.out_features for t in bank.targets)
+        return {
+            "zeros of A": bank.sparsity,
+            "equal rank": sum(target.parameters for target in bank.targets) / size,
+        }
+
+
+def smallest(scores: Sequence[Tensor], ratio: float, scope: str) -> list[Tensor]:
+    """Masks of the shapes of `scores` (r, K), true for the smallest `ratio` of each row, of each
+    tensor ("target"), or of all tensors together, rounded down.
+    """
+    if scope == "all":
+        flat = torch.cat([score.flatten().to(scores[0].device) for score in scores])
+        ends = list(itertools.accumulate(score.numel() for score in scores))[:-1]
+        parts = _smallest(flat.unsqueeze(0), ratio).squeeze(0).tensor_split(ends)
+        return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
+    if scope == "target":
+        return [_smallest(score.view(1, -1), ratio).view(score.shape) for score in scores]
+    return [_smallest(score, ratio) for score in scores]
+
+
+def _smallest(scores: Tensor, ratio: float) -> Tensor:
+    """A mask of the smallest `ratio` of each row."""
+    count = int(ratio * scores.shape[1])
+    found = scores.topk(count, dim=1, largest=False).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, found, True)
 
 
 class PRILoRABank(LoRABank):
-    """LoRA's pairs, and for target i the moving average X̄ (K,) of its input's norm."""
+    """LoRA's pairs, and for target i the moving average X̄ (K,) of its input's norm, and a mask
+    (r, K) of what the last pruning took.
+    """
 
     def __init__(
         self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]
@@ -106,7 +149,31 @@ class PRILoRABank(LoRABank):
         for i, (target, like) in enumerate(zip(targets, likes, strict=True)):
             average = torch.zeros(target.in_features, device=like.device)
             self.register_buffer(f"input_norm_{i}", average)
+            mask = torch.zeros(target.r, target.in_features, dtype=torch.bool, device=like.device)
+            self.register_buffer(f"pruned_{i}", mask)
 
     def input_norm(self, i: int) -> Tensor:
         """X̄ (K,) of target i, float32."""
         return self.get_buffer(f"input_norm_{i}")
+
+    def pruned(self, i: int) -> Tensor:
+        """(r, K) bool of target i: the entries of A that the last pruning set to zero."""
+        return self.get_buffer(f"pruned_{i}")
+
+    def each_A(self) -> Iterator[tuple[int, Tensor]]:  # noqa: N802 - the papers' name
+        """(i, A (r, K)) of every target that has an adapter."""
+        for i in range(len(self.targets)):
+            if (pair := self.factors(i)) is not None:
+                yield i, pair[0]
+
+    def zero_pruned(self) -> None:
+        """Sets to zero what the last pruning took."""
+        for i, A in self.each_A():
+            A.masked_fill_(self.pruned(i), 0.0)
+
+    @property
+    def sparsity(self) -> float:
+        """The part of the entries of all A that is zero."""
+        every = [A for _, A in self.each_A()]
+        size = sum(A.numel() for A in every)
+        return sum(A.numel() - int(A.count_nonzero()) for A in every) / max(1, size)

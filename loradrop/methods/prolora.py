@@ -11,7 +11,7 @@ elements.
 
 From the paper and its authors' code: all of that, and the rectified start, which draws A_c and A_u
 as LoRA draws the whole of A, by the fan-in K, while B_c and B_u are zero. Ours, because we found no
-defaults there: m = n = 4, and a quarter of the ranks for u.
+defaults there: m = n = 4 where there is room, and a quarter of the ranks for u.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,8 @@ class PRoLoRA(Method):
     """The options of PRoLoRA. With m = n = 1 it is LoRA.
 
     m   copies of the chunk of A, side by side along its columns
-    n   copies of the chunk of B, one below the other along its rows
+    n   copies of the chunk of B, one below the other along its rows; None of either is four, or as
+        many as a target has features
     u   ranks that are not shared; None is a quarter of a target's rank, rounded down
 
     Raises ValueError naming the field, its value and the remedy.
@@ -39,14 +40,14 @@ class PRoLoRA(Method):
 
     name: ClassVar[str] = "prolora"
 
-    m: int = 4
-    n: int = 4
+    m: int | None = None
+    n: int | None = None
     u: int | None = None
 
     def __post_init__(self) -> None:
         for name, count in (("m", self.m), ("n", self.n)):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name}={count!r}: choose a whole number from 1 up")
+            if count is not None and (not isinstance(count, int) or count < 1):
+                raise ValueError(f"{name}={count!r}: choose a whole number from 1 up, or None")
         if self.u is not None and (not isinstance(self.u, int) or self.u < 0):
             raise ValueError(f"u={self.u!r}: choose a whole number from 0 up, or None")
 
@@ -58,7 +59,7 @@ class PRoLoRA(Method):
             what = f"for {target.name} ({target.in_features} -> {target.out_features})"
             sides = (("m", self.m, target.in_features), ("n", self.n, target.out_features))
             for name, count, width in sides:
-                if count > width:
+                if count is not None and count > width:
                     raise ValueError(
                         f"{name}={count} {what}: there are only {width} features to copy a chunk "
                         f"along. Choose {name} <= {width}, or leave it out with exclude_modules"
@@ -69,6 +70,11 @@ class PRoLoRA(Method):
                     f"u < {target.r} or a larger rank; LoRA() shares none"
                 )
         return PRoLoRABank(targets, scaling, likes, self)
+
+    def copies(self, target: Target) -> tuple[int, int]:
+        """The m and n of this target."""
+        K, N = target.in_features, target.out_features
+        return self.m or min(4, K), self.n or min(4, N)
 
     def unshared(self, target: Target) -> int:
         """The u of this target."""
@@ -88,15 +94,15 @@ class PRoLoRABank(AdapterBank):
         method: PRoLoRA,
     ) -> None:
         super().__init__(targets, scaling)
-        self.m, self.n = method.m, method.n
+        self.copies = [method.copies(target) for target in targets]
         self.own: dict[int, int] = {}
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
         self.own_A, self.own_B = nn.ParameterList(), nn.ParameterList()
         for i, (target, like) in enumerate(zip(targets, likes, strict=True)):
             K, N, u = target.in_features, target.out_features, method.unshared(target)
-            shared = target.r - u
-            self.A.append(_drawn(like, shared, -(-K // self.m), K))
-            self.B.append(like.new_zeros(-(-N // self.n), shared))
+            shared, (m, n) = target.r - u, self.copies[i]
+            self.A.append(_drawn(like, shared, -(-K // m), K))
+            self.B.append(like.new_zeros(-(-N // n), shared))
             if u:
                 self.own[i] = len(self.own)
                 self.own_A.append(_drawn(like, u, K, K))
@@ -104,9 +110,9 @@ class PRoLoRABank(AdapterBank):
 
     def factors(self, i: int) -> Pair:
         """A (r, K) and B (N, r) from rotated copies of the chunks, and the unshared ranks."""
-        target = self.targets[i]
-        A = _copies(self.A[i], self.m, 1)[:, : target.in_features]  # (r − u, K)
-        B = _copies(self.B[i], self.n, 0)[: target.out_features]  # (N, r − u)
+        target, (m, n) = self.targets[i], self.copies[i]
+        A = _copies(self.A[i], m, 1)[:, : target.in_features]  # (r − u, K)
+        B = _copies(self.B[i], n, 0)[: target.out_features]  # (N, r − u)
         if (own := self.own.get(i)) is not None:
             A = torch.cat((A, self.own_A[own]), 0)  # (r, K)
             B = torch.cat((B, self.own_B[own]), 1)  # (N, r)

@@ -172,6 +172,7 @@ def _summary(plan: Plan, own: int | None) -> dict[str, str]:
             f"all {len(plan.targets)} targets keep their own adapter; to keep fewer, give the "
             "method a smaller budget, keep_ratio or threshold"
         )
+    found |= {name: f"{value:.4g}" for name, value in plan.facts.items()}
     if scores := plan.scores:
         rows = f"{scores['rows']:,} {'steps' if scores['source'] == 'online' else 'batches'}"
         found["scores"] = f"{scores['source']}, {scores['tokens']:,} tokens in {rows}"
@@ -213,7 +214,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows as lines of a table, the first column to the left and the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
     return ["   ".join(row).rstrip() for row in cells]
@@ -244,8 +246,8 @@ def plan_table(plan: Plan) -> str:
         groups.append([name, *(str(count(cells, state)) for state in MARKS), *scored])
     topic = f"importance in % of {grid.whole}" if grid.scored else "importance not measured"
     topic += ", and the rank that is left" if grid.cut else ""
-    lines = [f"{grid.model_name}: {topic}", "", *_aligned(rows), ""]
-    lines += ["   ".join(f"{MARKS[s]} {MEANINGS[s]}" for s in MARKS), "", *_aligned(groups), ""]
+    lines = [f"{grid.model_name}: {topic}", "", *aligned(rows), ""]
+    lines += ["   ".join(f"{MARKS[s]} {MEANINGS[s]}" for s in MARKS), "", *aligned(groups), ""]
     return "\n".join([*lines, *(f"{key:<11} {value}" for key, value in grid.summary.items())])
 
 
@@ -269,7 +271,7 @@ def budget_table(found: Spectrum, **how: Any) -> str:
         spread = f"{min(used)}–{max(used)}" if len(set(used)) > 1 else str(used[0])
         none = str(len(ranks) - len(used))
         rows.append([f"{budget:g}", f"{size:,}", f"{4 * size:,}", *cost, spread, none])
-    return "\n".join(_aligned(rows))
+    return "\n".join(aligned(rows))
 
 
 def arms_table(arms: Sequence[Arm], metric: str) -> str:
@@ -278,4 +280,4 @@ def arms_table(arms: Sequence[Arm], metric: str) -> str:
     for arm in arms:
         value = f"{arm.metrics[metric]:.4f}" if metric in arm.metrics else "–"
         rows.append([arm.name, f"{arm.parameters:,}", value, duration(arm.seconds)])
-    return "\n".join(_aligned(rows))
+    return "\n".join(aligned(rows))

@@ -1,0 +1,97 @@
+"""Which method reaches which quality at the parameters of LoRA of rank 1, 2 and 4?
+
+Every method adapts every linear layer, for equally many steps, and has the learning rate that is
+best for it on one grid: see `lib/study.py`. A budget is LoRA's own size at that rank, on the same
+layers; each method's rank and options for it are in `SIZES`, and a cell says what it came to. A
+method that this version of loradrop lacks is skipped. Cells are written as they finish, the most
+telling first, and a run again does the rest.
+
+    python benchmarks/bench_methods.py --data DIR [--minutes 30]    DIR/sst2 ... hold train and dev
+    python benchmarks/bench_methods.py --picture                    docs/methods.png from the cells
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib import RESULTS, ROOT
+from lib.method_picture import draw
+from lib.study import Arm, Study
+from lib.tasks import Tasks
+from loradrop import methods
+
+RESULT = RESULTS / "cpu" / "bench_methods.json"
+TASKS = ("stdlib", "sst2", "mrpc")
+BUDGETS = (1, 4, 2)  # ranks of LoRA; the smallest and the largest tell most
+RATES = tuple(1e-3 * 2**k for k in range(-4, 9))  # methods with few parameters take large ones
+# Method -> budget -> the rank of its configuration, and its options where they are not the
+# defaults, for the layers of MiniLM: within 16 % of LoRA's size. At the end AdaLoRA and spectral
+# LoRA-drop are of that size, and wider at first. VeRA has no more at its largest rank, and RaSA of
+# rank 1 is LoRA.
+SIZES: dict[str, dict[int, tuple[int, dict[str, Any]]]] = {
+    "lora": {1: (1, {}), 2: (2, {}), 4: (4, {})},
+    "lora_drop": {n: (2 * n, {"budget": 0.5, "probe_steps": 0.2}) for n in (1, 2, 4)},
+    "spectral": {n: (8, {"budget": n / 8}) for n in (1, 2, 4)},
+    "adalora": {1: (1, {}), 2: (2, {}), 4: (4, {})},
+    "rasa": {2: (2, {}), 4: (4, {})},
+    "share_lora": {1: (2, {}), 2: (3, {}), 4: (7, {})},
+    "tied_lora": {1: (3, {}), 2: (9, {}), 4: (21, {})},
+    "vera": {1: (384, {})},
+    "mos": {
+        1: (3, {"equivalent_rank": 1, "private_rank": 0}),
+        2: (6, {"equivalent_rank": 2}),
+        4: (12, {"equivalent_rank": 4}),
+    },
+    "prolora": {1: (4, {"u": 0}), 2: (5, {"u": 1}), 4: (10, {"u": 2})},
+    "lora_fa": {1: (2, {}), 2: (4, {}), 4: (8, {})},
+    "lorta": {1: (9, {}), 2: (18, {}), 4: (36, {})},
+    "nb_lora": {1: (1, {}), 2: (2, {}), 4: (4, {})},
+    "rm_lora": {1: (1, {}), 2: (2, {}), 4: (4, {})},
+    "prilora": {1: (1, {"r_start": 1, "r_end": 1}), 2: (2, {}), 4: (4, {})},
+}
+
+
+def arms(budget: int, names: list[str]) -> dict[str, Arm]:
+    """Name -> arm at this budget, for the methods that there are."""
+    found = {}
+    for name in names:
+        if name in methods.available() and budget in SIZES[name]:
+            rank, options = SIZES[name][budget]
+            about = {"method": name, "budget": budget}
+            found[f"{name}, {budget}"] = Arm(rank, methods.get(name)(**options), about)
+    return found
+
+
+def main() -> None:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    parser.add_argument("--data", type=Path, help="has sst2/ and mrpc/; default: stdlib alone")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--budgets", nargs="+", type=int, choices=BUDGETS, default=list(BUDGETS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="after which no run starts")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--picture", action="store_true", help="only draw what is there")
+    args = parser.parse_args()
+    if args.picture:
+        draw(RESULTS, ROOT / "docs" / "methods.png")
+        return
+    absent = [name for name in args.methods if name not in methods.available()]
+    if absent:
+        print(f"not in this version, skipped: {', '.join(absent)}", file=sys.stderr)
+    torch.set_num_threads(1)
+    tasks = Tasks(args.data, None)
+    every = {budget: arms(budget, args.methods) for budget in args.budgets}
+    merged = {name: arm for found in every.values() for name, arm in found.items()}
+    study = Study(tasks, args.out, args.minutes, merged, {"budgets": BUDGETS}, rates=RATES)
+    for found in every.values():
+        study.run([(t, arm) for arm in found for t in args.tasks if tasks.has(t)], args.seeds)
+
+
+if __name__ == "__main__":
+    main()

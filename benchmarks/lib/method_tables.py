@@ -1,0 +1,74 @@
+"""The tables of `bench_methods.py`: every method beside LoRA of as many parameters."""
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from lib.markdown import markdown
+from lib.size_tables import FIGURES, Cell, against, figures, final_cells, shown
+
+RIVAL = "lora"
+Key = tuple[str, int]  # a method, and the rank of LoRA whose size it has
+
+
+def by_method(results: Path) -> dict[str, dict[Key, list[Cell]]]:
+    """Task -> (method, budget) -> its cells on dev, one for each seed."""
+    found: dict[str, dict[Key, list[Cell]]] = {}
+    for (task, _), cells in final_cells(results, "bench_methods").items():
+        found.setdefault(task, {})[cells[0]["method"], cells[0]["budget"]] = cells
+    return found
+
+
+def _budgets(found: dict[str, dict[Key, list[Cell]]]) -> list[int]:
+    return sorted({budget for of_task in found.values() for _, budget in of_task})
+
+
+def _facts(cells: list[Cell]) -> str:
+    """What the method says of its bank, the mean over the seeds."""
+    names = cells[0].get("facts", {})
+    means = {name: statistics.mean(cell["facts"][name] for cell in cells) for name in names}
+    return ", ".join(f"{name} {value:.3g}" for name, value in means.items())
+
+
+def methods(results: Path) -> str | None:
+    """For every task, budget and method: the rate that won, parameters, loss and accuracy."""
+    parts = []
+    for task, found in by_method(results).items():
+        body = []
+        for budget in _budgets({task: found}):
+            rival = found.get((RIVAL, budget), [])
+            for (method, of), cells in found.items():
+                if of == budget:
+                    row = figures(cells, [] if method == RIVAL else rival)
+                    body.append([str(budget), method, *row, _facts(cells)])
+        head = ("method", *FIGURES, "loss against LoRA's, paired", "n", "at the end")
+        parts.append(markdown((f"{task}, size of LoRA r", *head), body))
+    return "\n\n".join(parts) or None
+
+
+def methods_all(results: Path) -> str | None:
+    """For every method and budget: its loss against LoRA's of that size, over all tasks."""
+    found = by_method(results)
+    budgets, body = _budgets(found), []
+    for method in dict.fromkeys(name for of_task in found.values() for name, _ in of_task):
+        if method == RIVAL:
+            continue
+        row = []
+        for budget in budgets:
+            pairs = [
+                value
+                for of_task in found.values()
+                for value in against(
+                    of_task.get((method, budget), []), of_task.get((RIVAL, budget), [])
+                )
+            ]
+            row.append(f"{shown(pairs, 1, ' %', '+')} (n={len(pairs)})" if pairs else "–")
+        body.append([method, *row])
+    head = [f"size of LoRA r={budget}" for budget in budgets]
+    return markdown(("dev loss against LoRA's, paired", *head), body) if body else None
+
+
+METHOD_TABLES: dict[str, Callable[[Path], str | None]] = {
+    "methods": methods,
+    "methods_all": methods_all,
+}

@@ -1,0 +1,147 @@
+"""The study of `bench_sizes.py` and `bench_methods.py`: arms trained each at its own learning rate.
+
+The rate is searched on one grid, by the loss on a part of train that no run trains on. At the rate
+that won, every seed trains once, and dev is looked at once, at the end.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lib.tasks import SETTINGS, Prepared, Tasks, labels_of, predictions, quality, write_cells
+from loradrop.config import LoRAConfig, TrainConfig
+from loradrop.files import read_json
+from loradrop.injection import plan_of
+from loradrop.methods import Method
+from loradrop.training import fit
+
+RATES = tuple(1e-3 * 2**k for k in range(-2, 7))
+FIRST_RATE, SEARCH_SEED = 4e-3, 100
+Cell = dict[str, Any]
+After = Callable[[str, str, Prepared, Callable[[], Cell]], Iterator[tuple[str, Cell]]]
+
+
+class Arm(NamedTuple):
+    """The rank of an arm's configuration, its method, and what its cells say of it beside that."""
+
+    rank: int
+    method: Method
+    about: Mapping[str, Any] = {}
+
+
+def judged(given: Prepared, search: bool) -> Cell:
+    """The loss on the rows held out of train; unless a rate is searched, dev beside it."""
+    model, held_out = given.model, given.batches(given.choice)
+    found = quality(predictions(model, held_out), labels_of(held_out))
+    size = model.lora_bank.trainable
+    if search:
+        return {"of": "held out", "n": len(given.choice), "parameters": size, **found}
+    dev = given.batches(given.dev)
+    facts = {"n": len(given.dev), "parameters": size, "held_out_loss": found["loss"]}
+    return {"of": "dev", **facts, **quality(predictions(model, dev), labels_of(dev))}
+
+
+class Study:
+    """The cells of one result file.
+
+    minutes    after which no run starts
+    settings   what the file says beside the settings of its tasks
+    rates      the grid of learning rates, which has `FIRST_RATE`
+    after      other arms and their cells, from a model that was trained: (task, arm, what it was
+               trained with, a function that judges it as it is now)
+    """
+
+    def __init__(
+        self,
+        tasks: Tasks,
+        path: Path,
+        minutes: float,
+        arms: Mapping[str, Arm],
+        settings: Mapping[str, Any],
+        *,
+        rates: Sequence[float] = RATES,
+        after: After | None = None,
+    ) -> None:
+        self.tasks, self.path, self.arms, self.rates = tasks, path, arms, rates
+        self.after = after
+        self.settings = dict(settings) | {"rates": rates, "search_seed": SEARCH_SEED}
+        self.cells: list[Cell] = read_json(path)["cells"] if path.exists() else []
+        self._deadline = time.monotonic() + 60 * minutes
+
+    def run(self, chosen: Sequence[tuple[str, str]], seeds: int) -> None:
+        """The rate of each (task, arm), and then every seed at it, all arms for each seed."""
+        rates = {key: self.search(*key) for key in chosen}
+        for seed in range(seeds):
+            for key in chosen:
+                if (rate := rates[key]) is not None:
+                    self.cell(*key, rate, seed)
+
+    def cell(self, task: str, arm: str, rate: float, seed: int) -> Cell | None:
+        """The cell, measured now if it is new; None where the time is over."""
+        key = {"task": task, "arm": arm, "rate": rate, "seed": seed}
+        for cell in self.cells:
+            if key.items() <= cell.items():
+                return cell
+        if time.monotonic() > self._deadline:
+            return None
+        self.cells += [key | {"arm": of} | found for of, found in self._run(task, arm, rate, seed)]
+        write_cells(self.path, self.cells, self.settings)
+        print(json.dumps(self.cells[-1]), flush=True)
+        return self.cell(task, arm, rate, seed)
+
+    def _run(self, name: str, arm: str, rate: float, seed: int) -> Iterator[tuple[str, Cell]]:
+        """The arm and its cell, and those that come `after` it."""
+        setting, (rank, method, about) = SETTINGS[name], self.arms[arm]
+        train = TrainConfig(
+            steps=setting.steps, batch_size=setting.batch_size, learning_rate=rate, seed=seed,
+            save_every=10**6,
+        )  # fmt: skip
+        given = self.tasks.prepare(name, train)
+        lora = LoRAConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=setting.target_modules,
+            modules_to_save=given.missing, method=method,
+        )  # fmt: skip
+        search = seed == SEARCH_SEED
+        started = time.process_time()
+        try:
+            fit(given.model, given.train, None, lora, args=train, collate=given.collate)
+        except ValueError as error:  # a rate at which the loss is not finite any more
+            if "finite" not in str(error):
+                raise
+            yield arm, {**about, "loss": None}
+            return
+        seconds = round(time.process_time() - started, 1)
+        found = {"seconds": seconds, "facts": plan_of(given.model).facts}
+        yield arm, {**about, **found, **judged(given, search)}
+        if self.after is not None and not search:
+            yield from self.after(name, arm, given, lambda: judged(given, search))
+
+    def search(self, task: str, arm: str) -> float | None:
+        """The rate of the least loss on the rows held out of train: down from the first on either
+        side, as far as it falls. None where the time is over.
+        """
+        losses: dict[int, float] = {}
+
+        def loss(k: int) -> float | None:
+            if not 0 <= k < len(self.rates):
+                return math.inf
+            if k not in losses:
+                cell = self.cell(task, arm, self.rates[k], SEARCH_SEED)
+                if cell is None:
+                    return None
+                losses[k] = math.inf if cell["loss"] is None else cell["loss"]
+            return losses[k]
+
+        best = self.rates.index(FIRST_RATE)
+        for step in (-1, 1):
+            while True:
+                here, there = loss(best), loss(best + step)
+                if here is None or there is None:
+                    return None
+                if there >= here:
+                    break
+                best += step
+        return self.rates[best]
