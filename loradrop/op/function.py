@@ -53,7 +53,7 @@ def reads_x(call: Call, sinks: Sinks) -> bool:
 
 def saved_tensors(call: Call, sinks: Sinks, out: Output) -> tuple[Tensor | None, ...]:
     """What the backward pass reads, in the order in which `saved_of` takes it."""
-    x = call.x if call.A.requires_grad or reads_x(call, sinks) else None
+    x = call.x if reads_x(call, sinks) else None
     weights = call.token_weights if sinks.moment is not None else None
     kept = weights, out.sqnorm, out.gram
     return x, call.weight, call.A, call.B, out.h, out.mask, call.seed, *kept
