@@ -1,5 +1,9 @@
 """VeRA against its formula: one frozen random pair, two trained vectors for each target."""
 
+import sys
+import types
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +52,30 @@ def test_the_delta_is_that_of_the_formula() -> None:
         expected = np.diag(b) @ B[: target.out_features] @ np.diag(d) @ A[:, : target.in_features]
         np.testing.assert_allclose(bank.delta(i).numpy(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(net.wide(x), base + x @ bank.delta(0).T, rtol=1e-4, atol=1e-5)
+
+
+def test_the_method_of_the_docs_is_this_one() -> None:
+    """The method in one file that docs/methods.md shows, in at most 40 lines."""
+    text = (Path(__file__).resolve().parent.parent / "docs" / "methods.md").read_text("utf-8")
+    code = text.split("## A method in one file")[1].split("```python\n")[1].split("```")[0]
+    assert len(code.splitlines()) <= 40
+    shown = types.ModuleType("shown")
+    sys.modules["shown"] = shown  # where dataclasses look for annotations
+    exec(code, vars(shown))
+    del sys.modules["shown"]
+    torch.manual_seed(0)
+    net, names = Net(), ["wide", "tall", "square"]
+    bank = loradrop.inject(net, LoRAConfig(r=R, target_modules=names, method=shown.VeRA()))
+    _, ours = injected()
+    x = torch.randn(5, 16)
+    before = net(x).detach()
+    for one, other in zip(bank.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(one, other)
+        with torch.no_grad():
+            other.copy_(one.normal_())
+    for i in range(len(bank.targets)):
+        assert torch.equal(bank.delta(i), ours.delta(i))
+    assert not torch.allclose(net(x), before)
 
 
 def test_the_start() -> None:
