@@ -313,7 +313,7 @@ def test_shapes_and_ranks_that_differ(method: Method) -> None:
     assert torch.equal(model(X), plain(X))
     adapted = train(model)(X).detach()
     bank = model.lora_bank
-    assert len(bank.targets) == 4 * DEPTH
+    assert len(bank.targets) == 4 * DEPTH + 1
     assert all(bank.delta(i).any() for i in range(len(bank.targets)))
     loradrop.merge(model)
     torch.testing.assert_close(model(X), adapted, rtol=1e-4, atol=1e-5)
