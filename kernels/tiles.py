@@ -81,6 +81,7 @@ def row_bytes(columns: int) -> int:
     return cdiv(columns, 32) * 4
 
 
+@functools.lru_cache(maxsize=4096)
 def shrink(machine: Machine, dtype: torch.dtype, m: int, k: int, r: int) -> ShrinkTiles:
     """For `shrink` of x (m, k) to rank r."""
     ranks = rank_tile(r)
@@ -107,6 +108,7 @@ def shrink(machine: Machine, dtype: torch.dtype, m: int, k: int, r: int) -> Shri
     return ShrinkTiles(BM, BK, split, warps, stages, gram=gram)
 
 
+@functools.lru_cache(maxsize=4096)
 def outer(machine: Machine, dtype: torch.dtype, m: int, c: int, r: int) -> OuterTiles:
     """For `outer` of p (m, c) and q (m, r)."""
     ranks = rank_tile(r)
@@ -128,6 +130,7 @@ def outer(machine: Machine, dtype: torch.dtype, m: int, c: int, r: int) -> Outer
     return OuterTiles(BC, BM, split, warps, stages)
 
 
+@functools.lru_cache(maxsize=4096)
 def gemm_ext(
     machine: Machine,
     dtype: torch.dtype,
@@ -173,6 +176,7 @@ def rank_step(dtype: torch.dtype, r: int) -> int:
     return min(rank_tile(r), 16 if dtype == torch.float32 else 64)
 
 
+@functools.lru_cache(maxsize=4096)
 def expand(machine: Machine, dtype: torch.dtype) -> GemmTiles:
     """For `expand`."""
     if machine.arch == 0:
@@ -211,6 +215,7 @@ def rows_aligned(matrix: Tensor) -> bool:
     )
 
 
+@functools.cache
 def triton_dtype(dtype: torch.dtype) -> Any:
     """Triton's name of a dtype."""
     import triton.language as tl
