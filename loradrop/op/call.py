@@ -43,9 +43,12 @@ class Output(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What is kept for the backward pass; the last three are for statistics."""
+    """What is kept for the backward pass; the last three are for statistics.
 
-    x: Tensor
+    h has the dtype and the device of x, and A its width, also where x itself is not there.
+    """
+
+    x: Tensor | None  # None where nobody reads it: A is frozen
     weight: Tensor | None
     A: Tensor
     B: Tensor

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loradrop.kernels.tiles import row_bytes
 from loradrop.op import dispatch
-from loradrop.op.call import Call, Grads, Needs, Output, Saved
+from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved
 from loradrop.op.function import Sinks, gradients, saved_of, saved_tensors
 
 _FIELDS = len(Call._fields)
@@ -63,17 +63,22 @@ def _backward(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     *fields, needs, backend = inputs
     saved = Saved(*fields)
     saved = saved if saved.dropout else saved._replace(mask=None)
-    x, weight, A, B, _, _, seed, scaling, dropout = fields
-    call = Call(x, weight, None, None, A, B, scaling, dropout, seed)
-    grads = dispatch.serving(call, backend).backward(saved, dy, Needs(*needs))
-    return tuple(x.new_empty(0) if grad is None else grad for grad in grads)
+    grads = _serving(saved, backend).backward(saved, dy, Needs(*needs))
+    return tuple(saved.h.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _serving(saved: Saved, name: str | None) -> Backend:
+    """Who serves the backward pass. Of an x that is not kept only its sizes count."""
+    x, weight, A, B, h, _, seed, scaling, dropout = saved[:9]
+    x = h.new_empty(h.shape[0], A.shape[1]) if x is None else x
+    return dispatch.serving(Call(x, weight, None, None, A, B, scaling, dropout, seed), name)
 
 
 _backward_op = torch.library.custom_op(
     "loradrop::lora_linear_backward",
     _backward,
     mutates_args=(),
-    schema="(Tensor dy, Tensor x, Tensor? weight, Tensor A, Tensor B, Tensor h, Tensor mask, "
+    schema="(Tensor dy, Tensor? x, Tensor? weight, Tensor A, Tensor B, Tensor h, Tensor mask, "
     "Tensor? seed, float scaling, float dropout, bool[] needs, str? backend) "
     "-> (Tensor, Tensor, Tensor)",
 )
@@ -81,9 +86,10 @@ _backward_op = torch.library.custom_op(
 
 @_backward_op.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
-    _dy, x, _weight, A, B, *_, needs, _backend = inputs
-    likes = zip((x, A, B), needs, strict=True)
-    return tuple(like.new_empty(like.shape) if need else x.new_empty(0) for like, need in likes)
+    _dy, _x, _weight, A, B, h, *_, needs, _backend = inputs
+    shapes = (h.shape[0], A.shape[1]), A.shape, B.shape
+    likes = zip((h, A, B), shapes, needs, strict=True)
+    return tuple(like.new_empty(of) if need else h.new_empty(0) for like, of, need in likes)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

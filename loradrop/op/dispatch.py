@@ -83,7 +83,7 @@ def _fused(
         def run(call: Call | Saved, *rest: Any) -> Any:
             from loradrop.op import fused
 
-            here = torch.cuda.device_of(call.x)  # type: ignore[no-untyped-call]
+            here = torch.cuda.device_of(call.A)  # type: ignore[no-untyped-call]
             with here:  # where kernels are launched
                 return getattr(getattr(fused, name.upper()), of)(call, *rest)
 

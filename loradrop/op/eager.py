@@ -67,19 +67,20 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
     x, weight, A, B, h, mask, _, s, p = saved[:9]
     kept = None
     if mask is not None and (needs.x or needs.A):
-        kept = unpack(mask, x.shape[1])
+        kept = unpack(mask, A.shape[1])
     dx = dA = dB = None
     if needs.x or needs.A:
         # beta = 0 leaves what h holds out, NaN included; it has the shape of dh.
-        dh = torch.addmm(h, dy, _as(B, x), beta=0, alpha=s * gain(p))
+        dh = torch.addmm(h, dy, _as(B, h), beta=0, alpha=s * gain(p))
     if needs.x:
-        a = _as(A, x)
+        a = _as(A, h)
         if kept is not None:
             dx = torch.where(kept, torch.mm(dh, a), 0.0)
             dx = dx if weight is None else torch.mm(dy, weight).add_(dx)
         else:
             dx = torch.mm(dh, a) if weight is None else torch.mm(dy, weight).addmm_(dh, a)
     if needs.A:
+        assert x is not None
         dA = _outer(dh, x if kept is None else torch.where(kept, x, 0.0), 1.0, A)
     if needs.B:
         dB = _outer(dy, h, s, B)

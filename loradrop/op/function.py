@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved
-from loradrop.op.reference import REFERENCE, backward_with_graph, core, moment
+from loradrop.op.reference import REFERENCE, backward_with_graph, core, moment, up
 
 Backward = Callable[[Saved, Tensor, Needs], Grads]
 
@@ -46,11 +46,17 @@ def autocasting(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def reads_x(call: Call, sinks: Sinks) -> bool:
+    """Whether the backward pass reads x: for the gradient of A, or a moment. h serves all else."""
+    return call.A.requires_grad or sinks.moment is not None
+
+
 def saved_tensors(call: Call, sinks: Sinks, out: Output) -> tuple[Tensor | None, ...]:
     """What the backward pass reads, in the order in which `saved_of` takes it."""
+    x = call.x if reads_x(call, sinks) else None
     weights = call.token_weights if sinks.moment is not None else None
     kept = weights, out.sqnorm, out.gram
-    return call.x, call.weight, call.A, call.B, out.h, out.mask, call.seed, *kept
+    return x, call.weight, call.A, call.B, out.h, out.mask, call.seed, *kept
 
 
 def saved_of(tensors: Sequence[Any], scaling: float, dropout: float) -> Saved:
@@ -66,7 +72,7 @@ def gradients(
 
     The op chooses its own dtypes, also where autocast is on around `backward`.
     """
-    device = "cpu" if saved.x.is_cpu else saved.x.device.type
+    device = "cpu" if saved.h.is_cpu else saved.h.device.type
     if autocasting(device):
         with torch.autocast(device, enabled=False):
             return gradients(backward, saved, dy, needs, sinks)
@@ -78,10 +84,10 @@ def gradients(
 class LoRAFunction(torch.autograd.Function):
     """The op with its gradients. W and b are frozen; sqnorm is not differentiable.
 
-    apply(backend, call, sinks, x, y0, A, B, *sinks) -> y, or (y, sqnorm) where the call asks for it
+    apply(backend, call, sinks, x, y0, A, B, *sinks) -> y, or (y, sqnorm or None, h or None)
 
     autograd must see the leaves one by one; a call without sinks leaves them out, for its host's
-    time.
+    time. h is a result where x is not kept: only so has it a graph, for gradients of gradients.
     """
 
     @staticmethod
@@ -91,19 +97,27 @@ class LoRAFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved_tensors(call, sinks, out))
         ctx.backend, ctx.scaling, ctx.dropout = backend, call.scaling, call.dropout
-        if not call.sqnorm:
+        h = None if reads_x(call, sinks) else out.h
+        if h is None and not call.sqnorm:
             return out.y
-        ctx.mark_non_differentiable(out.sqnorm)
-        return out.y, out.sqnorm
+        if call.sqnorm:
+            ctx.mark_non_differentiable(out.sqnorm)
+        return out.y, out.sqnorm, h
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dy: Tensor | None, _: None = None, dh: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         _, _, _, x, y0, A, B, *sinks = ctx.needs_input_grad
         saved = saved_of(ctx.saved_tensors, ctx.scaling, ctx.dropout)
         # Grad mode is on here with create_graph=True: somebody will differentiate the gradients.
         backward = backward_with_graph if torch.is_grad_enabled() else ctx.backend.backward
         grads, of_sinks = gradients(backward, saved, dy, Needs(x, A, B), sinks)
-        return None, None, None, grads.x, dy if y0 else None, grads.A, grads.B, *of_sinks
+        dx = grads.x
+        if dh is not None and x:  # a gradient was differentiated
+            through_h = up(saved, dh).to(dh.dtype)
+            dx = through_h if dx is None else dx + through_h
+        return None, None, None, dx, dy if y0 else None, grads.A, grads.B, *of_sinks
 
 
 def transformed() -> bool:
@@ -144,4 +158,4 @@ def run(backend: Backend, call: Call, sinks: Sinks, grad: bool) -> tuple[Tensor,
     done = LoRAFunction.apply(  # type: ignore[no-untyped-call]
         backend, call, sinks, call.x, call.y0, call.A, call.B, *leaves
     )
-    return done if call.sqnorm else (done, None)
+    return (done, None) if isinstance(done, Tensor) else done[:2]

@@ -218,13 +218,13 @@ class Fused:
     def backward(self, saved: Saved, dy: Tensor, needs: Needs) -> Grads:
         """As `reference.backward`, with the mask that `forward` kept."""
         x, weight, A, B, h, mask, _, scaling, dropout = saved[:9]
-        if x.numel() == 0 or dy.numel() == 0:
+        if A.numel() == 0 or dy.numel() == 0:
             return eager.backward(saved, dy, needs)
-        machine, (m, k), (n, r) = tiles.machine_of(x.device), x.shape, B.shape
+        machine, m, k, (n, r) = tiles.machine_of(h.device), h.shape[0], A.shape[1], B.shape
         dx = dA = dB = both = None
         dtype_A, dtype_B = A.dtype, B.dtype
         scale, rest = scaling * gain(dropout), 1.0
-        if x.dtype == torch.float16 and abs(scale) > 1.0:  # t must not overflow for its scale
+        if h.dtype == torch.float16 and abs(scale) > 1.0:  # t must not overflow for its scale
             scale, rest = 1.0, scale
         if needs.x and self.with_h is not None and mask is None and weight is not None:
             both = self.with_h(dy, weight, None, B, A, rest, scale)
@@ -232,18 +232,19 @@ class Fused:
             dx, t = both
         else:
             if needs.x or needs.A:
-                A, B = _rounded(A, B, x)
+                A, B = _rounded(A, B, h)
                 cut = tiles.shrink(machine, dy.dtype, m, n, r)
                 t = shrink(dy, B.T, scale, cut).h
             if needs.x and weight is None:
-                dx = expand(None, t, A, rest, tiles.expand(machine, x.dtype), mask)
+                dx = expand(None, t, A, rest, tiles.expand(machine, h.dtype), mask)
             elif needs.x:
                 dx = self.extend(dy, weight, None, t, A, rest, mask)
         if needs.A:
+            assert x is not None
             tiles_A = tiles.outer(machine, x.dtype, m, k, r)
             dA = outer(x, t, rest, dtype_A, tiles_A, mask=mask, transposed=True)
         if needs.B:
-            dB = outer(dy, h, scaling, dtype_B, tiles.outer(machine, x.dtype, m, n, r))
+            dB = outer(dy, h, scaling, dtype_B, tiles.outer(machine, h.dtype, m, n, r))
         return Grads(dx, dA, dB)
 
 

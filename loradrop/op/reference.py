@@ -32,7 +32,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def forward(call: Call) -> Output:
     """y and h, both in x's dtype, and sqnorm; it keeps no mask."""
     x, s, wide = call.x, call.scaling, _wide(call.x.dtype)
-    b, h = call.B.to(x.dtype).to(wide), _down(call)
+    b, h = call.B.to(x.dtype).to(wide), _down(x, call)
     if call.y0 is not None:
         base = call.y0.to(wide)
     else:
@@ -45,33 +45,46 @@ def forward(call: Call) -> Output:
     return Output(y, h, None, norm, gram(h, w) if call.gram else None)
 
 
-def _down(of: Call | Saved) -> Tensor:
+def _down(x: Tensor, of: Call | Saved) -> Tensor:
     """h (M, r), rounded."""
-    wide = _wide(of.x.dtype)
-    kept = keep(of.x, of.seed, of.dropout).to(wide)
-    return (gain(of.dropout) * (kept @ of.A.to(of.x.dtype).to(wide).T)).to(of.x.dtype)
+    wide = _wide(x.dtype)
+    kept = keep(x, of.seed, of.dropout).to(wide)
+    return (gain(of.dropout) * (kept @ of.A.to(x.dtype).to(wide).T)).to(x.dtype)
+
+
+def up(saved: Saved, dh: Tensor) -> Tensor:
+    """c·mask∘(dh A) (M, K) for a dh (M, r), the gradient of h: what x gets through it."""
+    dtype, wide = saved.h.dtype, _wide(saved.h.dtype)
+    delta = dh.to(wide) @ saved.A.to(dtype).to(wide)
+    return gain(saved.dropout) * keep(delta, saved.seed, saved.dropout)
 
 
 def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
     """The gradients that `needs` asks for."""
     x, weight, s, p, seed = saved.x, saved.weight, saved.scaling, saved.dropout, saved.seed
-    wide, c = _wide(x.dtype), gain(p)
-    a, b, dy = saved.A.to(x.dtype).to(wide), saved.B.to(x.dtype).to(wide), dy.to(wide)
+    dtype, wide = saved.h.dtype, _wide(saved.h.dtype)
+    b, dy = saved.B.to(dtype).to(wide), dy.to(wide)
     dh = s * (dy @ b)
     dx = dA = dB = None
     if needs.x:
-        delta = c * keep(dh @ a, seed, p)
-        dx = (delta if weight is None else dy @ weight.to(wide) + delta).to(x.dtype)
+        delta = up(saved, dh)
+        dx = (delta if weight is None else dy @ weight.to(wide) + delta).to(dtype)
     if needs.A:
-        dA = (c * (dh.T @ keep(x, seed, p).to(wide))).to(saved.A.dtype)
+        assert x is not None
+        dA = (gain(p) * (dh.T @ keep(x, seed, p).to(wide))).to(saved.A.dtype)
     if needs.B:
         dB = (s * (dy.T @ saved.h.to(wide))).to(saved.B.dtype)
     return Grads(dx, dA, dB)
 
 
 def backward_with_graph(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
-    """As `backward`, and differentiable itself: h is made again, with its graph."""
-    return backward(saved._replace(h=_down(saved)), dy, needs)
+    """As `backward`, and differentiable itself: h is made again, with its graph.
+
+    Where x is not kept, h has its graph already.
+    """
+    if saved.x is not None:
+        saved = saved._replace(h=_down(saved.x, saved))
+    return backward(saved, dy, needs)
 
 
 def sqnorm(h: Tensor, B: Tensor, scaling: float, token_weights: Tensor | None) -> Tensor:
@@ -82,7 +95,7 @@ def sqnorm(h: Tensor, B: Tensor, scaling: float, token_weights: Tensor | None) -
 
 def core(saved: Saved, dy: Tensor | None, dB: Tensor | None) -> Tensor:
     """Σ_t u_t h_tᵀ of u = dy B: (r, r) float64, from dB where there is one."""
-    b = saved.B.to(saved.x.dtype)
+    b = saved.B.to(saved.h.dtype)
     if dy is None:
         return saved.h.new_zeros((b.shape[1], b.shape[1]), dtype=torch.float64)
     if dB is not None:
