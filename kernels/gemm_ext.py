@@ -15,8 +15,6 @@ A scale other than 1 has to act on the LoRA product only. Last, it multiplies h 
 roundings in float32.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +30,7 @@ from loradrop.kernels.tiles import (
     rank_step,
     rank_tile,
     rows_aligned,
+    scale_mode,
     triton_dtype,
 )
 
@@ -162,16 +161,6 @@ def _store(Y, BIAS, acc, m, n, M, C, sym, BM: tl.constexpr, BN: tl.constexpr,
         rows = m + tl.arange(0, BM)
         place = rows.to(tl.int64)[:, None] * sym + columns[None, :]
         tl.store(Y + place, acc.to(DTYPE), mask=(rows < M)[:, None] & (columns < C)[None, :])
-
-
-def scale_mode(scale: float, dtype: torch.dtype) -> str:
-    """How s acts on a LoRA product that comes last: "none", on "h" where exact, or on the "sum"."""
-    if scale == 1.0:
-        return "none"
-    power_of_two = math.frexp(scale)[0] in (0.5, -0.5) and 2.0**-16 <= abs(scale) <= 2.0**16
-    if dtype == torch.float32 or scale == 0.0 or (power_of_two and dtype == torch.bfloat16):
-        return "h"
-    return "sum"
 
 
 def divides(scale: float) -> bool:

@@ -6,6 +6,7 @@ tuned at run time.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -213,6 +214,16 @@ def rows_aligned(matrix: Tensor) -> bool:
         and row >= matrix.shape[1] * size
         and matrix.data_ptr() % 16 == 0
     )
+
+
+def scale_mode(scale: float, dtype: torch.dtype) -> str:
+    """How s acts on a LoRA product that comes last: "none", on "h" where exact, or on the "sum"."""
+    if scale == 1.0:
+        return "none"
+    power_of_two = math.frexp(scale)[0] in (0.5, -0.5) and 2.0**-16 <= abs(scale) <= 2.0**16
+    if dtype == torch.float32 or scale == 0.0 or (power_of_two and dtype == torch.bfloat16):
+        return "h"
+    return "sum"
 
 
 @functools.cache

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from loradrop.op import rounded
 from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved
 from loradrop.op.philox import draw, gain, unpack
 from loradrop.op.reference import gram
@@ -27,7 +28,8 @@ _ROWS_PER_BLOCK = 512  # rows of a half-precision operand widened at a time
 def forward(call: Call) -> Output:
     """As `reference.forward`; the mask of dropout is kept."""
     x, weight, bias, s = call.x, call.weight, call.bias, call.scaling
-    a, b, mask = _as(call.A, x), _as(call.B, x), None
+    near, mask = rounded.near(call.A, call.B, x.dtype), None
+    a, b = near.a, near.b
     if call.seed is None:
         h = linear(x, a)
     else:
@@ -49,11 +51,6 @@ def forward(call: Call) -> Output:
     return Output(y, h, mask, norm, of_h if call.gram else None)
 
 
-def _as(parameter: Tensor, x: Tensor) -> Tensor:
-    dtype = x.dtype
-    return parameter if parameter.dtype == dtype else parameter.to(dtype)
-
-
 def _bias_costs_a_pass(x: Tensor) -> bool:
     """Whether `linear` copies the bias into y and reads it back, at up to a tenth of its time.
 
@@ -69,11 +66,12 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
     if mask is not None and (needs.x or needs.A):
         kept = unpack(mask, A.shape[1])
     dx = dA = dB = None
+    near = rounded.near(A, B, h.dtype)
     if needs.x or needs.A:
         # beta = 0 leaves what h holds out, NaN included; it has the shape of dh.
-        dh = torch.addmm(h, dy, _as(B, h), beta=0, alpha=s * gain(p))
+        dh = torch.addmm(h, dy, near.b, beta=0, alpha=s * gain(p))
     if needs.x:
-        a = _as(A, h)
+        a = near.a
         if kept is not None:
             dx = torch.where(kept, torch.mm(dh, a), 0.0)
             dx = dx if weight is None else torch.mm(dy, weight).add_(dx)
