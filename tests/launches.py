@@ -171,7 +171,7 @@ def layers() -> Iterator[Layer]:
 
 @contextmanager
 def extension() -> Iterator[list[str]]:
-    """In the place of the CUDA kernels: their results, not filled; and the names of those called."""
+    """In the place of the CUDA kernels: results that nobody fills. The names of those called."""
     from loradrop.op import cuda
 
     called: list[str] = []

@@ -22,6 +22,7 @@ from loradrop.op.philox import draw, gain, unpack
 from loradrop.op.reference import gram
 
 _MANY_ROWS = 512  # where a pass over y outweighs two small copies
+_MM_WIDENS = hasattr(torch.ops.aten.mm, "dtype")
 _ROWS_PER_BLOCK = 512  # rows of a half-precision operand widened at a time
 
 
@@ -85,6 +86,11 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
     return Grads(dx, dA, dB)
 
 
+def _widens(p: Tensor) -> bool:
+    """Whether one product takes half precision to float32: in PyTorch from 2.8 on, by cuBLAS."""
+    return p.is_cuda and torch.version.hip is None and _MM_WIDENS
+
+
 def _outer(p: Tensor, q: Tensor, scale: float, like: Tensor) -> Tensor:
     """scale·pᵀq from p (M, P) and q (M, Q), of the shape (P, Q) and the dtype of `like`.
 
@@ -94,6 +100,9 @@ def _outer(p: Tensor, q: Tensor, scale: float, like: Tensor) -> Tensor:
         return torch.addmm(like, p.t(), q, beta=0, alpha=scale)
     if p.dtype == torch.float64:
         return torch.mm(p.t(), q).mul_(scale).to(like.dtype)
+    if _widens(p):
+        total = torch.mm(p.t(), q, out_dtype=torch.float32)
+        return (total if scale == 1.0 else total.mul_(scale)).to(like.dtype)
     total = p.new_zeros(like.shape, dtype=torch.float32)
     for rows in range(0, p.shape[0], _ROWS_PER_BLOCK):
         block = slice(rows, rows + _ROWS_PER_BLOCK)
