@@ -7,11 +7,11 @@ the same.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from loradrop.kernels.gemm_ext import add_thin, load_tile, mask_words
+from loradrop.kernels.launch import kernel
 from loradrop.kernels.philox import where_kept
 from loradrop.kernels.tiles import (
     GemmTiles,
@@ -23,8 +23,8 @@ from loradrop.kernels.tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["M"])
-def _expand(BASE, H, L, Y, MASK, M, C, r, sbm, sbc, shm, slr, slc, sym, smask, scale,
+@kernel(do_not_specialize=["M"])
+def _expand(BASE, H, L, Y, MASK, M, scale, C, r, sbm, sbc, shm, slr, slc, sym, smask,
             BM: tl.constexpr, BN: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr,
             HAS_BASE: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr,
             PRECISION: tl.constexpr):  # fmt: skip
@@ -60,13 +60,13 @@ def expand(
     (m, r), c = h.shape, l.shape[1]
     y = base if in_place and base is not None else h.new_empty((m, c))
     words = None if mask is None else mask.view(torch.int32)
-    ranks = rank_tile(r)
-    _expand[(cdiv(m, tiles.BM), cdiv(c, tiles.BN))](
-        base, h, l, y, words, m, c, r, *((0, 0) if base is None else base.stride()),
-        h.stride(0), *l.stride(), c, 0 if words is None else words.stride(0), scale,
-        BM=tiles.BM, BN=tiles.BN, RANKS=ranks, STEP=rank_step(h.dtype, r),
+    _expand(
+        (cdiv(m, tiles.BM), cdiv(c, tiles.BN)), (base, h, l, y, words), (m, float(scale)),
+        (c, r, *((0, 0) if base is None else base.stride()), h.stride(0), *l.stride(), c,
+         0 if words is None else words.stride(0)),
+        tiles.warps, tiles.stages,
+        BM=tiles.BM, BN=tiles.BN, RANKS=rank_tile(r), STEP=rank_step(h.dtype, r),
         HAS_BASE=base is not None, MASKED=mask is not None, DTYPE=triton_dtype(h.dtype),
         PRECISION=dot_precision(h.dtype),
-        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y

@@ -15,13 +15,12 @@ A scale other than 1 has to act on the LoRA product only. Last, it multiplies h 
 roundings in float32.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from loradrop.kernels.launch import descriptor, kernel
 from loradrop.kernels.philox import where_kept
 from loradrop.kernels.tiles import (
     GemmTiles,
@@ -31,6 +30,7 @@ from loradrop.kernels.tiles import (
     rank_step,
     rank_tile,
     rows_aligned,
+    scale_mode,
     triton_dtype,
 )
 
@@ -95,9 +95,9 @@ def place_tile(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     return first + tile % per_group % height, tile % per_group // height
 
 
-@triton.jit(do_not_specialize=["M"])
-def _gemm_ext(P, Q, H, L, BIAS, Y, MASK,
-              M, C, D, r, spm, spd, sqd, sqc, shm, slr, slc, sym, smask, scale, inverse,
+@kernel(do_not_specialize=["M"])
+def _gemm_ext(P, Q, H, L, BIAS, Y, MASK, M, scale, inverse,
+              C, D, r, spm, spd, sqd, sqc, shm, slr, slc, sym, smask,
               BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, RANKS: tl.constexpr,
               STEP: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
               Q_T: tl.constexpr, HAS_BIAS: tl.constexpr, FIRST: tl.constexpr,
@@ -163,16 +163,6 @@ def _store(Y, BIAS, acc, m, n, M, C, sym, BM: tl.constexpr, BN: tl.constexpr,
         tl.store(Y + place, acc.to(DTYPE), mask=(rows < M)[:, None] & (columns < C)[None, :])
 
 
-def scale_mode(scale: float, dtype: torch.dtype) -> str:
-    """How s acts on a LoRA product that comes last: "none", on "h" where exact, or on the "sum"."""
-    if scale == 1.0:
-        return "none"
-    power_of_two = math.frexp(scale)[0] in (0.5, -0.5) and 2.0**-16 <= abs(scale) <= 2.0**16
-    if dtype == torch.float32 or scale == 0.0 or (power_of_two and dtype == torch.bfloat16):
-        return "h"
-    return "sum"
-
-
 def divides(scale: float) -> bool:
     """Whether a sum can be divided by it and multiplied again."""
     return scale == 0.0 or 2.0**-40 < abs(scale) < 2.0**40
@@ -212,23 +202,22 @@ def gemm_ext(
     ahead = l is not None and not first and ranks == step and ranks * l.element_size() <= _AHEAD
     wide: tuple[object, ...] = (p, q, y)
     if tma:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        box = [tiles.BN, tiles.BK] if turned else [tiles.BK, tiles.BN]
+        box = (tiles.BN, tiles.BK) if turned else (tiles.BK, tiles.BN)
         wide = (
-            TensorDescriptor.from_tensor(p, [tiles.BM, tiles.BK]),
-            TensorDescriptor.from_tensor(stored, box),
-            TensorDescriptor.from_tensor(y, [tiles.BM, tiles.BN // tiles.halves]),
+            descriptor(p, tiles.BM, tiles.BK),
+            descriptor(stored, *box),
+            descriptor(y, tiles.BM, tiles.BN // tiles.halves),
         )
-    _gemm_ext[(min(programs, count),)](
-        wide[0], wide[1], h, l, bias, wide[2], words,
-        m, c, d, r, *p.stride(), *q.stride(), h_row, *l_strides, c,
-        0 if words is None else words.stride(0), scale, 1.0 / scale if scale else 0.0,
+    _gemm_ext(
+        (min(programs, count),), (wide[0], wide[1], h, l, bias, wide[2], words),
+        (m, float(scale), 1.0 / scale if scale else 0.0),
+        (c, d, r, *p.stride(), *q.stride(), h_row, *l_strides, c,
+         0 if words is None else words.stride(0)),
+        tiles.warps, tiles.stages,
         BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, RANKS=ranks, STEP=step,
         GROUP=tiles.group, TMA=tma, Q_T=turned, HAS_BIAS=bias is not None, FIRST=first,
         MASKED=mask is not None, SCALE=scale_mode(scale, p.dtype), LORA=h is not None,
         AHEAD=ahead, H_EIGHTS=r % 8 == h_row % 8 == 0, L_EIGHTS=l_strides[1] % 8 == 0,
         HALVES=tiles.halves, DTYPE=triton_dtype(p.dtype), PRECISION=dot_precision(p.dtype),
-        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y

@@ -10,18 +10,18 @@ atomics, the same bits in every run.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from loradrop.kernels.gemm_ext import in_eights, mask_words
+from loradrop.kernels.launch import kernel
 from loradrop.kernels.philox import where_kept
 from loradrop.kernels.tiles import OuterTiles, cdiv, dot_precision, rank_tile
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_part"])
-def _outer(P, Q, OUT, MASK,
-           M, C, r, spm, spc, sqm, sqr, plane, soc, sor, smask, rows_per_part, scale,
+@kernel(do_not_specialize=["M", "rows_per_part"])
+def _outer(P, Q, OUT, MASK, M, rows_per_part, scale,
+           C, r, spm, spc, sqm, sqr, plane, soc, sor, smask,
            BC: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, MASKED: tl.constexpr,
            EIGHTS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     r, sqm = in_eights(r, EIGHTS), in_eights(sqm, EIGHTS)
@@ -44,7 +44,7 @@ def _outer(P, Q, OUT, MASK,
     tl.store(OUT + place, (acc * scale).to(OUT.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel(do_not_specialize=["count"])
 def _add_planes(PLANES, OUT, count, size, BLOCK: tl.constexpr):
     """The sum of `count` planes of `size` numbers, in their order."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -76,15 +76,16 @@ def outer(
     out = p.new_empty(shape, dtype=dtype)
     planes = out if split == 1 else p.new_empty((split, *shape), dtype=torch.float32)
     words = None if mask is None else mask.view(torch.int32)
-    _outer[(cdiv(c, tiles.BC), split)](
-        p, q, planes, words, m, c, r, *p.stride(), *q.stride(), out.numel(),
-        *((1, c) if transposed else (r, 1)), 0 if words is None else words.stride(0),
-        rows_per_part, scale,
-        BC=tiles.BC, BM=tiles.BM, R=rank_tile(r), MASKED=mask is not None,
-        EIGHTS=r % 8 == q.stride(0) % 8 == 0, PRECISION=dot_precision(p.dtype),
-        num_warps=tiles.warps, num_stages=tiles.stages,
+    (q_row, q_column), size = q.stride(), c * r
+    _outer(
+        (cdiv(c, tiles.BC), split), (p, q, planes, words), (m, rows_per_part, float(scale)),
+        (c, r, *p.stride(), q_row, q_column, size, *((1, c) if transposed else (r, 1)),
+         0 if words is None else words.stride(0)),
+        tiles.warps, tiles.stages,
+        BC=tiles.BC, BM=tiles.BM, R=rank_tile(r), MASKED=words is not None,
+        EIGHTS=r % 8 == q_row % 8 == 0, PRECISION=dot_precision(p.dtype),
     )  # fmt: skip
     if split > 1:
         block = 1024
-        _add_planes[(cdiv(out.numel(), block),)](planes, out, split, out.numel(), BLOCK=block)
+        _add_planes((cdiv(size, block),), (planes, out), (split,), (size,), BLOCK=block)
     return out

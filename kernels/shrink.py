@@ -21,6 +21,7 @@ from torch import Tensor
 
 from loradrop.kernels.gemm_ext import in_eights
 from loradrop.kernels.gram import gram, gram_of_b, store_gram, wide_grams
+from loradrop.kernels.launch import kernel
 from loradrop.kernels.philox import draw_words, where_kept
 from loradrop.kernels.tiles import ShrinkTiles, cdiv, dot_precision, rank_tile, row_bytes
 
@@ -48,9 +49,9 @@ def _emit(acc, H, WEIGHTS, GRAM, block, rows, M, r, shm, scale,
         store_gram(GRAM, gram(h, weights, WEIGHTED), block, R)
 
 
-@triton.jit(do_not_specialize=["M", "N", "steps", "blocks", "threshold"])
+@kernel(do_not_specialize=["M", "N", "steps", "blocks", "threshold"])
 def _shrink(X, A, H, MASK, SEED, WEIGHTS, GRAM, B, GRAM_B, PLANES,
-            M, K, r, N, sxm, sxk, sar, sak, shm, smask, sbn, sbr, steps, blocks, scale, threshold,
+            M, N, steps, blocks, threshold, scale, K, r, sxm, sxk, sar, sak, shm, smask, sbn, sbr,
             BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr,
             DROPOUT: tl.constexpr, GRAMS: tl.constexpr, WEIGHTED: tl.constexpr,
             PRECISION: tl.constexpr, B_ROWS: tl.constexpr, EIGHTS: tl.constexpr):  # fmt: skip
@@ -90,8 +91,8 @@ def _shrink(X, A, H, MASK, SEED, WEIGHTS, GRAM, B, GRAM_B, PLANES,
             tl.store(PLANES + place, acc, mask=(rows < M)[:, None])
 
 
-@triton.jit(do_not_specialize=["M", "N", "blocks", "parts"])
-def _finish(PLANES, H, WEIGHTS, GRAM, B, GRAM_B, M, r, N, shm, sbn, sbr, blocks, parts, scale,
+@kernel(do_not_specialize=["M", "N", "blocks", "parts"])
+def _finish(PLANES, H, WEIGHTS, GRAM, B, GRAM_B, M, N, blocks, parts, scale, r, shm, sbn, sbr,
             BM: tl.constexpr, R: tl.constexpr, GRAMS: tl.constexpr,
             WEIGHTED: tl.constexpr, B_ROWS: tl.constexpr):  # fmt: skip
     """Adds the planes of a split K, in their order."""
@@ -141,25 +142,25 @@ def shrink(
     gram_h, gram_b = grams or (None, None)
     weights = token_weights if in_pass else None
     b_strides = (0, 0) if B is None else B.stride()
-    facts = {
-        "BM": tiles.BM,
-        "R": ranks,
-        "WEIGHTED": weights is not None,
-        "B_ROWS": tiles.B_ROWS,
-        "num_warps": tiles.warps,
-    }
-    _shrink[(blocks + (b_blocks if split == 1 else 0), split)](
-        x, A, h, words, seed, weights, gram_h, B, gram_b, planes,
-        m, k, r, n, *x.stride(), *A.stride(), h.stride(0), 0 if words is None else words.stride(0),
-        *b_strides, steps, blocks, scale, round(dropout * 4096),
-        BK=tiles.BK, SPLIT=split > 1, DROPOUT=masked, GRAMS=in_pass and split == 1,
-        PRECISION=dot_precision(x.dtype), EIGHTS=r % 8 == A.stride(1) % 8 == 0,
-        num_stages=tiles.stages, **facts,
+    a_row, a_column = A.stride()
+    _shrink(
+        (blocks + (b_blocks if split == 1 else 0), split),
+        (x, A, h, words, seed, weights, gram_h, B, gram_b, planes),
+        (m, n, steps, blocks, round(dropout * 4096), float(scale)),
+        (k, r, *x.stride(), a_row, a_column, r, 0 if words is None else words.stride(0),
+         *b_strides),
+        tiles.warps, tiles.stages,
+        BM=tiles.BM, BK=tiles.BK, R=ranks, SPLIT=split > 1, DROPOUT=masked,
+        GRAMS=in_pass and split == 1, WEIGHTED=weights is not None,
+        PRECISION=dot_precision(x.dtype), B_ROWS=tiles.B_ROWS,
+        EIGHTS=r % 8 == a_column % 8 == 0,
     )  # fmt: skip
     if split > 1:
-        _finish[(blocks + b_blocks,)](
-            planes, h, weights, gram_h, B, gram_b, m, r, n, h.stride(0), *b_strides, blocks, split,
-            scale, GRAMS=in_pass, **facts,
+        _finish(
+            (blocks + b_blocks,), (planes, h, weights, gram_h, B, gram_b),
+            (m, n, blocks, split, float(scale)), (r, r, *b_strides), tiles.warps,
+            BM=tiles.BM, R=ranks, GRAMS=in_pass, WEIGHTED=weights is not None,
+            B_ROWS=tiles.B_ROWS,
         )  # fmt: skip
     if B is not None and not in_pass:
         grams = wide_grams(h, B, token_weights)

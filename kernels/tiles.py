@@ -6,6 +6,7 @@ tuned at run time.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +82,7 @@ def row_bytes(columns: int) -> int:
     return cdiv(columns, 32) * 4
 
 
+@functools.lru_cache(maxsize=4096)
 def shrink(machine: Machine, dtype: torch.dtype, m: int, k: int, r: int) -> ShrinkTiles:
     """For `shrink` of x (m, k) to rank r."""
     ranks = rank_tile(r)
@@ -107,6 +109,7 @@ def shrink(machine: Machine, dtype: torch.dtype, m: int, k: int, r: int) -> Shri
     return ShrinkTiles(BM, BK, split, warps, stages, gram=gram)
 
 
+@functools.lru_cache(maxsize=4096)
 def outer(machine: Machine, dtype: torch.dtype, m: int, c: int, r: int) -> OuterTiles:
     """For `outer` of p (m, c) and q (m, r)."""
     ranks = rank_tile(r)
@@ -128,6 +131,7 @@ def outer(machine: Machine, dtype: torch.dtype, m: int, c: int, r: int) -> Outer
     return OuterTiles(BC, BM, split, warps, stages)
 
 
+@functools.lru_cache(maxsize=4096)
 def gemm_ext(
     machine: Machine,
     dtype: torch.dtype,
@@ -173,6 +177,7 @@ def rank_step(dtype: torch.dtype, r: int) -> int:
     return min(rank_tile(r), 16 if dtype == torch.float32 else 64)
 
 
+@functools.lru_cache(maxsize=4096)
 def expand(machine: Machine, dtype: torch.dtype) -> GemmTiles:
     """For `expand`."""
     if machine.arch == 0:
@@ -211,6 +216,17 @@ def rows_aligned(matrix: Tensor) -> bool:
     )
 
 
+def scale_mode(scale: float, dtype: torch.dtype) -> str:
+    """How s acts on a LoRA product that comes last: "none", on "h" where exact, or on the "sum"."""
+    if scale == 1.0:
+        return "none"
+    power_of_two = math.frexp(scale)[0] in (0.5, -0.5) and 2.0**-16 <= abs(scale) <= 2.0**16
+    if dtype == torch.float32 or scale == 0.0 or (power_of_two and dtype == torch.bfloat16):
+        return "h"
+    return "sum"
+
+
+@functools.cache
 def triton_dtype(dtype: torch.dtype) -> Any:
     """Triton's name of a dtype."""
     import triton.language as tl

@@ -169,15 +169,59 @@ def layers() -> Iterator[Layer]:
     yield Layer(5, 768, 768, 16, torch.float32)
 
 
-def launches(machine: Machine, of: Iterable[Layer] | None = None) -> dict[Launch, JITFunction]:
-    """Every distinct launch of the layers on `machine`, by both backends, in their order."""
+@contextmanager
+def extension() -> Iterator[list[str]]:
+    """In the place of the CUDA kernels: results that nobody fills. The names of those called."""
+    from loradrop.op import cuda
+
+    called: list[str] = []
+
+    def gemm_ext(p: Tensor, q: Tensor, *_: Any) -> Tensor:
+        called.append("gemm_ext")
+        return p.new_empty((p.shape[0], q.shape[1]))
+
+    def gemm_lora(p: Tensor, q: Tensor, _: Any, a: Tensor, *__: Any) -> tuple[Tensor, Tensor]:
+        called.append("gemm_lora")
+        m = p.shape[0]
+        return p.new_empty((m, q.shape[1])), p.new_empty((m, a.shape[1]))
+
+    def decode(x: Tensor, weight: Tensor, _: Any, A: Tensor, *rest: Any) -> tuple[Any, ...]:
+        called.append("decode")
+        m, norm = x.shape[0], x.new_empty((), dtype=torch.float32) if rest[-1] else None
+        return x.new_empty((m, weight.shape[0])), x.new_empty((m, A.shape[0])), norm
+
+    with (
+        mock.patch.object(cuda, "streams", lambda *_: 4),
+        mock.patch.object(cuda, "why_not_placed", lambda _: None),
+        mock.patch.object(cuda, "gemm_ext", gemm_ext),
+        mock.patch.object(cuda, "gemm_lora", gemm_lora),
+        mock.patch.object(cuda, "decode", decode),
+    ):
+        yield called
+
+
+def launches(
+    machine: Machine, of: Iterable[Layer] | None = None, *, all_backends: bool = True
+) -> dict[Launch, JITFunction]:
+    """Every distinct launch of the layers on `machine` in their order, by all backends or by
+    Triton's alone.
+    """
     from loradrop.op import fused
 
-    with record(machine) as found:
+    with record(machine) as found, extension():
         for layer in layers() if of is None else of:
             for backend in (fused.TRITON, fused.THIN):
                 call(backend, layer)
+            if all_backends and machine.arch == 90 and by_cuda(layer):
+                for backend in (fused.CUDA, fused.OVERLAP):
+                    call(backend, layer)
     return found
+
+
+def by_cuda(layer: Layer) -> bool:
+    """Whether the CUDA kernels serve a layer on a Hopper."""
+    half = layer.dtype in (torch.bfloat16, torch.float16)
+    return half and layer.k % 8 == layer.n % 8 == 0
 
 
 class Pick(NamedTuple):
@@ -289,7 +333,7 @@ def the_launch(pick: Pick, arch: int) -> tuple[Launch, JITFunction]:
     layer, kernel, constants = pick
     fitting = [
         (launch, function)
-        for launch, function in launches(MACHINES[arch], [layer]).items()
+        for launch, function in launches(MACHINES[arch], [layer], all_backends=False).items()
         if launch.kernel == kernel and constants.items() <= dict(launch.constants).items()
     ]
     assert len(fitting) == 1, f"{pick} on sm_{arch} is {len(fitting)} launches"

@@ -155,6 +155,23 @@ def test_the_judge_sees_memory_that_is_filled_early(lines: list[str], count: int
     assert early_refills("\n".join(code)) == count
 
 
+def test_the_overlap_backend_is_recorded() -> None:
+    """Beside one launch for x and h: the Gram matrices of that h, and the gradients of A and B."""
+    sys.path.insert(0, str(HERE))
+    from launches import MACHINES, Layer, call, extension, record
+
+    from loradrop.op import fused
+
+    with record(MACHINES[90]) as found, extension() as called:
+        call(fused.OVERLAP, Layer(8192, 4096, 4096, 16, norm=True))
+    assert called == ["gemm_lora", "gemm_lora"]
+    kernels = {"_gram", "_dot", "_sqnorm", "_outer", "_add_planes"}
+    assert {launch.kernel for launch in found} == kernels
+    with record(MACHINES[90]) as found, extension() as called:
+        call(fused.OVERLAP, Layer(8, 4096, 4096, 16, norm=True))
+    assert called == ["decode", "gemm_lora"]
+
+
 def test_a_model_needs_few_compilations() -> None:
     """Training Llama-3 8B with LoRA on all linear layers: at most eight binaries."""
     sys.path.insert(0, str(HERE))

@@ -100,8 +100,8 @@ def problem_of(call: Call, grad: bool = True) -> Problem:
     """The plain data of a call."""
     x, weight = call.x, call.weight
     (m, k), (n, r), machine = x.shape, call.B.shape, machine_of(x.device)
-    aligned = machine.arch == 0 or all(
-        rows_aligned(as_stored(t)) for t in (x, weight) if t is not None
+    aligned = machine.arch == 0 or (
+        rows_aligned(as_stored(x)) and (weight is None or rows_aligned(as_stored(weight)))
     )
     return Problem(
         x.device.type, x.dtype, m, k, n, r, call.dropout, grad, weight is not None,

@@ -52,12 +52,16 @@ _FAMILIES = {
     90: (4096, 1.46e9, 1 / 184), 100: (8192, 1.7e9, 1 / 230), 120: (512, 1.9e9, 1 / 104),
 }  # fmt: skip
 _FLOAT32 = 1 / 16  # the rate of float32 products outside the matrix units
-_LAUNCH = {"eager": 5.0, "thin": 12.0, "triton": 16.0}  # µs of the host for each launch
-_GEMM = {"eager": 1.0, "thin": 1.0, "triton": 0.90}  # rate of the wide product, of cuBLAS's
+# µs of the host for each launch, and the rate of the wide product, of cuBLAS's.
+_LAUNCH = {"eager": 5.0, "thin": 12.0, "triton": 16.0, "cuda": 12.0, "overlap": 12.0}
+_GEMM = {"eager": 1.0, "thin": 1.0, "triton": 0.90, "cuda": 0.99, "overlap": 0.99}
+_BESIDE = 0.03  # of the wide product, where `overlap` makes h or t beside it
 _STREAM = 0.85  # of the bandwidth that a thin product reaches
 _MASK_BYTES = 150  # bytes moved for each element when PyTorch calls draw the mask of dropout
 _MASK_LAUNCHES = 100  # for every 2¹⁸ elements of such a mask
-_WIDENED = 5.0  # times the bytes where PyTorch calls sum half-precision rows in float32
+# Launches of a forward and of a backward pass, with float32 adapters beside a base of half
+# precision: products, sums of planes, copies of A and B, and the memset of `overlap`.
+_LAUNCHES = {"eager": (5, 6), "thin": (4, 8), "triton": (2, 6), "cuda": (4, 6), "overlap": (4, 6)}
 
 
 def rates(arch: int, sms: int, name: str = "") -> Rates:
@@ -72,33 +76,82 @@ def rates(arch: int, sms: int, name: str = "") -> Rates:
     return Rates(flops, flops * bytes_per_flop)
 
 
-def predict(problem: Problem, backend: str) -> float:
-    """Microseconds of one call, with its backward pass where there is one."""
+class Work(NamedTuple):
+    """What a call costs by the roofline."""
+
+    us: float  # of the device
+    bytes: float  # moved to and from its memory
+    launches: int
+
+
+def work(problem: Problem, backend: str) -> Work:
+    """Of one call, with its backward pass where there is one, as the backend is built."""
     m, k, n, r, size = problem.m, problem.k, problem.n, problem.r, problem.dtype.itemsize
     rate, masked = rates(problem.arch, problem.sms, problem.device_name), problem.dropout > 0
-    flops = rate.flops * (_FLOAT32 if problem.dtype == torch.float32 else 1.0)
-    total = 0.0
-    for inner, outer in ((k, n), (n, k))[: 1 + problem.grad]:  # forward, and the product for dx
+    flops = _GEMM[backend] * rate.flops * (_FLOAT32 if problem.dtype == torch.float32 else 1.0)
+    time, moved = 0.0, 0.0
+
+    def stream(amount: float, of_peak: float = 1.0) -> None:
+        nonlocal time, moved
+        moved += amount
+        time += amount / (rate.bytes * of_peak)
+
+    for back, (inner, outer) in enumerate(((k, n), (n, k))[: 1 + problem.grad]):  # y, then dx
+        beside = backend == "overlap" and problem.base and not masked
+        wide = 0.0
         if problem.base:
-            work, moved = 2.0 * m * inner * outer, size * (m * inner + k * n + m * outer)
-            total += max(work / (flops * _GEMM[backend]), moved / rate.bytes)
-        if problem.base and backend == "triton":
-            total += 2.0 * m * outer * rank_tile(r) / (flops * _GEMM[backend])
+            amount = size * (m * inner + k * n + m * outer)
+            wide = max(2.0 * m * inner * outer / flops, amount / rate.bytes)
+            moved += amount
+        time += wide * (1.0 + _BESIDE * beside)
+        afterwards = backend in ("eager", "thin") or (masked and back and backend != "triton")
+        if problem.base and not afterwards:
+            time += 2.0 * m * outer * rank_tile(r) / flops
         else:
-            total += 2 * size * m * outer / rate.bytes  # the output is read and written again
-        total += size * m * inner / (rate.bytes * _STREAM)  # shrink
-    if problem.grad:  # dA and dB, of float32 adapters
-        widened = _WIDENED if backend == "eager" and size == 2 else 1.0
-        total += widened * size * m * (k + n) / (rate.bytes * _STREAM)
+            stream(2 * size * m * outer)  # the output is read and written again
+        if beside:
+            moved += size * m * inner  # in the time of the product
+        else:
+            stream(size * m * inner, _STREAM)  # shrink
+    if problem.grad:
+        stream(size * m * (k + n), _STREAM)  # dA and dB
+    launches = sum(_LAUNCHES[backend][: 1 + problem.grad])
     if masked and backend == "eager":
-        total += m * k * (_MASK_BYTES + (1 + problem.grad) * 3 * size) / rate.bytes
+        stream(m * k * (_MASK_BYTES + (1 + problem.grad) * 3 * size))
+        launches += _MASK_LAUNCHES * cdiv(m * k, 1 << 18)
     elif masked:
-        total += (1 + 2 * problem.grad) * m * k / 8 / rate.bytes
-    launches = {"eager": 3 + 6 * problem.grad, "thin": 3 + 7 * problem.grad}
-    count = launches.get(backend, 2 + 6 * problem.grad)
-    if masked and backend == "eager":
-        count += _MASK_LAUNCHES * cdiv(m * k, 1 << 18)
-    return max(1e6 * total, _LAUNCH[backend] * count)
+        stream((1 + 2 * problem.grad) * m * k / 8)
+    return Work(1e6 * time, moved, launches)
+
+
+def floor(problem: Problem) -> Work:
+    """What no backend can be faster than: the frozen products with the LoRA product in the same
+    sums, and x once more for dA, which needs all of dy first. Dropout adds its bits.
+    """
+    m, k, n, size = problem.m, problem.k, problem.n, problem.dtype.itemsize
+    rate, passes = rates(problem.arch, problem.sms, problem.device_name), 1 + problem.grad
+    flops = rate.flops * (_FLOAT32 if problem.dtype == torch.float32 else 1.0)
+    amount = size * (m * k + k * n + m * n)
+    thin = 2.0 * m * (k + n) * problem.r  # h and its product with B; t and its product with A
+    each = max((2.0 * m * k * n + thin) / flops, amount / rate.bytes)
+    more = size * m * k * problem.grad + (problem.dropout > 0) * m * k / 8
+    return Work(1e6 * (passes * each + more / rate.bytes), passes * amount + more, passes)
+
+
+def frozen(problem: Problem) -> Work:
+    """The frozen product by cuBLAS, with that of dx."""
+    m, k, n, passes = problem.m, problem.k, problem.n, 1 + problem.grad
+    rate = rates(problem.arch, problem.sms, problem.device_name)
+    flops = rate.flops * (_FLOAT32 if problem.dtype == torch.float32 else 1.0)
+    amount = problem.dtype.itemsize * (m * k + k * n + m * n)
+    each = max(2.0 * m * k * n / flops, amount / rate.bytes)
+    return Work(1e6 * passes * each, passes * amount, passes)
+
+
+def predict(problem: Problem, backend: str) -> float:
+    """Microseconds of one call: of the device, or of the host where launching takes longer."""
+    found = work(problem, backend)
+    return max(found.us, _LAUNCH[backend] * found.launches)
 
 
 def choose_predicted(problem: Problem, able: Collection[str] = SERVING) -> str:
@@ -193,7 +246,7 @@ def explain(problem: Problem, able: Collection[str] = SERVING) -> str:
         where = f" on {point['device']}" if point.get("device") else ""
         how = "by loradrop tune" if "host_us" in point else f"measured{where}"
         return f"{chosen}: {how} at {point['m']} tokens, in µs: {written(point)}"
-    names = [name for name in ("eager", "thin", "triton") if name in able]
+    names = [name for name in SERVING if name in able]
     times = ", ".join(f"{name} {predict(problem, name):.0f}" for name in names) or "nothing"
     guess = choose_predicted(problem, able)
     return f"{guess}: not measured; the roofline's guess, in µs: {times}"

@@ -53,27 +53,27 @@ def missing() -> str | None:
     return _why_not_on(torch.cuda.current_device() if torch.cuda.is_available() else None)
 
 
-def _why_not(*given: Tensor | None) -> str | None:
+def _why_not(first: Tensor, *others: Tensor | None) -> str | None:
     """What forbids every kernel: where operands are, and of which type.
 
     Their shapes and layouts are the extension's to refuse, when it launches.
     """
-    first, *others = (operand for operand in given if operand is not None)
-    if first.device.type != "cuda":
+    if not first.is_cuda:
         return f"the operands are on {first.device}, not on a CUDA device"
-    if first.dtype not in _DTYPES:
-        return f"the operands are {first.dtype}, and the kernels take bfloat16 and float16"
+    device, dtype = first.get_device(), first.dtype
+    if dtype not in _DTYPES:
+        return f"the operands are {dtype}, and the kernels take bfloat16 and float16"
     for other in others:
-        if other.device != first.device or other.dtype != first.dtype:
+        if other is not None and (other.get_device() != device or other.dtype != dtype):
             return (
                 f"one operand is {first.dtype} on {first.device}, another {other.dtype} on "
                 f"{other.device}"
             )
-    return _why_not_on(first.device.index)
+    return _why_not_on(device)
 
 
-def _demand(kernel: str, *operands: Tensor | None) -> None:
-    if reason := _why_not(*operands):
+def _demand(kernel: str, first: Tensor, *others: Tensor | None) -> None:
+    if reason := _why_not(first, *others):
         raise ValueError(f"{kernel} cannot serve this call: {reason}")
 
 
@@ -103,10 +103,19 @@ def _numbers(matrix: Tensor | None) -> tuple[int, ...] | None:
     return None if matrix is None else (matrix.data_ptr(), *matrix.shape, *matrix.stride())
 
 
+def current_stream(device: int) -> int:
+    """The current stream of a device as the driver's number; 0 on a CPU, whose device is -1.
+
+    As Triton asks for it: `torch.cuda.current_stream` makes an object each time.
+    """
+    return 0 if device < 0 else int(torch._C._cuda_getCurrentRawStream(device))
+
+
 def _launch(kernel: str, on: Tensor, **arguments: Any) -> None:
     """Launches a kernel of the extension on the device of `on`, on its current stream."""
-    stream = torch.cuda.current_stream(on.device).cuda_stream
-    getattr(_extension(), kernel)(device=on.device.index, stream=stream, **arguments)
+    device = on.get_device()
+    stream = current_stream(device)
+    getattr(_extension(), kernel)(device=device, stream=stream, **arguments)
 
 
 def why_not_gemm(p: Tensor, q: Tensor, h: Tensor | None, l: Tensor | None) -> str | None:
@@ -179,7 +188,8 @@ def gemm_lora(
     _demand("gemm_lora", p, q, a, l)
     bias = _pairs("bias", bias, q.shape[1], p)
     m, r = p.shape[0], a.shape[1]
-    h = p.new_empty((m, -(-r // 8) * 8))[:, :r]  # rows of whole 16 bytes
+    h = p.new_empty((m, -(-r // 8) * 8))  # rows of whole 16 bytes
+    h = h if r % 8 == 0 else h[:, :r]
     ready = p.new_empty(-(-m // 128), dtype=torch.int32)
     out = p.new_empty((m, q.shape[1]))
     _launch(

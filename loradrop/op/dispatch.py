@@ -80,12 +80,18 @@ def _fused(
     """A backend of fused.py, which imports Triton: only when it first runs."""
 
     def part(of: str) -> Callable[..., Any]:
-        def run(call: Call | Saved, *rest: Any) -> Any:
+        @functools.cache
+        def method() -> Callable[..., Any]:
             from loradrop.op import fused
 
-            here = torch.cuda.device_of(call.A)  # type: ignore[no-untyped-call]
-            with here:  # where kernels are launched
-                return getattr(getattr(fused, name.upper()), of)(call, *rest)
+            return getattr(getattr(fused, name.upper()), of)  # type: ignore[no-any-return]
+
+        def run(call: Call | Saved, *rest: Any) -> Any:
+            device = call.A.get_device()
+            if device < 0 or device == torch.cuda.current_device():
+                return method()(call, *rest)
+            with torch.cuda.device(device):  # where kernels are launched
+                return method()(call, *rest)
 
         return run
 

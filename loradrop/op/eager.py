@@ -16,18 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from loradrop.op import rounded
 from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved
 from loradrop.op.philox import draw, gain, unpack
 from loradrop.op.reference import gram
 
 _MANY_ROWS = 512  # where a pass over y outweighs two small copies
+_MM_WIDENS = hasattr(torch.ops.aten.mm, "dtype")
 _ROWS_PER_BLOCK = 512  # rows of a half-precision operand widened at a time
 
 
 def forward(call: Call) -> Output:
     """As `reference.forward`; the mask of dropout is kept."""
     x, weight, bias, s = call.x, call.weight, call.bias, call.scaling
-    a, b, mask = _as(call.A, x), _as(call.B, x), None
+    near, mask = rounded.near(call.A, call.B, x.dtype), None
+    a, b = near.a, near.b
     if call.seed is None:
         h = linear(x, a)
     else:
@@ -49,11 +52,6 @@ def forward(call: Call) -> Output:
     return Output(y, h, mask, norm, of_h if call.gram else None)
 
 
-def _as(parameter: Tensor, x: Tensor) -> Tensor:
-    dtype = x.dtype
-    return parameter if parameter.dtype == dtype else parameter.to(dtype)
-
-
 def _bias_costs_a_pass(x: Tensor) -> bool:
     """Whether `linear` copies the bias into y and reads it back, at up to a tenth of its time.
 
@@ -69,11 +67,12 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
     if mask is not None and (needs.x or needs.A):
         kept = unpack(mask, A.shape[1])
     dx = dA = dB = None
+    near = rounded.near(A, B, h.dtype)
     if needs.x or needs.A:
         # beta = 0 leaves what h holds out, NaN included; it has the shape of dh.
-        dh = torch.addmm(h, dy, _as(B, h), beta=0, alpha=s * gain(p))
+        dh = torch.addmm(h, dy, near.b, beta=0, alpha=s * gain(p))
     if needs.x:
-        a = _as(A, h)
+        a = near.a
         if kept is not None:
             dx = torch.where(kept, torch.mm(dh, a), 0.0)
             dx = dx if weight is None else torch.mm(dy, weight).add_(dx)
@@ -87,6 +86,11 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
     return Grads(dx, dA, dB)
 
 
+def _widens(p: Tensor) -> bool:
+    """Whether one product takes half precision to float32: in PyTorch from 2.8 on, by cuBLAS."""
+    return p.is_cuda and torch.version.hip is None and _MM_WIDENS
+
+
 def _outer(p: Tensor, q: Tensor, scale: float, like: Tensor) -> Tensor:
     """scale·pᵀq from p (M, P) and q (M, Q), of the shape (P, Q) and the dtype of `like`.
 
@@ -96,6 +100,9 @@ def _outer(p: Tensor, q: Tensor, scale: float, like: Tensor) -> Tensor:
         return torch.addmm(like, p.t(), q, beta=0, alpha=scale)
     if p.dtype == torch.float64:
         return torch.mm(p.t(), q).mul_(scale).to(like.dtype)
+    if _widens(p):
+        total = torch.mm(p.t(), q, out_dtype=torch.float32)
+        return (total if scale == 1.0 else total.mul_(scale)).to(like.dtype)
     total = p.new_zeros(like.shape, dtype=torch.float32)
     for rows in range(0, p.shape[0], _ROWS_PER_BLOCK):
         block = slice(rows, rows + _ROWS_PER_BLOCK)

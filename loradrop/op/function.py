@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from loradrop.op import rounded
 from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved
 from loradrop.op.reference import REFERENCE, backward_with_graph, core, moment, up
 
@@ -30,6 +31,7 @@ class Sinks(NamedTuple):
 
 
 NO_SINKS = Sinks()
+_HALF = (torch.bfloat16, torch.float16)
 
 
 # In the order of `Sinks`. Never a saved tensor itself: autograd adds to what it was given first.
@@ -93,6 +95,8 @@ class LoRAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: Backend, call: Call, sinks: Sinks, *_: Tensor | None) -> Any:
         # Not a separate setup_context: torch would inspect the signature in every call, for 40 µs.
+        half = call.x.dtype in _HALF
+        ctx.rounded = rounded.hold(call.A, call.B, call.x.dtype) if half else None
         out = backend.forward(call)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved_tensors(call, sinks, out))
@@ -109,6 +113,9 @@ class LoRAFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         _, _, _, x, y0, A, B, *sinks = ctx.needs_input_grad
         saved = saved_of(ctx.saved_tensors, ctx.scaling, ctx.dropout)
+        if ctx.rounded is not None and not torch.is_grad_enabled():
+            # Under checkpointing what was saved is another object, and none has its copies.
+            saved = saved._replace(A=ctx.rounded.A, B=ctx.rounded.B)
         # Grad mode is on here with create_graph=True: somebody will differentiate the gradients.
         backward = backward_with_graph if torch.is_grad_enabled() else ctx.backend.backward
         grads, of_sinks = gradients(backward, saved, dy, Needs(x, A, B), sinks)

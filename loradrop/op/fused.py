@@ -19,14 +19,14 @@ from torch.nn.functional import linear, pad
 
 from loradrop.kernels import tiles
 from loradrop.kernels.expand import expand
-from loradrop.kernels.gemm_ext import gemm_ext, scale_mode
+from loradrop.kernels.gemm_ext import gemm_ext
 from loradrop.kernels.gram import sqnorm as sqnorm_of_grams
 from loradrop.kernels.gram import total, wide_grams
 from loradrop.kernels.outer import outer
 from loradrop.kernels.shrink import shrink
 from loradrop.kernels.single_pass import single_pass
 from loradrop.kernels.tiles import as_stored, rows_aligned
-from loradrop.op import cuda, eager
+from loradrop.op import cuda, eager, rounded
 from loradrop.op.call import Call, Grads, Needs, Output, Saved
 from loradrop.op.philox import gain
 from loradrop.op.reference import gram
@@ -48,7 +48,8 @@ def _rounded(A: Tensor, B: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     if x.shape[0] < ROUNDED_ROWS or A.shape[0] not in ROUNDED_RANKS:
         return A, B
-    return A.to(x.dtype), B.to(x.dtype)
+    near = rounded.of(A, B, x.dtype)
+    return near.a, near.b
 
 
 def _add_masked(y: Tensor, h: Tensor, l: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -94,7 +95,6 @@ def by_cuda(
         p = p.contiguous()
     if mask is not None:
         return _add_masked(cuda.gemm_ext(p, q, bias, None, None, 1.0), h, l, scale, mask)
-    l, scale = _scaled(l, scale, p.dtype)
     if missing := -h.shape[1] % 8:  # rows of whole 16 bytes
         h, l = pad(h, (0, missing)), pad(l, (0, 0, 0, missing))
     if not rows_aligned(as_stored(l)):
@@ -102,26 +102,18 @@ def by_cuda(
     return cuda.gemm_ext(p, q, bias, h, l, scale)
 
 
-def _scaled(l: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """l rounded to `dtype`, times the scale where that is exact; and the scale that is left."""
-    if scale_mode(scale, dtype) != "h":
-        return l.to(dtype), scale
-    return torch.mul(l, scale, out=torch.empty_like(l, dtype=dtype)), 1.0
-
-
 def with_h_by_cuda(
     p: Tensor, q: Tensor, bias: Tensor | None, a: Tensor, l: Tensor, scale: float, h_scale: float
 ) -> tuple[Tensor, Tensor] | None:
     """(p·q + bias + s·h·l, h = h_scale·p·a) in one launch, or None where two are faster.
 
-    p (M, D)   q (D, C)   bias (C,) or None   a (D, r)   l (r, C)
+    p (M, D)   q (D, C)   bias (C,) or None   a (D, r)   l (r, C), all in p's dtype
     """
     (m, k), n, r = p.shape, q.shape[1], a.shape[1]
-    turned = as_stored(a) is not a
-    if r % 8 or p.device.index is None or not cuda.streams(m, n, k, r, turned, p.device.index):
+    stored = as_stored(a)
+    if r % 8 or not cuda.streams(m, n, k, r, stored is not a, p.get_device()):
         return None
-    a, (l, scale) = a.to(p.dtype), _scaled(l, scale, p.dtype)
-    if not all(rows_aligned(as_stored(t)) for t in (a, l)) or not rows_aligned(p):
+    if not (rows_aligned(stored) and rows_aligned(as_stored(l)) and rows_aligned(p)):
         return None
     return cuda.gemm_lora(p, q, bias, a, l, scale, h_scale)
 
@@ -149,7 +141,8 @@ def small_m_cuda(call: Call, weights: Tensor | None) -> Output | None:
     x, weight = call.x, call.weight
     if weight is None or x.shape[0] > DECODE_ROWS or call.A.shape[0] > DECODE_RANK:
         return None
-    A, B = call.A.to(x.dtype), call.B.to(x.dtype)
+    near = rounded.of(call.A, call.B, x.dtype)
+    A, B = near.a, near.b
     if not all(map(rows_aligned, (x, weight, A, B))):
         return None
     if reason := cuda.why_not_placed(x.device.index):
@@ -164,11 +157,13 @@ class Fused:
     """`forward` and `backward` over one way to compute the wide product.
 
     `few`: few rows without dropout in one pass. `with_h`: the wide product, and h beside it.
+    `rounds`: all of that reads adapters in x's dtype, B times the scale where that is exact.
     """
 
     extend: Extend
     few: Callable[[Call, Tensor | None], Output | None] | None = None
     with_h: Callable[..., tuple[Tensor, Tensor] | None] | None = None
+    rounds: bool = False
 
     def forward(self, call: Call) -> Output:
         """As `reference.forward`; the mask of dropout is kept."""
@@ -182,8 +177,13 @@ class Fused:
             done = self.few(call, weights)
             if done is not None:
                 return self._with_gram(done, call)
+        l, scale = B, scaling
+        if self.rounds and weight is not None:
+            near = rounded.of(A, B, x.dtype)
+            l, scale = near.scaled(scaling)
+            A = near.a if dropout == 0.0 else A
         if self.with_h is not None and dropout == 0.0 and weight is not None:
-            both = self.with_h(x, weight.T, bias, A.T, B.T, scaling, 1.0)
+            both = self.with_h(x, weight.T, bias, A.T, l.T, scale, 1.0)
             if both is not None:
                 sqnorm = None
                 if call.sqnorm:
@@ -192,6 +192,7 @@ class Fused:
                 return self._with_gram(Output(*both, None, sqnorm), call)
         if dropout == 0.0:  # products of a masked x with a rounded A, too, ptxas serialises
             A, B = _rounded(A, B, x)
+            l = l if self.rounds else B
         cut = tiles.shrink(machine, x.dtype, x.shape[0], x.shape[1], A.shape[0])
         in_pass = call.sqnorm and x.dtype != torch.float32
         thin = shrink(
@@ -203,7 +204,7 @@ class Fused:
             assert y0 is not None
             y = expand(y0, h, B.T, scaling, tiles.expand(machine, x.dtype))
         else:
-            y = self.extend(x, weight.T, bias, h, B.T, scaling)
+            y = self.extend(x, weight.T, bias, h, l.T, scale)
         sqnorm = None
         if thin.grams is not None:
             sqnorm = sqnorm_of_grams(thin.grams, h, B, scaling, weights)
@@ -224,6 +225,10 @@ class Fused:
         dx = dA = dB = both = None
         dtype_A, dtype_B = A.dtype, B.dtype
         scale, rest = scaling * gain(dropout), 1.0
+        if self.rounds and weight is not None and (needs.x or needs.A):
+            near = rounded.of(A, B, h.dtype)
+            A, (B, left) = near.a, near.scaled(scaling)
+            scale = left * gain(dropout)
         if h.dtype == torch.float16 and abs(scale) > 1.0:  # t must not overflow for its scale
             scale, rest = 1.0, scale
         if needs.x and self.with_h is not None and mask is None and weight is not None:
@@ -250,5 +255,5 @@ class Fused:
 
 THIN = Fused(by_cublas)
 TRITON = Fused(by_triton, small_m_triton)
-CUDA = Fused(by_cuda, small_m_cuda)
-OVERLAP = Fused(by_cuda, small_m_cuda, with_h_by_cuda)
+CUDA = Fused(by_cuda, small_m_cuda, rounds=True)
+OVERLAP = Fused(by_cuda, small_m_cuda, with_h_by_cuda, rounds=True)

@@ -23,7 +23,7 @@ from loradrop.op.call import Problem
 SCHEMA = 1
 CPU = "cpu"
 _FIELDS = {*KEYS, "us", "host_us", "refused"}  # of a point
-_SOURCES = ("eager", "fused", "cuda", "function", "philox")  # beside the kernels: what is timed
+_SOURCES = ("eager", "fused", "cuda", "function", "philox", "rounded")  # beside the kernels: what is timed
 
 
 class Tuned(NamedTuple):
