@@ -59,10 +59,12 @@ def test_a_step_rounds_once(how: str, count: int) -> None:
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_the_next_step_reads_what_was_written(grad: bool) -> None:
-    """Also by an optimiser that tells nobody: through .data no version changes."""
+    """Also by an optimiser that tells nobody: through .data no version changes. And also where the
+    graph of an old loss is still there.
+    """
     x, weight, A, B = parts()
     with torch.set_grad_enabled(grad):
-        first = lora_linear(x, weight, None, A, B, 2.0).detach()
+        first = lora_linear(x, weight, None, A, B, 2.0)
         version = A._version
         A.data.mul_(3.0)
         again = lora_linear(x, weight, None, A, B, 2.0).detach()

@@ -1,9 +1,9 @@
 """The adapters of a call in x's dtype, rounded once a step.
 
 The backward pass, and the second forward pass under activation checkpointing, read the same copies
-as the first one. A copy lives as long as a graph that was computed with it: whoever writes into A
-or B before that graph is gone changes gradients anyway. So no copy is ever older than its step,
-whatever an optimiser writes, and however.
+as the first one. Every forward pass outside of a backward pass makes its own, and they live as long
+as its graph. So what a forward pass reads is never older than A and B are, whatever an optimiser
+writes, and however, and whoever still holds an old loss.
 """
 
 import weakref
@@ -30,6 +30,7 @@ class Rounded:
         self.A, self.B, self.dtype = A, B, dtype
         self._made: dict[Any, Tensor] = {}
         self._versions: tuple[int, int] | None = None  # of A and B, where it is held
+        self.open = False  # while the forward pass runs that it is made for
 
     @property
     def a(self) -> Tensor:
@@ -74,16 +75,20 @@ def near(A: Tensor, B: Tensor, dtype: torch.dtype) -> "Pair | Rounded":
 
 
 def of(A: Tensor, B: Tensor, dtype: torch.dtype) -> Rounded:
-    """Those that the step holds, or new ones."""
+    """Those that this forward pass made, those of the graph in a backward pass, or new ones."""
     held = _HELD.get(_key(A, B, dtype))
     if held is not None and held._versions == (A._version, B._version):
-        return held
+        if held.open or torch._C._current_graph_task_id() != -1:
+            return held
     return Rounded(A, B, dtype)
 
 
 def hold(A: Tensor, B: Tensor, dtype: torch.dtype) -> Rounded:
-    """As `of`, and every other call gets the same for as long as the caller keeps the result."""
+    """As `of`, for a forward pass that begins now: until the caller sets `open` to False, it reads
+    these, and so does its backward pass for as long as the caller keeps the result.
+    """
     found = of(A, B, dtype)
+    found.open = True
     if found._versions is None:
         found._versions = A._version, B._version
         _HELD[_key(A, B, dtype)] = found
