@@ -77,10 +77,10 @@ def near(A: Tensor, B: Tensor, dtype: torch.dtype) -> "Pair | Rounded":
 def of(A: Tensor, B: Tensor, dtype: torch.dtype) -> Rounded:
     """Those that this forward pass made, those of the graph in a backward pass, or new ones."""
     held = _HELD.get(_key(A, B, dtype))
-    if held is not None and held._versions == (A._version, B._version):
-        if held.open or torch._C._current_graph_task_id() != -1:
-            return held
-    return Rounded(A, B, dtype)
+    if held is None or held._versions != (A._version, B._version):
+        return Rounded(A, B, dtype)
+    backward = torch._C._current_graph_task_id() != -1
+    return held if held.open or backward else Rounded(A, B, dtype)
 
 
 def hold(A: Tensor, B: Tensor, dtype: torch.dtype) -> Rounded:

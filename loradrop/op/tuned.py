@@ -23,7 +23,8 @@ from loradrop.op.call import Problem
 SCHEMA = 1
 CPU = "cpu"
 _FIELDS = {*KEYS, "us", "host_us", "refused"}  # of a point
-_SOURCES = ("eager", "fused", "cuda", "function", "philox", "rounded")  # beside the kernels: what is timed
+# Beside the kernels: what is timed.
+_SOURCES = ("eager", "fused", "cuda", "function", "philox", "rounded")
 
 
 class Tuned(NamedTuple):
