@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from loradrop.bank import STATE, Pair, bank_of, delta_of
+from loradrop.bank import STATE, AdapterBank, Pair, bank_of, delta_of
 from loradrop.config import LoRAConfig
 from loradrop.env import versions
 from loradrop.plan import Plan
-from loradrop.ranks import whole
+from loradrop.ranks import is_sharded, whole
 from loradrop.scores import Scores
 
 _log = logging.getLogger(__name__)
@@ -89,16 +90,38 @@ def adapters_of(model: nn.Module) -> Adapters:
         )  # fmt: skip
     trained = {name: base[name].detach() for name in (*injection.originals, *since)}
     require_loaded(trained)
-    pairs = [bank.factors(i) for i in range(len(bank.targets))]
+    state = {k: whole(v) for k, v in bank.state_dict().items() if k != STATE}
+    pairs = composed(bank, state)
     return Adapters(
         plan=plan_of(model),
-        factors=tuple(
-            None if p is None else (whole(p[0].detach()), whole(p[1].detach())) for p in pairs
-        ),
+        factors=tuple(None if p is None else (p[0].detach(), p[1].detach()) for p in pairs),
         scaling=tuple(bank.scaling),
-        state=bank.in_file({k: whole(v) for k, v in bank.state_dict().items() if k != STATE}),
+        state=bank.in_file(state),
         trained={k: whole(v) for k, v in trained.items()},
     )
+
+
+def composed(bank: AdapterBank, state: Mapping[str, Tensor]) -> list[Pair | None]:
+    """The factors of every target, of whole tensors by their names where FSDP2 shards those of the
+    bank: there parts do not mix with what is not sharded.
+    """
+    made = _Composed(bank)
+    if not any(map(is_sharded, bank.parameters())):
+        return made.forward()
+    tensors = {f"bank.{name}": tensor for name, tensor in state.items()}
+    found: list[Pair | None] = torch.func.functional_call(made, tensors, ())
+    return found
+
+
+class _Composed(nn.Module):
+    """All factors of a bank, as a module to call with other tensors."""
+
+    def __init__(self, bank: AdapterBank) -> None:
+        super().__init__()
+        self.bank = bank
+
+    def forward(self) -> list[Pair | None]:
+        return [self.bank.factors(i) for i in range(len(self.bank.targets))]
 
 
 def trained_since(model: nn.Module) -> list[str]:

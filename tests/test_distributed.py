@@ -94,4 +94,5 @@ def test_a_sharded_model_trains_saves_and_loads(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "found.json").read_text())
     assert result["same"] and result["gap"] < 1e-6 and result["moved"] > 1e-3
+    assert len(result["gaps"]) == 3 and max(result["gaps"].values()) < 1e-5
     assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
