@@ -246,7 +246,7 @@ def test_configuration_goes_through_yaml(tmp_path: Path) -> None:
         (["lora.lora_aplha=3"], r"lora has no option 'lora_aplha': did you mean 'lora_alpha'\?"),
         (["lora.method.treshold=1"], r"lora\.method has no option 'treshold': .*'threshold'"),
         (["arms.x.rr=1"], r"arms\.x has no option 'rr': did you mean 'r'\?"),
-        (["lora.method=lora_drp"], r"method 'lora_drp' is unknown: choose one of lora, lora_drop"),
+        (["lora.method=lora_drp"], r"method 'lora_drp' is unknown: choose one of adalora, lora, "),
         (["train.steps=many"], r"train\.steps='many': give a whole number or null"),
         (["train.steps=1.5"], r"train\.steps=1\.5: give a whole number or null"),
         (["train.batch_size=true"], r"train\.batch_size=True: give a whole number"),
