@@ -310,6 +310,7 @@ def test_a_launch_without_a_device_is_refused(kernels: ModuleType) -> None:
             kernel(**change)
 
 
+@pytest.mark.every_launch
 def test_the_debug_build_has_deadlines(folder: Path) -> None:
     with one_process(folder / "lock-debug"):
         command = [sys.executable, ROOT / "csrc" / "build.py", folder / "debug", "--debug"]
