@@ -59,6 +59,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     if (reason := unmeasured(model)) is not None:
         _log.warning("%s", reason)
+    checkpoint(model, path)
+
+
+def checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """`save` in the middle of a run, whose method may have yet to decide."""
     adapters = adapters_of(model)
     if writes(model):
         write(adapters, path)

@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from loradrop import native
 from loradrop.batches import BATCH, MEASURED, small_batches
 from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import read_json, write_json
 from loradrop.loading import fill
-from loradrop.native import read, save
+from loradrop.native import read
 from loradrop.order import Onward
 from loradrop.sampling import some_of
 
@@ -159,7 +160,7 @@ class LoRATrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
-            save(self.events.model, output_dir or self.args.output_dir or ".")
+            native.checkpoint(self.events.model, output_dir or self.args.output_dir or ".")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -24,6 +24,8 @@ from transformers import (
 import loradrop
 from loradrop import LoRA, LoRADrop, Spectral
 from loradrop.base_models import build, load_base, resolve_model
+from loradrop.cli import main
+from loradrop.methods import available
 from loradrop.native import read
 from loradrop.run import measure, run, warm_up_run
 from loradrop.run_config import MINILM, RunConfig, folder_of, read_config
@@ -538,3 +540,22 @@ def test_measure_is_an_offline_probe(trained: RunConfig) -> None:
 )
 def test_a_run_has_the_name_of_its_method(overrides: list[str], name: str) -> None:
     assert read_config(None, overrides).name == name
+
+
+def test_every_method_by_its_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As an arm of one run: it trains, and its adapter loads and exports."""
+    base, table = write_model(tmp_path / "base"), write_table(tmp_path / "films.csv")
+    names = [name for name in available() if name != "lora_drop"]
+    arms = [f"arms.{name}.method={name}" for name in names]
+    settings = [f"model={base}", f"data={table}", "data.max_length=16", f"output={tmp_path}"]
+    settings += ["lora.r=4", "train.steps=5", "train.batch_size=6", *arms]
+    assert main(["train", *settings]) == 0
+    for name in (*names, "LoRA-drop"):
+        folder = folder_of(RunConfig(output=str(tmp_path)), name)
+        result = json.loads((folder / "result.json").read_text())
+        assert result["steps"] == 5 and 0.0 <= result["metrics"]["accuracy"] <= 1.0, name
+        model, _ = load_base(folder / "adapter")
+        bank = loradrop.load(model, folder / "adapter")
+        assert bank.trainable == result["parameters"], name
+        loradrop.export(model, tmp_path / "peft" / name, base_id=base)
+    assert "none was made" not in caplog.text  # of a warm-up, which `fit` has yet to end then
