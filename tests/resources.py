@@ -3,9 +3,10 @@
     python tests/resources.py                       of this checkout
     python tests/resources.py --before ../old       and of another one, beside it
 
-Registers, bytes spilled to the stack, shared memory, instructions in all and in one step of the
-loop that multiplies (the smallest with a matrix instruction), and the barriers in that step. Of the
-launches of a layer of 8192 x 4096 x 4096 at r = 16 by Triton, and of the kernels of csrc/ by nvcc.
+Registers, bytes of stack (where registers are spilled, if they are), shared memory (of csrc/ the
+static part), instructions in all and in one step of the loop that multiplies (the smallest with a
+matrix instruction), and the barriers in that step. Of the launches of a layer of 8192 x 4096 x 4096
+at r = 16 by Triton, numbered in their order, and of the kernels of csrc/ by nvcc.
 """
 
 import argparse
@@ -25,7 +26,7 @@ ARCHS = (90, 80, 120)
 LAYERS: dict[str, dict[str, Any]] = {"": {}, "dropout": {"dropout": 0.1}, "norm": {"norm": True}}
 MATRIX = re.compile(r"\b(HGMMA|HMMA|UTCHMMA|QGMMA)\b")
 BARRIER = re.compile(r"\b(BAR|SYNCS|WARPGROUP|DEPBAR)\b")
-COLUMNS = ("registers", "spilled", "shared", "instructions", "in a step", "barriers in a step")
+COLUMNS = ("registers", "stack", "shared", "instructions", "in a step", "barriers in a step")
 
 
 def functions(code: str) -> Iterator[tuple[str, list[str]]]:
@@ -121,8 +122,8 @@ def of_csrc(tools: Path, folder: Path) -> dict[str, dict[str, int]]:
     for cubin in sorted(folder.glob("*.sm_90a.cubin")):
         for name, figures in of_cubin(tools, cubin).items():
             plain = subprocess.run(["c++filt", name], capture_output=True, text=True).stdout
-            short = re.sub(r"\(anonymous namespace\)::|loradrop::|^void |\(.*\)\s*$", "", plain)
-            found[f"csrc {short.strip()}"] = figures
+            short = re.sub(r"\((anonymous namespace|int|bool)\)(::)?|loradrop::|^void ", "", plain)
+            found[f"csrc {short.rpartition('(')[0].strip()}"] = figures
     return found
 
 
@@ -142,7 +143,7 @@ def in_a_process(checkout: Path) -> dict[str, dict[str, int]]:
 def page(runs: dict[str, dict[str, dict[str, int]]], about: str) -> str:
     """The table: "before → after" where they differ, a dash where a checkout has no such kernel."""
     assert __doc__ is not None
-    lines = ["# Resources of the compiled kernels", "", "Made by `python tests/resources.py`."]
+    lines = ["# Resources of the compiled kernels", "", "Made by `python tests/resources.py`.", ""]
     lines += [__doc__.split("\n\n")[2].strip(), "", about, ""]
     lines += [f"| kernel | {' | '.join(COLUMNS)} |", "| --- |" + " ---: |" * len(COLUMNS)]
     for kernel in dict.fromkeys(name for run in runs.values() for name in run):
