@@ -138,6 +138,28 @@ def results(runs: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
     return rows
 
 
+def write(
+    out: Path,
+    checkouts: dict[str, Path],
+    protocol: dict[str, Any],
+    key: str,
+    rows: list[dict[str, Any]],
+) -> None:
+    """The result file, with the rows under `key`, and the rows themselves on stdout."""
+    from lib.environment import device_name  # this checkout's, so not in `--measure`
+    from loradrop.env import report
+
+    facts = report()
+    facts = {name: facts[name] for name in ("python", "packages", "cpu")}
+    facts["cpu"]["name"] = device_name("cpu")
+    environment = facts | {"commits": {which: commit(path) for which, path in checkouts.items()}}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    whole = {"environment": environment, "protocol": protocol, key: rows}
+    out.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    for row in rows:
+        print(json.dumps(row))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--before", type=Path, help="a checkout of loradrop to compare with")
@@ -148,27 +170,15 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure()))
         return
-    from lib.environment import device_name  # this checkout's, so not in `--measure`
-    from loradrop.env import report
-
     checkouts = {"before": args.before.resolve()} if args.before else {}
     checkouts["after"] = ROOT
     runs: dict[str, list[dict[str, float]]] = {which: [] for which in checkouts}
     for _ in range(args.processes):
         for which, checkout in checkouts.items():
             runs[which].append(in_a_process(checkout))
-    facts = report()
-    facts = {key: facts[key] for key in ("python", "packages", "cpu")}
-    facts["cpu"]["name"] = device_name("cpu")
-    environment = facts | {"commits": {which: commit(path) for which, path in checkouts.items()}}
     protocol = {"clock": "process time", "processes": args.processes, "calls": CALLS,
                 "blocks": BLOCKS, "K": K, "N": K, "r": RANK, "dtype": "float32"}  # fmt: skip
-    rows = results(runs)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"environment": environment, "protocol": protocol, "us": rows}
-    args.out.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    for row in rows:
-        print(json.dumps(row))
+    write(args.out, checkouts, protocol, "us", results(runs))
 
 
 if __name__ == "__main__":

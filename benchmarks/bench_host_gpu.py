@@ -150,9 +150,7 @@ def main() -> None:
     if args.measure:
         print(json.dumps(measure(args.measure)))
         return
-    from bench_host import commit
-    from lib.environment import device_name
-    from loradrop.env import report
+    from bench_host import write
 
     checkouts = {"before": args.before.resolve()} if args.before else {}
     checkouts["after"] = ROOT
@@ -161,18 +159,9 @@ def main() -> None:
         for backend in BACKENDS:
             for which, checkout in checkouts.items():
                 runs[which][backend].append(in_a_process(checkout, backend))
-    facts = report()
-    facts = {key: facts[key] for key in ("python", "packages", "cpu")}
-    facts["cpu"]["name"] = device_name("cpu")
-    environment = facts | {"commits": {which: commit(path) for which, path in checkouts.items()}}
     protocol = {"clock": "process time", "processes": args.processes, "calls": CALLS,
                 "blocks": BLOCKS, "K": K, "N": K, "r": RANK, "dtype": "bfloat16"}  # fmt: skip
-    rows = results(runs)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"environment": environment, "protocol": protocol, "calls": rows}
-    args.out.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    for row in rows:
-        print(json.dumps(row))
+    write(args.out, checkouts, protocol, "calls", results(runs))
 
 
 if __name__ == "__main__":

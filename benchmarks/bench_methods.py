@@ -2,9 +2,8 @@
 
 Every method adapts every linear layer, for equally many steps, and has the learning rate that is
 best for it on one grid: see `lib/study.py`. A budget is LoRA's own size at that rank, on the same
-layers; each method's rank and options for it are in `SIZES`, and a cell says what it came to. A
-method that this version of loradrop lacks is skipped. Cells are written as they finish, the most
-telling first, and a run again does the rest.
+layers; each method's rank and options for it are in `SIZES`, and a cell says what it came to.
+Cells are written as they finish, the most telling first, and a run again does the rest.
 
     python benchmarks/bench_methods.py --data DIR [--minutes 30]    DIR/sst2 ... hold train and dev
     python benchmarks/bench_methods.py --picture                    docs/methods.png from the cells
@@ -12,7 +11,6 @@ telling first, and a run again does the rest.
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +57,7 @@ def arms(budget: int, names: list[str]) -> dict[str, Arm]:
     """Name -> arm at this budget, for the methods that there are."""
     found = {}
     for name in names:
-        if name in methods.available() and budget in SIZES[name]:
+        if budget in SIZES[name]:
             rank, options = SIZES[name][budget]
             about = {"method": name, "budget": budget}
             found[f"{name}, {budget}"] = Arm(rank, methods.get(name)(**options), about)
@@ -81,9 +79,6 @@ def main() -> None:
     if args.picture:
         draw(RESULTS, ROOT / "docs" / "methods.png")
         return
-    absent = [name for name in args.methods if name not in methods.available()]
-    if absent:
-        print(f"not in this version, skipped: {', '.join(absent)}", file=sys.stderr)
     torch.set_num_threads(1)
     tasks = Tasks(args.data, None)
     every = {budget: arms(budget, args.methods) for budget in args.budgets}

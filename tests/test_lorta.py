@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from method_cases import awake
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -36,13 +37,6 @@ def injected(*names: str, heads: int = 1, r: int = R) -> tuple[nn.Module, Any]:
         r=r, lora_alpha=2 * r, target_modules=names or tuple("qkvo"), method=LoRTA(heads=heads)
     )
     return net, loradrop.inject(net, config)
-
-
-def awake(bank: Any) -> Any:
-    with torch.no_grad():
-        for parameter in bank.parameters():
-            parameter.normal_()
-    return bank
 
 
 @pytest.mark.parametrize("heads", [1, HEADS])

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from method_cases import awake
 from torch import nn
 from torch.autograd import gradcheck
 
@@ -35,13 +36,6 @@ def injected(method: Method, r: int = R, seed: int = 0) -> tuple[Net, Any]:
     net = Net()
     config = LoRAConfig(r=r, lora_alpha=2 * r, target_modules=["up", "down"], method=method)
     return net, loradrop.inject(net, config)
-
-
-def awake(bank: Any) -> Any:
-    with torch.no_grad():
-        for parameter in bank.parameters():
-            parameter.normal_()
-    return bank
 
 
 @pytest.mark.parametrize(("shards", "cost", "private"), [(4, 2, 1), (2, 3, 2), (1, 1, 0)])

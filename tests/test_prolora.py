@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from method_cases import awake
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
@@ -25,13 +26,6 @@ def injected(method: Method, r: int = R, seed: int = 0) -> tuple[nn.Sequential, 
         chain.add_module(name, nn.Linear(*shape))
     config = LoRAConfig(r=r, lora_alpha=2 * r, target_modules=[*SHAPES], method=method)
     return chain, loradrop.inject(chain, config)
-
-
-def awake(bank: Any) -> Any:
-    with torch.no_grad():
-        for parameter in bank.parameters():
-            parameter.normal_()
-    return bank
 
 
 def composed(chunk: np.ndarray, width: int, count: int) -> np.ndarray:
