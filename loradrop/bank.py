@@ -26,17 +26,18 @@ _log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """What a layer asks while statistics are collected: see `collector.Collector`."""
+    """What a layer asks while statistics are collected: see `collector.Watched`."""
 
-    def arguments(self, i: int, x: Tensor) -> dict[str, Any]: ...
+    def arguments(self, x: Tensor) -> dict[str, Any]: ...
 
-    def add(self, i: int, sqnorm: Tensor) -> None: ...
+    def add(self, sqnorm: Tensor) -> None: ...
 
 
 class Link:
     """Target `index` of `bank`, as its layer holds it.
 
     scaling   s of the target
+    observer  what collects the statistics of the target now
     adapter   the module that owns its tensors, in a bank that has one for each adapter; else None
 
     Compiled code of a layer reads its adapter through this, and no number that differs from layer
@@ -46,6 +47,7 @@ class Link:
     def __init__(self, bank: "AdapterBank", index: int, scaling: float) -> None:
         self.bank, self.index, self.scaling = bank, index, scaling
         self.adapter: Any = None
+        self.observer: Observer | None = None
 
     def factors(self) -> Pair | None:
         """As `AdapterBank.factors` of the target."""
@@ -74,7 +76,7 @@ class AdapterBank(nn.Module):
         self.dropout = 0.0
         self.enabled = True
         self.adopts = False
-        self.collector: Observer | None = None
+        self.collector: object | None = None  # what collects statistics, in all links
 
     @property
     def targets(self) -> tuple[Target, ...]:

@@ -9,7 +9,7 @@ checkpointing, accumulation and compilation alike, and `close_row` reads the lea
 for the device.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +23,8 @@ from loradrop.losses import samples_of
 from loradrop.masks import MASK, MaskFn, TokenMasks
 from loradrop.ranks import is_distributed, reduced
 from loradrop.scores import Scores, Target
+from loradrop.watched import SHAPES, Watched, start
 
-_SHAPES: dict[str, Callable[[Target], tuple[int, ...]]] = {
-    "sqnorm": lambda target: (),
-    "moment": lambda target: (target.in_features,),
-    "gram_in": lambda target: (target.r, target.r),
-    "core": lambda target: (target.r, target.r),
-}
 GRAMS = ("gram_in", "core")
 
 
@@ -58,9 +53,9 @@ class Collector:
         mask_fn: MaskFn | None = None,
     ) -> None:
         for name in statistics:
-            if name not in _SHAPES:
-                raise ValueError(f"statistics has {name!r}: choose among {', '.join(_SHAPES)}")
-        self.bank, self.online = bank, online
+            if name not in SHAPES:
+                raise ValueError(f"statistics has {name!r}: choose among {', '.join(SHAPES)}")
+        self.bank, self.online, self._statistics = bank, online, tuple(statistics)
         self.source = source or ("online" if online else "offline")
         self.masks = TokenMasks(model, bank.targets, mask, mask_fn)
         self.rows: list[Tensor] = []
@@ -78,10 +73,12 @@ class Collector:
             model.register_forward_hook(self._leave, always_call=True),
         ]
         used = list(zip(bank.targets, map(bank.factors, range(len(bank.targets))), strict=True))
-        self._values: dict[str, list[Tensor | None]] = {
-            name: [_leaf(_SHAPES[name](t), p[0].device) if p and online else None for t, p in used]
-            for name in statistics
-        }
+        self._watched = [
+            Watched(self, mask, {name: start(name, *of, online) for name in statistics})
+            for of, mask in zip(used, self.masks.of_targets, strict=True)
+        ]
+        for link, watched in zip(bank.links, self._watched, strict=True):
+            link.observer = watched
         bank.collector = self
 
     def detach(self) -> None:
@@ -92,32 +89,13 @@ class Collector:
         self.masks.detach()
         if self.bank.collector is self:
             self.bank.collector = None
-
-    def arguments(self, i: int, x: Tensor) -> dict[str, Any]:
-        """The op's arguments that make target i report the statistics of its input x (..., K)."""
-        if self.online and not torch.is_grad_enabled():
-            return {}
-        arguments: dict[str, Any] = {"token_weights": self._weights(i, x)}
-        if not self.online:
-            return arguments | {"return_sqnorm": True}
-        for name, leaves in self._values.items():
-            leaf = leaves[i]
-            assert leaf is not None
-            if leaf.device != x.device:
-                leaf = leaves[i] = _leaf(leaf.shape, x.device)
-            arguments[f"{name}_sink"] = leaf
-        return arguments
+            for link in self.bank.links:
+                link.observer = None
 
     def set_samples(self, count: int) -> None:
         """The gradients of this step are of the sum of `count` losses, not of their mean."""
         self._samples = torch.tensor(float(count), dtype=torch.float64)
         self.loss_scale = float(max(count, 1))
-
-    def add(self, i: int, sqnorm: Tensor) -> None:
-        """Adds an offline squared norm of target i to the open row."""
-        values = self._values["sqnorm"]
-        before = values[i]
-        values[i] = sqnorm.double() if before is None else before + sqnorm
 
     def close_row(self) -> dict[str, list[Tensor | None]]:
         """Ends a batch (offline) or an optimiser step (online).
@@ -126,8 +104,7 @@ class Collector:
         target has no adapter or was not called, which counts as zero.
         """
         closed = {
-            name: [v.grad if self.online and v is not None else v for v in values]
-            for name, values in self._values.items()
+            name: [watched.found(name) for watched in self._watched] for name in self._statistics
         }
         for values in closed.values():
             self.called = [c or v is not None for c, v in zip(self.called, values, strict=True)]
@@ -140,17 +117,13 @@ class Collector:
             closed["moment"] = self._summed(closed["moment"])
         self._pending, self.inputs = 0, {}
         self.masks.forget()
-        for values in self._values.values():
-            for i, value in enumerate(values):
-                if self.online and value is not None:
-                    value.grad = None
-                else:
-                    values[i] = None
+        for watched in self._watched:
+            watched.begin()
         return closed
 
     def _summed(self, moments: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The moments summed over ranks; one that was called on another rank alone is zero here."""
-        leaves = self._values["moment"]
+        leaves = [watched.values["moment"] for watched in self._watched]
         here = [
             torch.zeros_like(leaf) if leaf is not None and value is None else value
             for leaf, value in zip(leaves, moments, strict=True)
@@ -246,21 +219,19 @@ class Collector:
             shape = first.shape[:-1] if first.is_floating_point() else first.shape
             self._tokens = self._tokens + shape.numel()
 
-    def _weights(self, i: int, x: Tensor) -> Tensor | None:
-        masked = self.masks.current is not None
-        if masked and not self._inside and not torch.compiler.is_compiling():
-            if self._pending > 1:
-                raise RuntimeError(
-                    "activations are recomputed after several forward passes, so loradrop cannot "
-                    f"tell whose {self.masks.mask!r} belongs to {self.bank.targets[i].name}: pass "
-                    "mask=None, or run backward after each"
-                )
-            self._recomputed = True
-        return self.masks.weights(i, x)
-
-
-def _leaf(shape: Sequence[int], device: torch.device) -> Tensor:
-    return torch.zeros(tuple(shape), dtype=torch.float64, device=device, requires_grad=True)
+    def require_same_pass(self, target: Target) -> None:
+        """A layer runs. Raises RuntimeError where it may be of another forward pass than the mask
+        that is at hand.
+        """
+        if self.masks.current is None or self._inside:
+            return
+        if self._pending > 1:
+            raise RuntimeError(
+                "activations are recomputed after several forward passes, so loradrop cannot "
+                f"tell whose {self.masks.mask!r} belongs to {target.name}: pass mask=None, or run "
+                "backward after each"
+            )
+        self._recomputed = True
 
 
 def _row(values: Sequence[Tensor | None]) -> Tensor:

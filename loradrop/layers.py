@@ -58,19 +58,19 @@ class LoRAMixin(nn.Module):
         if x.device != A.device:  # a model spread over devices
             bank.bring_back()
             A, B = (factor.to(x.device) for factor in link.factors() or factors)
-        dropout, seed, s, collector = 0.0, None, link.scaling, bank.collector
+        dropout, seed, s, observer = 0.0, None, link.scaling, link.observer
         if self.training and bank.dropout > 0.0:
             dropout = bank.dropout
             seed = torch.randint(0, 1 << 62, (), device=x.device)
-        more = {} if collector is None else collector.arguments(link.index, x)
+        more = {} if observer is None else observer.arguments(x)
         if y0 is not None:
             y = lora_add(y0, x, A, B, s, dropout=dropout, seed=seed, **more)
         else:
             assert weight is not None
             y = lora_linear(x, weight, bias, A, B, s, dropout=dropout, seed=seed, **more)
-        if collector is not None and isinstance(y, tuple):  # of an offline probe
+        if observer is not None and isinstance(y, tuple):  # of an offline probe
             y, norm = y
-            collector.add(link.index, norm)
+            observer.add(norm)
         result: Tensor = y
         return result
 

@@ -27,14 +27,15 @@ class TokenMasks:
     def __init__(
         self, model: nn.Module, targets: Sequence[Target], mask: str | None, mask_fn: MaskFn | None
     ) -> None:
-        self.mask, self.mask_fn, self.targets = mask, mask_fn, targets
+        self.mask, self.mask_fn = mask, mask_fn
         self.current: Tensor | None = None
         self._of_decoder: Tensor | None = None
         self._encoded: Tensor | None = None  # what the decoder of an encoder–decoder attends to
         self._cached = False
-        self._transposed, self._said = set[int](), set[str]()
+        self._said = set[str]()
         self._names = list(inspect.signature(model.forward).parameters)
-        self._in_decoder = in_decoder(model, targets)
+        in_decoders = zip(targets, in_decoder(model, targets), strict=True)
+        self.of_targets = [TargetMask(self, target, inside) for target, inside in in_decoders]
         self._handle: RemovableHandle | None = None
         if (decoder := _part(model, "get_decoder")) is not None:
             hook = self._enter_decoder
@@ -65,35 +66,68 @@ class TokenMasks:
         if self._handle is not None:
             self._handle.remove()
 
-    def weights(self, i: int, x: Tensor) -> Tensor | None:
-        """The weights of the rows of x (..., K), the input of target i; None to count all.
+    def by_function(self, name: str, x: Tensor) -> Tensor | None:
+        """What `mask_fn` says. Raises ValueError where it has another shape than x's rows."""
+        assert self.mask_fn is not None
+        weights = self.mask_fn(name, x, self.current)
+        if weights is not None and weights.shape != x.shape[:-1]:
+            raise ValueError(
+                f"what mask_fn returned for {name} is {tuple(weights.shape)}, but its input is "
+                f"{tuple(x.shape)}: return one weight per row, or None to count all of them"
+            )
+        return weights
+
+    def by_mask(self, x: Tensor, in_decoder: bool, transposed: bool) -> Tensor | None:
+        """What the mask of the tokens that a target sees says of the rows of x."""
+        mask = self.mask_at(x, in_decoder)
+        if mask is None:
+            return None
+        return fitted(mask, x.shape[:-1], transposed=transposed, cached=self._cached)
+
+    def mask_at(self, x: Tensor, in_decoder: bool) -> Tensor | None:
+        """The mask of the tokens of x."""
+        return self._of_decoder if in_decoder and not _same(x, self._encoded) else self.current
+
+    def say_once(self, target: Target, x: Tensor, mask: Tensor) -> None:
+        """The mask does not fit the rows of a target of this kind."""
+        if target.kind not in self._said:
+            self._said.add(target.kind)
+            given, shape = f"{self.mask!r} is {tuple(mask.shape)}", tuple(x.shape)
+            why = "the rows are not those tokens, so all of them count. mask_fn= weighs them"
+            _log.warning("%s, the input of %s %s: %s", given, target.name, shape, why)
+
+
+class TargetMask:
+    """The masks as one target sees them. Compiled code reads nothing here that differs between
+    equal layers, so one graph serves them all.
+    """
+
+    def __init__(self, masks: TokenMasks, target: Target, in_decoder: bool) -> None:
+        self.masks, self.target, self.in_decoder = masks, target, in_decoder
+        self.transposed = False  # a mask (B, S) was seen to go with rows (S, B)
+
+    def weights(self, x: Tensor) -> Tensor | None:
+        """The weights of the rows of x (..., K), the input of the target; None to count all.
 
         Raises ValueError for what `mask_fn` returns in another shape.
         """
-        name, rows = self.targets[i].name, x.shape[:-1]
-        if self.mask_fn is not None:
-            weights = self.mask_fn(name, x, self.current)
-            if weights is not None and weights.shape != rows:
-                raise ValueError(
-                    f"what mask_fn returned for {name} is {tuple(weights.shape)}, but its input is "
-                    f"{tuple(x.shape)}: return one weight per row, or None to count all of them"
-                )
-            return None if weights is None else weights.to(x.device)
-        of_decoder = self._in_decoder[i] and not _same(x, self._encoded)
-        mask = self._of_decoder if of_decoder else self.current
-        if mask is None:
-            return None
-        transposed = i in self._transposed
-        weights = fitted(mask, rows, transposed=transposed, cached=self._cached)
-        if not torch.compiler.is_compiling():
-            if weights is None and self.targets[i].kind not in self._said:
-                self._said.add(self.targets[i].kind)
-                given = f"{self.mask!r} is {tuple(mask.shape)}"
-                why = "the rows are not those tokens, so all of them count. mask_fn= weighs them"
-                _log.warning("%s, the input of %s %s: %s", given, name, tuple(x.shape), why)
-            elif weights is not None and mask.shape != rows == mask.shape[::-1]:
-                self._transposed.add(i)
+        masks = self.masks
+        if masks.mask_fn is not None:
+            weights = masks.by_function(self.target.name, x)
+        else:
+            weights = masks.by_mask(x, self.in_decoder, self.transposed)
+            if not torch.compiler.is_compiling():
+                self._learn(x, weights)
         return None if weights is None else weights.to(x.device)
+
+    def _learn(self, x: Tensor, weights: Tensor | None) -> None:
+        mask, rows = self.masks.mask_at(x, self.in_decoder), x.shape[:-1]
+        if mask is None:
+            return
+        if weights is None:
+            self.masks.say_once(self.target, x, mask)
+        elif mask.shape != rows == mask.shape[::-1]:
+            self.transposed = True
 
 
 def fitted(

@@ -17,6 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
 
 import loradrop
+from loradrop.collector import Collector
 from loradrop.config import LoRAConfig
 from loradrop.layers import LoRALinear
 
@@ -234,6 +235,47 @@ def test_one_graph_serves_equal_blocks() -> None:
     check(1)
     loradrop.share(model, names[:3], share="none", after_select="continue")
     check(2)  # and one for a block without an adapter
+
+
+def test_one_graph_serves_equal_blocks_that_are_watched() -> None:
+    """Each block reports to leaves of its own through the one graph; rows of weight 0 do not count.
+
+    With Σ w h hᵀ of each block against float64: the bound is that of K and then 3 additions.
+    """
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(K, K)) for _ in range(6))
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            self.seen = [x]
+            for block in self.blocks:
+                self.seen.append(block(self.seen[-1]))
+                counts.append(counter.frame_count)
+            return self.seen[-1]
+
+    model = Chain()
+    bank = loradrop.inject(model, LoRAConfig(r=R, target_modules="all-linear"))
+    wake(model)
+    collector = Collector(model, bank, online=True, statistics=("sqnorm", "gram_in", "core"))
+    torch.compiler.reset()
+    counter, counts = CompileCounterWithBackend("aot_eager"), list[int]()
+    for block in model.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    for _ in range(2):
+        model(torch.randn(2, 3, K, requires_grad=True), mask).sum().backward()
+        found = collector.close_row()
+        for i, x in enumerate(model.seen[:-1]):
+            A, B = bank.factors(i)
+            h = x.detach()[mask.bool()].double() @ A.detach().double().T
+            torch.testing.assert_close(found["gram_in"][i], h.T @ h, rtol=1e-4, atol=1e-6)
+            norm = bank.scaling[i] ** 2 * (h @ B.detach().double().T).square().sum()
+            torch.testing.assert_close(found["sqnorm"][i], norm, rtol=1e-4, atol=1e-6)
+            assert found["core"][i].any()
+    assert len(counts) == 12 and len(set(counts)) == 1  # nothing was compiled after the first
+    collector.detach()
 
 
 # Bases that are no plain nn.Linear
