@@ -1,13 +1,17 @@
-"""One `fit` of the tiny model, for torchrun: FOLDER BATCH [MODE]; prints what each rank ended with.
+"""Runs of the tiny model, for torchrun: FOLDER BATCH MODE...; what each rank ended with is in
+FOLDER/MODE.RANK.json.
 
-MODE is "resume", "kill" (rank 1 dies in the middle of the main run), "spectral" for that method, or
-"callback": a Trainer with LoraDropCallback in place of `fit`.
+MODE is "fit"; "kill" (rank 1 dies in the middle of the main run) and "resume" of that; "spectral"
+for that method; "callback": a Trainer with LoraDropCallback in place of `fit`; and "spectral
+callback", which is refused: the file has the reason. All but that one begin in a folder of their
+own, "resume" in that of "kill".
 """
 
 import json
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +21,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import loradrop
 from loradrop import LoRAConfig, LoraDropConfig, Spectral, fit
 
+OPTIONS = tiny.LORA | {"lora_dropout": 0.0}
+
 
 class Kill(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -25,26 +31,36 @@ class Kill(TrainerCallback):
             os._exit(9)
 
 
-def main(folder: str, batch: str, mode: str = "") -> None:
+def main(folder: str, batch: str, *modes: str) -> None:
     torch.set_num_threads(1)
-    options = tiny.LORA | {"lora_dropout": 0.0}
-    config = LoraDropConfig(**options, keep=1, probe_steps=4)
-    if mode.startswith("spectral"):
-        config = LoRAConfig(**options, method=Spectral(cut_at=4))
-    args = replace(tiny.ARGS, steps=None, epochs=2, batch_size=int(batch), save_every=2)
-    model = tiny.make_model()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # each rank would draw its own
-    if mode.endswith("callback"):
-        return by_callback(model, config, folder, int(batch))
+    for mode in modes:
+        config = LoraDropConfig(**OPTIONS, keep=1, probe_steps=4)
+        if mode.startswith("spectral"):
+            config = LoRAConfig(**OPTIONS, method=Spectral(cut_at=4))
+        model = tiny.make_model()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # each rank would draw its own
+        train = by_callback if mode.endswith("callback") else by_fit
+        try:
+            found = train(model, config, Path(folder), int(batch), mode)
+        except ValueError as error:
+            if mode != "spectral callback":
+                raise
+            found = {"refused": str(error)}
+        rank = int(os.environ.get("RANK", 0))
+        Path(folder, f"{mode}.{rank}.json").write_text(json.dumps({"rank": rank} | found))
+
+
+def by_fit(model: Any, config: Any, folder: Path, batch: int, mode: str) -> dict[str, Any]:
+    args = replace(tiny.ARGS, steps=None, epochs=2, batch_size=batch, save_every=2)
     result = fit(
-        model, tiny.make_rows(48), tiny.make_rows(16, 1), config, args=args, output_dir=folder,
-        metric=tiny.accuracy, resume=mode == "resume", callbacks=[Kill()] if mode == "kill" else (),
+        model, tiny.make_rows(48), tiny.make_rows(16, 1), config, args=args,
+        output_dir=folder / ("kill" if mode == "resume" else mode), metric=tiny.accuracy,
+        resume=mode == "resume", callbacks=[Kill()] if mode == "kill" else (),
     )  # fmt: skip
     assert result.plan.scores is not None
-    found = {
-        "rank": int(os.environ.get("RANK", 0)),
+    return {
         "steps": result.steps,
         "epoch": max(entry["epoch"] for entry in result.history if "loss" in entry),
         "kept": result.plan.kept,
@@ -53,23 +69,20 @@ def main(folder: str, batch: str, mode: str = "") -> None:
         "metrics": dict(result.metrics),
         "adapters": [p.flatten().tolist() for p in model.lora_bank.parameters()],
     }
-    with open(f"{folder}.{found['rank']}.json", "w") as file:
-        json.dump(found, file)
 
 
-def by_callback(model: Any, config: Any, folder: str, batch: int) -> None:
+def by_callback(model: Any, config: Any, folder: Path, batch: int, mode: str) -> dict[str, Any]:
     loradrop.inject(model, config)
     args = TrainingArguments(
-        output_dir=folder, num_train_epochs=2, per_device_train_batch_size=batch, report_to="none",
-        learning_rate=1e-2, save_strategy="no", use_cpu=True, disable_tqdm=True,
+        output_dir=str(folder / mode), num_train_epochs=2, per_device_train_batch_size=batch,
+        report_to="none", learning_rate=1e-2, save_strategy="no", use_cpu=True, disable_tqdm=True,
         average_tokens_across_devices=False,  # BERT takes no num_items_in_batch
     )  # fmt: skip
     callbacks = [loradrop.LoraDropCallback()]
     Trainer(model, args, train_dataset=tiny.make_rows(48), callbacks=callbacks).train()
-    bank, rank = model.lora_bank, int(os.environ.get("RANK", 0))
+    bank = model.lora_bank
     adapters = [p.flatten().tolist() for p in bank.parameters()]
-    with open(f"{folder}.{rank}.json", "w") as file:
-        json.dump({"kept": bank.assignment.kept, "adapters": adapters}, file)
+    return {"kept": bank.assignment.kept, "adapters": adapters}
 
 
 if __name__ == "__main__":

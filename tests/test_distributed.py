@@ -20,17 +20,26 @@ def torchrun(*arguments: Any, processes: int = 2) -> subprocess.CompletedProcess
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
 
-def found(folder: Path, rank: int = 0) -> dict[str, Any]:
-    with open(f"{folder}.{rank}.json") as file:
-        return dict(json.load(file))
+def found(folder: Path, mode: str, rank: int = 0) -> dict[str, Any]:
+    return dict(json.loads((folder / f"{mode}.{rank}.json").read_text()))
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    done = torchrun(SCRIPT, folder, 8, processes=1)
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one process's runs."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = torchrun(SCRIPT, folder, 8, "fit", "callback", processes=1)
     assert done.returncode == 0, done.stderr
-    return found(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of two processes' runs, one after the other; in the last one of them dies."""
+    folder = tmp_path_factory.mktemp("together")
+    done = torchrun(SCRIPT, folder, 4, "callback", "spectral", "spectral callback", "fit", "kill")
+    assert done.returncode != 0 and (folder / "fit.1.json").exists(), done.stderr
+    return folder
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -42,48 +51,41 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert mine == pytest.approx(theirs, abs=1e-6)
 
 
-def test_two_ranks_are_one_process_of_twice_the_batch(
-    alone: dict[str, Any], tmp_path: Path
-) -> None:
-    done = torchrun(SCRIPT, tmp_path / "run", 4)
-    assert done.returncode == 0, done.stderr
+def test_two_ranks_are_one_process_of_twice_the_batch(alone: Path, together: Path) -> None:
+    expected = found(alone, "fit")
     for rank in (0, 1):
-        same(found(tmp_path / "run", rank), alone)
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["steps"] == alone["steps"]
-    again = torchrun(SCRIPT, tmp_path / "run", 4)
-    assert again.returncode != 0 and "holds a run already" in again.stderr
+        same(found(together, "fit", rank), expected)
+    result = json.loads((together / "fit" / "result.json").read_text())
+    assert result["steps"] == expected["steps"]
 
 
-def test_a_rank_that_died_is_resumed_to_the_same_end(alone: dict[str, Any], tmp_path: Path) -> None:
-    done = torchrun(SCRIPT, tmp_path / "run", 4, "kill")
-    assert done.returncode != 0 and not (tmp_path / "run" / "result.json").exists()
-    assert (tmp_path / "run" / "main" / "checkpoint-4").is_dir()
-    done = torchrun(SCRIPT, tmp_path / "run", 4, "resume")
-    assert done.returncode == 0, done.stderr
-    same(found(tmp_path / "run"), alone)
+def test_a_rank_that_died_is_resumed_to_the_same_end(alone: Path, together: Path) -> None:
+    """And what ended well is not begun again."""
+    assert not (together / "kill" / "result.json").exists()
+    assert (together / "kill" / "main" / "checkpoint-4").is_dir()
+    done = torchrun(SCRIPT, together, 4, "resume", "fit")
+    assert done.returncode != 0 and "holds a run already" in done.stderr, done.stderr
+    same(found(together, "resume"), found(alone, "fit"))
 
 
-def test_two_ranks_cut_alike(tmp_path: Path) -> None:
+def test_two_ranks_cut_alike(together: Path) -> None:
     """The ranks of all targets from what both measured; new parameters would be new to DDP, so in
     one run of a Trainer it is refused.
     """
-    done = torchrun(SCRIPT, tmp_path / "run", 4, "spectral")
-    assert done.returncode == 0, done.stderr
-    one, two = (found(tmp_path / "run", rank) for rank in (0, 1))
+    one, two = (found(together, "spectral", rank) for rank in (0, 1))
     assert one | {"rank": 1} == two
-    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    plan = json.loads((together / "spectral" / "plan.json").read_text())
     assert sum(map(len, one["adapters"])) == plan["parameters"]
     assert plan["cut"]["ranks"] and len(set(plan["cut"]["ranks"].values())) > 1
-    refused = torchrun(SCRIPT, tmp_path / "other", 4, "spectral callback")
-    assert refused.returncode != 0 and "which DDP does not know" in refused.stderr
+    for rank in (0, 1):
+        refused = found(together, "spectral callback", rank)["refused"]
+        assert "which DDP does not know" in refused
 
 
-def test_the_callback_in_two_ranks(tmp_path: Path) -> None:
-    for processes, batch in ((1, 8), (2, 4)):
-        done = torchrun(SCRIPT, tmp_path / str(processes), batch, "callback", processes=processes)
-        assert done.returncode == 0, done.stderr
-    one, *two = [found(tmp_path / name, rank) for name, rank in (("1", 0), ("2", 0), ("2", 1))]
-    for other in two:
+def test_the_callback_in_two_ranks(alone: Path, together: Path) -> None:
+    one = found(alone, "callback")
+    for rank in (0, 1):
+        other = found(together, "callback", rank)
         assert other["kept"] == one["kept"] and len(one["kept"]) == 1
         for mine, theirs in zip(one["adapters"], other["adapters"], strict=True):
             assert mine == pytest.approx(theirs, abs=1e-6)
