@@ -1,5 +1,6 @@
 """A running optimiser whose parameters change under it: its groups, and what it knows."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,14 +60,15 @@ def _narrowed_state(optimizer: Any, changed: Sequence[Narrowed]) -> dict[Any, di
     """Parameter -> what the optimiser would know of it: of narrowed adapters as A' = P A and
     B' = B Q say, of the others as it is.
 
-    ∂A' = Qᵀ ∂A and ∂B' = ∂B Pᵀ hold for gradients and so for their means; means of squares go over
-    with the squares of P and Q, as if the elements were independent.
+    ∂A' = √g Qᵀ ∂A and ∂B' = √g ∂B Pᵀ, with s grown by g, hold for gradients and so for their means;
+    means of squares go over with the squares of these, as if the elements were independent.
     """
     state = plain(optimizer).state
     found = {parameter: state[parameter] for parameter in state}
-    for before, after, down, up in changed:
+    for before, after, down, up, growth in changed:
+        root = math.sqrt(growth)
         for old, new, left, right in (
-            (before[0], after[0], up.T, None), (before[1], after[1], None, down.T),
+            (before[0], after[0], root * up.T, None), (before[1], after[1], None, root * down.T),
         ):  # fmt: skip
             if known := found.pop(old, None):
                 found[new] = {

@@ -20,12 +20,15 @@ AFTER = ("reinit", "continue")
 
 
 class Narrowed(NamedTuple):
-    """An adapter that was cut: A' = down (k, r) A, and B' = B up (r, k)."""
+    """An adapter that was cut: A' = down (k, r) A / √growth, and B' = B up (r, k) / √growth, where
+    s grew by `growth`.
+    """
 
     before: Pair
     after: Pair
     down: Tensor
     up: Tensor
+    growth: float = 1.0
 
 
 class LoRAPair(nn.Module):

@@ -8,7 +8,7 @@ from loradrop._version import __version__
 from loradrop.config import LoRAConfig
 from loradrop.scores import Assignment, Target
 
-SCHEMA = 4
+SCHEMA = 5
 _MAPPINGS = ("facts", "base", "data", "seeds", "versions")
 
 
@@ -125,5 +125,15 @@ def _from_1(data: dict[str, Any]) -> dict[str, Any]:
     return data
 
 
+def _from_4(data: dict[str, Any]) -> dict[str, Any]:
+    """Up to schema 4 the method spectral did not change s."""
+    method = data["config"].get("method", {})
+    if method.get("name") == "spectral":
+        data["config"] = {**data["config"], "method": {"scale": "fixed", **method}}
+    return data
+
+
 # By the schema that each starts from. Schema 3 added `cut`, and schema 4 `facts`.
-_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1, 2: dict, 3: dict}
+_MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _from_1, 2: dict, 3: dict, 4: _from_4,
+}  # fmt: skip

@@ -10,16 +10,19 @@ from torch.testing import assert_close
 
 import loradrop
 from loradrop.config import LoRAConfig
+from loradrop.methods import LoRA, Method, Spectral
 from loradrop.optimizers import groups_of
 
 K, N, R = 12, 10, 6
+LORA = LoRA()
 
 
-def chain(used: int = R) -> Any:
+def chain(used: int = R, method: Method = LORA) -> Any:
     """One adapted layer in float64, of whose R directions only `used` do anything."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(K, N)).double()
-    loradrop.inject(model, LoRAConfig(r=R, lora_alpha=2 * R, target_modules=["0"]))
+    lora = LoRAConfig(r=R, lora_alpha=2 * R, target_modules=["0"], method=method)
+    loradrop.inject(model, lora)
     wake(model.double())
     with torch.no_grad():
         model.lora_bank.B[0][:, used:] = 0.0
@@ -37,9 +40,10 @@ def batches() -> list[Tensor]:
     return list(torch.randn(20, 2, K, dtype=torch.float64))
 
 
-def test_projected_gradients_are_those_of_the_cut_adapter() -> None:
+@pytest.mark.parametrize("method", [LORA, Spectral(r_start=R)], ids=["lora", "another s"])
+def test_projected_gradients_are_those_of_the_cut_adapter(method: Method) -> None:
     """Where the cut takes away nothing that is used, the model is the same and so are they."""
-    model = chain(used=3)
+    model = chain(3, method)
     optimizer = torch.optim.SGD(model.lora_bank.parameters(), lr=0.0, momentum=0.9)
     loss(model).backward()
     optimizer.step()  # the first mean is the gradient itself

@@ -9,7 +9,7 @@ import torch
 import training_runs as tiny
 
 import loradrop
-from loradrop import LoRAConfig, Spectral
+from loradrop import LoRAConfig, Plan, Spectral
 from loradrop.injection import plan_of
 from loradrop.methods.spectral import SpectralBank
 from loradrop.scores import Target
@@ -25,8 +25,8 @@ def config(**options: Any) -> LoRAConfig:
 @pytest.mark.parametrize("source", ["online", "offline"])
 @pytest.mark.parametrize("metric", ["loss", "output", "weight"])
 def test_it_cuts_to_its_budget_and_trains_on(metric: str, source: str, tmp_path: Path) -> None:
-    model = tiny.make_model()
-    result = tiny.run(tmp_path, config(metric=metric, source=source), model=model)
+    model, scale = tiny.make_model(), "fixed" if metric == "weight" else "rank"
+    result = tiny.run(tmp_path, config(metric=metric, source=source, scale=scale), model=model)
     bank, plan = model.lora_bank, result.plan
     nominal = 4 * sum(t.in_features + t.out_features for t in bank.targets)
     assert 0.2 * nominal < bank.trainable == result.parameters <= 0.25 * nominal
@@ -36,7 +36,9 @@ def test_it_cuts_to_its_budget_and_trains_on(metric: str, source: str, tmp_path:
     assert plan.cut["metric"] == metric and (plan.cut["loss"] is not None) == (metric == "loss")
     assert (plan.cut["compensated"] is not None) == (metric == "loss" and source == "offline")
     assert plan.full_parameters == 2 * nominal and result.steps == tiny.TOTAL
-    assert set(bank.scaling) == {2.0} and plan.warmup["steps"] == CUT
+    for s, target in zip(bank.scaling, bank.targets, strict=True):
+        assert s == pytest.approx(2.0 if scale == "fixed" else 2.0 * (0.25 * 4 / target.r) ** 0.5)
+    assert plan.warmup["steps"] == CUT
     losses = [entry["loss"] for entry in result.history if "loss" in entry]
     assert losses[-1] < losses[0]
 
@@ -72,6 +74,36 @@ def test_only_the_last_part_of_the_first_stage_is_measured(tmp_path: Path) -> No
         assert result.plan.scores["rows"] == rows
 
 
+@pytest.mark.parametrize("scale", ["rank", "fixed"])
+def test_the_cut_changes_no_output_and_s_goes_with_the_rank(scale: str) -> None:
+    """Directions that hold nothing are cut, so s·B·A stays what it was."""
+    lora = LoRAConfig(r=4, lora_alpha=8, target_modules=["0", "1"], method=Spectral(scale=scale))
+    model = torch.nn.Sequential(torch.nn.Linear(12, 10), torch.nn.Linear(10, 9)).double()
+    bank = loradrop.inject(model, lora)
+    model.double()
+    with torch.no_grad():
+        for B, used in zip(bank.B, (3, 1), strict=True):
+            B[:, :used] = torch.randn(len(B), used)
+    before = [bank.delta(i) for i in range(2)]
+    assert bank.scaling == pytest.approx([2.0 if scale == "fixed" else 2.0 / 8**0.5] * 2)
+    loradrop.truncate(model, {"0": 3, "1": 1}, metric="weight")
+    assert bank.scaling == pytest.approx([2.0, 2.0] if scale == "fixed" else [2.0 / 3**0.5, 2.0])
+    for i, delta in enumerate(before):
+        torch.testing.assert_close(bank.delta(i), delta, rtol=1e-6, atol=1e-9)
+        A, B = bank.factors(i)
+        torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0))  # balanced still
+
+
+def test_a_plan_of_before_has_one_s(tmp_path: Path) -> None:
+    """Up to schema 4 s did not change, so such an adapter is not read with another."""
+    model = tiny.make_model()
+    loradrop.inject(model, config(scale="fixed"))
+    data = plan_of(model).to_dict() | {"schema": 4}
+    assert data["config"]["method"].pop("scale") == "fixed"
+    assert Plan.from_dict(data).config.method.scale == "fixed"
+    assert config().method.scale == "rank"
+
+
 def test_the_first_stage_is_as_wide_as_it_can_be() -> None:
     targets = [Target("a", "a", 100, 6, 4), Target("b", "b", 100, 100, 4)]
     likes = [torch.empty(0)] * 2
@@ -86,6 +118,7 @@ def test_the_first_stage_is_as_wide_as_it_can_be() -> None:
     [
         ({"budget": 0.0}, "budget=0.0"),
         ({"r_start": 0}, "r_start=0"),
+        ({"scale": "wide"}, "scale='wide': choose one of rank, fixed"),
         ({"cut_at": 0.0}, "cut_at=0.0"),
         ({"cut_at": 2.5}, "cut_at=2.5"),
         ({"measured": 0.0}, "measured=0.0"),

@@ -5,6 +5,14 @@ of both passes say what each direction is worth in units of the loss (`spectra`)
 spent on the directions of all targets together, and the second stage trains what is left: plain
 LoRA with a rank for each target, 0 included. All of it is ours; the score by which LoRA-drop (Zhou
 et al., COLING 2025) keeps whole layers is the sum of this spectrum with metric="output".
+
+Both stages train at one learning rate, and a wide adapter moves its output farther in a step than a
+narrow one. So s falls with the root of the rank, as in rank-stabilised LoRA (Kalajdzievski, arXiv
+2312.03732), about the rank that is left on average:
+
+    s(k) = s · √(budget · r / k)      for k directions
+
+The cut changes no output: where s grows by g, A and B shrink by √g.
 """
 
 import math
@@ -12,14 +20,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from loradrop.allocation import SCOPES, allocate, check_steps
 from loradrop.bank import AdapterBank
-from loradrop.cuts import decide
+from loradrop.cuts import Cut, decide
 from loradrop.methods.base import Method, Warmup
-from loradrop.pairs import LoRABank
-from loradrop.scores import Scores, Target
+from loradrop.pairs import LoRABank, Narrowed
+from loradrop.scores import Assignment, Scores, Target
 from loradrop.selection import check_choice
 from loradrop.spectra import METRICS, spectrum
 
@@ -30,7 +39,9 @@ class Spectral(Method):
 
     budget    what is left, as a part of the parameters of LoRA at the rank of `LoRAConfig`
     r_start   rank of the first stage; None is twice the rank of `LoRAConfig`, as far as a target
-              has so many directions. s is that of `LoRAConfig` throughout
+              has so many directions
+    scale     "rank": s by the formula above, so that the learning rate is that of LoRA of the small
+              size; "fixed": the s of `LoRAConfig` in both stages
     cut_at    when to cut: a part of all steps, or a number of steps
     source    "offline": at its end 1,024 rows of the training set are measured in eval mode, with
               labels drawn from the model, and what is left makes up for what goes; "online": its
@@ -48,6 +59,7 @@ class Spectral(Method):
 
     budget: float = 0.25
     r_start: int | None = None
+    scale: str = "rank"
     cut_at: float = 0.6
     source: str = "offline"
     measured: float = 0.2
@@ -70,6 +82,7 @@ class Spectral(Method):
             raise ValueError(f"measured={self.measured}: choose a number in (0, 1]")
         for name, known in (
             ("source", ("online", "offline")), ("metric", METRICS), ("scope", SCOPES),
+            ("scale", ("rank", "fixed")),
         ):  # fmt: skip
             check_choice(name, getattr(self, name), known)
         check_steps(self.multiple, self.budget_time)
@@ -82,7 +95,12 @@ class Spectral(Method):
             t._replace(r=min(self.r_start or 2 * t.r, t.in_features, t.out_features))
             for t in targets
         ]
-        return SpectralBank(wide, scaling, likes, sum(target.parameters for target in targets))
+        nominal = sum(target.parameters for target in targets)
+        if self.scale == "fixed":
+            return SpectralBank(wide, scaling, likes, nominal)
+        left = [self.budget * target.r for target in targets]
+        units = [s * math.sqrt(k) for s, k in zip(scaling, left, strict=True)]
+        return SpectralBank(wide, scaling, likes, nominal, units)
 
     def warmup(self, total: int) -> Warmup:
         """Raises ValueError where a stage would have no step."""
@@ -118,6 +136,7 @@ class SpectralBank(LoRABank):
     """LoRA's pairs at the rank of the first stage.
 
     nominal   elements of LoRA at the rank of `LoRAConfig`, which budgets are a part of
+    units     s of each target with one direction, s/√k with k of them; None: s does not change
     """
 
     def __init__(
@@ -126,6 +145,33 @@ class SpectralBank(LoRABank):
         scaling: Sequence[float],
         likes: Sequence[Tensor],
         nominal: int,
+        units: Sequence[float] | None = None,
     ) -> None:
         super().__init__(targets, scaling, likes)
-        self.nominal = nominal
+        self.nominal, self.units = nominal, units
+        self._rescale()
+
+    def cut(self, cut: Cut) -> list[Narrowed]:
+        """As in the base; the output is that of the base too."""
+        changed = super().cut(cut)
+        return changed if self.units is None else list(map(_grown, changed))
+
+    def _use(self, assignment: Assignment) -> None:
+        super()._use(assignment)
+        self._rescale()
+
+    def _rescale(self) -> None:
+        """Each s by the rank that its target has now."""
+        units = getattr(self, "units", None)  # there is none yet while the base begins
+        if units is not None:
+            for link, target, unit in zip(self.links, self.targets, units, strict=True):
+                link.scaling = unit / math.sqrt(target.r)
+
+
+@torch.no_grad()
+def _grown(narrowed: Narrowed) -> Narrowed:
+    """The cut adapter for the s of its new rank."""
+    growth = math.sqrt(len(narrowed.before[0]) / len(narrowed.after[0]))
+    for factor in narrowed.after:
+        factor.div_(math.sqrt(growth))
+    return narrowed._replace(growth=growth)
