@@ -46,6 +46,7 @@ ARMS = {
     "spectral, 1/2": Arm(8, Spectral(budget=0.5)),
     "LoRA r=16": Arm(16, LoRA()),
     "spectral, step time 0.75, 1/8": Arm(8, Spectral(budget=0.125, budget_time=0.75)),
+    "spectral, s fixed, 1/8": Arm(8, Spectral(budget=0.125, scale="fixed")),
     "spectral from r, 1/8": Arm(8, Spectral(budget=0.125, r_start=8)),
     "spectral from r, late, 1/8": Arm(8, Spectral(budget=0.125, r_start=8, cut_at=0.85)),
     "spectral late, 1/8": Arm(8, Spectral(budget=0.125, cut_at=0.85)),

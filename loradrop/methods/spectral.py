@@ -6,11 +6,11 @@ spent on the directions of all targets together, and the second stage trains wha
 LoRA with a rank for each target, 0 included. All of it is ours; the score by which LoRA-drop (Zhou
 et al., COLING 2025) keeps whole layers is the sum of this spectrum with metric="output".
 
-Both stages train at one learning rate, and a wide adapter moves its output farther in a step than a
-narrow one. So s falls with the root of the rank, as in rank-stabilised LoRA (Kalajdzievski, arXiv
-2312.03732), about the rank that is left on average:
+Both stages train at one learning rate, and in a step of Adam, whose size is that of the rate, k
+directions move the output k times as far as one. So s falls with the rank that a target has, as
+LoRA's α/r does, about the rank that is left on average:
 
-    s(k) = s · √(budget · r / k)      for k directions
+    s(k) = s · budget · r / k      for k directions
 
 The cut changes no output: where s grows by g, A and B shrink by √g.
 """
@@ -98,8 +98,7 @@ class Spectral(Method):
         nominal = sum(target.parameters for target in targets)
         if self.scale == "fixed":
             return SpectralBank(wide, scaling, likes, nominal)
-        left = [self.budget * target.r for target in targets]
-        units = [s * math.sqrt(k) for s, k in zip(scaling, left, strict=True)]
+        units = [s * self.budget * t.r for s, t in zip(scaling, targets, strict=True)]
         return SpectralBank(wide, scaling, likes, nominal, units)
 
     def warmup(self, total: int) -> Warmup:
@@ -136,7 +135,7 @@ class SpectralBank(LoRABank):
     """LoRA's pairs at the rank of the first stage.
 
     nominal   elements of LoRA at the rank of `LoRAConfig`, which budgets are a part of
-    units     s of each target with one direction, s/√k with k of them; None: s does not change
+    units     s of each target with one direction, s/k with k of them; None: s does not change
     """
 
     def __init__(
@@ -165,13 +164,13 @@ class SpectralBank(LoRABank):
         units = getattr(self, "units", None)  # there is none yet while the base begins
         if units is not None:
             for link, target, unit in zip(self.links, self.targets, units, strict=True):
-                link.scaling = unit / math.sqrt(target.r)
+                link.scaling = unit / target.r
 
 
 @torch.no_grad()
 def _grown(narrowed: Narrowed) -> Narrowed:
     """The cut adapter for the s of its new rank."""
-    growth = math.sqrt(len(narrowed.before[0]) / len(narrowed.after[0]))
+    growth = len(narrowed.before[0]) / len(narrowed.after[0])
     for factor in narrowed.after:
         factor.div_(math.sqrt(growth))
     return narrowed._replace(growth=growth)
