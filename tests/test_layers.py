@@ -5,6 +5,7 @@ import inspect
 import pickle
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -206,6 +207,31 @@ def test_compiled_model(p: float) -> None:
         assert not torch.equal(y, fast(x))
     model.eval()
     torch.testing.assert_close(fast(x), model(x))
+
+
+def test_exported_program(tmp_path: Path) -> None:
+    """It has the op, takes another number of rows, and is read back from a file."""
+    model = wake(LoRALinear(K, N, r=R)).eval()
+    rows = {"input": {0: torch.export.Dim("rows")}}
+    program = torch.export.export(model, (torch.randn(9, K),), dynamic_shapes=rows)
+    assert "loradrop.lora_linear.default" in [str(node.target) for node in program.graph.nodes]
+    torch.export.save(program, tmp_path / "layer.pt2")
+    x = torch.randn(5, K)
+    for found in (program, torch.export.load(tmp_path / "layer.pt2")):
+        torch.testing.assert_close(found.module()(x), model(x))
+
+
+def test_functional_call_takes_other_adapters() -> None:
+    model = wake(net()).double()
+    x = torch.randn(9, K, dtype=torch.float64)
+    half = {name: p / 2 for name, p in model.named_parameters() if name.endswith(".B")}
+    found = torch.func.functional_call(model, half, (x,))
+    before, names = model(x), dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in half.items():
+            names[name].copy_(value)
+    torch.testing.assert_close(found, model(x))
+    assert half and not torch.allclose(found, before)
 
 
 def test_one_graph_serves_equal_blocks() -> None:
