@@ -22,7 +22,7 @@ ROOT = HERE.parent
 OLDER = ROOT / ".venv" / "triton-3.6.0"  # made by `make test`
 ARCHS, VERSIONS = (80, 86, 89, 90, 100, 120), ("installed", "3.6.0")
 # Those of the usual run: each takes a minute.
-USUAL = {(80, "installed"), (90, "installed"), (120, "installed"), (90, "3.6.0"), (100, "3.6.0")}
+USUAL = {(80, "installed"), (90, "installed"), (120, "installed"), (100, "3.6.0")}
 
 
 def each_target(usual: set[tuple[int, str]]) -> pytest.MarkDecorator:
