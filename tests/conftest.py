@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
-RARE = ("every_launch", "every_fault")
+RARE = ("every_launch", "every_fault", "every_case")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU
 
 
@@ -24,9 +24,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     from loradrop.op.costs import KERNELS
 
     chosen, rest = [], []
+    numbers: dict[tuple[str, str], dict[str, int]] = {}  # of the values of each parameter
     for item in items:
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         kernels = parameters.get("backend") in KERNELS
+        if item.get_closest_marker("half"):
+            places = [numbers.setdefault((item.originalname, name), {}) for name in parameters]
+            values = map(repr, parameters.values())
+            found = [p.setdefault(v, len(p)) for p, v in zip(places, values, strict=True)]
+            if sum(found) % 2:  # any choice of all parameters but one is in both halves
+                item.add_marker("every_case")
         rare = [name for name in RARE if item.get_closest_marker(name)]
         if any(name not in config.option.markexpr for name in rare):
             rest.append(item)  # takes minutes to an hour: only where it is asked for
