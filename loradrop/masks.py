@@ -121,7 +121,8 @@ def in_decoder(model: nn.Module, targets: Sequence[Target]) -> list[bool]:
     if (encoder := _part(model, "get_encoder")) is None:
         return [False] * len(targets)
     inside = set(encoder.modules())
-    return [model.get_submodule(target.name) not in inside for target in targets]
+    base = getattr(model, "get_base_model", lambda: model)()  # of a PeftModel
+    return [base.get_submodule(target.name) not in inside for target in targets]
 
 
 def _part(model: nn.Module, getter: str) -> nn.Module | None:

@@ -1,0 +1,257 @@
+"""The tuner of LORADROP: PEFT finds the targets and makes its layers, a bank owns the adapters.
+
+Each adapter of a PeftModel has a bank, `lora_banks[name]`, at the root beside the base model. The
+layers hold references into it, so a shared adapter is in the model, its state dict and its files
+once, and accelerate, FSDP2 and safetensors see no aliases.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from peft.tuners.lora import LoraModel
+from torch import Tensor, nn
+
+from loradrop.bank import AdapterBank
+from loradrop.files import read_json
+from loradrop.injection import Injection, plan_of
+from loradrop.integrations.peft_config import LoraDropConfig, from_peft
+from loradrop.integrations.peft_layers import Banked
+from loradrop.integrations.peft_view import viewed
+from loradrop.layers import adapted_class, become, build_bank
+from loradrop.native import unmeasured
+from loradrop.pairs import LoRABank, fresh
+from loradrop.plan import Plan
+from loradrop.scores import Assignment
+
+_Tuner: Any = LoraModel  # PEFT types it as a model that it is not at run time
+_BANKS = "lora_banks"
+_SERVED = ("Linear", "Linear8bitLt", "Linear4bit", "TorchaoLoraLinear")  # of peft.tuners.lora
+_UNMEASURED = (
+    "LoraDropConfig decides after a warm-up, and none was made, so what is saved is plain LoRA: "
+    "pass callbacks=[loradrop.LoraDropCallback()] to the Trainer; or train a little, and call "
+    "loradrop.probe and loradrop.share; or give plan=; or use peft.LoraConfig"
+)
+_RESERVED = ("A", "B", "pairs", "_extra_state")  # PEFT would take tensors of a bank for theirs
+
+
+class LoraDropModel(_Tuner):  # type: ignore[misc]
+    """What `get_peft_model(model, LoraDropConfig(...))` puts around the base model."""
+
+    uses_shared_state = True
+    model: nn.Module
+    lora_banks: nn.ModuleDict
+    injections: dict[str, Injection]
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False, state_dict: dict[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """As PEFT's: layers for the targets of the configuration, then a bank for all of them.
+
+        Raises ValueError for a module that is not a linear layer, a rank beyond its sizes, and a
+        plan that does not fit.
+        """
+        if adapter_name in _RESERVED or adapter_name.isdecimal():
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is what tensors are called in a bank: choose "
+                "another name"
+            )
+        if _BANKS not in self._modules:
+            self.lora_banks, self.injections = nn.ModuleDict(), {}
+        super().inject_adapter(
+            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+        )
+        try:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._add_bank(adapter_name)
+        except ValueError:
+            for _, layer in self._layers(adapter_name):
+                layer.delete_adapter(adapter_name)
+            raise
+
+    def _add_bank(self, name: str) -> None:
+        config, layers = self.peft_config[name], self._layers(name)
+        ours = from_peft(config, [key for key, _ in layers])
+        names = [f".{key}" for key, _ in self.model.named_modules()]
+        saved = [m for m in ours.modules_to_save or () if any(n.endswith(f".{m}") for n in names)]
+        ours = replace(ours, modules_to_save=saved)  # PEFT asks for heads of every spelling
+        bank = build_bank(ours, layers, self.model)
+        bank.adopts = True  # a folder is loaded before there is an optimiser
+        if config.plan is not None:
+            _decide(bank, config)
+        for (_, layer), link in zip(layers, bank.links, strict=True):
+            layer.link(name, link)
+        bank.requires_grad_(name in self.active_adapters and not config.inference_mode)
+        self.lora_banks[name], self.injections[name] = bank, Injection(ours)
+
+    def _layers(self, name: str | None = None) -> list[tuple[str, Any]]:
+        """(name in the base model, layer) of the targets of an adapter, or of all."""
+        found: list[tuple[str, Any]] = list(self.model.named_modules())
+        return [
+            (key, module)
+            for key, module in found
+            if isinstance(module, Banked) and (name is None or name in module.r)
+        ]
+
+    @staticmethod
+    def _create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
+        made = _Tuner._create_new_module(lora_config, adapter_name, target, **kwargs)
+        kind: Any = type(made)
+        if kind.__name__ not in _SERVED or not kind.__module__.startswith("peft.tuners.lora."):
+            raise ValueError(
+                f"{kwargs.get('target_name')} is a {type(target).__name__}, and LoraDropConfig "
+                "serves linear layers, plain or of bitsandbytes or torchao: leave it out of "
+                "target_modules, or name it in exclude_modules"
+            )
+        become(made, adapted_class(Banked, kind))
+        made.update_layer(
+            adapter_name, kwargs["r"], lora_alpha=kwargs["lora_alpha"], config=lora_config
+        )
+        return made
+
+    def _active(self, what: str) -> str:
+        names = self.active_adapters
+        if len(names) != 1:
+            raise ValueError(
+                f"{what} is of one adapter, and active are {names}: call model.set_adapter(name)"
+            )
+        return str(names[0])
+
+    @property
+    def lora_bank(self) -> AdapterBank:
+        """The bank of the active adapter, where `bank_of` looks for it."""
+        bank = self.lora_banks[self._active("lora_bank")]
+        assert isinstance(bank, AdapterBank)
+        return bank
+
+    @property
+    def _lora_injection(self) -> Injection:
+        return self.injections[self._active("the plan")]
+
+    def loradrop_injected(self, name: str | None = None) -> AbstractContextManager[nn.Module]:
+        """Inside, the base model as `loradrop.inject` would have left it, with this adapter's bank.
+
+        Raises ValueError while adapters are merged into its weights.
+        """
+        name = name or self._active("this")
+        if any(layer.merged for _, layer in self._layers()):
+            raise ValueError("the adapters are merged: call model.unmerge_adapter() first")
+        return self._viewed(name)
+
+    def _viewed(self, name: str) -> AbstractContextManager[nn.Module]:
+        bank: Any = self.lora_banks[name]
+        return viewed(self.model, self._layers(), bank, self.injections[name], name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's, with its bank."""
+        super().delete_adapter(adapter_name)
+        del self.lora_banks[adapter_name], self.injections[adapter_name]
+
+    @torch.no_grad()
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """float32, or the dtypes of the base's weights."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        bank: Any = self.lora_banks[adapter_name]
+        for (_, layer), link in zip(self._layers(adapter_name), bank.links, strict=True):
+            base = layer.get_base_layer()
+            dtype = torch.float32 if autocast_adapter_dtype else _compute_dtype(base)
+            for factor in link.factors() or ():
+                if factor.dtype != dtype and factor.dtype != torch.float64:
+                    factor.data = factor.data.to(dtype)
+
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        """Not served: the layers of a combination do not share as those it combines."""
+        raise ValueError(
+            "add_weighted_adapter does not serve LORADROP adapters, whose layers share: "
+            "loradrop.export each, and combine the exports with PEFT"
+        )
+
+    # What PEFT asks of a tuner when it saves and loads
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: Any, config: LoraDropConfig, adapter_name: str,
+        state_dict: Mapping[str, Tensor], unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The tensors of the bank, each once; the plan goes into the configuration."""
+        tuner: LoraDropModel = model.base_model
+        with tuner._viewed(adapter_name) as base:
+            config.plan = plan_of(base).to_dict()
+            config.unmeasured = _UNMEASURED if unmeasured(base) is not None else None
+        prefix = f"base_model.{_BANKS}.{adapter_name}."
+        found = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
+        found.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
+        return found
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        prefix = f"base_model.{_BANKS}."
+        if key.startswith(f"{prefix}{adapter_name}."):
+            return prefix + key.removeprefix(f"{prefix}{adapter_name}.")
+        return str(super()._remove_adapter_name_from_key(key, adapter_name))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: Any, config: LoraDropConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        prefix = f"base_model.{_BANKS}."
+        named = {
+            key.replace(prefix, f"{prefix}{adapter_name}.")
+            if key.startswith(prefix)
+            else key: value
+            for key, value in state_dict.items()
+        }
+        found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, named
+        )
+        return found
+
+    @classmethod
+    def _convert_state_dict_for_initial_model(cls, *_: Any, **__: Any) -> dict[str, Tensor]:
+        raise ValueError(
+            "path_initial_model_for_weight_conversion is of inits that change the base model, "
+            "which LoraDropConfig does not serve"
+        )
+
+
+def _compute_dtype(base: Any) -> torch.dtype:
+    weight = base.weight
+    known = getattr(base, "compute_dtype", None) or weight.dtype
+    return known if known.is_floating_point else torch.float32
+
+
+def _decide(bank: AdapterBank, config: LoraDropConfig) -> None:
+    """The plan of a configuration: who shares, before any training.
+
+    Raises ValueError for a plan of other targets.
+    """
+    assert isinstance(bank, LoRABank)
+    given = config.plan
+    if not isinstance(given, (str, bytes, Mapping)) and not hasattr(given, "__fspath__"):
+        how: dict[str, Any] = {"share": config.share, "interval": config.interval}
+        bank.share(list(given), None, init="fresh", after_select="reinit", **how)
+        return
+    plan = Plan.from_dict(given if isinstance(given, Mapping) else read_json(given))
+    here, there = ({target.name: target[2:4] for target in x.targets} for x in (bank, plan))
+    if here != there:
+        differ = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
+        raise ValueError(
+            f"the plan is of other targets than target_modules finds in this model; these differ: "
+            f"{', '.join(differ[:5])}"
+        )
+    by_name = dict(zip((t.name for t in plan.targets), _rows(plan.assignment), strict=True))
+    rows = [by_name[target.name] for target in bank.targets]
+    targets = tuple(t._replace(r=row.r) for t, (row, _) in zip(bank.targets, rows, strict=True))
+    numbers: dict[int, int] = {}
+    slots = tuple(s if s is None else numbers.setdefault(s, len(numbers)) for _, s in rows)
+    firsts = {slot: t for t, slot in reversed(list(zip(targets, slots, strict=True)))}
+    pairs = [fresh(firsts[slot], bank.like) for slot in range(len(numbers))]
+    bank.assign(Assignment(targets, slots, plan.kept), pairs)
+
+
+def _rows(assignment: Assignment) -> Iterator[tuple[Any, int | None]]:
+    return zip(assignment.targets, assignment.slots, strict=True)
