@@ -81,8 +81,10 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
         ours = replace(ours, modules_to_save=saved)  # PEFT asks for heads of every spelling
         bank = build_bank(ours, layers, self.model)
         bank.adopts = True  # a folder is loaded before there is an optimiser
-        if config.plan is not None:
-            _decide(bank, config)
+        twins = [n for n in self.lora_banks if self.peft_config[n] is config]
+        plan = self.plan(twins[0]) if twins else config.plan  # TRL copies one as its reference
+        if plan is not None:
+            _decide(bank, config, plan)
         for (_, layer), link in zip(layers, bank.links, strict=True):
             layer.link(name, link)
         bank.requires_grad_(name in self.active_adapters and not config.inference_mode)
@@ -146,6 +148,11 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
         bank: Any = self.lora_banks[name]
         return viewed(self.model, self._layers(), bank, self.injections[name], name)
 
+    def plan(self, name: str) -> dict[str, Any]:
+        """The plan of an adapter as it is now, as plain data."""
+        with self._viewed(name) as base:
+            return plan_of(base).to_dict()
+
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's, with its bank."""
         super().delete_adapter(adapter_name)
@@ -179,8 +186,8 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
     ) -> dict[str, Tensor]:  # fmt: skip
         """The tensors of the bank, each once; the plan goes into the configuration."""
         tuner: LoraDropModel = model.base_model
+        config.plan = tuner.plan(adapter_name)
         with tuner._viewed(adapter_name) as base:
-            config.plan = plan_of(base).to_dict()
             config.unmeasured = _UNMEASURED if unmeasured(base) is not None else None
         prefix = f"base_model.{_BANKS}.{adapter_name}."
         found = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
@@ -224,13 +231,12 @@ def _compute_dtype(base: Any) -> torch.dtype:
     return known if known.is_floating_point else torch.float32
 
 
-def _decide(bank: AdapterBank, config: LoraDropConfig) -> None:
-    """The plan of a configuration: who shares, before any training.
+def _decide(bank: AdapterBank, config: LoraDropConfig, given: Any) -> None:
+    """Who shares, before any training, by a plan as a configuration has it.
 
     Raises ValueError for a plan of other targets.
     """
     assert isinstance(bank, LoRABank)
-    given = config.plan
     if not isinstance(given, (str, bytes, Mapping)) and not hasattr(given, "__fspath__"):
         how: dict[str, Any] = {"share": config.share, "interval": config.interval}
         bank.share(list(given), None, init="fresh", after_select="reinit", **how)
