@@ -4,6 +4,7 @@ MODE is "resume", "kill" (rank 1 dies in the middle of the main run), "spectral"
 "callback": a Trainer with LoraDropCallback in place of `fit`.
 """
 
+import importlib.util
 import json
 import os
 import sys
@@ -32,10 +33,7 @@ def main(folder: str, batch: str, mode: str = "") -> None:
     if mode.startswith("spectral"):
         config = LoRAConfig(**options, method=Spectral(cut_at=4))
     args = replace(tiny.ARGS, steps=None, epochs=2, batch_size=int(batch), save_every=2)
-    model = tiny.make_model()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # each rank would draw its own
+    model = undropped()
     if mode.endswith("callback"):
         return by_callback(model, config, folder, int(batch))
     result = fit(
@@ -57,8 +55,31 @@ def main(folder: str, batch: str, mode: str = "") -> None:
         json.dump(found, file)
 
 
+def undropped() -> Any:
+    """The model without dropout, of which each rank would draw its own."""
+    model = tiny.make_model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def by_callback(model: Any, config: Any, folder: str, batch: int) -> None:
+    """Injected, and as a PeftModel where there is PEFT."""
     loradrop.inject(model, config)
+    found = {"own": trained(model, folder, batch)}
+    if importlib.util.find_spec("peft") is not None:
+        from loradrop.integrations.peft import to_peft
+
+        torch.manual_seed(0)
+        peft = importlib.import_module("peft")
+        face = peft.get_peft_model(undropped(), to_peft(config))
+        found["peft"] = trained(face, f"{folder}-peft", batch)
+    with open(f"{folder}.{os.environ.get('RANK', 0)}.json", "w") as file:
+        json.dump(found, file)
+
+
+def trained(model: Any, folder: str, batch: int) -> dict[str, Any]:
     args = TrainingArguments(
         output_dir=folder, num_train_epochs=2, per_device_train_batch_size=batch, report_to="none",
         learning_rate=1e-2, save_strategy="no", use_cpu=True, disable_tqdm=True,
@@ -66,10 +87,9 @@ def by_callback(model: Any, config: Any, folder: str, batch: int) -> None:
     )  # fmt: skip
     callbacks = [loradrop.LoraDropCallback()]
     Trainer(model, args, train_dataset=tiny.make_rows(48), callbacks=callbacks).train()
-    bank, rank = model.lora_bank, int(os.environ.get("RANK", 0))
+    bank = model.lora_bank
     adapters = [p.flatten().tolist() for p in bank.parameters()]
-    with open(f"{folder}.{rank}.json", "w") as file:
-        json.dump({"kept": bank.assignment.kept, "adapters": adapters}, file)
+    return {"kept": bank.assignment.kept, "adapters": adapters}
 
 
 if __name__ == "__main__":

@@ -360,6 +360,19 @@ def test_checkpointing_dropout_and_copies() -> None:
     assert all(p.any() for p in model.lora_bank.parameters())
 
 
+def test_a_layer_compiles_to_one_graph() -> None:
+    model = made().double()
+    layer = model.get_base_model().get_submodule(V1)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 32, dtype=torch.float64)
+    first = compiled(x)
+    assert torch.allclose(first, layer(x), rtol=0, atol=1e-11)
+    loradrop.share(model, [Q0])
+    models.wake(model, 0.2)
+    assert torch.allclose(compiled(x), layer(x), rtol=0, atol=1e-11)
+    assert not torch.allclose(layer(x), first, rtol=0, atol=1e-3)
+
+
 def test_hooks_of_a_base_layer_are_called() -> None:
     model, seen = made(), []
     layer = model.get_base_model().get_submodule(Q0)

@@ -1,4 +1,7 @@
-"""Training a `LoraDropConfig`: Trainer and TRL, from warm-up to the end, and across processes."""
+"""Training a `LoraDropConfig`: Trainer and TRL, from warm-up to the end.
+
+`test_distributed.py` has it in two processes.
+"""
 
 import json
 from pathlib import Path
@@ -8,7 +11,6 @@ import models
 import pytest
 import torch
 import training_runs as tiny
-from test_distributed import torchrun
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
@@ -16,8 +18,6 @@ import loradrop
 from loradrop.injection import plan_of
 
 peft = pytest.importorskip("peft", minversion="0.21")
-
-from distributed_peft import by_trainer  # noqa: E402
 
 from loradrop.integrations.peft import LoraDropConfig  # noqa: E402
 
@@ -28,7 +28,6 @@ LLAMA: dict[str, Any] = {
     "task_type": "CAUSAL_LM",
 }  # fmt: skip
 QUIET: dict[str, Any] = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
-SCRIPT = Path(__file__).with_name("distributed_peft.py")
 
 
 def test_it_trains_as_an_injected_model_does(tmp_path: Path) -> None:
@@ -136,16 +135,3 @@ def test_dpo_compares_with_the_base_model(tmp_path: Path) -> None:
     margins = [entry["rewards/margins"] for entry in found.state.log_history if "loss" in entry]
     assert abs(margins[0]) < 1e-6 and max(map(abs, margins[1:])) > 1e-4
     assert found.model.lora_bank.assignment.shares
-
-
-@pytest.mark.slow
-def test_two_processes(tmp_path: Path) -> None:
-    """DDP through the Trainer, and FSDP2, each as one process with all the rows."""
-    both = torchrun(SCRIPT, tmp_path / "both", 4)
-    assert both.returncode == 0, both.stderr
-    one, two = by_trainer(tmp_path / "alone", 8), json.loads((tmp_path / "both.json").read_text())
-    assert list(one["kept"]) == two["kept"] and len(one["kept"]) == 1
-    assert len(one["ddp"]) == len(two["ddp"]) > 0
-    for mine, theirs in zip(one["ddp"], two["ddp"], strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-6)
-    assert two["sharded"] and two["fsdp"] < 1e-6 < two["moved"] and two["reloaded"] < 1e-6
