@@ -184,7 +184,7 @@ def test_what_stays_with_peft_is_said_once(caplog: pytest.LogCaptureFixture) -> 
     told = [r.getMessage() for r in caplog.records]
     assert len(told) == 2
     assert any(
-        "embed_tokens (1 layers): a Embedding is not a plain linear layer" in t for t in told
+        "embed_tokens (1 layers): a Embedding is not a layer over a linear map" in t for t in told
     )
     assert any("v_proj (2 layers): DoraLinearVariant is not plain LoRA" in t for t in told)
     assert torch.allclose(run_logits(model), before, rtol=0, atol=1e-5)

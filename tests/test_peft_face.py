@@ -212,6 +212,10 @@ def test_what_is_trained_whole_goes_along(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(models.bert(2), tmp_path / "ours")
     assert torch.equal(logits(again), logits(model))
+    own = models.bert(2)
+    loradrop.load(own, tmp_path / "ours")
+    assert own.lora_bank.slots == model.lora_bank.slots
+    assert torch.allclose(logits(own), logits(model), rtol=0, atol=1e-4)
     loradrop.export(model, tmp_path / "peft")
     stock = peft.PeftModel.from_pretrained(models.bert(2), tmp_path / "peft")
     assert torch.allclose(logits(stock), logits(model), rtol=0, atol=1e-3)
@@ -379,6 +383,40 @@ def test_hooks_of_a_base_layer_are_called() -> None:
     expected = logits(model)
     layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
     assert torch.allclose(logits(model), expected, rtol=0, atol=1e-5) and seen == [1]
+
+
+def quantised(kind: str, folder: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    if kind == "torchao":
+        pytest.importorskip("torchao")
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        how = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        pytest.importorskip("bitsandbytes")
+        how = transformers.BitsAndBytesConfig(**{f"load_in_{kind}": True})
+    return type(models.llama()).from_pretrained(folder, quantization_config=how, device_map="cpu")
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit", "torchao"])
+def test_quantised_bases(kind: str, tmp_path: Path) -> None:
+    """What PEFT computes over them, and merges into them."""
+    models.llama().save_pretrained(tmp_path)
+    model = made(quantised(kind, tmp_path))
+    loradrop.share(model, [Q0], init="mean", after_select="continue")
+    models.wake(model, 0.1)
+    base, stock = quantised(kind, tmp_path), twin(model, quantised(kind, tmp_path))
+    found, expected = model(**BATCH), stock(**BATCH)
+    moved = float((found.logits - base(**BATCH).logits).detach().abs().max())
+    bound = 0.05 * moved  # where an input is rounded to 8 bits, one that is between two goes astray
+    assert (found.logits - expected.logits).abs().max() < bound and moved > 0.1
+    found.loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.lora_bank.parameters())
+    assert len(loradrop.probe(model, [BATCH])) == 4
+    assert loradrop.accelerate_peft(stock) == 4
+    assert (stock(**BATCH).logits - expected.logits).abs().max() < bound
+    both = model.merge_and_unload(), stock.merge_and_unload()
+    assert torch.allclose(logits(both[0]), logits(both[1]), rtol=0, atol=bound)
 
 
 def test_the_scale_is_peft_s() -> None:

@@ -9,13 +9,13 @@ Importing this registers the adapter type LORADROP in PEFT, which loading such a
 import peft
 from peft import mapping
 
+from loradrop.formats.peft_file import OURS
 from loradrop.integrations.peft_versions import require_peft
 
 require_peft(peft.__version__)
 
 from loradrop.integrations.peft_accelerate import accelerate_peft, restore_peft  # noqa: E402
 from loradrop.integrations.peft_config import (  # noqa: E402
-    PEFT_TYPE,
     LoraDropConfig,
     from_peft,
     to_peft,
@@ -26,6 +26,6 @@ __all__ = [
     "LoraDropConfig", "LoraDropModel", "accelerate_peft", "from_peft", "restore_peft", "to_peft",
 ]  # fmt: skip
 
-mapping.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = LoraDropConfig  # type: ignore[index]
-mapping.PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = LoraDropModel  # type: ignore[index]
-mapping.PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = LoraDropModel.prefix  # type: ignore[index]
+mapping.PEFT_TYPE_TO_CONFIG_MAPPING[OURS] = LoraDropConfig  # type: ignore[index]
+mapping.PEFT_TYPE_TO_TUNER_MAPPING[OURS] = LoraDropModel  # type: ignore[index]
+mapping.PEFT_TYPE_TO_PREFIX_MAPPING[OURS] = LoraDropModel.prefix  # type: ignore[index]

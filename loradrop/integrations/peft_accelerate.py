@@ -7,7 +7,7 @@ from peft import PeftModel
 from peft.tuners import lora
 from torch import nn
 
-from loradrop.integrations.peft_layers import Fused, why_not
+from loradrop.integrations.peft_layers import Fused, is_linear, why_not
 from loradrop.layers import adapted_class, become, is_patched
 
 _log = logging.getLogger(__name__)
@@ -19,9 +19,9 @@ def accelerate_peft(model: nn.Module) -> int:
     The outputs are the same within rounding, with float32 adapters on a half-precision base too;
     Parameters, state-dict keys and files stay. A dropout mask is another draw of the same
     probability (rounded to a multiple of 2⁻¹²). Several active adapters are served. What is not
-    s·B·A·x over a linear layer (DoRA and other variants, lora_bias, quantised bases, embeddings,
-    convolutions) stays with PEFT, and so does every merge; the reasons are logged once.
-    `restore_peft` undoes it. Raises ValueError for a model without LoRA layers of PEFT.
+    s·B·A·x over a linear layer, plain or of bitsandbytes or torchao, stays with PEFT (DoRA and
+    other variants, lora_bias, embeddings, convolutions), and so does every merge; the reasons are
+    logged once. `restore_peft` undoes it. Raises ValueError for a model without LoRA layers of PEFT.
     """
     modules: list[tuple[str, Any]] = list(model.named_modules())
     layers = [(name, module) for name, module in modules if isinstance(module, lora.LoraLayer)]
@@ -57,8 +57,8 @@ def _reason(layer: Any) -> str | None:
     """Why a layer stays as it is; None where the op serves it."""
     if isinstance(layer, Fused):
         return None
-    if type(layer) is not lora.Linear:
-        return f"a {type(layer).__name__} is not a plain linear layer"
+    if not is_linear(type(layer)):
+        return f"a {type(layer).__name__} is not a layer over a linear map that loradrop knows"
     if is_patched(layer):
         return "it has a forward of its own, set on the instance"
     return next(filter(None, (why_not(layer, name) for name in layer.lora_A)), None)

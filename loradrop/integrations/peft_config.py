@@ -9,11 +9,11 @@ from typing import Any
 from peft import LoraConfig
 
 from loradrop.config import LoRAConfig
+from loradrop.formats.peft_file import OURS
 from loradrop.formats.peft_options import CHANGES, require_plain
 from loradrop.methods import LoRA, LoRADrop
 from loradrop.selection import INTERVAL
 
-PEFT_TYPE = "LORADROP"
 _UNSERVED = CHANGES | {
     "ensure_weight_tying": "it ties the adapters of tied embeddings, which are not adapted here",
     "megatron_config": "layers of Megatron are not adapted here",
@@ -55,7 +55,7 @@ class LoraDropConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
-        self.peft_type = PEFT_TYPE
+        self.peft_type = OURS
         for name, why in _UNSERVED.items():
             if value := getattr(self, name, None):
                 raise ValueError(f"LoraDropConfig does not serve {name}={value!r}: {why}")

@@ -14,6 +14,7 @@ from loradrop.bank import Link, Observer, Pair
 from loradrop.layers import adapted_output, is_conv1d
 from loradrop.ranks import is_sharded
 
+_LINEAR = ("Linear", "Linear8bitLt", "Linear4bit", "TorchaoLoraLinear")
 _OF_PEFT = ("adapter_names", "alora_offsets")  # arguments that only PEFT's forward understands
 
 
@@ -207,6 +208,11 @@ class References(nn.ModuleDict):
     def values(self) -> Any:
         """The factors."""
         return [self._held[name] for name in self.keys()]
+
+
+def is_linear(kind: type) -> bool:
+    """Whether a class of PEFT's layers adds s·B·A·x to a linear layer, plain or quantised."""
+    return kind.__name__ in _LINEAR and kind.__module__.startswith("peft.tuners.lora.")
 
 
 def why_not(layer: Any, name: str) -> str | None:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank
 from loradrop.files import read_json
+from loradrop.formats.peft_file import BANK
 from loradrop.injection import Injection, plan_of
 from loradrop.integrations.peft_config import LoraDropConfig, from_peft
-from loradrop.integrations.peft_layers import Banked
+from loradrop.integrations.peft_layers import Banked, is_linear
 from loradrop.integrations.peft_view import viewed
 from loradrop.layers import adapted_class, become, build_bank
 from loradrop.native import unmeasured
@@ -28,8 +29,6 @@ from loradrop.plan import Plan
 from loradrop.scores import Assignment
 
 _Tuner: Any = LoraModel  # PEFT types it as a model that it is not at run time
-_BANKS = "lora_banks"
-_SERVED = ("Linear", "Linear8bitLt", "Linear4bit", "TorchaoLoraLinear")  # of peft.tuners.lora
 _UNMEASURED = (
     "LoraDropConfig decides after a warm-up, and none was made, so what is saved is plain LoRA: "
     "pass callbacks=[loradrop.LoraDropCallback()] to the Trainer; or train a little, and call "
@@ -60,7 +59,7 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
                 f"adapter_name={adapter_name!r} is what tensors are called in a bank: choose "
                 "another name"
             )
-        if _BANKS not in self._modules:
+        if "lora_banks" not in self._modules:
             self.lora_banks, self.injections = nn.ModuleDict(), {}
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
@@ -103,7 +102,7 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
     def _create_new_module(lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
         made = _Tuner._create_new_module(lora_config, adapter_name, target, **kwargs)
         kind: Any = type(made)
-        if kind.__name__ not in _SERVED or not kind.__module__.startswith("peft.tuners.lora."):
+        if not is_linear(kind):
             raise ValueError(
                 f"{kwargs.get('target_name')} is a {type(target).__name__}, and LoraDropConfig "
                 "serves linear layers, plain or of bitsandbytes or torchao: leave it out of "
@@ -189,27 +188,24 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
         config.plan = tuner.plan(adapter_name)
         with tuner._viewed(adapter_name) as base:
             config.unmeasured = _UNMEASURED if unmeasured(base) is not None else None
-        prefix = f"base_model.{_BANKS}.{adapter_name}."
+        prefix = f"{BANK}{adapter_name}."
         found = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         found.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
         return found
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        prefix = f"base_model.{_BANKS}."
-        if key.startswith(f"{prefix}{adapter_name}."):
-            return prefix + key.removeprefix(f"{prefix}{adapter_name}.")
+        if key.startswith(f"{BANK}{adapter_name}."):
+            return BANK + key.removeprefix(f"{BANK}{adapter_name}.")
         return str(super()._remove_adapter_name_from_key(key, adapter_name))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: LoraDropConfig, adapter_name: str, state_dict: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        prefix = f"base_model.{_BANKS}."
+        there = f"{BANK}{adapter_name}."
         named = {
-            key.replace(prefix, f"{prefix}{adapter_name}.")
-            if key.startswith(prefix)
-            else key: value
+            there + key.removeprefix(BANK) if key.startswith(BANK) else key: value
             for key, value in state_dict.items()
         }
         found: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(
