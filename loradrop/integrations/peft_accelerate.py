@@ -21,7 +21,9 @@ def accelerate_peft(model: nn.Module) -> int:
     probability (rounded to a multiple of 2⁻¹²). Several active adapters are served. What is not
     s·B·A·x over a linear layer, plain or of bitsandbytes or torchao, stays with PEFT (DoRA and
     other variants, lora_bias, embeddings, convolutions), and so does every merge; the reasons are
-    logged once. `restore_peft` undoes it. Raises ValueError for a model without LoRA layers of PEFT.
+    logged once. `restore_peft` undoes it.
+
+    Raises ValueError for a model without LoRA layers of PEFT.
     """
     modules: list[tuple[str, Any]] = list(model.named_modules())
     layers = [(name, module) for name, module in modules if isinstance(module, lora.LoraLayer)]
