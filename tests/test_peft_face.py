@@ -265,6 +265,23 @@ def test_several_adapters() -> None:
     assert torch.allclose(logits(whole), two, rtol=0, atol=1e-4)
 
 
+def test_a_combination_has_an_adapter_in_every_layer(tmp_path: Path) -> None:
+    model = shared()
+    model.add_adapter("second", LoraDropConfig(**LLAMA, plan=[V1]))
+    model.set_adapter("second")
+    models.wake(model, 0.2)
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model)
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    assert torch.allclose(logits(model), both, rtol=0, atol=1e-4)
+    assert model.lora_bank.slots == (0, 1, 2, 3) and model.lora_bank.targets[0].r == 8
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = peft.PeftModel.from_pretrained(models.llama(), tmp_path / "sum")
+    assert torch.allclose(logits(again), both, rtol=0, atol=1e-4)
+    assert model.peft_config["default"].plan is None
+
+
 def test_two_active_adapters_add_up_as_in_peft() -> None:
     model = made(lora_alpha=4).double()
     stock = twin(model, models.llama().double(), lora_alpha=4)
@@ -292,6 +309,22 @@ def test_unload_gives_the_base_back() -> None:
     model.unload()
     before["requires_grad"] = dict.fromkeys(before["requires_grad"], False)
     models.assert_same(base, before)
+
+
+def test_how_adapters_start() -> None:
+    options = LLAMA | {"r": 16, "target_modules": ["q_proj"]}
+    for init, spread in ((True, 1 / 32**0.5 / 3**0.5), ("gaussian", 1 / 16), (False, None)):
+        model = peft.get_peft_model(
+            models.llama(), LoraDropConfig(**options, init_lora_weights=init)
+        )
+        A, B = (
+            torch.cat([f.flatten() for f in side])
+            for side in (model.lora_bank.A, model.lora_bank.B)
+        )
+        if spread is None:
+            assert B.abs().max() <= 1 / 16**0.5 and B.std() > 0.1
+        else:
+            assert not B.any() and float(A.std()) == pytest.approx(spread, rel=0.15)
 
 
 def test_targets_without_an_adapter() -> None:
@@ -463,7 +496,6 @@ def test_configurations_convert() -> None:
         ({"layer_replication": [[0, 1]]}, "does not serve layer_replication"),
         ({"trainable_token_indices": [1]}, "does not serve trainable_token_indices"),
         ({"alora_invocation_tokens": [1]}, "does not serve alora_invocation_tokens"),
-        ({"init_lora_weights": "gaussian"}, "does not serve init_lora_weights='gaussian'"),
         ({"init_lora_weights": "pissa"}, "does not serve init_lora_weights='pissa'"),
         ({"ensure_weight_tying": True}, "does not serve ensure_weight_tying"),
         ({"budget": 0.5, "threshold": 0.9}, "give one of threshold and budget"),
@@ -497,8 +529,6 @@ def test_what_a_model_refuses(tmp_path: Path) -> None:
         pass
     with pytest.raises(ValueError, match="LoraDropConfig and accelerate_peft"):
         loradrop.inject(model, LoRAConfig(**OPTIONS))
-    with pytest.raises(ValueError, match="combine the exports"):
-        model.add_weighted_adapter(["default"], [1.0], "sum")
     model.merge_adapter()
     with pytest.raises(ValueError, match="unmerge_adapter"):
         loradrop.export(model, tmp_path)

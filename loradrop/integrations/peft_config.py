@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from peft import LoraConfig
@@ -20,6 +21,12 @@ _UNSERVED = CHANGES | {
 }
 _COMMON = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules")
 _PATTERNS = ("rank_pattern", "alpha_pattern", "use_rslora")
+
+
+class AdapterType(StrEnum):
+    """The type of these adapters, spelled as PEFT spells its own."""
+
+    LORADROP = OURS
 
 
 @dataclass
@@ -55,14 +62,14 @@ class LoraDropConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
-        self.peft_type = OURS
+        self.peft_type = AdapterType.LORADROP
         for name, why in _UNSERVED.items():
             if value := getattr(self, name, None):
                 raise ValueError(f"LoraDropConfig does not serve {name}={value!r}: {why}")
-        if self.init_lora_weights is not True:
+        if self.init_lora_weights not in (True, False, "gaussian"):
             raise ValueError(
-                f"LoraDropConfig does not serve init_lora_weights={self.init_lora_weights!r}: "
-                "adapters start as LoRA's do, and again where they come to be shared"
+                f"LoraDropConfig does not serve init_lora_weights={self.init_lora_weights!r}: an "
+                'adapter starts as LoRA\'s own (True), with A "gaussian", or with random B (False)'
             )
         _require_plan(self.plan)
         self.unmeasured: str | None = None  # why what is saved is plain LoRA, where it is

@@ -183,6 +183,10 @@ class References(nn.ModuleDict):
         """The factor, also of a target without an adapter."""
         return self._held[name]
 
+    def extra_repr(self) -> str:
+        """The names; what they refer to is shown where the banks are."""
+        return ", ".join(f"({name}): in lora_banks" for name in self.keys())
+
     def forget(self, name: str) -> None:
         """Without the adapter `name`, if it is here."""
         self._held.pop(name, None)

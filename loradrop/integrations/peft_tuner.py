@@ -5,6 +5,7 @@ layers hold references into it, so a shared adapter is in the model, its state d
 once, and accelerate, FSDP2 and safetensors see no aliases.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -79,6 +80,7 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
         saved = [m for m in ours.modules_to_save or () if any(n.endswith(f".{m}") for n in names)]
         ours = replace(ours, modules_to_save=saved)  # PEFT asks for heads of every spelling
         bank = build_bank(ours, layers, self.model)
+        _start(bank, config.init_lora_weights)
         bank.adopts = True  # a folder is loaded before there is an optimiser
         twins = [n for n in self.lora_banks if self.peft_config[n] is config]
         plan = self.plan(twins[0]) if twins else config.plan  # TRL copies one as its reference
@@ -169,12 +171,17 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
                 if factor.dtype != dtype and factor.dtype != torch.float64:
                     factor.data = factor.data.to(dtype)
 
-    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
-        """Not served: the layers of a combination do not share as those it combines."""
-        raise ValueError(
-            "add_weighted_adapter does not serve LORADROP adapters, whose layers share: "
-            "loradrop.export each, and combine the exports with PEFT"
-        )
+    def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
+        """As PEFT's. Of what it makes every layer has an adapter of its own."""
+        config = self.peft_config.get(next(iter(adapters), None))
+        before = None if config is None else config.plan
+        if config is not None:  # PEFT makes the new configuration of it
+            config.plan = [key for key, layer in self._layers() if {*adapters} & {*layer.r}]
+        try:
+            super().add_weighted_adapter(adapters, *args, **kwargs)
+        finally:
+            if config is not None:
+                config.plan = before
 
     # What PEFT asks of a tuner when it saves and loads
 
@@ -225,6 +232,17 @@ def _compute_dtype(base: Any) -> torch.dtype:
     weight = base.weight
     known = getattr(base, "compute_dtype", None) or weight.dtype
     return known if known.is_floating_point else torch.float32
+
+
+@torch.no_grad()
+def _start(bank: AdapterBank, init: bool | str) -> None:
+    """As PEFT's `init_lora_weights`; a bank is made with LoRA's own start."""
+    for pair in () if init is True else bank.pairs:  # type: ignore[union-attr]
+        A, B = pair.factors()
+        if init is False:
+            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
+        else:
+            nn.init.normal_(A, std=1 / len(A))
 
 
 def _decide(bank: AdapterBank, config: LoraDropConfig, given: Any) -> None:
