@@ -16,6 +16,7 @@ from torch import Tensor
 
 import loradrop
 from loradrop import LoRAConfig
+from loradrop.collector import Collector
 from loradrop.methods import LoRADrop, Spectral
 
 peft = pytest.importorskip("peft", minversion="0.21")
@@ -119,6 +120,38 @@ def test_what_it_probes_is_what_an_injected_model_probes() -> None:
     assert loradrop.select(found, keep=1) == loradrop.select(expected, keep=1)
     loradrop.share(model)  # by the options of its configuration: half of LoRA's parameters
     assert model.lora_bank.trainable <= 448
+
+
+def t5() -> Any:
+    sizes = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    return models.build("T5ForConditionalGeneration", "T5Config", **sizes)
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "targets"),
+    [(t5, "SEQ_2_SEQ_LM", ["q", "v"]), (models.llama, None, ["q_proj", "v_proj"])],
+)
+def test_statistics_of_training(make: Any, task: str | None, targets: list[str]) -> None:
+    """Of the passes themselves, with the masks of both sides, or with one that has no name."""
+    ids, real = models.IDS[:, :6].clone(), torch.ones(3, 6, dtype=torch.long)
+    real[0, 4:], other = 0, real.flip(0)
+    batch = {"input_ids": ids, "attention_mask": real}
+    if task is not None:
+        batch |= {"labels": ids, "decoder_attention_mask": other}
+    model = made(make(), target_modules=targets, task_type=task).double()
+    own = make()
+    loradrop.inject(own, LoRAConfig(**OPTIONS | {"target_modules": targets}))
+    own.double().lora_bank.load_state_dict(model.lora_bank.state_dict())
+    found = []
+    for each in (model, own):
+        collector = Collector(each, each.lora_bank, online=True)
+        out = each(**batch) if task is not None else each(ids, real)
+        out.logits.sum().backward()
+        collector.close_row()
+        collector.detach()
+        found.append(collector.scores())
+    assert dict(found[0]) == pytest.approx(dict(found[1]), rel=1e-9)
+    assert found[0].tokens == found[1].tokens == 16 and min(found[0].values()) > 0
 
 
 RELOAD = """
