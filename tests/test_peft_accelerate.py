@@ -215,6 +215,9 @@ def test_hooks_are_called() -> None:
     layer.lora_A["default"].register_forward_pre_hook(lambda *_: seen.append("A"))
     assert torch.allclose(run_logits(model), expected, rtol=0, atol=1e-5)
     assert seen == ["base", "base", "A"]
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.allclose(run_logits(model), expected, rtol=0, atol=1e-5)
 
 
 def test_checkpointing_and_copies() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import subprocess
 import sys
 from dataclasses import fields
@@ -210,6 +211,11 @@ def test_a_folder_that_shares_otherwise_is_taken_over(tmp_path: Path) -> None:
     other.load_adapter(tmp_path, "default", is_trainable=True)
     assert other.lora_bank.slots == (0, 1, 2, 1) and torch.equal(logits(other), logits(model))
     assert all(p.requires_grad for p in other.lora_bank.parameters())
+    frozen = made()
+    frozen.lora_bank.requires_grad_(False)
+    frozen.load_adapter(tmp_path, "default")
+    assert frozen.lora_bank.slots == (0, 1, 2, 1) and torch.equal(logits(frozen), logits(model))
+    assert not any(p.requires_grad for p in frozen.lora_bank.parameters())
 
 
 def test_exports_and_native_files_are_those_of_an_injected_model(tmp_path: Path) -> None:
@@ -392,7 +398,7 @@ def test_a_plan_decides_before_any_training(tmp_path: Path) -> None:
         peft.get_peft_model(models.llama(), LoraDropConfig(**LLAMA, plan=["nowhere"]))
 
 
-def test_dtypes() -> None:
+def test_dtypes(tmp_path: Path) -> None:
     """float32 adapters on a half-precision base, whatever the base is cast to; or the base's."""
     model = made(models.llama().bfloat16())
     assert {p.dtype for p in model.lora_bank.parameters()} == {torch.float32}
@@ -406,7 +412,15 @@ def test_dtypes() -> None:
     narrow = peft.get_peft_model(
         models.llama().bfloat16(), LoraDropConfig(**LLAMA), autocast_adapter_dtype=False
     )
+    loradrop.share(models.wake(narrow, 0.1), [Q0])
+    models.wake(narrow, 0.1).save_pretrained(tmp_path)
     assert {p.dtype for p in narrow.lora_bank.parameters()} == {torch.bfloat16}
+    for wide, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        again = peft.PeftModel.from_pretrained(
+            models.llama().bfloat16(), tmp_path, autocast_adapter_dtype=wide
+        )
+        parameters = {(p.dtype, p.requires_grad) for p in again.lora_bank.parameters()}
+        assert parameters == {(dtype, False)} and torch.equal(logits(again), logits(narrow))
 
 
 def test_checkpointing_dropout_and_copies() -> None:
@@ -428,6 +442,19 @@ def test_checkpointing_dropout_and_copies() -> None:
     for p in double.lora_bank.parameters():
         p.data.zero_()
     assert all(p.any() for p in model.lora_bank.parameters())
+
+
+def test_stored_untied_and_offloaded() -> None:
+    """It pickles; accelerate sees no tensor twice, and brings back what its hooks have sent away."""
+    accelerate = pytest.importorskip("accelerate")
+    model = shared()
+    expected, scores = logits(model), loradrop.probe(model, [BATCH])
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), expected)
+    assert accelerate.utils.find_tied_parameters(model) == []
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert {p.is_meta for p in model.lora_bank.links[0].bank.parameters()} == {True}
+    assert torch.allclose(logits(model), expected, rtol=0, atol=1e-5)
+    assert dict(loradrop.probe(model, [BATCH])) == pytest.approx(dict(scores), rel=1e-5)
 
 
 def test_a_layer_compiles_to_one_graph() -> None:
