@@ -71,8 +71,10 @@ class LoraDropConfig(LoraConfig):
                 f"LoraDropConfig does not serve init_lora_weights={self.init_lora_weights!r}: an "
                 'adapter starts as LoRA\'s own (True), with A "gaussian", or with random B (False)'
             )
+        if isinstance(self.plan, os.PathLike):
+            self.plan = os.fspath(self.plan)
         _require_plan(self.plan)
-        self.unmeasured: str | None = None  # why what is saved is plain LoRA, where it is
+        self.record(None, None)
         _ = self.method
 
     @property
@@ -80,19 +82,31 @@ class LoraDropConfig(LoraConfig):
         """The options of LoRA-drop."""
         return LoRADrop(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LoRADrop)})
 
+    def record(self, plan: Mapping[str, Any] | None, unmeasured: str | None) -> None:
+        """What the next `save_pretrained` says of an adapter: its plan, and why it is plain LoRA's
+        where it is. `plan` itself stays what was asked for: a configuration may serve other models.
+        """
+        self._record, self._unmeasured = plan, unmeasured
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; it is the last file of an adapter.
 
         Raises ValueError, once all is written, for an adapter that was trained without the warm-up
         that its options ask for.
         """
-        super().save_pretrained(save_directory, **kwargs)
-        if self.unmeasured is not None:
-            raise ValueError(self.unmeasured)
+        asked, unmeasured = self.plan, self._unmeasured
+        self.plan = asked if self._record is None else self._record
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.plan = asked
+            self.record(None, None)
+        if unmeasured is not None:
+            raise ValueError(unmeasured)
 
 
 def _require_plan(plan: Any) -> None:
-    if plan is None or isinstance(plan, (str, os.PathLike, Mapping)):
+    if plan is None or isinstance(plan, (str, Mapping)):
         return
     if not (isinstance(plan, Sequence) and all(isinstance(name, str) for name in plan)):
         raise ValueError(

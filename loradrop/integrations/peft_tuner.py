@@ -6,7 +6,7 @@ once, and accelerate, FSDP2 and safetensors see no aliases.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -83,7 +83,7 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
         _start(bank, config.init_lora_weights)
         bank.adopts = True  # a folder is loaded before there is an optimiser
         twins = [n for n in self.lora_banks if self.peft_config[n] is config]
-        plan = self.plan(twins[0]) if twins else config.plan  # TRL copies one as its reference
+        plan = self._plan(twins[0]) if twins else config.plan  # TRL copies one as its reference
         if plan is not None:
             _decide(bank, config, plan)
         for (_, layer), link in zip(layers, bank.links, strict=True):
@@ -149,7 +149,7 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
         bank: Any = self.lora_banks[name]
         return viewed(self.model, self._layers(), bank, self.injections[name], name)
 
-    def plan(self, name: str) -> dict[str, Any]:
+    def _plan(self, name: str) -> dict[str, Any]:
         """The plan of an adapter as it is now, as plain data."""
         with self._viewed(name) as base:
             return plan_of(base).to_dict()
@@ -192,9 +192,9 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
     ) -> dict[str, Tensor]:  # fmt: skip
         """The tensors of the bank, each once; the plan goes into the configuration."""
         tuner: LoraDropModel = model.base_model
-        config.plan = tuner.plan(adapter_name)
         with tuner._viewed(adapter_name) as base:
-            config.unmeasured = _UNMEASURED if unmeasured(base) is not None else None
+            plain = unmeasured(base) is not None
+        config.record(tuner._plan(adapter_name), _UNMEASURED if plain else None)
         prefix = f"{BANK}{adapter_name}."
         found = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         found.update(cls._get_learnable_bias_state_dict(model, state_dict, config))
@@ -251,27 +251,25 @@ def _decide(bank: AdapterBank, config: LoraDropConfig, given: Any) -> None:
     Raises ValueError for a plan of other targets.
     """
     assert isinstance(bank, LoRABank)
-    if not isinstance(given, (str, bytes, Mapping)) and not hasattr(given, "__fspath__"):
+    if not isinstance(given, (str, Mapping)):
         how: dict[str, Any] = {"share": config.share, "interval": config.interval}
         bank.share(list(given), None, init="fresh", after_select="reinit", **how)
         return
     plan = Plan.from_dict(given if isinstance(given, Mapping) else read_json(given))
-    here, there = ({target.name: target[2:4] for target in x.targets} for x in (bank, plan))
+    here, there = ({target.name: target[2:] for target in x.targets} for x in (bank, plan))
     if here != there:
         differ = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
         raise ValueError(
-            f"the plan is of other targets than target_modules finds in this model; these differ: "
-            f"{', '.join(differ[:5])}"
+            "the plan is of other targets, or of other ranks, than target_modules and r give in "
+            f"this model; these differ: {', '.join(differ[:5])}"
         )
-    by_name = dict(zip((t.name for t in plan.targets), _rows(plan.assignment), strict=True))
-    rows = [by_name[target.name] for target in bank.targets]
-    targets = tuple(t._replace(r=row.r) for t, (row, _) in zip(bank.targets, rows, strict=True))
+    used = {target.name: slot for target, slot in zip(plan.targets, plan.slots, strict=True)}
     numbers: dict[int, int] = {}
-    slots = tuple(s if s is None else numbers.setdefault(s, len(numbers)) for _, s in rows)
-    firsts = {slot: t for t, slot in reversed(list(zip(targets, slots, strict=True)))}
-    pairs = [fresh(firsts[slot], bank.like) for slot in range(len(numbers))]
-    bank.assign(Assignment(targets, slots, plan.kept), pairs)
-
-
-def _rows(assignment: Assignment) -> Iterator[tuple[Any, int | None]]:
-    return zip(assignment.targets, assignment.slots, strict=True)
+    pairs, slots = [], list[int | None]()
+    for target in bank.targets:
+        slot = used[target.name]
+        if slot is not None and slot not in numbers:
+            numbers[slot] = len(numbers)
+            pairs.append(fresh(target, bank.like))
+        slots.append(None if slot is None else numbers[slot])
+    bank.assign(Assignment(bank.targets, tuple(slots), plan.kept), pairs)
