@@ -266,6 +266,23 @@ def test_what_is_trained_whole_goes_along(tmp_path: Path) -> None:
     assert torch.allclose(logits(own), logits(model), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_of_the_base_are_trained_and_saved(bias: str, tmp_path: Path) -> None:
+    options = {"target_modules": ["query", "value"], "task_type": None, "bias": bias}
+    model = made(models.bert(2), **options)
+    loradrop.share(model, [model.lora_bank.targets[0].name])
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    trained = [p for p in biases if p.requires_grad]
+    assert len(trained) == (4 if bias == "lora_only" else len(biases)) and len(biases) > 4
+    for p in trained:
+        p.data.add_(0.5)
+    model(input_ids=models.IDS).logits.sum().backward()
+    assert all(p.grad is not None for p in trained)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(models.bert(2), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_several_adapters() -> None:
     model, base = shared(), logits(models.llama())
     one = logits(model)
