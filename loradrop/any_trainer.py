@@ -60,7 +60,7 @@ class LoraDropCallback(TrainerCallback):
         method, decided = injection.config.method, bank.assignment.decided
         self.warmup = None if decided else method.warmup(state.max_steps)
         if self.warmup is not None:
-            _require_one_run(self.warmup, method, args)
+            _require_one_run(self.warmup, method, args, model)
         statistics = () if decided else method.statistics
         self.events = MethodCallback(
             model, statistics=statistics, **self.masks,
@@ -139,7 +139,7 @@ def _of_step(args: Any, state: TrainerState) -> Path:
     return Path(given) if isinstance(given, str) and not here.exists() else here
 
 
-def _require_one_run(warmup: Warmup, method: Method, args: Any) -> None:
+def _require_one_run(warmup: Warmup, method: Method, args: Any, model: Any) -> None:
     why = None
     if warmup.sample_ratio < 1.0 or (warmup.source != "online" and method.keeps_parameters):
         why = 'sample_ratio below 1 and source="offline" need a run of their own'
@@ -152,9 +152,13 @@ def _require_one_run(warmup: Warmup, method: Method, args: Any) -> None:
         if unused is False or (unused is None and args.gradient_checkpointing):
             why = "sharing leaves parameters unused: pass ddp_find_unused_parameters=True"
     if why is not None:
-        raise ValueError(
-            f"LoraDropCallback: {why}. loradrop.fit makes a new Trainer for each stage"
-        )
+        instead = "loradrop.fit makes a new Trainer for each stage"
+        if hasattr(model, "peft_config"):
+            instead = (
+                "Train for the warm-up alone, call loradrop.probe and loradrop.share, and train on "
+                "with a new Trainer; or give LoraDropConfig the plan of another run"
+            )
+        raise ValueError(f"LoraDropCallback: {why}. {instead}")
 
 
 def _restart(

@@ -55,6 +55,15 @@ def test_it_trains_as_an_injected_model_does(tmp_path: Path) -> None:
     assert all(B.abs().max() > 1e-3 for B in model.lora_bank.B)
 
 
+def test_what_needs_runs_of_its_own_is_said_at_the_start(tmp_path: Path) -> None:
+    config = LoraDropConfig(**DROP, task_type="SEQ_CLS", sample_ratio=0.5)
+    model = peft.get_peft_model(tiny.make_model(), config)
+    args = TrainingArguments(output_dir=str(tmp_path), max_steps=STEPS, **QUIET)
+    rows, callbacks = tiny.make_rows(), [loradrop.LoraDropCallback()]
+    with pytest.raises(ValueError, match=r"sample_ratio below 1.*with a new Trainer; or give"):
+        Trainer(model, args, train_dataset=rows, callbacks=callbacks).train()
+
+
 def state(model: Any) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in model.lora_bank.state_dict().items()}
 
