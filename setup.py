@@ -19,7 +19,7 @@ def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-WINGS = ("op", "methods", "text", "formats", "report", "measuring")
+WINGS = ("op", "methods", "text", "formats", "report", "measuring", "integrations")
 packages = ["loradrop", *(f"loradrop.{wing}" for wing in WINGS)]
 if any((ROOT / "loradrop" / "kernels").glob("*.py")):  # a link to ../kernels
     packages.append("loradrop.kernels")
@@ -56,7 +56,7 @@ setup(
         "cuda": ["ninja", "pybind11"],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"),
-            *("build", "setuptools", "wheel", "pre-commit", TRITON, PEFT, "datasets"),
+            *("build", "setuptools", "wheel", "pre-commit", TRITON, PEFT, "datasets", "trl"),
             *("ninja", "pybind11", "pandas"),
         ],
     },

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from loradrop.config import TrainConfig as TrainConfig
     from loradrop.formats.check import verify as verify
     from loradrop.formats.peft import export as export
+    from loradrop.integrations.peft import accelerate_peft as accelerate_peft
+    from loradrop.integrations.peft import restore_peft as restore_peft
     from loradrop.layers import LoRALinear as LoRALinear
     from loradrop.loading import load as load
     from loradrop.methods import LoRA as LoRA
@@ -52,6 +54,7 @@ _NAMES = {
     "formats.check": "verify",
     "native": "save",
     "formats.peft": "export",
+    "integrations.peft": "accelerate_peft restore_peft",
     "layers": "LoRALinear",
     "loading": "load",
     "methods": "LoRA LoRADrop Method Spectral",

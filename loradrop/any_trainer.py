@@ -10,12 +10,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, get_sche
 from loradrop.bank import bank_of
 from loradrop.batches import small_batches
 from loradrop.callbacks import EVENTS, MethodCallback
-from loradrop.files import read_json
-from loradrop.injection import injection_of
+from loradrop.files import read_json, write_json
+from loradrop.injection import injection_of, plan_of
 from loradrop.masks import MASK, MaskFn
 from loradrop.methods.base import Method, Warmup
-from loradrop.native import FOLDER, read
+from loradrop.native import FOLDER, PLAN, TENSORS, read
 from loradrop.optimizers import groups_of, plain, regroup
+from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.ranks import world_size
 from loradrop.sharing import conclude
@@ -31,7 +32,8 @@ class LoraDropCallback(TrainerCallback):
 
     The warm-up are the Trainer's first steps. At its end the optimiser forgets its state, the
     schedule starts again over the steps that are left, and the best model so far is forgotten.
-    Checkpoints resume on either side of it. A method without a warm-up gets its events alone.
+    Checkpoints resume on either side of it. A method without a warm-up gets its events alone. A
+    PeftModel needs no `inject`, but a `loradrop.integrations.peft.LoraDropConfig`.
 
     mask, mask_fn   of the statistics, as for `probe`
 
@@ -58,7 +60,7 @@ class LoraDropCallback(TrainerCallback):
         method, decided = injection.config.method, bank.assignment.decided
         self.warmup = None if decided else method.warmup(state.max_steps)
         if self.warmup is not None:
-            _require_one_run(self.warmup, method, args)
+            _require_one_run(self.warmup, method, args, model)
         statistics = () if decided else method.statistics
         self.events = MethodCallback(
             model, statistics=statistics, **self.masks,
@@ -72,7 +74,7 @@ class LoraDropCallback(TrainerCallback):
             else:
                 self.ended = int(read_json(folder / EVENTS)["ended"])
                 self.events.load(folder)
-                injection.plan = read(folder).plan
+                injection.plan = _plan(folder)
         if decided and self.ended:
             _restart(args, state, self.ended, **objects)
         self.events.begin()
@@ -109,14 +111,25 @@ class LoraDropCallback(TrainerCallback):
         self.events = MethodCallback(model, **self.masks)
         self.events.begin()
 
-    def on_save(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+    def on_save(
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any
+    ) -> None:
         if self.events is not None:
             folder = _of_step(args, state) / FOLDER
             self.events.save(folder, args.should_save, ended=self.ended)
+            if args.should_save and not (folder / TENSORS).exists():  # PEFT writes the adapters
+                write_json(folder / PLAN, plan_of(model).to_dict())
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if self.events is not None:
             self.events.on_train_end(args, state, control)
+
+
+def _plan(folder: Path) -> Plan:
+    """What was decided, by the adapter in the folder, or by what lies there in its place."""
+    if (folder / TENSORS).exists():
+        return read(folder).plan
+    return Plan.from_dict(read_json(folder / PLAN))
 
 
 def _of_step(args: Any, state: TrainerState) -> Path:
@@ -126,7 +139,7 @@ def _of_step(args: Any, state: TrainerState) -> Path:
     return Path(given) if isinstance(given, str) and not here.exists() else here
 
 
-def _require_one_run(warmup: Warmup, method: Method, args: Any) -> None:
+def _require_one_run(warmup: Warmup, method: Method, args: Any, model: Any) -> None:
     why = None
     if warmup.sample_ratio < 1.0 or (warmup.source != "online" and method.keeps_parameters):
         why = 'sample_ratio below 1 and source="offline" need a run of their own'
@@ -139,9 +152,13 @@ def _require_one_run(warmup: Warmup, method: Method, args: Any) -> None:
         if unused is False or (unused is None and args.gradient_checkpointing):
             why = "sharing leaves parameters unused: pass ddp_find_unused_parameters=True"
     if why is not None:
-        raise ValueError(
-            f"LoraDropCallback: {why}. loradrop.fit makes a new Trainer for each stage"
-        )
+        instead = "loradrop.fit makes a new Trainer for each stage"
+        if hasattr(model, "peft_config"):
+            instead = (
+                "Train for the warm-up alone, call loradrop.probe and loradrop.share, and train on "
+                "with a new Trainer; or give LoraDropConfig the plan of another run"
+            )
+        raise ValueError(f"LoraDropCallback: {why}. {instead}")
 
 
 def _restart(

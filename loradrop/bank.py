@@ -247,10 +247,14 @@ def bank_of(model: nn.Module) -> AdapterBank:
     """The bank of an injected model. Raises ValueError where there is none."""
     bank = getattr(model, "lora_bank", None)
     if not isinstance(bank, AdapterBank):
-        raise ValueError(
-            f"{type(model).__name__} has no loradrop adapters: "
-            "call loradrop.inject(model, config) first"
-        )
+        of_peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+        how = "call loradrop.inject(model, config) first"
+        if of_peft:
+            how = (
+                "give get_peft_model a loradrop.integrations.peft.LoraDropConfig, or save the "
+                "adapter and loradrop.load the folder into the base model"
+            )
+        raise ValueError(f"{type(model).__name__} has no loradrop adapters: {how}")
     bank.bring_back()
     return bank
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from loradrop.bank import execution_device
 from loradrop.sampling import some_of
 
 MEASURED, BATCH = 1024, 2  # rows, and how many at a time
@@ -42,7 +43,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def call(model: nn.Module, batch: Any) -> Any:
     """What the model returns for the batch, whose tensors are moved to its device first."""
-    batch = _to(batch, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    if device.type == "meta":  # offloaded by accelerate, whose hooks know where it computes
+        device = execution_device(*model.modules()) or device
+    batch = _to(batch, device)
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)

@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from loradrop.plan import Plan
 from loradrop.ranks import is_sharded, whole
 from loradrop.scores import Scores
 
+_VIEW = "loradrop_injected"  # of PEFT's face: see integrations.peft_tuner
 _log = logging.getLogger(__name__)
 
 
@@ -49,6 +51,25 @@ def injection_of(model: nn.Module) -> Injection:
     injection = model._lora_injection
     assert isinstance(injection, Injection)
     return injection
+
+
+@contextmanager
+def injected(model: nn.Module) -> Iterator[nn.Module]:
+    """The model itself, or the base model of a PeftModel with LORADROP adapters, which inside is as
+    `inject` would have left it.
+    """
+    view = getattr(model, _VIEW, None)
+    if view is None:
+        yield model
+    else:
+        with view() as base:
+            yield base
+
+
+def require_own(model: nn.Module, instead: str) -> None:
+    """Raises ValueError, with what to do instead, for a PeftModel: its layers are PEFT's."""
+    if getattr(model, _VIEW, None) is not None:
+        raise ValueError(f"{type(model).__name__} has PEFT's layers: {instead}")
 
 
 @dataclass(frozen=True)
@@ -174,7 +195,8 @@ def plan_of(model: nn.Module) -> Plan:
     if injection.plan is not None:
         return replace(injection.plan, **now)
     scores = None if injection.scores is None else injection.scores.to_dict()
-    base = base_of(model)
+    with injected(model) as own:
+        base = base_of(own)
     return Plan(config=injection.config, scores=scores, base=base, versions=versions(), **now)
 
 

@@ -17,11 +17,34 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from loradrop.bank import AdapterBank, Link, execution_device
+from loradrop.bank import AdapterBank, Link, Observer, execution_device
 from loradrop.config import LoRAConfig
 from loradrop.injection import Injection
 from loradrop.op.linear import lora_add, lora_linear
 from loradrop.scores import Target
+
+
+def adapted_output(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, y0: Tensor | None, A: Tensor, B: Tensor,
+    s: float, dropout: float, observer: Observer | None,
+) -> Tensor:  # fmt: skip
+    """The op of a layer that is adapted: of its weight, or of the output y0 of its base.
+
+    dropout    its probability, 0 outside of training; the seed is drawn here
+    observer   what collects the statistics of the target, if anything does
+    """
+    seed = torch.randint(0, 1 << 62, (), device=x.device) if dropout > 0.0 else None
+    more = {} if observer is None else observer.arguments(x)
+    if y0 is not None:
+        y = lora_add(y0, x, A, B, s, dropout=dropout, seed=seed, **more)
+    else:
+        assert weight is not None
+        y = lora_linear(x, weight, bias, A, B, s, dropout=dropout, seed=seed, **more)
+    if observer is not None and isinstance(y, tuple):  # of an offline probe
+        y, norm = y
+        observer.add(norm)
+    result: Tensor = y
+    return result
 
 
 class LoRAMixin(nn.Module):
@@ -58,21 +81,8 @@ class LoRAMixin(nn.Module):
         if x.device != A.device:  # a model spread over devices
             bank.bring_back()
             A, B = (factor.to(x.device) for factor in link.factors() or factors)
-        dropout, seed, s, observer = 0.0, None, link.scaling, link.observer
-        if self.training and bank.dropout > 0.0:
-            dropout = bank.dropout
-            seed = torch.randint(0, 1 << 62, (), device=x.device)
-        more = {} if observer is None else observer.arguments(x)
-        if y0 is not None:
-            y = lora_add(y0, x, A, B, s, dropout=dropout, seed=seed, **more)
-        else:
-            assert weight is not None
-            y = lora_linear(x, weight, bias, A, B, s, dropout=dropout, seed=seed, **more)
-        if observer is not None and isinstance(y, tuple):  # of an offline probe
-            y, norm = y
-            observer.add(norm)
-        result: Tensor = y
-        return result
+        dropout = bank.dropout if self.training else 0.0
+        return adapted_output(x, weight, bias, y0, A, B, link.scaling, dropout, link.observer)
 
 
 class LoRALinear(LoRAMixin, nn.Linear):
@@ -132,7 +142,7 @@ def _first_argument(base: Any) -> str:
 
 
 class _Picklable:
-    """Pickles an instance of a class that `_adapted_class` made by what it was made from."""
+    """Pickles an instance of a class that `adapted_class` made by what it was made from."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         face, base = type(self).__bases__[1:]
@@ -140,11 +150,12 @@ class _Picklable:
 
 
 def _blank(face: type, base: type) -> Any:
-    return object.__new__(_adapted_class(face, base))
+    return object.__new__(adapted_class(face, base))
 
 
 @functools.cache
-def _adapted_class(face: type, base: type) -> type[nn.Module]:
+def adapted_class(face: type, base: type) -> type[nn.Module]:
+    """The class of a `base` with the forward of `face`; it pickles."""
     name = f"{face.__name__}[{base.__name__}]"
     return type(name, (_Picklable, face, base), {"__module__": face.__module__})
 
@@ -246,18 +257,18 @@ def adapt(module: nn.Module, bank: AdapterBank, index: int) -> None:
     module._lora = bank.links[index]  # type: ignore[assignment]
     base: type = type(module)
     if base is nn.Linear:
-        _become(module, LoRALinear)
+        become(module, LoRALinear)
     elif base is not LoRALinear:
-        _become(module, _adapted_class(LoRAConv1D if is_conv1d(module) else LoRAOver, base))
+        become(module, adapted_class(LoRAConv1D if is_conv1d(module) else LoRAOver, base))
 
 
 def restore(module: nn.Module) -> None:
     """Give `module` back the class it had before `adapt`."""
     del module.__dict__["_lora"]
-    _become(module, nn.Linear if type(module) is LoRALinear else type(module).__bases__[2])
+    become(module, nn.Linear if type(module) is LoRALinear else type(module).__bases__[2])
 
 
-def _become(module: nn.Module, cls: type[nn.Module]) -> None:
+def become(module: nn.Module, cls: type[nn.Module]) -> None:
     """Change its class, and the forward of the old one that accelerate's hooks hold."""
     old = type(module).forward
     module.__class__ = cls
@@ -268,7 +279,7 @@ def _become(module: nn.Module, cls: type[nn.Module]) -> None:
 
 def is_patched(module: nn.Module) -> bool:
     """Whether this instance has a forward of its own, other than accelerate's hooks around its
-    class's: `_become` cannot get into it.
+    class's: `become` cannot get into it.
     """
     own = module.__dict__.get("_old_forward" if "_hf_hook" in module.__dict__ else "forward")
     return own is not None and getattr(own, "__func__", None) is not type(module).forward

@@ -33,7 +33,10 @@ class TokenMasks:
         self._encoded: Tensor | None = None  # what the decoder of an encoder–decoder attends to
         self._cached = False
         self._said = set[str]()
-        self._names = list(inspect.signature(model.forward).parameters)
+        taken = inspect.signature(model.forward).parameters
+        if any(p.kind is p.VAR_POSITIONAL for p in taken.values()):  # a PeftModel of no task
+            taken = inspect.signature(_base(model).forward).parameters
+        self._names = list(taken)
         in_decoders = zip(targets, in_decoder(model, targets), strict=True)
         self.of_targets = [TargetMask(self, target, inside) for target, inside in in_decoders]
         self._handle: RemovableHandle | None = None
@@ -155,7 +158,14 @@ def in_decoder(model: nn.Module, targets: Sequence[Target]) -> list[bool]:
     if (encoder := _part(model, "get_encoder")) is None:
         return [False] * len(targets)
     inside = set(encoder.modules())
-    return [model.get_submodule(target.name) not in inside for target in targets]
+    base = _base(model)
+    return [base.get_submodule(target.name) not in inside for target in targets]
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """The model in which the names of targets are: the base model of a PeftModel."""
+    found: nn.Module = getattr(model, "get_base_model", lambda: model)()
+    return found
 
 
 def _part(model: nn.Module, getter: str) -> nn.Module | None:

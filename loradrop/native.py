@@ -24,6 +24,7 @@ from loradrop.files import read_json, write_json
 from loradrop.injection import (
     Adapters,
     adapters_of,
+    injected,
     injection_of,
     plan_of,
     require_adapted,
@@ -57,9 +58,11 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Every rank calls it where FSDP2 shards the adapters; the first one writes. Raises OSError where
     the file does not hold what was written, ValueError where a target was replaced.
     """
-    if (reason := unmeasured(model)) is not None:
-        _log.warning("%s", reason)
-    checkpoint(model, path)
+    bank_of(model)
+    with injected(model) as own:
+        if (reason := unmeasured(own)) is not None:
+            _log.warning("%s", reason)
+        checkpoint(own, path)
 
 
 def checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:

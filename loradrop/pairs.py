@@ -230,8 +230,10 @@ class LoRABank(AdapterBank):
         if [[*map(form, pair)] for pair in found] != [
             [*map(form, pair.factors())] for pair in map(self._pair, range(len(self.pairs)))
         ]:
-            device = self.device
+            device, frozen = self.device, not any(p.requires_grad for p in self.parameters())
             self._fill([(empty(A, device), empty(B, device)) for A, B in found])
+            if frozen:
+                self.requires_grad_(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRABank":
         super()._apply(fn, recurse)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loradrop.bank import bank_of
 from loradrop.batches import call, evaluating
 from loradrop.collector import GRAMS, Collector
-from loradrop.injection import injection_of
+from loradrop.injection import injected, injection_of
 from loradrop.losses import LABELS, Labels, losses
 from loradrop.masks import MASK, MaskFn
 from loradrop.scores import Scores
@@ -45,17 +45,25 @@ def probe(
     afterwards. Under `torch.distributed` the scores are summed over ranks. Raises ValueError for no
     batches or a mask that does not fit, RuntimeError naming targets whose forward was never called.
     """
+    if isinstance(labels, str):
+        check_choice("labels", labels, LABELS)
+    bank_of(model)
+    with injected(model) as own:
+        return _probe(own, batches, {"mask": mask, "mask_fn": mask_fn}, gram, labels)
+
+
+def _probe(
+    model: nn.Module, batches: Iterable[Any], masks: dict[str, Any], gram: bool, labels: Labels
+) -> Scores:
+    """`probe` of an injected model."""
     bank, injection = bank_of(model), injection_of(model)
     if injection.merged is not None:
         raise ValueError("the adapters are merged into the weights: call loradrop.remove(model)")
-    if isinstance(labels, str):
-        check_choice("labels", labels, LABELS)
     grams = GRAMS if labels is not None else GRAMS[:1]
     statistics = ("sqnorm", *grams) if gram else ("sqnorm",)
     with _random_state_kept(), evaluating(model), _frozen(model) if gram else nullcontext():
         collector = Collector(
-            model, bank, online=gram, statistics=statistics, source="offline",
-            mask=mask, mask_fn=mask_fn,
+            model, bank, online=gram, statistics=statistics, source="offline", **masks,
         )  # fmt: skip
         try:
             for number, batch in enumerate(batches):
@@ -73,9 +81,7 @@ def probe(
     return scores
 
 
-def _measure(
-    model: nn.Module, batch: Any, labels: Labels, collector: Collector, seed: int
-) -> None:
+def _measure(model: nn.Module, batch: Any, labels: Labels, collector: Collector, seed: int) -> None:
     """One batch forward and backward: the gradients of the sum of its losses reach the sinks."""
     with torch.enable_grad():
         outputs = call(model, batch)

@@ -16,6 +16,7 @@ from loradrop.injection import (
     injection_of,
     require_adapted,
     require_loaded,
+    require_own,
     trained_since,
 )
 from loradrop.layers import adapt, build_bank, freeze, is_conv1d, is_patched, is_plain, restore
@@ -39,7 +40,8 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     if of_peft or any(hasattr(module, "lora_A") for module in modules):
         raise ValueError(
             f"{name} carries PEFT adapters: merge or unload them first. loradrop's own layers and "
-            "PEFT's do not mix"
+            "PEFT's do not mix; loradrop.integrations.peft has both for PEFT's, LoraDropConfig and "
+            "accelerate_peft"
         )
     if any(isinstance(module, AdapterBank) for module in modules):
         raise ValueError(f"{name} is injected already: call loradrop.remove(model) first")
@@ -114,6 +116,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises ValueError while the adapters are merged, and for a module trained whole that is
     offloaded, sharded or resized.
     """
+    require_own(model, "use `with model.disable_adapter():`")
     bank, injection = bank_of(model), injection_of(model)
     if injection.merged is not None:
         raise ValueError("the adapters are merged: call loradrop.remove(model) for the base model")
@@ -145,6 +148,7 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> None:
     bit for bit. Raises ValueError, before any weight changes, for a weight that is not a plain
     matrix (a quantised or parametrised layer) and for a merged weight that is not finite.
     """
+    require_own(model, "call model.merge_and_unload(), or model.merge_adapter() to undo it later")
     bank, injection = bank_of(model), injection_of(model)
     if injection.merged is not None:
         raise ValueError("the adapters are merged already")
@@ -231,6 +235,7 @@ def remove(model: nn.Module) -> None:
     Raises ValueError for a model without adapters, or whose adapters were merged without
     `keep_original`.
     """
+    require_own(model, "call model.unload(), which returns the base model")
     if getattr(model, "_loradrop_merged", False) and not has_bank(model):
         raise ValueError(
             "the adapters were merged without keep_original=True, so the original weights are gone:"

@@ -8,7 +8,7 @@ from torch import nn
 
 from loradrop.bank import bank_of
 from loradrop.cuts import decide
-from loradrop.injection import injection_of, plan_of, require_adapted
+from loradrop.injection import injection_of, plan_of, require_adapted, require_own
 from loradrop.optimizers import MOMENTS, follow, groups_of, require_projectable
 from loradrop.pairs import LoRABank
 from loradrop.selection import check_choice
@@ -43,6 +43,7 @@ def truncate(
     Raises ValueError for ranks that do not fit, targets that share an adapter and get different
     ones, a bank without pairs, statistics that are not there, and moments that cannot be projected.
     """
+    require_own(model, "loradrop.save it, loradrop.load the folder into the base model, and cut")
     bank, injection = bank_of(model), injection_of(model)
     check_choice("metric", metric, METRICS)
     check_choice("moments", moments, MOMENTS)

@@ -2,9 +2,9 @@
 FOLDER/MODE.RANK.json.
 
 MODE is "fit"; "kill" (rank 1 dies in the middle of the main run) and "resume" of that; "spectral"
-for that method; "callback": a Trainer with LoraDropCallback in place of `fit`; and "spectral
-callback", which is refused: the file has the reason. All but that one begin in a folder of their
-own, "resume" in that of "kill".
+for that method; "callback": a Trainer with LoraDropCallback in place of `fit`; "peft callback": the
+same with a PeftModel; and "spectral callback", which is refused: the file has the reason. Each
+begins in a folder of its own, "resume" in that of "kill".
 """
 
 import json
@@ -72,7 +72,14 @@ def by_fit(model: Any, config: Any, folder: Path, batch: int, mode: str) -> dict
 
 
 def by_callback(model: Any, config: Any, folder: Path, batch: int, mode: str) -> dict[str, Any]:
-    loradrop.inject(model, config)
+    if mode == "peft callback":
+        from peft import get_peft_model
+
+        from loradrop.integrations.peft import to_peft
+
+        model = get_peft_model(model, to_peft(config))
+    else:
+        loradrop.inject(model, config)
     args = TrainingArguments(
         output_dir=str(folder / mode), num_train_epochs=2, per_device_train_batch_size=batch,
         report_to="none", learning_rate=1e-2, save_strategy="no", use_cpu=True, disable_tqdm=True,

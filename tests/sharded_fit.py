@@ -1,5 +1,6 @@
 """Two ranks train, save and load a model that FSDP2 shards: FOLDER. Run by torchrun."""
 
+import importlib.util
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ from loradrop.methods import Method
 from loradrop.methods.mos import MoS
 from loradrop.methods.nb_lora import NBLoRA
 from loradrop.methods.vera import VeRA
-from loradrop.ranks import whole
+from loradrop.ranks import is_sharded, whole
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -60,6 +61,42 @@ def composed(method: Method, folder: str) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(*deltas, strict=True))
 
 
+def of_peft(folder: str) -> dict[str, Any]:
+    """A PeftModel that shares: what is trained and saved while it is sharded, against one that is
+    not.
+    """
+    import peft
+    from peft.utils import get_peft_model_state_dict
+
+    from loradrop.integrations.peft import LoraDropConfig
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        kept = ["bert.encoder.layer.0.attention.self.query"]
+        return peft.get_peft_model(tiny.make_model(), LoraDropConfig(**tiny.LORA, plan=kept)).eval()
+
+    alone, model = made(), made()
+    for layer in model.get_base_model().bert.encoder.layer:
+        fully_shard(layer)
+    fully_shard(model)
+    for each in (alone, model):
+        train(each)
+    state = {k: whole(v) for k, v in model.state_dict().items()}
+    if distributed.get_rank() == 0:
+        model.save_pretrained(f"{folder}/of-peft", state_dict=state)
+    distributed.barrier()
+    again = peft.PeftModel.from_pretrained(tiny.make_model(), f"{folder}/of-peft")
+    own, found = map(get_peft_model_state_dict, (alone, again))
+    written = get_peft_model_state_dict(model, state_dict=state)
+    assert own.keys() == found.keys() == written.keys()
+    gap, reloaded = (
+        max(float((own[k] - other[k]).abs().max()) for k in own) for other in (written, found)
+    )
+    moved = min(float(B.abs().max()) for B in alone.lora_bank.B)
+    every = all(map(is_sharded, model.lora_bank.parameters()))
+    return {"gap": gap, "reloaded": reloaded, "moved": moved, "sharded": every}
+
+
 def main(folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
@@ -93,9 +130,10 @@ def main(folder: str) -> None:
         same = torch.allclose(sharded(**batch()).logits, again(**batch()).logits, atol=1e-6)
     methods = VeRA(), NBLoRA(), MoS(private_rank=0)
     of_methods = {method.name: composed(method, folder) for method in methods}
+    face = of_peft(folder) if importlib.util.find_spec("peft") is not None else None
     if distributed.get_rank() == 0:
         moved = float(again.lora_bank.B[0].abs().max())
-        found = {"gaps": of_methods, "gap": max(gaps), "same": same, "moved": moved}
+        found = {"gaps": of_methods, "gap": max(gaps), "same": same, "moved": moved, "peft": face}
         with open(f"{folder}/found.json", "w") as file:
             json.dump(found, file)
     distributed.barrier()

@@ -1,5 +1,6 @@
 """Two processes of torchrun are one process with twice the batch, also after one of them died."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 SCRIPT = Path(__file__).with_name("distributed_fit.py")
+CALLBACKS = ["callback", *["peft callback"] * bool(importlib.util.find_spec("peft"))]
 
 
 def torchrun(*arguments: Any, processes: int = 2) -> subprocess.CompletedProcess[str]:
@@ -28,7 +30,7 @@ def found(folder: Path, mode: str, rank: int = 0) -> dict[str, Any]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one process's runs."""
     folder = tmp_path_factory.mktemp("alone")
-    done = torchrun(SCRIPT, folder, 8, "fit", "callback", processes=1)
+    done = torchrun(SCRIPT, folder, 8, "fit", *CALLBACKS, processes=1)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -37,7 +39,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of two processes' runs, one after the other; in the last one of them dies."""
     folder = tmp_path_factory.mktemp("together")
-    done = torchrun(SCRIPT, folder, 4, "callback", "spectral", "spectral callback", "fit", "kill")
+    modes = (*CALLBACKS, "spectral", "spectral callback", "fit", "kill")
+    done = torchrun(SCRIPT, folder, 4, *modes)
     assert done.returncode != 0 and (folder / "fit.1.json").exists(), done.stderr
     return folder
 
@@ -82,10 +85,11 @@ def test_two_ranks_cut_alike(together: Path) -> None:
         assert "which DDP does not know" in refused
 
 
-def test_the_callback_in_two_ranks(alone: Path, together: Path) -> None:
-    one = found(alone, "callback")
+@pytest.mark.parametrize("mode", CALLBACKS)
+def test_the_callback_in_two_ranks(mode: str, alone: Path, together: Path) -> None:
+    one = found(alone, mode)
     for rank in (0, 1):
-        other = found(together, "callback", rank)
+        other = found(together, mode, rank)
         assert other["kept"] == one["kept"] and len(one["kept"]) == 1
         for mine, theirs in zip(one["adapters"], other["adapters"], strict=True):
             assert mine == pytest.approx(theirs, abs=1e-6)
@@ -98,3 +102,7 @@ def test_a_sharded_model_trains_saves_and_loads(tmp_path: Path) -> None:
     assert result["same"] and result["gap"] < 1e-6 and result["moved"] > 1e-3
     assert len(result["gaps"]) == 3 and max(result["gaps"].values()) < 1e-5
     assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
+    if "peft callback" in CALLBACKS:
+        of_peft = result["peft"]
+        assert of_peft["sharded"] and of_peft["moved"] > 1e-3
+        assert max(of_peft["gap"], of_peft["reloaded"]) < 1e-6

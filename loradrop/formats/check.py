@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loradrop.bank import bank_of
 from loradrop.batches import call, evaluating
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal, scale
 from loradrop.formats.peft_file import PeftFile, configuration_of, read
-from loradrop.injection import Adapters, adapters_of
+from loradrop.injection import Adapters, adapters_of, injected
 from loradrop.surgery import remove
 
 
@@ -86,6 +87,16 @@ def verify(
     where not. The model is as before afterwards. Raises ValueError for no batches and for a file
     that is damaged or of another model, FileNotFoundError for a missing one.
     """
+    bank_of(model)
+    with injected(model) as own:
+        return _verify(own, path, batches, engines, tolerance)
+
+
+def _verify(
+    model: nn.Module, path: str | os.PathLike[str], batches: Iterable[Any],
+    engines: Sequence[str] | None, tolerance: float | None,
+) -> Report:  # fmt: skip
+    """`verify` of an injected model."""
     adapters, file = adapters_of(model), read(path)._replace(base=configuration_of(model))
     required = tuple(refusal(engine, file).engine for engine in engines or ENGINES[:1])
     eps = [torch.finfo(t.dtype).eps for t in file.tensors.values() if t.is_floating_point()]

@@ -33,7 +33,7 @@ from loradrop.formats.peft_file import (
     layout_of,
     task_of,
 )
-from loradrop.injection import Adapters, adapters_of, base_of, injection_of
+from loradrop.injection import Adapters, adapters_of, base_of, injected, injection_of
 from loradrop.layers import is_conv1d
 from loradrop.native import without_bank
 from loradrop.plan import Plan
@@ -69,6 +69,16 @@ def export(
     The model stays as it is, bit for bit. Raises ValueError for what the format cannot hold, and
     with the engine's name and reason for what a named engine refuses.
     """
+    bank_of(model)
+    with injected(model) as own:
+        return _export(own, Path(path), format, base_id, dtype, padded, engines)
+
+
+def _export(
+    model: nn.Module, folder: Path, format: str, base_id: str | None, dtype: str | None,
+    padded: bool, engines: Sequence[str] | None,
+) -> list[EngineVerdict]:  # fmt: skip
+    """`export` of an injected model."""
     adapters = adapters_of(model)
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: choose one of {', '.join(FORMATS)}")
@@ -77,7 +87,7 @@ def export(
             raise ValueError(
                 "dtype, engines and padded are of the PEFT format: a merged model is plain"
             )
-        _save_merged(model, Path(path))
+        _save_merged(model, folder)
         return []
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -87,7 +97,6 @@ def export(
     for verdict in verdicts:
         if not verdict.ok and verdict.engine in required:
             raise ValueError(f"{verdict.engine} cannot take this adapter: {verdict.reason}")
-    folder = Path(path)
     if not writes(model):
         return verdicts
     (folder / CONFIG).unlink(missing_ok=True)  # written last: without it a folder is no adapter

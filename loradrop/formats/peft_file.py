@@ -20,6 +20,7 @@ from loradrop.injection import Adapters
 from loradrop.matching import inside, saved_modules
 
 TENSORS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+OURS, BANK = "LORADROP", "base_model.lora_banks."  # of loradrop.integrations.peft
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _HEADS = {  # what PeftModelFor... wraps, and demands in the file, by itself
     "SEQ_CLS": ("classifier", "score"),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loradrop.bank import Pair
+from loradrop.bank import STATE, Pair
 from loradrop.config import LoRAConfig
 from loradrop.formats import peft_file
 from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS, PeftFile, base_state
@@ -53,9 +53,23 @@ def read(path: str | os.PathLike[str], model: nn.Module) -> NativeFile:
             "Load it with PEFT where you trust it, and save_pretrained writes a safetensors file"
         )
     try:
-        return translate(peft_file.read(folder), model)
+        file = peft_file.read(folder)
+        own = file.config.get("peft_type") == peft_file.OURS
+        return _of_face(file) if own else translate(file, model)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def _of_face(file: PeftFile) -> NativeFile:
+    """What PEFT's face saved: the tensors of a bank, each once, and the plan."""
+    plan = file.config.get("plan")
+    if not isinstance(plan, Mapping):
+        raise ValueError(f"{CONFIG} has no plan, which save_pretrained writes: save it again")
+    banks = {k: v for k, v in file.tensors.items() if k.startswith(peft_file.BANK)}
+    bank = {key.removeprefix(peft_file.BANK): value for key, value in banks.items()}
+    bank.pop(STATE, None)  # the plan says it
+    trained = {k.removeprefix(PREFIX): v for k, v in file.tensors.items() if k not in banks}
+    return NativeFile(Plan.from_dict(plan), bank, trained)
 
 
 def translate(file: PeftFile, model: nn.Module) -> NativeFile:

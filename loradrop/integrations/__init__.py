@@ -1,0 +1,1 @@
+"""loradrop inside other libraries. Importing a module here imports the library that it is for."""

@@ -1,0 +1,643 @@
+"""`LoraDropConfig` in PEFT: the layers, sharing, files, several adapters, what is refused."""
+
+import copy
+import json
+import pickle
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import loradrop
+from loradrop import LoRAConfig
+from loradrop.collector import Collector
+from loradrop.methods import LoRADrop, Spectral
+
+peft = pytest.importorskip("peft", minversion="0.21")
+
+from loradrop.integrations.peft import LoraDropConfig, from_peft, to_peft  # noqa: E402
+from loradrop.integrations.peft_layers import Banked  # noqa: E402
+from loradrop.integrations.peft_versions import require_peft  # noqa: E402
+
+Q0, V0, Q1, V1 = (f"model.layers.{i}.self_attn.{k}_proj" for i in (0, 1) for k in "qv")
+OPTIONS: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+LLAMA: dict[str, Any] = {**OPTIONS, "task_type": "CAUSAL_LM"}
+BATCH = {"input_ids": models.IDS, "labels": models.IDS}
+
+
+def made(model: Any = None, **options: Any) -> Any:
+    """A PeftModel whose adapters are awake."""
+    found = peft.get_peft_model(model or models.llama(), LoraDropConfig(**(LLAMA | options)))
+    return models.wake(found, 0.1)
+
+
+def shared(**options: Any) -> Any:
+    """One that keeps an adapter for the first q_proj, and shares the others."""
+    model = made(**options)
+    loradrop.share(model, [Q0])
+    return models.wake(model, 0.1)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=models.IDS).logits
+    return found
+
+
+def twin(model: Any, base: Any, **options: Any) -> Any:
+    """Stock PEFT with the factors that each target of `model` has."""
+    found = peft.get_peft_model(base, peft.LoraConfig(**(LLAMA | options)))
+    bank = model.lora_bank
+    for target, pair in zip(bank.targets, map(bank.factors, range(len(bank.targets))), strict=True):
+        layer = found.get_base_model().get_submodule(target.name)
+        for factor, value in zip((layer.lora_A, layer.lora_B), pair, strict=True):
+            factor["default"].weight.data = value.detach().clone()
+    return found
+
+
+MODELS: dict[str, Any] = {
+    "llama": (models.llama, {}),
+    "rslora": (models.llama, {"use_rslora": True, "rank_pattern": {"v_proj": 2}}),
+    "Conv1D": (models.gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "alpha": (models.llama, {"alpha_pattern": {r"layers\.0\.self_attn\.q_proj": 3}}),
+    "layers": (models.llama, {"layers_to_transform": [1]}),
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_outputs_and_gradients_are_those_of_peft(name: str) -> None:
+    """In float64, with the same factors; those of a shared pair are the sum over its layers."""
+    make, options = MODELS[name]
+    model = made(make(), **options).double()
+    loradrop.share(model, [model.lora_bank.targets[0].name], after_select="continue", init="mean")
+    assert name == "layers" or len(model.lora_bank.pairs) < len(model.lora_bank.targets)
+    stock = twin(model, make().double(), **options)
+    found, expected = model(**BATCH), stock(**BATCH)
+    assert torch.allclose(found.logits, expected.logits, rtol=0, atol=1e-11)
+    assert not torch.allclose(found.logits, make().double()(**BATCH).logits, rtol=0, atol=1e-3)
+    found.loss.backward()
+    expected.loss.backward()
+    bank = model.lora_bank
+    sums = [[torch.zeros_like(f) for f in pair.factors()] for pair in bank.pairs]
+    for target, slot in zip(bank.targets, bank.slots, strict=True):
+        layer = stock.get_base_model().get_submodule(target.name)
+        for total, factor in zip(sums[slot], (layer.lora_A, layer.lora_B), strict=True):
+            total += factor["default"].weight.grad
+    for pair, total in zip(bank.pairs, sums, strict=True):
+        for factor, gradient in zip(pair.factors(), total, strict=True):
+            assert gradient.abs().max() > 1e-6
+            assert torch.allclose(factor.grad, gradient, rtol=0, atol=1e-11)
+
+
+def test_it_begins_as_the_base_model_and_trains_the_bank_alone() -> None:
+    base = logits(models.llama())
+    model = peft.get_peft_model(models.llama(), LoraDropConfig(**LLAMA))
+    assert torch.allclose(logits(model), base, rtol=0, atol=1e-5)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    pairs = "base_model.lora_banks.default.pairs"
+    assert trained == {f"{pairs}.{k}.{side}" for k in range(4) for side in "AB"}
+    assert model.get_nb_trainable_parameters()[0] == model.lora_bank.trainable == 896
+    loradrop.share(model, [Q0])
+    assert model.get_nb_trainable_parameters()[0] == model.lora_bank.trainable == 704
+
+
+def test_what_it_probes_is_what_an_injected_model_probes() -> None:
+    model = made()
+    own = models.llama()
+    loradrop.inject(own, LoRAConfig(**OPTIONS))
+    own.lora_bank.load_state_dict(model.lora_bank.state_dict())
+    before = [(name, type(m)) for name, m in model.named_modules()]
+    found, expected = (loradrop.probe(m, [BATCH, BATCH], gram=True) for m in (model, own))
+    assert dict(found) == pytest.approx(dict(expected), rel=1e-9) and min(found.values()) > 0
+    assert found.grams is not None
+    assert [(name, type(m)) for name, m in model.named_modules()] == before
+    assert loradrop.select(found, keep=1) == loradrop.select(expected, keep=1)
+    loradrop.share(model)  # by the options of its configuration: half of LoRA's parameters
+    assert model.lora_bank.trainable <= 448
+
+
+def t5() -> Any:
+    sizes = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    return models.build("T5ForConditionalGeneration", "T5Config", **sizes)
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "targets"),
+    [(t5, "SEQ_2_SEQ_LM", ["q", "v"]), (models.llama, None, ["q_proj", "v_proj"])],
+)
+def test_statistics_of_training(make: Any, task: str | None, targets: list[str]) -> None:
+    """Of the passes themselves, with the masks of both sides, or with one that has no name."""
+    ids, real = models.IDS[:, :6].clone(), torch.ones(3, 6, dtype=torch.long)
+    real[0, 4:], other = 0, real.flip(0)
+    batch = {"input_ids": ids, "attention_mask": real}
+    if task is not None:
+        batch |= {"labels": ids, "decoder_attention_mask": other}
+    model = made(make(), target_modules=targets, task_type=task).double()
+    own = make()
+    loradrop.inject(own, LoRAConfig(**OPTIONS | {"target_modules": targets}))
+    own.double().lora_bank.load_state_dict(model.lora_bank.state_dict())
+    found = []
+    for each in (model, own):
+        collector = Collector(each, each.lora_bank, online=True)
+        out = each(**batch) if task is not None else each(ids, real)
+        out.logits.sum().backward()
+        collector.close_row()
+        collector.detach()
+        found.append(collector.scores())
+    assert dict(found[0]) == pytest.approx(dict(found[1]), rel=1e-9)
+    assert found[0].tokens == found[1].tokens == 16 and min(found[0].values()) > 0
+
+
+RELOAD = """
+import sys, torch, models
+from peft import PeftConfig, PeftModel
+try:
+    PeftConfig.from_pretrained(sys.argv[1])
+    raise AssertionError("read as something else")
+except KeyError as error:
+    assert "LORADROP" in str(error)
+import loradrop.integrations.peft
+model = PeftModel.from_pretrained(models.llama(), sys.argv[1])
+with torch.no_grad():
+    torch.save((model(input_ids=models.IDS).logits, model.lora_bank.slots), sys.argv[2])
+"""
+
+
+def test_a_folder_brings_the_sharing_back_in_a_fresh_process(tmp_path: Path) -> None:
+    model = shared()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(t.numel() for t in tensors.values() if t.is_floating_point()) == 704  # each once
+    found = tmp_path / "found.pt"
+    paths = [str(Path(__file__).parent), str(Path(loradrop.__file__).parents[1])]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {paths}\n" + RELOAD, tmp_path, found],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again, slots = torch.load(found)
+    assert slots == model.lora_bank.slots == (0, 1, 2, 1)
+    assert torch.allclose(again, logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_trainable": True}, {"low_cpu_mem_usage": True}])
+def test_from_pretrained_takes_peft_s_options(options: dict[str, Any], tmp_path: Path) -> None:
+    model = shared()
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(models.llama(), tmp_path, **options)
+    assert torch.equal(logits(again), logits(model))
+    trains = {p.requires_grad for p in again.lora_bank.parameters()}
+    assert trains == {options.get("is_trainable", False)}
+    config = again.peft_config["default"]
+    assert config.budget is None and from_peft(config).method == LoRADrop()
+    again.load_adapter(tmp_path, "second")
+    again.set_adapter("second")
+    assert torch.equal(logits(again), logits(model)) and again.lora_bank.slots == (0, 1, 2, 1)
+    assert not {id(p) for p in again.base_model.lora_banks["default"].parameters()} & {
+        id(p) for p in again.lora_bank.parameters()
+    }
+
+
+def test_a_folder_that_shares_otherwise_is_taken_over(tmp_path: Path) -> None:
+    model, other = shared(), made()
+    model.save_pretrained(tmp_path)
+    other.load_adapter(tmp_path, "default", is_trainable=True)
+    assert other.lora_bank.slots == (0, 1, 2, 1) and torch.equal(logits(other), logits(model))
+    assert all(p.requires_grad for p in other.lora_bank.parameters())
+    frozen = made()
+    frozen.lora_bank.requires_grad_(False)
+    frozen.load_adapter(tmp_path, "default")
+    assert frozen.lora_bank.slots == (0, 1, 2, 1) and torch.equal(logits(frozen), logits(model))
+    assert not any(p.requires_grad for p in frozen.lora_bank.parameters())
+
+
+def test_exports_and_native_files_are_those_of_an_injected_model(tmp_path: Path) -> None:
+    model = shared()
+    before = models.snapshot(model)
+    verdicts = loradrop.export(model, tmp_path / "peft")
+    assert all(verdict.ok for verdict in verdicts)
+    stock = peft.PeftModel.from_pretrained(models.llama(), tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert not any(isinstance(m, Banked) for m in stock.modules())
+    assert torch.allclose(logits(stock), logits(model), rtol=0, atol=1e-4)
+    assert loradrop.verify(model, tmp_path / "peft", [{"input_ids": models.IDS}]).ok
+    loradrop.save(model, tmp_path / "native")
+    own = models.llama()
+    loradrop.load(own, tmp_path / "native")
+    assert own.lora_bank.slots == (0, 1, 2, 1)
+    assert torch.allclose(logits(own), logits(model), rtol=0, atol=1e-5)
+    loradrop.export(model, tmp_path / "merged", format="merged")
+    whole = type(models.llama()).from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(whole), logits(model), rtol=0, atol=1e-4)
+    models.assert_same(model, before)
+
+
+def test_what_is_trained_whole_goes_along(tmp_path: Path) -> None:
+    options = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+    model = made(models.bert(2), **options)
+    loradrop.share(model, [model.lora_bank.targets[0].name])
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    base = logits(models.bert(2))
+    model.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(models.bert(2), tmp_path / "ours")
+    assert torch.equal(logits(again), logits(model))
+    own = models.bert(2)
+    loradrop.load(own, tmp_path / "ours")
+    assert own.lora_bank.slots == model.lora_bank.slots
+    assert torch.allclose(logits(own), logits(model), rtol=0, atol=1e-4)
+    loradrop.export(model, tmp_path / "peft")
+    stock = peft.PeftModel.from_pretrained(models.bert(2), tmp_path / "peft")
+    assert torch.allclose(logits(stock), logits(model), rtol=0, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.allclose(logits(model), base, rtol=0, atol=1e-5)
+    loradrop.save(model, tmp_path / "native")
+    own = models.bert(2)
+    loradrop.load(own, tmp_path / "native")
+    assert torch.allclose(logits(own), logits(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_of_the_base_are_trained_and_saved(bias: str, tmp_path: Path) -> None:
+    options = {"target_modules": ["query", "value"], "task_type": None, "bias": bias}
+    model = made(models.bert(2), **options)
+    loradrop.share(model, [model.lora_bank.targets[0].name])
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    trained = [p for p in biases if p.requires_grad]
+    assert len(trained) == (4 if bias == "lora_only" else len(biases)) and len(biases) > 4
+    for p in trained:
+        p.data.add_(0.5)
+    model(input_ids=models.IDS).logits.sum().backward()
+    assert all(p.grad is not None for p in trained)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(models.bert(2), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_several_adapters() -> None:
+    model, base = shared(), logits(models.llama())
+    one = logits(model)
+    model.add_adapter("second", LoraDropConfig(**LLAMA, plan=[V1]))
+    assert torch.equal(logits(model), one)
+    model.set_adapter("second")
+    assert {p.requires_grad for p in model.lora_bank.parameters()} == {True}
+    assert {p.requires_grad for p in model.base_model.lora_banks["default"].parameters()} == {False}
+    models.wake(model, 0.2)
+    two = logits(model)
+    assert model.lora_bank.slots == (0, 1, 0, 2) and not torch.allclose(one, two, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.allclose(logits(model), base, rtol=0, atol=1e-5)
+    assert torch.equal(logits(model), two)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), one)
+    model.eval()
+    with torch.no_grad():
+        mixed = model(input_ids=models.IDS, adapter_names=["default", "second", "__base__"]).logits
+    for row, expected in enumerate((one, two, base)):
+        assert torch.allclose(mixed[row], expected[row], rtol=0, atol=1e-4)
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match=r"active are \['default', 'second'\]: call model.set_ad"):
+        loradrop.probe(model, [BATCH])
+    both = logits(model)
+    model.merge_adapter()
+    assert torch.allclose(logits(model), both, rtol=0, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.allclose(logits(model), both, rtol=0, atol=1e-4)
+    model.set_adapter("second")
+    model.delete_adapter("default")
+    assert list(model.base_model.lora_banks) == ["second"]
+    assert torch.allclose(logits(model), two, rtol=0, atol=1e-4)  # it was merged in between
+    whole = model.merge_and_unload()
+    assert not any("lora" in name for name, _ in whole.named_modules())
+    assert torch.allclose(logits(whole), two, rtol=0, atol=1e-4)
+
+
+def test_a_combination_has_an_adapter_in_every_layer(tmp_path: Path) -> None:
+    model = shared()
+    model.add_adapter("second", LoraDropConfig(**LLAMA, plan=[V1]))
+    model.set_adapter("second")
+    models.wake(model, 0.2)
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model)
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    assert torch.allclose(logits(model), both, rtol=0, atol=1e-4)
+    assert model.lora_bank.slots == (0, 1, 2, 3) and model.lora_bank.targets[0].r == 8
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = peft.PeftModel.from_pretrained(models.llama(), tmp_path / "sum")
+    assert torch.allclose(logits(again), both, rtol=0, atol=1e-4)
+    assert model.peft_config["default"].plan is None
+
+
+def test_two_active_adapters_add_up_as_in_peft() -> None:
+    model = made(lora_alpha=4).double()
+    stock = twin(model, models.llama().double(), lora_alpha=4)
+    model.add_adapter("second", LoraDropConfig(**LLAMA))
+    model.double().set_adapter("second")
+    models.wake(model, 0.2)
+    single = twin(model, models.llama().double())
+    stock.add_adapter("second", peft.LoraConfig(**LLAMA))
+    stock.double()
+    for key, layer in single.get_base_model().named_modules():
+        if hasattr(layer, "lora_A"):
+            other = stock.get_base_model().get_submodule(key)
+            other.lora_A["second"], other.lora_B["second"] = (
+                layer.lora_A["default"], layer.lora_B["default"],
+            )  # fmt: skip
+    for each in (model, stock):
+        each.base_model.set_adapter(["default", "second"])
+    assert torch.allclose(logits(model), logits(stock), rtol=0, atol=1e-11)
+
+
+def test_unload_gives_the_base_back() -> None:
+    base = models.llama()
+    before = models.snapshot(base)
+    model = shared(model=base)
+    model.unload()
+    before["requires_grad"] = dict.fromkeys(before["requires_grad"], False)
+    models.assert_same(base, before)
+
+
+def test_how_adapters_start() -> None:
+    options = LLAMA | {"r": 16, "target_modules": ["q_proj"]}
+    for init, spread in ((True, 1 / 32**0.5 / 3**0.5), ("gaussian", 1 / 16), (False, None)):
+        model = peft.get_peft_model(
+            models.llama(), LoraDropConfig(**options, init_lora_weights=init)
+        )
+        A, B = (
+            torch.cat([f.flatten() for f in side])
+            for side in (model.lora_bank.A, model.lora_bank.B)
+        )
+        if spread is None:
+            assert B.abs().max() <= 1 / 16**0.5 and B.std() > 0.1
+        else:
+            assert not B.any() and float(A.detach().std()) == pytest.approx(spread, rel=0.15)
+
+
+def test_targets_without_an_adapter() -> None:
+    model = made()
+    loradrop.share(model, [Q0, V1], share="none")
+    models.wake(model, 0.1)
+    layer = model.get_base_model().get_submodule(Q1)
+    assert model.lora_bank.trainable == 256 + 192 and list(layer.lora_A.keys()) == []
+    found = logits(model)
+    own = copy.deepcopy(model)
+    assert torch.allclose(logits(own.merge_and_unload()), found, rtol=0, atol=1e-4)
+    model.add_adapter("second", LoraDropConfig(**LLAMA))
+    model.delete_adapter("default")
+    assert list(layer.lora_A.keys()) == ["second"]
+
+
+def test_a_plan_decides_before_any_training(tmp_path: Path) -> None:
+    model = shared()
+    loradrop.save(model, tmp_path)
+    for plan in (str(tmp_path / "plan.json"), tmp_path / "plan.json", [Q0]):
+        again = peft.get_peft_model(models.llama(), LoraDropConfig(**LLAMA, plan=plan))
+        assert again.lora_bank.slots == (0, 1, 2, 1)
+        assert again.lora_bank.assignment.kept == (Q0,)
+        assert torch.allclose(logits(again), logits(models.llama()), rtol=0, atol=1e-5)
+    again.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["plan"]
+    assert saved["kept"] == [Q0] and saved["slots"] == [0, 1, 2, 1]
+    plan_file = str(tmp_path / "plan.json")
+    other = LLAMA | {"target_modules": ["q_proj", "k_proj"], "plan": plan_file}
+    with pytest.raises(ValueError, match=r"plan is of other targets.*k_proj"):
+        peft.get_peft_model(models.llama(), LoraDropConfig(**other))
+    with pytest.raises(ValueError, match=r"or of other ranks.*q_proj"):
+        peft.get_peft_model(models.llama(), LoraDropConfig(**LLAMA | {"r": 2, "plan": plan_file}))
+    with pytest.raises(ValueError, match=r"kept has 'nowhere', which is not a target"):
+        peft.get_peft_model(models.llama(), LoraDropConfig(**LLAMA, plan=["nowhere"]))
+
+
+def test_dtypes(tmp_path: Path) -> None:
+    """float32 adapters on a half-precision base, whatever the base is cast to; or the base's."""
+    model = made(models.llama().bfloat16())
+    assert {p.dtype for p in model.lora_bank.parameters()} == {torch.float32}
+    assert logits(model).dtype == torch.bfloat16
+    stock = twin(model, models.llama().bfloat16())
+    exact = logits(twin(model.float(), models.llama().bfloat16().double()).double())
+    error, bound = (
+        (logits(m).double() - exact).norm() for m in (made(models.llama().bfloat16()), stock)
+    )
+    assert 0 < error < 2 * bound  # of PEFT's, which computes the delta in float32
+    narrow = peft.get_peft_model(
+        models.llama().bfloat16(), LoraDropConfig(**LLAMA), autocast_adapter_dtype=False
+    )
+    loradrop.share(models.wake(narrow, 0.1), [Q0])
+    models.wake(narrow, 0.1).save_pretrained(tmp_path)
+    assert {p.dtype for p in narrow.lora_bank.parameters()} == {torch.bfloat16}
+    for wide, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        again = peft.PeftModel.from_pretrained(
+            models.llama().bfloat16(), tmp_path, autocast_adapter_dtype=wide
+        )
+        parameters = {(p.dtype, p.requires_grad) for p in again.lora_bank.parameters()}
+        assert parameters == {(dtype, False)} and torch.equal(logits(again), logits(narrow))
+
+
+def test_checkpointing_dropout_and_copies() -> None:
+    model = made(lora_dropout=0.25).train()
+    model.enable_input_require_grads()
+
+    def gradients(each: Any) -> list[Tensor]:
+        torch.manual_seed(3)
+        each.zero_grad()
+        each(**BATCH).loss.backward()
+        return [p.grad.clone() for p in each.lora_bank.parameters()]
+
+    plain = gradients(model)
+    double = copy.deepcopy(model)
+    model.gradient_checkpointing_enable()
+    for other in (gradients(model), gradients(double)):
+        for a, b in zip(plain, other, strict=True):
+            assert torch.allclose(a, b, rtol=1e-4, atol=1e-7)
+    for p in double.lora_bank.parameters():
+        p.data.zero_()
+    assert all(p.any() for p in model.lora_bank.parameters())
+
+
+def test_stored_untied_and_offloaded() -> None:
+    """It pickles; accelerate sees no tensor twice, and brings back what it has sent away."""
+    accelerate = pytest.importorskip("accelerate")
+    model = shared()
+    expected, scores = logits(model), loradrop.probe(model, [BATCH])
+    assert torch.equal(logits(pickle.loads(pickle.dumps(model))), expected)
+    assert accelerate.utils.find_tied_parameters(model) == []
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert {p.is_meta for p in model.lora_bank.links[0].bank.parameters()} == {True}
+    assert torch.allclose(logits(model), expected, rtol=0, atol=1e-5)
+    assert dict(loradrop.probe(model, [BATCH])) == pytest.approx(dict(scores), rel=1e-5)
+
+
+def test_a_layer_compiles_to_one_graph() -> None:
+    model = made().double()
+    layer = model.get_base_model().get_submodule(V1)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 32, dtype=torch.float64)
+    first = compiled(x)
+    assert torch.allclose(first, layer(x), rtol=0, atol=1e-11)
+    loradrop.share(model, [Q0])
+    models.wake(model, 0.2)
+    assert torch.allclose(compiled(x), layer(x), rtol=0, atol=1e-11)
+    assert not torch.allclose(layer(x), first, rtol=0, atol=1e-3)
+
+
+def test_hooks_of_a_base_layer_are_called() -> None:
+    model, seen = made(), []
+    layer = model.get_base_model().get_submodule(Q0)
+    expected = logits(model)
+    layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.allclose(logits(model), expected, rtol=0, atol=1e-5) and seen == [1]
+
+
+def quantised(kind: str, folder: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    if kind == "torchao":
+        pytest.importorskip("torchao")
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        how = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        pytest.importorskip("bitsandbytes")
+        how = transformers.BitsAndBytesConfig(**{f"load_in_{kind}": True})
+    return type(models.llama()).from_pretrained(folder, quantization_config=how, device_map="cpu")
+
+
+@pytest.mark.parametrize("kind", ["4bit", "8bit", "torchao"])
+def test_quantised_bases(kind: str, tmp_path: Path) -> None:
+    """What PEFT computes over them, and merges into them."""
+    models.llama().save_pretrained(tmp_path)
+    model = made(quantised(kind, tmp_path))
+    loradrop.share(model, [Q0], init="mean", after_select="continue")
+    models.wake(model, 0.1)
+    base, stock = quantised(kind, tmp_path), twin(model, quantised(kind, tmp_path))
+    found, expected = model(**BATCH), stock(**BATCH)
+    moved = float((found.logits - base(**BATCH).logits).detach().abs().max())
+    bound = 0.05 * moved  # where an input is rounded to 8 bits, one that is between two goes astray
+    assert (found.logits - expected.logits).abs().max() < bound and moved > 0.1
+    found.loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.lora_bank.parameters())
+    assert len(loradrop.probe(model, [BATCH])) == 4
+    assert loradrop.accelerate_peft(stock) == 4
+    assert (stock(**BATCH).logits - expected.logits).abs().max() < bound
+    both = model.merge_and_unload(), stock.merge_and_unload()
+    assert torch.allclose(logits(both[0]), logits(both[1]), rtol=0, atol=bound)
+
+
+def test_the_scale_is_peft_s() -> None:
+    model = made()
+    half = copy.deepcopy(model)
+    for p in half.lora_bank.B:
+        p.data.mul_(0.5)
+    for module in model.modules():
+        if isinstance(module, Banked):
+            module.set_scale("default", 0.5)
+    assert torch.allclose(logits(model), logits(half), rtol=0, atol=1e-5)
+
+
+def test_configurations_convert() -> None:
+    ours = loradrop.LoraDropConfig(
+        r=4, lora_alpha=6, lora_dropout=0.1, target_modules=["q_proj"], use_rslora=True,
+        rank_pattern={"q_proj": 2}, modules_to_save=["lm_head"], threshold=0.8, share="shape",
+    )  # fmt: skip
+    theirs = to_peft(ours, task_type="CAUSAL_LM")
+    assert isinstance(theirs, LoraDropConfig) and isinstance(theirs, peft.PeftConfig)
+    assert (theirs.threshold, theirs.share, theirs.task_type) == (0.8, "shape", "CAUSAL_LM")
+    assert from_peft(theirs) == ours
+    plain = LoRAConfig(r=2, target_modules="all-linear", modules_to_save=[])
+    assert type(to_peft(plain)) is peft.LoraConfig and from_peft(to_peft(plain)) == plain
+    options = {f.name: f.default for f in fields(LoRADrop)}
+    here = {f.name: f.default for f in fields(LoraDropConfig) if f.name in options}
+    assert here == options
+    with pytest.raises(ValueError, match=r"'spectral' has no counterpart in PEFT"):
+        to_peft(LoRAConfig(method=Spectral()))
+    with pytest.raises(ValueError, match=r"pass autocast_adapter_dtype=False"):
+        to_peft(LoRAConfig(adapter_dtype="base"))
+    with pytest.raises(ValueError, match=r"use_dora=True is not plain LoRA"):
+        from_peft(peft.LoraConfig(use_dora=True))
+    with pytest.raises(ValueError, match=r"layers_to_transform=\[1\] is not an option"):
+        from_peft(LoraDropConfig(target_modules=["q_proj"], layers_to_transform=[1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_dora": True}, "does not serve use_dora=True: DoRA"),
+        ({"lora_bias": True}, "does not serve lora_bias=True"),
+        ({"target_parameters": ["a.b"]}, "does not serve target_parameters"),
+        ({"layer_replication": [[0, 1]]}, "does not serve layer_replication"),
+        ({"trainable_token_indices": [1]}, "does not serve trainable_token_indices"),
+        ({"alora_invocation_tokens": [1]}, "does not serve alora_invocation_tokens"),
+        ({"init_lora_weights": "pissa"}, "does not serve init_lora_weights='pissa'"),
+        ({"ensure_weight_tying": True}, "does not serve ensure_weight_tying"),
+        ({"budget": 0.5, "threshold": 0.9}, "give one of threshold and budget"),
+        ({"share": "all"}, "share='all': choose one of"),
+        ({"plan": 3}, "plan=3: give the path"),
+    ],
+)
+def test_options_that_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        LoraDropConfig(**LLAMA, **options)
+
+
+def test_what_a_model_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"embed_tokens is a Embedding, and LoraDropConfig serves"):
+        made(target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"a rank beyond 16 adds nothing"):
+        made(r=20)
+    with pytest.raises(ValueError, match="adapter_name='A'"):
+        peft.get_peft_model(models.llama(), LoraDropConfig(**LLAMA), adapter_name="A")
+    model = made()
+    with pytest.raises(ValueError, match="a rank beyond 16 adds nothing"):
+        model.add_adapter("wide", LoraDropConfig(**(LLAMA | {"r": 20})))
+    assert list(model.peft_config) == ["default"] and torch.isfinite(logits(model)).all()
+    for verb, instead in (
+        (loradrop.merge, "merge_and_unload"), (loradrop.remove, "unload"),
+        (lambda m: loradrop.truncate(m, {}), "loradrop.load the folder"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=instead):
+            verb(model)
+    with pytest.raises(ValueError, match="disable_adapter"), loradrop.disabled(model):
+        pass
+    with pytest.raises(ValueError, match="LoraDropConfig and accelerate_peft"):
+        loradrop.inject(model, LoRAConfig(**OPTIONS))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        loradrop.export(model, tmp_path)
+    stock = peft.get_peft_model(models.llama(), peft.LoraConfig(**LLAMA))
+    with pytest.raises(ValueError, match=r"give get_peft_model a loradrop.*LoraDropConfig"):
+        loradrop.probe(stock, [BATCH])
+
+
+def test_a_configuration_that_was_saved_decides_nothing_elsewhere(tmp_path: Path) -> None:
+    config = LoraDropConfig(**LLAMA)
+    model = models.wake(peft.get_peft_model(models.llama(), config), 0.1)
+    loradrop.share(model, [Q0])
+    model.save_pretrained(tmp_path)
+    assert config.plan is None
+    other = peft.get_peft_model(models.llama(), config)
+    assert other.lora_bank.slots == (0, 1, 2, 3) and not other.lora_bank.assignment.decided
+
+
+def test_training_without_a_warmup_is_an_error_once_it_is_saved(tmp_path: Path) -> None:
+    model = made()
+    with pytest.raises(ValueError, match=r"decides after a warm-up.*LoraDropCallback"):
+        model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(models.llama(), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_an_older_peft_is_named() -> None:
+    for version in ("0.18.0", "0.20.9.dev0"):
+        with pytest.raises(ImportError, match=rf"needs peft>=0.21, and peft {version}"):
+            require_peft(version)
+    require_peft("0.21.0")
+    require_peft("1.0.0.dev0")
