@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loradrop.formats.peft import export as export
     from loradrop.layers import LoRALinear as LoRALinear
     from loradrop.loading import load as load
+    from loradrop.merging import merge as merge
     from loradrop.methods import LoRA as LoRA
     from loradrop.methods import LoRADrop as LoRADrop
     from loradrop.methods import Method as Method
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from loradrop.spectra import spectrum as spectrum
     from loradrop.surgery import disabled as disabled
     from loradrop.surgery import inject as inject
-    from loradrop.surgery import merge as merge
     from loradrop.surgery import remove as remove
     from loradrop.text.task import DataConfig as DataConfig
     from loradrop.text.task import load_task as load_task
@@ -54,6 +54,7 @@ _NAMES = {
     "formats.peft": "export",
     "layers": "LoRALinear",
     "loading": "load",
+    "merging": "merge",
     "methods": "LoRA LoRADrop Method Spectral",
     "op.linear": "lora_add lora_linear",
     "plan": "Plan",
@@ -62,7 +63,7 @@ _NAMES = {
     "selection": "select",
     "sharing": "share",
     "spectra": "Spectrum spectrum",
-    "surgery": "disabled inject merge remove",
+    "surgery": "disabled inject remove",
     "text.task": "DataConfig load_task",
     "training": "fit",
     "truncation": "truncate",

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -35,10 +36,11 @@ from loradrop.formats.peft_file import (
 )
 from loradrop.injection import Adapters, adapters_of, base_of, injection_of
 from loradrop.layers import is_conv1d
+from loradrop.merging import changes, tell
 from loradrop.native import without_bank
 from loradrop.plan import Plan
+from loradrop.quantised import kept, put
 from loradrop.ranks import whole, writes
-from loradrop.surgery import merged_weights
 from loradrop.tensor_file import write_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -226,15 +228,25 @@ def _merged_for_now(model: nn.Module) -> Iterator[None]:
 
     In place, since many a `save_pretrained` takes no state dict, or takes and ignores it.
     """
-    merged = [] if injection_of(model).merged is not None else list(merged_weights(model))
+    merged = [] if injection_of(model).merged is not None else list(changes(model))
+    tell({change.name: change.error for change in merged if change.error is not None})
+    before = []
     try:
-        for i, (name, weight, new) in enumerate(merged):
-            merged[i] = (name, weight, weight.clone())
-            weight.copy_(new)
+        while merged:
+            change = merged.pop()  # so that no third copy of a weight is held
+            before.append((change.module, kept(change.stored)))
+            put(change.module, change.new)
         yield
     finally:
-        for _, weight, original in merged:
-            weight.copy_(original)
+        for module, stored in before:
+            put(module, stored)
+
+
+def _parts(weight: Any) -> list[Tensor]:
+    """The weight, or the tensors that make one of a type of its own, as a file holds them."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return [weight]
+    return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
 
 
 def _require_written(folder: Path, weights: Mapping[str, Tensor], model: str) -> None:
@@ -244,7 +256,7 @@ def _require_written(folder: Path, weights: Mapping[str, Tensor], model: str) ->
     for key, weight in weights.items():
         # A class may rename tensors as it saves them.
         places = [t for name, t in written if name == key] or [t for _, t in written]
-        if not any(torch.equal(weight.cpu(), tensor) for tensor in places):
+        if not all(any(torch.equal(part, t) for t in places) for part in _parts(weight.cpu())):
             raise ValueError(
                 f"the save_pretrained of {model} does not write the weights it is given, so the "
                 "file would be the base model without its adapters: call loradrop.merge(model), "

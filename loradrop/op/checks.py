@@ -13,6 +13,20 @@ from loradrop.op.function import NO_SINKS, Sinks
 _FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 
+def check_base_gradient(x: Tensor, y0: Tensor, base: str) -> None:
+    """Raises RuntimeError where y0 = base(x) has lost the gradient of x without a word.
+
+    A base for inference alone does that, and all that comes before would train on the adapter's
+    part of its gradient.
+    """
+    if x.requires_grad and torch.is_grad_enabled() and not y0.requires_grad:
+        raise RuntimeError(
+            f"{base} gives its input no gradient, so what comes before it would train on a wrong "
+            "one: it is for inference alone, as where activations are quantised too. Quantise "
+            "weights only, or train on the base model without quantisation"
+        )
+
+
 def check_operands(call: Call) -> None:
     """Shapes, dtypes and devices of the operands; x (..., K) and y0 (..., N) as they came."""
     x, weight, bias, y0, A, B = call[:6]
