@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from loradrop.config import LoraDropConfig as LoraDropConfig
     from loradrop.config import TrainConfig as TrainConfig
     from loradrop.formats.check import verify as verify
+    from loradrop.formats.in_memory import AdapterTensors as AdapterTensors
+    from loradrop.formats.in_memory import adapter_tensors as adapter_tensors
     from loradrop.formats.peft import export as export
     from loradrop.layers import LoRALinear as LoRALinear
     from loradrop.loading import load as load
@@ -50,6 +52,7 @@ _NAMES = {
     "any_trainer": "LoraDropCallback",
     "config": "LoRAConfig LoraDropConfig TrainConfig",
     "formats.check": "verify",
+    "formats.in_memory": "AdapterTensors adapter_tensors",
     "native": "save",
     "formats.peft": "export",
     "layers": "LoRALinear",

@@ -5,6 +5,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -250,7 +251,8 @@ def _obstacle(
             f"is a {type(module).__name__}, which is not a linear map (..., K) -> (..., N): "
             "name a linear layer"
         )
-    if not is_extensible(type(module)):
+    kind: Any = type(module)
+    if not is_extensible(kind):
         return (
             f"is a {type(module).__name__}, a class that Python cannot extend in place, so that no "
             "adapter can be added: take it out of target_modules, or quantise the model with "

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import training_runs as tiny
+from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
@@ -75,7 +76,11 @@ def main(folder: str) -> None:
     state = {k: whole(v) for k, v in model.state_dict().items()}
     if distributed.get_rank() == 0:  # as the Trainer saves: alone, of what it gathered
         model.save_pretrained(f"{folder}/checkpoint-3", state_dict=state)
+    in_memory = loradrop.adapter_tensors(model).tensors
     distributed.barrier()
+    written = load_file(f"{folder}/peft/adapter_model.safetensors")
+    assert in_memory.keys() == written.keys()
+    assert all(torch.equal(tensor, written[key]) for key, tensor in in_memory.items())
     again = made(shared=False)
     loradrop.load(again, f"{folder}/checkpoint-3")
     for name, tensor in again.lora_bank.named_parameters():
