@@ -104,5 +104,5 @@ def test_an_engine_that_cannot_take_them() -> None:
 def test_merged_adapters_are_refused() -> None:
     made = adapt(llama(), LoRAConfig(r=3, target_modules=TARGETS))
     loradrop.merge(made, keep_original=True)
-    with pytest.raises(ValueError, match="merged into the weights.*twice"):
+    with pytest.raises(ValueError, match=r"merged into the weights.*twice"):
         adapter_tensors(made)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from loradrop.files import read_json, write_json, write_text
-from loradrop.formats.card import card_of
+from loradrop.formats.card import card_of, extended
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal
+from loradrop.formats.hub import CARD, push
 from loradrop.formats.merged import save_merged
 from loradrop.formats.peft_file import (
     CONFIG,
@@ -46,6 +47,9 @@ def export(
     dtype: str | None = None,
     padded: bool = True,
     engines: Sequence[str] | None = None,
+    push_to_hub: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
 ) -> list[EngineVerdict]:
     """Write the adapters of `model` into the folder `path`. Returns what each engine makes of them.
 
@@ -56,6 +60,12 @@ def export(
     padded    of the PEFT file: True gives every target one rank, which every engine takes; False
               each its own, and leaves out targets without an adapter
     engines   these have to take the file, or nothing is written; None is PEFT alone
+    push_to_hub, private, token
+              the repository "user/name" of the Hugging Face Hub that gets the PEFT folder, made
+              where there is none; see `hub.push`
+
+    The folder's model card, README.md, is extended where there is one: what stands outside our
+    marks stays, and so do its metadata.
 
     The model stays as it is, bit for bit. Raises ValueError for what the format cannot hold, and
     with the engine's name and reason for what a named engine refuses.
@@ -68,6 +78,11 @@ def export(
             raise ValueError(
                 "dtype, engines and padded are of the PEFT format: a merged model is plain"
             )
+        if push_to_hub is not None:
+            raise ValueError(
+                "push_to_hub is of the PEFT format: export the merged model into a folder, and "
+                "upload that (hf upload user/name folder)"
+            )
         save_merged(model, Path(path))
         return []
     file = peft_file_of(model, adapters, dtype=dtype, base_id=base_id, padded=padded)
@@ -75,15 +90,20 @@ def export(
     folder = Path(path)
     if not writes(model):
         return verdicts
+    card, place = card_of(model, adapters.plan, file, verdicts), folder / CARD
+    if place.exists():
+        card = extended(place.read_text(encoding="utf-8"), card)
     (folder / CONFIG).unlink(missing_ok=True)  # written last: without it a folder is no adapter
     write_tensors(folder / TENSORS, file.tensors, {"format": "pt"})
-    write_text(folder / "README.md", card_of(model, adapters.plan, file, verdicts))
+    write_text(place, card)
     write_json(folder / CONFIG, file.config)
     if read_json(folder / CONFIG) != file.config:
         raise OSError(f"{folder / CONFIG} does not hold what was written into it: check the disk")
     refusals = [f"{v.engine} cannot take it ({v.reason})" for v in verdicts if not v.ok]
     if refusals:
         _log.warning("%s: %s", folder, "; ".join(refusals))
+    if push_to_hub is not None:
+        _log.info("pushed to %s", push(folder, push_to_hub, private=private, token=token))
     return verdicts
 
 
