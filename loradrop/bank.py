@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from loradrop.ranks import placed
+from loradrop.ranks import ZERO_3, is_partitioned, placed
 from loradrop.scores import Assignment, Target
 
 Pair = tuple[Tensor, Tensor]
@@ -242,13 +242,18 @@ def delta_of(factors: Pair | None, scaling: float) -> Tensor | None:
 
 
 def bank_of(model: nn.Module) -> AdapterBank:
-    """The bank of an injected model. Raises ValueError where there is none."""
+    """The bank of an injected model.
+
+    Raises ValueError where there is none, and where ZeRO-3 has its parameters.
+    """
     bank = getattr(model, "lora_bank", None)
     if not isinstance(bank, AdapterBank):
         raise ValueError(
             f"{type(model).__name__} has no loradrop adapters: "
             "call loradrop.inject(model, config) first"
         )
+    if any(map(is_partitioned, bank.parameters())):
+        raise ValueError(ZERO_3)
     bank.bring_back()
     return bank
 

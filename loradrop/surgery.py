@@ -22,7 +22,7 @@ from loradrop.layers import adapt, build_bank, freeze, is_patched, restore
 from loradrop.matching import find_targets, inside, kinds_of, saved_modules
 from loradrop.native import SavePretrained
 from loradrop.quantised import keep_unpacked, put
-from loradrop.ranks import is_sharded
+from loradrop.ranks import ZERO_3, is_partitioned, is_sharded
 
 _log = logging.getLogger(__name__)
 
@@ -46,8 +46,10 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     if any(map(is_sharded, model.parameters())):
         raise ValueError(
             f"{name} is sharded (its parameters are DTensors), and the adapters would not be: "
-            "inject first, and call fully_shard or parallelize_module afterwards"
+            "inject first, and call fully_shard afterwards. Tensor parallelism is not served"
         )
+    if any(map(is_partitioned, model.parameters())):
+        raise ValueError(ZERO_3)
     _require_no_saver(model)
     found = find_targets(model, config)
     trained = saved_modules(model, config)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import training_runs as tiny
 from safetensors.torch import load_file
+from sharded_checkpoint import gone_on
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
@@ -34,9 +35,18 @@ def made(shared: bool, method: Method | None = None) -> Any:
     return model
 
 
-def train(model: Any, steps: int = 3) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
+def sharded(shared: bool) -> Any:
+    model = made(shared)
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def train(model: Any, optimizer: Any = None) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer or torch.optim.AdamW(trained, lr=1e-2)
+    for _ in range(3):
         model(**batch()).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -66,10 +76,7 @@ def main(folder: str) -> None:
     distributed.init_process_group("gloo")
     alone = made(shared=True)
     train(alone)
-    model = made(shared=True)
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer)
-    fully_shard(model)
+    model = sharded(shared=True)
     train(model)
     loradrop.save(model, f"{folder}/native")
     loradrop.export(model, f"{folder}/peft")
@@ -91,16 +98,18 @@ def main(folder: str) -> None:
         float((a - b).abs().max())
         for a, b in zip(alone.lora_bank.parameters(), again.lora_bank.parameters(), strict=True)
     ]
-    sharded = made(shared=True)
-    fully_shard(sharded)
-    loradrop.load(sharded, f"{folder}/native")
+    at_once = made(shared=True)
+    fully_shard(at_once)
+    loradrop.load(at_once, f"{folder}/native")
     with torch.no_grad():
-        same = torch.allclose(sharded(**batch()).logits, again(**batch()).logits, atol=1e-6)
+        same = torch.allclose(at_once(**batch()).logits, again(**batch()).logits, atol=1e-6)
     methods = VeRA(), NBLoRA(), MoS(private_rank=0)
     of_methods = {method.name: composed(method, folder) for method in methods}
+    checkpoint = gone_on(f"{folder}/parts", sharded, train)
     if distributed.get_rank() == 0:
         moved = float(again.lora_bank.B[0].abs().max())
         found = {"gaps": of_methods, "gap": max(gaps), "same": same, "moved": moved}
+        found["checkpoint"] = checkpoint
         with open(f"{folder}/found.json", "w") as file:
             json.dump(found, file)
     distributed.barrier()

@@ -96,3 +96,10 @@ def test_a_sharded_model_trains_saves_and_loads(tmp_path: Path) -> None:
     assert result["same"] and result["gap"] < 1e-6 and result["moved"] > 1e-3
     assert len(result["gaps"]) == 3 and max(result["gaps"].values()) < 1e-5
     assert (tmp_path / "peft" / "adapter_model.safetensors").exists()
+    # torch.distributed.checkpoint goes on bit for bit, and the assignment is in it
+    parts = result["checkpoint"]
+    assert parts["equal"] and parts["moved"] > 1e-3
+    assert "lora_bank._extra_state" in parts["keys"]
+    assert not any(key.startswith("bert.") for key in parts["keys"])  # not the frozen base
+    assert "Missing key" in parts["refused"] and "lora_bank.pairs.3" in parts["refused"]
+    assert len(list((tmp_path / "parts").glob("*.distcp"))) == 2

@@ -16,6 +16,7 @@ from models import Make, Options, assert_same, bert, gpt2, llama, snapshot, wake
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.utils import prune
 
 import loradrop
@@ -696,8 +697,28 @@ def test_a_sharded_model() -> None:
         sharded.reshard()
         with pytest.raises(ValueError, match=r"is a DTensor.*before it is sharded"):
             loradrop.merge(sharded)
+        parallel = injected(modules_to_save=[])
+        parallelize_module(parallel, mesh, {"layers.0.query": ColwiseParallel()})
+        with pytest.raises(RuntimeError, match=r"DTensor.*tensor parallelism.*not served.*FSDP2"):
+            parallel(IDS)
     finally:
         distributed.destroy_process_group()
+
+
+def test_what_zero_3_takes_apart() -> None:
+    """DeepSpeed marks a parameter by ds_id, and leaves its shape at (0,) between uses."""
+    model = Net()
+    model.embed.weight.ds_id = 0  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"ZeRO-3 takes parameters apart.*ZeRO-1 or 2.*FSDP2"):
+        loradrop.inject(model, config())
+    model = injected(modules_to_save=[])
+    for parameter in model.lora_bank.parameters():
+        parameter.ds_id, parameter.data = 1, parameter.data.new_empty(0)
+    for call in (loradrop.share, loradrop.merge, loradrop.remove):
+        with pytest.raises(ValueError, match="ZeRO-3"):
+            call(model)
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        model(IDS)
 
 
 def test_what_is_not_refused() -> None:
