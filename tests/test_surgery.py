@@ -5,6 +5,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -681,7 +682,7 @@ def test_all_linear_leaves_out_what_it_cannot_adapt(caplog: pytest.LogCaptureFix
         loradrop.inject(Net(), LoRAConfig(target_modules="all-linear", r=WIDTH + 1))
 
 
-def test_a_sharded_model() -> None:
+def test_a_sharded_model(tmp_path: Path) -> None:
     """Its adapters would not be sharded, nor their gradients summed."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -697,6 +698,14 @@ def test_a_sharded_model() -> None:
         sharded.reshard()
         with pytest.raises(ValueError, match=r"is a DTensor.*before it is sharded"):
             loradrop.merge(sharded)
+        loradrop.save(injected(modules_to_save=[]), tmp_path / "same")
+        loradrop.load(sharded, tmp_path / "same")
+        other = injected(modules_to_save=[])
+        loradrop.share(other, [])
+        loradrop.save(other, tmp_path / "other")
+        for call in (loradrop.share, lambda m, _: loradrop.load(m, tmp_path / "other")):
+            with pytest.raises(ValueError, match=r"adapters are sharded.*before fully_shard"):
+                call(sharded, [])
         parallel = injected(modules_to_save=[])
         parallelize_module(parallel, mesh, {"layers.0.query": ColwiseParallel()})
         with pytest.raises(RuntimeError, match=r"DTensor.*tensor parallelism.*not served.*FSDP2"):
