@@ -105,6 +105,9 @@ def test_how_to_load_is_said_for_who_takes_it(adapted: Any, tmp_path: Path) -> N
         'PeftModel.from_pretrained(base, "path/to/this/folder")',
     ):
         assert line in text, line
+    assert "padded with zeros to rank 8, with its scale in B" in text
+    loradrop.export(adapted, tmp_path / "own", padded=False)
+    assert "at its own rank, with its scale in B" in (tmp_path / "own" / CARD).read_text()
     wide = adapt(llama(), r=20, target_modules=["q_proj"])  # q without v: not for SGLang
     loradrop.export(wide, tmp_path / "b", base_id="someone/base")
     text = (tmp_path / "b" / CARD).read_text()

@@ -48,6 +48,7 @@ def card_of(model: nn.Module, plan: Plan, file: PeftFile, verdicts: list[EngineV
         in_transformers="peft" in taken and loader.startswith("Auto") and not file.others,
         servers=[engine for engine in taken if engine != "peft" and writes_text],
         rank=file.config["r"],
+        own_ranks="rank_pattern" in file.config,
         vllm_rank=vllm_rank(file),
         verdicts=verdicts,
         start=START,
