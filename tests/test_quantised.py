@@ -301,3 +301,32 @@ def test_a_model_of_transformers(kind: str, tmp_path: Path) -> None:
     expected = merged(input_ids=IDS).logits
     assert torch.equal(loaded(input_ids=IDS).logits, expected)
     assert not torch.equal(expected, logits)
+
+
+def test_a_trainer_of_ones_own(tmp_path: Path) -> None:
+    """It takes the model once it is told of adapters, and its checkpoints hold them."""
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from loradrop.trainer import taken_as_adapted
+
+    llama(hidden_size=64).save_pretrained(tmp_path / "base")
+    options = {"quantization_config": LOADED["nf4"](), "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options)
+    loradrop.inject(model, LoraDropConfig(r=R, target_modules=["q_proj", "v_proj"], probe_steps=2))
+    args = TrainingArguments(
+        str(tmp_path / "run"), max_steps=4, save_steps=4, learning_rate=0.02, use_cpu=True,
+        per_device_train_batch_size=3, report_to=[], disable_tqdm=True,
+    )  # fmt: skip
+    given: dict[str, Any] = {
+        "train_dataset": [{"input_ids": row, "labels": row} for row in IDS.repeat(4, 1)],
+        "callbacks": [loradrop.LoraDropCallback()],
+    }
+    with pytest.raises(ValueError, match="purely quantized"):
+        Trainer(model, args, **given)
+    with taken_as_adapted(model):
+        trainer = Trainer(model, args, **given)
+    trainer.train()
+    assert model.lora_bank.assignment.decided and not model._hf_peft_config_loaded
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options)
+    loradrop.load(again, tmp_path / "run" / "checkpoint-4")
+    assert torch.equal(again.eval()(IDS).logits, model.eval()(IDS).logits)
