@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 class Observer(Protocol):
     """What a layer asks while statistics are collected: see `collector.Collector`."""
 
-    def arguments(self, link: "Link", x: Tensor) -> dict[str, Any]: ...
+    def arguments(self, i: int, x: Tensor) -> dict[str, Any]: ...
 
     def add(self, i: int, sqnorm: Tensor) -> None: ...
 
@@ -38,7 +38,6 @@ class Link:
 
     scaling   s of the target
     adapter   the module that owns its tensors, in a bank that has one for each adapter; else None
-    watched   what an observer keeps of the target; None without one
 
     Compiled code of a layer reads its adapter through this, and no number that differs from layer
     to layer, so one graph serves all layers of a kind.
@@ -47,7 +46,6 @@ class Link:
     def __init__(self, bank: "AdapterBank", index: int, scaling: float) -> None:
         self.bank, self.index, self.scaling = bank, index, scaling
         self.adapter: Any = None
-        self.watched: Any = None
 
     def factors(self) -> Pair | None:
         """As `AdapterBank.factors` of the target."""

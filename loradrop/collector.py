@@ -10,17 +10,17 @@ for the device.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
-from loradrop.bank import AdapterBank, Link
+from loradrop.bank import AdapterBank
 from loradrop.env import is_first_rank
 from loradrop.gram_sums import GramSums
 from loradrop.losses import samples_of
-from loradrop.masks import MASK, MaskFn, Seen, TokenMasks
+from loradrop.masks import MASK, MaskFn, TokenMasks
 from loradrop.ranks import is_distributed, reduced
 from loradrop.scores import Scores, Target
 
@@ -31,13 +31,6 @@ _SHAPES: dict[str, Callable[[Target], tuple[int, ...]]] = {
     "core": lambda target: (target.r, target.r),
 }
 GRAMS = ("gram_in", "core")
-
-
-class Watched(NamedTuple):
-    """What a layer asks the collector for: which rows count, and the op's sinks by keyword."""
-
-    seen: Seen
-    sinks: dict[str, Tensor]
 
 
 class Collector:
@@ -89,11 +82,6 @@ class Collector:
             name: [_leaf(_SHAPES[name](t), p[0].device) if p and online else None for t, p in used]
             for name in statistics
         }
-        for i, (link, seen) in enumerate(zip(bank.links, self.masks.seen, strict=True)):
-            leaves = {f"{name}_sink": values[i] for name, values in self._values.items()}
-            link.watched = Watched(
-                seen, {k: leaf for k, leaf in leaves.items() if leaf is not None}
-            )
         bank.collector = self
 
     def detach(self) -> None:
@@ -104,22 +92,20 @@ class Collector:
         self.masks.detach()
         if self.bank.collector is self:
             self.bank.collector = None
-            for link in self.bank.links:
-                link.watched = None
 
-    def arguments(self, link: Link, x: Tensor) -> dict[str, Any]:
-        """The op's arguments that make a target report the statistics of its input x (..., K)."""
+    def arguments(self, i: int, x: Tensor) -> dict[str, Any]:
+        """The op's arguments that make target i report the statistics of its input x (..., K)."""
         if self.online and not torch.is_grad_enabled():
             return {}
-        watched: Watched = link.watched
-        arguments: dict[str, Any] = {"token_weights": self._weights(watched.seen, x)}
+        arguments: dict[str, Any] = {"token_weights": self._weights(i, x)}
         if not self.online:
             return arguments | {"return_sqnorm": True}
-        for name, leaf in watched.sinks.items():
+        for name, leaves in self._values.items():
+            leaf = leaves[i]
+            assert leaf is not None
             if leaf.device != x.device:
-                leaf = _leaf(leaf.shape, x.device)
-                watched.sinks[name] = self._values[name.removesuffix("_sink")][link.index] = leaf
-            arguments[name] = leaf
+                leaf = leaves[i] = _leaf(leaf.shape, x.device)
+            arguments[f"{name}_sink"] = leaf
         return arguments
 
     def set_samples(self, count: int) -> None:
@@ -260,17 +246,17 @@ class Collector:
             shape = first.shape[:-1] if first.is_floating_point() else first.shape
             self._tokens = self._tokens + shape.numel()
 
-    def _weights(self, seen: Seen, x: Tensor) -> Tensor | None:
+    def _weights(self, i: int, x: Tensor) -> Tensor | None:
         masked = self.masks.current is not None
         if masked and not self._inside and not torch.compiler.is_compiling():
             if self._pending > 1:
                 raise RuntimeError(
                     "activations are recomputed after several forward passes, so loradrop cannot "
-                    f"tell whose {self.masks.mask!r} belongs to {seen.target.name}: pass "
+                    f"tell whose {self.masks.mask!r} belongs to {self.bank.targets[i].name}: pass "
                     "mask=None, or run backward after each"
                 )
             self._recomputed = True
-        return self.masks.weights(seen, x)
+        return self.masks.weights(i, x)
 
 
 def _leaf(shape: Sequence[int], device: torch.device) -> Tensor:

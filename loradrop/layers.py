@@ -63,7 +63,7 @@ class LoRAMixin(nn.Module):
         if self.training and bank.dropout > 0.0:
             dropout = bank.dropout
             seed = torch.randint(0, 1 << 62, (), device=x.device)
-        more = {} if collector is None else collector.arguments(link, x)
+        more = {} if collector is None else collector.arguments(link.index, x)
         if y0 is not None:
             y = lora_add(y0, x, A, B, s, dropout=dropout, seed=seed, **more)
         else:
@@ -122,9 +122,8 @@ class LoRAOver(LoRAMixin):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., K), the first argument of the base  ->  (..., N); all arguments go to the base"""
         y0: Tensor = super().forward(*args, **kwargs)
-        base = type(self).__bases__[2]
-        x = args[0] if args else kwargs[_first_argument(base)]
-        check_base_gradient(x, y0, base)
+        x = args[0] if args else kwargs[_first_argument(type(self).__bases__[2])]
+        check_base_gradient(x, y0, f"{type(self).__bases__[2].__name__} under an adapter")
         y = self._adapted(x, None, None, y0)
         return y0 if y is None else y
 

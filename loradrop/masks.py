@@ -4,7 +4,6 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,39 +17,24 @@ MASK = "attention_mask"
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class Seen:
-    """What is known of a target's rows. Compiled code of its layer reads this, and no number that
-    differs from layer to layer, so that one graph serves all layers of a kind.
-
-    in_decoder   it sees the decoder's tokens, in an encoder–decoder
-    transposed   its rows are the mask's the other way round
-    """
-
-    target: Target
-    in_decoder: bool
-    transposed: bool = False
-
-
 class TokenMasks:
     """The masks of the forward pass that runs, and which of them belongs to a target.
 
     mask, mask_fn   as for `loradrop.probe`
-    seen            one record for each target, which `weights` takes
     current         the input named `mask`, or None
     """
 
     def __init__(
         self, model: nn.Module, targets: Sequence[Target], mask: str | None, mask_fn: MaskFn | None
     ) -> None:
-        self.mask, self.mask_fn = mask, mask_fn
-        self.seen = [Seen(*pair) for pair in zip(targets, in_decoder(model, targets), strict=True)]
+        self.mask, self.mask_fn, self.targets = mask, mask_fn, targets
         self.current: Tensor | None = None
         self._of_decoder: Tensor | None = None
         self._encoded: Tensor | None = None  # what the decoder of an encoder–decoder attends to
         self._cached = False
-        self._said = set[str]()
+        self._transposed, self._said = set[int](), set[str]()
         self._names = list(inspect.signature(model.forward).parameters)
+        self._in_decoder = in_decoder(model, targets)
         self._handle: RemovableHandle | None = None
         if (decoder := _part(model, "get_decoder")) is not None:
             hook = self._enter_decoder
@@ -81,14 +65,13 @@ class TokenMasks:
         if self._handle is not None:
             self._handle.remove()
 
-    def weights(self, seen: Seen, x: Tensor) -> Tensor | None:
-        """The weights of the rows of x (..., K), the input of that target; None to count all.
+    def weights(self, i: int, x: Tensor) -> Tensor | None:
+        """The weights of the rows of x (..., K), the input of target i; None to count all.
 
         Raises ValueError for what `mask_fn` returns in another shape.
         """
-        rows = x.shape[:-1]
+        name, rows = self.targets[i].name, x.shape[:-1]
         if self.mask_fn is not None:
-            name = seen.target.name
             weights = self.mask_fn(name, x, self.current)
             if weights is not None and weights.shape != rows:
                 raise ValueError(
@@ -96,20 +79,20 @@ class TokenMasks:
                     f"{tuple(x.shape)}: return one weight per row, or None to count all of them"
                 )
             return None if weights is None else weights.to(x.device)
-        of_decoder = seen.in_decoder and not _same(x, self._encoded)
+        of_decoder = self._in_decoder[i] and not _same(x, self._encoded)
         mask = self._of_decoder if of_decoder else self.current
         if mask is None:
             return None
-        weights = fitted(mask, rows, transposed=seen.transposed, cached=self._cached)
+        transposed = i in self._transposed
+        weights = fitted(mask, rows, transposed=transposed, cached=self._cached)
         if not torch.compiler.is_compiling():
-            name, kind = seen.target.name, seen.target.kind
-            if weights is None and kind not in self._said:
-                self._said.add(kind)
+            if weights is None and self.targets[i].kind not in self._said:
+                self._said.add(self.targets[i].kind)
                 given = f"{self.mask!r} is {tuple(mask.shape)}"
                 why = "the rows are not those tokens, so all of them count. mask_fn= weighs them"
                 _log.warning("%s, the input of %s %s: %s", given, name, tuple(x.shape), why)
             elif weights is not None and mask.shape != rows == mask.shape[::-1]:
-                seen.transposed = True
+                self._transposed.add(i)
         return None if weights is None else weights.to(x.device)
 
 

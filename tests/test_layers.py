@@ -18,7 +18,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.pytorch_utils import Conv1D
 
 import loradrop
-from loradrop.collector import Collector
 from loradrop.config import LoRAConfig
 from loradrop.layers import LoRALinear
 
@@ -236,84 +235,6 @@ def test_one_graph_serves_equal_blocks() -> None:
     check(1)
     loradrop.share(model, names[:3], share="none", after_select="continue")
     check(2)  # and one for a block without an adapter
-
-
-@pytest.mark.parametrize("masked", [False, True], ids=["", "mask"])
-def test_one_graph_serves_equal_blocks_that_are_measured(masked: bool) -> None:
-    """As many for five blocks as for one, whose statistics are those without compiling."""
-    statistics = ["sqnorm", "moment", "gram_in", "core"]
-    x = torch.randn(3, 9, K, requires_grad=True)
-    mask = (torch.arange(9).expand(3, 9) < torch.tensor([[9], [5], [2]])).long()
-
-    class Blocks(nn.Module):
-        def __init__(self, count: int) -> None:
-            super().__init__()
-            blocks = (nn.Sequential(nn.Linear(K, K), nn.Tanh()) for _ in range(count))
-            self.blocks = nn.ModuleList(blocks)
-
-        def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-            for block in self.blocks:
-                x = block(x)
-            return x
-
-    def graphs(count: int) -> int:
-        model = Blocks(count)
-        bank = loradrop.inject(model, LoRAConfig(r=R, target_modules=r"blocks\.\d+\.0"))
-        wake(model)
-        named = "attention_mask" if masked else None
-        collector = Collector(model, bank, online=True, statistics=statistics, mask=named)
-
-        def collected() -> dict[str, Any]:
-            model(x, mask if masked else None).square().sum().backward()
-            return collector.close_row()
-
-        expected = collected()
-        torch.compiler.reset()
-        counter = CompileCounterWithBackend("aot_eager")
-        for block in model.blocks:
-            block.compile(backend=counter, fullgraph=True)
-        found = collected()
-        for name in statistics:
-            for a, b in zip(found[name], expected[name], strict=True):
-                assert b.any()
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
-        return counter.frame_count
-
-    assert graphs(5) == graphs(1)
-
-
-def test_torch_export() -> None:
-    """The program has the op, takes another batch, and holds a shared adapter once."""
-    model = net()
-    loradrop.share(model, ["layers.0.query"])
-    wake(model).eval()
-    x = torch.randn(3, 5, K)
-    batch = torch.export.Dim("batch", min=2, max=64)
-    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
-    calls = [n for n in program.graph.nodes if "loradrop" in str(n.target)]
-    assert len(calls) == 4
-    adapters = [name for name in program.state_dict if name.startswith("lora_bank.")]
-    assert len([name for name in adapters if name.endswith(".A")]) == len(model.lora_bank.A) == 3
-    for count in (3, 7):
-        x = torch.randn(count, 5, K)
-        torch.testing.assert_close(program.module()(x), model(x))
-
-
-def test_functional_call() -> None:
-    """With other tensors by name it is the model that has those, and gives them their gradients."""
-    model, other, x = net(), wake(net(), 0.5), torch.randn(5, 3, K)
-    with torch.no_grad():
-        for parameter in other.lora_bank.parameters():
-            parameter.mul_(1.5)
-    state = {f"lora_bank.{k}": p for k, p in other.lora_bank.named_parameters()}
-    given = {name: p.detach().clone().requires_grad_() for name, p in state.items()}
-    y = torch.func.functional_call(model, given, (x,))
-    expected = other(x)
-    assert torch.equal(y, expected) and not torch.equal(y, model(x))
-    y.square().sum().backward()
-    expected.square().sum().backward()
-    assert all(torch.equal(given[name].grad, p.grad) for name, p in state.items())
-    assert all(p.grad is None for p in model.lora_bank.parameters())
 
 
 # Bases that are no plain nn.Linear

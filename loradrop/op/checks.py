@@ -24,7 +24,7 @@ def check_whole(weight: Tensor) -> None:
         )
 
 
-def check_base_gradient(x: Tensor, y0: Tensor, base: type) -> None:
+def check_base_gradient(x: Tensor, y0: Tensor, base: str) -> None:
     """Raises RuntimeError where y0 = base(x) has lost the gradient of x without a word.
 
     A base for inference alone does that, and all that comes before would train on the adapter's
@@ -32,9 +32,9 @@ def check_base_gradient(x: Tensor, y0: Tensor, base: type) -> None:
     """
     if x.requires_grad and torch.is_grad_enabled() and not y0.requires_grad:
         raise RuntimeError(
-            f"{base.__name__} gives its input no gradient, so what comes before it would train on "
-            "a wrong one: it is for inference alone, as where activations are quantised too. "
-            "Quantise weights only, or train on the base model without quantisation"
+            f"{base} gives its input no gradient, so what comes before it would train on a wrong "
+            "one: it is for inference alone, as where activations are quantised too. Quantise "
+            "weights only, or train on the base model without quantisation"
         )
 
 

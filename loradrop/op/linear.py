@@ -71,7 +71,7 @@ def lora_linear(
             check_whole(weight)
         check_operands(call._replace(weight=None, bias=None) if own else call)
         y0 = linear(x, weight, bias)
-        check_base_gradient(x, y0, type(weight))
+        check_base_gradient(x, y0, type(weight).__name__)
         call = call._replace(weight=None, bias=None, y0=y0)
     return _run(call, _sinks(sqnorm_sink, moment_sink, gram_in_sink, core_sink), backend)
 
