@@ -54,6 +54,7 @@ setup(
         "peft": [PEFT],
         "data": ["datasets"],
         "cuda": ["ninja", "pybind11"],
+        "quantised": ["bitsandbytes", "torchao"],  # not in dev: PEFT loads them with itself, slowly
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"),
             *("build", "setuptools", "wheel", "pre-commit", TRITON, PEFT, "datasets", "trl"),

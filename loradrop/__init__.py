@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from loradrop.config import LoraDropConfig as LoraDropConfig
     from loradrop.config import TrainConfig as TrainConfig
     from loradrop.formats.check import verify as verify
+    from loradrop.formats.in_memory import AdapterTensors as AdapterTensors
+    from loradrop.formats.in_memory import adapter_tensors as adapter_tensors
     from loradrop.formats.peft import export as export
     from loradrop.integrations.peft import accelerate_peft as accelerate_peft
     from loradrop.integrations.peft import restore_peft as restore_peft
     from loradrop.layers import LoRALinear as LoRALinear
     from loradrop.loading import load as load
+    from loradrop.merging import merge as merge
     from loradrop.methods import LoRA as LoRA
     from loradrop.methods import LoRADrop as LoRADrop
     from loradrop.methods import Method as Method
@@ -39,7 +42,6 @@ if TYPE_CHECKING:
     from loradrop.spectra import spectrum as spectrum
     from loradrop.surgery import disabled as disabled
     from loradrop.surgery import inject as inject
-    from loradrop.surgery import merge as merge
     from loradrop.surgery import remove as remove
     from loradrop.text.task import DataConfig as DataConfig
     from loradrop.text.task import load_task as load_task
@@ -52,11 +54,13 @@ _NAMES = {
     "any_trainer": "LoraDropCallback",
     "config": "LoRAConfig LoraDropConfig TrainConfig",
     "formats.check": "verify",
+    "formats.in_memory": "AdapterTensors adapter_tensors",
     "native": "save",
     "formats.peft": "export",
     "integrations.peft": "accelerate_peft restore_peft",
     "layers": "LoRALinear",
     "loading": "load",
+    "merging": "merge",
     "methods": "LoRA LoRADrop Method Spectral",
     "op.linear": "lora_add lora_linear",
     "plan": "Plan",
@@ -65,7 +69,7 @@ _NAMES = {
     "selection": "select",
     "sharing": "share",
     "spectra": "Spectrum spectrum",
-    "surgery": "disabled inject merge remove",
+    "surgery": "disabled inject remove",
     "text.task": "DataConfig load_task",
     "training": "fit",
     "truncation": "truncate",

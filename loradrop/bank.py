@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from loradrop.ranks import placed
+from loradrop.ranks import ZERO_3, is_partitioned, is_sharded, placed
 from loradrop.scores import Assignment, Target
 
 Pair = tuple[Tensor, Tensor]
@@ -146,6 +146,15 @@ class AdapterBank(nn.Module):
         found = {k: placed(v, here[k]) if k in here else v for k, v in tensors.items()}
         self.load_state_dict({**found, STATE: self.get_extra_state()})
 
+    def require_whole(self) -> None:
+        """Raises ValueError where FSDP2 shards the adapters: new ones would not be."""
+        if any(map(is_sharded, self.parameters())):
+            raise ValueError(
+                "the adapters are sharded, and others in their place would not be, nor would their "
+                "gradients be summed over the ranks: share, cut or load before fully_shard, in a "
+                "model that is not sharded yet"
+            )
+
     def _take_forms(self, tensors: Mapping[str, Tensor]) -> None:
         """Give lists, parameters and buffers the number, shapes and dtypes of `tensors`."""
         device = self.device
@@ -154,9 +163,11 @@ class AdapterBank(nn.Module):
                 count = sum(key.startswith(f"{name}.") for key in tensors)
                 found = [tensors[f"{name}.{k}"] for k in range(count)]
                 if [form(t) for t in found] != [form(t) for t in child]:
+                    self.require_whole()
                     self.register_module(name, nn.ParameterList(empty(t, device) for t in found))
         for key, old in [*self._parameters.items(), *self._buffers.items()]:
             if key in tensors and (old is None or form(old) != form(tensors[key])):
+                self.require_whole()
                 new = empty(tensors[key], device)
                 setattr(self, key, new if key in self._parameters else new.detach())
 
@@ -244,7 +255,10 @@ def delta_of(factors: Pair | None, scaling: float) -> Tensor | None:
 
 
 def bank_of(model: nn.Module) -> AdapterBank:
-    """The bank of an injected model. Raises ValueError where there is none."""
+    """The bank of an injected model.
+
+    Raises ValueError where there is none, and where ZeRO-3 has its parameters.
+    """
     bank = getattr(model, "lora_bank", None)
     if not isinstance(bank, AdapterBank):
         of_peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
@@ -255,6 +269,8 @@ def bank_of(model: nn.Module) -> AdapterBank:
                 "adapter and loradrop.load the folder into the base model"
             )
         raise ValueError(f"{type(model).__name__} has no loradrop adapters: {how}")
+    if any(map(is_partitioned, bank.parameters())):
+        raise ValueError(ZERO_3)
     bank.bring_back()
     return bank
 

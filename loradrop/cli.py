@@ -43,6 +43,8 @@ Native = Annotated[Path, Argument(help="The folder that loradrop.save wrote.")]
 Out = Annotated[Path, Argument(help="The folder to write.")]
 Format = Annotated[Literal["peft", "merged"], Option(help="What to write.")]
 Engine = Annotated[list[str] | None, Option(help="An engine that must take it; repeatable.")]
+Push = Annotated[str | None, Option(help="Also push it to this repository of the Hub: user/name.")]
+Private = Annotated[bool, Option("--private", help="Make that repository private.")]
 Base = Annotated[str | None, Option(help="The base model, instead of the one in the plan.")]
 Exported = Annotated[Path, Argument(help="The folder that export or merge wrote.")]
 Trained = Annotated[Path, Argument(help="A trained adapter: a native folder, or PEFT's.")]
@@ -201,18 +203,22 @@ def plan(
 @app.command()
 def export(
     adapter: Native, out: Out, format: Format = "peft", engine: Engine = None,
-    model: Base = None, dtype: Dtype | None = None, debug: Debug = False,
+    model: Base = None, dtype: Dtype | None = None, push: Push = None, private: Private = False,
+    debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Write an adapter as a PEFT folder."""
+    """Write an adapter as a PEFT folder, and to the Hub."""
     from loradrop.base_models import load_base, tokenizer_of
     from loradrop.formats.peft import export
 
     _quiet()
+    if private and push is None:
+        raise ValueError("--private is of --push user/name")
     merged = format == "merged"
     of_base, of_file = (dtype or "float32", None) if merged else ("float32", dtype)
     base, where = load_base(adapter, model, of_base)
     loradrop.load(base, adapter)
-    for verdict in export(base, out, format, dtype=of_file, engines=engine):
+    hub: dict[str, Any] = {"push_to_hub": push, "private": True if private else None}
+    for verdict in export(base, out, format, dtype=of_file, engines=engine, **hub):
         answer = "takes it" if verdict.ok else "refuses it"
         print(f"{verdict.engine:<10} {answer}{': ' * bool(verdict.reason)}{verdict.reason}")
     if merged and (tokenizer := tokenizer_of(where)) is not None:

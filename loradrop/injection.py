@@ -30,7 +30,8 @@ class Injection:
     requires_grad, originals, buffers, attributes
                     what the model had before, so that `remove` restores it bit for bit: originals
                     are the base tensors that are trained whole, attributes (module, name, value)
-    merged          the weights before a reversible merge; None while the adapters are not merged
+    merged          the weights before a reversible merge; of quantised ones the attributes that
+                    hold them; None while the adapters are not merged
     told            names of tensors that a warning has named
     """
 
@@ -41,7 +42,7 @@ class Injection:
     originals: dict[str, Tensor] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
-    merged: dict[str, Tensor] | None = None
+    merged: dict[str, Tensor | Mapping[str, Any]] | None = None
     told: set[str] = field(default_factory=set)
 
 

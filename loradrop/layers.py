@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from loradrop.bank import AdapterBank, Link, Observer, execution_device
 from loradrop.config import LoRAConfig
 from loradrop.injection import Injection
+from loradrop.op.checks import check_base_gradient
 from loradrop.op.linear import lora_add, lora_linear
 from loradrop.scores import Target
 
@@ -132,6 +133,7 @@ class LoRAOver(LoRAMixin):
         """x (..., K), the first argument of the base  ->  (..., N); all arguments go to the base"""
         y0: Tensor = super().forward(*args, **kwargs)
         x = args[0] if args else kwargs[_first_argument(type(self).__bases__[2])]
+        check_base_gradient(x, y0, f"{type(self).__bases__[2].__name__} under an adapter")
         y = self._adapted(x, None, None, y0)
         return y0 if y is None else y
 
@@ -162,10 +164,19 @@ def adapted_class(face: type, base: type) -> type[nn.Module]:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' `Conv1D`, found without importing transformers."""
+    return _is_conv1d(type(module))
+
+
+def _is_conv1d(base: type) -> bool:
     return any(
         c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils"
-        for c in type(module).__mro__
+        for c in base.__mro__
     )
+
+
+def base_class(module: nn.Module) -> Any:
+    """The class that an adapted module had before `adapt`; that of any other module."""
+    return next(c for c in type(module).__mro__ if not issubclass(c, (LoRAMixin, _Picklable)))
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -173,7 +184,7 @@ def is_plain(module: nn.Module) -> bool:
 
     A forward of its own is tried, in float64 and on a random weight, with rows of several sizes.
     """
-    base: Any = next(c for c in type(module).__mro__ if not issubclass(c, (LoRAMixin, _Picklable)))
+    base: Any = base_class(module)
     if is_conv1d(module) or getattr(base, "forward", None) is nn.Linear.forward:
         return True
     random = torch.Generator().manual_seed(0)
@@ -259,7 +270,24 @@ def adapt(module: nn.Module, bank: AdapterBank, index: int) -> None:
     if base is nn.Linear:
         become(module, LoRALinear)
     elif base is not LoRALinear:
-        become(module, adapted_class(LoRAConv1D if is_conv1d(module) else LoRAOver, base))
+        become(module, adapted_class(_face(base), base))
+
+
+def _face(base: Any) -> Any:
+    return LoRAConv1D if _is_conv1d(base) else LoRAOver
+
+
+@functools.cache
+def is_extensible(base: Any) -> bool:
+    """Whether a module of this class can be given the class that adds an adapter.
+
+    Python refuses it where a base beside `nn.Module` lays out attributes of its own (quanto).
+    """
+    try:
+        object.__new__(base).__class__ = adapted_class(_face(base), base)
+    except TypeError:
+        return False
+    return True
 
 
 def restore(module: nn.Module) -> None:

@@ -5,11 +5,12 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from loradrop.config import LoRAConfig, pattern_matches
-from loradrop.layers import is_patched, shape_of
+from loradrop.layers import is_extensible, is_patched, shape_of
 from loradrop.scores import layer_of
 
 # Query and value projections under the names that transformers' models give them.
@@ -249,6 +250,13 @@ def _obstacle(
         return (
             f"is a {type(module).__name__}, which is not a linear map (..., K) -> (..., N): "
             "name a linear layer"
+        )
+    kind: Any = type(module)
+    if not is_extensible(kind):
+        return (
+            f"is a {type(module).__name__}, a class that Python cannot extend in place, so that no "
+            "adapter can be added: take it out of target_modules, or quantise the model with "
+            "another library"
         )
     parent = model.get_submodule(name.rpartition(".")[0]) if name else model
     if isinstance(parent, nn.MultiheadAttention):

@@ -119,6 +119,7 @@ class LoRABank(AdapterBank):
         interval: int = INTERVAL,
     ) -> None:
         """One pair for all targets of a group but `kept`: see `sharing.share`."""
+        self.require_whole()
         check_choice("init", init, INITS)
         check_choice("after_select", after_select, AFTER)
         if init == "top" and scores is None:
@@ -150,6 +151,7 @@ class LoRABank(AdapterBank):
     @torch.no_grad()
     def cut(self, cut: Cut) -> list[Narrowed]:
         """Every adapter as the cut says. Returns those that have new factors."""
+        self.require_whole()
         numbers = {slot: n for n, slot in enumerate(s for s, k in cut.ranks.items() if k)}
         held = {slot: self._pair(slot).factors() for slot in numbers}
         pairs = [
@@ -230,6 +232,7 @@ class LoRABank(AdapterBank):
         if [[*map(form, pair)] for pair in found] != [
             [*map(form, pair.factors())] for pair in map(self._pair, range(len(self.pairs)))
         ]:
+            self.require_whole()
             device, frozen = self.device, not any(p.requires_grad for p in self.parameters())
             self._fill([(empty(A, device), empty(B, device)) for A, B in found])
             if frozen:

@@ -38,6 +38,18 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor") and hasattr(tensor, "device_mesh")
 
 
+def is_partitioned(tensor: Any) -> bool:
+    """Whether DeepSpeed's ZeRO-3 has taken it apart: its shape is then (0,) between its uses."""
+    return hasattr(tensor, "ds_id")
+
+
+ZERO_3 = (
+    "DeepSpeed's ZeRO-3 takes parameters apart behind the layers that use them, and layers here "
+    "share adapters that none of them owns: use ZeRO-1 or 2, or FSDP2 (fully_shard), which shards "
+    "them too"
+)
+
+
 def writes(model: nn.Module) -> bool:
     """Whether this rank writes the model's files: of a sharded model, which all put together."""
     return is_first_rank() or not any(map(is_sharded, model.parameters()))

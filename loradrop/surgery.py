@@ -1,4 +1,4 @@
-"""`inject` puts the adapters in, `merge` folds them into the weights, `remove` takes them out."""
+"""`inject` puts the adapters in, `remove` takes them out."""
 
 import logging
 import re
@@ -19,11 +19,11 @@ from loradrop.injection import (
     require_own,
     trained_since,
 )
-from loradrop.layers import adapt, build_bank, freeze, is_conv1d, is_patched, is_plain, restore
+from loradrop.layers import adapt, build_bank, freeze, is_patched, restore
 from loradrop.matching import find_targets, inside, kinds_of, saved_modules
 from loradrop.native import SavePretrained
-from loradrop.ranks import is_sharded
-from loradrop.scores import Target
+from loradrop.quantised import keep_unpacked, put
+from loradrop.ranks import ZERO_3, is_partitioned, is_sharded
 
 _log = logging.getLogger(__name__)
 
@@ -48,8 +48,10 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     if any(map(is_sharded, model.parameters())):
         raise ValueError(
             f"{name} is sharded (its parameters are DTensors), and the adapters would not be: "
-            "inject first, and call fully_shard or parallelize_module afterwards"
+            "inject first, and call fully_shard afterwards. Tensor parallelism is not served"
         )
+    if any(map(is_partitioned, model.parameters())):
+        raise ValueError(ZERO_3)
     _require_no_saver(model)
     found = find_targets(model, config)
     trained = saved_modules(model, config)
@@ -64,9 +66,10 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
             injection.originals[key] = tensor.detach().clone()
         part.requires_grad_(True)
     injection.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    for i, (_, module) in enumerate(found):
+    for i, (target, module) in enumerate(found):
         adapt(module, bank, i)
-    injection.attributes = _avoid_fused_paths(model, bank)
+        injection.attributes += [(target, *changed) for changed in keep_unpacked(module)]
+    injection.attributes += _avoid_fused_paths(model, bank)
     model.lora_bank, model._lora_injection = bank, injection  # type: ignore[assignment]
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
@@ -140,95 +143,6 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, *, keep_original: bool = False) -> None:
-    """Fold every delta into its weight: W <- W + s·B·A in float32, rounded once.
-
-    The adapters are gone afterwards and the layers are what they were before `inject`. With
-    `keep_original` the original weights are kept beside the adapters, and `remove` restores them
-    bit for bit. Raises ValueError, before any weight changes, for a weight that is not a plain
-    matrix (a quantised or parametrised layer) and for a merged weight that is not finite.
-    """
-    require_own(model, "call model.merge_and_unload(), or model.merge_adapter() to undo it later")
-    bank, injection = bank_of(model), injection_of(model)
-    if injection.merged is not None:
-        raise ValueError("the adapters are merged already")
-    _require_undoable(model)
-    # Computed twice, so that all are known to be finite and no second copy of the model is held.
-    for _ in merged_weights(model):
-        pass
-    originals: dict[str, Tensor] = {}
-    for name, weight, merged in merged_weights(model):
-        if keep_original:
-            originals[name] = weight.detach().clone()
-        weight.copy_(merged)
-    if keep_original:
-        injection.merged, bank.enabled = originals, False
-        return
-    _strip(model)
-    model._loradrop_merged = True  # type: ignore[assignment]
-
-
-@torch.no_grad()
-def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(a target's name, its weight, W + s·B·A in float32 rounded once), one after another.
-
-    Targets without an adapter are left out. Raises ValueError as `merge`: for a weight that is not
-    plain before the first, for one that is not finite when it comes.
-    """
-    bank = bank_of(model)
-    require_adapted(model)
-    weights = {target.name: _plain_weight(model, target) for target in bank.targets}
-    for i, (name, weight) in enumerate(weights.items()):
-        delta = bank.delta(i)
-        if delta is not None:
-            transposed = is_conv1d(model.get_submodule(name))
-            delta = (delta.T if transposed else delta).to(weight.device)
-            wide = torch.promote_types(weight.dtype, delta.dtype)
-            merged = (weight.to(wide) + delta).to(weight.dtype)
-            if not merged.isfinite().all():
-                raise ValueError(
-                    f"the merged weight of {name} is not finite in {weight.dtype}: its training "
-                    "diverged, or the dtype is too narrow. Train again, or merge into a wider dtype"
-                )
-            yield name, weight, merged
-
-
-def _plain_weight(model: nn.Module, target: Target) -> Tensor:
-    module = model.get_submodule(target.name)
-    weight, elements = module.weight, target.in_features * target.out_features
-    floats = isinstance(weight, Tensor) and weight.is_floating_point()
-    if not isinstance(weight, Tensor) or not floats or weight.numel() != elements:
-        raise ValueError(
-            f"{target.name} is a {type(module).__name__} without a plain weight: "
-            "dequantise the model before merging"
-        )
-    require_loaded({f"{target.name}.weight": weight})
-    if "weight" not in module._parameters:
-        raise ValueError(
-            f"the weight of {target.name} is computed whenever it is read (a parametrisation, "
-            "weight or spectral normalisation, pruning), so a merge would be lost: make it a plain "
-            "parameter first, as torch.nn.utils.parametrize.remove_parametrizations does"
-        )
-    if type(weight) not in (Tensor, nn.Parameter):
-        raise ValueError(
-            f"the weight of {target.name} is a {type(weight).__name__} and no plain matrix: "
-            "dequantise the model, or merge before it is sharded"
-        )
-    if not is_plain(module):
-        raise ValueError(
-            f"{target.name} is a {type(module).__name__}, whose forward is its own and not "
-            "xWᵀ + b: it cannot be merged"
-        )
-    owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is weight]
-    if len(owners) > 1:
-        raise ValueError(
-            f"the weight of {target.name} is tied ({', '.join(owners)}): merging would change them "
-            "all. Untie them first, or leave it unmerged"
-        )
-    return weight
-
-
-@torch.no_grad()
 def remove(model: nn.Module) -> None:
     """Restore the model that `inject` was given, bit for bit, and forget the adapters.
 
@@ -242,10 +156,11 @@ def remove(model: nn.Module) -> None:
             " load the base model again"
         )
     injection = injection_of(model)
-    _require_undoable(model)
+    require_undoable(model)
     tensors = model.state_dict(keep_vars=True)
     before = injection.originals | injection.buffers
-    before |= {f"{name}.weight": weight for name, weight in (injection.merged or {}).items()}
+    merged = injection.merged or {}
+    before |= {f"{n}.weight": weight for n, weight in merged.items() if isinstance(weight, Tensor)}
     here = {name: tensors[name] for name in before if name in tensors}
     require_loaded(here)
     fit = [n for n, t in here.items() if t.shape == before[n].shape and not before[n].is_meta]
@@ -254,12 +169,15 @@ def remove(model: nn.Module) -> None:
         _log.warning("not as before inject, resized or trained since: %s", ", ".join(lost))
     for name in fit:
         here[name].copy_(before[name])
-    _strip(model)
+    for name, stored in merged.items():
+        if not isinstance(stored, Tensor):
+            put(model.get_submodule(name), stored)
+    strip(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(injection.requires_grad.get(name, parameter.requires_grad))
 
 
-def _require_undoable(model: nn.Module) -> None:
+def require_undoable(model: nn.Module) -> None:
     """Raises ValueError unless every target can get back the class that it had."""
     require_adapted(model)
     for target in bank_of(model).targets:
@@ -270,7 +188,8 @@ def _require_undoable(model: nn.Module) -> None:
             )
 
 
-def _strip(model: nn.Module) -> None:
+def strip(model: nn.Module) -> None:
+    """Take the adapters out and leave the weights as they are."""
     injection = injection_of(model)
     for target in bank_of(model).targets:
         restore(model.get_submodule(target.name))

@@ -62,7 +62,7 @@ class LoRATrainer(Trainer):
                 "torchrun --nproc_per_node %d to use all", args.n_gpu, args.n_gpu,
             )  # fmt: skip
             args._n_gpu = 1
-        with _taken_as_adapted(model):
+        with taken_as_adapted(model):
             super().__init__(
                 model=model, args=args, callbacks=[events, *kwargs.pop("callbacks", [])], **kwargs
             )
@@ -188,8 +188,12 @@ def dev_metrics(trainer: Trainer) -> dict[str, Any]:
 
 
 @contextmanager
-def _taken_as_adapted(model: nn.Module) -> Iterator[None]:
-    """A quantised base that can be trained is refused by the Trainer unless it carries PEFT's."""
+def taken_as_adapted(model: nn.Module) -> Iterator[None]:
+    """Inside, a Trainer of transformers can be made for an injected model of a quantised base.
+
+    It refuses one otherwise, for it looks for PEFT's adapters; a base that cannot be trained it
+    refuses as before. `fit` needs none of this.
+    """
     quantizer, name = getattr(model, "hf_quantizer", None), "_hf_peft_config_loaded"
     if not getattr(model, "is_quantized", False) or not getattr(quantizer, "is_trainable", False):
         yield

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 import training_runs as tiny
+from safetensors.torch import load_file
+from sharded_checkpoint import gone_on
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
@@ -34,9 +36,18 @@ def made(shared: bool, method: Method | None = None) -> Any:
     return model
 
 
-def train(model: Any, steps: int = 3) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
+def sharded(shared: bool) -> Any:
+    model = made(shared)
+    for layer in model.bert.encoder.layer:
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def train(model: Any, optimizer: Any = None) -> None:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = optimizer or torch.optim.AdamW(trained, lr=1e-2)
+    for _ in range(3):
         model(**batch()).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -102,17 +113,18 @@ def main(folder: str) -> None:
     distributed.init_process_group("gloo")
     alone = made(shared=True)
     train(alone)
-    model = made(shared=True)
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer)
-    fully_shard(model)
+    model = sharded(shared=True)
     train(model)
     loradrop.save(model, f"{folder}/native")
     loradrop.export(model, f"{folder}/peft")
     state = {k: whole(v) for k, v in model.state_dict().items()}
     if distributed.get_rank() == 0:  # as the Trainer saves: alone, of what it gathered
         model.save_pretrained(f"{folder}/checkpoint-3", state_dict=state)
+    in_memory = loradrop.adapter_tensors(model).tensors
     distributed.barrier()
+    written = load_file(f"{folder}/peft/adapter_model.safetensors")
+    assert in_memory.keys() == written.keys()
+    assert all(torch.equal(tensor, written[key]) for key, tensor in in_memory.items())
     again = made(shared=False)
     loradrop.load(again, f"{folder}/checkpoint-3")
     for name, tensor in again.lora_bank.named_parameters():
@@ -123,17 +135,19 @@ def main(folder: str) -> None:
         float((a - b).abs().max())
         for a, b in zip(alone.lora_bank.parameters(), again.lora_bank.parameters(), strict=True)
     ]
-    sharded = made(shared=True)
-    fully_shard(sharded)
-    loradrop.load(sharded, f"{folder}/native")
+    at_once = made(shared=True)
+    fully_shard(at_once)
+    loradrop.load(at_once, f"{folder}/native")
     with torch.no_grad():
-        same = torch.allclose(sharded(**batch()).logits, again(**batch()).logits, atol=1e-6)
+        same = torch.allclose(at_once(**batch()).logits, again(**batch()).logits, atol=1e-6)
     methods = VeRA(), NBLoRA(), MoS(private_rank=0)
     of_methods = {method.name: composed(method, folder) for method in methods}
     face = of_peft(folder) if importlib.util.find_spec("peft") is not None else None
+    checkpoint = gone_on(f"{folder}/parts", sharded, train)
     if distributed.get_rank() == 0:
         moved = float(again.lora_bank.B[0].abs().max())
         found = {"gaps": of_methods, "gap": max(gaps), "same": same, "moved": moved, "peft": face}
+        found["checkpoint"] = checkpoint
         with open(f"{folder}/found.json", "w") as file:
             json.dump(found, file)
     distributed.barrier()

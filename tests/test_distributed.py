@@ -106,3 +106,10 @@ def test_a_sharded_model_trains_saves_and_loads(tmp_path: Path) -> None:
         of_peft = result["peft"]
         assert of_peft["sharded"] and of_peft["moved"] > 1e-3
         assert max(of_peft["gap"], of_peft["reloaded"]) < 1e-6
+    # torch.distributed.checkpoint goes on bit for bit, and the assignment is in it
+    parts = result["checkpoint"]
+    assert parts["equal"] and parts["moved"] > 1e-3
+    assert "lora_bank._extra_state" in parts["keys"]
+    assert not any(key.startswith("bert.") for key in parts["keys"])  # not the frozen base
+    assert "Missing key" in parts["refused"] and "lora_bank.pairs.3" in parts["refused"]
+    assert len(list((tmp_path / "parts").glob("*.distcp"))) == 2

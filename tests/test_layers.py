@@ -4,6 +4,7 @@ import copy
 import inspect
 import pickle
 import tempfile
+from abc import ABC
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -501,6 +502,24 @@ def test_a_base_that_is_not_merged(base: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loradrop.merge(model)
     assert torch.equal(model.layer.weight, weight) and torch.equal(model(x), expected)
+
+
+class Tracked(ABC):  # noqa: B024 - quanto has none either
+    """As the mixin of quanto's layers: a base beside `nn.Module` that is not a plain object."""
+
+
+class TrackedLinear(Tracked, nn.Linear):
+    pass
+
+
+def test_a_class_that_cannot_be_extended_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(K, K), TrackedLinear(K, N))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"'1' is a TrackedLinear.*extend in place.*another"):
+        inject(model, "0", "1")
+    assert_same(model, before)
+    inject(model, "0")
+    assert type(model[0]) is LoRALinear
 
 
 # PyTorch's shortcuts

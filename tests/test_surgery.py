@@ -5,6 +5,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import accelerate
@@ -16,6 +17,7 @@ from models import Make, Options, assert_same, bert, gpt2, llama, snapshot, wake
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.utils import prune
 
 import loradrop
@@ -680,7 +682,7 @@ def test_all_linear_leaves_out_what_it_cannot_adapt(caplog: pytest.LogCaptureFix
         loradrop.inject(Net(), LoRAConfig(target_modules="all-linear", r=WIDTH + 1))
 
 
-def test_a_sharded_model() -> None:
+def test_a_sharded_model(tmp_path: Path) -> None:
     """Its adapters would not be sharded, nor their gradients summed."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -696,8 +698,36 @@ def test_a_sharded_model() -> None:
         sharded.reshard()
         with pytest.raises(ValueError, match=r"is a DTensor.*before it is sharded"):
             loradrop.merge(sharded)
+        loradrop.save(injected(modules_to_save=[]), tmp_path / "same")
+        loradrop.load(sharded, tmp_path / "same")
+        other = injected(modules_to_save=[])
+        loradrop.share(other, [])
+        loradrop.save(other, tmp_path / "other")
+        for call in (loradrop.share, lambda m, _: loradrop.load(m, tmp_path / "other")):
+            with pytest.raises(ValueError, match=r"adapters are sharded.*before fully_shard"):
+                call(sharded, [])
+        parallel = injected(modules_to_save=[])
+        parallelize_module(parallel, mesh, {"layers.0.query": ColwiseParallel()})
+        with pytest.raises(RuntimeError, match=r"DTensor.*tensor parallelism.*not served.*FSDP2"):
+            parallel(IDS)
     finally:
         distributed.destroy_process_group()
+
+
+def test_what_zero_3_takes_apart() -> None:
+    """DeepSpeed marks a parameter by ds_id, and leaves its shape at (0,) between uses."""
+    model = Net()
+    model.embed.weight.ds_id = 0  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"ZeRO-3 takes parameters apart.*ZeRO-1 or 2.*FSDP2"):
+        loradrop.inject(model, config())
+    model = injected(modules_to_save=[])
+    for parameter in model.lora_bank.parameters():
+        parameter.ds_id, parameter.data = 1, parameter.data.new_empty(0)
+    for call in (loradrop.share, loradrop.merge, loradrop.remove):
+        with pytest.raises(ValueError, match="ZeRO-3"):
+            call(model)
+    with pytest.raises(ValueError, match="ZeRO-3"):
+        model(IDS)
 
 
 def test_what_is_not_refused() -> None:

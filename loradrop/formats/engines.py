@@ -201,8 +201,7 @@ def _language_model(file: PeftFile) -> Mapping[str, Any]:
 def _needs(engine: str, file: PeftFile) -> str:
     """What an engine that takes the file has to be told, empty for nothing."""
     if engine == "vllm" and file.largest_rank > 16:
-        rank = next(rank for rank in _VLLM_RANKS if rank >= file.largest_rank)
-        return f"needs --max-lora-rank {rank}"
+        return f"needs --max-lora-rank {vllm_rank(file)}"
     base = _language_model(file)
     if engine == "llama.cpp" and base.get("model_type") == "falcon":
         # Its converter splits q, k and v by num_kv_heads, which says nothing with multi_query.
@@ -213,6 +212,12 @@ def _needs(engine: str, file: PeftFile) -> str:
             if name.endswith("query_key_value") and keys != (base.get("num_kv_heads") or 1):
                 return f"needs --base, a folder with a config.json that says num_kv_heads={keys}"
     return ""
+
+
+def vllm_rank(file: PeftFile) -> int:
+    """The --max-lora-rank for a file; its last where the file has more, which vLLM refuses."""
+    ranks = (rank for rank in _VLLM_RANKS if rank >= file.largest_rank)
+    return next(ranks, _VLLM_RANKS[-1])
 
 
 _REFUSALS: dict[str, Callable[[PeftFile], str | None]] = {

@@ -9,14 +9,41 @@ from torch import Tensor
 
 from loradrop.op.call import Call
 from loradrop.op.function import NO_SINKS, Sinks
+from loradrop.ranks import ZERO_3, is_partitioned, is_sharded
 
 _FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+
+
+def check_whole(weight: Tensor) -> None:
+    """Raises RuntimeError for a weight of which every rank computes a part."""
+    if is_sharded(weight):
+        raise RuntimeError(
+            "the weight is a DTensor while its layer computes, as under tensor parallelism "
+            "(parallelize_module, tp_plan), and its adapter is whole on every rank: not served. "
+            "Use FSDP2 (fully_shard), which gathers the weight first"
+        )
+
+
+def check_base_gradient(x: Tensor, y0: Tensor, base: str) -> None:
+    """Raises RuntimeError where y0 = base(x) has lost the gradient of x without a word.
+
+    A base for inference alone does that, and all that comes before would train on the adapter's
+    part of its gradient.
+    """
+    if x.requires_grad and torch.is_grad_enabled() and not y0.requires_grad:
+        raise RuntimeError(
+            f"{base} gives its input no gradient, so what comes before it would train on a wrong "
+            "one: it is for inference alone, as where activations are quantised too. Quantise "
+            "weights only, or train on the base model without quantisation"
+        )
 
 
 def check_operands(call: Call) -> None:
     """Shapes, dtypes and devices of the operands; x (..., K) and y0 (..., N) as they came."""
     x, weight, bias, y0, A, B = call[:6]
     if A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1] or A.shape[0] == 0:
+        if is_partitioned(A):
+            raise ValueError(ZERO_3)
         raise ValueError(
             f"A (r, K) is {_shape(A)} and B (N, r) is {_shape(B)}: their r must agree and be > 0"
         )

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from loradrop.op import dispatch
 from loradrop.op.call import Call
-from loradrop.op.checks import check_operands, check_options
+from loradrop.op.checks import check_base_gradient, check_operands, check_options, check_whole
 from loradrop.op.compiled import run_op
 from loradrop.op.function import NO_SINKS, Sinks, autocasting, run, run_transformed, transformed
 from loradrop.op.philox import quantize
@@ -67,8 +67,12 @@ def lora_linear(
     call = Call(x, weight, bias, None, A, B, scaling, dropout, seed, token_weights, return_sqnorm)
     own = type(weight) not in _TENSORS and not isinstance(weight, FakeTensor)
     if own or weight.requires_grad or (bias is not None and bias.requires_grad):
+        if own:
+            check_whole(weight)
         check_operands(call._replace(weight=None, bias=None) if own else call)
-        call = call._replace(weight=None, bias=None, y0=linear(x, weight, bias))
+        y0 = linear(x, weight, bias)
+        check_base_gradient(x, y0, type(weight).__name__)
+        call = call._replace(weight=None, bias=None, y0=y0)
     return _run(call, _sinks(sqnorm_sink, moment_sink, gram_in_sink, core_sink), backend)
 
 

@@ -1,0 +1,105 @@
+"""The model card of an adapter in PEFT's format: our part between two marks, yours around it."""
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from loradrop._version import __version__
+from loradrop.files import rendered
+from loradrop.formats.engines import EngineVerdict, vllm_rank
+from loradrop.formats.peft_file import PeftFile, task_of
+from loradrop.plan import Plan
+
+START = "<!-- loradrop: every export renews what is between these marks; write before or after -->"
+END = "<!-- /loradrop -->"
+FOLDER = "path/to/this/folder"
+_OF_BASE = "base_model:adapter:"
+
+
+def card_of(model: nn.Module, plan: Plan, file: PeftFile, verdicts: list[EngineVerdict]) -> str:
+    """The model card: what was kept and shared, how each engine that takes the file loads it."""
+    base = file.config["base_model_name_or_path"]
+    public = base if base and not Path(base).exists() else None  # a folder means nothing elsewhere
+    states = list(zip(plan.targets, plan.assignment.states, strict=True))
+    kinds: dict[str, Counter[str]] = {}
+    for target, state in states:
+        kinds.setdefault(target.kind, Counter())[state] += 1
+    loader = task_of(model)[1]
+    labels = getattr(getattr(model, "config", None), "num_labels", None)
+    extra = f", num_labels={labels}" if labels and loader.endswith("Classification") else ""
+    taken = [verdict.engine for verdict in verdicts if verdict.ok]
+    writes_text = loader == "AutoModelForCausalLM"
+    return rendered(
+        "model_card.md",
+        public=public,
+        title=public or type(model).__name__,
+        plan=plan,
+        version=__version__,
+        kinds=kinds,
+        total=sum(kinds.values(), Counter()),
+        own=[target.name for target, state in states if state == "own"],
+        loader=loader,
+        arguments=f"{public or 'path/to/the/base/model'!r}{extra}",
+        model=public or "path/to/the/base/model",
+        folder=FOLDER,
+        in_transformers="peft" in taken and loader.startswith("Auto") and not file.others,
+        servers=[engine for engine in taken if engine != "peft" and writes_text],
+        rank=file.config["r"],
+        own_ranks="rank_pattern" in file.config,
+        vllm_rank=vllm_rank(file),
+        verdicts=verdicts,
+        start=START,
+        end=END,
+    )
+
+
+def extended(existing: str, ours: str) -> str:
+    """The card that is there, `existing`, with our part and what our metadata adds.
+
+    Text outside the marks stays, and so do metadata, but for the base model where ours names one.
+    Raises ValueError for metadata that are not YAML.
+    """
+    part = _part(ours)
+    assert part is not None
+    old = _part(existing)
+    text = f"{existing.rstrip()}\n\n{part}\n" if old is None else existing.replace(old, part)
+    return _with_metadata(text.lstrip(), ours)
+
+
+def _part(card: str) -> str | None:
+    start, end = card.find(START), card.find(END)
+    return card[start : end + len(END)] if 0 <= start < end else None
+
+
+def _with_metadata(text: str, ours: str) -> str:
+    from huggingface_hub.repocard import metadata_load, metadata_save
+
+    with tempfile.TemporaryDirectory() as folder:
+        file, other = Path(folder, "README.md"), Path(folder, "ours.md")
+        file.write_text(text, encoding="utf-8")
+        other.write_text(ours, encoding="utf-8")
+        try:
+            theirs = metadata_load(file) or {}
+        except Exception as error:  # of YAML, or of what it holds
+            raise ValueError(
+                f"the metadata at the head of the README.md that is there are not YAML ({error}): "
+                "correct them, or move the file away"
+            ) from error
+        merged = _merged(theirs, metadata_load(other) or {})
+        if merged == theirs:
+            return text
+        metadata_save(file, merged)
+        return file.read_text(encoding="utf-8")
+
+
+def _merged(theirs: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    tags = theirs.get("tags") or []
+    tags = [tags] if isinstance(tags, str) else list(tags)
+    if "base_model" in ours:
+        tags = [tag for tag in tags if not str(tag).startswith(_OF_BASE)]
+        theirs = theirs | {"base_model": ours["base_model"]}
+    tags += [tag for tag in ours["tags"] if tag not in tags]
+    return ours | theirs | {"tags": tags}

@@ -1,0 +1,106 @@
+"""The merged model as its `save_pretrained` writes it, read back before it counts."""
+
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from loradrop.bank import bank_of
+from loradrop.files import replacing
+from loradrop.formats.peft_file import CONFIG, base_state
+from loradrop.injection import injection_of
+from loradrop.merging import changes, tell
+from loradrop.native import without_bank
+from loradrop.quantised import kept, put
+
+
+@torch.no_grad()
+def save_merged(model: nn.Module, folder: Path) -> None:
+    """Write the model with its deltas added into `folder`; it stays as it is, bit for bit.
+
+    Raises ValueError for a model without `save_pretrained`, or whose one writes other weights, and
+    for a folder that holds an adapter.
+    """
+    save_pretrained = getattr(type(model), "save_pretrained", None)
+    if save_pretrained is None:
+        raise ValueError(
+            f"{type(model).__name__} has no save_pretrained, which the merged format needs: call "
+            "loradrop.merge(model) and save its state_dict"
+        )
+    if (folder / CONFIG).exists():
+        raise ValueError(f"{folder} holds an adapter, which would be loaded on top: choose another")
+    targets = [f"{target.name}.weight" for target in bank_of(model).targets]
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as draft,
+        _merged_for_now(model),
+        without_bank(model),
+    ):
+        save_pretrained(model, draft)
+        state = base_state(model)
+        weights = {key: state[key] for key in targets}
+        _require_written(Path(draft), weights, type(model).__name__)
+        files = [file for file in Path(draft).rglob("*") if file.is_file()]
+        new = {file: folder / file.relative_to(draft) for file in files}
+        wholes, places = set(map(_whole, new.values())), {place.parent for place in new.values()}
+        for old in [old for place in places for old in place.glob("*.safetensors*")]:
+            if _whole(old) in wholes:  # of a save in more or fewer parts
+                old.unlink()
+        for file in sorted(files, key=lambda file: file.name == "config.json"):
+            with replacing(new[file]) as place:
+                os.replace(file, place)
+
+
+def _whole(file: Path) -> Path:
+    """The name that a part of a save, or the index of its parts, would have as a whole."""
+    part = r"(-\d+-of-\d+)?\.safetensors(\.index\.json)?$"
+    return file.with_name(re.sub(part, ".safetensors", file.name))
+
+
+@contextmanager
+def _merged_for_now(model: nn.Module) -> Iterator[None]:
+    """Inside, the weights have the deltas added; afterwards they are as before, bit for bit.
+
+    In place, since many a `save_pretrained` takes no state dict, or takes and ignores it.
+    """
+    merged = [] if injection_of(model).merged is not None else list(changes(model))
+    tell({change.name: change.error for change in merged if change.error is not None})
+    before = []
+    try:
+        while merged:
+            change = merged.pop()  # so that no third copy of a weight is held
+            before.append((change.module, kept(change.stored)))
+            put(change.module, change.new)
+        yield
+    finally:
+        for module, stored in before:
+            put(module, stored)
+
+
+def _parts(weight: Any) -> list[Tensor]:
+    """The weight, or the tensors that make one of a type of its own, as a file holds them."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return [weight]
+    return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+
+
+def _require_written(folder: Path, weights: Mapping[str, Tensor], model: str) -> None:
+    """Reads back what was saved. Raises ValueError unless each of the weights is in it."""
+    files = map(load_file, folder.rglob("*.safetensors"))
+    written = [pair for file in files for pair in file.items()]
+    for key, weight in weights.items():
+        # A class may rename tensors as it saves them.
+        places = [t for name, t in written if name == key] or [t for _, t in written]
+        if not all(any(torch.equal(part, t) for t in places) for part in _parts(weight.cpu())):
+            raise ValueError(
+                f"the save_pretrained of {model} does not write the weights it is given, so the "
+                "file would be the base model without its adapters: call loradrop.merge(model), "
+                "and save the model that this leaves"
+            )
