@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 import loradrop
 from loradrop import LoRAConfig
+from loradrop.formats.engines import ENGINES, refusal
+from loradrop.formats.peft_file import read
 from loradrop.integrations.peft import LoraDropConfig, from_peft, to_peft
 from loradrop.integrations.peft_layers import Banked
 from loradrop.methods import LoRADrop, Spectral
@@ -38,6 +40,8 @@ with torch.no_grad():
 def test_a_folder_brings_the_sharing_back_in_a_fresh_process(tmp_path: Path) -> None:
     model = shared()
     model.save_pretrained(tmp_path)
+    verdicts = [refusal(engine, read(tmp_path)) for engine in ENGINES]
+    assert not any(verdict.ok for verdict in verdicts)  # none reads it as something else
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(t.numel() for t in tensors.values() if t.is_floating_point()) == 704  # each once
     found = tmp_path / "found.pt"
