@@ -57,6 +57,7 @@ CASES: dict[str, Any] = {
 }
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("name", list(CASES))
 def test_outputs_and_gradients_stay(name: str) -> None:
     """In float64; keys, Parameters and hooks stay, and undoing leaves what was there."""

@@ -6,13 +6,12 @@
 Importing this registers the adapter type LORADROP in PEFT, which loading such an adapter needs.
 """
 
-import peft
-from peft import mapping
-
 from loradrop.formats.peft_file import OURS
 from loradrop.integrations.peft_versions import require_peft
 
-require_peft(peft.__version__)
+require_peft()
+
+from peft import mapping  # noqa: E402
 
 from loradrop.integrations.peft_accelerate import accelerate_peft, restore_peft  # noqa: E402
 from loradrop.integrations.peft_config import (  # noqa: E402
