@@ -120,9 +120,8 @@ def _paragraph(text: str) -> str:
 
 
 def _is_nested(line: str, at: int) -> bool:
-    """Whether a line is neither an item, whose text begins near column `at`, nor goes on with it."""
-    indent = len(line) - len(line.lstrip())
+    """Whether a line is neither an item, whose text is at column `at`, nor goes on with one."""
     columns = re.split(r"(?<=\S) {2,}(?=\S)", line.strip())
-    if indent:
-        return indent > at or len(columns) > 1
-    return len(columns) > 2 or (len(columns) == 1 and line[at - 1 : at + 1].strip() != line[at])
+    if line.startswith(" "):
+        return len(line) - len(line.lstrip()) > at or len(columns) > 1
+    return len(columns) > 2 or (len(columns) == 1 and line[at - 1 : at] != " ")
