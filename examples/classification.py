@@ -17,6 +17,7 @@ from transformers import (
     AutoTokenizer,
     Trainer,
     TrainingArguments,
+    set_seed,
 )
 
 import loradrop
@@ -33,6 +34,7 @@ if options.tiny:
     options.model = str(tiny.encoder(Path(options.out, "tiny")))
     options.data = str(tiny.reviews(Path(options.out, "tiny", "reviews.csv")))
 
+set_seed(0)
 tokenizer = AutoTokenizer.from_pretrained(options.model)
 model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=2)
 loradrop.inject(model, loradrop.LoraDropConfig(r=8, lora_alpha=16, target_modules="all-linear"))
