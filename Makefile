@@ -38,7 +38,7 @@ lint: $(DEV) ## ruff, and mypy in strict mode
 
 docs: $(DEV) ## the documentation site, in site/
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	@echo "Open site/index.html."
+	@echo "Open site/index.html. Its search needs a server: $(BIN)/python -m http.server -d site"
 
 bench: $(DEV) ## time the op against its rivals on this machine
 	@$(BIN)/python benchmarks/bench_lora_linear.py --fresh

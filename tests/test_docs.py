@@ -132,3 +132,15 @@ def test_links_are_rewritten(hook: ModuleType) -> None:
 )
 def test_docstrings_are_laid_out(text: str, page: str, hook: ModuleType) -> None:
     assert hook.laid_out(f"First.\n\n{text}\n\nLast.") == f"First.\n\n{page}\n\nLast."
+
+
+def test_the_pains_name_tests_that_there_are() -> None:
+    text = (ROOT / "docs" / "pains.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \|.*$", text, re.M)
+    assert rows == [str(number) for number in range(1, 16)]
+    named = re.findall(r"(test_\w+\.py)((?:,? `\w+`)*)", text)
+    assert len(named) > 15
+    for file, names in named:
+        source = (ROOT / "tests" / file).read_text(encoding="utf-8")
+        for name in re.findall(r"`(\w+)`", names):
+            assert f"def test_{name}(" in source or f'"{name}"' in source, f"{file}: {name}"
