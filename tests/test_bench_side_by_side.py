@@ -1,5 +1,6 @@
 """The twins of the side-by-side benchmark: few lines apart, with the same start."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ def test_changed_lines() -> None:
 def test_twins_begin_alike_and_ours_ends_with_half(
     task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("the peak of memory is read, and forgotten, by Linux's /proc")
     pytest.importorskip("peft")
     if task == "sft_trl":
         pytest.importorskip("trl")
