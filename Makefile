@@ -19,7 +19,7 @@ pip = $(BIN)/python -m pip install --no-compile $(1) >$(LOG) 2>&1 || { cat $(LOG
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint bench readme clean
+.PHONY: help demo test lint docs bench readme clean
 
 help: ## this list
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -36,6 +36,10 @@ lint: $(DEV) ## ruff, and mypy in strict mode
 	@$(BIN)/ruff check
 	@$(BIN)/mypy
 
+docs: $(DEV) ## the documentation site, in site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Open site/index.html. Its search needs a server: $(BIN)/python -m http.server -d site"
+
 bench: $(DEV) ## time the op against its rivals on this machine
 	@$(BIN)/python benchmarks/bench_lora_linear.py --fresh
 
@@ -43,7 +47,7 @@ readme: $(DEV) ## the tables of the README and docs/results.md, from the committ
 	@$(BIN)/python benchmarks/tables.py
 
 clean: ## remove what builds and tools leave; .venv and runs stay
-	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 $(BIN)/python:

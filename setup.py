@@ -13,6 +13,8 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 TRITON = "triton>=3.6; platform_system == 'Linux'"
 PEFT = "peft>=0.18"
+SITE = ("mkdocs>=1.6", "mkdocs-material", "mkdocstrings[python]")
+NOTEBOOKS = ("nbclient", "nbformat", "ipykernel")
 
 
 def read(name: str) -> str:
@@ -55,10 +57,11 @@ setup(
         "data": ["datasets"],
         "cuda": ["ninja", "pybind11"],
         "quantised": ["bitsandbytes", "torchao"],  # not in dev: PEFT loads them with itself, slowly
+        "docs": [*SITE, *NOTEBOOKS],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"),
             *("build", "setuptools", "wheel", "pre-commit", TRITON, PEFT, "datasets", "trl"),
-            *("ninja", "pybind11", "pandas"),
+            *("ninja", "pybind11", "pandas", *SITE, *NOTEBOOKS),
         ],
     },
     entry_points={"console_scripts": ["loradrop = loradrop.cli:main"]},

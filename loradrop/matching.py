@@ -4,7 +4,7 @@ import functools
 import logging
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -92,10 +92,21 @@ def _adaptable(
             found.append(name)
         else:
             left.setdefault(why.partition(":")[0], []).append(name)
+    if stacked := [name for name in _stacked_experts(model) if name not in excluded]:
+        left["is one parameter of all experts, and not a linear layer"] = stacked
     if left:
         told = "; ".join(f"{', '.join(n)} (each {why})" for why, n in left.items())
         _log.warning("all-linear leaves out %s", told)
     return found
+
+
+def _stacked_experts(model: nn.Module) -> Iterator[str]:
+    """The parameters (experts, N, K) in which a mixture keeps all of its experts' weights."""
+    for name, module in model.named_modules():
+        if "expert" in type(module).__name__.lower():
+            for key, parameter in module._parameters.items():
+                if parameter is not None and parameter.ndim == 3:
+                    yield f"{name}.{key}"
 
 
 def _in_mamba(model: nn.Module, name: str) -> bool:

@@ -226,6 +226,26 @@ def test_compositions_and_who_is_above_the_goal(tmp_path: Path) -> None:
     assert "Above the goal of 2 %: none." in cpu_tables.compose(tmp_path)
 
 
+def test_scripts_side_by_side(tmp_path: Path) -> None:
+    assert cpu_tables.side_by_side(tmp_path) is None
+    peft = {"left": 2000, "step_s": 0.5, "rss_rise": 3 * 2**20, "checkpoint": 4_000_000}
+    peft |= {"optimizer": 2_500_000, "adapter": 1_234_567}
+    ours = peft | {"left": 1000, "step_s": 0.45, "adapter": 600_000}
+    row = {"task": "sft", "lines": ["a", "b"], "sides": {"PEFT": peft, "loradrop": ours}}
+    row["ratio"] = {"step": [0.8, 1.1, 0.9], "all": [1.0, 1.25, 1.1]}
+    about = {"device": "a CPU", "torch": "2.0", "commit": "abc"}
+    path = tmp_path / "cpu" / "bench_side_by_side.json"
+    path.parent.mkdir()
+    protocol = {"batch": 16, "steps": 30, "rounds": 3}
+    path.write_text(json.dumps({"environment": about, "protocol": protocol, "rows": [row]}))
+    table = cpu_tables.side_by_side(tmp_path)
+    sizes = ["3", "4.00", "2.50"]
+    assert cells_of(table, "sft, PEFT") == ["", "2,000", "0.500", "", "", *sizes, "1.23"]
+    ratios = ["0.90 (0.80–1.10)", "1.10 (1.00–1.25)"]
+    assert cells_of(table, "sft, loradrop") == ["2", "1,000", "0.450", *ratios, *sizes, "0.60"]
+    assert "commit abc" in table and "medians of 3 rounds" in table
+
+
 # The tables of a GPU
 
 

@@ -201,6 +201,16 @@ def test_one_of_several_gpus(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
     assert arguments.n_gpu == 1 and "torchrun --nproc_per_node 4" in caplog.text
 
 
+def test_reentrant_checkpointing_in_several_processes_is_refused() -> None:
+    """DDP would give a shared adapter wrong gradients, without an error."""
+    model = make_model()
+    loradrop.inject(model, tiny.PLAIN)
+    kind: Any = {"gradient_checkpointing_kwargs": {"use_reentrant": True}, "world_size": 2}
+    arguments: Any = SimpleNamespace(gradient_checkpointing=True, **kind)
+    with pytest.raises(ValueError, match=r"wrong gradients.*pass use_reentrant=False"):
+        LoRATrainer(model, arguments, events=MethodCallback(model), train_dataset=make_rows())
+
+
 @pytest.mark.parametrize("trainable", [True, False])
 def test_a_quantised_base(trainable: bool, tmp_path: Path) -> None:
     """The Trainer takes one that can be trained, as with PEFT's adapters on it."""

@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 import transformers
-from models import Make, Options, assert_same, bert, gpt2, llama, snapshot, wake
+from models import LM, Make, Options, assert_same, bert, build, gpt2, llama, snapshot, wake
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -680,6 +680,15 @@ def test_all_linear_leaves_out_what_it_cannot_adapt(caplog: pytest.LogCaptureFix
             loradrop.inject(unadaptable(), config(name))
     with pytest.raises(ValueError, match=r"all-linear.*matches no"):
         loradrop.inject(Net(), LoRAConfig(target_modules="all-linear", r=WIDTH + 1))
+
+
+def test_all_linear_names_the_experts_that_it_leaves_out(caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"num_key_value_heads": 2, "intermediate_size": 48, "num_local_experts": 4}
+    mixtral = build("MixtralForCausalLM", "MixtralConfig", **sizes, **LM)
+    bank = loradrop.inject(mixtral, LoRAConfig(r=2, target_modules="all-linear"))
+    assert {target.kind for target in bank.targets} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert "layers.0.mlp.experts.gate_up_proj" in caplog.text
+    assert "layers.1.mlp.experts.down_proj (each is one parameter of all experts" in caplog.text
 
 
 def test_a_sharded_model(tmp_path: Path) -> None:

@@ -189,10 +189,48 @@ def compose(results: Path) -> str | None:
     return "\n".join((note, "", markdown(head, body)))
 
 
+def side_by_side(results: Path) -> str | None:
+    """The same scripts with PEFT's LoRA and with LoRA-drop."""
+    path = results / "cpu" / "bench_side_by_side.json"
+    if not path.exists():
+        return None
+    found = read_json(path)
+    about, protocol, body = found["environment"], found["protocol"], list[tuple[str, ...]]()
+    for row in found["rows"]:
+        for side, of in row["sides"].items():
+            ours = side == "loradrop"
+            figures = [
+                f"{len(row['lines'])}" if ours else "",
+                f"{of['left']:,}",
+                f"{of['step_s']:.3f}",
+                _spread_of_ratios(row["ratio"]["step"]) if ours else "",
+                _spread_of_ratios(row["ratio"]["all"]) if ours else "",
+                f"{of['rss_rise'] / 2**20:,.0f}",
+                *(f"{of[name] / 1e6:.2f}" for name in ("checkpoint", "optimizer", "adapter")),
+            ]
+            body.append((f"{row['task']}, {side}", *figures))
+    note = (
+        f"Batches of {protocol['batch']}, {protocol['steps']} steps, one thread, "
+        f"{about['device']}, torch {about['torch']}, commit {about['commit']}; processor time, "
+        f"medians of {protocol['rounds']} rounds, ratios with their extremes."
+    )
+    head = (
+        *("script", "lines changed", "parameters at the end", "a step, s", "over PEFT's"),
+        *("all steps, over PEFT's", "memory, MiB", "checkpoint, MB", "of it optimiser", "adapter"),
+    )
+    return "\n".join((note, "", markdown(head, body)))
+
+
+def _spread_of_ratios(ratios: Sequence[float]) -> str:
+    """The median of some ratios, and the least and the largest."""
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})"
+
+
 CPU_TABLES: dict[str, Callable[[Path], str | None]] = {
     "summary": summary,
     "quality": quality,
     "lora_linear_cpu": lora_linear_cpu,
     "statistics": statistics_cost,
     "compose": compose,
+    "side_by_side": side_by_side,
 }
