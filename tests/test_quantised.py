@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import loradrop
 from loradrop import LoRAConfig, LoraDropConfig
 
+pytestmark = pytest.mark.quantised
+
 K, N, R = 64, 32, 4
 CONFIG = LoRAConfig(r=R, lora_alpha=6, target_modules=["first", "second"])
 
