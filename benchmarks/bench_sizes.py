@@ -45,6 +45,7 @@ ARMS = {
     "LoRA r=4": Arm(4, LoRA()),
     "spectral, 1/2": Arm(8, Spectral(budget=0.5)),
     "LoRA r=16": Arm(16, LoRA()),
+    "LoRA r=8, s=1/4": Arm(8, LoRA(), s=0.25),
     "spectral, step time 0.75, 1/8": Arm(8, Spectral(budget=0.125, budget_time=0.75)),
     "spectral, s fixed, 1/8": Arm(8, Spectral(budget=0.125, scale="fixed")),
     "spectral from r, 1/8": Arm(8, Spectral(budget=0.125, r_start=8)),

@@ -25,11 +25,14 @@ After = Callable[[str, str, Prepared, Callable[[], Cell]], Iterator[tuple[str, C
 
 
 class Arm(NamedTuple):
-    """The rank of an arm's configuration, its method, and what its cells say of it beside that."""
+    """The rank of an arm's configuration, its method, what its cells say of it beside that, and s,
+    which is α/r.
+    """
 
     rank: int
     method: Method
     about: Mapping[str, Any] = {}
+    s: float = 2.0
 
 
 def judged(given: Prepared, search: bool) -> Cell:
@@ -94,14 +97,14 @@ class Study:
 
     def _run(self, name: str, arm: str, rate: float, seed: int) -> Iterator[tuple[str, Cell]]:
         """The arm and its cell, and those that come `after` it."""
-        setting, (rank, method, about) = SETTINGS[name], self.arms[arm]
+        setting, (rank, method, about, s) = SETTINGS[name], self.arms[arm]
         train = TrainConfig(
             steps=setting.steps, batch_size=setting.batch_size, learning_rate=rate, seed=seed,
             save_every=10**6,
         )  # fmt: skip
         given = self.tasks.prepare(name, train)
         lora = LoRAConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=setting.target_modules,
+            r=rank, lora_alpha=s * rank, target_modules=setting.target_modules,
             modules_to_save=given.missing, method=method,
         )  # fmt: skip
         search = seed == SEARCH_SEED
