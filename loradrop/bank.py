@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 class Observer(Protocol):
-    """What a layer asks while statistics are collected: see `collector.Watched`."""
+    """What a layer asks while statistics are collected: see `watched.Watched`."""
 
     def arguments(self, x: Tensor) -> dict[str, Any]: ...
 

@@ -31,7 +31,7 @@ class TokenMasks:
         self.current: Tensor | None = None
         self._of_decoder: Tensor | None = None
         self._encoded: Tensor | None = None  # what the decoder of an encoder–decoder attends to
-        self._cached = False
+        self.cached = False
         self._said = set[str]()
         taken = inspect.signature(model.forward).parameters
         if any(p.kind is p.VAR_POSITIONAL for p in taken.values()):  # a PeftModel of no task
@@ -53,7 +53,7 @@ class TokenMasks:
         if self.mask is not None:
             self.current = _tensor(given, self.mask)
             self._of_decoder = _tensor(given, f"decoder_{self.mask}")
-        self._cached = given.get("past_key_values") is not None
+        self.cached = given.get("past_key_values") is not None
         return given
 
     def _enter_decoder(self, _: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -79,13 +79,6 @@ class TokenMasks:
                 f"{tuple(x.shape)}: return one weight per row, or None to count all of them"
             )
         return weights
-
-    def by_mask(self, x: Tensor, in_decoder: bool, transposed: bool) -> Tensor | None:
-        """What the mask of the tokens that a target sees says of the rows of x."""
-        mask = self.mask_at(x, in_decoder)
-        if mask is None:
-            return None
-        return fitted(mask, x.shape[:-1], transposed=transposed, cached=self._cached)
 
     def mask_at(self, x: Tensor, in_decoder: bool) -> Tensor | None:
         """The mask of the tokens of x."""
@@ -114,23 +107,20 @@ class TargetMask:
 
         Raises ValueError for what `mask_fn` returns in another shape.
         """
-        masks = self.masks
+        masks, rows = self.masks, x.shape[:-1]
         if masks.mask_fn is not None:
             weights = masks.by_function(self.target.name, x)
         else:
-            weights = masks.by_mask(x, self.in_decoder, self.transposed)
+            mask = masks.mask_at(x, self.in_decoder)
+            if mask is None:
+                return None
+            weights = fitted(mask, rows, transposed=self.transposed, cached=masks.cached)
             if not torch.compiler.is_compiling():
-                self._learn(x, weights)
+                if weights is None:
+                    masks.say_once(self.target, x, mask)
+                elif mask.shape != rows == mask.shape[::-1]:
+                    self.transposed = True
         return None if weights is None else weights.to(x.device)
-
-    def _learn(self, x: Tensor, weights: Tensor | None) -> None:
-        mask, rows = self.masks.mask_at(x, self.in_decoder), x.shape[:-1]
-        if mask is None:
-            return
-        if weights is None:
-            self.masks.say_once(self.target, x, mask)
-        elif mask.shape != rows == mask.shape[::-1]:
-            self.transposed = True
 
 
 def fitted(
