@@ -2,7 +2,8 @@
 
 Every method adapts every linear layer, for equally many steps, and has the learning rate that is
 best for it on one grid: see `lib/study.py`. A budget is LoRA's own size at that rank, on the same
-layers; each method's rank and options for it are in `SIZES`, and a cell says what it came to.
+layers; each method's rank and options for it are in `SIZES`, and a cell says what it came to. s is
+2 over the budget for all of them, so LoRA's α is 2 at every size.
 Cells are written as they finish, the most telling first, and a run again does the rest.
 
     python benchmarks/bench_methods.py --data DIR [--minutes 30]    DIR/sst2 ... hold train and dev
@@ -23,8 +24,9 @@ from lib.tasks import Tasks
 from loradrop import methods
 
 RESULT = RESULTS / "cpu" / "bench_methods.json"
-TASKS = ("stdlib", "sst2", "mrpc")
+TASKS = ("stdlib, same modules", "sst2", "mrpc", "stdlib")
 BUDGETS = (1, 4, 2)  # ranks of LoRA; the smallest and the largest tell most
+ALPHA = 2.0  # LoRA's, at every rank
 RATES = tuple(1e-3 * 2**k for k in range(-4, 9))  # methods with few parameters take large ones
 # Method -> budget -> the rank of its configuration, and its options where they are not the
 # defaults, for the layers of MiniLM: within 16 % of LoRA's size. At the end AdaLoRA and spectral
@@ -60,7 +62,8 @@ def arms(budget: int, names: list[str]) -> dict[str, Arm]:
         if budget in SIZES[name]:
             rank, options = SIZES[name][budget]
             about = {"method": name, "budget": budget}
-            found[f"{name}, {budget}"] = Arm(rank, methods.get(name)(**options), about)
+            method = methods.get(name)(**options)
+            found[f"{name}, {budget}"] = Arm(rank, method, about, s=ALPHA / budget)
     return found
 
 

@@ -15,6 +15,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,36 +35,52 @@ from loradrop.truncation import truncate
 
 RESULT = RESULTS / "cpu" / "bench_sizes.json"
 RANK = 8  # of what all sizes are a part of
+ALPHA = 2.0  # LoRA's, of every arm that does not say its own: s = α/r at every rank
+
+
+def lora(rank: int, alpha: float = ALPHA) -> Arm:
+    """LoRA of this rank."""
+    return Arm(rank, LoRA(), s=alpha / rank)
+
+
+def spectral(part: int, alpha: float = ALPHA, **options: Any) -> Arm:
+    """Spectral LoRA-drop at 1/part of LoRA's parameters; k directions have s = α/k."""
+    budget = 1 / part
+    return Arm(RANK, Spectral(budget=budget, **options), s=alpha / (budget * RANK))
+
+
 ARMS = {
-    "LoRA r=8": Arm(8, LoRA()),
-    "LoRA r=1": Arm(1, LoRA()),
-    "spectral, 1/8": Arm(8, Spectral(budget=0.125)),
-    "spectral, 1/16": Arm(8, Spectral(budget=0.0625)),
-    "LoRA r=2": Arm(2, LoRA()),
-    "spectral, 1/4": Arm(8, Spectral(budget=0.25)),
-    "LoRA-drop, 1/2": Arm(8, LoRADrop(budget=0.5, probe_steps=0.2)),
-    "LoRA r=4": Arm(4, LoRA()),
-    "spectral, 1/2": Arm(8, Spectral(budget=0.5)),
-    "LoRA r=16": Arm(16, LoRA()),
-    "LoRA r=8, s=1/4": Arm(8, LoRA(), s=0.25),
-    "spectral, step time 0.75, 1/8": Arm(8, Spectral(budget=0.125, budget_time=0.75)),
-    "spectral, s fixed, 1/8": Arm(8, Spectral(budget=0.125, scale="fixed")),
-    "spectral from r, 1/8": Arm(8, Spectral(budget=0.125, r_start=8)),
-    "spectral from r, late, 1/8": Arm(8, Spectral(budget=0.125, r_start=8, cut_at=0.85)),
-    "spectral late, 1/8": Arm(8, Spectral(budget=0.125, cut_at=0.85)),
-    "spectral by weights, 1/8": Arm(8, Spectral(budget=0.125, metric="weight")),
-    "spectral online, 1/8": Arm(8, Spectral(budget=0.125, source="online")),
+    "LoRA r=8": lora(8),
+    "LoRA r=1": lora(1),
+    "spectral, 1/8": spectral(8),
+    "spectral, 1/16": spectral(16),
+    "LoRA r=2": lora(2),
+    "spectral, 1/4": spectral(4),
+    "LoRA-drop, 1/2": Arm(RANK, LoRADrop(budget=0.5, probe_steps=0.2), s=ALPHA / RANK),
+    "LoRA r=4": lora(4),
+    "spectral, 1/2": spectral(2),
+    "LoRA r=16": lora(16),
+    "LoRA r=8, α=16": lora(8, 16),
+    "LoRA r=1, α=1/2": lora(1, 0.5),
+    "LoRA r=1, α=8": lora(1, 8),
+    "spectral, step time 0.75, 1/8": spectral(8, budget_time=0.75),
+    "spectral, s fixed, 1/8": Arm(RANK, Spectral(budget=0.125, scale="fixed"), s=2.0),
+    "spectral from r, 1/8": spectral(8, r_start=RANK),
+    "spectral from r, late, 1/8": spectral(8, r_start=RANK, cut_at=0.85),
+    "spectral late, 1/8": spectral(8, cut_at=0.85),
+    "spectral by weights, 1/8": spectral(8, metric="weight"),
+    "spectral online, 1/8": spectral(8, source="online"),
 }
-# What this arm comes to when it is cut at its end, as `loradrop compress` does.
-CUT = "LoRA r=8"
-CUTS = {f"{CUT}, cut to 1/{n}": 1 / n for n in (2, 4, 8, 16)}
+# What these arms come to when they are cut at their end, as `loradrop compress` does.
+CUT = ("LoRA r=8", "LoRA r=8, α=16")
+PARTS = (2, 4, 8, 16)
 
 
 def cuts(
     name: str, arm: str, given: Prepared, judge: Callable[[], Cell]
 ) -> Iterator[tuple[str, Cell]]:
-    """Of `CUT` what it comes to at every budget, without training."""
-    if arm != CUT:
+    """Of the arms in `CUT` what they come to at every budget, without training."""
+    if arm not in CUT:
         return
     setting = SETTINGS[name]
     rows = TokenizedDataset(given.train.rows[: setting.measured])
@@ -71,11 +88,11 @@ def cuts(
     scores = probe(model, batches, gram=True)
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
-        for of, budget in CUTS.items():
+        for part in PARTS:
             load(model, folder)
             injection_of(model).scores = scores
-            truncate(model, allocate(spectrum(scores), budget=budget))
-            yield of, judge()
+            truncate(model, allocate(spectrum(scores), budget=1 / part))
+            yield f"{arm}, cut to 1/{part}", judge()
 
 
 def main() -> None:
@@ -95,7 +112,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     tasks = Tasks(args.data, args.models)
-    study = Study(tasks, args.out, args.minutes, ARMS, {"rank": RANK}, after=cuts)
+    study = Study(tasks, args.out, args.minutes, ARMS, {"rank": RANK, "alpha": ALPHA}, after=cuts)
     study.run([(t, arm) for arm in args.arms for t in args.tasks if tasks.has(t)], args.seeds)
 
 

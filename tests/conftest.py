@@ -2,7 +2,9 @@
 
 import gc
 import importlib.util
+import itertools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +21,68 @@ RARE = ("every_launch", "every_fault", "every_case")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's kernels run on the CPU
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In the interpreter's process only what runs kernels; elsewhere everything but that."""
+def parameters_of(item: pytest.Item) -> dict[str, Any]:
+    return getattr(getattr(item, "callspec", None), "params", {})
+
+
+def impossible(item: pytest.Item) -> bool:
+    """No kernel computes in float64."""
     from loradrop.op.costs import KERNELS
 
-    chosen, rest = [], []
-    numbers: dict[tuple[str, str], dict[str, int]] = {}  # of the values of each parameter
+    parameters = parameters_of(item)
+    return parameters.get("backend") in KERNELS and parameters.get("dtype") == torch.float64
+
+
+def interpreted(item: pytest.Item) -> bool:
+    """Whether it runs kernels, and on a CPU can."""
+    from loradrop.op.costs import KERNELS
+
+    kernels = parameters_of(item).get("backend") in KERNELS
+    wanted = kernels or item.get_closest_marker("interpreter") is not None
+    return wanted and item.get_closest_marker("gpu") is None
+
+
+def covering(cases: Sequence[Sequence[str]]) -> set[int]:
+    """Places of a few of the cases which have every pair of values that any two parameters have in
+    one of them; of two parameters, every value.
+    """
+    strength = min(2, len(cases[0]) - 1)
+    choices = [set(itertools.combinations(enumerate(case), strength)) for case in cases]
+    left, found = set[Any]().union(*choices), set[int]()
+    while left:
+        best = max(range(len(cases)), key=lambda i: len(choices[i] & left))
+        found.add(best)
+        left -= choices[best]
+    return found
+
+
+def mark_the_rest(items: list[pytest.Item]) -> None:
+    """Of tests marked `product` the interpreter, which is slow, runs a few cases; the rest with
+    -m every_case.
+    """
+    products: dict[str, list[Any]] = {}
     for item in items:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
-        kernels = parameters.get("backend") in KERNELS
-        if item.get_closest_marker("half"):
-            places = [numbers.setdefault((item.originalname, name), {}) for name in parameters]
-            values = map(repr, parameters.values())
-            found = [p.setdefault(v, len(p)) for p, v in zip(places, values, strict=True)]
-            if sum(found) % 2:  # any choice of all parameters but one is in both halves
+        if item.get_closest_marker("product"):
+            products.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for found in products.values():
+        kept = covering([[repr(v) for v in parameters_of(item).values()] for item in found])
+        for i, item in enumerate(found):
+            if i not in kept:
                 item.add_marker("every_case")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In the interpreter's process only what runs kernels; elsewhere everything but that."""
+    chosen, rest, possible = [], [], []
+    for item in items:
+        wanted = not impossible(item) and (interpreted(item) or not INTERPRETED)
+        (possible if wanted else rest).append(item)
+    if INTERPRETED:
+        mark_the_rest(possible)
+    for item in possible:
         rare = [name for name in RARE if item.get_closest_marker(name)]
         if any(name not in config.option.markexpr for name in rare):
             rest.append(item)  # takes minutes to an hour: only where it is asked for
-        elif kernels and parameters.get("dtype") == torch.float64:
-            rest.append(item)  # no kernel computes in float64
-        elif INTERPRETED:
-            wanted = kernels or item.get_closest_marker("interpreter")
-            wanted = wanted and not item.get_closest_marker("gpu")
-            (chosen if wanted else rest).append(item)
         else:
             chosen.append(item)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -60,7 +100,7 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
     try:
         return (yield)
     except RuntimeError as error:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        parameters = parameters_of(item)
         problem = getattr(error, "problem", None)  # of a `dispatch.RefusedError`
         if parameters.get("backend") != "cuda" or problem is None:
             raise

@@ -91,7 +91,7 @@ def unpack(mask: Tensor, columns: int) -> Tensor:
     return bits.flatten(1)[:, :columns].bool()
 
 
-@pytest.mark.half
+@pytest.mark.product
 @each_shape
 @each_dtype
 @each_p
@@ -116,7 +116,7 @@ def assert_norm(case: Case, weights: Tensor | None, tiles: ShrinkTiles = GRAMS) 
     return found
 
 
-@pytest.mark.half
+@pytest.mark.product
 @each_shape
 @pytest.mark.parametrize("split", [1, 2])
 @each_weighting
@@ -169,7 +169,7 @@ def test_gram_leaves_out_rows_of_weight_zero(r: int) -> None:
     assert_norm(case, case.weights)
 
 
-@pytest.mark.half
+@pytest.mark.product
 @pytest.mark.parametrize("size", [0.0, 1e-6, 1e-3, 1.0, 1e5])
 @pytest.mark.parametrize("r", [8, 100])
 def test_weights_of_any_size(size: float, r: int) -> None:
@@ -187,7 +187,7 @@ TILES = {
 each_tiles = pytest.mark.parametrize("tiles", TILES.values(), ids=TILES)
 
 
-@pytest.mark.half
+@pytest.mark.product
 @each_wide_shape
 @each_dtype
 @each_tiles
@@ -239,7 +239,7 @@ def test_a_scale_acts_on_h_only_where_that_is_exact(
         assert torch.equal((h.float() * scale).bfloat16().double(), h.double() * scale)
 
 
-@pytest.mark.half
+@pytest.mark.product
 @each_wide_shape
 @each_dtype
 @each_p
@@ -278,7 +278,7 @@ def test_every_tile_has_its_turn_once(tiles_m: int, tiles_n: int, group: int) ->
         torch.testing.assert_close(y, p @ q)
 
 
-@pytest.mark.half
+@pytest.mark.product
 @each_shape
 @each_dtype
 @each_p
@@ -297,7 +297,7 @@ def test_outer(shape: Shape, dtype: torch.dtype, p: float, split: int) -> None:
     assert torch.equal(dB, outer.outer(case.dy, case.h, S, dtype, tall))
 
 
-@pytest.mark.half
+@pytest.mark.product
 @each_shape
 @each_dtype
 @each_weighting
@@ -314,7 +314,7 @@ def test_single_pass(shape: Shape, dtype: torch.dtype, weighted: bool) -> None:
     assert torch.equal(y, without[0]) and torch.equal(h, without[1])
 
 
-@pytest.mark.half
+@pytest.mark.product
 @pytest.mark.parametrize("digit", range(12))
 @pytest.mark.parametrize("k", [75, 96], ids=["ragged", "whole words"])
 def test_thresholds_of_every_digit(digit: int, k: int) -> None:

@@ -53,6 +53,7 @@ pytestmark = pytest.mark.numbers
 # Values and gradients
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @each_dtype
 @pytest.mark.parametrize("name", AWKWARD)
@@ -72,6 +73,7 @@ def test_error_is_within_that_of_pytorch(
     assert_each_within(ours, pytorchs, exact, (k + r, n + r, m + n, m + k))
 
 
+@pytest.mark.product
 @each_dtype
 @pytest.mark.parametrize("name", ["one token", "rank 1", "rank 64"])
 @each_backend
@@ -160,6 +162,7 @@ def test_gradcheck(backend: str, more: tuple[str, ...], p: float) -> None:
     assert torch.autograd.gradcheck(function, [t[name].requires_grad_() for name in names])
 
 
+@pytest.mark.product
 @each_backend
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("entry", ["lora_linear", "lora_add"])
@@ -219,6 +222,7 @@ def test_lora_add_is_the_op_over_any_base(backend: str) -> None:
 # The norm
 
 
+@pytest.mark.product
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @each_dtype
 @pytest.mark.parametrize("B_is", ["random", "cancelling"])
@@ -288,6 +292,7 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.product
 @each_backend
 @pytest.mark.parametrize("padding", [0.0, math.nan, math.inf])
 @pytest.mark.parametrize("weights", WEIGHTS.values(), ids=WEIGHTS)
@@ -300,6 +305,7 @@ def test_token_weights(weights: Tensor, padding: float, backend: str) -> None:
     assert float(norm) == pytest.approx(float((per_token * weights.double()).sum()), rel=1e-5)
 
 
+@pytest.mark.product
 @each_backend
 @pytest.mark.parametrize("padding", [0.0, math.nan, math.inf])
 @pytest.mark.parametrize("weights", [*WEIGHTS.values(), None], ids=[*WEIGHTS, "none"])
@@ -332,6 +338,7 @@ def test_moment_of_float64_is_summed_in_float64(backend: str) -> None:
     assert_close(moment.grad, t["x"].square().sum(0), rtol=1e-13, atol=0.0)
 
 
+@pytest.mark.product
 @each_backend
 @pytest.mark.parametrize("padding", [0.0, math.nan, math.inf])
 @pytest.mark.parametrize("weights", [*WEIGHTS.values(), None], ids=[*WEIGHTS, "none"])
@@ -416,6 +423,7 @@ def test_sinks_of_frozen_inputs(backend: str) -> None:
 # Layouts
 
 
+@pytest.mark.product
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=short)
 @pytest.mark.parametrize("how", LAYOUTS)
@@ -435,6 +443,7 @@ def test_expanded_input(backend: str) -> None:
     assert_close(through_op(t, backend, 0.25), through_op(copied, backend, 0.25))
 
 
+@pytest.mark.product
 @each_backend
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("rows", [(), (1,), (6,), (2, 3), (1, 2, 3), (2, 0), (0,)], ids=str)

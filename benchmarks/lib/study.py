@@ -26,7 +26,7 @@ After = Callable[[str, str, Prepared, Callable[[], Cell]], Iterator[tuple[str, C
 
 class Arm(NamedTuple):
     """The rank of an arm's configuration, its method, what its cells say of it beside that, and s,
-    which is α/r.
+    which is α over that rank.
     """
 
     rank: int
@@ -118,7 +118,7 @@ class Study:
             return
         seconds = round(time.process_time() - started, 1)
         found = {"seconds": seconds, "facts": plan_of(given.model).facts}
-        yield arm, {**about, **found, **judged(given, search)}
+        yield arm, {**about, "s": s, **found, **judged(given, search)}
         if self.after is not None and not search:
             yield from self.after(name, arm, given, lambda: judged(given, search))
 

@@ -31,6 +31,8 @@ class Setting:
     data      "stdlib", or a folder with train and dev files;  model   a folder, None for MiniLM
     columns   of the data, where they are not guessed
     dev_rows  on which a cut is judged
+    dev_of_train  rows of train that nothing else uses, which stand in for dev: rows of the same
+              sources. 0: dev itself
     measured, measured_batch   training rows that are probed, and in batches of how many
     """
 
@@ -44,6 +46,7 @@ class Setting:
     max_train: int = 2400
     max_dev: int | None = None
     dev_rows: int = 400
+    dev_of_train: int = 0
     measured: int = 1024
     measured_batch: int = 2
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -55,6 +58,11 @@ SETTINGS = {
     "stdlib": Setting(data="stdlib", steps=160, max_length=40),
     "stdlib, query and value": Setting(
         data="stdlib", steps=160, max_length=40, target_modules=("query", "value")
+    ),
+    "stdlib, same modules": Setting(data="stdlib", steps=160, max_length=40, dev_of_train=800),
+    "stdlib, same modules, query and value": Setting(
+        data="stdlib", steps=160, max_length=40, dev_of_train=800,
+        target_modules=("query", "value"),
     ),
     "sst2, query and value": Setting(
         data="sst2", steps=120, max_length=40, target_modules=("query", "value")
@@ -120,12 +128,18 @@ class Tasks:
         if name not in self._read:
             setting = SETTINGS[name]
             source = "stdlib" if setting.data == "stdlib" else str(self.data / setting.data)
-            self._read[name] = load_task(
-                DataConfig(
-                    source=source, max_train=setting.max_train + HELD_OUT,
-                    max_dev=setting.max_dev, **setting.columns,
-                )
+            config = DataConfig(
+                source=source, max_train=setting.max_train + HELD_OUT, max_dev=setting.max_dev,
+                **setting.columns,
             )  # fmt: skip
+            task = load_task(config)
+            if setting.dev_of_train:
+                used = set(task.train)
+                whole = load_task(dataclasses.replace(config, max_train=None)).train
+                others = [row for row in whole if row not in used]
+                dev = random.Random(1).sample(others, setting.dev_of_train)
+                task = dataclasses.replace(task, dev=tuple(dev))
+            self._read[name] = task
         return self._read[name]
 
     def prepare(self, name: str, train: TrainConfig) -> Prepared:
