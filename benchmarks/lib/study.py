@@ -52,7 +52,7 @@ class Study:
 
     minutes    after which no run starts
     settings   what the file says beside the settings of its tasks
-    rates      the grid of learning rates, which has `FIRST_RATE`
+    rates      the grid of learning rates, which has `first`, where every search begins
     after      other arms and their cells, from a model that was trained: (task, arm, what it was
                trained with, a function that judges it as it is now)
     """
@@ -66,9 +66,11 @@ class Study:
         settings: Mapping[str, Any],
         *,
         rates: Sequence[float] = RATES,
+        first: float = FIRST_RATE,
         after: After | None = None,
     ) -> None:
-        self.tasks, self.path, self.arms, self.rates = tasks, path, arms, rates
+        self.tasks, self.path, self.arms = tasks, path, arms
+        self.rates, self.first = rates, first
         self.after = after
         self.settings = dict(settings) | {"rates": rates, "search_seed": SEARCH_SEED}
         self.cells: list[Cell] = read_json(path)["cells"] if path.exists() else []
@@ -138,7 +140,7 @@ class Study:
                 losses[k] = math.inf if cell["loss"] is None else cell["loss"]
             return losses[k]
 
-        best = self.rates.index(FIRST_RATE)
+        best = self.rates.index(self.first)
         for step in (-1, 1):
             while True:
                 here, there = loss(best), loss(best + step)
