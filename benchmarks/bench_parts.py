@@ -3,6 +3,7 @@
     cublas, gemm, gemm_cuda    the wide product by cuBLAS, by our Triton kernel, by our CUDA kernel
     gemm+chunk                 by our Triton kernel, with the LoRA product as its last steps
     shrink, outer, addmm_      the thin products; `addmm_` is what the chunk replaces
+    t+dB                       both thin products of dy from one read of it: checked by t, and by dB
     copy                       of x: what reading and writing it costs; shrink only reads it
 
 Forward and backward: xWᵀ and x·Aᵀ, dyW and dy·B, dA and dB. Files, options and protocol are those
@@ -13,6 +14,7 @@ of `bench_lora_linear.py`; every time is one kernel's, beside the frozen product
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -84,6 +86,10 @@ def wide(end: str, of: Callable[[Operands], tuple[Tensor, ...]]) -> list[Provide
 def parts(_: str, __: str) -> list[Provider]:
     """Those of the backward pass end in " of dx", " of dy", " for dA" or " for dB"."""
     shrink, outer = package.shrink, package.outer
+
+    def at_once(o: Operands) -> tuple[Tensor, Tensor]:
+        return package.t_and_db(o.dy, o.B, o.h)
+
     return [
         Provider(FROZEN, frozen, bare=True),
         part("copy", None, lambda o: o.x.clone(), lambda o: o.x),
@@ -99,6 +105,15 @@ def parts(_: str, __: str) -> list[Provider]:
         part("shrink of dy", "triton", lambda o: shrink(o.dy, o.B.T), lambda o: o.dy @ o.B),
         part("outer for dA", "triton", lambda o: outer(o.x, o.t), lambda o: o.x.T @ o.t),
         part("outer for dB", "triton", lambda o: outer(o.dy, o.h), lambda o: o.dy.T @ o.h),
+        *(
+            replace(
+                part(f"t+dB {end}", "triton", lambda o, i=i: at_once(o)[i], formula),
+                rule=lambda c: None if package.once(c.M, c.N, c.r) else "two reads move as much",
+            )
+            for i, (end, formula) in enumerate(
+                (("of dy", lambda o: o.dy @ o.B), ("for dB", lambda o: o.dy.T @ o.h))
+            )
+        ),
     ]
 
 

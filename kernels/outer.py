@@ -86,6 +86,11 @@ def outer(
         EIGHTS=r % 8 == q_row % 8 == 0, PRECISION=dot_precision(p.dtype),
     )  # fmt: skip
     if split > 1:
-        block = 1024
-        _add_planes((cdiv(size, block),), (planes, out), (split,), (size,), BLOCK=block)
+        add_planes(planes, out)
     return out
+
+
+def add_planes(planes: Tensor, out: Tensor) -> None:
+    """out (...) = the sum of the planes (count, ...), float32 and contiguous."""
+    count, size, block = planes.shape[0], out.numel(), 1024
+    _add_planes((cdiv(size, block),), (planes, out), (count,), (size,), BLOCK=block)

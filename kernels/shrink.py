@@ -167,6 +167,17 @@ def shrink(
     return Shrunk(h, mask, grams)
 
 
+def add_parts(planes: Tensor, h: Tensor, scale: float) -> None:
+    """h (M, r) = scale times the sum of the planes (count, M, R) of float32, R = rank_tile(r)."""
+    (m, r), (count, _, ranks), rows = h.shape, planes.shape, 64
+    blocks = cdiv(m, rows)
+    _finish(
+        (blocks,), (planes, h, None, None, None, None), (m, 0, blocks, count, float(scale)),
+        (r, r, 0, 0), 4,
+        BM=rows, R=ranks, GRAMS=False, WEIGHTED=False, B_ROWS=rows,
+    )  # fmt: skip
+
+
 def new_planes(like: Tensor, *shape: int) -> Tensor:
     """Float32 memory for partial results."""
     return like.new_empty(shape, dtype=torch.float32)

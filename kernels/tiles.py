@@ -48,7 +48,9 @@ class GemmTiles(NamedTuple):
 
 
 class OuterTiles(NamedTuple):
-    """`outer`: BC columns of the result, BM rows of the sum a step, M split over `split` parts."""
+    """`outer`, `t_and_db`: BC columns of p or dy, BM rows of the sum a step, M split over `split`
+    parts.
+    """
 
     BC: int
     BM: int
@@ -129,6 +131,25 @@ def outer(machine: Machine, dtype: torch.dtype, m: int, c: int, r: int) -> Outer
         BC = BC if c % 8 == 0 else 32  # narrow loads take many registers
     split = min(power_of_two(cdiv(2 * machine.sms, cdiv(c, BC))), max(1, m // 256), 64)
     return OuterTiles(BC, BM, split, warps, stages)
+
+
+@functools.lru_cache(maxsize=4096)
+def backward(machine: Machine, dtype: torch.dtype, m: int, n: int, r: int) -> OuterTiles | None:
+    """For `t_and_db` of dy (m, n) and rank r; None where reading dy twice moves as much.
+
+    Planes of t, written and read, are 8·rank_tile(r)/BC bytes for each element of dy, of which two
+    bytes need not be read again; and that costs something only where dy does not stay in L2.
+    """
+    ranks = rank_tile(r)
+    if machine.arch == 0:
+        return OuterTiles(64, 64, 2 if m > 64 else 1, 4, 2)
+    roomy = machine.arch in _ROOMY
+    # B stays in registers, which elsewhere hold it as operands of the matrix units.
+    BC, warps, widest = (256, 8, 32) if roomy and machine.arch >= 90 else (128, 4, 16)
+    if dtype == torch.float32 or ranks > widest or 2 * m * n < 1 << 26 or n % 8:
+        return None
+    split = min(power_of_two(cdiv(2 * machine.sms, cdiv(n, BC))), m // 256, 64)
+    return OuterTiles(BC, 64, split, warps, 3 if roomy else 2)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -212,6 +212,8 @@ def launches(
         for layer in layers() if of is None else of:
             for backend in (fused.TRITON, fused.THIN):
                 call(backend, layer)
+            with mock.patch.object(fused, "ONE_READ_OF_DY", True):
+                call(fused.THIN, layer)
             if all_backends and machine.arch == 90 and by_cuda(layer):
                 for backend in (fused.CUDA, fused.OVERLAP):
                     call(backend, layer)
@@ -249,6 +251,7 @@ NAMED = {
         "gemm_ext forward r16": Pick(_llama(16), "_gemm_ext", _TURNED),
         "gemm_ext backward masked, ragged": Pick(_RAGGED, "_gemm_ext", _MASKED),
         "outer r128": Pick(_llama(128), "_outer", {"sor": 1}),
+        "t and dB r16": Pick(_llama(16), "_t_and_db"),
         "single_pass decode r16 with bias": Pick(_DECODE._replace(bias=True), "_single_pass"),
         "finish of a split K r64": Pick(_FEW, "_finish"),
         "shrink forward float32 r256 with dropout": Pick(
@@ -300,6 +303,7 @@ NAMED = {
         "gemm_ext forward float32 r8": Pick(_FLOAT32, "_gemm_ext", _TURNED),
         "outer masked r64": Pick(_DROPPED, "_outer", _MASKED),
         "outer masked, ragged": Pick(_RAGGED, "_outer", _MASKED),
+        "t and dB r16": Pick(_llama(16), "_t_and_db"),
         "planes of outer added": Pick(_llama(16), "_add_planes"),
         "single_pass decode r16 with the squared norm, weighted": Pick(
             _DECODE._replace(**_NORM), "_single_pass"
@@ -314,6 +318,7 @@ NAMED = {
         "gemm_ext forward TMA 128x256 r16": Pick(_llama(16), "_gemm_ext", _TURNED),
         "gemm_ext backward TMA 128x256 masked r64": Pick(_DROPPED, "_gemm_ext", _MASKED),
         "outer masked r64": Pick(_DROPPED, "_outer", _MASKED),
+        "t and dB r32": Pick(_llama(32), "_t_and_db"),
         "expand masked r64": Pick(_DROPPED, "_expand"),
         "expand without a base r16": Pick(_llama(16, added=True), "_expand", {"HAS_BASE": False}),
     },
@@ -323,6 +328,7 @@ NAMED = {
         "gemm_ext forward r16": Pick(_llama(16), "_gemm_ext", _TURNED),
         "gemm_ext backward masked r64": Pick(_DROPPED, "_gemm_ext", _MASKED),
         "outer masked r64": Pick(_DROPPED, "_outer", _MASKED),
+        "t and dB r16": Pick(_llama(16), "_t_and_db"),
         "squared norm r256": Pick(_llama(256, norm=True), "_sqnorm"),
     },
 }

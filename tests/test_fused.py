@@ -131,6 +131,32 @@ def test_t_does_not_overflow_float16_for_its_scale() -> None:
         torch.testing.assert_close(dA, torch.full_like(dA, 240000.0))
 
 
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("backend", [fused.THIN, fused.TRITON], ids=["thin", "triton"])
+def test_one_read_of_dy(backend: fused.Fused, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For t and dB, where both are wanted; alone, each has its own kernel."""
+    monkeypatch.setattr(fused, "ONE_READ_OF_DY", True)
+    called, t_and_db = [], fused.t_and_db
+
+    def spy(*given: object) -> tuple[Tensor, Tensor]:
+        called.append(given)
+        return t_and_db(*given)
+
+    monkeypatch.setattr(fused, "t_and_db", spy)
+    t = draw(Shape(70, 104, 64, 8), torch.float16)
+    call = call_of(t, p)
+    saved = saved_of(call, backend.forward(call))
+    wanted = reference.backward(saved_of(call, reference.forward(call)), t["dy"], ALL)
+    assert_near(backend.backward(saved, t["dy"], ALL), wanted)
+    assert len(called) == 1
+    for needs in (Needs(True, True, False), Needs(False, False, True)):
+        grads = backend.backward(saved, t["dy"], needs)
+        for grad, exact, needed in zip(grads, wanted, needs, strict=True):
+            assert (grad is not None) == needed
+            assert grad is None or error(grad, exact) < 2e-3
+    assert len(called) == 1
+
+
 @pytest.mark.parametrize("backend", [fused.THIN, fused.TRITON], ids=["thin", "triton"])
 def test_rounded_adapters_change_no_bit(
     backend: fused.Fused, monkeypatch: pytest.MonkeyPatch

@@ -22,7 +22,7 @@ if not INTERPRETED:
     pytest.skip("Triton's interpreter has a process of its own", allow_module_level=True)
 pytest.importorskip("triton")
 
-from loradrop.kernels import expand, gemm_ext, gram, outer, shrink, single_pass  # noqa: E402
+from loradrop.kernels import backward, expand, gemm_ext, gram, outer, shrink, single_pass  # noqa: E402
 from loradrop.kernels.tiles import GemmTiles, OuterTiles, ShrinkTiles, row_bytes  # noqa: E402
 
 SEED = torch.tensor(-81985529216486895)
@@ -295,6 +295,23 @@ def test_outer(shape: Shape, dtype: torch.dtype, p: float, split: int) -> None:
     assert (dB.shape, dB.dtype) == (case.B.shape, dtype)
     assert error(dB, S * case.dy.double().T @ case.h.double()) <= BOUND[dtype]
     assert torch.equal(dB, outer.outer(case.dy, case.h, S, dtype, tall))
+
+
+@pytest.mark.product
+@each_shape
+@each_dtype
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("turned", [False, True], ids=["rows", "turned"])
+def test_t_and_db(shape: Shape, dtype: torch.dtype, split: int, turned: bool) -> None:
+    """As `shrink` and `outer` of dy, whose sum over rows has the same order."""
+    case, tall = Case(shape, dtype), OuterTiles(32, 16, split, 4, 2)
+    dy, B = (case.dy.T.contiguous().T, case.B.T.contiguous().T) if turned else (case.dy, case.B)
+    t, dB = backward.t_and_db(dy, B, case.h, 0.25, S, torch.float32, tall)
+    exact = case.dy.double() @ case.B.to(dtype).double() / 4
+    assert t.dtype == dtype and error(t, exact) <= BOUND[dtype]
+    assert torch.equal(dB, outer.outer(case.dy, case.h, S, torch.float32, tall))
+    again = backward.t_and_db(dy, B, case.h, 0.25, S, torch.float32, tall)
+    assert torch.equal(again[0], t) and torch.equal(again[1], dB)
 
 
 @pytest.mark.product

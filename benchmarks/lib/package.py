@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from loradrop.kernels.tiles import OuterTiles
     from loradrop.measuring.cases import Case
 
 BACKENDS = ("eager", "thin", "triton", "cuda", "overlap")  # those a GPU may be served by
@@ -69,6 +70,25 @@ def shrink(p: "Tensor", a: "Tensor") -> "Tensor":
 
     cut = tiles.shrink(tiles.machine_of(p.device), p.dtype, *p.shape, a.shape[0])
     return shrink.shrink(p, a, 1.0, cut).h
+
+
+def once(m: int, n: int, r: int) -> "OuterTiles | None":
+    """How one read of a bfloat16 dy (m, n) is cut into tiles here; None where two move as much."""
+    import torch
+
+    from loradrop.kernels import tiles
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return tiles.backward(tiles.machine_of(device), torch.bfloat16, m, n, r)
+
+
+def t_and_db(dy: "Tensor", B: "Tensor", h: "Tensor") -> "tuple[Tensor, Tensor]":
+    """dy·B and dyᵀ·h from one read of dy, by the Triton kernel, where `once` has tiles."""
+    from loradrop.kernels.backward import t_and_db
+
+    cut = once(*dy.shape, B.shape[1])
+    assert cut is not None
+    return t_and_db(dy, B, h, 1.0, 1.0, dy.dtype, cut)
 
 
 def outer(p: "Tensor", q: "Tensor") -> "Tensor":

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from loradrop.kernels import tiles
+from loradrop.kernels.backward import t_and_db
 from loradrop.kernels.expand import expand
 from loradrop.kernels.gemm_ext import gemm_ext
 from loradrop.kernels.gram import sqnorm as sqnorm_of_grams
@@ -35,6 +36,7 @@ SINGLE_PASS_ROWS = 64  # rows up to which one pass over everything may beat two 
 SINGLE_PASS_RANK = 32  # ... with ranks that are cheap to compute again for every tile of outputs
 ROUNDED_ROWS = 2048  # rows from which a copy of A and B in x's dtype pays
 ROUNDED_RANKS = range(64, 129)  # ... with such ranks; of wider ones ptxas serialises the products
+ONE_READ_OF_DY = False  # for t and dB, where `tiles.backward` says so; no device has timed it yet
 DECODE_ROWS, DECODE_RANK = 32, 128  # what the CUDA kernel for decoding takes
 
 # p (M, D)   q (D, C)   bias (C,) or None   h (M, r)   l (r, C)   s   mask (M, row_bytes(C)) or None
@@ -222,7 +224,7 @@ class Fused:
         if A.numel() == 0 or dy.numel() == 0:
             return eager.backward(saved, dy, needs)
         machine, m, k, (n, r) = tiles.machine_of(h.device), h.shape[0], A.shape[1], B.shape
-        dx = dA = dB = both = None
+        dx = dA = dB = t = both = None
         dtype_A, dtype_B = A.dtype, B.dtype
         scale, rest = scaling * gain(dropout), 1.0
         if self.rounds and weight is not None and (needs.x or needs.A):
@@ -235,20 +237,22 @@ class Fused:
             both = self.with_h(dy, weight, None, B, A, rest, scale)
         if both is not None:
             dx, t = both
-        else:
-            if needs.x or needs.A:
-                A, B = _rounded(A, B, h)
-                cut = tiles.shrink(machine, dy.dtype, m, n, r)
-                t = shrink(dy, B.T, scale, cut).h
+        elif needs.x or needs.A:
+            A, B = _rounded(A, B, h)
+            at_once = tiles.backward(machine, dy.dtype, m, n, r) if ONE_READ_OF_DY else None
+            if needs.B and at_once is not None:
+                t, dB = t_and_db(dy, B, h, scale, scaling, dtype_B, at_once)
+            else:
+                t = shrink(dy, B.T, scale, tiles.shrink(machine, dy.dtype, m, n, r)).h
             if needs.x and weight is None:
                 dx = expand(None, t, A, rest, tiles.expand(machine, h.dtype), mask)
             elif needs.x:
                 dx = self.extend(dy, weight, None, t, A, rest, mask)
         if needs.A:
-            assert x is not None
+            assert x is not None and t is not None
             tiles_A = tiles.outer(machine, x.dtype, m, k, r)
             dA = outer(x, t, rest, dtype_A, tiles_A, mask=mask, transposed=True)
-        if needs.B:
+        if needs.B and dB is None:
             dB = outer(dy, h, scaling, dtype_B, tiles.outer(machine, h.dtype, m, n, r))
         return Grads(dx, dA, dB)
 
