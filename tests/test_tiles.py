@@ -50,3 +50,19 @@ def test_a_first_product_leaves_room_in_shared_memory() -> None:
         assert (last.stages, first.stages) == (4, 3)
         assert first == last._replace(stages=3)
         assert last.halves == last.BN // 128
+
+
+@pytest.mark.parametrize(("arch", "columns", "widest"), [(80, 128, 16), (90, 256, 32)])
+def test_one_read_of_dy_where_it_moves_less(arch: int, columns: int, widest: int) -> None:
+    """Planes of t are less than a read of dy, of which something does not stay in L2."""
+    machine, m, n = Machine(arch, 132), 8192, 4096
+    for r in (8, 16, 32, 64, 256):
+        cut = tiles.backward(machine, torch.bfloat16, m, n, r)
+        assert (cut is not None) == (r <= widest)
+        if cut is not None:
+            assert columns == cut.BC and 8 * tiles.rank_tile(r) / cut.BC < 2
+            assert 1 <= cut.split <= m // 256
+    for dtype, rows, width in (
+        (torch.float32, m, n), (torch.bfloat16, 512, n), (torch.bfloat16, m, n + 1)
+    ):  # fmt: skip
+        assert tiles.backward(machine, dtype, rows, width, 16) is None
