@@ -20,6 +20,8 @@
 // Shared memory, bytes, 128 x 256 (128 x 128):
 //   ring        4 · (16384 + 32768) = 196608    (6 · (16384 + 16384) = 196608)
 //   staging     2 warpgroups · 2 · 8192 = 32768
+//               kStageWhole: a ring of 3, and all of a tile in 2 warpgroups · 4 · 8192 = 65536, so
+//               that a tile's stores drain under the next one; no device has timed it yet
 //   barriers    2 · stages · 8, and up to 1023 to align the ring to the swizzle's 1024
 //
 // Why each barrier:
@@ -48,11 +50,15 @@ constexpr int kGroupThreads = 128;
 constexpr int kPBytes = kTileM * kRowBytes;
 constexpr int kStagingBytes = 64 * kRowBytes;
 
+constexpr bool kStageWhole = false;
+
 constexpr int q_bytes(int tile_n) { return tile_n * kRowBytes; }
 constexpr int slot_bytes(int tile_n) { return kPBytes + q_bytes(tile_n); }
-constexpr int slots(int tile_n) { return tile_n == 256 ? 4 : 6; }
+constexpr int slots(int tile_n) { return tile_n == 128 ? 6 : kStageWhole ? 3 : 4; }
+constexpr int buffers(int tile_n) { return kStageWhole ? tile_n / 64 : 2; }  // of a warpgroup
 constexpr int shared_bytes(int tile_n) {
-  return kAtomBytes + slots(tile_n) * (slot_bytes(tile_n) + 16) + 4 * kStagingBytes;
+  return kAtomBytes + slots(tile_n) * (slot_bytes(tile_n) + 16) +
+         2 * buffers(tile_n) * kStagingBytes;
 }
 
 template <int TileN>
@@ -69,7 +75,9 @@ struct Memory {
   __device__ std::uint32_t staging(int buffer) const {
     return base + kSlots * slot_bytes(TileN) + buffer * kStagingBytes;
   }
-  __device__ std::uint32_t filled(int slot) const { return staging(4) + 8 * slot; }
+  __device__ std::uint32_t filled(int slot) const {
+    return staging(2 * buffers(TileN)) + 8 * slot;
+  }
   __device__ std::uint32_t emptied(int slot) const { return filled(kSlots) + 8 * slot; }
 };
 
@@ -204,17 +212,26 @@ __device__ inline void load_bias(Pairs<TileN>& bias, const GemmArguments& args, 
   for (int j = 0; j < TileN / 8; ++j) bias[j] = 8 * j < left ? from[4 * j] : 0u;
 }
 
-// out = scale·acc + bias, 64 columns at a time through two staging buffers; `Plain`: out = acc.
+// out = scale·acc + bias, 64 columns at a time through the staging buffers; `Plain`: out = acc.
 template <class T, int TileN, bool Plain>
 __device__ inline void store_tile(const float (&acc)[TileN / 2], const Pairs<TileN>& bias,
                                   const GemmArguments& args, Memory<TileN> memory, Tile at,
                                   int group, float scale) {
+  constexpr int kBlocks = TileN / 64, kBuffers = buffers(TileN);
   const int thread = threadIdx.x % kGroupThreads, warp = thread / 32, lane = thread % 32;
+  const auto buffer_of = [&](int block) {
+    return memory.staging(kBuffers * group + block % kBuffers);
+  };
+  const auto send = [&](int block) {
+    ptx::store(args.out, buffer_of(block), at.n + 64 * block, at.m + 64 * group);
+  };
 #pragma unroll
-  for (int block = 0; block < TileN / 64; ++block) {
-    const std::uint32_t buffer = memory.staging(2 * group + block % 2);
-    if (thread == 0) ptx::wait_stores_read<1>();
-    ptx::sync_threads(1 + group, kGroupThreads);
+  for (int block = 0; block < kBlocks; ++block) {
+    const std::uint32_t buffer = buffer_of(block);
+    if (!kStageWhole || block == 0) {
+      if (thread == 0) ptx::wait_stores_read<kStageWhole ? 0 : 1>();
+      ptx::sync_threads(1 + group, kGroupThreads);
+    }
 #pragma unroll
     for (int pair = 0; pair < 4; ++pair) {
       std::uint32_t packed[4];
@@ -234,9 +251,12 @@ __device__ inline void store_tile(const float (&acc)[TileN / 2], const Pairs<Til
       }
       ptx::store_matrices(buffer + staging_offset(warp, lane, pair), packed);
     }
+    if (kStageWhole && block + 1 < kBlocks) continue;
     ptx::fence_async_proxy();
     ptx::sync_threads(1 + group, kGroupThreads);
-    if (thread == 0) ptx::store(args.out, buffer, at.n + 64 * block, at.m + 64 * group);
+    if (thread == 0) {
+      for (int ready = kStageWhole ? 0 : block; ready <= block; ++ready) send(ready);
+    }
   }
 }
 

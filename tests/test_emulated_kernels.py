@@ -76,6 +76,33 @@ def test_kernel(name: str, objects: dict[str, Path], tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout
 
 
+def staged_whole() -> str:
+    """gemm_ext that stages all of a tile before it stores it: the other side of its switch."""
+    text = kernel(GEMM)
+    assert text.count("kStageWhole = false") == 1
+    return text.replace("kStageWhole = false", "kStageWhole = true")
+
+
+@pytest.mark.every_fault
+def test_a_tile_that_is_staged_whole(
+    headers: Path, objects: dict[str, Path], tmp_path: Path
+) -> None:
+    """Right for both ways to make h, and a wait too few for it is noticed."""
+    text, outcomes = staged_whole(), {}
+    for name, change in {"right": "0 : 1>()", "wrong": "4 : 1>()"}.items():
+        (tmp_path / name).mkdir()
+        changed = text.replace("kStageWhole ? 0 : 1>()", f"kStageWhole ? {change}")
+        parts = objects | {GEMM: build(headers, tmp_path / name, GEMM, changed)}
+        subprocess.run(["g++", *parts.values(), "-o", tmp_path / name / "run"], check=True)
+        outcomes[name] = {
+            (cases, seed): run(tmp_path / name / "run", cases, seed)
+            for cases in (GEMM, STREAMS) for seed in (0, 100)
+        }  # fmt: skip
+    for done in outcomes["right"].values():
+        assert done.returncode == 0, done.stdout
+    assert any(done.returncode != 0 for done in outcomes["wrong"].values())
+
+
 FAULTS = {
     "a slot is filled before it is free": (
         GEMM,
@@ -122,7 +149,7 @@ FAULTS = {
     "the output is written while it may be read": (GEMM, "if (shape.r == 0) {", "if (false) {"),
     "a staging buffer is overwritten before it is stored": (
         GEMM,
-        "ptx::wait_stores_read<1>()",
+        "ptx::wait_stores_read<kStageWhole ? 0 : 1>()",
         "ptx::wait_stores_read<2>()",
     ),
     "the staging buffer is stored without a fence": (GEMM, "ptx::fence_async_proxy();", ""),
