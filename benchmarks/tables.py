@@ -18,10 +18,11 @@ from lib import RESULTS, ROOT, measured
 from lib.cpu_tables import CPU_TABLES
 from lib.gpu_tables import GPU_TABLES
 from lib.markdown import MISSING
+from lib.method_tables import METHOD_TABLES
 from lib.size_tables import SIZE_TABLES
 from loradrop.files import write_text
 
-TABLES = CPU_TABLES | SIZE_TABLES | GPU_TABLES
+TABLES = CPU_TABLES | SIZE_TABLES | METHOD_TABLES | GPU_TABLES
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
 _BLOCK = re.compile(r"(<!-- table:(\w+) -->\n)(.*?)(<!-- /table:\2 -->)", re.S)
 
