@@ -12,7 +12,7 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 TRITON = "triton>=3.6; platform_system == 'Linux'"
-PEFT = "peft>=0.18"
+PEFT = "peft>=0.21"
 SITE = ("mkdocs>=1.6", "mkdocs-material", "mkdocstrings[python]")
 NOTEBOOKS = ("nbclient", "nbformat", "ipykernel")
 
@@ -54,6 +54,7 @@ setup(
     extras_require={
         "triton": [TRITON],
         "peft": [PEFT],
+        "trl": [PEFT, "trl", "datasets"],
         "data": ["datasets"],
         "cuda": ["ninja", "pybind11"],
         "quantised": ["bitsandbytes", "torchao"],  # not in dev: see the Makefile

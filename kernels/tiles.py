@@ -190,7 +190,7 @@ def single_pass(machine: Machine, dtype: torch.dtype, m: int) -> GemmTiles:
         return GemmTiles(16, 64, 128, 4, 2)
     if dtype == torch.float32:
         return GemmTiles(16, 32, 32, 4, 2)
-    # One program on a multiprocessor: W is read as fast as its loads in flight allow, 8 KiB a stage.
+    # One program on a multiprocessor: W comes as fast as its loads in flight, 8 KiB a stage, allow.
     return GemmTiles(16 if m <= 16 else 32, 32, 128, 4, 5 if machine.arch in _ROOMY else 3)
 
 

@@ -263,7 +263,12 @@ def bank_of(model: nn.Module) -> AdapterBank:
     if not isinstance(bank, AdapterBank):
         of_peft = hasattr(model, "peft_config") and hasattr(model, "get_base_model")
         how = "call loradrop.inject(model, config) first"
-        if of_peft:
+        if getattr(model, "_loradrop_merged", False):
+            how = (
+                "they were merged into its weights. Save or export before merge, or merge with "
+                "keep_original=True; to go on, load the base model and the adapter again"
+            )
+        elif of_peft:
             how = (
                 "give get_peft_model a loradrop.integrations.peft.LoraDropConfig, or save the "
                 "adapter and loradrop.load the folder into the base model"

@@ -13,6 +13,8 @@ from loradrop.masks import MASK
 from loradrop.methods import LoRA, LoRADrop, Method
 from loradrop.op.philox import quantize
 
+_OF_PEFT = ("base_model_name_or_path", "peft_type", "is_prompt_learning", "task_type")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
@@ -72,6 +74,16 @@ class LoRAConfig:
         if not isinstance(self.method, Method):
             raise ValueError(f"method={self.method!r}: give a loradrop Method such as LoRADrop()")
 
+    def __getattr__(self, name: str) -> Any:
+        """Only for what is not there: a name of PEFT's says whose configuration this is."""
+        if name in _OF_PEFT:
+            raise AttributeError(
+                f"this is a configuration of loradrop ({type(self).__name__}), for loradrop.inject "
+                "and fit: give PEFT or TRL a LoraDropConfig of loradrop.integrations.peft, whose "
+                "to_peft(config) makes one of this"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def rank(self, name: str) -> int:
         """The rank of the adapter of the target `name`."""
         return int(_first_match(self.rank_pattern, name, self.r))
@@ -99,6 +111,19 @@ class LoRAConfig:
         check_keys(data, [f.name for f in dataclasses.fields(cls)], "LoRAConfig")
         check_keys(given, [f.name for f in dataclasses.fields(method_class)], method_class.__name__)
         return cls(method=method_class(**given), **data)
+
+
+def require_config(config: Any) -> None:
+    """Raises TypeError for anything but a `LoRAConfig`, naming where PEFT's goes."""
+    if isinstance(config, LoRAConfig):
+        return
+    kind, remedy = type(config), "give loradrop.LoRAConfig(...) or loradrop.LoraDropConfig(...)"
+    if hasattr(config, "peft_type"):
+        remedy = (
+            "that is for PEFT's get_peft_model. loradrop.integrations.peft.from_peft(config) makes "
+            "a loradrop.LoRAConfig of it"
+        )
+    raise TypeError(f"config is a {kind.__module__}.{kind.__qualname__}: {remedy}")
 
 
 def LoraDropConfig(**options: Any) -> LoRAConfig:  # noqa: N802 - it is spelled like the class it makes

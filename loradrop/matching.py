@@ -122,7 +122,7 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     """
     names = dict(model.named_modules())
     if config.modules_to_save is None:
-        return _heads(model)
+        return heads(model)
     found: list[str] = []
     for entry in config.modules_to_save:
         matches = _suffix(names, entry)
@@ -135,7 +135,7 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
     return found
 
 
-def _heads(model: nn.Module) -> list[str]:
+def heads(model: nn.Module) -> list[str]:
     """What was made afresh for the task, by the class of a model of transformers, else by its name.
 
     Such a class for a task puts its head beside the pretrained model, `base_model_prefix`; a model

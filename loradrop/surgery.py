@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, bank_of, execution_device, has_bank
-from loradrop.config import LoRAConfig
+from loradrop.config import LoRAConfig, require_config
 from loradrop.injection import (
     Injection,
     injection_of,
@@ -33,8 +33,10 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
 
     The model computes what it did before, since B starts at zero. Modules of `modules_to_save` stay
     trainable. Raises ValueError for targets that cannot be adapted (a table of what matched), ranks
-    beyond min(in_features, out_features), and models that already carry adapters.
+    beyond min(in_features, out_features), and models that already carry adapters; TypeError for a
+    configuration of PEFT.
     """
+    require_config(config)
     name, modules = type(model).__name__, list(model.modules())
     of_peft = getattr(model, "peft_config", None) is not None
     if of_peft or any(hasattr(module, "lora_A") for module in modules):

@@ -25,7 +25,7 @@ from transformers.trainer_callback import PrinterCallback
 from loradrop.arguments import train_config, training_arguments
 from loradrop.bank import bank_of, has_bank
 from loradrop.callbacks import MethodCallback, Progress
-from loradrop.config import LoRAConfig, TrainConfig
+from loradrop.config import LoRAConfig, TrainConfig, require_config
 from loradrop.env import is_first_rank
 from loradrop.files import read_json, write_json
 from loradrop.injection import base_of, injection_of, plan_of
@@ -101,8 +101,10 @@ def fit(
 
     A model for which `share` or `load` has decided already has no warm-up. Under torchrun every
     rank calls `fit`, and the first writes the files. Raises ValueError for empty data, a loss that
-    is not finite, a warm-up too short to measure, and a resume with other options.
+    is not finite, a warm-up too short to measure, and a resume with other options; TypeError for a
+    configuration of PEFT.
     """
+    require_config(config)
     with tempfile.TemporaryDirectory() as scratch, forward_kept(model):
         folder, arguments = _settled(args, output_dir, mask)
         run = _Run(

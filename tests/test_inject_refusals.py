@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import loradrop
+import loradrop.integrations.peft as integrations
 from loradrop import LoRAConfig
 
 pytestmark = pytest.mark.numbers
@@ -249,6 +250,24 @@ def test_a_bank_passes_on_what_it_gets() -> None:
     """As a link of any chain, also of one whose links take several values."""
     bank = injected().lora_bank
     assert bank(1) == 1 and bank(1, 2) == (1, 2)
+
+
+def test_configurations_that_are_mixed_up() -> None:
+    """Each side names the other's."""
+    for theirs in (peft.LoraConfig(r=R), integrations.LoraDropConfig(r=R)):
+        for use in (
+            lambda c=theirs: loradrop.inject(Net(), c),
+            lambda c=theirs: loradrop.fit(Net(), [{"x": 1}], None, c),
+        ):
+            with pytest.raises(TypeError, match=r"get_peft_model.*from_peft\(config\)"):
+                use()
+    with pytest.raises(TypeError, match=r"builtins\.dict: give loradrop\.LoRAConfig"):
+        loradrop.inject(Net(), {"r": 8})  # type: ignore[arg-type]
+    with pytest.raises(AttributeError, match=r"loradrop\.integrations\.peft.*to_peft"):
+        peft.get_peft_model(bert(), loradrop.LoraDropConfig())
+    with pytest.raises(AttributeError, match="no attribute 'rnak'"):
+        _ = config().rnak  # type: ignore[attr-defined]
+    assert not hasattr(config(), "peft_type")
 
 
 def test_adapters_of_peft() -> None:

@@ -374,3 +374,15 @@ def test_an_older_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     with pytest.raises(ImportError, match="which is not installed: pip install peft"):
         require_peft("no-such-package-as-this")
+
+
+def test_the_head_of_a_classifier_without_a_task_type(caplog: pytest.LogCaptureFixture) -> None:
+    """PEFT would adapt it like any layer: said, with the remedy, by which it is trained whole."""
+    options: dict[str, Any] = {"r": 2, "target_modules": "all-linear"}
+    peft.get_peft_model(models.bert(), LoraDropConfig(**options))
+    assert "classifier is of the head" in caplog.text and 'such as "SEQ_CLS"' in caplog.text
+    caplog.clear()
+    model = peft.get_peft_model(models.bert(), LoraDropConfig(**options, task_type="SEQ_CLS"))
+    assert "of the head" not in caplog.text
+    assert not any("classifier" in target.name for target in model.lora_bank.targets)
+    assert model.base_model.model.classifier.modules_to_save.default.weight.requires_grad

@@ -135,6 +135,20 @@ def test_what_is_trained_whole_goes_along(tmp_path: Path) -> None:
     assert torch.allclose(logits(own), logits(model), rtol=0, atol=1e-4)
 
 
+def test_the_card_says_how_to_open_it(tmp_path: Path) -> None:
+    """Once, however often it is saved, and what else is there stays."""
+    model = shared()
+    model.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    text = card.read_text(encoding="utf-8")
+    assert text.count("import loradrop.integrations.peft") == 1
+    card.write_text(f"{text}\nOur evaluation.\n", encoding="utf-8")
+    for save in (model.peft_config["default"].save_pretrained, model.save_pretrained):
+        save(str(tmp_path))
+        text = card.read_text(encoding="utf-8")
+        assert text.count("import loradrop.integrations.peft") == 1 and "Our evaluation." in text
+
+
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_of_the_base_are_trained_and_saved(bias: str, tmp_path: Path) -> None:
     options = {"target_modules": ["query", "value"], "task_type": None, "bias": bias}

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -176,6 +177,15 @@ def test_a_merge_that_is_not_finite_changes_nothing(dtype: torch.dtype, size: fl
     with pytest.raises(ValueError, match=rf"layers\.1\.mix is not finite in {dtype}"):
         loradrop.merge(net)
     assert_same(net, before)
+
+
+def test_what_is_asked_of_a_merged_model(tmp_path: Path) -> None:
+    """Its adapters are gone, and injecting new ones, as for a base model, would not bring them."""
+    model = injected()
+    loradrop.merge(model)
+    for ask in (lambda: loradrop.save(model, tmp_path), lambda: loradrop.probe(model, [IDS])):
+        with pytest.raises(ValueError, match=r"merged into its weights.*keep_original=True"):
+            ask()
 
 
 def test_disabled_is_the_base_and_ends_with_the_block() -> None:

@@ -64,9 +64,14 @@ def extended(existing: str, ours: str) -> str:
     """
     part = _part(ours)
     assert part is not None
+    return _with_metadata(with_part(existing, part), ours)
+
+
+def with_part(existing: str, part: str) -> str:
+    """The card that is there, `existing`, with `part`, marks included, in the place of an older."""
     old = _part(existing)
     text = f"{existing.rstrip()}\n\n{part}\n" if old is None else existing.replace(old, part)
-    return _with_metadata(text.lstrip(), ours)
+    return text.lstrip()
 
 
 def _part(card: str) -> str | None:

@@ -5,11 +5,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
 
 from loradrop.config import LoRAConfig
+from loradrop.files import write_text
+from loradrop.formats.card import END, START, with_part
 from loradrop.formats.peft_file import OURS
 from loradrop.formats.peft_options import CHANGES, require_plain
 from loradrop.methods import LoRA, LoRADrop
@@ -21,6 +24,22 @@ _UNSERVED = CHANGES | {
 }
 _COMMON = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules")
 _PATTERNS = ("rank_pattern", "alpha_pattern", "use_rslora")
+
+
+_HOW_TO_OPEN = """\
+## How to open this adapter
+
+Its type is LORADROP, in which layers share adapters. PEFT learns it from the package loradrop:
+
+```python
+import loradrop.integrations.peft
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+
+`loradrop.export(model, "folder")` writes an ordinary LoRA, for PEFT alone and for serving engines.
+"""
 
 
 class AdapterType(StrEnum):
@@ -95,6 +114,7 @@ class LoraDropConfig(LoraConfig):
         that its options ask for.
         """
         asked, unmeasured = self.plan, self._unmeasured
+        _say_how_to_open(Path(save_directory))
         self.plan = asked if self._record is None else self._record
         try:
             super().save_pretrained(save_directory, **kwargs)
@@ -103,6 +123,14 @@ class LoraDropConfig(LoraConfig):
             self.record(None, None)
         if unmeasured is not None:
             raise ValueError(unmeasured)
+
+
+def _say_how_to_open(folder: Path) -> None:
+    """In the card, which PEFT writes first, and in which it says nothing of this type."""
+    card = folder / "README.md"
+    folder.mkdir(parents=True, exist_ok=True)
+    existing = card.read_text(encoding="utf-8") if card.exists() else ""
+    write_text(card, with_part(existing, f"{START}\n\n{_HOW_TO_OPEN}\n{END}"))
 
 
 def _require_plan(plan: Any) -> None:

@@ -5,6 +5,7 @@ layers hold references into it, so a shared adapter is in the model, its state d
 once, and accelerate, FSDP2 and safetensors see no aliases.
 """
 
+import logging
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -24,11 +25,13 @@ from loradrop.integrations.peft_config import LoraDropConfig, from_peft
 from loradrop.integrations.peft_layers import Banked, is_linear
 from loradrop.integrations.peft_view import viewed
 from loradrop.layers import adapted_class, become, build_bank
+from loradrop.matching import heads, inside
 from loradrop.native import unmeasured
 from loradrop.pairs import LoRABank, fresh
 from loradrop.plan import Plan
 from loradrop.scores import Assignment
 
+_log = logging.getLogger(__name__)
 _Tuner: Any = LoraModel  # PEFT types it as a model that it is not at run time
 _UNMEASURED = (
     "LoraDropConfig decides after a warm-up, and none was made, so what is saved is plain LoRA: "
@@ -75,6 +78,13 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
 
     def _add_bank(self, name: str) -> None:
         config, layers = self.peft_config[name], self._layers(name)
+        of_head = [key for key, _ in layers if any(inside(key, h) for h in heads(self.model))]
+        if of_head and config.task_type is None:
+            _log.warning(
+                "%s is of the head, which is adapted like any layer and not trained whole: pass "
+                'task_type, such as "SEQ_CLS", by which PEFT leaves it out and trains it',
+                ", ".join(of_head),
+            )
         ours = from_peft(config, [key for key, _ in layers])
         names = [f".{key}" for key, _ in self.model.named_modules()]
         saved = [m for m in ours.modules_to_save or () if any(n.endswith(f".{m}") for n in names)]
