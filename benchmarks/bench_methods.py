@@ -3,7 +3,7 @@
 Every method adapts every linear layer, for equally many steps, and has the learning rate that is
 best for it on one grid: see `lib/study.py`. A budget is LoRA's own size at that rank, on the same
 layers; each method's rank and options for it are in `SIZES`, and a cell says what it came to. s is
-2 over the budget for all of them, so LoRA's α is 2 at every size.
+α over the budget for all of them, with one α, so that it is LoRA's at every size.
 Cells are written as they finish, the most telling first, and a run again does the rest.
 
     python benchmarks/bench_methods.py --data DIR [--minutes 30]    DIR/sst2 ... hold train and dev
@@ -26,8 +26,8 @@ from loradrop import methods
 RESULT = RESULTS / "cpu" / "bench_methods.json"
 TASKS = ("stdlib, same modules", "sst2", "mrpc", "stdlib")
 BUDGETS = (1, 4, 2)  # ranks of LoRA; the smallest and the largest tell most
-ALPHA = 2.0  # LoRA's, at every rank
-FIRST = 8e-3  # where a search begins
+ALPHA = 0.5  # LoRA's, at every rank; it came out better than 2 in bench_sizes.py
+FIRST = 16e-3  # where a search begins
 RATES = tuple(1e-3 * 2**k for k in range(-4, 9))  # methods with few parameters take large ones
 # Method -> budget -> the rank of its configuration, and its options where they are not the
 # defaults, for the layers of MiniLM: within 16 % of LoRA's size. At the end AdaLoRA and spectral

@@ -1,10 +1,11 @@
 """Which quality does a model reach at which number of trained parameters?
 
 LoRA of falling rank, LoRA-drop and spectral LoRA-drop, on every linear layer, at equal steps. For
-every arm the learning rate is searched on one grid, by the loss on a part of train that no run
-trains on; the whole curve is kept. At the rate that won, every seed trains once, and dev is looked
-at once, at the end, beside the rows held out, which are like those of training where dev is not (of
-stdlib it has other modules). Cells are written as they finish, and a run again does the rest.
+every arm, and every α of an arm, the learning rate is searched on one grid, by the loss on a part
+of train that no run trains on; the whole curve is kept. At the rate that won, every seed trains
+once, and dev is looked at once, at the end, beside the rows held out, which are like those of
+training where dev is not (of stdlib it has other modules, but for "same modules"). Cells are
+written as they finish, and a run again does the rest.
 
     python benchmarks/bench_sizes.py --data DIR [--models DIR]    DIR/sst2 ... hold train and dev
     python benchmarks/bench_sizes.py --picture                    docs/sizes.png from the cells
@@ -35,7 +36,8 @@ from loradrop.truncation import truncate
 
 RESULT = RESULTS / "cpu" / "bench_sizes.json"
 RANK = 8  # of what all sizes are a part of
-ALPHA = 2.0  # LoRA's, of every arm that does not say its own: s = α/r at every rank
+FIRST = 16e-3  # where a search begins
+ALPHA = 0.5  # LoRA's, of every arm that does not say its own: s = α/r at every rank
 
 
 def lora(rank: int, alpha: float = ALPHA) -> Arm:
@@ -60,19 +62,22 @@ ARMS = {
     "LoRA r=4": lora(4),
     "spectral, 1/2": spectral(2),
     "LoRA r=16": lora(16),
+    "LoRA r=8, α=2": lora(8, 2),
+    "LoRA r=1, α=2": lora(1, 2),
+    "spectral, 1/8, α=2": spectral(8, 2),
+    "LoRA r=8, α=1/8": lora(8, 0.125),
+    "LoRA r=1, α=1/8": lora(1, 0.125),
     "LoRA r=8, α=16": lora(8, 16),
-    "LoRA r=1, α=1/2": lora(1, 0.5),
-    "LoRA r=1, α=8": lora(1, 8),
     "spectral, step time 0.75, 1/8": spectral(8, budget_time=0.75),
     "spectral, s fixed, 1/8": Arm(RANK, Spectral(budget=0.125, scale="fixed"), s=2.0),
     "spectral from r, 1/8": spectral(8, r_start=RANK),
-    "spectral from r, late, 1/8": spectral(8, r_start=RANK, cut_at=0.85),
-    "spectral late, 1/8": spectral(8, cut_at=0.85),
+    "spectral from r, late, 1/8, α=2": spectral(8, 2, r_start=RANK, cut_at=0.85),
+    "spectral late, 1/8, α=2": spectral(8, 2, cut_at=0.85),
     "spectral by weights, 1/8": spectral(8, metric="weight"),
     "spectral online, 1/8": spectral(8, source="online"),
 }
 # What these arms come to when they are cut at their end, as `loradrop compress` does.
-CUT = ("LoRA r=8", "LoRA r=8, α=16")
+CUT = ("LoRA r=8", "LoRA r=8, α=2", "LoRA r=8, α=16")
 PARTS = (2, 4, 8, 16)
 
 
@@ -112,7 +117,9 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     tasks = Tasks(args.data, args.models)
-    study = Study(tasks, args.out, args.minutes, ARMS, {"rank": RANK, "alpha": ALPHA}, after=cuts)
+    study = Study(
+        tasks, args.out, args.minutes, ARMS, {"rank": RANK, "alpha": ALPHA}, first=FIRST, after=cuts
+    )
     study.run([(t, arm) for arm in args.arms for t in args.tasks if tasks.has(t)], args.seeds)
 
 

@@ -130,10 +130,10 @@ def test_a_cell_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert cell is not None and cell.pop("seconds") >= 0
     assert cell == {
         **{"task": "stdlib", "arm": "prilora, 2", "rate": 4e-3, "seed": 1, "of": "dev"},
-        **{"method": "prilora", "budget": 2, "s": 1.0, "facts": {"zeros of A": 0.5}, "loss": 1.0},
+        **{"method": "prilora", "budget": 2, "s": 0.25, "facts": {"zeros of A": 0.5}, "loss": 1.0},
     }
     lora = seen["lora"]
-    assert (lora.r, lora.lora_alpha, lora.target_modules) == (2, 2, "all-linear")
+    assert (lora.r, lora.lora_alpha, lora.target_modules) == (2, 0.5, "all-linear")
     assert lora.method == methods.get("prilora")() and lora.modules_to_save == ("head",)
     assert (seen["args"].learning_rate, seen["args"].seed) == (4e-3, 1)
 

@@ -82,6 +82,17 @@ def test_sizes(tmp_path: Path) -> None:
     assert "| −10.0 ± 0.0 % | 2 |" in found and "9.0" not in found
 
 
+def test_the_rival_is_lora_at_its_best_alpha() -> None:
+    arms = {
+        name: [{"held_out_loss": loss}, {"held_out_loss": loss + 0.1}]
+        for name, loss in {
+            "LoRA r=1": 1.2, "LoRA r=1, α=2": 1.1, "LoRA r=16": 0.5, "spectral, 1/8": 0.4
+        }.items()
+    }  # fmt: skip
+    assert size_tables.small(arms) == "LoRA r=1, α=2"
+    assert size_tables.small({}) == "LoRA r=1"
+
+
 def test_the_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     size_picture.draw(write(tmp_path, "bench_sizes", size_cells()), tmp_path / "sizes.png")

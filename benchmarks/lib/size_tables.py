@@ -10,7 +10,7 @@ from loradrop.files import read_json
 
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom.
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
-SMALL = "LoRA r=1"  # what spectral LoRA-drop at an eighth is compared with
+SMALL = "LoRA r=1"  # what spectral LoRA-drop at an eighth is compared with, at its best α
 SHORT = {
     "loss": "`loradrop compress`",
     "weight, one rank for all": "PEFT's conversion",
@@ -168,18 +168,25 @@ def figures(cells: Sequence[Cell], rival: Sequence[Cell]) -> list[str]:
     return [*row, shown(pairs, 1, " %", "+") if pairs else "", str(len(cells))]
 
 
+def small(arms: dict[str, list[Cell]]) -> str:
+    """LoRA of rank 1 at the α of least loss on the rows by which rates are chosen."""
+    names = [arm for arm in arms if arm.partition(", α")[0] == SMALL]
+    means = {arm: statistics.mean(cell["held_out_loss"] for cell in arms[arm]) for arm in names}
+    return min(means, key=means.__getitem__, default=SMALL)
+
+
 def sizes(results: Path) -> str | None:
     """For every task and arm: the rate that won, parameters, loss and accuracy on dev."""
     final = final_cells(results)
     parts = []
     for task in dict.fromkeys(task for task, _ in final):
-        rival = final.get((task, SMALL), [])
+        arms = {arm: cells for (of, arm), cells in final.items() if of == task}
+        rival = small(arms)
         body = [
-            [arm, *figures(cells, [] if arm == SMALL else rival)]
-            for (of, arm), cells in final.items()
-            if of == task
+            [arm, *figures(cells, [] if arm == rival else arms.get(rival, []))]
+            for arm, cells in arms.items()
         ]
-        parts.append(markdown((task, *FIGURES, f"loss against {SMALL}, paired", "n"), body))
+        parts.append(markdown((task, *FIGURES, f"loss against {rival}, paired", "n"), body))
     return "\n\n".join(parts) or None
 
 
