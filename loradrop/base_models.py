@@ -1,8 +1,9 @@
 """Base models of transformers: the one of a run, and the one that an adapter was trained on."""
 
 import importlib.util
+import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from torch import Tensor
 from loradrop import native
 from loradrop.formats import peft_file, peft_load
 from loradrop.formats.peft import DTYPES
+from loradrop.matching import heads, inside
 from loradrop.run_config import MINILM, RunConfig
 from loradrop.text.examples import TextTask
+
+_log = logging.getLogger(__name__)
 
 
 def resolve_model(model_id: str) -> str:
@@ -34,9 +38,10 @@ def _naming(model_id: str) -> Iterator[None]:
 
 
 def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
-    """(model, tokenizer, modules that the checkpoint lacks).
+    """(model, tokenizer, modules that the checkpoint lacks, or has for other classes).
 
-    A newly made head must be trained whole. Raises ValueError naming a model that cannot be loaded.
+    A newly made head must be trained whole. Raises ValueError naming a model that cannot be loaded,
+    or whose other tensors have other shapes than its configuration says.
     """
     transformers.set_seed(config.train.seed)
     where, words = resolve_model(config.model.id), task.kind == "token_classification"
@@ -61,12 +66,36 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
         options |= {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
     with _naming(config.model.id):
         model, info = auto.from_pretrained(
-            where, revision=config.model.revision, output_loading_info=True, **options
-        )
+            where, revision=config.model.revision, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
     pad_with(model, tokenizer)
     model.config._name_or_path = config.model.id
-    missing = {key.rpartition(".")[0] for key in info["missing_keys"]}
-    return model, tokenizer, sorted(missing)
+    made = {*info["missing_keys"], *_of_other_shape(model, info["mismatched_keys"], config)}
+    return model, tokenizer, sorted({key.rpartition(".")[0] for key in made})
+
+
+def _of_other_shape(
+    model: Any, mismatched: Iterable[tuple[str, Any, Any]], config: RunConfig
+) -> list[str]:
+    """The names of tensors of the head that the checkpoint has in another shape: for other classes.
+
+    Raises ValueError for any other tensor.
+    """
+    found = sorted((name, tuple(there), tuple(here)) for name, there, here in mismatched)
+    for name, there, here in found:
+        if not any(inside(name, head) for head in heads(model)):
+            raise ValueError(
+                f"the model {config.model.id!r} cannot be loaded: its {name} is {there}, and its "
+                f"configuration makes it {here}. Its files do not belong together: fetch it again"
+            )
+    if found:
+        shapes = ", ".join(f"{name} {there} -> {here}" for name, there, here in found)
+        _log.warning(
+            "the head of %s is for other classes than the data's, so it is made anew and trained "
+            "whole: %s", config.model.id, shapes,
+        )  # fmt: skip
+    return [name for name, *_ in found]
 
 
 def load_base(
@@ -93,6 +122,9 @@ def load_base(
         config = transformers.AutoConfig.from_pretrained(where, revision=revision)
     sizes = [config.num_labels, *(len(tensor) for tensor in saved.values() if tensor.ndim)]
     config.num_labels = next((n for n in sizes if _holds(cls, config, n, saved)), sizes[0])
+    if len(labels := base.get("labels") or ()) == config.num_labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
     options = {"revision": revision, "dtype": DTYPES[dtype]}
     with _naming(where):
         model = cls.from_pretrained(where, config=config, **options)

@@ -202,13 +202,17 @@ def plan_of(model: nn.Module) -> Plan:
 
 
 def base_of(model: nn.Module) -> dict[str, Any]:
-    """Class, id and revision of a model where its config has them, and its tensors' fingerprint."""
+    """Class, id, revision and names of the classes of a model where its config has them, and its
+    tensors' fingerprint, of names and shapes alone.
+    """
     config = getattr(model, "config", None)
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("lora_bank.")}
     shapes = [(key, tuple(value.shape)) for key, value in own.items()]
+    names = list((getattr(config, "id2label", None) or {}).values())
+    known = names != [f"LABEL_{i}" for i in range(len(names))]
     return {
         "class": type(model).__name__,
         "id": getattr(config, "_name_or_path", None),
         "revision": getattr(config, "_commit_hash", None),
         "fingerprint": hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest(),
-    }
+    } | ({"labels": names} if known else {})

@@ -45,6 +45,13 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
         names = {"all-linear": _adaptable(model, config, linear, excluded)}
     elif isinstance(wanted, str):
         names = {wanted: [name for name in modules if re.fullmatch(wanted, name)]}
+        entries = [entry.strip() for entry in wanted.split(",")]
+        if not names[wanted] and all(_suffix(linear, entry) for entry in entries):
+            given = ", ".join(f'"{entry}"' for entry in entries)
+            raise ValueError(
+                f'target_modules="{wanted}" is a string, which is a regular expression for whole '
+                f"names, and no name is like that: give a list, [{given}]"
+            )
     elif wanted is None:
         for kinds in (QUERY_VALUE, OTHERWISE):
             names = {kind: found for kind in kinds if (found := _suffix(linear, kind))}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch.utils.data import DataLoader
 
-from loradrop.base_models import build
+from loradrop.base_models import base_named_by, build
 from loradrop.config import LoRAConfig
 from loradrop.env import is_first_rank
 from loradrop.files import write_json, write_text
@@ -23,7 +23,7 @@ from loradrop.probing import probe
 from loradrop.report.grid import Arm, arms_table, plan_table
 from loradrop.report.page import file_size, how_to_load, write_report
 from loradrop.report.plots import plot_history, plot_importance
-from loradrop.run_config import CONFIG, RunConfig, folder_of
+from loradrop.run_config import CONFIG, MINILM, RunConfig, folder_of
 from loradrop.scores import Scores
 from loradrop.text.examples import TextTask
 from loradrop.text.task import load_task
@@ -120,10 +120,14 @@ def warm_up_run(config: RunConfig, *, resume: bool = False) -> Plan:
 def measure(
     config: RunConfig, adapter: str | Path, *, split: str = "train", batches: int | None = None
 ) -> Scores:
-    """The scores of a native adapter on a split of the data, measured offline.
+    """The scores of a native adapter on a split of the data, measured offline, in the model that
+    the configuration names, else in the one that the adapter was trained on.
 
     batches   use only that many, the first ones; None is all
     """
+    named = base_named_by(adapter)[0].get("id")
+    if named and config.model.id == MINILM:
+        config = replace(config, model=replace(config.model, id=named))
     model, _, rows, options = _prepare(config, load_task(config.data), config.lora)
     load(model, adapter)
     size = config.train.batch_size

@@ -77,6 +77,13 @@ def test_refusals(make: Make, targets: list[str], options: Options, words: str) 
     refused(words, make(), *targets, **options)
 
 
+def test_a_string_is_a_pattern_for_whole_names() -> None:
+    for text, given in (("query", r'\["query"\]'), ("query, value", r'\["query", "value"\]')):
+        refused(rf'"{text}" is a string.*give a list, {given}', Net(), target_modules=text)
+    refused(r"'quern' matches nothing", Net(), target_modules="quern")
+    assert len(loradrop.inject(Net(), config(target_modules=r".*\.query")).targets) == 3
+
+
 def test_a_head_that_is_offloaded_cannot_train() -> None:
     model = accelerate.cpu_offload(Net(), execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"classifier\.0\.weight is offloaded.*dispatched"):

@@ -331,6 +331,20 @@ def test_another_model(make: Make, options: Options, message: str, path: Path) -
     refused(message, path, make(**options))
 
 
+def test_another_base_of_the_same_shapes(
+    model: Any, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its name alone tells it apart; a folder of the same name is the same model."""
+    model.config._name_or_path = "org/a-bert"
+    loradrop.save(model, path)
+    for name, said in (("org/other-bert", True), ("/models/a-bert", False), ("", False)):
+        other = bert()
+        other.config._name_or_path = name
+        caplog.clear()
+        loradrop.load(other, path)
+        assert ("was trained on org/a-bert, and this model is" in caplog.text) == said
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_into_adapters_of_another_dtype_and_number(shared: bool, tmp_path: Path) -> None:
     """What is in the file holds: its dtype, and as many adapters as it has."""

@@ -330,6 +330,17 @@ def test_model_card(tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "README.md").read_text()  # a folder of this machine
 
 
+def test_the_card_names_classes(tmp_path: Path) -> None:
+    model = share(adapt(bert()), [])
+    model.config.id2label = {0: "calm", 1: "angry"}
+    export(model, tmp_path, engines="peft")
+    card = (tmp_path / "README.md").read_text()
+    assert "Classes, in the order of the outputs: calm, angry." in card and "Own: none." in card
+    model.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}  # transformers' own, which say nothing
+    export(model, tmp_path / "unnamed")
+    assert "Classes" not in (tmp_path / "unnamed" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("format", ["peft", "merged"])
 def test_the_model_stays_as_it_is(format: str, tmp_path: Path) -> None:
     model = adapt(bert().train())

@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedTokenizerFast,
     RobertaTokenizer,
@@ -28,7 +30,7 @@ from loradrop.cli import main
 from loradrop.methods import available
 from loradrop.native import read
 from loradrop.run import measure, run, warm_up_run
-from loradrop.run_config import MINILM, RunConfig, folder_of, read_config
+from loradrop.run_config import MINILM, ModelConfig, RunConfig, folder_of, read_config
 from loradrop.text.task import DataConfig, load_task
 from loradrop.text.tokens import collator, tokenize
 from loradrop.training import Result
@@ -334,6 +336,8 @@ def test_new_head_is_found_trained_and_loaded(family: str, table: str, tmp_path:
     assert saved == {f"saved.{name}" for name in head}
     again, where = load_base(adapter)
     assert type(again) is type(model) and where == model_id and not again.training
+    assert again.config.id2label == {0: "bad", 1: "good"}
+    assert again.config.label2id == {"bad": 0, "good": 1}
     loradrop.load(again, adapter)
     _, dev = tokenize(load_task(config.data), tokenizer, config.data.max_length)
     batch = dict(collator("classification", tokenizer)([dev[i] for i in range(len(dev))]))
@@ -341,6 +345,25 @@ def test_new_head_is_found_trained_and_loaded(family: str, table: str, tmp_path:
     with torch.no_grad():
         output = again(**batch)
     assert float(output.loss) == pytest.approx(result.metrics["loss"], rel=1e-4)
+
+
+def test_a_head_for_other_classes_is_made_anew(
+    table: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As one that the checkpoint lacks, and it is said; nothing else may have another shape."""
+    base = tmp_path / "base"
+    model_id = write_model(base)
+    sizes: dict[str, Any] = FAMILIES["bert"] | {"num_labels": 3}
+    made = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **sizes))
+    made.save_pretrained(base)
+    config = configured(model_id, table, tmp_path / "run")
+    model, _, missing = build(config, load_task(config.data))
+    assert missing == ["classifier"] and model.config.num_labels == 2
+    assert "for other classes" in caplog.text and "(3, 32) -> (2, 32)" in caplog.text
+    said = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(said | {"intermediate_size": 48}))
+    with pytest.raises(ValueError, match=r"cannot be loaded: its bert\.encoder.* is \(64"):
+        build(config, load_task(config.data))
 
 
 def test_base_that_cannot_be_loaded_is_named(
@@ -526,6 +549,8 @@ def test_measure_is_an_offline_probe(trained: RunConfig) -> None:
         for count in (None, 1):
             scores = measure(config, adapter, split=split, batches=count)
             assert dict(scores) == dict(loradrop.probe(model, batches[:count]))
+            unnamed = replace(config, model=ModelConfig())  # then the adapter's own base
+            assert dict(measure(unnamed, adapter, split=split, batches=count)) == dict(scores)
             assert scores.source == "offline" and len(scores.rows) == (count or len(batches))
 
 

@@ -11,6 +11,7 @@ from loradrop._version import __version__
 from loradrop.files import rendered
 from loradrop.formats.engines import EngineVerdict, vllm_rank
 from loradrop.formats.peft_file import PeftFile, task_of
+from loradrop.injection import base_of
 from loradrop.plan import Plan
 
 START = "<!-- loradrop: every export renews what is between these marks; write before or after -->"
@@ -51,6 +52,7 @@ def card_of(model: nn.Module, plan: Plan, file: PeftFile, verdicts: list[EngineV
         own_ranks="rank_pattern" in file.config,
         vllm_rank=vllm_rank(file),
         verdicts=verdicts,
+        labels=(base_of(model).get("labels") or [])[:50] if extra else None,
         start=START,
         end=END,
     )

@@ -120,6 +120,7 @@ def verdicts_on(file: PeftFile, engines: Sequence[str] | None) -> list[EngineVer
     refuses it, with its reason.
     """
     verdicts = [refusal(engine, file) for engine in ENGINES]
+    engines = [engines] if isinstance(engines, str) else engines
     required = [refusal(engine, file).engine for engine in engines or ENGINES[:1]]
     for verdict in verdicts:
         if not verdict.ok and verdict.engine in required:

@@ -155,13 +155,20 @@ class LoRADrop(Method):
                 "or pass kept"
             )
         assert isinstance(bank, LoRABank)
-        if self.budget is not None and self.budget < (least := self._least(scores)):
+        least = self._least(scores)
+        if self.budget is not None and self.budget < least:
             what = (
                 f"budget={self.budget:g} is out of reach: one adapter per group takes {least:.3g}"
             )
             _log.warning("%s of LoRA's parameters, so no target keeps its own", what)
+        kept = self.decide(scores)
+        if self.budget is not None and self.budget >= least and not kept:
+            _log.warning(
+                "budget=%g: beside one adapter per group, %.3g of LoRA's parameters, there is no "
+                "room for another, so no target keeps its own", self.budget, least,
+            )  # fmt: skip
         bank.share(
-            self.decide(scores), scores, share=self.share, init=self.share_init,
+            kept, scores, share=self.share, init=self.share_init,
             after_select=self.after_select, interval=self.interval,
         )  # fmt: skip
 
