@@ -29,12 +29,12 @@ def resolve_model(model_id: str) -> str:
 
 
 @contextmanager
-def _naming(model_id: str) -> Iterator[None]:
+def _naming(model_id: str, remedy: str = "") -> Iterator[None]:
     """Adds the model's name to the errors of transformers, which do not all give it."""
     try:
         yield
     except (OSError, ValueError) as error:
-        raise ValueError(f"the model {model_id!r} cannot be loaded: {error}") from error
+        raise ValueError(f"the model {model_id!r} cannot be loaded: {error}{remedy}") from error
 
 
 def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
@@ -118,7 +118,8 @@ def load_base(
             f"{base.get('id')!r}): give the id or path of a model of transformers"
         )
     revision = None if model_id else base.get("revision")
-    with _naming(where):
+    remedy = "" if model_id else f". {adapter} calls its base so: give its place (--model)"
+    with _naming(where, remedy):
         config = transformers.AutoConfig.from_pretrained(where, revision=revision)
     sizes = [config.num_labels, *(len(tensor) for tensor in saved.values() if tensor.ndim)]
     config.num_labels = next((n for n in sizes if _holds(cls, config, n, saved)), sizes[0])

@@ -29,6 +29,15 @@ def small_batches(
     return DataLoader(some_of(rows, count, seed), batch_size=BATCH, collate_fn=collate)
 
 
+def require_several(batches: Any) -> None:
+    """Raises ValueError for one batch in the place of several: its keys would be taken for them."""
+    if isinstance(batches, Mapping):
+        raise ValueError(
+            f"batches is a {type(batches).__name__}, which is one batch: give a list, [batch], or "
+            "a DataLoader"
+        )
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Inside, the model is in eval mode; afterwards each of its modules has its own mode back."""

@@ -238,13 +238,12 @@ def merge(
 def verify(adapter: Native, exported: Exported, model: Base = None, debug: Debug = False) -> None:
     """Compare an export with the adapter it came from."""
     from loradrop.base_models import load_base
-    from loradrop.formats.check import verify, verify_merged
+    from loradrop.formats.check import verify
 
     _quiet()
     base, where = load_base(adapter, model)
     loradrop.load(base, adapter)
-    compare = verify_merged if (exported / "config.json").exists() else verify
-    report = compare(base, exported, _batches(base, where))
+    report = verify(base, exported, _batches(base, where))
     print(report.table())
     raise typer.Exit(0 if report.ok else 1)
 

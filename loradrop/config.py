@@ -187,9 +187,18 @@ def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> No
     """Raises ValueError for the first key of `given` that `where` does not know."""
     for key in given:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1, 0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-            raise ValueError(f"{where} has no option {key!r}: {hint}")
+            raise ValueError(f"{where} has no option {key!r}: {_hint(key, known)}")
+
+
+def _hint(key: str, known: Sequence[str]) -> str:
+    from loradrop.formats.peft_options import CHANGES, HARMLESS
+
+    if key in CHANGES:
+        return f"it is PEFT's, and its adapter would not be s·B·A over the base: {CHANGES[key]}"
+    if key in HARMLESS and key not in LoRAConfig.__dataclass_fields__:
+        return "it is PEFT's, and has no counterpart here"
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
 
 
 def pattern_matches(key: str, name: str) -> bool:

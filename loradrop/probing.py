@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loradrop.bank import bank_of
-from loradrop.batches import call, evaluating
+from loradrop.batches import call, evaluating, require_several
 from loradrop.collector import GRAMS, Collector
 from loradrop.injection import injected, injection_of
 from loradrop.losses import LABELS, Labels, losses
@@ -47,6 +47,7 @@ def probe(
     """
     if isinstance(labels, str):
         check_choice("labels", labels, LABELS)
+    require_several(batches)
     bank_of(model)
     with injected(model) as own:
         return _probe(own, batches, {"mask": mask, "mask_fn": mask_fn}, gram, labels)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loradrop import methods
 from loradrop.bank import AdapterBank, bank_of, execution_device, has_bank
 from loradrop.config import LoRAConfig, require_config
 from loradrop.injection import (
@@ -37,6 +38,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     configuration of PEFT.
     """
     require_config(config)
+    methods.require_own_name(config.method)
     name, modules = type(model).__name__, list(model.modules())
     of_peft = getattr(model, "peft_config", None) is not None
     if of_peft or any(hasattr(module, "lora_A") for module in modules):

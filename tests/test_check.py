@@ -10,7 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from models import IDS, Make, Options, adapt, assert_same, bert, gpt2, llama, share, snapshot
+from models import (
+    IDS,
+    Make,
+    Options,
+    adapt,
+    assert_same,
+    bert,
+    gpt2,
+    llama,
+    share,
+    snapshot,
+    wake,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -426,3 +438,15 @@ def test_scale_rules() -> None:
     config["use_rslora"] = False
     assert [scale(engine, config, v, 4) for engine in ENGINES] == [1.5, 1.5, 2, 8]
     assert scale("llama.cpp", {"r": 16, "lora_alpha": 0}, v, 4) == 1
+
+
+def test_a_merged_model_is_compared_as_well(tmp_path: Path) -> None:
+    """By the one function; what is of PEFT's files is refused for it."""
+    model = adapt(bert())
+    loradrop.export(model, tmp_path, format="merged")
+    report = verify(model, tmp_path, BATCHES)
+    assert report.ok and report.loader == "merged" and not report.rows
+    with pytest.raises(ValueError, match="is a merged model: engines and tolerance"):
+        verify(model, tmp_path, BATCHES, engines=["vllm"])
+    wake(model)
+    assert not verify(model, tmp_path, BATCHES).ok

@@ -84,6 +84,17 @@ def test_a_string_is_a_pattern_for_whole_names() -> None:
     assert len(loradrop.inject(Net(), config(target_modules=r".*\.query")).targets) == 3
 
 
+def test_one_batch_in_the_place_of_several(tmp_path: Path) -> None:
+    model = injected()
+    loradrop.export(model, tmp_path)
+    for use in (
+        lambda: loradrop.probe(model, {"ids": IDS}),
+        lambda: loradrop.verify(model, tmp_path, {"ids": IDS}),
+    ):
+        with pytest.raises(ValueError, match=r"batches is a dict, which is one batch.*\[batch\]"):
+            use()
+
+
 def test_a_head_that_is_offloaded_cannot_train() -> None:
     model = accelerate.cpu_offload(Net(), execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"classifier\.0\.weight is offloaded.*dispatched"):
@@ -272,6 +283,13 @@ def test_configurations_that_are_mixed_up() -> None:
         loradrop.inject(Net(), {"r": 8})  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match=r"loradrop\.integrations\.peft.*to_peft"):
         peft.get_peft_model(bert(), loradrop.LoraDropConfig())
+    for key, words in (
+        ("use_dora", "not be s·B·A over the base: DoRA also scales"),
+        ("task_type", "it is PEFT's, and has no counterpart here"),
+        ("lora_alpa", "did you mean 'lora_alpha'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            loradrop.LoraDropConfig(**{key: True})
     with pytest.raises(AttributeError, match="no attribute 'rnak'"):
         _ = config().rnak  # type: ignore[attr-defined]
     assert not hasattr(config(), "peft_type")

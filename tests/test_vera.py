@@ -54,8 +54,10 @@ def test_the_delta_is_that_of_the_formula() -> None:
     torch.testing.assert_close(net.wide(x), base + x @ bank.delta(0).T, rtol=1e-4, atol=1e-5)
 
 
-def test_the_method_of_the_docs_is_this_one() -> None:
-    """The method in one file that docs/methods.md shows, in at most 40 lines."""
+def test_the_method_of_the_docs_is_this_one(tmp_path: Path) -> None:
+    """The method in one file that docs/methods.md shows, in at most 40 lines; it is saved and read
+    by its name, which has to be its own.
+    """
     text = (Path(__file__).resolve().parent.parent / "docs" / "methods.md").read_text("utf-8")
     code = text.split("## A method in one file")[1].split("```python\n")[1].split("```")[0]
     assert len(code.splitlines()) <= 40
@@ -76,6 +78,14 @@ def test_the_method_of_the_docs_is_this_one() -> None:
     for i in range(len(bank.targets)):
         assert torch.equal(bank.delta(i), ours.delta(i))
     assert not torch.allclose(net(x), before)
+    loradrop.save(net, tmp_path)
+    torch.manual_seed(0)
+    again = Net()
+    loradrop.load(again, tmp_path)
+    assert torch.equal(again(x), net(x))
+    taken = type("Taken", (shown.VeRA,), {"name": "vera", "__module__": "shown"})
+    with pytest.raises(ValueError, match=r"Taken\.name is 'vera'.*another name"):
+        loradrop.inject(Net(), LoRAConfig(r=R, target_modules=names, method=taken()))
 
 
 def test_the_start() -> None:

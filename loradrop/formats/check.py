@@ -5,15 +5,16 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loradrop.bank import bank_of
-from loradrop.batches import call, evaluating
+from loradrop.batches import call, evaluating, require_several
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal, scale
-from loradrop.formats.peft_file import PeftFile, configuration_of, read
+from loradrop.formats.peft_file import CONFIG, PeftFile, configuration_of, read
 from loradrop.injection import Adapters, adapters_of, injected
 from loradrop.surgery import remove
 
@@ -76,7 +77,8 @@ def verify(
     engines: Sequence[str] | None = None,
     tolerance: float | None = None,
 ) -> Report:
-    """Load the PEFT file in `path` beside the native adapter of `model`, and compare them.
+    """Load the PEFT file in `path` beside the native adapter of `model`, and compare them; a merged
+    model in `path` likewise.
 
     batches    as for `probe`: the logits of both are compared on them
     engines    those that have to take the file for `Report.ok`, None for PEFT; all are reported
@@ -89,6 +91,10 @@ def verify(
     """
     bank_of(model)
     with injected(model) as own:
+        if (Path(path) / "config.json").exists() and not (Path(path) / CONFIG).exists():
+            if engines is not None or tolerance is not None:
+                raise ValueError(f"{path} is a merged model: engines and tolerance are of PEFT's")
+            return verify_merged(own, path, batches)
         return _verify(own, path, batches, engines, tolerance)
 
 
@@ -192,6 +198,7 @@ class _Delta:
 
 def _difference(model: nn.Module, other: nn.Module, batches: Iterable[Any]) -> tuple[float, float]:
     """The largest difference of their logits in eval mode, and it over the model's deviation."""
+    require_several(batches)
     other.eval()
     with evaluating(model):
         pairs = [(_logits(call(model, batch)), _logits(call(other, batch))) for batch in batches]

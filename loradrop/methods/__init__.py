@@ -31,7 +31,35 @@ def available() -> Mapping[str, type[Method]]:
 
 
 def get(name: str) -> type[Method]:
-    """The method class of that name. Raises ValueError with the names that there are."""
-    if name not in available():
-        raise ValueError(f"method {name!r} is unknown: choose one of {', '.join(available())}")
-    return available()[name]
+    """The method class of that name, one of your own too where its module was imported.
+
+    Raises ValueError with the names that there are.
+    """
+    found = available().get(name) or _imported(name)
+    if found is None:
+        raise ValueError(
+            f"method {name!r} is unknown: choose one of {', '.join(available())}. One of your own "
+            "is found once its module is imported, or by an entry point of the group "
+            "loradrop.methods"
+        )
+    return found
+
+
+def _imported(name: str) -> type[Method] | None:
+    classes = [Method]
+    for kind in classes:  # which grows
+        classes += kind.__subclasses__()
+    return next((kind for kind in reversed(classes) if vars(kind).get("name") == name), None)
+
+
+def require_own_name(method: Method) -> None:
+    """Raises ValueError where another class has its name: files name a method by that alone."""
+    kind = type(method)
+    if kind.__module__.startswith(f"{__name__}.") or "name" not in vars(kind):
+        return
+    known = available().get(kind.name)
+    if known not in (None, kind):
+        raise ValueError(
+            f"{kind.__qualname__}.name is {kind.name!r}, which {known.__module__} has: a saved "
+            "adapter would be read as that one's. Give it another name"
+        )
