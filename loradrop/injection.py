@@ -197,8 +197,23 @@ def plan_of(model: nn.Module) -> Plan:
         return replace(injection.plan, **now)
     scores = None if injection.scores is None else injection.scores.to_dict()
     with injected(model) as own:
-        base = base_of(own)
+        base = base_of(own) | classes_of(own)
     return Plan(config=injection.config, scores=scores, base=base, versions=versions(), **now)
+
+
+def classes_of(model: nn.Module) -> dict[str, Any]:
+    """What the config of a classifier says of its classes: `labels`, their names where they have
+    some, and `problem_type`. Apart from `base_of`, which two runs must have alike.
+    """
+    config = getattr(model, "config", None)
+    if "Classification" not in type(model).__name__:
+        return {}
+    names = getattr(config, "id2label", None) or {}
+    labels = [names[i] for i in range(len(names)) if i in names]
+    named = len(labels) == len(names) and labels != [f"LABEL_{i}" for i in range(len(labels))]
+    found = {"labels": labels if named else None}
+    found["problem_type"] = getattr(config, "problem_type", None)
+    return {key: value for key, value in found.items() if value}
 
 
 def base_of(model: nn.Module) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import nn
 from loradrop.bank import AdapterBank, bank_of, has_bank
 from loradrop.config import LoRAConfig
 from loradrop.formats import peft_load
-from loradrop.injection import base_of, injection_of, require_loaded
+from loradrop.injection import base_of, classes_of, injection_of, require_loaded
 from loradrop.layers import shape_of
 from loradrop.native import FOLDER, TENSORS, NativeFile, read
 from loradrop.ranks import placed
@@ -53,7 +53,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
     if plan.base.get("fingerprint") not in (None, base_of(model)["fingerprint"]):
         differ = "whose tensors are not all those of this model; its targets fit"
         _log.warning("%s was trained on %s, %s", path, plan.base.get("id"), differ)
-    fill(model, file._replace(plan=replace(plan, base={**base_of(model), **plan.base})))
+    base = {**base_of(model), **classes_of(model), **plan.base}
+    fill(model, file._replace(plan=replace(plan, base=base)))
     return bank
 
 
