@@ -356,12 +356,10 @@ def _plan_at(path: Path) -> "Plan":
         return read(path).plan
     file = path / PLAN if path.is_dir() else path
     if not file.exists():
-        what = "is not there"
-        if path.is_dir() and is_peft(path):
-            what = "is not there, as PEFT's format has no plan"
+        why = ", as PEFT's format has no plan" * is_peft(path)
         raise FileNotFoundError(
-            f"{file} {what}: give a plan.json, the folder of a run, or the native adapter that "
-            f"loradrop.save wrote{adapters_below(path)}"
+            f"{file} is not there{why}: give a plan.json, the folder of a run, or the native "
+            f"adapter that loradrop.save wrote{adapters_below(path)}"
         )
     return Plan.from_dict(read_json(file)) if file.suffix == ".json" else read(file).plan
 

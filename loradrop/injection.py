@@ -203,7 +203,8 @@ def plan_of(model: nn.Module) -> Plan:
 
 def classes_of(model: nn.Module) -> dict[str, Any]:
     """What the config of a classifier says of its classes: `labels`, their names where they have
-    some, and `problem_type`. Apart from `base_of`, which two runs must have alike.
+    some, and `problem_type` where it is not one class each, which a forward sets by itself. Apart
+    from `base_of`, which a run that resumes must have as before.
     """
     config = getattr(model, "config", None)
     if "Classification" not in type(model).__name__:
@@ -211,8 +212,9 @@ def classes_of(model: nn.Module) -> dict[str, Any]:
     names = getattr(config, "id2label", None) or {}
     labels = [names[i] for i in range(len(names)) if i in names]
     named = len(labels) == len(names) and labels != [f"LABEL_{i}" for i in range(len(labels))]
+    kind = getattr(config, "problem_type", None)
     found = {"labels": labels if named else None}
-    found["problem_type"] = getattr(config, "problem_type", None)
+    found["problem_type"] = None if kind == "single_label_classification" else kind
     return {key: value for key, value in found.items() if value}
 
 

@@ -218,8 +218,8 @@ def test_a_base_that_lies_elsewhere(
     works(capsys, "export", adapter, tmp_path / "peft", "--model", work / "base")
     card = (tmp_path / "peft" / "README.md").read_text()
     assert "num_labels=2, id2label={0: 'bad', 1: 'good'})" in card
-    fails(capsys, "holds no adapter of PEFT and no merged model", "verify", adapter, "none",
-          "--model", work / "base")  # fmt: skip
+    nothing = ("verify", adapter, "none", "--model", work / "base")
+    fails(capsys, "none holds no adapter of PEFT and no merged model: give the folder", *nothing)
     said = f"{tmp_path / 'peft' / 'plan.json'} is not there, as PEFT's format has no plan: give"
     fails(capsys, said, "plan", "show", tmp_path / "peft")
 
@@ -227,11 +227,26 @@ def test_a_base_that_lies_elsewhere(
 def test_the_adapter_of_a_run_is_named(
     work: Path, adapter: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
-    for run, below in ((adapter.parent, [adapter]), (work / "run", [adapter])):
-        for line in (("export", run, tmp_path / "a"), ("compress", run, "--dry-run")):
-            status, _, err = command(capsys, *line)
-            assert status == 2 and "give the folder loradrop.save wrote, or one of PEFT, " in err
-            assert all(str(folder) in err for folder in below)
+    run = work / "run"
+    arms = f"{run / 'lora-drop' / 'adapter'} or {run / 'lora' / 'adapter'}"
+    for folder, below in ((adapter.parent, adapter), (run, arms)):
+        for line in (("export", folder, tmp_path / "a"), ("compress", folder, "--dry-run")):
+            said = f"give the folder loradrop.save wrote, or one of PEFT, which is {below}\n"
+            fails(capsys, said, *line)
+
+
+def test_a_merged_classifier_takes_several_texts(
+    work: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    """Llama's head has to know what fills a batch, which its base model did not say."""
+    base = Path(write_model(tmp_path / "base", "llama"))
+    config = json.loads((base / "config.json").read_text()) | {"pad_token_id": None}
+    (base / "config.json").write_text(json.dumps(config))
+    given = (f"model={base}", f"data={work / 'films.csv'}", "data.max_length=16")
+    works(capsys, "train", *given, f"output={tmp_path / 'run'}", "method=lora", "train.steps=2")
+    works(capsys, "merge", tmp_path / "run" / "lora" / "adapter", tmp_path / "merged")
+    merged = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert merged["pad_token_id"] == 0 and merged["id2label"] == {"0": "bad", "1": "good"}
 
 
 def test_probe_errors(work: Path, adapter: Path, tmp_path: Path, capsys: Capsys) -> None:
