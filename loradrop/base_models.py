@@ -1,9 +1,10 @@
 """Base models of transformers: the one of a run, and the one that an adapter was trained on."""
 
+import functools
 import importlib.util
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import transformers
 from torch import Tensor
 
 from loradrop import native
+from loradrop.config import LoRAConfig
 from loradrop.formats import peft_file, peft_load
 from loradrop.formats.peft import DTYPES
-from loradrop.matching import heads, inside
+from loradrop.matching import inside, saved_modules
 from loradrop.run_config import MINILM, RunConfig
 from loradrop.text.examples import TextTask
 
+Differing = tuple[str, Sequence[int], Sequence[int]]  # a tensor's name, its shape there and here
 _log = logging.getLogger(__name__)
 
 
@@ -34,26 +37,20 @@ def _naming(model_id: str, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise ValueError(f"the model {model_id!r} cannot be loaded: {error}{remedy}") from error
+        raise ValueError(f"the model {model_id!r} cannot be loaded: {remedy}{error}") from error
 
 
 def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
     """(model, tokenizer, modules that the checkpoint lacks, or has for other classes).
 
     A newly made head must be trained whole. Raises ValueError naming a model that cannot be loaded,
-    or whose other tensors have other shapes than its configuration says.
+    or whose weights have other shapes than its config says.
     """
     transformers.set_seed(config.train.seed)
     where, words = resolve_model(config.model.id), task.kind == "token_classification"
     options: dict[str, Any] = {"dtype": DTYPES[config.model.dtype]}
     with _naming(config.model.id):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            where, revision=config.model.revision
-        )
-        if words and getattr(tokenizer, "add_prefix_space", True) is False:  # words as in a text
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                where, revision=config.model.revision, add_prefix_space=True
-            )
+        tokenizer = _tokenizer(where, words, revision=config.model.revision)
     auto: Any = transformers.AutoModelForCausalLM
     if words:
         auto = transformers.AutoModelForTokenClassification
@@ -71,64 +68,91 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
         )  # fmt: skip
     pad_with(model, tokenizer)
     model.config._name_or_path = config.model.id
-    made = {*info["missing_keys"], *_of_other_shape(model, info["mismatched_keys"], config)}
-    return model, tokenizer, sorted({key.rpartition(".")[0] for key in made})
+    missing = {key.rpartition(".")[0] for key in info["missing_keys"]}
+    if differing := sorted(info["mismatched_keys"]):
+        heads = [] if task.kind == "causal_lm" else saved_modules(model, LoRAConfig())
+        _require_free(config.model.id, differing, heads)
+        _tell_head(config.model.id, _shapes(differing))
+        missing.update(heads)
+    return model, tokenizer, sorted(missing)
 
 
-def _of_other_shape(
-    model: Any, mismatched: Iterable[tuple[str, Any, Any]], config: RunConfig
-) -> list[str]:
-    """The names of tensors of the head that the checkpoint has in another shape: for other classes.
+def _tokenizer(where: str, words: bool, **options: Any) -> Any:
+    """The tokenizer there; of `words`, one that takes them as they stand in a text."""
+    made = transformers.AutoTokenizer.from_pretrained(where, **options)
+    if words and getattr(made, "add_prefix_space", True) is False:
+        options["add_prefix_space"] = True
+        made = transformers.AutoTokenizer.from_pretrained(where, **options)
+    return made
 
-    Raises ValueError for any other tensor.
-    """
-    found = sorted((name, tuple(there), tuple(here)) for name, there, here in mismatched)
-    for name, there, here in found:
-        if not any(inside(name, head) for head in heads(model)):
-            raise ValueError(
-                f"the model {config.model.id!r} cannot be loaded: its {name} is {there}, and its "
-                f"configuration makes it {here}. Its files do not belong together: fetch it again"
-            )
-    if found:
-        shapes = ", ".join(f"{name} {there} -> {here}" for name, there, here in found)
-        _log.warning(
-            "the head of %s is for other classes than the data's, so it is made anew and trained "
-            "whole: %s", config.model.id, shapes,
-        )  # fmt: skip
-    return [name for name, *_ in found]
+
+def _shapes(differing: Iterable[Differing]) -> str:
+    pairs = ((key, tuple(there), tuple(here)) for key, there, here in differing)
+    return ", ".join(f"{key} is {there} and should be {here}" for key, there, here in pairs)
+
+
+def _require_free(model_id: str, differing: Iterable[Differing], free: Iterable[str]) -> None:
+    """Raises ValueError for tensors with other shapes than the config's outside of `free`."""
+    fixed = [found for found in differing if not any(inside(found[0], name) for name in free)]
+    if fixed:
+        raise ValueError(
+            f"the model {model_id!r} cannot be loaded: in its weights {_shapes(fixed)} by its "
+            "config.json, and this is no head that could be made anew. Restore the files of one "
+            "save, or choose another model"
+        )
+
+
+@functools.cache
+def _tell_head(model_id: str, shapes: str) -> None:
+    told = "the head of %s was made for other classes (%s): it is made anew and trained whole"
+    _log.info(told, model_id, shapes)
 
 
 def load_base(
-    adapter: str | Path, model_id: str | None = None, dtype: str = "float32"
+    adapter: str | Path,
+    model_id: str | None = None,
+    dtype: str = "float32",
+    *,
+    revision: str | None = None,
+    option: str = "model_id=",
 ) -> tuple[Any, str]:
     """(the base model that an adapter, native or PEFT's, was trained on; its id or path).
 
-    `model_id` replaces the one that the adapter names. The head gets the size of the tensors that
-    were saved. Raises ValueError where no model of transformers is named, and for one that cannot
-    be loaded.
+    `model_id` and `revision` replace those that the adapter names; errors say `option` for where
+    to give the first. The head gets the size of the tensors that were saved, and the names of the
+    classes that the adapter was trained for. Raises ValueError where no model of transformers is
+    named, and for one that cannot be loaded, FileNotFoundError where there is no adapter.
     """
     base, saved = base_named_by(adapter)
     where = resolve_model(model_id or base.get("id") or "")
     cls = getattr(transformers, str(base.get("class")), None)
+    revision = revision or (None if model_id else base.get("revision"))
+    remedy = f"{adapter} names it. Where it lies elsewhere, give its folder or id with {option}. "
+    naming = functools.partial(_naming, where, "" if model_id else remedy)
     if where and base.get("class") is None:
-        cls = _first_architecture(where, None if model_id else base.get("revision"))
+        with naming():
+            cls = _architecture(transformers.AutoConfig.from_pretrained(where, revision=revision))
     if cls is None or not where:
         raise ValueError(
             f"{adapter} does not name a model to load (class {base.get('class')}, id "
-            f"{base.get('id')!r}): give the id or path of a model of transformers"
+            f"{base.get('id')!r}): give the id or path of a model of transformers with {option}"
         )
-    revision = None if model_id else base.get("revision")
-    remedy = "" if model_id else f". {adapter} calls its base so: give its place (--model)"
-    with _naming(where, remedy):
+    with naming():
         config = transformers.AutoConfig.from_pretrained(where, revision=revision)
     sizes = [config.num_labels, *(len(tensor) for tensor in saved.values() if tensor.ndim)]
     config.num_labels = next((n for n in sizes if _holds(cls, config, n, saved)), sizes[0])
-    if len(labels := base.get("labels") or ()) == config.num_labels:
+    labels = base.get("labels") or ()
+    if len(labels) == config.num_labels:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: i for i, label in enumerate(labels)}
+    if base.get("problem_type"):
+        config.problem_type = base["problem_type"]
     options = {"revision": revision, "dtype": DTYPES[dtype]}
-    with _naming(where):
-        model = cls.from_pretrained(where, config=config, **options)
+    with naming():
+        model, info = cls.from_pretrained(
+            where, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    _require_free(where, sorted(info["mismatched_keys"]), saved)
     model.config._name_or_path = model_id or base["id"]
     return model.eval(), where
 
@@ -139,11 +163,11 @@ def without_weights(model_id: str, revision: str | None = None) -> Any:
     Raises ValueError for one that cannot be had, or is none of transformers.
     """
     where = resolve_model(os.path.expanduser(model_id))
-    cls = _first_architecture(where, revision)
-    if cls is None:
-        raise ValueError(f"the model {model_id!r} is none that transformers knows: give its layers")
     with _naming(model_id):
         config = transformers.AutoConfig.from_pretrained(where, revision=revision)
+    cls = _architecture(config)
+    if cls is None:
+        raise ValueError(f"the model {model_id!r} is none that transformers knows: give its layers")
     return _on_meta(cls, config)
 
 
@@ -155,10 +179,10 @@ def pad_with(model: Any, tokenizer: Any) -> None:
         model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def tokenizer_of(where: str) -> Any:
-    """The tokenizer at an id or path; None where there is none."""
+def tokenizer_of(where: str, words: bool = False) -> Any:
+    """The tokenizer at an id or path, for texts or for words; None where there is none."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+        tokenizer = _tokenizer(where, words)
     except (OSError, ValueError):
         return None
     bare = len(tokenizer) <= len(tokenizer.all_special_ids)  # what some classes are without files
@@ -178,9 +202,8 @@ def base_named_by(adapter: str | Path) -> tuple[Mapping[str, Any], Mapping[str, 
     return base | {"class": peft_file.loader_of(found.config.get("task_type"))}, found.others
 
 
-def _first_architecture(where: str, revision: str | None) -> Any:
-    with _naming(where):
-        config = transformers.AutoConfig.from_pretrained(where, revision=revision)
+def _architecture(config: Any) -> Any:
+    """The first class of transformers that a config names; None for one that it lacks."""
     names = config.architectures or ["AutoModel"]
     return getattr(transformers, names[0], None)
 

@@ -127,11 +127,12 @@ def probe(
             print(plan_table(made))
         return _wrote(Path(config.output) / "plan.json")
     split, file = split or "train", Path(config.output) / "scores.json"
-    scores = measure(config, adapter, split=split, batches=batches).to_dict()
+    model_id = config.model.id if "model.id" in _named(settings) else None
+    found, scores = measure(config, adapter, model_id=model_id, split=split, batches=batches)
     if not is_first_rank():
         return None
-    write_json(file, {"adapter": str(adapter), "split": split, **scores})
-    print(plan_table(replace(_plan_at(adapter), scores=scores)))
+    write_json(file, {"adapter": str(adapter), "split": split, **scores.to_dict()})
+    print(plan_table(found))
     return _wrote(file)
 
 
@@ -149,15 +150,15 @@ def compress(
 
     _quiet()
     config = _config(settings)
-    of_file = "=" not in (settings or ["="])[0]
-    given = [setting.partition("=")[0] for setting in settings or ()]
-    data = config if of_file or any(key.startswith("data") for key in given) else None
-    model_id = config.model.id if of_file or any(k.startswith("model") for k in given) else None
+    named = _named(settings)
+    data = config if any(option.startswith("data.") for option in named) else None
+    base = {"model_id": config.model.id if "model.id" in named else None}
+    base["revision"] = config.model.revision
     if heal and data is None:
         raise ValueError(f"--heal {heal} needs data to train on: give data=SOURCE")
     if not dry_run:
         require_apart(out, adapter, resume)
-    opened = open_adapter(adapter, data, model_id=model_id, measured=measured)
+    opened = open_adapter(adapter, data, measured=measured, **base)
     part = 0.25 if budget is None and max_loss is None else budget
     how: dict[str, Any] = {"multiple": multiple, "budget_time": budget_time}
     ranks = allocate(opened.spectrum, budget=part, max_loss=max_loss, **how)
@@ -207,7 +208,7 @@ def export(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write an adapter as a PEFT folder, and to the Hub."""
-    from loradrop.base_models import load_base, tokenizer_of
+    from loradrop.base_models import load_base, pad_with, tokenizer_of
     from loradrop.formats.peft import export
 
     _quiet()
@@ -215,13 +216,16 @@ def export(
         raise ValueError("--private is of --push user/name")
     merged = format == "merged"
     of_base, of_file = (dtype or "float32", None) if merged else ("float32", dtype)
-    base, where = load_base(adapter, model, of_base)
+    base, where = load_base(adapter, model, of_base, option="--model")
     loradrop.load(base, adapter)
+    tokenizer = tokenizer_of(where) if merged else None
+    if tokenizer is not None and "Classification" in type(base).__name__:
+        pad_with(base, tokenizer)  # as in training: without, some take one text at a time
     hub: dict[str, Any] = {"push_to_hub": push, "private": True if private else None}
     for verdict in export(base, out, format, dtype=of_file, engines=engine, **hub):
         answer = "takes it" if verdict.ok else "refuses it"
         print(f"{verdict.engine:<10} {answer}{': ' * bool(verdict.reason)}{verdict.reason}")
-    if merged and (tokenizer := tokenizer_of(where)) is not None:
+    if tokenizer is not None:
         tokenizer.save_pretrained(out)
     _wrote(out)
 
@@ -239,10 +243,17 @@ def verify(adapter: Native, exported: Exported, model: Base = None, debug: Debug
     """Compare an export with the adapter it came from."""
     from loradrop.base_models import load_base
     from loradrop.formats.check import verify
+    from loradrop.formats.peft_file import CONFIG, TENSORS
 
     _quiet()
-    base, where = load_base(adapter, model)
+    base, where = load_base(adapter, model, option="--model")
     loradrop.load(base, adapter)
+    found = any((exported / name).exists() for name in ("config.json", CONFIG, TENSORS))
+    if not found:
+        raise FileNotFoundError(
+            f"{exported} holds no adapter of PEFT and no merged model: give the folder that "
+            "loradrop export or loradrop merge wrote"
+        )
     report = verify(base, exported, _batches(base, where))
     print(report.table())
     raise typer.Exit(0 if report.ok else 1)
@@ -317,20 +328,39 @@ def _config(settings: Sequence[str] | None) -> "RunConfig":
     """From CONFIG.yaml, which is a file or has no `=`, and the overrides after it."""
     from loradrop.run_config import read_config
 
+    return read_config(*_parts(settings))
+
+
+def _named(settings: Sequence[str] | None) -> set[str]:
+    """The options of model and data that the file or an override gives: the rest are defaults."""
+    from loradrop.run_config import options_named
+
+    return options_named(*_parts(settings))
+
+
+def _parts(settings: Sequence[str] | None) -> tuple[str | None, Sequence[str]]:
     settings = settings or ()
     named = bool(settings) and ("=" not in settings[0] or Path(settings[0]).is_file())
-    return read_config(settings[0] if named else None, settings[named:])
+    return settings[0] if named else None, settings[named:]
 
 
 def _plan_at(path: Path) -> "Plan":
     """The plan in a plan.json, a native adapter, or the folder of a run."""
     from loradrop.files import read_json
-    from loradrop.native import PLAN, TENSORS, read
+    from loradrop.formats.peft_load import is_peft
+    from loradrop.native import PLAN, TENSORS, adapters_below, read
     from loradrop.plan import Plan
 
-    if path.suffix == ".json" or (path.is_dir() and not (path / TENSORS).exists()):
-        return Plan.from_dict(read_json(path / PLAN if path.is_dir() else path))
-    return read(path).plan
+    if path.is_dir() and (path / TENSORS).exists():
+        return read(path).plan
+    file = path / PLAN if path.is_dir() else path
+    if not file.exists():
+        why = ", as PEFT's format has no plan" * is_peft(path)
+        raise FileNotFoundError(
+            f"{file} is not there{why}: give a plan.json, the folder of a run, or the native "
+            f"adapter that loradrop.save wrote{adapters_below(path)}"
+        )
+    return Plan.from_dict(read_json(file)) if file.suffix == ".json" else read(file).plan
 
 
 def _batches(model: Any, where: str) -> list[dict[str, Any]]:

@@ -152,7 +152,7 @@ class Collector:
                 f"the forward of {', '.join(silent)} was never called: its module reads the weight "
                 "directly (as nn.MultiheadAttention does with out_proj, and fused inference paths "
                 "do), or no input so far reached it. Name it in exclude_modules, or pass "
-                "strict=False if it is reached later"
+                "strict=False (the command: lora.strict=false) if it is reached later"
             )
 
     def state_dict(self) -> dict[str, Tensor]:

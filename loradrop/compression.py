@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from loradrop.base_models import load_base, pad_with, tokenizer_of
+from loradrop.base_models import load_base
 from loradrop.batches import MEASURED, small_batches
 from loradrop.config import TrainConfig
 from loradrop.env import is_first_rank
@@ -27,11 +27,10 @@ from loradrop.probing import probe
 from loradrop.report.grid import Arm
 from loradrop.report.page import write_report
 from loradrop.report.plots import plot_spectra
+from loradrop.rows import Rows, rows_for
 from loradrop.run_config import RunConfig
 from loradrop.spectra import Spectrum, spectrum, spectrum_of
-from loradrop.text.examples import TextTask
-from loradrop.text.task import load_task
-from loradrop.text.tokens import TokenizedDataset, collator, metric_fn, tokenize
+from loradrop.text.tokens import metric_fn
 from loradrop.trainer import dev_metrics
 from loradrop.truncation import truncate
 
@@ -41,16 +40,6 @@ if TYPE_CHECKING:
 REPORT, SPECTRUM, PAGE = "compression.json", "spectrum.png", "report.html"
 HEALING = "healing"  # in the output folder, until it is done
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A task as the model reads it."""
-
-    task: TextTask
-    train: TokenizedDataset
-    dev: TokenizedDataset
-    collate: Any
 
 
 @dataclass(frozen=True)
@@ -68,30 +57,26 @@ def open_adapter(
     config: RunConfig | None = None,
     *,
     model_id: str | None = None,
+    revision: str | None = None,
     measured: int | None = None,
 ) -> Opened:
     """The adapter in a native or PEFT folder on its base model, measured.
 
     config     its `data` is measured; without, the weights decide
-    model_id   the base model, instead of the one that the adapter names
+    model_id, revision
+               the base model, instead of the one that the adapter names
     measured   training rows to measure; None is 1,024
 
     Raises ValueError for an adapter that is not plain LoRA, and for a base or data that it does not
     fit.
     """
-    base, where = load_base(adapter, model_id)
+    base, where = load_base(adapter, model_id, revision=revision, option="model=")
     bank = load(base, adapter)
     if config is None:
         _log.warning("no data is given: the cut is by weights alone, and no loss is predicted")
         return Opened(str(adapter), base, spectrum_of(bank.targets, grams_of(bank), "weight"), None)
-    task = load_task(config.data)
-    _require_fit(base, task, adapter)
-    if (tokenizer := tokenizer_of(where)) is None:
-        raise ValueError(f"{where} has no tokenizer, which reading the data needs: give model=")
-    pad_with(base, tokenizer)
-    train, dev = tokenize(task, tokenizer, config.data.max_length, base)
-    rows = Rows(task, train, dev, collator(task, tokenizer))
-    some = small_batches(train, rows.collate, config.train.seed, measured or MEASURED)
+    rows = rows_for(base, where, config.data, adapter)
+    some = small_batches(rows.train, rows.collate, config.train.seed, measured or MEASURED)
     scores = probe(base, some, gram=True, mask=config.train.mask)
     return Opened(str(adapter), base, spectrum(scores), rows)
 
@@ -153,23 +138,6 @@ def require_apart(out: str | Path, adapter: str | Path, resume: bool = False) ->
         raise ValueError(f"{held_up}: go on with --resume, or choose another output")
     if held - {HEALING}:
         raise ValueError(f"{out} is not empty: choose another output")
-
-
-def _require_fit(model: Any, task: TextTask, adapter: str | Path) -> None:
-    """Raises ValueError for data that the model's head was not made for."""
-    name, labels = type(model).__name__, getattr(model.config, "num_labels", None)
-    if task.kind == "causal_lm":
-        fits, what = name.endswith(("ForCausalLM", "LMHeadModel")), ""
-    else:
-        kind = "Token" if task.kind == "token_classification" else "Sequence"
-        classes = max(1, len(task.labels))
-        fits = name.endswith(f"For{kind}Classification") and labels == classes
-        what = f" with {classes} labels"
-    if not fits:
-        raise ValueError(
-            f"the data is {task.kind}{what}, and {adapter} is for a {name} with {labels}: give the "
-            "data that it was trained on, or data like it"
-        )
 
 
 def _evaluated(model: Any, rows: Rows) -> dict[str, float]:

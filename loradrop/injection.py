@@ -197,22 +197,37 @@ def plan_of(model: nn.Module) -> Plan:
         return replace(injection.plan, **now)
     scores = None if injection.scores is None else injection.scores.to_dict()
     with injected(model) as own:
-        base = base_of(own)
+        base = base_of(own) | classes_of(own)
     return Plan(config=injection.config, scores=scores, base=base, versions=versions(), **now)
 
 
+def classes_of(model: nn.Module) -> dict[str, Any]:
+    """What the config of a classifier says of its classes: `labels`, their names where they have
+    some, and `problem_type` where it is not one class each, which a forward sets by itself. Apart
+    from `base_of`, which a run that resumes must have as before.
+    """
+    config = getattr(model, "config", None)
+    if "Classification" not in type(model).__name__:
+        return {}
+    names = getattr(config, "id2label", None) or {}
+    labels = [names[i] for i in range(len(names)) if i in names]
+    named = len(labels) == len(names) and labels != [f"LABEL_{i}" for i in range(len(labels))]
+    kind = getattr(config, "problem_type", None)
+    found = {"labels": labels if named else None}
+    found["problem_type"] = None if kind == "single_label_classification" else kind
+    return {key: value for key, value in found.items() if value}
+
+
 def base_of(model: nn.Module) -> dict[str, Any]:
-    """Class, id, revision and names of the classes of a model where its config has them, and its
-    tensors' fingerprint, of names and shapes alone.
+    """Class, id and revision of a model where its config has them, and its tensors' fingerprint, of
+    names and shapes alone.
     """
     config = getattr(model, "config", None)
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("lora_bank.")}
     shapes = [(key, tuple(value.shape)) for key, value in own.items()]
-    names = list((getattr(config, "id2label", None) or {}).values())
-    known = names != [f"LABEL_{i}" for i in range(len(names))]
     return {
         "class": type(model).__name__,
         "id": getattr(config, "_name_or_path", None),
         "revision": getattr(config, "_commit_hash", None),
         "fingerprint": hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest(),
-    } | ({"labels": names} if known else {})
+    }

@@ -13,7 +13,7 @@ from torch import nn
 from loradrop.bank import AdapterBank, bank_of, has_bank
 from loradrop.config import LoRAConfig
 from loradrop.formats import peft_load
-from loradrop.injection import base_of, injection_of, require_loaded
+from loradrop.injection import base_of, classes_of, injection_of, require_loaded
 from loradrop.layers import shape_of
 from loradrop.native import FOLDER, TENSORS, NativeFile, read
 from loradrop.plan import Plan
@@ -56,7 +56,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
         _log.warning("%s was trained on %s, %s", path, plan.base.get("id"), differ)
     else:
         _tell_other_base(model, plan, path)
-    fill(model, file._replace(plan=replace(plan, base={**base_of(model), **plan.base})))
+    base = {**base_of(model), **classes_of(model), **plan.base}
+    fill(model, file._replace(plan=replace(plan, base=base)))
     return bank
 
 

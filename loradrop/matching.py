@@ -225,7 +225,8 @@ def _check_coverage(
     if nothing:
         raise ValueError(
             f"target_modules entry {nothing[0]}. What matched:\n{table}. "
-            "Correct the entry, or pass strict=False to take what matches"
+            "Correct the entry, or pass strict=False (the command: lora.strict=false) to take what "
+            "matches"
         )
     _log.warning("target_modules entry %s. What matched:\n%s", gaps[0], table)
 
@@ -245,7 +246,8 @@ def _require_used(
     if unused:
         raise ValueError(
             f"{'; '.join(unused)}. The targets: {kinds_of(chosen)}. Correct it, or pass "
-            "strict=False to leave what matches nothing without effect"
+            "strict=False (the command: lora.strict=false) to leave what matches nothing without "
+            "effect"
         )
 
 

@@ -95,7 +95,10 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
     if not file.exists():
         missing, file = file, path / FOLDER / TENSORS
         if not file.exists():
-            raise FileNotFoundError(f"{missing} is not there: give the folder loradrop.save wrote")
+            raise FileNotFoundError(
+                f"{missing} is not there: give the folder loradrop.save wrote, or one of PEFT"
+                f"{adapters_below(path)}"
+            )
     _refuse_pickle(file)
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
@@ -132,6 +135,12 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
             why = "(an interrupted save, or edited); the header counts"
             _log.warning("%s is not the plan in the header of %s %s", beside, file, why)
     return NativeFile(plan, _part(tensors, _BANK), _part(tensors, _TRAINED))
+
+
+def adapters_below(path: str | os.PathLike[str]) -> str:
+    """How to go on to the adapters in the folder of a run, or of its arm; nothing if none."""
+    files = [f for ways in ("adapter", "*/adapter") for f in Path(path).glob(f"{ways}/{TENSORS}")]
+    return f", which is {' or '.join(sorted(str(f.parent) for f in files))}" * bool(files)
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

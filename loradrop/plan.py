@@ -25,7 +25,8 @@ class Plan:
     warmup      steps, planned, settled, and how often a bootstrap keeps each target (name -> part
                 of the draws)
     facts       name -> number: what the method says of its bank (`Method.facts`)
-    base        id, revision and a fingerprint of all tensor names and shapes of the model
+    base        id, revision and a fingerprint of all tensor names and shapes of the model; of a
+                classifier also labels, the names of its classes, and problem_type
     data        fingerprints of the training and dev rows;  seeds, versions: as they were
     """
 

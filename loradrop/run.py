@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch.utils.data import DataLoader
 
-from loradrop.base_models import base_named_by, build
+from loradrop.base_models import build, load_base
 from loradrop.config import LoRAConfig
 from loradrop.env import is_first_rank
 from loradrop.files import write_json, write_text
+from loradrop.injection import plan_of
 from loradrop.loading import load
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.report.grid import Arm, arms_table, plan_table
 from loradrop.report.page import file_size, how_to_load, write_report
 from loradrop.report.plots import plot_history, plot_importance
-from loradrop.run_config import CONFIG, MINILM, RunConfig, folder_of
+from loradrop.rows import rows_for
+from loradrop.run_config import CONFIG, RunConfig, folder_of
 from loradrop.scores import Scores
 from loradrop.text.examples import TextTask
 from loradrop.text.task import load_task
@@ -65,6 +67,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, "Result"]:
     facts = {
         "model": config.model.id,
         "data": data,
+        **({"classes": ", ".join(task.labels)} if task.labels else {}),
         "seed": str(config.train.seed),
         "run it again": f"loradrop train {shlex.quote(str(folder / CONFIG))} output=NEW_FOLDER",
         "load its adapter": how_to_load(main, adapter, classes),
@@ -118,18 +121,28 @@ def warm_up_run(config: RunConfig, *, resume: bool = False) -> Plan:
 
 
 def measure(
-    config: RunConfig, adapter: str | Path, *, split: str = "train", batches: int | None = None
-) -> Scores:
-    """The scores of a native adapter on a split of the data, measured offline, in the model that
-    the configuration names, else in the one that the adapter was trained on.
+    config: RunConfig,
+    adapter: str | Path,
+    *,
+    model_id: str | None = None,
+    split: str = "train",
+    batches: int | None = None,
+) -> tuple[Plan, Scores]:
+    """The plan of an adapter, native or PEFT's, and its scores on a split of the data, offline.
 
+    model_id  the base model, instead of the one that the adapter names; its revision and dtype are
+              those of `config.model`
     batches   use only that many, the first ones; None is all
+
+    Raises ValueError for data that the adapter's head was not made for.
     """
-    named = base_named_by(adapter)[0].get("id")
-    if named and config.model.id == MINILM:
-        config = replace(config, model=replace(config.model, id=named))
-    model, _, rows, options = _prepare(config, load_task(config.data), config.lora)
-    load(model, adapter)
-    size = config.train.batch_size
-    loader = DataLoader(rows[split], batch_size=size, collate_fn=options["collate"])
-    return probe(model, itertools.islice(loader, batches))
+    named = config.model
+    base, where = load_base(
+        adapter, model_id, named.dtype, revision=named.revision, option="model="
+    )
+    load(base, adapter)
+    rows = rows_for(base, where, config.data, adapter)
+    chosen = rows.train if split == "train" else rows.dev
+    loader = DataLoader(chosen, batch_size=config.train.batch_size, collate_fn=rows.collate)
+    scores = probe(base, itertools.islice(loader, batches))
+    return replace(plan_of(base), scores=scores.to_dict()), scores

@@ -102,20 +102,12 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     Raises FileNotFoundError for a missing file, and ValueError for an unknown key (with the nearest
     one that exists), for a value of the wrong type, and for broken YAML.
     """
-    if path is not None and not Path(path).is_file():
-        raise FileNotFoundError(f"{path} is not a file: give a YAML file, or only key=value")
-    text = "" if path is None else Path(path).read_text(encoding="utf-8")
-    raw = _parse(text, str(path)) or {}
-    if not isinstance(raw, dict):
-        kind = type(raw).__name__
-        raise ValueError(f"{path} must hold sections (model:, data:, lora:, train:), not a {kind}")
-    for override in overrides:
-        _override(raw, override)
+    raw = _raw(path, overrides)
     check_keys(raw, [f.name for f in fields(RunConfig)], str(path or "the configuration"))
     lora = _section(raw, "lora", "r")
     arms = _section(raw, "arms", "LoRA")
     main = _lora(lora, "lora")
-    named = {key: str(raw[key]) for key in ("name", "output") if key in raw}
+    named: dict[str, str] = {key: str(raw[key]) for key in ("name", "output") if key in raw}
     if main.method.name != "lora_drop":
         taken = _slug(main.method.name) in map(_slug, map(str, arms))
         named = {"name": "main" if taken else main.method.name} | named
@@ -131,20 +123,48 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     )
 
 
+def _raw(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """The sections as the file and the overrides write them."""
+    if path is not None and not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file: give a YAML file, or only key=value")
+    text = "" if path is None else Path(path).read_text(encoding="utf-8")
+    raw = _parse(text, str(path)) or {}
+    if not isinstance(raw, dict):
+        kind = type(raw).__name__
+        raise ValueError(f"{path} must hold sections (model:, data:, lora:, train:), not a {kind}")
+    for override in overrides:
+        _override(raw, override)
+    return raw
+
+
+def options_named(path: str | Path | None, overrides: Sequence[str] = ()) -> set[str]:
+    """Which options of the sections model and data are given, as "model.id", for `read_config`."""
+    raw = _raw(path, overrides)
+    return {f"{name}.{key}" for name, short in _SHORT.items() for key in _section(raw, name, short)}
+
+
+def names_in(text: str) -> str | list[str]:
+    """The list in names with commas between, or one name: "query" and "layer.0.query,value".
+
+    Anything else is one pattern, as it stands: "all-linear", and what holds other characters.
+    """
+    names = [name.strip() for name in text.split(",")]
+    return names if all(re.fullmatch(r"\w+(\.\w+)*", name) for name in names) else text
+
+
 def configured(
     source: str, targets: str | None = None, config: LoRAConfig | None = None
 ) -> tuple[str, LoRAConfig]:
     """(the model's id, how to adapt it) of a model with `config`, or of the YAML file of a run.
 
-    targets   "all-linear", or names as a,b; those of `config` or of the file by default
+    targets   "all-linear", names as a,b, or a pattern; those of `config` or of the file by default
     """
     model_id, config = source, config or LoRAConfig()
     if source.endswith((".yaml", ".yml")):
         run = read_config(source)
         model_id, config = run.model.id, run.lora
     if targets is not None:
-        names = targets if targets == "all-linear" else targets.split(",")
-        config = replace(config, target_modules=names)
+        config = replace(config, target_modules=names_in(targets))
     return model_id, config
 
 
@@ -174,7 +194,7 @@ def _value(key: str, value: str, text: str) -> Any:
     """YAML; but where text is asked for, the value as it stands (a path with #, a column named 1).
 
     There, too, quotes are YAML's, `null` and nothing are null where that is allowed, and braces are
-    a section.
+    a section. A list may be written a,b; a name of a module is a list of one.
     """
     value, (section, _, option) = value.strip(), key.partition(".")
     whole = section in ("model", "data") and not option
@@ -184,7 +204,14 @@ def _value(key: str, value: str, text: str) -> Any:
     yaml_text = value[:1] == value[-1:] and value[:1] in ("'", '"') and len(value) > 1
     yaml_text |= types.NoneType in kinds and value in ("", "~", "null")
     yaml_text |= whole and value.startswith("{") and value.endswith("}")
-    return value if str in kinds <= {str, types.NoneType} and not yaml_text else _parse(value, text)
+    if str in kinds <= {str, types.NoneType} and not yaml_text:
+        return value
+    parsed = _parse(value, text)
+    if parsed == value and ("," in value or section != "train"):  # text that is not in quotes
+        of_lora = {"lora": option, "arms": option.rpartition(".")[2]}.get(section, "")
+        hint = get_type_hints(LoRAConfig).get(of_lora, hint)
+        return names_in(value) if Sequence in _kinds(hint) else parsed
+    return parsed
 
 
 def _section(raw: Mapping[str, Any], name: str, short: str) -> Mapping[str, Any]:

@@ -174,6 +174,81 @@ def test_probe_measures_an_adapter(
     assert all(value > 0 for value in scores["values"].values())
 
 
+def test_probe_takes_the_base_of_the_adapter(
+    work: Path, adapter: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    """Of a native one and of PEFT's, also with a file that names data alone."""
+    (tmp_path / "data.yaml").write_text(
+        f"data: {{source: {work / 'films.csv'}, max_length: 16, dev_ratio: 0.25}}"
+    )
+    works(capsys, "export", adapter, tmp_path / "peft")
+    options = (f"output={tmp_path}", "train.batch_size=6", "--batches", 2)
+    found = []
+    for settings in (work / "config.yaml", tmp_path / "data.yaml"):
+        for source in (adapter, tmp_path / "peft"):
+            works(capsys, "probe", settings, *options, "--adapter", source)
+            found.append(json.loads((tmp_path / "scores.json").read_text())["values"])
+    assert found[0] == found[2] and found[1] == found[3] and found[0].keys() == found[1].keys()
+    assert found[1] == pytest.approx(found[0], rel=1e-4)  # of the same deltas
+    options = (tmp_path / "data.yaml", "--dry-run")
+    assert "budget" in works(capsys, "compress", adapter, *options)
+
+
+def test_a_base_that_lies_elsewhere(
+    work: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder named from where the run was: the option that names it from here is said."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(work)
+    given = ("model=base", "data=films.csv", "data.max_length=16", f"output={tmp_path / 'run'}")
+    works(capsys, "train", *given, "lora.method=lora", "lora.target_modules=query", "train.steps=2")
+    adapter, out = tmp_path / "run" / "lora" / "adapter", tmp_path / "merged"
+    assert json.loads((adapter / "plan.json").read_text())["base"]["id"] == "base"
+    monkeypatch.chdir(tmp_path)
+    data = (f"data={work / 'films.csv'}", "data.max_length=16")
+    for option, arguments in {
+        "--model": (("export", adapter, out), ("merge", adapter, out), ("verify", adapter, out)),
+        "model=": (("compress", adapter, *data), ("probe", "--adapter", adapter, *data)),
+    }.items():
+        for line in arguments:
+            elsewhere = f"{adapter} names it. Where it lies elsewhere, give its folder or id with "
+            fails(capsys, f"the model 'base' cannot be loaded: {elsewhere}{option}. ", *line)
+    works(capsys, "merge", adapter, out, "--model", work / "base")
+    assert json.loads((out / "config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
+    works(capsys, "export", adapter, tmp_path / "peft", "--model", work / "base")
+    card = (tmp_path / "peft" / "README.md").read_text()
+    assert "num_labels=2, id2label={0: 'bad', 1: 'good'})" in card
+    nothing = ("verify", adapter, "none", "--model", work / "base")
+    fails(capsys, "none holds no adapter of PEFT and no merged model: give the folder", *nothing)
+    said = f"{tmp_path / 'peft' / 'plan.json'} is not there, as PEFT's format has no plan: give"
+    fails(capsys, said, "plan", "show", tmp_path / "peft")
+
+
+def test_the_adapter_of_a_run_is_named(
+    work: Path, adapter: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    run = work / "run"
+    arms = f"{run / 'lora-drop' / 'adapter'} or {run / 'lora' / 'adapter'}"
+    for folder, below in ((adapter.parent, adapter), (run, arms)):
+        for line in (("export", folder, tmp_path / "a"), ("compress", folder, "--dry-run")):
+            said = f"give the folder loradrop.save wrote, or one of PEFT, which is {below}\n"
+            fails(capsys, said, *line)
+
+
+def test_a_merged_classifier_takes_several_texts(
+    work: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    """Llama's head has to know what fills a batch, which its base model did not say."""
+    base = Path(write_model(tmp_path / "base", "llama"))
+    config = json.loads((base / "config.json").read_text()) | {"pad_token_id": None}
+    (base / "config.json").write_text(json.dumps(config))
+    given = (f"model={base}", f"data={work / 'films.csv'}", "data.max_length=16")
+    works(capsys, "train", *given, f"output={tmp_path / 'run'}", "method=lora", "train.steps=2")
+    works(capsys, "merge", tmp_path / "run" / "lora" / "adapter", tmp_path / "merged")
+    merged = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert merged["pad_token_id"] == 0 and merged["id2label"] == {"0": "bad", "1": "good"}
+
+
 def test_probe_errors(work: Path, adapter: Path, tmp_path: Path, capsys: Capsys) -> None:
     start = ("probe", work / "config.yaml", f"output={tmp_path}")
     fails(capsys, "--batches and --split need --adapter", *start, "--batches", 1)
@@ -369,6 +444,19 @@ def test_env_explains_a_choice(capsys: Capsys) -> None:
     assert "8192 tokens, 4096 to 4096, rank 64, dropout 0.1, bfloat16, sm_90 x 132" in first
     assert [line.split()[0] for line in choices] == ["forward", "forward"]
     assert all("measured" in line and ", in µs: " in line for line in choices)
+
+
+def test_env_says_which_timed_kernels_are_not_here(
+    capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "missing", lambda: "the extension loradrop._C is not built: x")
+    line = ("env", "--layer", "8192x4096x4096", "--chip", "90:132")
+    _, both, _ = works(capsys, *line).splitlines()
+    timed = [name for name in ("cuda", "overlap") if f" {name} " in both.partition("in µs:")[2]]
+    assert timed and "do not run here: the extension loradrop._C is not built: x" in both
+    assert f"; {' and '.join(timed)} do" in both
+    monkeypatch.setattr(cuda, "missing", lambda: None)
+    assert "not run here" not in works(capsys, *line)
 
 
 def test_help_names_every_command(capsys: Capsys) -> None:

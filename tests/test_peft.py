@@ -335,10 +335,10 @@ def test_the_card_names_classes(tmp_path: Path) -> None:
     model.config.id2label = {0: "calm", 1: "angry"}
     export(model, tmp_path, engines="peft")
     card = (tmp_path / "README.md").read_text()
-    assert "Classes, in the order of the outputs: calm, angry." in card and "Own: none." in card
+    assert "id2label={0: 'calm', 1: 'angry'}" in card and "Own: none." in card
     model.config.id2label = {0: "LABEL_0", 1: "LABEL_1"}  # transformers' own, which say nothing
     export(model, tmp_path / "unnamed")
-    assert "Classes" not in (tmp_path / "unnamed" / "README.md").read_text()
+    assert "id2label" not in (tmp_path / "unnamed" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("format", ["peft", "merged"])

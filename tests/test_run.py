@@ -3,7 +3,7 @@
 import csv
 import importlib.util
 import json
-from dataclasses import replace
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from loradrop.cli import main
 from loradrop.methods import available
 from loradrop.native import read
 from loradrop.run import measure, run, warm_up_run
-from loradrop.run_config import MINILM, ModelConfig, RunConfig, folder_of, read_config
+from loradrop.run_config import MINILM, RunConfig, folder_of, read_config
 from loradrop.text.task import DataConfig, load_task
 from loradrop.text.tokens import collator, tokenize
 from loradrop.training import Result
@@ -284,6 +284,31 @@ def test_bad_configuration_is_named(overrides: list[str], message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("query", ("query",)),
+        ("query, layer.0.value", ("query", "layer.0.value")),
+        ("[query,value]", ("query", "value")),
+        ("'query'", "query"),
+        ("all-linear", "all-linear"),
+        (r".*\.\d{1,2}\.(query|value)", r".*\.\d{1,2}\.(query|value)"),
+        ("null", None),
+    ],
+)
+def test_names_of_modules_are_a_list_and_a_pattern_is_not(text: str, expected: Any) -> None:
+    keys = ("lora.target_modules", "lora.exclude_modules", "arms.plain.target_modules")
+    config = read_config(None, [f"{key}={text}" for key in keys])
+    found = (config.lora.target_modules, config.lora.exclude_modules)
+    assert {*found, config.arms["plain"].target_modules} == {expected}
+
+
+def test_any_list_may_be_written_with_commas() -> None:
+    config = read_config(None, ["lora.modules_to_save=score", "train.report_to=wandb,tensorboard"])
+    assert config.lora.modules_to_save == ("score",)
+    assert list(config.train.report_to) == ["wandb", "tensorboard"]
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("- 1\n- 2\n", r"config\.yaml must hold sections \(model:, .*\), not a list"),
@@ -336,8 +361,6 @@ def test_new_head_is_found_trained_and_loaded(family: str, table: str, tmp_path:
     assert saved == {f"saved.{name}" for name in head}
     again, where = load_base(adapter)
     assert type(again) is type(model) and where == model_id and not again.training
-    assert again.config.id2label == {0: "bad", 1: "good"}
-    assert again.config.label2id == {"bad": 0, "good": 1}
     loradrop.load(again, adapter)
     _, dev = tokenize(load_task(config.data), tokenizer, config.data.max_length)
     batch = dict(collator("classification", tokenizer)([dev[i] for i in range(len(dev))]))
@@ -345,25 +368,6 @@ def test_new_head_is_found_trained_and_loaded(family: str, table: str, tmp_path:
     with torch.no_grad():
         output = again(**batch)
     assert float(output.loss) == pytest.approx(result.metrics["loss"], rel=1e-4)
-
-
-def test_a_head_for_other_classes_is_made_anew(
-    table: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """As one that the checkpoint lacks, and it is said; nothing else may have another shape."""
-    base = tmp_path / "base"
-    model_id = write_model(base)
-    sizes: dict[str, Any] = FAMILIES["bert"] | {"num_labels": 3}
-    made = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("bert", **sizes))
-    made.save_pretrained(base)
-    config = configured(model_id, table, tmp_path / "run")
-    model, _, missing = build(config, load_task(config.data))
-    assert missing == ["classifier"] and model.config.num_labels == 2
-    assert "for other classes" in caplog.text and "(3, 32) -> (2, 32)" in caplog.text
-    said = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(said | {"intermediate_size": 48}))
-    with pytest.raises(ValueError, match=r"cannot be loaded: its bert\.encoder.* is \(64"):
-        build(config, load_task(config.data))
 
 
 def test_base_that_cannot_be_loaded_is_named(
@@ -452,6 +456,52 @@ def test_each_kind_of_label(kind: str, bert: str, tmp_path: Path) -> None:
     assert run(config)["LoRA-drop"].metrics[task.metric] > 0.8
     again, _ = load_base(adapter_of(config))
     assert type(again) is type(model) and again.config.num_labels == model.config.num_labels
+    for name in ("id2label", "label2id"):  # a merged model says them
+        assert getattr(again.config, name) == getattr(model.config, name)
+    if kind in ("numbers", "several"):  # the outputs are not those of one class each
+        assert again.config.problem_type == model.config.problem_type == task.kind
+    begun = json.loads((adapter_of(config).parent / "options.json").read_text())
+    assert begun["model"].keys() == {"class", "id", "revision", "fingerprint"}  # as ever
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert all(label in page for label in task.labels)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_head_for_other_classes_is_made_anew(
+    family: str, table: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Trained whole, with what of it had the right shape, and loaded again."""
+    base = write_model(tmp_path / "base", family)
+    there = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    there.save_pretrained(base)
+    config = configured(base, table, tmp_path / "run", "train.steps=6", "lora.method.probe_steps=3")
+    with caplog.at_level(logging.INFO, "loradrop"):
+        model, _, missing = build(config, load_task(config.data))
+        build(config, load_task(config.data))
+    said = [r.getMessage() for r in caplog.records if "made anew" in r.getMessage()]
+    last = "classifier" if family == "bert" else "classifier.out_proj"
+    assert len(said) == 1 and f"{last}.weight is (3, 32) and should be (2, 32)" in said[0]
+    assert missing == ["classifier"] and model.config.id2label == {0: "bad", 1: "good"}
+    run(config)
+    saved = read(adapter_of(config)).trained
+    again, _ = load_base(adapter_of(config))
+    loradrop.load(again, adapter_of(config))
+    assert {*saved} == {name for name in again.state_dict() if name.startswith("classifier.")}
+    assert saved[f"{last}.weight"].shape == (2, 32)
+    for name, value in saved.items():
+        assert torch.equal(again.state_dict()[name], value)
+        old = there.state_dict()[name]
+        assert old.shape != value.shape or not torch.equal(old, value), "trained"
+
+
+def test_other_weights_than_the_config_says_are_refused(table: str, tmp_path: Path) -> None:
+    base = write_model(tmp_path / "base")
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 40}))
+    config = configured(base, table, tmp_path / "run")
+    refusal = r"word_embeddings\.weight is \(32, 32\) and should be \(40, 32\) by its config\.json"
+    with pytest.raises(ValueError, match=refusal):
+        build(config, load_task(config.data))
 
 
 @pytest.mark.parametrize("kind", ["text", "words"])
@@ -547,10 +597,8 @@ def test_measure_is_an_offline_probe(trained: RunConfig) -> None:
     for split, rows in zip(("train", "dev"), tokenize(task, tokenizer, 16), strict=True):
         batches = list(DataLoader(rows, batch_size=6, collate_fn=collator(task, tokenizer)))
         for count in (None, 1):
-            scores = measure(config, adapter, split=split, batches=count)
+            _, scores = measure(config, adapter, split=split, batches=count)
             assert dict(scores) == dict(loradrop.probe(model, batches[:count]))
-            unnamed = replace(config, model=ModelConfig())  # then the adapter's own base
-            assert dict(measure(unnamed, adapter, split=split, batches=count)) == dict(scores)
             assert scores.source == "offline" and len(scores.rows) == (count or len(batches))
 
 

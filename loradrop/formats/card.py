@@ -2,6 +2,7 @@
 
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from loradrop._version import __version__
 from loradrop.files import rendered
 from loradrop.formats.engines import EngineVerdict, vllm_rank
 from loradrop.formats.peft_file import PeftFile, task_of
-from loradrop.injection import base_of
+from loradrop.injection import classes_of
 from loradrop.plan import Plan
 
 START = "<!-- loradrop: every export renews what is between these marks; write before or after -->"
@@ -30,7 +31,8 @@ def card_of(model: nn.Module, plan: Plan, file: PeftFile, verdicts: list[EngineV
         kinds.setdefault(target.kind, Counter())[state] += 1
     loader = task_of(model)[1]
     labels = getattr(getattr(model, "config", None), "num_labels", None)
-    extra = f", num_labels={labels}" if labels and loader.endswith("Classification") else ""
+    names = classes_of(model).get("labels") or plan.base.get("labels")
+    extra = of_head(labels, names) if labels and loader.endswith("Classification") else ""
     taken = [verdict.engine for verdict in verdicts if verdict.ok]
     writes_text = loader == "AutoModelForCausalLM"
     return rendered(
@@ -52,10 +54,15 @@ def card_of(model: nn.Module, plan: Plan, file: PeftFile, verdicts: list[EngineV
         own_ranks="rank_pattern" in file.config,
         vllm_rank=vllm_rank(file),
         verdicts=verdicts,
-        labels=(base_of(model).get("labels") or [])[:50] if extra else None,
         start=START,
         end=END,
     )
+
+
+def of_head(num_labels: int, labels: Sequence[str] | None) -> str:
+    """The arguments of `from_pretrained` for a head: how many classes, and their names if any."""
+    named = labels is not None and len(labels) == num_labels
+    return f", num_labels={num_labels}" + f", id2label={dict(enumerate(labels or ()))}" * named
 
 
 def extended(existing: str, ours: str) -> str:

@@ -208,5 +208,9 @@ def explain(problem: Problem) -> str:
     if refusal is not None:
         return f"{_plain(failed)}: {refusal}{rest}"
     able = [name for name in able_to(problem) if name not in failed]
-    able = [name for name in able if name not in ("cuda", "overlap") or not cuda.missing()]
-    return costs.explain(problem, able) + rest
+    absent = [name for name in able if name in ("cuda", "overlap")] if cuda.missing() else []
+    why = costs.explain(problem, [name for name in able if name not in absent])
+    if timed := [name for name in absent if f" {name} " in why]:
+        verb = "do" if len(timed) > 1 else "does"
+        why += f"; {' and '.join(timed)} {verb} not run here: {cuda.missing()}"
+    return why + rest

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from loradrop.files import rendered, write_text
+from loradrop.formats.card import of_head
 from loradrop.native import TENSORS, read
 from loradrop.plan import Plan
 from loradrop.report import grid as grids
@@ -43,7 +44,7 @@ def how_to_load(plan: Plan, folder: str | os.PathLike[str], num_labels: int | No
     """
     base, cls = plan.base, str(plan.base.get("class") or "AutoModel")
     lines = ["import loradrop", f"from transformers import {cls}", ""]
-    head = "" if num_labels is None else f", num_labels={num_labels}"
+    head = "" if num_labels is None else of_head(num_labels, base.get("labels"))
     where = base.get("id") or "path/to/the/base/model"
     lines += [f"model = {cls}.from_pretrained({where!r}{head})"]
     return "\n".join([*lines, f"loradrop.load(model, {os.fspath(folder)!r})"])
