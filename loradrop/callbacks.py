@@ -51,7 +51,8 @@ class MethodCallback(TrainerCallback):
         self.model, self.bank = model, bank_of(model)
         self.method = injection_of(model).config.method
         self._changes_gradients = type(self.method).before_step is not Method.before_step
-        self.statistics, self.settle_every = tuple(statistics), settle_every
+        names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+        self.statistics, self.settle_every = names, settle_every
         self.measured_from = measured_from
         self.masks: dict[str, Any] = {"mask": mask, "mask_fn": mask_fn}
         self._steps, self._watched = 0, False  # all are called, or given up

@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 def share(
     model: nn.Module,
-    kept: Sequence[str] | None = None,
+    kept: str | Sequence[str] | None = None,
     *,
     share: str = "group",
     init: str = "fresh",
@@ -28,8 +28,8 @@ def share(
 ) -> None:
     """Point all targets but `kept` to one adapter per (module type, K, N, r).
 
-    kept           names, as from `select`; None selects by the last probe with the method's own
-                   options
+    kept           one name or several, as from `select`; None selects by the last probe with the
+                   method's own options
     share          "group"; "shape": per (K, N, r), of whatever module type; "interval": also per
                    `interval` neighbouring layers; or "none": the others lose their adapter
     init           where a shared adapter starts: "fresh" (A Kaiming, B zero), "mean" of its
@@ -53,6 +53,7 @@ def share(
             "its targets cannot be pointed to shared pairs: use the method lora or lora_drop"
         )
     how: dict[str, Any] = {"share": share, "init": init, "after_select": after_select}
+    kept = [kept] if isinstance(kept, str) else kept
     bank.share(kept, injection.scores, **how, interval=interval)
     _say(model)
 

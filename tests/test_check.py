@@ -450,3 +450,15 @@ def test_a_merged_model_is_compared_as_well(tmp_path: Path) -> None:
         verify(model, tmp_path, BATCHES, engines=["vllm"])
     wake(model)
     assert not verify(model, tmp_path, BATCHES).ok
+
+
+def test_one_engine_as_a_string_and_one_name_for_a_reason(tmp_path: Path) -> None:
+    """What stands in the way is named alike before the file is written and after."""
+    model = adapt(bert())
+    verdicts = export(model, tmp_path, engines="vllm")
+    report = verify(model, tmp_path, BATCHES, engines="vllm")
+    assert report.required == ("vllm",) and report.ok
+    assert [v.reason for v in verdicts] == [row.reason for row in report.rows]
+    assert any("classifier" in v.reason for v in verdicts if not v.ok)
+    with pytest.raises(ValueError, match="engine 'vlm' is unknown"):
+        export(model, tmp_path, engines="vlm")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 from hub import Hub, serving
-from models import adapt, bert, llama, outputs
+from models import adapt, bert, llama, outputs, share
 from safetensors.torch import load
 from typer.testing import CliRunner
 
@@ -82,6 +82,16 @@ def test_an_export_twice_is_the_same_card(adapted: Any, tmp_path: Path) -> None:
     once = (tmp_path / CARD).read_text()
     loradrop.export(adapted, tmp_path)
     assert (tmp_path / CARD).read_text() == once
+
+
+def test_where_all_share_the_card_says_that_none_is_own(adapted: Any, tmp_path: Path) -> None:
+    loradrop.export(share(adapted, []), tmp_path)
+    text = (tmp_path / CARD).read_text()
+    assert "0 keep an adapter" in text and "\nOwn: none.\n" in text
+    loradrop.export(share(adapted, [1]), tmp_path)
+    text = (tmp_path / CARD).read_text()
+    own = next(line for line in text.splitlines() if line.startswith("Own: "))
+    assert adapted.lora_bank.targets[1].name in own and "none" not in own
 
 
 def test_metadata_that_are_not_yaml_change_nothing(adapted: Any, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import loradrop
 from loradrop import LoRAConfig
+from loradrop.callbacks import MethodCallback
 from loradrop.layers import LoRALinear
 
 pytestmark = pytest.mark.numbers
@@ -163,3 +164,11 @@ def test_a_module_reached_twice_is_adapted_once() -> None:
     assert loradrop.probe(model, [x])["first"] == pytest.approx(expected, rel=1e-5)
     loradrop.remove(model)
     assert_same(model, before)
+
+
+def test_one_name_where_several_may_stand() -> None:
+    """It is one name, not its letters."""
+    model = injected()
+    loradrop.share(model, "layers.1.query")
+    assert model.lora_bank.assignment.kept == ("layers.1.query",)
+    assert MethodCallback(model, statistics="moment").statistics == ("moment",)

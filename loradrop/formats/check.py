@@ -104,6 +104,7 @@ def _verify(
 ) -> Report:  # fmt: skip
     """`verify` of an injected model."""
     adapters, file = adapters_of(model), read(path)._replace(base=configuration_of(model))
+    engines = [engines] if isinstance(engines, str) else engines
     required = tuple(refusal(engine, file).engine for engine in engines or ENGINES[:1])
     eps = [torch.finfo(t.dtype).eps for t in file.tensors.values() if t.is_floating_point()]
     delta_tolerance = max(1e-5, 4 * max(eps, default=0.0))
