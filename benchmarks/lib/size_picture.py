@@ -1,4 +1,4 @@
-"""The picture of `bench_sizes.py`: the loss on dev over the parameters that were trained."""
+"""The picture of `bench_sizes.py`: dev loss over trained parameters, of arms at the study's own α."""
 
 import re
 import statistics
@@ -22,7 +22,8 @@ def draw(results: Path, path: Path) -> None:
     from matplotlib.figure import Figure
 
     final = final_cells(results)
-    tasks = list(dict.fromkeys(task for task, _ in final))
+    drawn = re.compile("|".join(FAMILIES))
+    tasks = list(dict.fromkeys(task for task, arm in final if drawn.fullmatch(arm)))
     figure = Figure(figsize=(4.4 * len(tasks), 3.4), layout="constrained", facecolor="white")
     handles: dict[str, Any] = {}
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
@@ -39,7 +40,8 @@ def draw(results: Path, path: Path) -> None:
                     capsize=3, linewidth=1.4,
                 )  # fmt: skip
         axes.set_xscale("log", base=2)
-        sizes = sorted({round(c["parameters"], -3) for cells in final.values() for c in cells})
+        here = [cells for (of, arm), cells in final.items() if of == task and drawn.fullmatch(arm)]
+        sizes = sorted({round(c["parameters"], -3) for cells in here for c in cells})
         axes.set_xticks(sizes, [f"{size / 1000:.0f}k" for size in sizes], rotation=45)
         axes.minorticks_off()
         axes.set_title(task, color=INK, fontsize=11)
