@@ -1,4 +1,4 @@
-"""The picture of `bench_sizes.py`: dev loss over trained parameters, of arms at the study's own α."""
+"""The picture of `bench_sizes.py`: dev loss over trained parameters, at the study's own α."""
 
 import re
 import statistics
