@@ -31,7 +31,7 @@ def small_batches(
 
 def require_several(batches: Any) -> None:
     """Raises ValueError for one batch in the place of several: its keys would be taken for them."""
-    if isinstance(batches, Mapping):
+    if isinstance(batches, (Mapping, str)):
         raise ValueError(
             f"batches is a {type(batches).__name__}, which is one batch: give a list, [batch], or "
             "a DataLoader"
@@ -51,14 +51,32 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """What the model returns for the batch, whose tensors are moved to its device first."""
+    """What the model returns for the batch, whose tensors are moved to its device first.
+
+    Raises ValueError where the model fails on a batch that has no tensor in it.
+    """
     device = next(model.parameters()).device
     if device.type == "meta":  # offloaded by accelerate, whose hooks know where it computes
         device = execution_device(*model.modules()) or device
     batch = _to(batch, device)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    try:
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    except (AttributeError, TypeError, ValueError) as error:
+        if _has_tensor(batch):
+            raise
+        raise ValueError(
+            f"a batch is a {type(batch).__name__} without a tensor, on which "
+            f"{type(model).__name__} fails ({error}): give batches of tensors, as "
+            "tokenizer(..., return_tensors='pt') or a DataLoader makes them"
+        ) from error
+
+
+def _has_tensor(batch: Any) -> bool:
+    values = batch.values() if isinstance(batch, Mapping) else batch
+    nested = isinstance(batch, (Mapping, tuple, list))
+    return any(map(_has_tensor, values)) if nested else isinstance(batch, Tensor)
 
 
 def _to(batch: Any, device: torch.device) -> Any:

@@ -49,7 +49,7 @@ Base = Annotated[str | None, Option(help="The base model, instead of the one in 
 Exported = Annotated[Path, Argument(help="The folder that export or merge wrote.")]
 Trained = Annotated[Path, Argument(help="A trained adapter: a native folder, or PEFT's.")]
 Smaller = Annotated[Path, Option(help="The PEFT folder to write.")]
-Budget = Annotated[float | None, Option(help="The part of its parameters to keep; 0.25 if none.")]
+Budget = Annotated[float | None, Option(help="Part of plain LoRA's size to keep; 0.25 if none.")]
 MaxLoss = Annotated[float | None, Option(help="Instead: the predicted rise of the loss to accept.")]
 Multiple = Annotated[int, Option(help="Ranks are multiples of it.")]
 StepTime = Annotated[float | None, Option(help="End the backward pass above the lowest layers.")]

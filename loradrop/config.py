@@ -179,6 +179,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}={value!r}: choose a positive number")
+        if isinstance(self.report_to, str):
+            object.__setattr__(self, "report_to", (self.report_to,))
         if self.precision not in ("float32", "bf16", "fp16"):
             raise ValueError(f"precision={self.precision!r}: choose float32, bf16 or fp16")
 

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -216,6 +217,22 @@ def classes_of(model: nn.Module) -> dict[str, Any]:
     found = {"labels": labels if named else None}
     found["problem_type"] = None if kind == "single_label_classification" else kind
     return {key: value for key, value in found.items() if value}
+
+
+def tell_base(what: Any, there: Mapping[str, Any], model: nn.Module) -> None:
+    """One line where an adapter that fits was trained on another base than `model`, by what its
+    plan or its configuration says of that. Names and shapes of tensors, which are compared, do not
+    tell models of one family apart.
+    """
+    here, name = base_of(model), there.get("id")
+    if there.get("fingerprint") not in (None, here["fingerprint"]):
+        differ = "whose tensors are not all those of this model; its targets fit"
+        _log.warning("%s was trained on %s, %s", what, name, differ)
+    elif name and here["id"] and Path(str(name)).name != Path(str(here["id"])).name:
+        _log.warning(
+            "%s was trained on %s, and this model is %s: its tensors have the same shapes, but an "
+            "adapter of another model is noise", what, name, here["id"],
+        )  # fmt: skip
 
 
 def base_of(model: nn.Module) -> dict[str, Any]:

@@ -13,10 +13,9 @@ from torch import nn
 from loradrop.bank import AdapterBank, bank_of, has_bank
 from loradrop.config import LoRAConfig
 from loradrop.formats import peft_load
-from loradrop.injection import base_of, classes_of, injection_of, require_loaded
+from loradrop.injection import base_of, classes_of, injection_of, require_loaded, tell_base
 from loradrop.layers import shape_of
 from loradrop.native import FOLDER, TENSORS, NativeFile, read
-from loradrop.plan import Plan
 from loradrop.ranks import placed
 from loradrop.surgery import inject
 
@@ -51,24 +50,10 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
             f"{path} was trained with {differing} than the model was injected with: "
             "call loradrop.remove(model) first"
         )
-    if plan.base.get("fingerprint") not in (None, base_of(model)["fingerprint"]):
-        differ = "whose tensors are not all those of this model; its targets fit"
-        _log.warning("%s was trained on %s, %s", path, plan.base.get("id"), differ)
-    else:
-        _tell_other_base(model, plan, path)
+    tell_base(path, plan.base, model)
     base = {**base_of(model), **classes_of(model), **plan.base}
     fill(model, file._replace(plan=replace(plan, base=base)))
     return bank
-
-
-def _tell_other_base(model: nn.Module, plan: Plan, path: str | os.PathLike[str]) -> None:
-    """Names and shapes of tensors, which are compared, do not tell models of one family apart."""
-    ids = plan.base.get("id"), base_of(model)["id"]
-    if all(ids) and len({Path(str(of)).name for of in ids}) > 1:
-        _log.warning(
-            "%s was trained on %s, and this model is %s: its tensors have the same shapes, but an "
-            "adapter of another model is noise", path, *ids,
-        )  # fmt: skip
 
 
 def _read(path: str | os.PathLike[str], model: nn.Module) -> NativeFile:

@@ -45,13 +45,8 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
         names = {"all-linear": _adaptable(model, config, linear, excluded)}
     elif isinstance(wanted, str):
         names = {wanted: [name for name in modules if re.fullmatch(wanted, name)]}
-        entries = [entry.strip() for entry in wanted.split(",")]
-        if not names[wanted] and all(_suffix(linear, entry) for entry in entries):
-            given = ", ".join(f'"{entry}"' for entry in entries)
-            raise ValueError(
-                f'target_modules="{wanted}" is a string, which is a regular expression for whole '
-                f"names, and no name is like that: give a list, [{given}]"
-            )
+        if not names[wanted]:
+            _require_list("target_modules", wanted, linear)
     elif wanted is None:
         for kinds in (QUERY_VALUE, OTHERWISE):
             names = {kind: found for kind in kinds if (found := _suffix(linear, kind))}
@@ -178,6 +173,17 @@ def _suffix(modules: Mapping[str, nn.Module], entry: str) -> list[str]:
     return [name for name in modules if name == entry or name.endswith("." + entry)]
 
 
+def _require_list(option: str, given: str, modules: Mapping[str, nn.Module]) -> None:
+    """Raises ValueError for a string that matches nothing, but would as entries of a list."""
+    entries = [entry.strip() for entry in given.split(",")]
+    if all(_suffix(modules, entry) for entry in entries):
+        spelled = ", ".join(f'"{entry}"' for entry in entries)
+        raise ValueError(
+            f'{option}="{given}" is a string, which is a regular expression for whole names, and '
+            f"no name is like that: give a list, [{spelled}]"
+        )
+
+
 def _excluded(modules: Mapping[str, nn.Module], exclude: str | Sequence[str] | None) -> set[str]:
     if exclude is None:
         return set()
@@ -238,6 +244,8 @@ def _require_used(
     exclude, unused = config.exclude_modules or (), list[str]()
     for entry in [exclude] if isinstance(exclude, str) else exclude:
         if not _excluded(modules, entry if isinstance(exclude, str) else [entry]):
+            if isinstance(exclude, str):
+                _require_list("exclude_modules", exclude, modules)
             unused.append(f"exclude_modules has {entry!r}, which matches no module")
     for name in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, name):

@@ -226,3 +226,10 @@ def test_a_quantised_base(trainable: bool, tmp_path: Path) -> None:
     else:
         with pytest.raises(ValueError, match="quantized"):
             run(tmp_path, model=model)
+
+
+def test_one_logger_by_its_name(tmp_path: Path) -> None:
+    assert loradrop.TrainConfig(report_to="tensorboard").report_to == ("tensorboard",)
+    quiet = loradrop.TrainConfig(report_to="none")
+    made = training_arguments(quiet, tmp_path, 2, warm_up=False, has_dev=False)
+    assert made.report_to == []

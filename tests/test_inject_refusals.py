@@ -9,7 +9,7 @@ import accelerate
 import peft
 import pytest
 import torch
-from models import LM, Make, Options, assert_same, bert, build, gpt2, snapshot
+from models import LM, Make, Options, assert_same, bert, build, gpt2, snapshot, wake
 from surgery_models import IDS, WIDTH, Net, R, Tied, config, injected, names, output
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -321,3 +321,22 @@ def test_injection_says_what_it_adapted(caplog: pytest.LogCaptureFixture) -> Non
         loradrop.inject(Net(), config())
     assert "query (3)" in caplog.text and "value (3)" in caplog.text
     assert "classifier" in caplog.text
+
+
+def test_an_exclusion_that_would_match_in_a_list() -> None:
+    words = r'exclude_modules="query, mix" is a string.* give a list, \["query", "mix"\]'
+    refused(words, Net(), exclude_modules="query, mix")
+
+
+@pytest.mark.parametrize("option", [{"budget": 0.5}, {"keep_ratio": 0.1}, {"keep": 0}])
+def test_a_decision_that_keeps_none_says_so(
+    option: Options, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = bert(2)
+    loradrop.inject(model, loradrop.LoraDropConfig(r=4, **option))
+    loradrop.probe(wake(model), [{"input_ids": IDS}])
+    loradrop.share(model)
+    assert model.lora_bank.assignment.kept == ()
+    said = [r.getMessage() for r in caplog.records if "no target keeps its own" in r.getMessage()]
+    assert len(said) == ("keep" not in option)  # keep=0 is what was asked for
+    assert all(line.startswith(next(iter(option))) for line in said)

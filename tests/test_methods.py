@@ -666,3 +666,12 @@ def test_the_whole_of_it() -> None:
     before = loss(model)
     assert loss(train(model, 20)) < before
     assert all(value > 0 for value in loradrop.probe(model, [X], mask=None).values())
+
+
+def test_a_subclass_needs_a_name_of_its_own() -> None:
+    """Its files would be read as its parent's."""
+    model = Net()
+    kind = type("Mine", (VeRA,), {})
+    with pytest.raises(ValueError, match=r"Mine\.name is 'vera', which loradrop\.methods\.vera"):
+        loradrop.inject(model, LoRAConfig(r=R, target_modules=["query"], method=kind()))
+    assert "lora_bank" not in dict(model.named_modules())

@@ -11,7 +11,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from peft_models import BATCH, LLAMA, Q0, logits, made, peft, shared, twin
+from peft_models import BATCH, LLAMA, Q0, Q1, V0, V1, logits, made, peft, shared, twin
 from safetensors.torch import load_file
 
 import loradrop
@@ -265,3 +265,34 @@ def test_training_without_a_warmup_is_an_error_once_it_is_saved(tmp_path: Path) 
         model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(models.llama(), tmp_path)
     assert torch.equal(logits(again), logits(model))
+
+
+def named(identity: str, layers: int = 2) -> Any:
+    sizes = {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 32}
+    sizes |= models.LM | {"num_hidden_layers": layers}
+    model = models.build("LlamaForCausalLM", "LlamaConfig", **sizes)
+    model.config._name_or_path = identity
+    return model
+
+
+@pytest.mark.parametrize("way", ["PeftModel", "load"])
+def test_a_folder_of_another_base_says_so(
+    way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once, whether its shapes are the same or the model is deeper than its targets."""
+    model = made(named("one"), target_modules=[Q0, V0, Q1, V1])
+    loradrop.share(model, [Q0])
+    model.save_pretrained(tmp_path)
+    for base, said in (
+        (named("one"), []),
+        (named("two"), ["was trained on one, and this model is two"]),
+        (named("two", 3), ["was trained on one, whose tensors are not all those of this model"]),
+    ):
+        caplog.clear()
+        if way == "load":
+            loradrop.load(base, tmp_path)
+        else:
+            peft.PeftModel.from_pretrained(base, str(tmp_path))
+        found = [r.getMessage() for r in caplog.records if "trained on" in r.getMessage()]
+        assert len(found) == len(said)
+        assert all(part in line for part, line in zip(said, found, strict=True))

@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections import namedtuple
+from collections import UserDict, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -479,3 +479,20 @@ def test_an_unknown_statistic_lists_the_known() -> None:
     with pytest.raises(ValueError, match="statistics has 'median': choose among sqnorm, moment"):
         Collector(model, model.lora_bank, online=True, statistics=["median"])
     assert not model._forward_hooks and model.lora_bank.collector is None
+
+
+def test_text_where_a_list_of_batches_belongs() -> None:
+    """The remedy has a name, and the model is as it was."""
+    model = bert()
+    loradrop.inject(model, loradrop.LoRAConfig(r=R))
+    wake(model).train()
+    batch = {"input_ids": torch.tensor([[3, 4, 5]])}
+    for wrong in (batch, UserDict(batch), "a text"):
+        with pytest.raises(ValueError, match=r"batches is a (dict|UserDict|str).*\[batch\]"):
+            loradrop.probe(model, wrong)
+    for wrong in (["a text"], [{"input_ids": [[3, 4, 5]]}], [[[3, 4, 5]]]):
+        with pytest.raises(ValueError, match=r"a batch is a \w+ without a tensor.*return_tensors"):
+            loradrop.probe(model, wrong)
+    with pytest.raises(ValueError, match=r"^You must specify"):  # the model's own, of tensors
+        loradrop.probe(model, [{"wrong": batch["input_ids"]}])
+    assert model.training and probed(model, [batch])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from loradrop.bank import AdapterBank
 from loradrop.files import read_json
 from loradrop.formats.peft_file import BANK
-from loradrop.injection import Injection, plan_of
+from loradrop.injection import Injection, plan_of, tell_base
 from loradrop.integrations.peft_config import LoraDropConfig, from_peft
 from loradrop.integrations.peft_layers import Banked, is_linear
 from loradrop.integrations.peft_view import viewed
@@ -100,6 +100,9 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
             layer.link(name, link)
         bank.requires_grad_(name in self.active_adapters and not config.inference_mode)
         self.lora_banks[name], self.injections[name] = bank, Injection(ours)
+        if isinstance(plan, Mapping) and not twins:  # a saved adapter has its plan with it
+            with self._viewed(name) as base:
+                tell_base(f"the adapter {name!r}", plan.get("base") or {}, base)
 
     def _layers(self, name: str | None = None) -> list[tuple[str, Any]]:
         """(name in the base model, layer) of the targets of an adapter, or of all."""

@@ -167,6 +167,9 @@ class LoRADrop(Method):
                 "budget=%g: beside one adapter per group, %.3g of LoRA's parameters, there is no "
                 "room for another, so no target keeps its own", self.budget, least,
             )  # fmt: skip
+        if self.keep_ratio and not kept:
+            what = f"keep_ratio={self.keep_ratio:g} of {len(scores)} targets"
+            _log.warning("%s rounds to none, so no target keeps its own: raise it", what)
         bank.share(
             kept, scores, share=self.share, init=self.share_init,
             after_select=self.after_select, interval=self.interval,
