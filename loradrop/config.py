@@ -12,6 +12,7 @@ from loradrop import methods
 from loradrop.masks import MASK
 from loradrop.methods import LoRA, LoRADrop, Method
 from loradrop.op.philox import quantize
+from loradrop.peft_names import CHANGES, HARMLESS
 
 _OF_PEFT = ("base_model_name_or_path", "peft_type", "is_prompt_learning", "task_type")
 
@@ -193,8 +194,6 @@ def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> No
 
 
 def _hint(key: str, known: Sequence[str]) -> str:
-    from loradrop.formats.peft_options import CHANGES, HARMLESS
-
     if key in CHANGES:
         return f"it is PEFT's, and its adapter would not be s·B·A over the base: {CHANGES[key]}"
     if key in HARMLESS and key not in LoRAConfig.__dataclass_fields__:

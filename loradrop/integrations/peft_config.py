@@ -14,8 +14,9 @@ from loradrop.config import LoRAConfig
 from loradrop.files import write_text
 from loradrop.formats.card import END, START, with_part
 from loradrop.formats.peft_file import OURS
-from loradrop.formats.peft_options import CHANGES, require_plain
+from loradrop.formats.peft_options import require_plain
 from loradrop.methods import LoRA, LoRADrop
+from loradrop.peft_names import CHANGES
 from loradrop.selection import INTERVAL
 
 _UNSERVED = CHANGES | {
