@@ -417,9 +417,11 @@ def test_an_entry_point_is_found() -> None:
         LoRAConfig.from_dict({"method": {"name": "core", "strat": 1.0}})
 
 
-def test_it_is_not_found_without_one() -> None:
-    with pytest.raises(ValueError, match=r"'core'.*lora, lora_drop"):
-        methods.get("core")
+def test_one_that_is_imported_is_found_without_one() -> None:
+    """As a file's is, in a process that imported it; it is not among those that are listed."""
+    assert methods.get("core") is Core and "core" not in methods.available()
+    with pytest.raises(ValueError, match=r"'cores' is unknown.*lora, lora_drop.*is imported"):
+        methods.get("cores")
 
 
 @pytest.mark.parametrize("method", [VeRA(), Core()], ids=["vera", "from outside"])
