@@ -46,8 +46,8 @@ class PeftFile(NamedTuple):
 
     base   the base model's own configuration, where it is known
 
-    What it lists is in the order of the names: a file that is read has the order of the disk, and
-    a reason for a refusal shall name the same tensor before and after.
+    `others` are in the order of the names, weights first: a file that is read has the order of the
+    disk, and a reason for a refusal shall name the same tensor before and after.
     """
 
     config: Mapping[str, Any]
@@ -57,14 +57,15 @@ class PeftFile(NamedTuple):
     @property
     def modules(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Module path -> (A (r, K), B (N, r)), where both are there."""
-        names = [key.removesuffix(_A) for key in sorted(self.tensors) if key.endswith(_A)]
+        names = [key.removesuffix(_A) for key in self.tensors if key.endswith(_A)]
         pairs = {n: (self.tensors[n + _A], self.tensors.get(n + _B)) for n in names}
         return {n.removeprefix(PREFIX): (a, b) for n, (a, b) in pairs.items() if b is not None}
 
     @property
     def others(self) -> dict[str, Tensor]:
         """All but the lora_A and lora_B tensors, by their names in the base model."""
-        keys = [key for key in sorted(self.tensors) if not key.endswith((_A, _B))]
+        keys = [key for key in self.tensors if not key.endswith((_A, _B))]
+        keys.sort(key=lambda key: (key.rpartition(".")[0], not key.endswith(".weight"), key))
         return {key.removeprefix(PREFIX): self.tensors[key] for key in keys}
 
     @property
