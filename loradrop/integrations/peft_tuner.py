@@ -65,9 +65,12 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
             )
         if "lora_banks" not in self._modules:
             self.lora_banks, self.injections = nn.ModuleDict(), {}
+        others = [(p, p.requires_grad) for p in self.lora_banks.parameters()]
         super().inject_adapter(
             model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
         )
+        for parameter, trains in others:  # as PEFT's own, which it looks for in the base model
+            parameter.requires_grad_(trains)
         try:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._add_bank(adapter_name)
