@@ -19,16 +19,15 @@ import torch
 
 from lib import RESULTS, ROOT
 from lib.method_picture import draw
-from lib.study import Arm, Study
+from lib.study import ALPHA, FIRST_RATE, Arm, Study
 from lib.tasks import Tasks
 from loradrop import methods
 
 RESULT = RESULTS / "cpu" / "bench_methods.json"
 TASKS = ("stdlib, same modules", "sst2", "mrpc", "stdlib")
 BUDGETS = (1, 4, 2)  # ranks of LoRA; the smallest and the largest tell most
-ALPHA = 0.5  # LoRA's, at every rank; it came out better than 2 in bench_sizes.py
-FIRST = 16e-3  # where a search begins
-RATES = tuple(1e-3 * 2**k for k in range(-4, 9))  # methods with few parameters take large ones
+# Where the search of a rate begins for methods that do not train A as LoRA does.
+FIRST = {"lora_fa": 128e-3, "vera": 128e-3, "tied_lora": 64e-3}
 # Method -> budget -> the rank of its configuration, and its options where they are not the
 # defaults, for the layers of MiniLM: within 16 % of LoRA's size. At the end AdaLoRA and spectral
 # LoRA-drop are of that size, and wider at first. VeRA has no more at its largest rank, and RaSA of
@@ -64,7 +63,8 @@ def arms(budget: int, names: list[str]) -> dict[str, Arm]:
             rank, options = SIZES[name][budget]
             about = {"method": name, "budget": budget}
             method = methods.get(name)(**options)
-            found[f"{name}, {budget}"] = Arm(rank, method, about, s=ALPHA / budget)
+            first = FIRST.get(name, FIRST_RATE)
+            found[f"{name}, {budget}"] = Arm(rank, method, about, ALPHA / budget, first)
     return found
 
 
@@ -87,9 +87,7 @@ def main() -> None:
     tasks = Tasks(args.data, None)
     every = {budget: arms(budget, args.methods) for budget in args.budgets}
     merged = {name: arm for found in every.values() for name, arm in found.items()}
-    study = Study(
-        tasks, args.out, args.minutes, merged, {"budgets": BUDGETS}, rates=RATES, first=FIRST
-    )
+    study = Study(tasks, args.out, args.minutes, merged, {"budgets": BUDGETS, "alpha": ALPHA})
     for found in every.values():
         for task in filter(tasks.has, args.tasks):
             for arm in found:  # a method at a time: the table has whole rows, however long it ran

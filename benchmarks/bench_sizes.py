@@ -22,7 +22,7 @@ import torch
 
 from lib import RESULTS, ROOT
 from lib.size_picture import draw
-from lib.study import Arm, Cell, Study
+from lib.study import ALPHA, Arm, Cell, Study
 from lib.tasks import SETTINGS, Prepared, Tasks
 from loradrop.allocation import allocate
 from loradrop.injection import injection_of
@@ -36,12 +36,10 @@ from loradrop.truncation import truncate
 
 RESULT = RESULTS / "cpu" / "bench_sizes.json"
 RANK = 8  # of what all sizes are a part of
-FIRST = 16e-3  # where a search begins
-ALPHA = 0.5  # LoRA's, of every arm that does not say its own: s = α/r at every rank
 
 
 def lora(rank: int, alpha: float = ALPHA) -> Arm:
-    """LoRA of this rank."""
+    """LoRA of this rank; s = α/r."""
     return Arm(rank, LoRA(), s=alpha / rank)
 
 
@@ -62,11 +60,15 @@ ARMS = {
     "LoRA r=4": lora(4),
     "spectral, 1/2": spectral(2),
     "LoRA r=16": lora(16),
+    "LoRA r=8, α=1/2": lora(8, 0.5),
+    "LoRA r=1, α=1/2": lora(1, 0.5),
+    "spectral, 1/8, α=1/2": spectral(8, 0.5),
+    "LoRA r=8, α=1/32": lora(8, 0.03125),
+    "LoRA r=1, α=1/32": lora(1, 0.03125),
+    "spectral, 1/8, α=1/32": spectral(8, 0.03125),
     "LoRA r=8, α=2": lora(8, 2),
     "LoRA r=1, α=2": lora(1, 2),
     "spectral, 1/8, α=2": spectral(8, 2),
-    "LoRA r=8, α=1/8": lora(8, 0.125),
-    "LoRA r=1, α=1/8": lora(1, 0.125),
     "LoRA r=8, α=16": lora(8, 16),
     "spectral, step time 0.75, 1/8": spectral(8, budget_time=0.75),
     "spectral, s fixed, 1/8": Arm(RANK, Spectral(budget=0.125, scale="fixed"), s=2.0),
@@ -77,7 +79,7 @@ ARMS = {
     "spectral online, 1/8": spectral(8, source="online"),
 }
 # What these arms come to when they are cut at their end, as `loradrop compress` does.
-CUT = ("LoRA r=8", "LoRA r=8, α=2", "LoRA r=8, α=16")
+CUT = ("LoRA r=8", "LoRA r=8, α=1/2", "LoRA r=8, α=2", "LoRA r=8, α=16")
 PARTS = (2, 4, 8, 16)
 
 
@@ -117,9 +119,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     tasks = Tasks(args.data, args.models)
-    study = Study(
-        tasks, args.out, args.minutes, ARMS, {"rank": RANK, "alpha": ALPHA}, first=FIRST, after=cuts
-    )
+    study = Study(tasks, args.out, args.minutes, ARMS, {"rank": RANK, "alpha": ALPHA}, cuts)
     study.run([(t, arm) for arm in args.arms for t in args.tasks if tasks.has(t)], args.seeds)
 
 

@@ -75,7 +75,7 @@ def pytest_configure() -> None:
 
 
 def _concerns_lora(item: pytest.Item) -> bool:
-    """Whether one of its parameters is LoRA's configuration; without one, whether its name says so."""
+    """Whether one of its parameters is LoRA's configuration; without any, what its name says."""
     config = LoraConfig if FACE == "config" else OfPeft
     values = getattr(getattr(item, "callspec", None), "params", {}).values()
     given = [v for value in values for v in (value if isinstance(value, tuple) else (value,))]

@@ -69,7 +69,8 @@ def test_every_method_is_compared_and_those_that_lack_are_left_out() -> None:
 
 def fake(tmp_path: Path, losses: dict[int, float | None], minutes: float = 9.0) -> study.Study:
     """A study whose runs only look up the loss at a rate of the grid."""
-    made = study.Study(None, tmp_path / "cells.json", minutes, {"a": None}, {})  # type: ignore[arg-type, dict-item]
+    arms = {"a": study.Arm(1, methods.LoRA())}
+    made = study.Study(None, tmp_path / "cells.json", minutes, arms, {})  # type: ignore[arg-type]
     made.started = []  # type: ignore[attr-defined]
 
     def run(task: str, arm: str, rate: float, seed: int) -> Any:
@@ -80,15 +81,15 @@ def fake(tmp_path: Path, losses: dict[int, float | None], minutes: float = 9.0) 
     return made
 
 
-@pytest.mark.parametrize("best", [0, 3, 4, 6, 8])
+@pytest.mark.parametrize("best", [0, 7, 9, 10, 14])
 def test_the_rate_of_the_least_loss_is_found_and_not_looked_up_twice(
     best: int, tmp_path: Path
 ) -> None:
-    losses = {k: 1.0 + abs(k - best) for k in range(9)}
+    losses = {k: 1.0 + abs(k - best) for k in range(15)}
     made = fake(tmp_path, losses)
     made.run([("stdlib", "a")], seeds=2)
     rates = [rate for rate, seed in made.started if seed == study.SEARCH_SEED]
-    assert len(set(rates)) == len(rates) <= abs(best - 4) + 3
+    assert len(set(rates)) == len(rates) <= abs(best - 9) + 3
     final = [(rate, seed) for rate, seed in made.started if seed != study.SEARCH_SEED]
     assert final == [(study.RATES[best], 0), (study.RATES[best], 1)]
     again = fake(tmp_path, losses)
@@ -100,16 +101,20 @@ def test_the_rate_of_the_least_loss_is_found_and_not_looked_up_twice(
 
 
 def test_a_rate_that_diverges_is_not_chosen_and_time_ends_a_study(tmp_path: Path) -> None:
-    losses = {k: 5.0 - k if k < 6 else None for k in range(9)}
-    assert fake(tmp_path, losses).search("stdlib", "a") == study.RATES[5]
+    losses = {k: 15.0 - k if k < 11 else None for k in range(15)}
+    assert fake(tmp_path, losses).search("stdlib", "a") == study.RATES[10]
     ended = fake(tmp_path / "ended", losses, minutes=0.0)
     assert ended.search("stdlib", "a") is None and not ended.started
 
 
-def test_both_scripts_have_the_first_rate() -> None:
-    assert study.FIRST_RATE in study.RATES and study.FIRST_RATE in bench_methods.RATES
-    assert set(study.RATES) <= set(bench_methods.RATES)
-    assert all(isinstance(arm, study.Arm) for arm in bench_sizes.ARMS.values())
+def test_every_search_begins_on_the_grid() -> None:
+    arms = [*bench_sizes.ARMS.values()]
+    arms += [
+        arm for n in (1, 2, 4) for arm in bench_methods.arms(n, [*bench_methods.SIZES]).values()
+    ]
+    assert {arm.first for arm in arms} <= set(study.RATES) and set(bench_methods.FIRST) <= set(
+        methods.available()
+    )
 
 
 def test_a_cell_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,10 +135,16 @@ def test_a_cell_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert cell is not None and cell.pop("seconds") >= 0
     assert cell == {
         **{"task": "stdlib", "arm": "prilora, 2", "rate": 4e-3, "seed": 1, "of": "dev"},
-        **{"method": "prilora", "budget": 2, "s": 0.25, "facts": {"zeros of A": 0.5}, "loss": 1.0},
+        **{
+            "method": "prilora",
+            "budget": 2,
+            "s": 0.0625,
+            "facts": {"zeros of A": 0.5},
+            "loss": 1.0,
+        },
     }
     lora = seen["lora"]
-    assert (lora.r, lora.lora_alpha, lora.target_modules) == (2, 0.5, "all-linear")
+    assert (lora.r, lora.lora_alpha, lora.target_modules) == (2, 0.125, "all-linear")
     assert lora.method == methods.get("prilora")() and lora.modules_to_save == ("head",)
     assert (seen["args"].learning_rate, seen["args"].seed) == (4e-3, 1)
 

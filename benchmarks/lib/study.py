@@ -18,21 +18,23 @@ from loradrop.injection import plan_of
 from loradrop.methods import Method
 from loradrop.training import fit
 
-RATES = tuple(1e-3 * 2**k for k in range(-2, 7))
-FIRST_RATE, SEARCH_SEED = 4e-3, 100
+RATES = tuple(1e-3 * 2**k for k in range(-4, 11))
+ALPHA = 0.125  # LoRA's, at every rank: smaller ones came out better in bench_sizes.py
+FIRST_RATE, SEARCH_SEED = 32e-3, 100
 Cell = dict[str, Any]
 After = Callable[[str, str, Prepared, Callable[[], Cell]], Iterator[tuple[str, Cell]]]
 
 
 class Arm(NamedTuple):
-    """The rank of an arm's configuration, its method, what its cells say of it beside that, and s,
-    which is α over that rank.
+    """The rank of an arm's configuration, its method, what its cells say of it beside that, s,
+    which is α over that rank, and the rate where its search begins.
     """
 
     rank: int
     method: Method
     about: Mapping[str, Any] = {}
     s: float = 2.0
+    first: float = FIRST_RATE
 
 
 def judged(given: Prepared, search: bool) -> Cell:
@@ -52,7 +54,6 @@ class Study:
 
     minutes    after which no run starts
     settings   what the file says beside the settings of its tasks
-    rates      the grid of learning rates, which has `first`, where every search begins
     after      other arms and their cells, from a model that was trained: (task, arm, what it was
                trained with, a function that judges it as it is now)
     """
@@ -64,15 +65,11 @@ class Study:
         minutes: float,
         arms: Mapping[str, Arm],
         settings: Mapping[str, Any],
-        *,
-        rates: Sequence[float] = RATES,
-        first: float = FIRST_RATE,
         after: After | None = None,
     ) -> None:
         self.tasks, self.path, self.arms = tasks, path, arms
-        self.rates, self.first = rates, first
         self.after = after
-        self.settings = dict(settings) | {"rates": rates, "search_seed": SEARCH_SEED}
+        self.settings = dict(settings) | {"rates": RATES, "search_seed": SEARCH_SEED}
         self.cells: list[Cell] = read_json(path)["cells"] if path.exists() else []
         self._deadline = time.monotonic() + 60 * minutes
 
@@ -99,7 +96,7 @@ class Study:
 
     def _run(self, name: str, arm: str, rate: float, seed: int) -> Iterator[tuple[str, Cell]]:
         """The arm and its cell, and those that come `after` it."""
-        setting, (rank, method, about, s) = SETTINGS[name], self.arms[arm]
+        setting, (rank, method, about, s, _) = SETTINGS[name], self.arms[arm]
         train = TrainConfig(
             steps=setting.steps, batch_size=setting.batch_size, learning_rate=rate, seed=seed,
             save_every=10**6,
@@ -131,16 +128,16 @@ class Study:
         losses: dict[int, float] = {}
 
         def loss(k: int) -> float | None:
-            if not 0 <= k < len(self.rates):
+            if not 0 <= k < len(RATES):
                 return math.inf
             if k not in losses:
-                cell = self.cell(task, arm, self.rates[k], SEARCH_SEED)
+                cell = self.cell(task, arm, RATES[k], SEARCH_SEED)
                 if cell is None:
                     return None
                 losses[k] = math.inf if cell["loss"] is None else cell["loss"]
             return losses[k]
 
-        best = self.rates.index(self.first)
+        best = RATES.index(self.arms[arm].first)
         for step in (-1, 1):
             while True:
                 here, there = loss(best), loss(best + step)
@@ -149,4 +146,4 @@ class Study:
                 if there >= here:
                     break
                 best += step
-        return self.rates[best]
+        return RATES[best]
