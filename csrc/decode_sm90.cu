@@ -15,7 +15,11 @@
 // second block of sixteen rows, beginning at w / 4. A ninth warp issues the loads.
 //
 // Shared memory, with t tokens (8, 16 or 32) and r rounded up to 16:
-//   ring       stages · 2 · 128 · (rows + t + r): W, x and A of a chunk, in boxes of 64 k
+//   ring       stages · 2 · 128 · (rows + t): W and x of a chunk, in boxes of 64 k
+//   A          slots · 2 · 128 · r: A of the first chunks. As many slots as stages, but a few of a
+//              wide r, which would leave the ring little room for W and is idle after the c-th of K.
+//              A's chunk comes when the one that had its slot is read, so it needs no barriers but
+//              those of the ring.
 //   B          rows · 128 · ceil(r / 64)
 //   h          128 · t · ceil(r / 64)
 //   partial h  4 · r · t       sums  4 · rows · t
@@ -42,18 +46,21 @@ constexpr int kThreads = kConsumers + 32;
 constexpr int kMaxShared = 232448;
 constexpr int kTilesPerWarp = kDecodeMaxRows / 32;  // blocks of 16 rows of W, and of A
 constexpr int kMaxStages = 16;
+constexpr int kWideRank = 64;    // from which A has
+constexpr int kSlotsOfWide = 3;  // so many slots
 constexpr int kExchangeDelay = 2;  // chunks of W between leaving a partial h and asking for others'
 
 struct Layout {
-  int rows, tokens, r16, boxes, stages;
+  int rows, tokens, r16, boxes, stages, slots;
 
   LORADROP_FN Layout(int rows, int m, int r, int stages)
       : rows(rows), tokens(decode_tokens(m)), r16(decode_ranks(r)), boxes(ceil_div(r, kChunk)),
-        stages(stages) {}
-  LORADROP_FN int half() const { return (rows + tokens + r16) * kRowBytes; }
-  LORADROP_FN int x() const { return rows * kRowBytes; }            // in a half
-  LORADROP_FN int a() const { return (rows + tokens) * kRowBytes; }  // in a half
-  LORADROP_FN int b() const { return stages * 2 * half(); }
+        stages(stages), slots(r16 < kWideRank ? stages : smaller(stages, kSlotsOfWide)) {}
+  LORADROP_FN int half() const { return (rows + tokens) * kRowBytes; }
+  LORADROP_FN int x() const { return rows * kRowBytes; }  // in a half
+  LORADROP_FN int half_of_a() const { return r16 * kRowBytes; }
+  LORADROP_FN int a() const { return stages * 2 * half(); }
+  LORADROP_FN int b() const { return a() + slots * 2 * half_of_a(); }
   LORADROP_FN int h() const { return b() + boxes * rows * kRowBytes; }
   LORADROP_FN int partial() const { return h() + boxes * tokens * kRowBytes; }
   LORADROP_FN int sums() const { return partial() + r16 * tokens * 4; }
@@ -68,6 +75,9 @@ struct Memory {
 
   __device__ std::uint32_t half(int slot, int which) const {
     return base + (2 * slot + which) * at.half();
+  }
+  __device__ std::uint32_t half_of_a(int slot, int which) const {
+    return base + at.a() + (2 * slot + which) * at.half_of_a();
   }
   __device__ std::uint32_t filled(int slot) const { return base + at.barriers() + 8 * slot; }
   __device__ std::uint32_t emptied(int slot) const { return filled(at.stages) + 8 * slot; }
@@ -84,19 +94,29 @@ __device__ inline int block_token(int lane, int i) { return 2 * (lane % 4) + i %
 
 __device__ void produce(const DecodeArguments& args, const Memory& memory, DecodeWalk walk) {
   const Layout& at = memory.at;
-  const int row = blockIdx.x * at.rows;
-  const std::uint32_t always = 2 * at.a(), with_a = 2 * at.half();
+  const int row = blockIdx.x * at.rows, lag = at.stages - at.slots;
+  const int steps = walk.own > at.slots ? larger(walk.chunks, walk.own + lag) : walk.chunks;
+  const std::uint32_t always = 2 * at.half(), with_a = always + 2 * at.half_of_a();
   Ring ring;
-  for (int step = 0; step < walk.chunks; ++step, ring.advance(at.stages)) {
-    const std::uint32_t barrier = memory.filled(ring.slot);
-    ptx::wait(memory.emptied(ring.slot), ring.emptied());
-    ptx::arrive_and_expect(barrier, step < walk.own ? with_a : always);
-    for (int which = 0; which < 2; ++which) {
-      const std::uint32_t to = memory.half(ring.slot, which);
-      const int k = walk.chunk(step) * kDecodeChunk + which * kChunk;
-      ptx::load(args.w, {to, barrier}, k, row);
-      ptx::load(args.x, {to + at.x(), barrier}, k, 0);
-      if (step < walk.own) ptx::load(args.a, {to + at.a(), barrier}, k, 0);
+  for (int step = 0; step < steps; ++step, ring.advance(at.stages)) {
+    ptx::wait(memory.emptied(ring.slot), ring.emptied());  // chunk step - stages is read
+    if (step < walk.chunks) {
+      const std::uint32_t barrier = memory.filled(ring.slot);
+      ptx::arrive_and_expect(barrier, step < walk.own ? with_a : always);
+      for (int which = 0; which < 2; ++which) {
+        const std::uint32_t to = memory.half(ring.slot, which);
+        const int k = walk.chunk(step) * kDecodeChunk + which * kChunk;
+        ptx::load(args.w, {to, barrier}, k, row);
+        ptx::load(args.x, {to + at.x(), barrier}, k, 0);
+      }
+    }
+    const int of_a = step < at.slots ? step : step < at.stages ? walk.own : step - lag;
+    if (of_a < walk.own) {
+      for (int which = 0; which < 2; ++which) {
+        ptx::load(args.a,
+                  {memory.half_of_a(of_a % at.slots, which), memory.filled(of_a % at.stages)},
+                  walk.chunk(of_a) * kDecodeChunk + which * kChunk, 0);
+      }
     }
     if (step == 0) {  // after the first of W, which is waited for first
       ptx::arrive_and_expect(memory.b_filled(), at.boxes * at.rows * kRowBytes);
@@ -219,7 +239,7 @@ __device__ void consume(const DecodeArguments& args, const Memory& memory, Decod
   const Layout& at = memory.at;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   Accumulators<Groups> acc = {}, partial_h = {};
-  Ring ring;
+  Ring ring, ring_of_a;
   for (int step = 0;; ++step) {
     if (step == walk.own) {
       add_up<Groups>(memory.partial(), partial_h, at.r16, warp, lane);
@@ -239,11 +259,15 @@ __device__ void consume(const DecodeArguments& args, const Memory& memory, Decod
         ptx::load_matrices(tokens[g], half + at.x() + column_operand_offset(8 * g, warp % 4, lane));
       }
       multiply<T, Groups>(acc, tokens, half, at.rows, warp, lane);
-      if (step < walk.own) multiply<T, Groups>(partial_h, tokens, half + at.a(), at.r16, warp, lane);
+      if (step < walk.own) {
+        const std::uint32_t a = memory.half_of_a(ring_of_a.slot, which);
+        multiply<T, Groups>(partial_h, tokens, a, at.r16, warp, lane);
+      }
     }
     __syncwarp();
     if (lane == 0) ptx::arrive(memory.emptied(ring.slot));
     ring.advance(at.stages);
+    ring_of_a.advance(at.slots);
   }
   add_up<Groups>(memory.sums(), acc, at.rows, warp, lane);
   ptx::wait(memory.b_filled(), 0);
@@ -351,8 +375,9 @@ int decode_shared_bytes(int rows, int m, int r, int stages) {
 }
 
 int decode_stages(int rows, int m, int r) {
-  const Layout none(rows, m, r, 0);
-  return smaller(kMaxStages, (kMaxShared - none.bytes()) / (2 * none.half() + 16));
+  int stages = kMaxStages;
+  while (Layout(rows, m, r, stages).bytes() > kMaxShared) --stages;
+  return stages;
 }
 
 // Of any of the six kernels: with every ring that decode_stages gives, an SM holds one CTA.

@@ -17,6 +17,7 @@ namespace loradrop {
 template <class A, class B>
 LORADROP_FN int ceil_div(A a, B b) { return static_cast<int>((a + b - 1) / b); }
 LORADROP_FN int smaller(int a, int b) { return a < b ? a : b; }
+LORADROP_FN int larger(int a, int b) { return a > b ? a : b; }
 
 // ---- gemm_ext: out (m, n) = p (m, k)·q (k, n) + s·h (m, r)·l (r, n) ---------------------------
 

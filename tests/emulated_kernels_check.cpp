@@ -131,7 +131,7 @@ void check_decode(int m, int n, int k, int r, int rows, int cluster, bool with_b
   args.k = k;
   args.r = r;
   args.rows = rows;
-  args.stages = smaller(3, decode_stages(rows, m, r));
+  args.stages = smaller(r < 64 ? 3 : 5, decode_stages(rows, m, r));  // A has up to 3 slots
   args.bias = with_bias ? bias.data.data() : nullptr;
   args.y = y.data();
   args.h = h.data();
@@ -206,5 +206,7 @@ int main(int count, char** arguments) {
   check_decode(12, 130, 1000, 17, 16, 4, true, true, ++seed);
   check_decode(32, 200, 136, 100, 48, 8, true, true, ++seed);
   check_decode(17, 300, 264, 128, 128, 2, false, true, ++seed);
+  check_decode(4, 40, 1100, 70, 16, 1, false, true, ++seed);  // more chunks of A than it has slots
+  check_decode(9, 80, 1100, 64, 16, 2, true, false, ++seed);
   return 0;
 }

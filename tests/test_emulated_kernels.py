@@ -239,6 +239,17 @@ FAULTS = {
         "  if (threadIdx.x == kConsumers) produce(args, memory, walk);\n"
         "  ptx::cluster_wait();\n",
     ),
+    "a slot of A is filled before it is free": (
+        DECODE,
+        "step < at.slots ? step : step < at.stages ? walk.own : step - lag",
+        "step",
+    ),
+    "the last chunks of A do not come": (
+        DECODE,
+        "walk.own > at.slots ? larger(walk.chunks, walk.own + lag) : walk.chunks",
+        "walk.chunks",
+    ),
+    "A is read from the slot of W": (DECODE, "half_of_a(ring_of_a.slot", "half_of_a(ring.slot"),
     "the partial h of the others is not waited for": (
         DECODE,
         "ptx::wait<true>(memory.partial_left(), 0);",

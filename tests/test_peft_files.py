@@ -56,6 +56,16 @@ def test_a_folder_brings_the_sharing_back_in_a_fresh_process(tmp_path: Path) -> 
     assert torch.allclose(again, logits(model), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_loading_one_more_leaves_the_others_as_they_are(trains: bool, tmp_path: Path) -> None:
+    shared(plan=[Q0]).save_pretrained(tmp_path)
+    model = peft.PeftModel.from_pretrained(models.llama(), tmp_path, is_trainable=trains)
+    model.load_adapter(tmp_path, "other", is_trainable=not trains)
+    banks = model.base_model.lora_banks
+    found = {name: {p.requires_grad for p in banks[name].parameters()} for name in banks}
+    assert found == {"default": {trains}, "other": {not trains}}
+
+
 @pytest.mark.parametrize("options", [{}, {"is_trainable": True}, {"low_cpu_mem_usage": True}])
 def test_from_pretrained_takes_peft_s_options(options: dict[str, Any], tmp_path: Path) -> None:
     model = shared()
