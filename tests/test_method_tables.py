@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -105,6 +105,18 @@ def test_a_rate_that_diverges_is_not_chosen_and_time_ends_a_study(tmp_path: Path
     assert fake(tmp_path, losses).search("stdlib", "a") == study.RATES[10]
     ended = fake(tmp_path / "ended", losses, minutes=0.0)
     assert ended.search("stdlib", "a") is None and not ended.started
+
+
+def test_cells_of_another_s_are_not_taken_for_this_one_s(tmp_path: Path) -> None:
+    path = tmp_path / "cells.json"
+    cell = {"task": "stdlib", "arm": "a", "rate": 4e-3, "seed": 0}
+    path.write_text(json.dumps({"cells": [cell | {"s": 2.0}, cell | {"arm": "gone", "s": 1.0}]}))
+    arms = {"a": study.Arm(1, methods.LoRA(), s=2.0)}
+    same = study.Study(cast(Any, None), path, 9.0, arms, {})
+    assert same.cell("stdlib", "a", 4e-3, 0) is not None
+    arms = {"a": study.Arm(1, methods.LoRA(), s=0.5)}
+    with pytest.raises(ValueError, match=r"cells of 'a' with s=2.0, which is s=0.5 now: rename"):
+        study.Study(cast(Any, None), path, 9.0, arms, {})
 
 
 def test_every_search_begins_on_the_grid() -> None:

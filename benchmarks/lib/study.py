@@ -56,6 +56,8 @@ class Study:
     settings   what the file says beside the settings of its tasks
     after      other arms and their cells, from a model that was trained: (task, arm, what it was
                trained with, a function that judges it as it is now)
+
+    Raises ValueError where the file has cells of an arm with another s.
     """
 
     def __init__(
@@ -71,6 +73,13 @@ class Study:
         self.after = after
         self.settings = dict(settings) | {"rates": RATES, "search_seed": SEARCH_SEED}
         self.cells: list[Cell] = read_json(path)["cells"] if path.exists() else []
+        for cell in self.cells:
+            arm = arms.get(cell["arm"])
+            if arm is not None and cell.get("s", arm.s) != arm.s:
+                raise ValueError(
+                    f"{path} has cells of {cell['arm']!r} with s={cell['s']}, which is s={arm.s} "
+                    "now: rename them in the file, or take them out"
+                )
         self._deadline = time.monotonic() + 60 * minutes
 
     def run(self, chosen: Sequence[tuple[str, str]], seeds: int) -> None:
@@ -113,7 +122,7 @@ class Study:
         except ValueError as error:  # a rate at which the loss is not finite any more
             if "finite" not in str(error):
                 raise
-            yield arm, {**about, "loss": None}
+            yield arm, {**about, "s": s, "loss": None}
             return
         seconds = round(time.process_time() - started, 1)
         found = {"seconds": seconds, "facts": plan_of(given.model).facts}
