@@ -190,19 +190,15 @@ def test_what_statistics_cost(tmp_path: Path) -> None:
     assert line == "| the squared norm | +0.4 | −1.0 to +2.0 |"
 
 
-def test_quality_and_summary(tmp_path: Path) -> None:
+def test_quality(tmp_path: Path) -> None:
     write_runs(tmp_path, "stdlib", "LoRA r=8", {0: 0.50, 1: 0.60})
     write_runs(tmp_path, "mrpc", "LoRA r=8", {0: 0.70})
     write_runs(tmp_path, "stdlib", "drop", {0: 0.52, 1: 0.60})
-    write_runs(tmp_path, "stdlib", "head only", {0: 0.30})
     stdlib, mrpc = cpu_tables.quality(tmp_path).split("\n\n")
     assert cells_of(stdlib, "LoRA r=8") == ["2,000", "55.0 ± 7.1 (n=2)", ""]
     assert cells_of(stdlib, "drop") == ["1,000–1,001", "56.0 ± 5.7 (n=2)", "+1.0 ± 1.0 (n=2)"]
     assert cells_of(mrpc, "drop") == ["not shown"] * 3
     assert "dev accuracy" in mrpc.splitlines()[0]
-    short = cpu_tables.summary(tmp_path)
-    assert cells_of(short, "LoRA r=8") == ["2,000", "55.0 ± 7.1 (n=2)"]
-    assert cells_of(short, "head only") == ["2,000", "30.0 (n=1)"] and "| drop" not in short
 
 
 def test_compositions_and_who_is_above_the_goal(tmp_path: Path) -> None:

@@ -137,3 +137,25 @@ def test_what_cannot_be_projected_is_refused_before_anything_changes() -> None:
         loradrop.truncate(model, {"0": 2}, metric="weight", optimizer=optimizer, moments="kept")
     loradrop.truncate(model, {"0": 2}, metric="weight", optimizer=optimizer, moments="reset")
     assert not optimizer.state and len(optimizer.param_groups[0]["params"]) == 2
+
+
+def test_along_s_times_the_rate_squared_alpha_is_the_start_of_a() -> None:
+    """docs/spectral.md: with Adam s, the rate and A train as s/4, twice the rate and 2·A do."""
+    losses = []
+    for c in (1.0, 2.0):
+        torch.manual_seed(0)
+        model: Any = nn.Sequential(nn.Linear(K, N)).double()
+        loradrop.inject(model, LoRAConfig(r=2, lora_alpha=4 / c**2, target_modules=["0"]))
+        (pair,) = model.double().lora_bank.pairs
+        with torch.no_grad():
+            pair.A.mul_(c)
+        adam = torch.optim.Adam(pair.parameters(), lr=0.05 * c, eps=1e-30)
+        losses.append([])
+        for _ in range(20):
+            losses[-1].append(step := loss(model))
+            adam.zero_grad()
+            step.backward()
+            adam.step()
+    found, expected = map(torch.stack, losses)
+    assert_close(found, expected, rtol=1e-9, atol=0)
+    assert found[-1] < 0.9 * found[0]

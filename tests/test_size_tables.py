@@ -56,9 +56,8 @@ def test_cuts(tmp_path: Path) -> None:
     assert "| loss | 0.0300; −1.0; +10.0 % |" in one
     assert "| loss | 0.50; −1.0 ± 0.0; +10.0 ± 0.0 % |" in every
     assert "| weight | 1.00; " in every
-    short, step = size_tables.cut_summary(results), size_tables.step_time(results)
-    assert short is not None and step is not None
-    assert "(n=2) | 0.25 left | 0.125 left |" in short and "| PEFT's conversion | 0.1131; " in short
+    step = size_tables.step_time(results)
+    assert step is not None
     assert "| t | loss | 0.75 ± 0.00; 0.0300 |" in step and "weight" not in step
 
 
@@ -80,6 +79,15 @@ def test_sizes(tmp_path: Path) -> None:
     assert found is not None
     assert "| LoRA r=8 | 8,000 | 0.1 | 1.800 ± 0.000 | 0.900 ± 0.000 | 50.0 ± 0.0 | " in found
     assert "| −10.0 ± 0.0 % | 2 |" in found and "9.0" not in found
+
+
+def test_the_summary_has_the_arms_and_tasks_of_the_readme(tmp_path: Path) -> None:
+    cells = [cell | {"task": "stdlib, same modules"} for cell in size_cells()]
+    found = size_tables.sizes_summary(write(tmp_path, "bench_sizes", cells))
+    assert found is not None
+    assert "| stdlib docstrings, dev loss | size | all linear layers |" in found
+    assert "| LoRA r=8 | 1 | 0.900 ± 0.000 (n=2) |" in found
+    assert "| spectral, 1/8 | 1/8 | – |" in found
 
 
 def test_the_rival_is_lora_at_its_best_alpha() -> None:

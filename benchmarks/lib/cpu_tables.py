@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 NO_RUNS = "not shown"
 BASELINE = "LoRA r=8"
-SUMMARY = (BASELINE, "LoRA-drop, half", "LoRA r=4", "head only")
 AIMS = {"of_peft": "goal: at most 0.55", "norm": "goal: at most 3 %"}  # forward at r = 8
 COMPOSE_AIM = 0.02  # of the layer
 SHOWN = {"peft": "PEFT", "peft_hook": "PEFT + norm hook", "loradrop": "loradrop",
@@ -128,18 +127,6 @@ def quality(results: Path) -> str | None:
     return "\n\n".join(parts) or None
 
 
-def summary(results: Path) -> str | None:
-    """Four arms on the embedded task."""
-    arms = _runs(results).get("stdlib", {})
-    head = ("stdlib docstrings", "adapter parameters", "dev accuracy, %: mean ± sd (n)")
-    body = [
-        (arm, _parameters(runs), spread([*_by_seed(runs).values()]))
-        for arm in SUMMARY
-        if (runs := arms.get(arm))
-    ]
-    return markdown(head, body) if body else None
-
-
 def statistics_cost(results: Path) -> str | None:
     """What a step of training takes with statistics, over one without."""
     path = results / "cpu" / "bench_statistics.json"
@@ -227,7 +214,6 @@ def _spread_of_ratios(ratios: Sequence[float]) -> str:
 
 
 CPU_TABLES: dict[str, Callable[[Path], str | None]] = {
-    "summary": summary,
     "quality": quality,
     "lora_linear_cpu": lora_linear_cpu,
     "statistics": statistics_cost,

@@ -11,10 +11,18 @@ from loradrop.files import read_json
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom.
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
 SMALL = "LoRA r=1"  # what spectral LoRA-drop at an eighth is compared with, at its best α
-SHORT = {
-    "loss": "`loradrop compress`",
-    "weight, one rank for all": "PEFT's conversion",
-    "whole layers by output": "whole layers",
+# The README's table: tasks and arms.
+SUMMARY = {
+    "stdlib, same modules, query and value": "query and value",
+    "stdlib, same modules": "all linear layers",
+}
+SUMMARY_ARMS = {  # and their sizes
+    "LoRA r=8": "1",
+    "LoRA-drop, 1/2": "1/2",
+    "LoRA r=8, cut to 1/4": "1/4",
+    "LoRA r=8, cut to 1/8": "1/8",
+    "spectral, 1/8": "1/8",
+    SMALL: "1/8",
 }
 RIVAL = "weight"  # whose divergence is the unit of `cut_all`
 Cell = dict[str, Any]
@@ -106,22 +114,6 @@ def cut_all(results: Path) -> str | None:
     return markdown((f"{len(tasks)} settings, n={n}", *head), body)
 
 
-def cut_summary(results: Path) -> str | None:
-    """The mean divergence over all tasks, and the accuracy, for three ways to cut."""
-    tasks = _distinct(_cells(results, "bench_cut"), "task")
-    if not tasks:
-        return None
-
-    def entry(some: list[Cell], uncut: dict[Any, Cell]) -> str:
-        kl = statistics.geometric_mean([cell["kl"] for cell in some])
-        return f"{kl:.4f}; " + shown([_points(cell, uncut) for cell in some], 1, "", "+")
-
-    head, body, n = _by_arm(results, tasks, entry)
-    said = {row[0]: row[2:4] for row in body}
-    kept = [[name, *said[arm]] for arm, name in SHORT.items()]
-    return markdown((f"KL from the uncut model; points of accuracy (n={n})", *head[1:3]), kept)
-
-
 def step_time(results: Path) -> str | None:
     """What a step of training takes with what is left, and what it costs to leave that."""
     cells = [c for c in _cells(results, "bench_cut") if c.get("step") is not None]
@@ -176,10 +168,12 @@ def small(arms: dict[str, list[Cell]]) -> str:
 
 
 def sizes(results: Path) -> str | None:
-    """For every task and arm: the rate that won, parameters, loss and accuracy on dev."""
+    """For every arm of the tasks that have LoRA r = 1 at the study's own α: the rate that won,
+    parameters, loss and accuracy on dev.
+    """
     final = final_cells(results)
     parts = []
-    for task in dict.fromkeys(task for task, _ in final):
+    for task in dict.fromkeys(task for task, arm in final if arm == SMALL):
         arms = {arm: cells for (of, arm), cells in final.items() if of == task}
         rival = small(arms)
         body = [
@@ -190,10 +184,26 @@ def sizes(results: Path) -> str | None:
     return "\n\n".join(parts) or None
 
 
+def sizes_summary(results: Path) -> str | None:
+    """The README's: the size and the loss on dev of a few arms."""
+    final = final_cells(results)
+    tasks = [task for task in SUMMARY if (task, SMALL) in final]
+
+    def entry(cells: list[Cell]) -> str:
+        return f"{shown([cell['loss'] for cell in cells], 3)} (n={len(cells)})" if cells else "–"
+
+    body = [
+        [arm, size, *(entry(final.get((task, arm), [])) for task in tasks)]
+        for arm, size in SUMMARY_ARMS.items()
+    ]
+    head = ("stdlib docstrings, dev loss", "size", *(SUMMARY[task] for task in tasks))
+    return markdown(head, body) if tasks else None
+
+
 SIZE_TABLES: dict[str, Callable[[Path], str | None]] = {
     "cut": cut,
     "cut_all": cut_all,
-    "cut_summary": cut_summary,
     "step_time": step_time,
     "sizes": sizes,
+    "sizes_summary": sizes_summary,
 }
