@@ -57,6 +57,9 @@ ARMS = {
     "LoRA r=2": lora(2),
     "spectral, 1/4": spectral(4),
     "LoRA-drop, 1/2": Arm(RANK, LoRADrop(budget=0.5, probe_steps=0.2), s=ALPHA / RANK),
+    "LoRA-drop, 1/2, kept adapters continue": Arm(
+        RANK, LoRADrop(budget=0.5, probe_steps=0.2, after_select="continue"), s=ALPHA / RANK
+    ),
     "LoRA r=4": lora(4),
     "spectral, 1/2": spectral(2),
     "LoRA r=16": lora(16),

@@ -13,8 +13,9 @@ _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2
 SMALL = "LoRA r=1"  # what spectral LoRA-drop at an eighth is compared with, at its best α
 # The README's table: tasks and arms.
 SUMMARY = {
-    "stdlib, same modules, query and value": "query and value",
-    "stdlib, same modules": "all linear layers",
+    "stdlib, same modules, query and value": "stdlib, query and value",
+    "stdlib, same modules": "stdlib, all linear layers",
+    "sst2, query and value": "SST-2, query and value",
 }
 SUMMARY_ARMS = {  # and their sizes
     "LoRA r=8": "1",
@@ -185,18 +186,20 @@ def sizes(results: Path) -> str | None:
 
 
 def sizes_summary(results: Path) -> str | None:
-    """The README's: the size and the loss on dev of a few arms."""
+    """The README's: the size and the loss on dev of a few arms; n where it is not that of all."""
     final = final_cells(results)
     tasks = [task for task in SUMMARY if (task, SMALL) in final]
+    n = max((len(final[task, SMALL]) for task in tasks), default=0)
 
     def entry(cells: list[Cell]) -> str:
-        return f"{shown([cell['loss'] for cell in cells], 3)} (n={len(cells)})" if cells else "–"
+        fewer = f" (n={len(cells)})" if len(cells) != n else ""
+        return shown([cell["loss"] for cell in cells], 3) + fewer if cells else "–"
 
     body = [
         [arm, size, *(entry(final.get((task, arm), [])) for task in tasks)]
         for arm, size in SUMMARY_ARMS.items()
     ]
-    head = ("stdlib docstrings, dev loss", "size", *(SUMMARY[task] for task in tasks))
+    head = (f"dev loss (n={n})", "size", *(SUMMARY[task] for task in tasks))
     return markdown(head, body) if tasks else None
 
 
