@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from lib.size_tables import final_cells, interval
+from lib.size_tables import SUMMARY, final_cells, interval
 from loradrop.files import replacing
 from loradrop.report.grid import INK, MUTED, RULE, SERIES
 
@@ -27,13 +27,13 @@ def draw(results: Path, path: Path) -> None:
     figure = Figure(figsize=(4.4 * len(tasks), 3.4), layout="constrained", facecolor="white")
     handles: dict[str, Any] = {}
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        for color, (names, family) in zip(SERIES, FAMILIES.items(), strict=False):
-            points = []
+        for i, (color, (names, family)) in enumerate(zip(SERIES, FAMILIES.items(), strict=False)):
+            points, aside = [], 1.03 ** (i - 1.5)  # arms of one size stand side by side
             for (of, arm), cells in final.items():
                 if of == task and re.fullmatch(names, arm):
                     mean, half = interval([cell["loss"] for cell in cells])
                     size = statistics.mean(cell["parameters"] for cell in cells)
-                    points.append((size, mean, half or 0.0))
+                    points.append((aside * size, mean, half or 0.0))
             if points:
                 handles[family] = axes.errorbar(
                     *zip(*sorted(points), strict=True), color=color, marker="o", markersize=4,
@@ -44,12 +44,12 @@ def draw(results: Path, path: Path) -> None:
         sizes = sorted({round(c["parameters"], -3) for cells in here for c in cells})
         axes.set_xticks(sizes, [f"{size / 1000:.0f}k" for size in sizes], rotation=45)
         axes.minorticks_off()
-        axes.set_title(task, color=INK, fontsize=11)
+        axes.set_title(SUMMARY.get(task, task), color=INK, fontsize=11)
         axes.set_xlabel("trained parameters", color=MUTED, fontsize=9)
         axes.set_ylabel("dev loss", color=MUTED, fontsize=9)
         axes.grid(color=RULE, linewidth=0.8)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0, colors=MUTED, labelsize=8)
-    figure.legend(handles.values(), handles, loc="outside upper left", ncols=3, frameon=False)
+    figure.legend(handles.values(), handles, loc="outside upper left", ncols=4, frameon=False)
     with replacing(path) as draft:
         figure.savefig(draft, format="png", dpi=150, backend="agg")
