@@ -12,7 +12,7 @@ import training_runs as tiny
 from safetensors.torch import load_file
 from sharded_checkpoint import gone_on
 from torch import distributed
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import loradrop
 from loradrop.methods import Method
@@ -108,6 +108,33 @@ def of_peft(folder: str) -> dict[str, Any]:
     return {"gap": gap, "reloaded": reloaded, "moved": moved, "sharded": every}
 
 
+def mixed() -> dict[str, list[float]]:
+    """The losses in bfloat16 after some training, of both ways in docs/distributed.md, before that
+    of a base in bfloat16 which is not sharded.
+    """
+    half = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32}
+    ways: dict[str, Any] = {
+        "alone": (torch.bfloat16, "float32", None),
+        "policy": (torch.float32, "float32", {"mp_policy": MixedPrecisionPolicy(**half)}),
+        "adapters of the base's dtype": (torch.bfloat16, "base", {}),
+    }
+    losses = {}
+    for way, (dtype, of_adapters, options) in ways.items():
+        model = tiny.make_model().to(dtype).eval()
+        torch.manual_seed(0)
+        loradrop.inject(model, replace(tiny.PLAIN, adapter_dtype=of_adapters))
+        if options is not None:
+            for layer in model.bert.encoder.layer:
+                fully_shard(layer, **options)
+            fully_shard(model, **options)
+        trained = [p for p in model.parameters() if p.requires_grad]  # while they are sharded
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        before = float(model(**batch()).loss.detach())
+        train(model, optimizer)
+        losses[way] = [before, float(model(**batch()).loss.detach())]
+    return losses
+
+
 def main(folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
@@ -142,12 +169,13 @@ def main(folder: str) -> None:
         same = torch.allclose(at_once(**batch()).logits, again(**batch()).logits, atol=1e-6)
     methods = VeRA(), NBLoRA(), MoS(private_rank=0)
     of_methods = {method.name: composed(method, folder) for method in methods}
+    in_bfloat16 = mixed()
     face = of_peft(folder) if importlib.util.find_spec("peft") is not None else None
     checkpoint = gone_on(f"{folder}/parts", sharded, train)
     if distributed.get_rank() == 0:
         moved = float(again.lora_bank.B[0].abs().max())
         found = {"gaps": of_methods, "gap": max(gaps), "same": same, "moved": moved, "peft": face}
-        found["checkpoint"] = checkpoint
+        found |= {"checkpoint": checkpoint, "mixed": in_bfloat16}
         with open(f"{folder}/found.json", "w") as file:
             json.dump(found, file)
     distributed.barrier()

@@ -106,6 +106,10 @@ def test_a_sharded_model_trains_saves_and_loads(tmp_path: Path) -> None:
         of_peft = result["peft"]
         assert of_peft["sharded"] and of_peft["moved"] > 1e-3
         assert max(of_peft["gap"], of_peft["reloaded"]) < 1e-6
+    before, after = result["mixed"].pop("alone")
+    assert before - after > 0.04
+    for losses in result["mixed"].values():
+        assert losses == pytest.approx([before, after], abs=2e-2)  # last places of bfloat16 are 8e-3
     # torch.distributed.checkpoint goes on bit for bit, and the assignment is in it
     parts = result["checkpoint"]
     assert parts["equal"] and parts["moved"] > 1e-3
