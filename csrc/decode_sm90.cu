@@ -110,6 +110,7 @@ __device__ void produce(const DecodeArguments& args, const Memory& memory, Decod
         ptx::load(args.x, {to + at.x(), barrier}, k, 0);
       }
     }
+    // A of the first slots at once, none until the ring is full, then each when its slot is read.
     const int of_a = step < at.slots ? step : step < at.stages ? walk.own : step - lag;
     if (of_a < walk.own) {
       for (int which = 0; which < 2; ++which) {
