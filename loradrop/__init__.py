@@ -12,6 +12,7 @@ from loradrop._version import __version__ as __version__
 if TYPE_CHECKING:
     from loradrop.allocation import allocate as allocate
     from loradrop.any_trainer import LoraDropCallback as LoraDropCallback
+    from loradrop.averaging import keep_whole as keep_whole
     from loradrop.bank import AdapterBank as AdapterBank
     from loradrop.config import LoRAConfig as LoRAConfig
     from loradrop.config import LoraDropConfig as LoraDropConfig
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "allocation": "allocate",
+    "averaging": "keep_whole",
     "bank": "AdapterBank",
     "any_trainer": "LoraDropCallback",
     "config": "LoRAConfig LoraDropConfig TrainConfig",

@@ -7,20 +7,23 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback, TrainerControl, TrainerState, get_scheduler, set_seed
 
+from loradrop.averaging import keep_whole
 from loradrop.bank import bank_of
 from loradrop.batches import small_batches
 from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import read_json, write_json
+from loradrop.formats.peft_file import CONFIG
 from loradrop.injection import injection_of, plan_of
 from loradrop.masks import MASK, MaskFn
 from loradrop.methods.base import Method, Warmup
-from loradrop.native import FOLDER, PLAN, TENSORS, read
+from loradrop.native import FOLDER, PLAN, TENSORS, checkpoint, read
 from loradrop.optimizers import groups_of, plain, regroup
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.ranks import world_size
 from loradrop.sharing import conclude
 
+_ACTS = "warmup", "before_step", "on_step_end"
 _log = logging.getLogger(__name__)
 
 
@@ -37,9 +40,10 @@ class LoraDropCallback(TrainerCallback):
 
     mask, mask_fn   of the statistics, as for `probe`
 
-    At the start of the run it raises ValueError for options of the warm-up that need `fit`
-    (sample_ratio, source="offline" of lora_drop), and where sharing could not reach every process
-    (DeepSpeed, FSDP, DDP without find_unused_parameters).
+    Under FSDP2 it keeps what is trained whole on every rank (`keep_whole`), for a method that does
+    something in the middle of a run. It raises ValueError for options of the warm-up that need
+    `fit` (sample_ratio, source="offline" of lora_drop), and where sharing could not reach every
+    process (DeepSpeed, FSDP1, DDP without find_unused_parameters).
     """
 
     def __init__(self, *, mask: str | None = MASK, mask_fn: MaskFn | None = None) -> None:
@@ -49,7 +53,11 @@ class LoraDropCallback(TrainerCallback):
         self.ended = 0  # the step at which the warm-up ended
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        bank_of(model).adopts = True  # a resume brings the adapters before there is an optimiser
+        # A resume brings the adapters before there is an optimiser; under FSDP there is one then.
+        bank_of(model).adopts = not args.fsdp
+        method = type(injection_of(model).config.method)
+        if args.fsdp and any(getattr(method, e) is not getattr(Method, e) for e in _ACTS):
+            _keep_whole(model)
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: Any, model: Any = None, **objects: Any
@@ -117,8 +125,11 @@ class LoraDropCallback(TrainerCallback):
         if self.events is not None:
             folder = _of_step(args, state) / FOLDER
             self.events.save(folder, args.should_save, ended=self.ended)
-            if args.should_save and not (folder / TENSORS).exists():  # PEFT writes the adapters
-                write_json(folder / PLAN, plan_of(model).to_dict())
+            if args.should_save:
+                if bank_of(model).changed is not None:  # FSDP2 may write the checkpoint in parts
+                    _save_whole(model, folder)
+                if not (folder / TENSORS).exists():  # PEFT writes the adapters
+                    write_json(folder / PLAN, plan_of(model).to_dict())
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if self.events is not None:
@@ -139,12 +150,49 @@ def _of_step(args: Any, state: TrainerState) -> Path:
     return Path(given) if isinstance(given, str) and not here.exists() else here
 
 
+def _keep_whole(model: Any) -> None:
+    """Before the Trainer shards the model: FSDP2 leaves out what is trained.
+
+    Raises ValueError for FSDP1, and for what accelerate cannot do then.
+    """
+    from accelerate.state import AcceleratorState
+
+    plugin = AcceleratorState().fsdp_plugin
+    if plugin is None or plugin.fsdp_version != 2:
+        raise ValueError(
+            "LoraDropCallback: sharing changes the parameters, which FSDP1 holds itself: use "
+            "FSDP2, fsdp_config={'version': 2}"
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "LoraDropCallback: adapters that are shared in the middle of a run stay whole under "
+            "FSDP2, and cpu_ram_efficient_loading takes every tensor apart: leave it out of "
+            "fsdp_config"
+        )
+    trained = keep_whole(model)
+    owners = [m for m in model.modules() if trained & set(m.parameters(recurse=False))]
+    plugin.ignored_modules = [*(plugin.ignored_modules or ()), *owners]
+
+
+def _save_whole(model: Any, folder: Path) -> None:
+    """Adapters that are whole, where no file of the checkpoint has them: a run that goes on after
+    the sharing begins with them.
+    """
+    if hasattr(model, "peft_config"):
+        if not (folder.parent / CONFIG).exists():
+            model.save_pretrained(folder.parent)
+    elif not (folder / TENSORS).exists():
+        checkpoint(model, folder)
+
+
 def _require_one_run(warmup: Warmup, method: Method, args: Any, model: Any) -> None:
     why = None
     if warmup.sample_ratio < 1.0 or (warmup.source != "online" and method.keeps_parameters):
         why = 'sample_ratio below 1 and source="offline" need a run of their own'
-    elif args.deepspeed or args.fsdp:
-        why = "sharing changes the parameters, which DeepSpeed and FSDP hold themselves"
+    elif args.deepspeed:
+        why = "sharing changes the parameters, which DeepSpeed holds itself"
+    elif args.fsdp:
+        return
     elif world_size() > 1 and not method.keeps_parameters:
         why = f"the method {method.name!r} makes new parameters, which DDP does not know"
     elif world_size() > 1:

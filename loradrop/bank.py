@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from loradrop.ranks import ZERO_3, is_partitioned, is_sharded, placed
+from loradrop.ranks import ZERO_3, is_partitioned, is_sharded, on_all, placed, whole
 from loradrop.scores import Assignment, Target
 
 Pair = tuple[Tensor, Tensor]
@@ -77,6 +77,7 @@ class AdapterBank(nn.Module):
         self.enabled = True
         self.adopts = False
         self.collector: object | None = None  # what collects statistics, in all links
+        self.changed: Callable[[], None] | None = None  # called when who uses what has changed
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -152,7 +153,8 @@ class AdapterBank(nn.Module):
             raise ValueError(
                 "the adapters are sharded, and others in their place would not be, nor would their "
                 "gradients be summed over the ranks: share, cut or load before fully_shard, in a "
-                "model that is not sharded yet"
+                "model that is not sharded yet, or leave them whole, by fully_shard(..., "
+                "ignored_params=loradrop.keep_whole(model))"
             )
 
     def _take_forms(self, tensors: Mapping[str, Tensor]) -> None:
@@ -175,11 +177,12 @@ class AdapterBank(nn.Module):
         """What `state_dict` says beside the tensors, as int64 (4, targets).
 
         The rows: slots, -1 for none; 1 for kept, 0 for not, -1 before a decision; a checksum of the
-        name; 1 where the state dict it is in lacks the base model on purpose.
+        name; 1 where the state dict it is in lacks the base model on purpose. It is a DTensor where
+        FSDP2 shards the adapters, for accelerate wants nothing else beside one.
         """
         slots, kept = self.slots, self.assignment.kept
         names = [target.name for target in self.targets]
-        return torch.tensor(
+        state = torch.tensor(
             [
                 [-1 if slot is None else slot for slot in slots],
                 [-1 if kept is None else int(name in kept) for name in names],
@@ -187,6 +190,11 @@ class AdapterBank(nn.Module):
                 [0] * len(names),
             ]
         )
+        return on_all(state, like=next(self.parameters(), state))
+
+    @property
+    def _extra_state(self) -> Tensor:  # accelerate asks for every entry of a state dict by its name
+        return self.get_extra_state()
 
     def set_extra_state(self, state: Tensor) -> None:
         """Nothing is left to do: `_load_from_state_dict` has taken it."""
@@ -198,7 +206,7 @@ class AdapterBank(nn.Module):
         tensors = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         state = tensors.pop(STATE, None)
         if state is not None:
-            state = state.cpu().round().long()  # an average of equal ones may be a float
+            state = whole(state).cpu().round().long()  # an average of equal ones may be a float
             self._take_assignment(state, tensors)
             if state[3].any():
                 missing.clear()  # the bank is the last of the model's modules
@@ -208,7 +216,7 @@ class AdapterBank(nn.Module):
             _log.warning("the state dict does not say which layers share: taken as they do here")
 
     def _take_assignment(self, state: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        here = self.get_extra_state()
+        here = whole(self.get_extra_state()).cpu()
         if here.shape != state.shape or not torch.equal(here[2], state[2]):
             raise RuntimeError(
                 f"the state dict adapts other targets than the {len(self.targets)} of this model: "
@@ -218,13 +226,18 @@ class AdapterBank(nn.Module):
         names, kept = [target.name for target in self.targets], None
         if (state[1] >= 0).all():
             kept = tuple(n for n, own in zip(names, state[1].tolist(), strict=True) if own)
-        forms = {key: form(value) for key, value in self.state_dict().items() if key != STATE}
-        same = forms == {key: form(value) for key, value in tensors.items()}
-        if not (same or self.adopts or slots == self.slots):
+        own = {key: value for key, value in self.state_dict().items() if key != STATE}
+        same = _forms(own) == _forms(tensors)
+        # torch fills what a state dict lacks from the model where it need not be whole.
+        same = same and len({*slots} - {None}) == len({*self.slots} - {None})
+        cut = own.keys() == tensors.keys() and any(own[k].shape != tensors[k].shape for k in own)
+        if not (same or self.adopts or (slots == self.slots and not cut)):
+            what = "adapters have other ranks" if cut else "other layers share"
             raise RuntimeError(
-                "other layers share in the state dict than in this model, so its adapters would "
-                "land in other layers. Take the sharing first, with loradrop.share or "
-                "loradrop.load(model, folder), and make the optimiser afterwards"
+                f"{what} in the state dict than in this model, so it does not fit. Take them as "
+                "they are there first, with loradrop.share, loradrop.load(model, folder) or, of a "
+                "PeftModel, PeftModel.from_pretrained(base, folder, is_trainable=True), and make "
+                "the optimiser afterwards"
             )
         if self.adopts:
             self._take_forms(tensors)
@@ -233,6 +246,8 @@ class AdapterBank(nn.Module):
     def _use(self, assignment: Assignment) -> None:
         """Who uses which adapter from now on; their tensors are there."""
         self.assignment = assignment
+        if self.changed is not None:
+            self.changed()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterBank":
         """Moves as any module does, but never to a narrower type, such as the bf16 of the base."""
@@ -244,6 +259,10 @@ class AdapterBank(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {key: form(value) for key, value in tensors.items()}
 
 
 def delta_of(factors: Pair | None, scaling: float) -> Tensor | None:

@@ -31,7 +31,7 @@ from loradrop.injection import (
     trained_since,
 )
 from loradrop.plan import Plan
-from loradrop.ranks import here, is_sharded, writes
+from loradrop.ranks import here, is_sharded, whole, writes
 from loradrop.tensor_file import write_tensors
 
 TENSORS, PLAN, FOLDER = "adapter.safetensors", "plan.json", "loradrop_adapter"
@@ -235,7 +235,7 @@ def _write_checkpoint(model: nn.Module, folder: Path, state: Mapping[str, Tensor
     trained = {*injection_of(model).originals, *trained_since(model), *buffers}
     names = [key for key in state if key.startswith("lora_bank.") or key in trained]
     tensors = {key: state[key].detach().cpu().contiguous().clone() for key in names}
-    users = bank_of(model).get_extra_state()
+    users = whole(bank_of(model).get_extra_state()).cpu()
     users[-1] = 1  # the base is left out on purpose
     tensors[f"lora_bank.{STATE}"] = users
     write_tensors(folder / CHECKPOINT, tensors, {"format": "pt"})

@@ -73,3 +73,13 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
 
     mesh: Any = like.device_mesh  # type: ignore[attr-defined]
     return distribute_tensor(value.to(like.device), mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def on_all(value: Tensor, like: Tensor) -> Tensor:
+    """`value`, which every rank has: where `like` is sharded a DTensor over the same ranks."""
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
