@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from loradrop.ranks import is_sharded, whole
 from loradrop.scores import Scores
 
 _VIEW = "loradrop_injected"  # of PEFT's face: see integrations.peft_tuner
+_WRAPPER = re.compile(r"(^|\.)_checkpoint_wrapped_module(?=\.|$)")
 _log = logging.getLogger(__name__)
 
 
@@ -158,9 +160,17 @@ def trained_since(model: nn.Module) -> list[str]:
     return [name for name, p in parameters if p.requires_grad and id(p) not in known]
 
 
+def modules_of(model: nn.Module, *, once: bool = True) -> dict[str, nn.Module]:
+    """Name -> module, by the names of its state dict: without the wrappers that torch's activation
+    checkpointing puts between. once: a module with several names has its first one.
+    """
+    found = model.named_modules(remove_duplicate=once)
+    return {_WRAPPER.sub("", name): module for name, module in found}
+
+
 def require_adapted(model: nn.Module) -> None:
     """Raises ValueError unless every target is still the module that carries its adapter."""
-    bank, modules = bank_of(model), dict(model.named_modules(remove_duplicate=False))
+    bank, modules = bank_of(model), modules_of(model, once=False)
     for i, target in enumerate(bank.targets):
         module = modules.get(target.name)
         link = getattr(module, "_lora", None)

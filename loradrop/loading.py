@@ -13,7 +13,14 @@ from torch import nn
 from loradrop.bank import AdapterBank, bank_of, has_bank
 from loradrop.config import LoRAConfig
 from loradrop.formats import peft_load
-from loradrop.injection import base_of, classes_of, injection_of, require_loaded, tell_base
+from loradrop.injection import (
+    base_of,
+    classes_of,
+    injection_of,
+    modules_of,
+    require_loaded,
+    tell_base,
+)
 from loradrop.layers import shape_of
 from loradrop.native import FOLDER, TENSORS, NativeFile, read
 from loradrop.ranks import placed
@@ -89,7 +96,7 @@ def fill(model: nn.Module, file: NativeFile) -> None:
 
 
 def _require_fit(model: nn.Module, file: NativeFile, path: Any) -> None:
-    plan, modules, state = file.plan, dict(model.named_modules()), model.state_dict()
+    plan, modules, state = file.plan, modules_of(model), model.state_dict()
     wrong = []
     for target in plan.targets:
         module = modules.get(target.name)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from loradrop.config import LoRAConfig, pattern_matches
+from loradrop.injection import modules_of
 from loradrop.layers import is_extensible, is_patched, shape_of
 from loradrop.scores import layer_of
 
@@ -37,7 +38,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
     leaves those out.
     """
     heads = saved_modules(model, config)
-    modules = {n: m for n, m in model.named_modules() if not any(inside(n, h) for h in heads)}
+    modules = {n: m for n, m in modules_of(model).items() if not any(inside(n, h) for h in heads)}
     linear = {name: m for name, m in modules.items() if shape_of(m) is not None}
     excluded = _excluded(modules, config.exclude_modules)
     wanted = config.target_modules
@@ -64,7 +65,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> Matched:
     if config.strict:
         if wanted not in (None, "all-linear"):
             _check_coverage(names, linear, excluded)
-        _require_used(config, dict(model.named_modules()), chosen)
+        _require_used(config, modules_of(model), chosen)
     if not chosen:
         known = f"Linear layers there are: {kinds_of(linear)}"
         raise ValueError(f"target_modules={wanted!r} matches no module. {known}")
@@ -122,7 +123,7 @@ def saved_modules(model: nn.Module, config: LoRAConfig) -> list[str]:
 
     Raises ValueError for an entry without match.
     """
-    names = dict(model.named_modules())
+    names = modules_of(model)
     if config.modules_to_save is None:
         return heads(model)
     found: list[str] = []
@@ -143,7 +144,7 @@ def heads(model: nn.Module) -> list[str]:
     Such a class for a task puts its head beside the pretrained model, `base_model_prefix`; a model
     that writes text has its head from the pretraining.
     """
-    full = [n for n, m in model.named_modules() if n and next(m.parameters(), None) is not None]
+    full = [n for n, m in modules_of(model).items() if n and next(m.parameters(), None) is not None]
     top = [name for name in full if "." not in name and name != "lora_bank"]
     task = any(_TASK.search(c.__name__) for c in type(model).__mro__)
     base = getattr(model, "base_model_prefix", None) if task else None
@@ -262,7 +263,7 @@ def _require_used(
 def _owners(model: nn.Module, names: Container[str]) -> dict[int, list[str]]:
     """Which of these modules and of the embeddings have a weight, by its id."""
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in modules_of(model).items():
         embeds, weight = isinstance(module, nn.Embedding), module._parameters.get("weight")
         if weight is not None and (embeds or name in names):
             kind = "the embedding " * embeds

@@ -82,6 +82,8 @@ def trainer(
     options = {"transformer_layer_cls_to_wrap": ["BertLayer"], **options}
     if "[ram]" in mode:
         options["cpu_ram_efficient_loading"] = True
+    if "[recomputed]" in mode:
+        options["activation_checkpointing"] = True
     if "[parts]" in mode:
         options["state_dict_type"] = "SHARDED_STATE_DICT"
     sharded: dict[str, Any] = (

@@ -15,6 +15,7 @@ MODES = ["shared", "callback", "spectral callback", "adalora callback", "prilora
 LOADED = [
     "shared [ram]",
     "callback [bf16]",
+    "callback [recomputed]",
     "callback [parts]",
     *(f"{mode} [parts]" for mode in PEFT),
 ]

@@ -1,12 +1,14 @@
 """Injection: nothing changes, and only adapters and the head train."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from models import Make, Options, assert_same, snapshot, wake
+from safetensors.torch import load_file
 from surgery_models import (
     IDS,
     WIDTH,
@@ -21,6 +23,9 @@ from surgery_models import (
     train,
 )
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 
 import loradrop
 from loradrop import LoRAConfig
@@ -164,6 +169,39 @@ def test_a_module_reached_twice_is_adapted_once() -> None:
     assert loradrop.probe(model, [x])["first"] == pytest.approx(expected, rel=1e-5)
     loradrop.remove(model)
     assert_same(model, before)
+
+
+@pytest.mark.parametrize("wrap_first", [True, False])
+def test_torchs_activation_checkpointing(wrap_first: bool, tmp_path: Path) -> None:
+    """FSDP and others wrap blocks, before or after `inject`: names are those of the model still."""
+    plain, model = injected(), Net()
+    before = output(model)
+    blocks = set(model.layers)
+    if not wrap_first:
+        loradrop.inject(model, config())
+    apply_activation_checkpointing(model, check_fn=blocks.__contains__)
+    if wrap_first:
+        loradrop.inject(model, config())
+    assert names(model.lora_bank) == names(plain.lora_bank)
+    loradrop.save(plain, tmp_path / "plain")
+    loradrop.load(model, tmp_path / "plain")
+    torch.testing.assert_close(output(model), output(plain))
+    train(model)
+    loradrop.save(model, tmp_path / "wrapped")
+    loradrop.load(plain, tmp_path / "wrapped")
+    expected = output(plain)
+    torch.testing.assert_close(output(model), expected)
+    assert (expected - before).abs().max() > 0.01
+    files = []
+    for each in (plain, model):
+        loradrop.export(each, tmp_path / "peft")
+        files.append(load_file(tmp_path / "peft" / "adapter_model.safetensors"))
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
+    loradrop.merge(model, keep_original=True)
+    torch.testing.assert_close(output(model), expected)
+    loradrop.remove(model)
+    torch.testing.assert_close(output(model), before)
 
 
 def test_one_name_where_several_may_stand() -> None:

@@ -16,7 +16,7 @@ import safetensors
 from torch import Tensor, nn
 
 from loradrop.files import read_json
-from loradrop.injection import Adapters
+from loradrop.injection import Adapters, modules_of
 from loradrop.matching import inside, saved_modules
 
 TENSORS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
@@ -105,7 +105,7 @@ class Layout(NamedTuple):
 def layout_of(model: nn.Module, adapters: Adapters, targets: list[str]) -> Layout:
     """How PEFT adapts just these targets and saves just our modules; ValueError where it cannot."""
     trained = adapters.trained
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = modules_of(model, once=False)
     kind = configuration_of(model).get("model_type")
     of_mamba = kind if kind in _MAMBA else None
     places: dict[nn.Module, set[tuple[nn.Module, str]]] = {}
@@ -127,7 +127,7 @@ def layout_of(model: nn.Module, adapters: Adapters, targets: list[str]) -> Layou
     if "" in saved:
         raise ValueError("peft cannot save a tensor of the model itself: use format='merged'")
     every = {name: m for name, m in modules.items() if name and not inside(name, "lora_bank")}
-    once = [name for name, _ in model.named_modules() if name in every]  # as PEFT walks for targets
+    once = [name for name in modules_of(model) if name in every]  # as PEFT walks for targets
     reasons = []
     for task in dict.fromkeys((task_of(model)[0], None)):  # a task may save too much whole
         wanted = [*saved, *_HEADS.get(task or "", ())]

@@ -21,7 +21,7 @@ from loradrop.config import LoRAConfig
 from loradrop.formats import peft_file
 from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS, PeftFile, base_state
 from loradrop.formats.peft_options import config_of, require_plain, spelled
-from loradrop.injection import require_loaded
+from loradrop.injection import modules_of, require_loaded
 from loradrop.matching import inside
 from loradrop.native import NativeFile
 from loradrop.pairs import tensors_of
@@ -85,7 +85,7 @@ def translate(file: PeftFile, model: nn.Module) -> NativeFile:
     trained = _trained(options, model, others, pairs)
     _require_untied(options, state, trained)
     saved = _saved_modules(state, trained)
-    names = [name for name, _ in model.named_modules() if name in pairs]
+    names = [name for name in modules_of(model) if name in pairs]
     names += [name for name in pairs if name not in names]
     config = config_of(options, names, saved)
     for name in names:
@@ -170,7 +170,7 @@ def _trained(
     tensors.
     """
     state, ends = base_state(model), tuple(options.get("modules_to_save") or ())
-    saved = [n for n, _ in model.named_modules() if n.endswith(ends)] if ends else []
+    saved = [n for n in modules_of(model) if n.endswith(ends)] if ends else []
     asked = {key for key in state if any(inside(key, name) for name in saved)}
     if lacking := sorted(asked - set(others)):
         raise ValueError(

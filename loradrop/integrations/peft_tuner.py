@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from loradrop.bank import AdapterBank
 from loradrop.files import read_json
 from loradrop.formats.peft_file import BANK
-from loradrop.injection import Injection, plan_of, tell_base
+from loradrop.injection import Injection, modules_of, plan_of, tell_base
 from loradrop.integrations.peft_config import LoraDropConfig, from_peft
 from loradrop.integrations.peft_layers import Banked, is_linear
 from loradrop.integrations.peft_view import viewed
@@ -89,7 +89,7 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
                 ", ".join(of_head),
             )
         ours = from_peft(config, [key for key, _ in layers])
-        names = [f".{key}" for key, _ in self.model.named_modules()]
+        names = [f".{key}" for key in modules_of(self.model)]
         saved = [m for m in ours.modules_to_save or () if any(n.endswith(f".{m}") for n in names)]
         ours = replace(ours, modules_to_save=saved)  # PEFT asks for heads of every spelling
         bank = build_bank(ours, layers, self.model)
@@ -109,7 +109,7 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
 
     def _layers(self, name: str | None = None) -> list[tuple[str, Any]]:
         """(name in the base model, layer) of the targets of an adapter, or of all."""
-        found: list[tuple[str, Any]] = list(self.model.named_modules())
+        found: list[tuple[str, Any]] = list(modules_of(self.model).items())
         return [
             (key, module)
             for key, module in found

@@ -3,7 +3,7 @@
 Whatever works on an injected model then works on a PeftModel: probing, files, exports.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from loradrop.bank import AdapterBank
-from loradrop.injection import Injection
+from loradrop.injection import Injection, modules_of
 from loradrop.layers import adapt, restore
 
 
@@ -28,21 +28,22 @@ def viewed(
 
     Modules that are trained whole stand where they belong, and `injection` knows their originals.
     """
+    places = modules_of(model)
     wrappers = [
         (name, module)
-        for name, module in model.named_modules()
+        for name, module in places.items()
         if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save
     ]
     numbers = {target.name: i for i, target in enumerate(bank.targets)}
     with ExitStack() as undo:
         for name, layer in layers:
             base = layer.base_layer
-            _put(model, name, base, undo)
+            _put(places, name, base, undo)
             if name in numbers:
                 adapt(base, bank, numbers[name])
                 undo.callback(restore, base)
         for name, wrapper in wrappers:
-            _put(model, name, wrapper.modules_to_save[adapter], undo)
+            _put(places, name, wrapper.modules_to_save[adapter], undo)
             for key, tensor in wrapper.original_module.state_dict(prefix=name + ".").items():
                 injection.originals[key] = tensor.detach()
         undo.callback(injection.originals.clear)
@@ -54,9 +55,9 @@ def viewed(
         yield model
 
 
-def _put(model: nn.Module, name: str, module: nn.Module, undo: ExitStack) -> None:
+def _put(places: Mapping[str, nn.Module], name: str, module: nn.Module, undo: ExitStack) -> None:
     """Put the module in the place `name`, until `undo` puts back what is there."""
     parent, _, attribute = name.rpartition(".")
-    place = model.get_submodule(parent)
+    place = places[parent]
     undo.callback(setattr, place, attribute, getattr(place, attribute))
     setattr(place, attribute, module)
