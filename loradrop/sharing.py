@@ -66,8 +66,8 @@ def conclude(model: nn.Module, scores: Scores, warmup: Mapping[str, Any]) -> Non
     """
     if not any(scores.values()):
         raise ValueError(
-            f"the warm-up of {warmup['steps']} steps left B at zero, so nothing was measured: "
-            "choose more probe_steps (lora.method.probe_steps)"
+            f"the warm-up of {warmup['steps']} steps left B at zero, so nothing was measured: make "
+            "it longer, by lora.method.probe_steps or, of spectral, lora.method.cut_at"
         )
     injection = injection_of(model)
     method, injection.scores = injection.config.method, scores

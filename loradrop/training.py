@@ -207,9 +207,9 @@ class _Run:
         done, decided = int(before["steps"]), bank_of(self.model).assignment.decided
         statistics = () if done or decided else self.config.method.statistics
         stage = self.config.method.warmup(self.total) if done else None
-        start = self._rows(done) if stage is not None and stage.goes_on else None
+        after = done if stage is not None and stage.goes_on else None
         trainer, events = self._stage(
-            "main", self.total - done, self.train, statistics, start=start
+            "main", self.total - done, self.train, statistics, after=after
         )
         metrics = {} if self.dev is None else trainer.dev_metrics()
         save(self.model, self.folder / "adapter")
@@ -328,8 +328,8 @@ class _Run:
             rows = sample_of(rows, stage.sample_ratio, self.args.seed)
         online = stage.source == "online" or stage.settle_every
         collected = method.statistics if online else ()
-        start = 0 if stage.goes_on else None
-        trainer, events = self._stage("warmup", stage.steps, rows, collected, stage, start)
+        after = 0 if stage.goes_on else None
+        trainer, events = self._stage("warmup", stage.steps, rows, collected, stage, after)
         steps = trainer.state.global_step
         set_seed(self.args.seed)
         if stage.source == "offline" or events.collector is None:
@@ -350,10 +350,11 @@ class _Run:
         history = trainer.history("warmup")
         return {"steps": steps, "seconds": events.seconds_before, "history": history}
 
-    def _arguments(self, stage: str, steps: int) -> TrainingArguments:
+    def _arguments(self, stage: str, steps: int, total: int | None = None) -> TrainingArguments:
         warm_up, has_dev = stage == "warmup", self.dev is not None
         folder = self.folder / stage
-        return training_arguments(self.args, folder, steps, warm_up=warm_up, has_dev=has_dev)
+        options: dict[str, Any] = {"warm_up": warm_up, "has_dev": has_dev, "total": total}
+        return training_arguments(self.args, folder, steps, **options)
 
     def _stage(
         self,
@@ -362,10 +363,11 @@ class _Run:
         rows: Any,
         statistics: Sequence[str],
         warmup: Warmup | None = None,
-        start: int | None = None,
+        after: int | None = None,
     ) -> tuple[LoRATrainer, MethodCallback]:
-        """One run of the Trainer on `rows`, from its last whole checkpoint where there is one, and
-        from row `start` of their order.
+        """One run of the Trainer on `rows`, from its last whole checkpoint where there is one.
+
+        after   where both stages are one in order and schedule: the steps before this one
         """
         checkpoint = last_checkpoint(self.folder / name) if self.resume else None
         events = MethodCallback(
@@ -379,9 +381,10 @@ class _Run:
         own = rows.collate_fn if isinstance(rows, DataLoader) else None
         trainer = LoRATrainer(
             self.model,
-            self._arguments(name, steps),
+            self._arguments(name, steps, None if after is None else self.total),
             events=events,
-            start=start,
+            start=None if after is None else self._rows(after),
+            part=None if after is None else (after, self.total),
             train_dataset=rows,
             eval_dataset=self.dev,
             data_collator=self.collate or own,
