@@ -4,9 +4,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainerControl, TrainerState, get_scheduler, set_seed
 
-from loradrop import schedules
 from loradrop.averaging import keep_whole
 from loradrop.bank import bank_of
 from loradrop.batches import small_batches
@@ -17,7 +17,7 @@ from loradrop.injection import injection_of, plan_of
 from loradrop.masks import MASK, MaskFn
 from loradrop.methods.base import Method, Warmup
 from loradrop.native import FOLDER, PLAN, TENSORS, checkpoint, read
-from loradrop.optimizers import groups_of, regroup
+from loradrop.optimizers import groups_of, plain, regroup
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.ranks import world_size
@@ -34,8 +34,7 @@ class LoraDropCallback(TrainerCallback):
         Trainer(model, args, ..., callbacks=[loradrop.LoraDropCallback()]).train()
 
     The warm-up are the Trainer's first steps. At its end the optimiser forgets its state, the
-    schedule starts again over the steps that are left (after a cut of `spectral` it goes on), and
-    the best model so far is forgotten.
+    schedule starts again over the steps that are left, and the best model so far is forgotten.
     Checkpoints resume on either side of it. A method without a warm-up gets its events alone. A
     PeftModel needs no `inject`, but a `loradrop.integrations.peft.LoraDropConfig`.
 
@@ -85,8 +84,7 @@ class LoraDropCallback(TrainerCallback):
                 self.events.load(folder)
                 injection.plan = _plan(folder)
         if decided and self.ended:
-            warmup = method.warmup(state.max_steps)
-            _restart(args, state, self.ended, warmup is not None and warmup.goes_on, **objects)
+            _restart(args, state, self.ended, **objects)
         self.events.begin()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
@@ -114,8 +112,8 @@ class LoraDropCallback(TrainerCallback):
             scores = collector.scores()
         conclude(model, scores, record)
         regroup(model, o["optimizer"], groups)
-        _restart(args, state, step, self.warmup.goes_on, **o)
         self.warmup, self.ended = None, step
+        _restart(args, state, step, **o)
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self.events.detach()
         self.events = MethodCallback(model, **self.masks)
@@ -212,11 +210,23 @@ def _require_one_run(warmup: Warmup, method: Method, args: Any, model: Any) -> N
 
 
 def _restart(
-    args: Any, state: TrainerState, ended: int, goes_on: bool, optimizer: Any = None,
-    lr_scheduler: Any = None, **_: Any,
+    args: Any, state: TrainerState, ended: int, optimizer: Any = None, lr_scheduler: Any = None,
+    **_: Any,
 ) -> None:  # fmt: skip
-    """The schedule after the warm-up, which ended with step `ended`."""
+    """The schedule as if the run began after step `ended`, with the steps that are left."""
+    inner = plain(optimizer)
     scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
-    if schedules.goes_on(scheduler):
-        again = schedules.rise_again if goes_on else schedules.start_again
-        again(scheduler, args, state.global_step, ended, state.max_steps)
+    if not isinstance(scheduler, LambdaLR):
+        what = f"the schedule is a {type(scheduler).__name__}, which cannot start again"
+        _log.warning("%s: the learning rate goes on as it is", what)
+        return
+    left, done = state.max_steps - ended, state.global_step - ended
+    new = get_scheduler(
+        args.lr_scheduler_type, inner, args.get_warmup_steps(left), left,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )  # fmt: skip
+    rates = [base * at(done) for base, at in zip(new.base_lrs, new.lr_lambdas, strict=True)]
+    for group, rate in zip(inner.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler.lr_lambdas, scheduler.base_lrs = new.lr_lambdas, new.base_lrs
+    scheduler.last_epoch, scheduler._last_lr = done, rates

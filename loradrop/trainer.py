@@ -22,7 +22,6 @@ from loradrop.loading import fill
 from loradrop.native import read
 from loradrop.order import Onward
 from loradrop.sampling import some_of
-from loradrop.schedules import goes_on, rise_again
 
 COMPLETE = "complete.json"
 _WRAPPED = ("forward", "_original_forward")  # what accelerate's mixed precision sets on a model
@@ -35,7 +34,6 @@ class LoRATrainer(Trainer):
 
     start   where it begins in the order of the rows; None leaves that order to the Trainer, and so
             do a DataLoader and a strategy of sampling of one's own
-    part    of a run that goes on in one schedule: the steps before it, and those of the whole
 
     The data may be DataLoaders; everything else is `transformers.Trainer`. Raises ValueError at the
     first loss that is not finite, and for reentrant checkpointing under DDP without a static graph,
@@ -49,7 +47,6 @@ class LoRATrainer(Trainer):
         *,
         events: MethodCallback,
         start: int | None = None,
-        part: tuple[int, int] | None = None,
         **kwargs: Any,
     ) -> None:
         options = args.gradient_checkpointing_kwargs
@@ -69,7 +66,7 @@ class LoRATrainer(Trainer):
             super().__init__(
                 model=model, args=args, callbacks=[events, *kwargs.pop("callbacks", [])], **kwargs
             )
-        self.events, self.start, self.part = events, start, part
+        self.events, self.start = events, start
         if getattr(model, "loss_type", None) != "ForCausalLM":
             # Other models take **kwargs and ignore num_items_in_batch: the Trainer would sum their
             # means over an accumulation instead of averaging them.
@@ -87,16 +84,6 @@ class LoRATrainer(Trainer):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return Onward(len(sampler), seed, self.start)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Of a run that goes on: its part of the schedule of the whole."""
-        if self.part is None or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        done, total = self.part
-        scheduler = super().create_scheduler(total, optimizer)
-        if done and goes_on(scheduler):
-            rise_again(scheduler, self.args, done, done, total)
-        return scheduler
 
     def some_batches(self, rows: Any) -> DataLoader[Any]:
         """Small batches of a sample of training rows, for a probe of directions."""

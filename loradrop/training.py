@@ -207,9 +207,9 @@ class _Run:
         done, decided = int(before["steps"]), bank_of(self.model).assignment.decided
         statistics = () if done or decided else self.config.method.statistics
         stage = self.config.method.warmup(self.total) if done else None
-        after = done if stage is not None and stage.goes_on else None
+        start = self._rows(done) if stage is not None and stage.goes_on else None
         trainer, events = self._stage(
-            "main", self.total - done, self.train, statistics, after=after
+            "main", self.total - done, self.train, statistics, start=start
         )
         metrics = {} if self.dev is None else trainer.dev_metrics()
         save(self.model, self.folder / "adapter")
@@ -328,8 +328,8 @@ class _Run:
             rows = sample_of(rows, stage.sample_ratio, self.args.seed)
         online = stage.source == "online" or stage.settle_every
         collected = method.statistics if online else ()
-        after = 0 if stage.goes_on else None
-        trainer, events = self._stage("warmup", stage.steps, rows, collected, stage, after)
+        start = 0 if stage.goes_on else None
+        trainer, events = self._stage("warmup", stage.steps, rows, collected, stage, start)
         steps = trainer.state.global_step
         set_seed(self.args.seed)
         if stage.source == "offline" or events.collector is None:
@@ -350,11 +350,10 @@ class _Run:
         history = trainer.history("warmup")
         return {"steps": steps, "seconds": events.seconds_before, "history": history}
 
-    def _arguments(self, stage: str, steps: int, total: int | None = None) -> TrainingArguments:
+    def _arguments(self, stage: str, steps: int) -> TrainingArguments:
         warm_up, has_dev = stage == "warmup", self.dev is not None
         folder = self.folder / stage
-        options: dict[str, Any] = {"warm_up": warm_up, "has_dev": has_dev, "total": total}
-        return training_arguments(self.args, folder, steps, **options)
+        return training_arguments(self.args, folder, steps, warm_up=warm_up, has_dev=has_dev)
 
     def _stage(
         self,
@@ -363,11 +362,10 @@ class _Run:
         rows: Any,
         statistics: Sequence[str],
         warmup: Warmup | None = None,
-        after: int | None = None,
+        start: int | None = None,
     ) -> tuple[LoRATrainer, MethodCallback]:
-        """One run of the Trainer on `rows`, from its last whole checkpoint where there is one.
-
-        after   where both stages are one in order and schedule: the steps before this one
+        """One run of the Trainer on `rows`, from its last whole checkpoint where there is one, and
+        from row `start` of their order.
         """
         checkpoint = last_checkpoint(self.folder / name) if self.resume else None
         events = MethodCallback(
@@ -381,10 +379,9 @@ class _Run:
         own = rows.collate_fn if isinstance(rows, DataLoader) else None
         trainer = LoRATrainer(
             self.model,
-            self._arguments(name, steps, None if after is None else self.total),
+            self._arguments(name, steps),
             events=events,
-            start=None if after is None else self._rows(after),
-            part=None if after is None else (after, self.total),
+            start=start,
             train_dataset=rows,
             eval_dataset=self.dev,
             data_collator=self.collate or own,

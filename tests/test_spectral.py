@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import training_runs as tiny
-from transformers import Trainer, TrainingArguments
 
 import loradrop
 from loradrop import LoRAConfig, Plan, Spectral
@@ -65,37 +64,6 @@ def test_a_run_that_is_cut_off_comes_to_the_same_end(
     tiny.interrupted(tmp_path, stage, step, config=lora)
     tiny.run(tmp_path, lora, resume=True)
     assert tiny.outcome(tmp_path) == tiny.outcome(folder)
-
-
-def rates(history: list[dict[str, Any]]) -> dict[int, float]:
-    """Step -> the learning rate logged with it."""
-    return {e["step"]: e["learning_rate"] for e in history if "learning_rate" in e}
-
-
-def test_both_stages_have_one_schedule(tmp_path: Path) -> None:
-    """That of LoRA over all steps, but for the first steps of the optimiser that begins anew, in
-    `fit`, resumed too, and in a Trainer of one's own.
-    """
-    args = dataclasses.replace(tiny.ARGS, log_every=1)
-    plain = rates(tiny.run(tmp_path / "lora", tiny.PLAIN, args).history)
-    own = TrainingArguments(
-        output_dir=str(tmp_path / "own"), max_steps=tiny.TOTAL, per_device_train_batch_size=8,
-        learning_rate=args.learning_rate, warmup_steps=2, logging_steps=1, save_strategy="no",
-        report_to="none", use_cpu=True, disable_tqdm=True,
-    )  # fmt: skip
-    model = tiny.make_model()
-    loradrop.inject(model, tiny.CONFIGS["spectral"])
-    trainer = Trainer(
-        model, own, train_dataset=tiny.make_rows(), callbacks=[loradrop.LoraDropCallback()]
-    )
-    trainer.train()
-    found = rates(tiny.run(tmp_path / "fit", tiny.CONFIGS["spectral"], args).history)
-    cut, rise = tiny.WARMUP, 3
-    assert plain[1] < max(plain.values()) > plain[cut] > plain[tiny.TOTAL]
-    for each in (found, rates(trainer.state.log_history)):
-        for step in (s for s in plain if not cut < s <= cut + rise):
-            assert each[step] == pytest.approx(plain[step], abs=1e-12), step
-        assert 0 < each[cut + 1] < 0.7 * plain[cut + 1]
 
 
 def test_only_the_last_part_of_the_first_stage_is_measured(tmp_path: Path) -> None:
