@@ -175,7 +175,8 @@ def write(folder: Path) -> Path:
             cells.append(
                 {"task": "t", "arm": f"{name}, {budget}", "rate": 0.1, "seed": seed, "of": "dev",
                  "n": 10, "parameters": 1000 * budget, "held_out_loss": 2 * loss, "facts": facts,
-                 "loss": loss, "accuracy": 0.5, "method": name, "budget": budget}
+                 "loss": loss, "accuracy": 0.5, "method": name, "budget": budget,
+                 "seconds": 30 if name == "mos" else 20}
             )  # fmt: skip
     (folder / "cpu").mkdir(parents=True)
     (folder / "cpu" / "bench_methods.json").write_text(json.dumps({"cells": cells}))
@@ -186,7 +187,7 @@ def test_tables(tmp_path: Path) -> None:
     results = write(tmp_path)
     one, every = method_tables.methods(results), method_tables.methods_all(results)
     assert one is not None and every is not None
-    row = "| 1,000 | 0.1 | 1.800 ± 0.000 | 0.900 ± 0.000 | 50.0 ± 0.0 | −10.0 ± 0.0 % | 2 |"
+    row = "| 1,000 | 0.1 | 1.800 ± 0.000 | 0.900 ± 0.000 | 50.0 ± 0.0 | −10.0 ± 0.0 % | 2 | 1.5 |"
     assert f"| 1 | mos {row}" in one and "| 4 | mos | 4,000 |" in one and "9.0" not in one
     assert "zeros of A 0.45" in one and "| +20.0 ± 0.0 % | 2 |" in one
     assert "| mos | −10.0 ± 0.0 % (n=2) | +20.0 ± 0.0 % (n=2) |" in every

@@ -30,8 +30,15 @@ def _facts(cells: list[Cell]) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in means.items())
 
 
+def _seconds(cells: list[Cell]) -> float:
+    """Processor time of a run."""
+    return statistics.mean(cell["seconds"] for cell in cells)
+
+
 def methods(results: Path) -> str | None:
-    """For every task, budget and method: the rate that won, parameters, loss and accuracy."""
+    """For every task, budget and method: the rate that won, parameters, loss and accuracy, and the
+    processor time of a run as a ratio to LoRA's.
+    """
     parts = []
     for task, found in by_method(results).items():
         body = []
@@ -40,8 +47,10 @@ def methods(results: Path) -> str | None:
             for (method, of), cells in found.items():
                 if of == budget:
                     row = figures(cells, [] if method == RIVAL else rival)
-                    body.append([str(budget), method, *row, _facts(cells)])
-        head = ("method", *FIGURES, "loss against LoRA's, paired", "n", "at the end")
+                    time = f"{_seconds(cells) / _seconds(rival):.1f}" if rival else ""
+                    body.append([str(budget), method, *row, time, _facts(cells)])
+        last = ("loss against LoRA's, paired", "n", "processor time", "at the end")
+        head = ("method", *FIGURES, *last)
         parts.append(markdown((f"{task}, size of LoRA r", *head), body))
     return "\n\n".join(parts) or None
 
