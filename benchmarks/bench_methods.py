@@ -27,7 +27,7 @@ RESULT = RESULTS / "cpu" / "bench_methods.json"
 TASKS = ("stdlib, same modules", "sst2", "mrpc", "stdlib")
 BUDGETS = (1, 4, 2)  # ranks of LoRA; the smallest and the largest tell most
 # Where the search of a rate begins for methods that do not train A as LoRA does.
-FIRST = {"lora_fa": 128e-3}
+FIRST = {"lora_fa": 64e-3}
 # Method -> budget -> the rank of its configuration, and its options where they are not the
 # defaults, for the layers of MiniLM: within 16 % of LoRA's size. At the end AdaLoRA and spectral
 # LoRA-drop are of that size, and wider at first. VeRA has no more at its largest rank, and RaSA of

@@ -235,6 +235,7 @@ def tell_base(what: Any, there: Mapping[str, Any], model: nn.Module) -> None:
     tell models of one family apart.
     """
     here, name = base_of(model), there.get("id")
+    before, now = there.get("revision"), here["revision"]
     if there.get("fingerprint") not in (None, here["fingerprint"]):
         differ = "whose tensors are not all those of this model; its targets fit"
         _log.warning("%s was trained on %s, %s", what, name, differ)
@@ -242,6 +243,11 @@ def tell_base(what: Any, there: Mapping[str, Any], model: nn.Module) -> None:
         _log.warning(
             "%s was trained on %s, and this model is %s: its tensors have the same shapes, but an "
             "adapter of another model is noise", what, name, here["id"],
+        )  # fmt: skip
+    elif name and before and now and before != now:
+        _log.warning(
+            "%s was trained on %s at revision %s, and this model is of revision %s: "
+            "from_pretrained takes revision=", what, name, before, now,
         )  # fmt: skip
 
 

@@ -345,6 +345,20 @@ def test_another_base_of_the_same_shapes(
         assert ("was trained on org/a-bert, and this model is" in caplog.text) == said
 
 
+def test_another_revision_of_the_base(
+    model: Any, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.config._name_or_path, model.config._commit_hash = "org/a-bert", "1f"
+    loradrop.save(model, path)
+    for revision, said in (("2e", True), ("1f", False), (None, False)):
+        other = bert()
+        other.config._name_or_path, other.config._commit_hash = "org/a-bert", revision
+        caplog.clear()
+        loradrop.load(other, path)
+        told = "trained on org/a-bert at revision 1f, and this model is of revision 2e"
+        assert (told in caplog.text) == said
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_into_adapters_of_another_dtype_and_number(shared: bool, tmp_path: Path) -> None:
     """What is in the file holds: its dtype, and as many adapters as it has."""
