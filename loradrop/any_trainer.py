@@ -53,11 +53,11 @@ class LoraDropCallback(TrainerCallback):
         self.ended = 0  # the step at which the warm-up ended
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        method, plugin = type(injection_of(model).config.method), _fsdp(args)
         # A resume brings the adapters before there is an optimiser; under FSDP there is one then.
-        bank_of(model).adopts = not args.fsdp
-        method = type(injection_of(model).config.method)
-        if args.fsdp and any(getattr(method, e) is not getattr(Method, e) for e in _ACTS):
-            _keep_whole(model)
+        bank_of(model).adopts = plugin is None
+        if plugin and any(getattr(method, event) is not getattr(Method, event) for event in _ACTS):
+            _keep_whole(model, plugin)
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: Any, model: Any = None, **objects: Any
@@ -150,15 +150,19 @@ def _of_step(args: Any, state: TrainerState) -> Path:
     return Path(given) if isinstance(given, str) and not here.exists() else here
 
 
-def _keep_whole(model: Any) -> None:
+def _fsdp(args: Any) -> Any:
+    """accelerate's plugin, where it shards the model; None where not, as on a CPU."""
+    from accelerate.state import AcceleratorState
+
+    return getattr(AcceleratorState(), "fsdp_plugin", None) if args.fsdp else None
+
+
+def _keep_whole(model: Any, plugin: Any) -> None:
     """Before the Trainer shards the model: FSDP2 leaves out what is trained.
 
     Raises ValueError for FSDP1, and for what accelerate cannot do then.
     """
-    from accelerate.state import AcceleratorState
-
-    plugin = AcceleratorState().fsdp_plugin
-    if plugin is None or plugin.fsdp_version != 2:
+    if plugin.fsdp_version != 2:
         raise ValueError(
             "LoraDropCallback: sharing changes the parameters, which FSDP1 holds itself: use "
             "FSDP2, fsdp_config={'version': 2}"
@@ -191,7 +195,7 @@ def _require_one_run(warmup: Warmup, method: Method, args: Any, model: Any) -> N
         why = 'sample_ratio below 1 and source="offline" need a run of their own'
     elif args.deepspeed:
         why = "sharing changes the parameters, which DeepSpeed holds itself"
-    elif args.fsdp:
+    elif _fsdp(args) is not None:
         return
     elif world_size() > 1 and not method.keeps_parameters:
         why = f"the method {method.name!r} makes new parameters, which DDP does not know"

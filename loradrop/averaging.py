@@ -32,9 +32,7 @@ def keep_whole(model: nn.Module) -> set[nn.Parameter]:
             "call torch.distributed.init_process_group first, in a process of torchrun"
         )
     if bank.changed is None:
-        averaging = Averaging(model)
-        bank.changed = averaging.follow
-        averaging.follow()
+        bank.changed = Averaging(model)
     return {p for p in model.parameters() if p.requires_grad}
 
 
@@ -46,9 +44,14 @@ class Averaging:
         self._trained: list[nn.Parameter] = []
         self._hooks: list[Any] = []
         self._pass = -1  # the backward pass at whose end they are averaged
+        self()
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """None in a copy of the model, which is nobody else's concern."""
+        return type(None), ()
 
     @torch.no_grad()
-    def follow(self) -> None:
+    def __call__(self) -> None:
         """Go on with what the model trains now, from rank 0's values."""
         for hook in self._hooks:
             hook.remove()

@@ -1,5 +1,6 @@
 """Two ranks train a model of which FSDP2 shards the base alone: FOLDER. Run by torchrun."""
 
+import copy
 import json
 import os
 import sys
@@ -99,6 +100,13 @@ def unequal() -> dict[str, list[Any]]:
     return found
 
 
+def tied() -> Any:
+    model = made()
+    loradrop.keep_whole(model)
+    assert model.lora_bank.changed is not None
+    return model
+
+
 def main(folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
@@ -115,6 +123,7 @@ def main(folder: str) -> None:
     half = shard(made(torch.bfloat16))
     found["half"] = run(half, halves)
     bank = half.lora_bank
+    found["copied"] = copy.deepcopy(tied()).lora_bank.changed is None
     found["dtypes"] = sorted({str(p.dtype) for p in bank.parameters()})
     found["in parts"] = [any(map(is_sharded, m.parameters())) for m in (half, bank)]
     loradrop.save(half, f"{folder}/native")
