@@ -131,6 +131,8 @@ def main(folder: str) -> None:
     again = tiny.make_model().to(torch.bfloat16).eval()
     loradrop.inject(again, HEAD)
     loradrop.load(again, f"{folder}/native")
+    train(half, halves)
+    loradrop.load(half, f"{folder}/native")
     with torch.no_grad():
         found["logits"] = [m(**batch(0)).logits.float().tolist() for m in (half, again)]
     found["unequal"] = unequal()
