@@ -37,10 +37,7 @@ def main(folder: str, batch: str, *modes: str) -> None:
         config = LoraDropConfig(**OPTIONS, keep=1, probe_steps=4)
         if mode.startswith("spectral"):
             config = LoRAConfig(**OPTIONS, method=Spectral(cut_at=4))
-        model = tiny.make_model()
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0  # each rank would draw its own
+        model = tiny.without_dropout()
         train = by_callback if mode.endswith("callback") else by_fit
         try:
             found = train(model, config, Path(folder), int(batch), mode)

@@ -41,16 +41,8 @@ NONE: Mapping[str, Any] = {}
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def without_dropout() -> Any:
-    model = tiny.make_model()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0  # each rank would draw its own
-    return model
-
-
 def make(mode: str) -> Any:
-    model = without_dropout()
+    model: Any = tiny.without_dropout()
     torch.manual_seed(0)
     if mode.startswith("peft"):
         from peft import get_peft_model
@@ -70,7 +62,7 @@ def loaded(mode: str, checkpoint: str) -> Any:
     if mode.startswith("peft"):
         from peft import PeftModel
 
-        return PeftModel.from_pretrained(without_dropout(), checkpoint, is_trainable=True)
+        return PeftModel.from_pretrained(tiny.without_dropout(), checkpoint, is_trainable=True)
     model = make(mode)
     loradrop.load(model, checkpoint)
     return model

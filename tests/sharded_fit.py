@@ -22,8 +22,8 @@ from loradrop.methods.vera import VeRA
 from loradrop.ranks import is_sharded, whole
 
 
-def batch() -> dict[str, torch.Tensor]:
-    rows = tiny.make_rows(8)
+def batch(seed: int = 0) -> dict[str, torch.Tensor]:
+    rows = tiny.make_rows(8, seed)
     return {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}
 
 
@@ -36,12 +36,17 @@ def made(shared: bool, method: Method | None = None) -> Any:
     return model
 
 
-def sharded(shared: bool) -> Any:
-    model = made(shared)
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer)
-    fully_shard(model)
+def shard(model: Any, **options: Any) -> Any:
+    """The model, or a PeftModel of it, by layers."""
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    for layer in base.bert.encoder.layer:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
     return model
+
+
+def sharded(shared: bool) -> Any:
+    return shard(made(shared))
 
 
 def train(model: Any, optimizer: Any = None) -> None:
@@ -87,9 +92,7 @@ def of_peft(folder: str) -> dict[str, Any]:
         return peft.get_peft_model(tiny.make_model(), LoraDropConfig(**tiny.LORA, plan=kept)).eval()
 
     alone, model = made(), made()
-    for layer in model.get_base_model().bert.encoder.layer:
-        fully_shard(layer)
-    fully_shard(model)
+    shard(model)
     for each in (alone, model):
         train(each)
     state = {k: whole(v) for k, v in model.state_dict().items()}
@@ -124,9 +127,7 @@ def mixed() -> dict[str, list[float]]:
         torch.manual_seed(0)
         loradrop.inject(model, replace(tiny.PLAIN, adapter_dtype=of_adapters))
         if options is not None:
-            for layer in model.bert.encoder.layer:
-                fully_shard(layer, **options)
-            fully_shard(model, **options)
+            shard(model, **options)
         trained = [p for p in model.parameters() if p.requires_grad]  # while they are sharded
         optimizer = torch.optim.AdamW(trained, lr=1e-2)
         before = float(model(**batch()).loss.detach())

@@ -46,6 +46,15 @@ def make_model(labels: int = 3) -> nn.Module:
     return BertForSequenceClassification(BertConfig(**sizes, **heads))
 
 
+def without_dropout() -> nn.Module:
+    """The model in train mode, in several ranks too: each would draw its own mask."""
+    model = make_model()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 def make_rows(n: int = ROWS, seed: int = 0) -> list[dict[str, Any]]:
     """Texts of 5 to 12 tokens, the first ones of which tell the label; half have label 0."""
     generator = torch.Generator().manual_seed(seed)

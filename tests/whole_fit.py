@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import training_runs as tiny
+from sharded_fit import batch, shard
 from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard
 
 import loradrop
 from loradrop.ranks import is_sharded
@@ -28,17 +28,9 @@ def made(dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def shard(model: Any) -> Any:
-    trained = loradrop.keep_whole(model)
-    for layer in model.bert.encoder.layer:
-        fully_shard(layer, ignored_params=trained)
-    fully_shard(model, ignored_params=trained)
-    return model
-
-
-def batch(step: int) -> dict[str, torch.Tensor]:
-    rows = tiny.make_rows(8, seed=step)
-    return {key: torch.stack([torch.as_tensor(row[key]) for row in rows]) for key in rows[0]}
+def whole(model: Any) -> Any:
+    """The model, sharded but for what it trains."""
+    return shard(model, ignored_params=loradrop.keep_whole(model))
 
 
 def parts(step: int, first: int, last: int) -> Micro:
@@ -100,13 +92,6 @@ def unequal() -> dict[str, list[Any]]:
     return found
 
 
-def tied() -> Any:
-    model = made()
-    loradrop.keep_whole(model)
-    assert model.lora_bank.changed is not None
-    return model
-
-
 def main(folder: str) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
@@ -115,15 +100,19 @@ def main(folder: str) -> None:
     def halves(step: int) -> Micro:
         return parts(step, 2 * rank, 2 * rank + 2)
 
-    found: dict[str, Any] = {"sharded": run(shard(made()), halves)}
+    found: dict[str, Any] = {"sharded": run(whole(made()), halves)}
     distributed.barrier()
     os.environ["RANK"] = "0"  # what one process does with all rows
     found["alone"] = run(made(), lambda step: parts(step, 0, 4))
     os.environ["RANK"] = str(rank)
-    half = shard(made(torch.bfloat16))
+    half = whole(made(torch.bfloat16))
     found["half"] = run(half, halves)
     bank = half.lora_bank
-    found["copied"] = copy.deepcopy(tied()).lora_bank.changed is None
+    unsharded = made()
+    loradrop.keep_whole(unsharded)
+    found["changed"] = [
+        m.lora_bank.changed is not None for m in (unsharded, copy.deepcopy(unsharded))
+    ]
     found["dtypes"] = sorted({str(p.dtype) for p in bank.parameters()})
     found["in parts"] = [any(map(is_sharded, m.parameters())) for m in (half, bank)]
     loradrop.save(half, f"{folder}/native")
