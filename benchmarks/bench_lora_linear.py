@@ -21,7 +21,7 @@ from lib import harness
 from lib.providers import providers
 
 BENCH = harness.Bench(
-    __file__, providers, {"cpu": "encoders", "cuda": "llama,llama_1b,lorafusion,gqa,decode"}
+    __file__, providers, {"cpu": "encoders_all", "cuda": "llama,llama_1b,lorafusion,gqa,decode"}
 )
 
 

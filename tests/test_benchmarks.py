@@ -20,18 +20,19 @@ FACTS = dict.fromkeys(("device", "torch", "triton", "driver", "commit"), "")
 Capsys, Patch, Stub = pytest.CaptureFixture[str], pytest.MonkeyPatch, Callable[..., int]
 SIX = {(name, "0") for name in ("frozen", "peft_fp32", "addmm", "loradrop")}
 SIX |= {("peft_hook", "1"), ("loradrop", "1")}
+MEASURED = {"forward": SIX, "forward_backward": SIX | {("loradrop_grams", "0")}}
 
 
 def test_end_to_end_and_a_second_run_measures_nothing(tmp_path: Path, capsys: Capsys) -> None:
     out = tmp_path / "bench.csv"
     arguments = ["--shapes", "24x16x12", "--dtype", "float32", "--processes", "1"]
-    arguments += ["--seconds", "0", "--commit", "abc", "--out", str(out)]
+    arguments += ["--seconds", "0", "--grid", "encoders", "--commit", "abc", "--out", str(out)]
     assert harness.main(BENCH, harness.arguments(None, arguments)) == 0
     assert "1/1 float32 24 16 12 8 0.0 forward frozen" in capsys.readouterr().out
     rows = results.read_rows(out)
-    for direction in ("forward", "forward_backward"):
+    for direction in MEASURED:
         found = [row for row in rows if row["direction"] == direction]
-        assert {(row["provider"], row["norm"]) for row in found} == SIX
+        assert {(row["provider"], row["norm"]) for row in found} == MEASURED[direction]
         assert len({row["date"] for row in found}) == 1
     for row in rows:
         assert 0 < float(row["p20_us"]) <= float(row["median_us"]) <= float(row["p80_us"])
@@ -60,11 +61,11 @@ def names(rows: list[dict[str, str]]) -> list[str]:
     return [results.label(row) for row in rows]
 
 
-@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize("direction", MEASURED)
 def test_dropout_has_the_reference_s_mask(good: list, direction: str) -> None:
     measured = measure(good, direction, dropout=0.1)
-    assert (measured.errors, measured.left_out) == ([], [])
-    assert {(row["provider"], row["norm"]) for row in measured.rows} == SIX
+    assert not measured.errors
+    assert {(row["provider"], row["norm"]) for row in measured.rows} == MEASURED[direction]
 
 
 def spoilt(what: str) -> Callable[[Any], Any]:
@@ -94,7 +95,7 @@ def spoilt(what: str) -> Callable[[Any], Any]:
 
 @pytest.mark.parametrize("what", ["y", "sqnorm", "dx", "dB"])
 def test_a_wrong_provider_gets_no_number(what: str, good: list) -> None:
-    compared = [good[0], providers.Provider("wrong", spoilt(what), norm=True), good[-1]]
+    compared = [good[0], providers.Provider("wrong", spoilt(what), norm=True), good[-2]]
     rows, (error,), _ = measure(compared, "forward_backward" if what[0] == "d" else "forward")
     assert [row["provider"] for row in rows] == ["frozen", "loradrop"]
     assert error.startswith("wrong+norm is wrong") and f"{what}:" in error
@@ -199,8 +200,9 @@ def test_who_ends_its_process_costs_others_nothing(
     rows = results.read_rows(file)
     assert {row["M"]: row["commit"] for row in rows} == {"2": "abc", "3": "abc", "6": "abc"}
     results.write_rows(file, [row | {"device": "another"} for row in rows])
-    assert stub(2) == 0 and measured(tmp_path) == {"2": all_three}
-    assert f"{len(rows)} rows of another machine are replaced" in capsys.readouterr().out
+    assert stub(2) == 0
+    assert measured(tmp_path) == {"3": all_three[:2], "6": all_three, "2": all_three}
+    assert "3 rows of another machine are replaced" in capsys.readouterr().out
 
 
 def test_a_run_cut_off_keeps_its_cells(stub: Stub, tmp_path: Path, monkeypatch: Patch) -> None:
@@ -223,7 +225,7 @@ def test_a_run_cut_off_keeps_its_cells(stub: Stub, tmp_path: Path, monkeypatch: 
 
 
 def test_what_is_left_out_and_what_breaks_the_device(good: list, monkeypatch: Patch) -> None:
-    compared = [good[0], providers.named("triton"), good[-2]]
+    compared = [good[0], providers.named("triton"), good[-3]]
     found = measure(compared, "forward", without={"triton", "peft"})
     assert names(found.rows) == ["frozen", "loradrop"]
     assert found.left_out == ["loradrop_triton is left out: as asked"]
@@ -238,7 +240,7 @@ def test_what_is_left_out_and_what_breaks_the_device(good: list, monkeypatch: Pa
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
-        ("--grid", "lama", "lama is unknown; there are encoders, llama"),
+        ("--grid", "lama", "lama is unknown; there are encoders, encoders_all, llama"),
         ("--shapes", "2x3", "give shapes as MxKxN"),
         ("--directions", "backward", "choose of forward, forward_backward"),
     ],

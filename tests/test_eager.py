@@ -6,10 +6,25 @@ import pytest
 import torch
 from op_cases import call_of, draw
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from loradrop.op import eager
+from loradrop.op import eager, reference
 from loradrop.op.call import Needs, Saved
 from loradrop.testing import Shape, error
+
+
+class Products(TorchDispatchMode):
+    """The shapes of what matrix products give, while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.shapes.append(tuple(found.shape))
+        return found
 
 
 @pytest.mark.skipif(not eager._MM_WIDENS, reason="this PyTorch has no such product")
@@ -34,7 +49,31 @@ def test_a_thin_product_of_half_precision_is_one_call_on_a_gpu(
     assert not widened
     monkeypatch.setattr(torch, "mm", on_a_gpu)
     monkeypatch.setattr(eager, "_widens", lambda p: True)
+    monkeypatch.setattr(eager, "_turns", lambda rows, dtype: False)
     found = eager.backward(saved, t["dy"], Needs(True, True, True))
     assert widened == [(8, 1100), (48, 1100)]
     for one, other in zip(found, want, strict=True):
         assert one.dtype == other.dtype and error(one, other) < 1e-5 and other.abs().max() > 0.1
+
+
+def _turned(r: int, rows: int, dtype: torch.dtype) -> list[bool]:
+    """Whether dh and dB are made as their transposes."""
+    t = draw(Shape(rows, 40, 48, r), dtype)
+    call = call_of(t)
+    saved = Saved(*call[:2], call.A, call.B, eager.forward(call).h, None, None, call.scaling, 0.0)
+    with Products() as made:
+        found = eager.backward(saved, t["dy"], Needs(True, True, True))
+    for one, other in zip(
+        found, reference.backward(saved, t["dy"], Needs(True, True, True)), strict=True
+    ):
+        assert one.is_contiguous() and one.dtype == other.dtype and error(one, other) < 1e-5
+    return [(r, rows) in made.shapes, (r, 48) in made.shapes]
+
+
+def test_a_cpu_makes_thin_products_the_long_way() -> None:
+    for dtype in (torch.float32, torch.float64):
+        assert _turned(8, 64, dtype) == [True, True]
+        assert _turned(8, 63, dtype) == [False, False]  # few rows: a copy would cost more
+        assert _turned(16, 64, dtype) == [False, True]
+        assert _turned(1, 64, dtype) == [False, False]
+    assert _turned(64, 80, torch.float32) == [False, False]  # N = 48 is the short side

@@ -21,10 +21,10 @@ def need_cuda(asked_by: str) -> None:
 
 
 def device_name(device: str) -> str:
-    """The name of the GPU, or of the processor."""
+    """The name of the GPU, or of the processor and the instructions that PyTorch finds there."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return processor()
+    return f"{processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def folder(results: Path, device: str) -> Path:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from itertools import product
 from typing import NamedTuple
 
+from loradrop.env import native_bf16
 from loradrop.measuring.points import DIRECTIONS as BOTH
 from loradrop.measuring.points import Cell
 
@@ -39,6 +40,7 @@ _DECODE = ((4096, 4096), (4096, 14336), (14336, 4096))
 
 GRIDS: dict[str, tuple[Grid, ...]] = {
     "encoders": (Grid(shapes(_ENCODERS)),),
+    "encoders_all": (Grid(shapes(_ENCODERS), (8, 64), (0.0, 0.1)),),
     "llama": (Grid(shapes(_LLAMA), RANKS, (0.0, 0.1)),),
     "lorafusion": (
         Grid(tuple((m, d, d) for d in (4096, 5120, 8192) for m in _TOKENS[::-1]), (16,), (0.1,)),
@@ -65,7 +67,13 @@ GRIDS: dict[str, tuple[Grid, ...]] = {
     ),
     "probe": (Grid(shapes(f"{_LLAMA},8192x4096x1024"), (16, 64)),),
 }
-DTYPES = {"cpu": "float32,bfloat16", "cuda": "bfloat16"}
+
+
+def dtypes(device: str) -> str:
+    """What is measured there: bfloat16, and on a CPU float32, and bfloat16 where it has it."""
+    if device == "cuda":
+        return "bfloat16"
+    return "float32,bfloat16" if native_bf16() else "float32"
 
 
 def cells(grids: Iterable[Grid], dtypes: Iterable[str]) -> list[Cell]:

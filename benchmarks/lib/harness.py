@@ -125,7 +125,7 @@ def arguments(doc: str | None, argv: Sequence[str] | None = None) -> argparse.Na
     """The options of every benchmark of layers."""
     parser = options(doc)
     parser.add_argument("--grid", help=f"of {', '.join(grids.GRIDS)}; default: all of the device's")
-    parser.add_argument("--dtype", help="default: float32,bfloat16 on a CPU, bfloat16 on CUDA")
+    parser.add_argument("--dtype", help="default: bfloat16 on CUDA; float32 and bfloat16 on a CPU")
     parser.add_argument("--shapes", help="MxKxN,... instead of the grid's")
     parser.add_argument("--ranks", help="instead of the grid's")
     parser.add_argument("--directions", help=f"of {', '.join(grids.DIRECTIONS)}")
@@ -199,18 +199,17 @@ def main(bench: Bench, args: argparse.Namespace) -> int:
     if args.worker:
         workers.serve(partial(_work, bench, args, facts))
         return 0
-    args.dtype = args.dtype or grids.DTYPES[args.device]
+    args.dtype = args.dtype or grids.dtypes(args.device)
     cells = chosen_cells(args, bench.grids[args.device])
     processes = args.processes or PROCESSES[args.device]
     csv = args.out or environment.folder(args.results, args.device) / f"{bench.name}.csv"
-    there = results.read_rows(csv)
-    rows = [row for row in there if row["device"] == facts["device"]]
-    if len(rows) < len(there):
-        print(f"{len(there) - len(rows)} rows of another machine are replaced")
-    if args.fresh:
-        asked = set(cells)
-        dates = {row["date"] for row in rows if results.cell_of(row) in asked}
-        rows = [row for row in rows if row["date"] not in dates]
+    there, asked = results.read_rows(csv), set(cells)
+    foreign = {row["date"] for row in there if row["device"] != facts["device"]}
+    dates = {row["date"] for row in there if results.cell_of(row) in asked}
+    if replaced := sum(row["date"] in foreign & dates for row in there):
+        print(f"{replaced} rows of another machine are replaced")
+    dates = dates if args.fresh else foreign & dates
+    rows = [row for row in there if row["date"] not in dates]
     beside = csv.with_suffix(".json")
     about = _about(args, facts)
     kept = read_json(beside) if rows and beside.exists() else {}

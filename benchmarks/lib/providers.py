@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
 from lib import package
@@ -12,6 +13,7 @@ from lib.markdown import SHORT
 from lib.results import FROZEN, Cell
 from lib.rivals import addmm, frozen, peft, peft_compiled, peft_hook, peft_hook_b
 from loradrop.measuring.cases import MASKED, Case, Output, ours
+from loradrop.measuring.points import BACKWARD
 
 Make = Callable[[Case], Callable[[], Output]]
 COMPILED = (4096, 14336, 16)  # K, N and r at which PEFT is compiled, for half a minute a cell
@@ -71,6 +73,18 @@ def named(backend: str, norm: bool = False) -> Provider:
     )
 
 
+def _grams(case: Case) -> Callable[[], Output]:
+    """The op with all that the spectrum needs: the squared norm and both r × r matrices."""
+    r, kind = case.A.shape[0], {"dtype": torch.float64, "device": case.x.device}
+    shapes = {"sqnorm_sink": (), "gram_in_sink": (r, r), "core_sink": (r, r)}
+    sinks = {name: torch.zeros(shape, **kind) for name, shape in shapes.items()}
+    return ours(case, sinks={name: sink.requires_grad_() for name, sink in sinks.items()})
+
+
+def _has_backward(cell: Cell) -> str | None:
+    return None if cell.direction == BACKWARD else "statistics come with the backward pass"
+
+
 def _no_mask_by_calls(cell: Cell) -> str | None:
     few = cell.dropout == 0.0 or cell.M * cell.K < MASKED
     return None if few else "its mask takes thousands of launches, too long to be timed"
@@ -91,7 +105,8 @@ def providers(dtype: str, device: str) -> list[Provider]:
     own = [Provider("loradrop", ours, masks=True), _NORM]
     if device == "cpu":
         hook = Provider("peft_hook", peft_hook, norm=True)
-        return [*base, hook, Provider("addmm", addmm), *own]
+        grams = Provider("loradrop_grams", _grams, masks=True, rule=_has_backward)
+        return [*base, hook, Provider("addmm", addmm), *own, grams]
     return [
         *base,
         *([Provider("peft_fp32", peft, wide=True)] if dtype != "float32" else []),

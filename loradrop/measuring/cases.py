@@ -1,7 +1,8 @@
 """The operands of one cell, the same for all that are compared, and two ways to compute it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from loradrop.measuring.points import Cell
 from loradrop.op.linear import lora_linear
 
 Output = tuple[Tensor, Tensor | None]  # y, and the squared norm where it is asked for
+NONE: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,13 @@ def make_case(cell: Cell, device: str, number: int = 0) -> Case:
     )
 
 
-def ours(case: Case, norm: bool = False, backend: str | None = None) -> Callable[[], Output]:
-    """The op; without a `backend` the dispatcher picks. Its seed is drawn as the layer does."""
+def ours(
+    case: Case, norm: bool = False, backend: str | None = None, sinks: Mapping[str, Any] = NONE
+) -> Callable[[], Output]:
+    """The op; without a `backend` the dispatcher picks. Its seed is drawn as the layer does.
+
+    `sinks` are those of the op, by name.
+    """
 
     def run() -> Output:
         seed = None
@@ -69,7 +76,7 @@ def ours(case: Case, norm: bool = False, backend: str | None = None) -> Callable
             seed = torch.randint(0, 1 << 62, (), device=case.x.device)
         operands = (case.x, case.weight, case.bias, case.A, case.B, case.scaling)
         found = lora_linear(
-            *operands, dropout=case.dropout, seed=seed, return_sqnorm=norm, backend=backend
+            *operands, dropout=case.dropout, seed=seed, return_sqnorm=norm, backend=backend, **sinks
         )
         return found if norm else (found, None)
 

@@ -7,7 +7,8 @@ whose sixteen digits leave room for any cancellation that float32 factors can ca
 form of the norm is needed.
 
 On a small layer the host's time is the layer's time: scales ride on the products, as their alpha,
-and nothing is converted that has its dtype already.
+and nothing is converted that has its dtype already. On a large one a CPU's BLAS wants the long side
+of a thin product along its vectors: the other way round dB takes up to ten times as long.
 """
 
 import math
@@ -22,6 +23,8 @@ from loradrop.op.philox import draw, gain, unpack
 from loradrop.op.reference import gram
 
 _MANY_ROWS = 512  # where a pass over y outweighs two small copies
+_TALL = 64  # rows from which the copy of a thin product is nothing
+_NARROW = range(2, 13)  # columns that leave a CPU's vectors empty
 _MM_WIDENS = hasattr(torch.ops.aten.mm, "dtype")
 _ROWS_PER_BLOCK = 512  # rows of a half-precision operand widened at a time
 
@@ -69,8 +72,7 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
     dx = dA = dB = None
     near = rounded.near(A, B, h.dtype)
     if needs.x or needs.A:
-        # beta = 0 leaves what h holds out, NaN included; it has the shape of dh.
-        dh = torch.addmm(h, dy, near.b, beta=0, alpha=s * gain(p))
+        dh = _through(dy, near.b, s * gain(p), h)
     if needs.x:
         a = near.a
         if kept is not None:
@@ -86,6 +88,19 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
     return Grads(dx, dA, dB)
 
 
+def _turns(rows: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a thin product of these rows, in `dtype`, may be quicker as its transpose."""
+    return rows.is_cpu and rows.shape[0] >= _TALL and dtype.itemsize >= 4
+
+
+def _through(dy: Tensor, b: Tensor, scale: float, like: Tensor) -> Tensor:
+    """scale·dy·b (M, r), of dy (M, N), b (N, r) and any `like` of the result's shape."""
+    # beta = 0 leaves out what `like` holds, NaN included
+    if _turns(dy, dy.dtype) and b.shape[1] in _NARROW:
+        return torch.addmm(like.t(), b.t(), dy.t(), beta=0, alpha=scale).t().contiguous()
+    return torch.addmm(like, dy, b, beta=0, alpha=scale)
+
+
 def _widens(p: Tensor) -> bool:
     """Whether one product takes half precision to float32: in PyTorch from 2.8 on, by cuBLAS."""
     return p.is_cuda and torch.version.hip is None and _MM_WIDENS
@@ -96,6 +111,8 @@ def _outer(p: Tensor, q: Tensor, scale: float, like: Tensor) -> Tensor:
 
     Accumulated at least in float32.
     """
+    if _turns(p, like.dtype) and 1 < q.shape[1] < p.shape[1]:
+        return _outer(q, p, scale, like.t()).t().contiguous()
     if p.dtype == like.dtype:
         return torch.addmm(like, p.t(), q, beta=0, alpha=scale)
     if p.dtype == torch.float64:
