@@ -15,8 +15,9 @@ import argparse
 import math
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -27,9 +28,11 @@ from lib.tasks import SETTINGS, Prepared, Tasks
 from loradrop.allocation import allocate
 from loradrop.injection import injection_of
 from loradrop.loading import load
-from loradrop.methods import LoRA, LoRADrop, Spectral
+from loradrop.methods import LoRA, LoRADrop, Method, Spectral
 from loradrop.native import save
+from loradrop.pairs import LoRABank
 from loradrop.probing import probe
+from loradrop.scores import Assignment
 from loradrop.spectra import spectrum
 from loradrop.text.tokens import TokenizedDataset
 from loradrop.truncation import truncate
@@ -49,6 +52,24 @@ def spectral(part: int, alpha: float = ALPHA, **options: Any) -> Arm:
     return Arm(RANK, Spectral(budget=budget, **options), s=alpha / (budget * RANK))
 
 
+def drop(**options: Any) -> Arm:
+    """LoRA-drop with a fifth of its steps for the warm-up."""
+    method = LoRADrop(probe_steps=0.2, **options)
+    return Arm(RANK, method, s=ALPHA / RANK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOnly(Method):
+    """No adapter at all: what the head learns from frozen features."""
+
+    name: ClassVar[str] = "head_only"
+
+    def bank(self, *given: Any) -> LoRABank:
+        bank = super().bank(*given)
+        bank.assign(Assignment(bank.targets, (None,) * len(bank.targets)), [])
+        return bank
+
+
 ARMS = {
     "LoRA r=8": lora(8),
     "LoRA r=1": lora(1),
@@ -56,12 +77,16 @@ ARMS = {
     "spectral, 1/16": spectral(16),
     "LoRA r=2": lora(2),
     "spectral, 1/4": spectral(4),
-    "LoRA-drop, 1/2": Arm(RANK, LoRADrop(budget=0.5, probe_steps=0.2), s=ALPHA / RANK),
-    "LoRA-drop, 1/2, kept adapters continue": Arm(
-        RANK, LoRADrop(budget=0.5, probe_steps=0.2, after_select="continue"), s=ALPHA / RANK
-    ),
+    "LoRA-drop, 1/2": drop(budget=0.5),
+    "LoRA-drop, 1/2, kept adapters continue": drop(budget=0.5, after_select="continue"),
     "LoRA r=4": lora(4),
     "spectral, 1/2": spectral(2),
+    "LoRA-drop, 1/2, random layers": drop(budget=0.5, selection="random"),
+    "LoRA-drop, 1/2, least important layers": drop(budget=0.5, selection="inverse"),
+    "LoRA-drop, 1/2, no sharing": drop(budget=0.5, share="none"),
+    "one shared LoRA": drop(threshold=0.0),
+    "LoRA-drop, T=0.9": drop(threshold=0.9),
+    "head only": Arm(RANK, HeadOnly(), s=ALPHA / RANK),
     "LoRA r=16": lora(16),
     "LoRA r=8, α=1/2": lora(8, 0.5),
     "LoRA r=1, α=1/2": lora(1, 0.5),

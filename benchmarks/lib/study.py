@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from lib.tasks import SETTINGS, Prepared, Tasks, labels_of, predictions, quality
 from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.files import read_json
 from loradrop.injection import plan_of
-from loradrop.methods import Method
+from loradrop.methods import LoRADrop, Method
 from loradrop.training import fit
 
 RATES = tuple(1e-3 * 2**k for k in range(-4, 11))
@@ -106,6 +107,8 @@ class Study:
     def _run(self, name: str, arm: str, rate: float, seed: int) -> Iterator[tuple[str, Cell]]:
         """The arm and its cell, and those that come `after` it."""
         setting, (rank, method, about, s, _) = SETTINGS[name], self.arms[arm]
+        if isinstance(method, LoRADrop) and method.selection == "random":
+            method = replace(method, selection_seed=seed)
         train = TrainConfig(
             steps=setting.steps, batch_size=setting.batch_size, learning_rate=rate, seed=seed,
             save_every=10**6,
