@@ -155,25 +155,28 @@ class LoRADrop(Method):
                 "or pass kept"
             )
         assert isinstance(bank, LoRABank)
-        least = self._least(scores)
-        if self.budget is not None and self.budget < least:
-            what = (
-                f"budget={self.budget:g} is out of reach: one adapter per group takes {least:.3g}"
-            )
-            _log.warning("%s of LoRA's parameters, so no target keeps its own", what)
         kept = self.decide(scores)
-        if self.budget is not None and self.budget >= least and not kept:
-            _log.warning(
-                "budget=%g: beside one adapter per group, %.3g of LoRA's parameters, there is no "
-                "room for another, so no target keeps its own", self.budget, least,
-            )  # fmt: skip
-        if self.keep_ratio and not kept:
-            what = f"keep_ratio={self.keep_ratio:g} of {len(scores)} targets"
-            _log.warning("%s rounds to none, so no target keeps its own: raise it", what)
+        if not kept and (why := self._why_none(scores)) is not None:
+            _log.warning("%s, so no target keeps its own: raise it", why)
         bank.share(
             kept, scores, share=self.share, init=self.share_init,
             after_select=self.after_select, interval=self.interval,
         )  # fmt: skip
+
+    def _why_none(self, scores: Scores) -> str | None:
+        """What leaves no target its own adapter, unless that was asked for."""
+        if self.keep_ratio:
+            return f"keep_ratio={self.keep_ratio:g} of {len(scores)} targets rounds to none"
+        if self.budget is None:
+            return None
+        least = self._least(scores)
+        if self.budget < least:
+            takes = f"one adapter per group takes {least:.3g} of LoRA's parameters"
+            return f"budget={self.budget:g} is out of reach: {takes}"
+        return (
+            f"budget={self.budget:g}: beside one adapter per group, {least:.3g} of LoRA's "
+            "parameters, there is no room for another"
+        )
 
     def _least(self, scores: Scores) -> float:
         """The part of LoRA's parameters that is left where nothing is kept."""
