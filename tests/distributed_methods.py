@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from test_methods import EVERY, X, by_sgd, net
+from every_method import EVERY, X, by_sgd, net
 from torch.nn.parallel import DistributedDataParallel
 
 

@@ -12,9 +12,9 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from run_cases import write_model, write_table
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_run import write_model, write_table
 
 import loradrop
 from loradrop import env

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from run_cases import write_model
 from test_cli import fails, works
-from test_run import write_model
 from torch import nn
 
 import loradrop

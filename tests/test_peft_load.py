@@ -1,7 +1,6 @@
-"""PEFT folders: `load` gives a model PEFT's own logits, or says what in the folder it cannot."""
+"""PEFT folders: `load` gives a model PEFT's own logits, and all goes on from there."""
 
 import copy
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,103 +8,36 @@ from typing import Any
 import models
 import pytest
 import torch
-from models import IDS, Make, Options, assert_same, bert, llama, outputs, share, snapshot
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from models import IDS, Make, Options, bert, llama, outputs, share, snapshot
+from peft_folders import (
+    KEY,
+    QKV,
+    QUERY,
+    QV,
+    SAME,
+    Plain,
+    agree,
+    as_peft,
+    loaded,
+    peft,
+    put,
+    refused,
+    retensor,
+    rewrite,
+    saved,
+    tied,
+    trained,
+)
+from safetensors.torch import load_file
+from torch import Tensor
 
 import loradrop
 from loradrop import LoRA, LoRAConfig, LoraDropConfig
-from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS
-from loradrop.formats.peft_options import CHANGES, HARMLESS
+from loradrop.formats.peft_file import PREFIX, TENSORS
 from loradrop.injection import injection_of, plan_of
 
-peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.numbers
 
-# Both sides compute in float64 from the same float32 factors, in sums of fewer than 1000 terms.
-SAME = {"rtol": 1e-10, "atol": 1e-10}
-QV = {"target_modules": ["query", "value"]}
-QKV = ["q_proj", "k_proj", "v_proj"]
-
-
-class Plain(nn.Module):
-    """Not a model of transformers: `lin` is also the end of the name `sub.lin`."""
-
-    def __init__(self, size: int = 16) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.lin, self.sub = nn.Linear(size, size), nn.Sequential()
-        self.sub.add_module("lin", nn.Linear(size, size))
-        self.head = nn.Sequential(nn.Linear(size, size), nn.Tanh(), nn.Linear(size, 3))
-
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
-        x = nn.functional.one_hot(input_ids % 16, 16).to(self.lin.weight)
-        return {"y": self.head(self.sub(torch.tanh(self.lin(x))))}
-
-
-def trained(base: nn.Module, name: str = "default", **options: Any) -> Any:
-    """PEFT's model over `base`, with every tensor that it would train away from its start."""
-    model = peft.get_peft_model(base, peft.LoraConfig(**options), adapter_name=name)
-    generator = torch.Generator().manual_seed(3)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            step = torch.randn(parameter.shape, generator=generator) * 0.3
-            parameter.data.add_(step.to(parameter.dtype))
-    return model
-
-
-def saved(path: Path, make: Make = bert, **options: Any) -> Path:
-    """A folder that PEFT wrote."""
-    trained(make(), **{**QV, **options}).save_pretrained(path)
-    return path
-
-
-def loaded(path: Path, make: Make = bert) -> Any:
-    """The adapters in `path`, in a fresh model."""
-    model = make()
-    loradrop.load(model, path)
-    return model
-
-
-def as_peft(path: Path, make: Make = bert) -> Tensor:
-    """What PEFT computes from the folder."""
-    return outputs(peft.PeftModel.from_pretrained(make(), str(path)).eval())
-
-
-def agree(path: Path, make: Make = bert) -> Any:
-    """The model loaded from the folder, once its outputs are PEFT's and not the base's."""
-    model, expected = loaded(path, make), as_peft(path, make)
-    torch.testing.assert_close(outputs(model), expected, **SAME)
-    assert (outputs(make()) - expected).abs().max() > 1e-2
-    return model
-
-
-def rewrite(path: Path, **changes: Any) -> Path:
-    """The folder with other options in its configuration."""
-    config = json.loads((path / CONFIG).read_text())
-    (path / CONFIG).write_text(json.dumps(config | changes))
-    return path
-
-
-def retensor(path: Path, change: Any) -> Path:
-    """The folder with other tensors: `change` gets them by their keys."""
-    tensors = load_file(path / TENSORS)
-    change(tensors)
-    save_file(tensors, path / TENSORS, {"format": "pt"})
-    return path
-
-
-def refused(message: str, path: Path, make: Make = bert) -> None:
-    """By a ValueError, and the model stays as it is."""
-    model = make()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=message):
-        loradrop.load(model, path)
-    assert_same(model, before)
-
-
-KEY = "bert.encoder.layer.{}.attention.self.{}"
-QUERY = KEY.format(1, "query")
 PATTERNS = {"rank_pattern": {"value": 11}, "alpha_pattern": {"1.*query": 3, "value": 7}}
 
 
@@ -210,8 +142,23 @@ def test_an_adapted_head_of_a_language_model(tmp_path: Path) -> None:
     key = f"{PREFIX}lm_head.base_layer.weight"
     assert key in load_file(tmp_path / TENSORS)
     assert not injection_of(agree(tmp_path, llama)).originals
-    retensor(tmp_path, _put(key, lambda t: t + 1))
+    retensor(tmp_path, put(key, lambda t: t + 1))
     refused(r"lm_head\.weight of the base model is in .*load the base model that", tmp_path, llama)
+
+
+def test_tied_tensors_that_peft_kept_tied(tmp_path: Path) -> None:
+    options = {"target_modules": QKV, "modules_to_save": ["embed_tokens"]}
+    saved(tmp_path, tied, **options, ensure_weight_tying=True)
+    model = agree(tmp_path, tied)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def masked() -> Any:
+    return bert(cls="ForMaskedLM")  # the bias of its decoder has two names
+
+
+def test_a_tied_bias(tmp_path: Path) -> None:
+    agree(saved(tmp_path, masked, bias="all"), masked)
 
 
 def test_embeddings_that_peft_writes_beside_the_adapter(
@@ -270,194 +217,6 @@ def test_loading_draws_no_random_number(tmp_path: Path) -> None:
     random = torch.get_rng_state()
     loradrop.load(model, tmp_path)
     assert torch.equal(torch.get_rng_state(), random)
-
-
-# What is refused
-
-
-VARIANTS: list[tuple[Options, str]] = [
-    ({"peft_type": "VERA"}, "peft_type='VERA': only LORA is read.*merge_and_unload"),
-    ({"use_dora": True}, "use_dora=True is not plain LoRA: DoRA.*merge_and_unload"),
-    ({"lora_bias": True}, "lora_bias=True.*B has a bias"),
-    ({"alora_invocation_tokens": [3, 4]}, r"alora_invocation_tokens=\[3, 4\]"),
-    ({"arrow_config": {"top_k": 2}}, "arrow_config="),
-    ({"kasa_config": {"beta": 1e-4}}, "kasa_config="),
-    ({"monteclora_config": {"num_samples": 2}}, "monteclora_config="),
-    ({"use_bdlora": {"nblocks": 2}}, "use_bdlora="),
-    ({"use_qalora": True}, "use_qalora=True"),
-    ({"velora_config": {"num_groups": 2}}, "velora_config="),
-    ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication="),
-    ({"target_parameters": ["experts.down_proj"]}, "target_parameters="),
-    ({"trainable_token_indices": [1, 2]}, "trainable_token_indices="),
-    ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4.*path_initial_model_for_weight_conv"),
-    ({"init_lora_weights": "olora"}, "olora.*path_initial_model_for_weight_conversion"),
-    ({"init_lora_weights": "corda"}, "corda.*path_initial_model_for_weight_conversion"),
-    ({"init_lora_weights": "lora_ga"}, "lora_ga.*path_initial_model_for_weight_conversion"),
-    ({"init_lora_weights": "loftq"}, 'loftq.*"init_lora_weights": true'),
-    ({"use_next_years_idea": True}, "use_next_years_idea=True, which loradrop does not know"),
-    ({"r": 4}, f"{QUERY.replace('1', '0')} has rank 8 in {TENSORS} and rank 4 by r and rank_p"),
-    ({"r": "8"}, "r='8': the rank is a whole number"),
-    ({"lora_alpha": 0}, "lora_alpha=0: choose a positive number"),
-    ({"lora_dropout": 1.0}, "lora_dropout=1.0: choose 0"),
-    ({"rank_pattern": ["query"]}, f"{CONFIG} is damaged"),
-]
-
-
-@pytest.mark.parametrize(("changes", "message"), VARIANTS)
-def test_options_beyond_plain_lora(changes: Options, message: str, tmp_path: Path) -> None:
-    refused(message, rewrite(saved(tmp_path), **changes))
-
-
-def test_every_option_of_peft_is_known(tmp_path: Path) -> None:
-    """One that is set and that nobody has looked at is refused, so none is missing here."""
-    saved(tmp_path)
-    assert set(json.loads((tmp_path / CONFIG).read_text())) <= {*CHANGES, *HARMLESS}
-
-
-@pytest.mark.parametrize(
-    ("make", "options", "message"),
-    [
-        (llama, {"target_modules": ["embed_tokens"]}, "lora_embedding_A is neither"),
-        (bert, {**QV, "use_dora": True}, "use_dora=True"),
-        (bert, {**QV, "trainable_token_indices": {"word_embeddings": [1]}}, "trainable_token_ind"),
-        (
-            llama,
-            {"target_modules": [], "target_parameters": ["q_proj.weight"]},
-            "target_parameters",
-        ),
-        (bert, {**QV, "lora_bias": True}, "lora_bias=True"),
-    ],
-)
-def test_variants_that_peft_wrote(
-    make: Make, options: Options, message: str, tmp_path: Path
-) -> None:
-    trained(make(), **options).save_pretrained(tmp_path)
-    refused(message, tmp_path, make)
-
-
-A_KEY, B_KEY = (f"{PREFIX}{QUERY}.lora_{side}.weight" for side in "AB")
-
-
-def _lone(key: str) -> Any:
-    return lambda tensors: tensors.pop(key)
-
-
-def _put(key: str, value: Any) -> Any:
-    return lambda tensors: tensors.update({key: value(tensors.get(key))})
-
-
-TENSOR_CHANGES: list[tuple[Any, str]] = [
-    (_lone(B_KEY), f"{QUERY} has lora_A but no lora_B"),
-    (_lone(A_KEY), f"{QUERY} has lora_B but no lora_A"),
-    (lambda tensors: tensors.clear(), "has no lora_A and lora_B"),
-    (_put(A_KEY, lambda t: t * float("nan")), rf"{QUERY}.lora_A.weight is not finite"),
-    (_put(B_KEY, lambda t: t / 0), rf"{QUERY}.lora_B.weight is not finite"),
-    (_put(A_KEY, lambda t: t[:, :, None]), r"lora_A \(8, 32, 1\) and lora_B \(32, 8\), not \(r"),
-    (_put(A_KEY, lambda t: t[:3].clone()), r"lora_A \(3, 32\) and lora_B \(32, 8\), not \(r, K"),
-    (_put(A_KEY, lambda t: t[:, :9].clone()), rf"another model.*\n  {QUERY}: 9 -> 32 in the file"),
-    (_put(f"{PREFIX}{QUERY}.lora_diag", lambda _: torch.ones(8)), "lora_diag is neither"),
-    (
-        _put(f"{PREFIX}{QUERY}.lora_A.mine.weight", lambda _: torch.ones(8, 32)),
-        r"lora_A\.mine\.weight is neither",
-    ),
-    (
-        _put(f"{PREFIX}bert.extra.weight", lambda _: torch.ones(2)),
-        r"another model.*\n  bert.extra.weight: \(2,\) in the file, not there in the model",
-    ),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), TENSOR_CHANGES)
-def test_tensors_that_are_no_plain_pairs(change: Any, message: str, tmp_path: Path) -> None:
-    refused(message, retensor(saved(tmp_path), change))
-
-
-def test_another_model(tmp_path: Path) -> None:
-    rewrite(saved(tmp_path), base_model_name_or_path="someone/a-bert")
-    message = rf"another model \(someone/a-bert\).*\n  {KEY.format(2, 'query')}: 32 -> 32 in the f"
-    refused(message, tmp_path, lambda: bert(layers=2))
-    refused(rf"{QUERY}: 32 -> 32 in the file, 16 -> 16 in", tmp_path, lambda: bert(hidden=16))
-    refused("not there in the model", tmp_path, llama)
-
-
-def test_a_head_of_another_size(tmp_path: Path) -> None:
-    saved(tmp_path, lambda: bert(num_labels=5), task_type="SEQ_CLS")
-    refused(r"classifier.weight: \(5, 32\) in the file, \(2, 32\) in the model", tmp_path)
-    refused(r"not there in the model", tmp_path, lambda: bert(cls="Model"))
-
-
-def test_a_head_that_lacks_a_tensor(tmp_path: Path) -> None:
-    retensor(saved(tmp_path, task_type="SEQ_CLS"), _lone(f"{PREFIX}classifier.bias"))
-    refused(r"modules_to_save=.*without classifier\.bias in", tmp_path)
-
-
-def tied() -> Any:
-    return llama(tie_word_embeddings=True)
-
-
-def test_a_tied_tensor_that_peft_trained_apart(tmp_path: Path) -> None:
-    options = {"target_modules": QKV, "modules_to_save": ["embed_tokens"]}
-    saved(tmp_path, tied, **options)
-    refused(r"embed_tokens\.weight is the same tensor as lm_head\.weight.*untie", tmp_path, tied)
-    agree(tmp_path, llama)
-
-
-def test_tied_tensors_that_peft_kept_tied(tmp_path: Path) -> None:
-    options = {"target_modules": QKV, "modules_to_save": ["embed_tokens"]}
-    saved(tmp_path, tied, **options, ensure_weight_tying=True)
-    model = agree(tmp_path, tied)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
-def masked() -> Any:
-    return bert(cls="ForMaskedLM")  # the bias of its decoder has two names
-
-
-def test_a_tied_bias(tmp_path: Path) -> None:
-    agree(saved(tmp_path, masked, bias="all"), masked)
-
-
-def test_a_target_that_is_trained_whole_too(tmp_path: Path) -> None:
-    rewrite(saved(tmp_path), modules_to_save=["1.attention.self.query"])
-    state = bert().state_dict()
-
-    def add(tensors: dict[str, Tensor]) -> None:
-        tensors.update({f"{PREFIX}{QUERY}.{n}": state[f"{QUERY}.{n}"] for n in ("weight", "bias")})
-
-    refused(rf"{QUERY} has a pair, and its weight is trained whole too", retensor(tmp_path, add))
-
-
-def test_a_tied_target(tmp_path: Path) -> None:
-    saved(tmp_path, tied, target_modules=["lm_head"])
-    refused("'lm_head' is tied to the embedding", tmp_path, tied)
-
-
-def test_a_target_that_cannot_be_adapted(tmp_path: Path) -> None:
-    class Conv(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv = nn.Conv2d(4, 4, 3)
-
-    saved(tmp_path, Conv, target_modules=["conv"])
-    refused(r"conv has lora_A \(8, 4, 3, 3\).*only linear layers", tmp_path, Conv)
-
-
-def test_a_pickle(tmp_path: Path) -> None:
-    saved(tmp_path)
-    torch.save(load_file(tmp_path / TENSORS), tmp_path / "adapter_model.bin")
-    agree(tmp_path)  # the safetensors file is what is read
-    (tmp_path / TENSORS).unlink()
-    refused(r"adapter_model\.bin is a pickle, which can run any code.*refused", tmp_path)
-
-
-@pytest.mark.parametrize("name", [CONFIG, TENSORS])
-def test_a_damaged_or_missing_file(name: str, tmp_path: Path) -> None:
-    saved(tmp_path)
-    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
-    refused(f"{name} is damaged", tmp_path)
-    (tmp_path / name).unlink()
-    with pytest.raises(FileNotFoundError, match=name):
-        loradrop.load(bert(), tmp_path)
 
 
 # A model that is injected already

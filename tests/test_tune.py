@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 from op_cases import call_of, draw
+from run_cases import write_model
 from test_cli import Capsys, command, fails, works
-from test_run import write_model
 
 from loradrop import LoRAConfig, tuning
 from loradrop.files import read_json
