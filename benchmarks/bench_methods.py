@@ -1,9 +1,10 @@
 """Which method reaches which quality at the parameters of LoRA of rank 1, 2 and 4?
 
 Every method adapts every linear layer, for equally many steps, and has the learning rate that is
-best for it on one grid: see `lib/study.py`. A budget is LoRA's own size at that rank, on the same
-layers; each method's rank and options for it are in `SIZES`, and a cell says what it came to. s is
-α over the budget for all of them, with one α, so that it is LoRA's at every size.
+best for it on one grid, searched at its smallest size: see `lib/study.py`. A budget is LoRA's own
+size at that rank, on the same layers; each method's rank and options for it are in `SIZES`, and a
+cell says what it came to. s is α over the budget for all of them, with one α, so that it is LoRA's
+at every size, and a rate that suits one size suits the others.
 Cells are written as they finish, the most telling first, and a run again does the rest.
 
     python benchmarks/bench_methods.py --data DIR [--minutes 30]    DIR/sst2 ... hold train and dev
@@ -56,7 +57,9 @@ SIZES: dict[str, dict[int, tuple[int, dict[str, Any]]]] = {
 
 
 def arms(budget: int, names: list[str]) -> dict[str, Arm]:
-    """Name -> arm at this budget, for the methods that there are."""
+    """Name -> arm at this budget, for the methods that there are. The smallest size that a method
+    has is the one at which its rate is searched.
+    """
     found = {}
     for name in names:
         if budget in SIZES[name]:
@@ -64,7 +67,9 @@ def arms(budget: int, names: list[str]) -> dict[str, Arm]:
             about = {"method": name, "budget": budget}
             method = methods.get(name)(**options)
             first = FIRST.get(name, FIRST_RATE)
-            found[f"{name}, {budget}"] = Arm(rank, method, about, ALPHA / budget, first)
+            least = min(SIZES[name])
+            like = None if budget == least else f"{name}, {least}"
+            found[f"{name}, {budget}"] = Arm(rank, method, about, ALPHA / budget, first, like)
     return found
 
 
@@ -85,10 +90,10 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     tasks = Tasks(args.data, None)
-    every = {budget: arms(budget, args.methods) for budget in args.budgets}
+    every = {budget: arms(budget, args.methods) for budget in BUDGETS}
     merged = {name: arm for found in every.values() for name, arm in found.items()}
     study = Study(tasks, args.out, args.minutes, merged, {"budgets": BUDGETS, "alpha": ALPHA})
-    for found in every.values():
+    for found in (every[budget] for budget in BUDGETS if budget in args.budgets):
         for task in filter(tasks.has, args.tasks):
             for arm in found:  # a method at a time: the table has whole rows, however long it ran
                 study.run([(task, arm)], args.seeds)

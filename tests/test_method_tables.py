@@ -69,7 +69,7 @@ def test_every_method_is_compared_and_those_that_lack_are_left_out() -> None:
 
 def fake(tmp_path: Path, losses: dict[int, float | None], minutes: float = 9.0) -> study.Study:
     """A study whose runs only look up the loss at a rate of the grid."""
-    arms = {"a": study.Arm(1, methods.LoRA())}
+    arms = {"a": study.Arm(1, methods.LoRA()), "b": study.Arm(2, methods.LoRA(), like="a")}
     made = study.Study(None, tmp_path / "cells.json", minutes, arms, {})  # type: ignore[arg-type]
     made.started = []  # type: ignore[attr-defined]
 
@@ -98,6 +98,18 @@ def test_the_rate_of_the_least_loss_is_found_and_not_looked_up_twice(
     written = json.loads((tmp_path / "cells.json").read_text())
     assert len(written["cells"]) == len(rates) + 3
     assert written["settings"]["rates"] == list(study.RATES)
+
+
+def test_an_arm_takes_the_rate_of_another(tmp_path: Path) -> None:
+    made = fake(tmp_path, {k: 1.0 + abs(k - 8) for k in range(15)})
+    made.run([("stdlib", "b")], seeds=2)
+    arms = [(cell["arm"], cell["seed"]) for cell in made.cells]
+    assert arms == [*[("a", study.SEARCH_SEED)] * 3, ("b", 0), ("b", 1)]
+    assert {cell["rate"] for cell in made.cells[3:]} == {study.RATES[8]}
+    every = {name for n in bench_methods.BUDGETS for name in bench_methods.arms(n, ["rasa", "mos"])}
+    assert every == {"rasa, 2", "rasa, 4", "mos, 1", "mos, 2", "mos, 4"}
+    assert bench_methods.arms(4, ["rasa"])["rasa, 4"].like == "rasa, 2"
+    assert bench_methods.arms(2, ["rasa"])["rasa, 2"].like is None
 
 
 def test_a_rate_that_diverges_is_not_chosen_and_time_ends_a_study(tmp_path: Path) -> None:

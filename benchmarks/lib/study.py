@@ -28,7 +28,8 @@ After = Callable[[str, str, Prepared, Callable[[], Cell]], Iterator[tuple[str, C
 
 class Arm(NamedTuple):
     """The rank of an arm's configuration, its method, what its cells say of it beside that, s,
-    which is α over that rank, and the rate where its search begins.
+    which is α over that rank, the rate where its search begins, and the arm whose rate it takes
+    without a search of its own.
     """
 
     rank: int
@@ -36,6 +37,7 @@ class Arm(NamedTuple):
     about: Mapping[str, Any] = {}
     s: float = 2.0
     first: float = FIRST_RATE
+    like: str | None = None
 
 
 def judged(given: Prepared, search: bool) -> Cell:
@@ -106,7 +108,7 @@ class Study:
 
     def _run(self, name: str, arm: str, rate: float, seed: int) -> Iterator[tuple[str, Cell]]:
         """The arm and its cell, and those that come `after` it."""
-        setting, (rank, method, about, s, _) = SETTINGS[name], self.arms[arm]
+        setting, (rank, method, about, s, *_) = SETTINGS[name], self.arms[arm]
         if isinstance(method, LoRADrop) and method.selection == "random":
             method = replace(method, selection_seed=seed)
         train = TrainConfig(
@@ -137,6 +139,8 @@ class Study:
         """The rate of the least loss on the rows held out of train: down from the first on either
         side, as far as it falls. None where the time is over.
         """
+        if (other := self.arms[arm].like) is not None:
+            return self.search(task, other)
         losses: dict[int, float] = {}
 
         def loss(k: int) -> float | None:
