@@ -9,6 +9,7 @@ the same round, with the quartiles.
 """
 
 import argparse
+import logging
 import random
 import statistics
 import time
@@ -83,6 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=60)
     args = parser.parse_args()
+    logging.getLogger("loradrop").setLevel(logging.ERROR)  # or each step's collector says the same
     torch.set_num_threads(1)
     torch.manual_seed(0)
     training, order = Training(), random.Random(0)

@@ -55,16 +55,6 @@ def write_csv(folder: Path, rows: list[dict[str, str]], name: str = "bench_lora_
     return path
 
 
-def write_runs(folder: Path, task: str, arm: str, values: dict[int, float]) -> None:
-    path = folder / "cpu" / "bench_quality.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    report = json.loads(path.read_text()) if path.exists() else {"cells": []}
-    for seed, value in values.items():
-        run = {"task": task, "arm": arm, "seed": seed, "metric": "accuracy", "value": value}
-        report["cells"].append(run | {"parameters": 1000 + seed if arm == "drop" else 2000})
-    path.write_text(json.dumps(report))
-
-
 def cells_of(table: str, first: str) -> list[str]:
     """The cells of the row that begins so, without the first."""
     lines = [line for line in table.splitlines() if line.startswith(f"| {first} |")]
@@ -116,8 +106,8 @@ def test_a_marker_without_a_result_says_so_and_no_marker_is_no_table(tmp_path: P
 
 BROKEN = {
     "<!-- table:speed -->\n<!-- /table:speed -->\n": "speed is unknown",
-    "<!-- table:quality -->\n": "its end marker",
-    "<!-- /table:quality -->\n<!-- table:quality -->\n": "its end marker",
+    "<!-- table:sizes -->\n": "its end marker",
+    "<!-- /table:sizes -->\n<!-- table:sizes -->\n": "its end marker",
 }
 
 
@@ -171,16 +161,6 @@ def test_rounding_of_the_cpu_table(tmp_path: Path) -> None:
     assert cells_of(table, "fp32")[-4:] == ["0.08", "–", "0.37", "0.0"]
 
 
-def test_paired_difference_by_hand() -> None:
-    arm, base = {0: 0.80, 1: 0.84, 2: 0.79, 7: 0.1}, {0: 0.81, 1: 0.82, 2: 0.80, 3: 0.9}
-    # −1, +2 and −1 points: mean 0, standard deviation √3, standard error 1
-    assert cpu_tables.difference(arm, base) == "+0.0 ± 1.0 (n=3)"
-    assert cpu_tables.difference({0: 0.80}, base) == "−1.0 (n=1)"
-    assert cpu_tables.difference({9: 0.5}, base) == "not shown"
-    assert cpu_tables.spread([0.80, 0.82, 0.84]) == "82.0 ± 2.0 (n=3)"
-    assert cpu_tables.spread([0.805]) == "80.5 (n=1)"
-
-
 def test_what_statistics_cost(tmp_path: Path) -> None:
     assert cpu_tables.statistics_cost(tmp_path) is None
     ratio = {"the squared norm": {"low": 0.99, "median": 1.004, "high": 1.02}}
@@ -188,17 +168,6 @@ def test_what_statistics_cost(tmp_path: Path) -> None:
     (tmp_path / "cpu" / "bench_statistics.json").write_text(json.dumps({"ratio": ratio}))
     line = cpu_tables.statistics_cost(tmp_path).splitlines()[-1]
     assert line == "| the squared norm | +0.4 | −1.0 to +2.0 |"
-
-
-def test_quality(tmp_path: Path) -> None:
-    write_runs(tmp_path, "stdlib", "LoRA r=8", {0: 0.50, 1: 0.60})
-    write_runs(tmp_path, "mrpc", "LoRA r=8", {0: 0.70})
-    write_runs(tmp_path, "stdlib", "drop", {0: 0.52, 1: 0.60})
-    stdlib, mrpc = cpu_tables.quality(tmp_path).split("\n\n")
-    assert cells_of(stdlib, "LoRA r=8") == ["2,000", "55.0 ± 7.1 (n=2)", ""]
-    assert cells_of(stdlib, "drop") == ["1,000–1,001", "56.0 ± 5.7 (n=2)", "+1.0 ± 1.0 (n=2)"]
-    assert cells_of(mrpc, "drop") == ["not shown"] * 3
-    assert "dev accuracy" in mrpc.splitlines()[0]
 
 
 def test_compositions_and_who_is_above_the_goal(tmp_path: Path) -> None:

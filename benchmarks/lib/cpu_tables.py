@@ -1,10 +1,10 @@
-"""The tables of what was measured on a CPU: the layer's cost, and the quality of every arm."""
+"""The tables of what was timed on a CPU: a layer, its statistics, composition, whole scripts."""
 
 import statistics
 from collections.abc import Callable, Sequence
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lib.markdown import SHORT, markdown, unique
 from lib.results import FROZEN, Cell, medians, ratios, read_rows
@@ -13,8 +13,6 @@ from loradrop.files import read_json
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-NO_RUNS = "not shown"
-BASELINE = "LoRA r=8"
 SUMS = (
     "The overheads (ratio − 1), summed over the layers; ours as a part of PEFT's (goals: 0.55 at "
     "r = 8, 0.5 forward at r = 64); what the norm adds, in percent of the frozen layer, on average "
@@ -43,7 +41,7 @@ def _overheads(table: "DataFrame") -> str:
         body.append((
             SHORT[dtype], str(r), str(p), direction.replace("_", " + "), str(len(medians(group))),
             *("–" if isnan(value) else f"{value:.2f}" for value in sums),
-            f"{of['of_peft']:.2f}", f"{100 * of['norm']:.1f}",
+            f"{of['of_peft']:.2f}", f"{100 * of['norm']:.1f}".replace("-", "−"),
         ))  # fmt: skip
     head = ("dtype", "r", "dropout", "direction", "layers", *SHOWN.values())
     return markdown((*head, "of PEFT's", "norm, %"), body)
@@ -80,67 +78,6 @@ def lora_linear_cpu(results: Path) -> str | None:
     return "\n".join((note, "", markdown(head, body), "", SUMS, "", _overheads(table)))
 
 
-def spread(values: Sequence[float]) -> str:
-    """mean ± standard deviation (n), of values that are parts of one, in percent."""
-    mean = 100 * statistics.mean(values)
-    if len(values) == 1:
-        return f"{mean:.1f} (n=1)"
-    return f"{mean:.1f} ± {100 * statistics.stdev(values):.1f} (n={len(values)})"
-
-
-def difference(arm: dict[int, float], base: dict[int, float]) -> str:
-    """Mean of arm − base over the seeds both have ± its standard error, in percentage points."""
-    pairs = [100 * (arm[seed] - base[seed]) for seed in sorted(arm.keys() & base.keys())]
-    if not pairs:
-        return NO_RUNS
-    mean = f"{statistics.mean(pairs):+.1f}".replace("-", "−")
-    if len(pairs) == 1:
-        return f"{mean} (n=1)"
-    error = statistics.stdev(pairs) / len(pairs) ** 0.5
-    return f"{mean} ± {error:.1f} (n={len(pairs)})"
-
-
-def _runs(results: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Task -> arm -> its runs, of every arm that any task has."""
-    path = results / "cpu" / "bench_quality.json"
-    cells = read_json(path)["cells"] if path.exists() else []
-    arms, tasks = (dict.fromkeys(cell[name] for cell in cells) for name in ("arm", "task"))
-    return {
-        task: {arm: [c for c in cells if (c["task"], c["arm"]) == (task, arm)] for arm in arms}
-        for task in tasks
-    }
-
-
-def _parameters(runs: Sequence[dict[str, Any]]) -> str:
-    counts = sorted({run["parameters"] for run in runs})
-    return "–".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1])))
-
-
-def _by_seed(runs: Sequence[dict[str, Any]]) -> dict[int, float]:
-    return {run["seed"]: run["value"] for run in runs}
-
-
-def quality(results: Path) -> str | None:
-    """For every task and arm: size, metric over the seeds, and the paired difference to LoRA."""
-    parts = []
-    for task, arms in _runs(results).items():
-        metric = next(run["metric"] for runs in arms.values() for run in runs)
-        head = (
-            task,
-            "adapter parameters",
-            f"dev {metric}, %: mean ± sd (n)",
-            f"paired difference to {BASELINE} ± its standard error",
-        )
-        base, body = _by_seed(arms.get(BASELINE, [])), []
-        for arm, runs in arms.items():
-            values = _by_seed(runs)
-            against = "" if arm == BASELINE else difference(values, base)
-            figures = (_parameters(runs), spread([*values.values()])) if runs else (NO_RUNS,) * 2
-            body.append((arm, *figures, against))
-        parts.append(markdown(head, body))
-    return "\n\n".join(parts) or None
-
-
 def statistics_cost(results: Path) -> str | None:
     """What a step of training takes with statistics, over one without."""
     path = results / "cpu" / "bench_statistics.json"
@@ -148,13 +85,13 @@ def statistics_cost(results: Path) -> str | None:
         return None
     found = read_json(path)
     body = [
-        (name, f"{100 * (of['median'] - 1):+.1f}".replace("-", "−"), spread_of(of))
+        (name, f"{100 * (of['median'] - 1):+.1f}".replace("-", "−"), _spread_of(of))
         for name, of in found["ratio"].items()
     ]
     return markdown(("collected", "a step of training, % longer", "quartiles"), body)
 
 
-def spread_of(ratio: dict[str, float]) -> str:
+def _spread_of(ratio: dict[str, float]) -> str:
     """The quartiles of a ratio, as percent above 1."""
     ends = (f"{100 * (ratio[end] - 1):+.1f}" for end in ("low", "high"))
     return " to ".join(ends).replace("-", "−")
@@ -228,7 +165,6 @@ def _spread_of_ratios(ratios: Sequence[float]) -> str:
 
 
 CPU_TABLES: dict[str, Callable[[Path], str | None]] = {
-    "quality": quality,
     "lora_linear_cpu": lora_linear_cpu,
     "statistics": statistics_cost,
     "compose": compose,
