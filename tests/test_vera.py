@@ -112,6 +112,14 @@ def test_gradients_reach_both_vectors() -> None:
     assert all(v.grad.abs().max() > 0 for v in (*bank.d, *bank.b))
 
 
+def test_a_is_the_frozen_one_itself() -> None:
+    """So there is no gradient of it, and no x is kept for one."""
+    _, bank = injected()
+    for i in range(len(bank.targets)):
+        A, B = bank.factors(i)
+        assert A.data_ptr() == bank.A.data_ptr() and not A.requires_grad and B.requires_grad
+
+
 def test_a_start_without_gradients() -> None:
     with pytest.raises(ValueError, match=r"d_initial=0\.0"):
         VeRA(d_initial=0.0)

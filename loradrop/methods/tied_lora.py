@@ -98,7 +98,7 @@ class TiedLoRABank(AdapterBank):
             self.register_buffer(f"{part}_{number}", start)
 
     def factors(self, i: int) -> Pair:
-        """(u_i ∘ A (r, K), v_i ∘ B (N, r)), elementwise along r and along N."""
+        """(A (r, K), diag(v_i)·B·diag(u_i) (N, r)): A is everybody's, without a copy."""
         g = self.groups[i]
         A, B, u, v = (getattr(self, name) for name in (f"A_{g}", f"B_{g}", f"u_{i}", f"v_{i}"))
-        return u.unsqueeze(1) * A, v.unsqueeze(1) * B
+        return A, v.unsqueeze(1) * B * u

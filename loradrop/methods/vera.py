@@ -4,7 +4,8 @@ two trained vectors for each.
     ΔW_i = diag(b_i) · B · diag(d_i) · A
 
 A (r, K) and B (N, r) are drawn once, for the widest target, and never trained; a narrower target
-uses their first columns and rows. So a target costs r + N elements where LoRA costs r·(K + N).
+uses their first columns and rows. So a target costs r + N elements where LoRA costs r·(K + N). d goes
+with B: then A is frozen as it is, and the backward pass forms no gradient of A and keeps no x.
 """
 
 from collections.abc import Sequence
@@ -74,8 +75,8 @@ class VeRABank(AdapterBank):
         )
 
     def factors(self, i: int) -> Pair:
-        """(d_i ∘ A, b_i ∘ B), cut to the target: A_i (r, K), B_i (N, r)."""
+        """(A, diag(b_i)·B·diag(d_i)), cut to the target: A_i (r, K), B_i (N, r)."""
         target, d, b = self.targets[i], self.d[i], self.b[i]
         A = self.A[: target.r, : target.in_features]
         B = self.B[: target.out_features, : target.r]
-        return d.unsqueeze(1) * A, b.unsqueeze(1) * B
+        return A, b.unsqueeze(1) * B * d
