@@ -206,6 +206,19 @@ def test_tables(tmp_path: Path) -> None:
     assert "| prilora | – | +0.0 ± 0.0 % (n=2) |" in every and "| lora |" not in every
 
 
+def test_the_frontier(tmp_path: Path) -> None:
+    (cells,) = method_tables.by_method(write(tmp_path)).values()
+    points = method_picture.points_of(cells)
+    assert [(point.name, point.parameters) for point in points] == [
+        *(("mos", 1000), ("lora", 1000), ("lora", 4000), ("prilora", 4000), ("mos", 4000)),
+    ]
+    best = method_picture.frontier(reversed(points))
+    assert [(point.name, point.loss) for point in best] == [("mos", 0.9), ("lora", 0.5)]
+    worse = method_picture.Point(8000, 0.5, 0.0, "as good, with more")
+    assert method_picture.frontier([worse, *points]) == best
+    assert method_picture.frontier([]) == []
+
+
 def test_the_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     method_picture.draw(write(tmp_path), tmp_path / "methods.png")
