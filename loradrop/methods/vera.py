@@ -6,8 +6,7 @@ two trained vectors for each.
 A (r, K) and B (N, r) are drawn once, for the widest target, and never trained; a narrower target
 uses their first columns and rows. So a target costs r + N elements where LoRA costs r·(K + N).
 
-d goes with B: so A is frozen as it is, and the backward pass forms no gradient of it and keeps no
-x.
+d goes with B: so A is frozen as it is; the backward pass forms no gradient of it and keeps no x.
 """
 
 from collections.abc import Sequence
