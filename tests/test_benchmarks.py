@@ -263,3 +263,12 @@ def test_the_grids_have_the_points_they_are_named_for() -> None:
     decode = [c for c in cells if c.M <= 32]
     assert decode and all(grids.in_graph(c, "cuda") for c in decode)
     assert not any(grids.in_graph(c, "cpu") for c in cells)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_measured_where_the_cpu_has_it(
+    native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grids, "native_bf16", lambda: native)
+    assert grids.dtypes("cpu") == ("float32,bfloat16" if native else "float32")
+    assert grids.dtypes("cuda") == "bfloat16"
