@@ -1,13 +1,13 @@
 """The tables of what was timed on a CPU: a layer, its statistics, composition, whole scripts."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.markdown import SHORT, markdown, unique
-from lib.results import FROZEN, Cell, medians, ratios, read_rows
+from lib.results import FROZEN, Cell, Row, medians, ratios, read_rows
 from loradrop.files import read_json
 
 if TYPE_CHECKING:
@@ -47,6 +47,14 @@ def _overheads(table: "DataFrame") -> str:
     return markdown((*head, "of PEFT's", "norm, %"), body)
 
 
+def _places(rows: Sequence[Row]) -> Iterator[str]:
+    """Where each dtype was measured, and with what."""
+    for dtype in dict.fromkeys(row["dtype"] for row in rows):
+        of = [row for row in rows if row["dtype"] == dtype]
+        device, torch, commit = (unique(of, column) for column in ("device", "torch", "commit"))
+        yield f"{SHORT[dtype]} on {device}, torch {torch}, commit {commit}"
+
+
 def lora_linear_cpu(results: Path) -> str | None:
     """The forward at r = 8 on a CPU, over the frozen product; below it, overheads summed."""
     rows = read_rows(results / "cpu" / "bench_lora_linear.csv")
@@ -61,18 +69,9 @@ def lora_linear_cpu(results: Path) -> str | None:
         sizes = f"{cell.M}×{cell.K}→{cell.N}", SHORT[cell.dtype], f"{us[FROZEN] / 1e3:.1f}"
         body.append((*sizes, *(f"{us[name]:.2f}" for name in needed)))
     processes = shown.groupby(list(Cell._fields)).size().min()
-    places = {
-        dtype: (unique(of, "device"), unique(of, "torch"), unique(of, "commit"))
-        for dtype in dict.fromkeys(row["dtype"] for row in rows)
-        for of in [[row for row in rows if row["dtype"] == dtype]]
-    }
-    where = (
-        f"{SHORT[dtype]} on {device}, torch {torch}, commit {commit}"
-        for dtype, (device, torch, commit) in places.items()
-    )
     note = (
         f"Forward at r = 8 over `F.linear` alone: medians of {processes} processes, one thread; "
-        f"{'; '.join(where)}."
+        f"{'; '.join(_places(rows))}."
     )
     head = ("M×K→N", "dtype", "linear, ms", *(SHOWN[name] for name in needed))
     return "\n".join((note, "", markdown(head, body), "", SUMS, "", _overheads(table)))
