@@ -39,6 +39,7 @@ from loradrop.truncation import truncate
 
 RESULT = RESULTS / "cpu" / "bench_sizes.json"
 RANK = 8  # of what all sizes are a part of
+HEAD_RATE = 0.128  # at which the head alone is best (stdlib, "head only")
 
 
 def lora(rank: int, alpha: float = ALPHA) -> Arm:
@@ -87,6 +88,10 @@ ARMS = {
     "one shared LoRA": drop(threshold=0.0),
     "LoRA-drop, T=0.9": drop(threshold=0.9),
     "head only": Arm(RANK, HeadOnly(), s=ALPHA / RANK),
+    "LoRA r=8, own rate of the head": lora(8)._replace(head=HEAD_RATE),
+    "LoRA r=1, own rate of the head": lora(1)._replace(head=HEAD_RATE),
+    "LoRA r=8, α=8, own rate of the head": lora(8, 8)._replace(head=HEAD_RATE, first=4e-3),
+    "spectral, 1/8, own rate of the head": spectral(8)._replace(head=HEAD_RATE),
     "LoRA r=16": lora(16),
     "LoRA r=8, α=1/2": lora(8, 0.5),
     "LoRA r=1, α=1/2": lora(1, 0.5),

@@ -144,6 +144,8 @@ class TrainConfig:
     """How to train; the rest of transformers' TrainingArguments goes into `extra`.
 
     steps           optimiser steps in all, warm-up included; None is `epochs` passes over the data
+    head_learning_rate   of what is trained whole beside the adapters, as a new head; None is
+                    learning_rate. In `fit` and the command
     warmup_ratio    part of each run's steps over which the learning rate rises; it falls linearly
                     afterwards, and stays constant in the warm-up run
     precision       "float32", "bf16" or "fp16" (autocast); bf16 on a CPU that has none computes in
@@ -159,6 +161,7 @@ class TrainConfig:
     batch_size: int = 32
     gradient_accumulation: int = 1
     learning_rate: float = 1e-3
+    head_learning_rate: float | None = None
     weight_decay: float = 0.0
     warmup_ratio: float = 0.06
     max_grad_norm: float = 1.0
@@ -175,7 +178,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in (
             *("steps", "epochs", "batch_size", "gradient_accumulation", "learning_rate"),
-            *("log_every", "save_every", "eval_every"),
+            *("head_learning_rate", "log_every", "save_every", "eval_every"),
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:

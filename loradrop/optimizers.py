@@ -22,6 +22,26 @@ def groups_of(model: nn.Module, optimizer: Any) -> dict[str, int]:
     return {_kind(name): places[id(p)] for name, p in named if id(p) in places}
 
 
+def set_head_rate(model: nn.Module, optimizer: Any, rate: float) -> None:
+    """What is trained outside of the bank has groups of its own, at this learning rate.
+
+    Raises ValueError where there is nothing.
+    """
+    bank, heads = {id(p) for p in bank_of(model).parameters()}, []
+    for group in optimizer.param_groups:
+        whole = [p for p in group["params"] if id(p) not in bank]
+        group["params"] = [p for p in group["params"] if id(p) in bank]
+        heads.append(group | {"params": whole, "lr": rate})
+    if not any(head["params"] for head in heads):
+        raise ValueError(
+            f"head_learning_rate={rate:g}: nothing is trained whole beside the adapters. Leave it "
+            "out, or name modules in modules_to_save"
+        )
+    for head in heads:
+        if head["params"]:
+            optimizer.add_param_group(head)
+
+
 def regroup(model: nn.Module, optimizer: Any, groups: Mapping[str, int]) -> None:
     """The optimiser forgets what it knew, holds what is trained now, in the model's order."""
     bank = {id(p): _kind(name) for name, p in bank_of(model).named_parameters()}

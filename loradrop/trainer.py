@@ -20,6 +20,7 @@ from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import read_json, write_json
 from loradrop.loading import fill
 from loradrop.native import read
+from loradrop.optimizers import set_head_rate
 from loradrop.order import Onward
 from loradrop.sampling import some_of
 
@@ -34,6 +35,7 @@ class LoRATrainer(Trainer):
 
     start   where it begins in the order of the rows; None leaves that order to the Trainer, and so
             do a DataLoader and a strategy of sampling of one's own
+    head_rate   the learning rate of what is trained whole; None is that of the arguments
 
     The data may be DataLoaders; everything else is `transformers.Trainer`. Raises ValueError at the
     first loss that is not finite, and for reentrant checkpointing under DDP without a static graph,
@@ -47,6 +49,7 @@ class LoRATrainer(Trainer):
         *,
         events: MethodCallback,
         start: int | None = None,
+        head_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
         options = args.gradient_checkpointing_kwargs
@@ -66,11 +69,22 @@ class LoRATrainer(Trainer):
             super().__init__(
                 model=model, args=args, callbacks=[events, *kwargs.pop("callbacks", [])], **kwargs
             )
-        self.events, self.start = events, start
+        self.events, self.start, self.head_rate = events, start, head_rate
         if getattr(model, "loss_type", None) != "ForCausalLM":
             # Other models take **kwargs and ignore num_items_in_batch: the Trainer would sum their
             # means over an accumulation instead of averaging them.
             self.model_accepts_loss_kwargs = False
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As transformers makes it; what is trained whole is in groups of its own if it has a rate
+        of its own.
+        """
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if new and self.head_rate is not None:
+            assert isinstance(self.model, nn.Module)
+            set_head_rate(self.model, optimizer, self.head_rate)
+        return optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """A DataLoader is taken as it is."""

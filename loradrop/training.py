@@ -382,6 +382,7 @@ class _Run:
             self._arguments(name, steps),
             events=events,
             start=start,
+            head_rate=self.args.head_learning_rate,
             train_dataset=rows,
             eval_dataset=self.dev,
             data_collator=self.collate or own,

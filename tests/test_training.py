@@ -22,6 +22,7 @@ from loradrop import arguments as arguments_module
 from loradrop.callbacks import MethodCallback
 from loradrop.injection import injection_of
 from loradrop.methods import Method
+from loradrop.optimizers import set_head_rate
 from loradrop.trainer import last_checkpoint
 from loradrop.training import warm_up
 
@@ -309,6 +310,43 @@ def without_dropout() -> nn.Module:
     return model
 
 
+class Rates(TrainerCallback):
+    """What each step's optimiser holds: (number of elements, learning rate) of each group."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[tuple[int, float]]] = []
+
+    def on_step_begin(self, *given: Any, optimizer: Any, **more: Any) -> None:
+        groups = [group for group in optimizer.param_groups if group["params"]]
+        sizes = [sum(p.numel() for p in group["params"]) for group in groups]
+        self.seen.append([(n, g["lr"]) for n, g in zip(sizes, groups, strict=True)])
+
+
+@pytest.mark.parametrize("method", [loradrop.LoRADrop(budget=0.5), loradrop.Spectral(budget=0.5)])
+def test_the_head_has_a_rate_of_its_own(method: Method, tmp_path: Path) -> None:
+    model, rates = make_model(), Rates()
+    args = replace(tiny.ARGS, learning_rate=1e-3, head_learning_rate=0.1, warmup_ratio=0.0)
+    lora = LoRAConfig(r=4, target_modules=("query", "value"), method=method)
+    fit(model, make_rows(), None, lora, args=args, output_dir=tmp_path, callbacks=[rates])
+    head = sum(p.numel() for p in model.classifier.parameters())
+    assert len(rates.seen) == tiny.TOTAL
+    for groups in rates.seen:
+        of_head = [(n, lr) for n, lr in groups if n < model.lora_bank.trainable]
+        assert sum(n for n, _ in of_head) == head and len(of_head) < len(groups)
+        (rate,) = {lr for _, lr in of_head}
+        (other,) = {lr for n, lr in groups if (n, lr) not in of_head}
+        assert rate == pytest.approx(100 * other)
+    assert sum(n for n, _ in rates.seen[-1]) == model.lora_bank.trainable + head
+
+
+def test_a_head_rate_without_a_head() -> None:
+    model = make_model()
+    bank = loradrop.inject(model, LoRAConfig(r=2, target_modules=("query",), modules_to_save=()))
+    optimizer = torch.optim.SGD(bank.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"head_learning_rate=0.5: nothing is trained whole"):
+        set_head_rate(model, optimizer, 0.5)
+
+
 def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
     """The same losses, gradients, scores and moments, as many rows."""
     histories, scores, moments = [], [], []
@@ -399,7 +437,14 @@ def test_train_that_is_empty_or_has_no_length(train: Any, tmp_path: Path) -> Non
         fit(make_model(), (row for row in make_rows()), None, tiny.DROP)
 
 
-WRONG = {"steps": 0, "batch_size": -1, "learning_rate": 0.0, "save_every": 0, "precision": "int8"}
+WRONG = {
+    "steps": 0,
+    "batch_size": -1,
+    "learning_rate": 0.0,
+    "head_learning_rate": -1.0,
+    "save_every": 0,
+    "precision": "int8",
+}
 
 
 @pytest.mark.parametrize(("name", "value"), WRONG.items(), ids=WRONG)

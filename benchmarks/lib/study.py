@@ -28,8 +28,8 @@ After = Callable[[str, str, Prepared, Callable[[], Cell]], Iterator[tuple[str, C
 
 class Arm(NamedTuple):
     """The rank of an arm's configuration, its method, what its cells say of it beside that, s,
-    which is α over that rank, the rate where its search begins, and the arm whose rate it takes
-    without a search of its own.
+    which is α over that rank, the rate where its search begins, the arm whose rate it takes without
+    a search of its own, and the rate of the head, None for the adapters'.
     """
 
     rank: int
@@ -38,6 +38,7 @@ class Arm(NamedTuple):
     s: float = 2.0
     first: float = FIRST_RATE
     like: str | None = None
+    head: float | None = None
 
 
 def judged(given: Prepared, search: bool) -> Cell:
@@ -108,12 +109,12 @@ class Study:
 
     def _run(self, name: str, arm: str, rate: float, seed: int) -> Iterator[tuple[str, Cell]]:
         """The arm and its cell, and those that come `after` it."""
-        setting, (rank, method, about, s, *_) = SETTINGS[name], self.arms[arm]
+        setting, (rank, method, about, s, _, _, head) = SETTINGS[name], self.arms[arm]
         if isinstance(method, LoRADrop) and method.selection == "random":
             method = replace(method, selection_seed=seed)
         train = TrainConfig(
             steps=setting.steps, batch_size=setting.batch_size, learning_rate=rate, seed=seed,
-            save_every=10**6,
+            save_every=10**6, head_learning_rate=head,
         )  # fmt: skip
         given = self.tasks.prepare(name, train)
         lora = LoRAConfig(
