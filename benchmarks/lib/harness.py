@@ -125,7 +125,7 @@ def arguments(doc: str | None, argv: Sequence[str] | None = None) -> argparse.Na
     """The options of every benchmark of layers."""
     parser = options(doc)
     parser.add_argument("--grid", help=f"of {', '.join(grids.GRIDS)}; default: all of the device's")
-    parser.add_argument("--dtype", help="default: bfloat16 on CUDA; float32 and bfloat16 on a CPU")
+    parser.add_argument("--dtype", help="default: bfloat16; on a CPU float32, bfloat16 if native")
     parser.add_argument("--shapes", help="MxKxN,... instead of the grid's")
     parser.add_argument("--ranks", help="instead of the grid's")
     parser.add_argument("--directions", help=f"of {', '.join(grids.DIRECTIONS)}")

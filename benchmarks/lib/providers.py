@@ -78,7 +78,7 @@ def _grams(case: Case) -> Callable[[], Output]:
     r, kind = case.A.shape[0], {"dtype": torch.float64, "device": case.x.device}
     shapes = {"sqnorm_sink": (), "gram_in_sink": (r, r), "core_sink": (r, r)}
     sinks = {name: torch.zeros(shape, **kind) for name, shape in shapes.items()}
-    return ours(case, sinks={name: sink.requires_grad_() for name, sink in sinks.items()})
+    return ours(case, **{name: sink.requires_grad_() for name, sink in sinks.items()})
 
 
 def _has_backward(cell: Cell) -> str | None:

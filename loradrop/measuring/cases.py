@@ -1,6 +1,6 @@
 """The operands of one cell, the same for all that are compared, and two ways to compute it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,6 @@ from loradrop.measuring.points import Cell
 from loradrop.op.linear import lora_linear
 
 Output = tuple[Tensor, Tensor | None]  # y, and the squared norm where it is asked for
-NONE: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -63,12 +62,9 @@ def make_case(cell: Cell, device: str, number: int = 0) -> Case:
 
 
 def ours(
-    case: Case, norm: bool = False, backend: str | None = None, sinks: Mapping[str, Any] = NONE
+    case: Case, norm: bool = False, backend: str | None = None, **sinks: Any
 ) -> Callable[[], Output]:
-    """The op; without a `backend` the dispatcher picks. Its seed is drawn as the layer does.
-
-    `sinks` are those of the op, by name.
-    """
+    """The op; without a `backend` the dispatcher picks. Its seed is drawn as the layer does."""
 
     def run() -> Output:
         seed = None
