@@ -339,6 +339,23 @@ def test_the_head_has_a_rate_of_its_own(method: Method, tmp_path: Path) -> None:
     assert sum(n for n, _ in rates.seen[-1]) == model.lora_bank.trainable + head
 
 
+@pytest.mark.parametrize("method", [loradrop.LoRADrop(budget=0.5), loradrop.Spectral(budget=0.5)])
+def test_a_run_with_a_head_rate_resumes(method: Method, tmp_path: Path) -> None:
+    args, config = replace(tiny.ARGS, head_learning_rate=0.05), replace(tiny.DROP, method=method)
+    run(tmp_path / "whole", config, args)
+    interrupted(tmp_path / "cut", "main", 9, config=config, args=args)
+    run(tmp_path / "cut", config, args, resume=True)
+    run(tmp_path / "without", config, tiny.ARGS)
+    whole, cut, without = (outcome(tmp_path / n)["tensors"] for n in ("whole", "cut", "without"))
+    assert cut == whole != without
+
+
+def test_a_head_rate_without_a_head_in_fit() -> None:
+    lora = LoRAConfig(r=2, target_modules=("query",), modules_to_save=())
+    with pytest.raises(ValueError, match=r"head_learning_rate=0.5: nothing is trained whole"):
+        fit(make_model(), make_rows(), None, lora, args=replace(tiny.ARGS, head_learning_rate=0.5))
+
+
 def test_a_head_rate_without_a_head() -> None:
     model = make_model()
     bank = loradrop.inject(model, LoRAConfig(r=2, target_modules=("query",), modules_to_save=()))
