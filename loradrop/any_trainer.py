@@ -4,8 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainerCallback, TrainerControl, TrainerState, get_scheduler, set_seed
+from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
 from loradrop.averaging import keep_whole
 from loradrop.bank import bank_of
@@ -17,10 +16,11 @@ from loradrop.injection import injection_of, plan_of
 from loradrop.masks import MASK, MaskFn
 from loradrop.methods.base import Method, Warmup
 from loradrop.native import FOLDER, PLAN, TENSORS, checkpoint, read
-from loradrop.optimizers import groups_of, plain, regroup
+from loradrop.optimizers import follow, groups_of, regroup, unprojectable
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.ranks import world_size
+from loradrop.schedules import restart
 from loradrop.sharing import conclude
 
 _ACTS = "warmup", "before_step", "on_step_end"
@@ -33,10 +33,11 @@ class LoraDropCallback(TrainerCallback):
         loradrop.inject(model, loradrop.LoraDropConfig(...))
         Trainer(model, args, ..., callbacks=[loradrop.LoraDropCallback()]).train()
 
-    The warm-up are the Trainer's first steps. At its end the optimiser forgets its state, the
-    schedule starts again over the steps that are left, and the best model so far is forgotten.
-    Checkpoints resume on either side of it. A method without a warm-up gets its events alone. A
-    PeftModel needs no `inject`, but a `loradrop.integrations.peft.LoraDropConfig`.
+    The warm-up are the Trainer's first steps. At its end the best model so far is forgotten, the
+    optimiser forgets its state, and the schedule starts again over the steps that are left; the
+    method spectral goes on in both. Checkpoints resume on either side of it. A method without a
+    warm-up gets its events alone. A PeftModel needs no `inject`, but a
+    `loradrop.integrations.peft.LoraDropConfig`.
 
     mask, mask_fn   of the statistics, as for `probe`
 
@@ -66,7 +67,8 @@ class LoraDropCallback(TrainerCallback):
             self.events.detach()
         bank, injection = bank_of(model), injection_of(model)
         method, decided = injection.config.method, bank.assignment.decided
-        self.warmup = None if decided else method.warmup(state.max_steps)
+        stage = method.warmup(state.max_steps)
+        self.warmup = None if decided else stage
         if self.warmup is not None:
             _require_one_run(self.warmup, method, args, model)
         statistics = () if decided else method.statistics
@@ -83,8 +85,8 @@ class LoraDropCallback(TrainerCallback):
                 self.ended = int(read_json(folder / EVENTS)["ended"])
                 self.events.load(folder)
                 injection.plan = _plan(folder)
-        if decided and self.ended:
-            _restart(args, state, self.ended, **objects)
+        if decided and self.ended and not (stage and stage.goes_on):
+            restart(args, state, self.ended, **objects)
         self.events.begin()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
@@ -102,7 +104,9 @@ class LoraDropCallback(TrainerCallback):
         assert collector is not None
         record = {"steps": step, "planned": self.warmup.steps, "settled": self.events.settled}
         self.events.watch(collector, last=True)
-        groups = groups_of(model, o["optimizer"])
+        optimizer, goes_on = o["optimizer"], self.warmup.goes_on
+        groups = groups_of(model, optimizer)
+        forgets = unprojectable(model, optimizer) if goes_on else None
         set_seed(args.seed)
         if self.warmup.source == "offline":
             rows = o["train_dataloader"]
@@ -110,10 +114,15 @@ class LoraDropCallback(TrainerCallback):
             scores = probe(model, batches, gram=True, **self.masks)
         else:
             scores = collector.scores()
-        conclude(model, scores, record)
-        regroup(model, o["optimizer"], groups)
+        changed = conclude(model, scores, record)
         self.warmup, self.ended = None, step
-        _restart(args, state, step, **o)
+        if goes_on:
+            if forgets is not None:
+                _log.warning("%s: its state begins anew after the cut", forgets)
+            follow(model, optimizer, groups, changed, "projected" if forgets is None else "reset")
+        else:
+            regroup(model, optimizer, groups)
+            restart(args, state, step, **o)
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self.events.detach()
         self.events = MethodCallback(model, **self.masks)
@@ -211,26 +220,3 @@ def _require_one_run(warmup: Warmup, method: Method, args: Any, model: Any) -> N
                 "with a new Trainer; or give LoraDropConfig the plan of another run"
             )
         raise ValueError(f"LoraDropCallback: {why}. {instead}")
-
-
-def _restart(
-    args: Any, state: TrainerState, ended: int, optimizer: Any = None, lr_scheduler: Any = None,
-    **_: Any,
-) -> None:  # fmt: skip
-    """The schedule as if the run began after step `ended`, with the steps that are left."""
-    inner = plain(optimizer)
-    scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
-    if not isinstance(scheduler, LambdaLR):
-        what = f"the schedule is a {type(scheduler).__name__}, which cannot start again"
-        _log.warning("%s: the learning rate goes on as it is", what)
-        return
-    left, done = state.max_steps - ended, state.global_step - ended
-    new = get_scheduler(
-        args.lr_scheduler_type, inner, args.get_warmup_steps(left), left,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-    )  # fmt: skip
-    rates = [base * at(done) for base, at in zip(new.base_lrs, new.lr_lambdas, strict=True)]
-    for group, rate in zip(inner.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler.lr_lambdas, scheduler.base_lrs = new.lr_lambdas, new.base_lrs
-    scheduler.last_epoch, scheduler._last_lr = done, rates

@@ -22,16 +22,26 @@ _log = logging.getLogger(__name__)
 
 
 def training_arguments(
-    args: TrainConfig, folder: Path, steps: int, *, warm_up: bool, has_dev: bool
+    args: TrainConfig,
+    folder: Path,
+    steps: int,
+    *,
+    warm_up: bool,
+    has_dev: bool,
+    schedule: int | None = None,
 ) -> TrainingArguments:
     """transformers' arguments for one stage of `steps` optimiser steps; `folder` gets its files.
 
-    The warm-up has a constant learning rate, no evaluation and no best model. Raises ValueError for
+    schedule   steps of the schedule that this stage is a part of; None is one of its own, which is
+               constant in the warm-up
+
+    The warm-up has no evaluation and no best model. Raises ValueError for
     an option in `extra` that TrainingArguments lacks, or refuses.
     """
     precision = _supported(args.precision)
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     check_keys(args.extra, known, "train.extra")
+    rising = args.warmup_ratio * (schedule or steps)
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -40,7 +50,7 @@ def training_arguments(
         "gradient_accumulation_steps": args.gradient_accumulation,
         "learning_rate": args.learning_rate,
         "weight_decay": args.weight_decay,
-        "warmup_steps": math.ceil(args.warmup_ratio * steps),
+        "warmup_steps": math.ceil(rising) if rising >= 1 else 0,  # the first of them has rate 0
         "lr_scheduler_type": "linear",
         "max_grad_norm": args.max_grad_norm,
         "bf16": precision == "bf16",
@@ -60,11 +70,11 @@ def training_arguments(
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     options |= args.extra
+    if warm_up and schedule is None:
+        options["lr_scheduler_type"] = "constant_with_warmup"
+        options["warmup_steps"] = math.ceil(rising) if rising >= 1 else 0
     if warm_up:
-        rising = args.warmup_ratio * steps
         options |= {
-            "lr_scheduler_type": "constant_with_warmup",
-            "warmup_steps": math.ceil(rising) if rising >= 1 else 0,  # its first step has rate 0
             "save_strategy": "steps",
             "eval_strategy": "no",
             "eval_on_start": False,

@@ -11,6 +11,7 @@ from loradrop.bank import bank_of
 from loradrop.pairs import Narrowed
 
 MOMENTS = ("projected", "reset")
+Known = dict[str, Any]  # what an optimiser keeps of one parameter
 # What an optimiser keeps for each element of a parameter: of its gradients, or of their squares.
 _LINEAR, _SQUARED = ("exp_avg", "momentum_buffer"), ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 
@@ -65,7 +66,7 @@ def follow(
     """The optimiser goes on with what a cut left: `groups` are those of before, `changed` the
     adapters that have new factors.
     """
-    state = _narrowed_state(optimizer, changed) if moments == "projected" else {}
+    state = narrowed_state(optimizer, changed) if moments == "projected" else {}
     regroup(model, optimizer, groups)
     held = _places(optimizer)
     plain(optimizer).state.update({p: known for p, known in state.items() if id(p) in held})
@@ -76,7 +77,7 @@ def plain(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _narrowed_state(optimizer: Any, changed: Sequence[Narrowed]) -> dict[Any, dict[str, Any]]:
+def narrowed_state(optimizer: Any, changed: Sequence[Narrowed]) -> dict[Any, Known]:
     """Parameter -> what the optimiser would know of it: of narrowed adapters as A' = P A and
     B' = B Q say, of the others as it is.
 
@@ -111,19 +112,33 @@ def _moved(name: str, value: Any, of: Tensor, left: Tensor | None, right: Tensor
     return wide.to(value.dtype).contiguous()
 
 
-def require_projectable(model: nn.Module, optimizer: Any) -> None:
-    """Raises ValueError for what an optimiser keeps of adapters beside means of gradients and of
-    their squares, element by element, and numbers.
+def unprojectable(model: nn.Module, optimizer: Any) -> str | None:
+    """Why what an optimiser knows of adapters cannot be cut with them: it keeps more than means of
+    gradients and of their squares, element by element, and numbers. None where it can.
     """
-    state = plain(optimizer).state
-    for parameter in bank_of(model).parameters():
+    kind, state = type(plain(optimizer)).__name__, plain(optimizer).state
+    parameters = list(bank_of(model).parameters())
+    if state and not any(parameter in state for parameter in parameters):
+        return f"{kind} keeps nothing by parameter, so what it knows cannot be projected"
+    for parameter in parameters:
         for name, value in state.get(parameter, {}).items():
             number = not isinstance(value, Tensor) or not value.ndim
             if not (number or (value.shape == parameter.shape and name in _LINEAR + _SQUARED)):
-                raise ValueError(
-                    f"{type(plain(optimizer)).__name__} keeps {name!r} of each parameter, which "
-                    "cannot be projected: pass moments='reset', which begins its state anew"
-                )
+                return f"{kind} keeps {name!r} of each parameter, which cannot be projected"
+    return None
+
+
+def by_name(model: nn.Module, state: Mapping[Any, Known]) -> dict[str, Known]:
+    """The same by the parameters' names in the model, as `learn` takes it."""
+    return {name: state[p] for name, p in model.named_parameters() if p in state}
+
+
+def learn(model: nn.Module, optimizer: Any, known: Mapping[str, Known]) -> None:
+    """The optimiser takes over what another one knew."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    state = {i: known[name] for i, name in enumerate(held) if name in known}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def _places(optimizer: Any) -> dict[int, int]:

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,13 @@ class Narrowed(NamedTuple):
     down: Tensor
     up: Tensor
     growth: float = 1.0
+
+
+class Truncated(NamedTuple):
+    """A cut that was carried out: the adapters that have new factors, and what the plan says."""
+
+    changed: Sequence[Narrowed]
+    record: Mapping[str, Any]
 
 
 class LoRAPair(nn.Module):
@@ -149,8 +156,8 @@ class LoRABank(AdapterBank):
         super().restore(assignment, named)
 
     @torch.no_grad()
-    def cut(self, cut: Cut) -> list[Narrowed]:
-        """Every adapter as the cut says. Returns those that have new factors."""
+    def cut(self, cut: Cut) -> Truncated:
+        """Every adapter as the cut says."""
         self.require_whole()
         numbers = {slot: n for n, slot in enumerate(s for s, k in cut.ranks.items() if k)}
         held = {slot: self._pair(slot).factors() for slot in numbers}
@@ -163,10 +170,11 @@ class LoRABank(AdapterBank):
         slots = tuple(None if slot is None else numbers.get(slot) for slot in self.slots)
         kept = tuple(t.name for t, k in zip(targets, left, strict=True) if k)
         self.assign(Assignment(targets, slots, kept), pairs)
-        return [
+        changed = [
             Narrowed(held[slot], self._pair(numbers[slot]).factors(), *maps)
             for slot, maps in cut.maps.items()
         ]
+        return Truncated(changed, cut.record)
 
     def grams(self, probed: Grams | None, metric: str) -> Grams:
         """The Gram matrices of the factors as they are now, and of the passes as probed.

@@ -10,7 +10,7 @@ from torch import nn
 from loradrop.bank import bank_of
 from loradrop.injection import injection_of, plan_of
 from loradrop.methods import Method
-from loradrop.pairs import LoRABank
+from loradrop.pairs import LoRABank, Narrowed
 from loradrop.scores import Scores
 from loradrop.selection import INTERVAL, keep_frequency
 
@@ -43,9 +43,9 @@ def share(
     bank, injection = bank_of(model), injection_of(model)
     if kept is None:
         plan = plan_of(model)
-        record = injection.config.method.update(bank, injection.scores)
-        if record is not None:
-            injection.plan = plan.after_cut(record)
+        made = injection.config.method.update(bank, injection.scores)
+        if made is not None:
+            injection.plan = plan.after_cut(made.record)
         return _say(model)
     if not isinstance(bank, LoRABank):
         raise ValueError(
@@ -58,11 +58,14 @@ def share(
     _say(model)
 
 
-def conclude(model: nn.Module, scores: Scores, warmup: Mapping[str, Any]) -> None:
+def conclude(
+    model: nn.Module, scores: Scores, warmup: Mapping[str, Any]
+) -> Sequence[Narrowed]:
     """The end of a warm-up: the method decides by `scores`, and both go into the plan.
 
-    warmup   what the plan says of it: steps, planned, settled. Raises ValueError for scores that
-             are all zero.
+    warmup   what the plan says of it: steps, planned, settled
+
+    Returns the adapters that were cut. Raises ValueError for scores that are all zero.
     """
     if not any(scores.values()):
         raise ValueError(
@@ -73,11 +76,12 @@ def conclude(model: nn.Module, scores: Scores, warmup: Mapping[str, Any]) -> Non
     method, injection.scores = injection.config.method, scores
     injection.plan = None  # not what an earlier run recorded
     plan = plan_of(model)
-    record = method.update(bank_of(model), scores)
+    made = method.update(bank_of(model), scores)
     found = dict(warmup) | {"frequency": _frequency(method, scores)}
-    decided = replace(plan.after_cut(record), scores=scores.to_dict(), warmup=found)
+    decided = replace(plan.after_cut(made and made.record), scores=scores.to_dict(), warmup=found)
     injection.plan = decided
     _say(model)
+    return () if made is None else made.changed
 
 
 def _frequency(method: Method, scores: Scores) -> dict[str, float] | None:

@@ -2,11 +2,11 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,9 +20,10 @@ from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import read_json, write_json
 from loradrop.loading import fill
 from loradrop.native import read
-from loradrop.optimizers import set_head_rate
+from loradrop.optimizers import Known, learn, set_head_rate
 from loradrop.order import Onward
 from loradrop.sampling import some_of
+from loradrop.schedules import go_on
 
 COMPLETE = "complete.json"
 _WRAPPED = ("forward", "_original_forward")  # what accelerate's mixed precision sets on a model
@@ -30,11 +31,26 @@ _TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 _log = logging.getLogger(__name__)
 
 
+class Part(NamedTuple):
+    """A run that is a part of a longer one.
+
+    steps   of the whole, which has one schedule
+    done    steps before it
+    row     where it begins in the order of the rows; a DataLoader, and a strategy of sampling of
+            one's own, have their own order
+    known   what the optimiser knows at its start, by the parameter's name
+    """
+
+    steps: int
+    done: int = 0
+    row: int = 0
+    known: Mapping[str, Known] = {}
+
+
 class LoRATrainer(Trainer):
     """A Trainer whose checkpoints hold adapters, statistics, optimiser, and whether they are whole.
 
-    start   where it begins in the order of the rows; None leaves that order to the Trainer, and so
-            do a DataLoader and a strategy of sampling of one's own
+    part    of which longer run this is a part; None is a run of its own
     head_rate   the learning rate of what is trained whole; None is that of the arguments
 
     The data may be DataLoaders; everything else is `transformers.Trainer`. Raises ValueError at the
@@ -48,7 +64,7 @@ class LoRATrainer(Trainer):
         args: TrainingArguments,
         *,
         events: MethodCallback,
-        start: int | None = None,
+        part: Part | None = None,
         head_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
@@ -69,7 +85,7 @@ class LoRATrainer(Trainer):
             super().__init__(
                 model=model, args=args, callbacks=[events, *kwargs.pop("callbacks", [])], **kwargs
             )
-        self.events, self.start, self.head_rate = events, start, head_rate
+        self.events, self.part, self.head_rate = events, part, head_rate
         if getattr(model, "loss_type", None) != "ForCausalLM":
             # Other models take **kwargs and ignore num_items_in_batch: the Trainer would sum their
             # means over an accumulation instead of averaging them.
@@ -77,14 +93,26 @@ class LoRATrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> Any:
         """As transformers makes it; what is trained whole is in groups of its own if it has a rate
-        of its own.
+        of its own. In the part of a run it knows what it knew.
         """
         new = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if new and self.head_rate is not None:
+        if new:
             assert isinstance(self.model, nn.Module)
-            set_head_rate(self.model, optimizer, self.head_rate)
+            if self.head_rate is not None:
+                set_head_rate(self.model, optimizer, self.head_rate)
+            if self.part is not None and self.part.known:
+                learn(self.model, optimizer, self.part.known)
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """As transformers makes it, for the whole run where this is a part."""
+        if self.part is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(self.part.steps, optimizer)
+        if self.part.done:
+            go_on(scheduler, self.part.done)
+        return scheduler
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """A DataLoader is taken as it is."""
@@ -94,10 +122,10 @@ class LoRATrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
-        if self.start is None or not isinstance(sampler, RandomSampler):
+        if self.part is None or not isinstance(sampler, RandomSampler):
             return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return Onward(len(sampler), seed, self.start)
+        return Onward(len(sampler), seed, self.part.row)
 
     def some_batches(self, rows: Any) -> DataLoader[Any]:
         """Small batches of a sample of training rows, for a probe of directions."""
@@ -129,6 +157,9 @@ class LoRATrainer(Trainer):
             self.train(resume_from_checkpoint=str(checkpoint))
             return
         self._load_from_checkpoint(str(checkpoint))  # `train` would take a step more
+        if self.part is not None:  # a run goes on after this one, with what its optimiser knows
+            self.create_optimizer_and_scheduler(self.args.max_steps)
+            self._load_optimizer_and_scheduler(str(checkpoint))
         self.state = state
         self.events.begin()
         self.events.detach()

@@ -2,8 +2,7 @@
 
     fit = inject -> warm-up (its own passes are the probe) -> select -> share -> main run
 
-The boundary is a file: once `start/` holds the adapters that the main run begins with, a resume
-goes on from there.
+What lies between them is written down, so that a resume goes on from there: see `boundary`.
 """
 
 import json
@@ -24,22 +23,23 @@ from transformers.trainer_callback import PrinterCallback
 
 from loradrop.arguments import train_config, training_arguments
 from loradrop.bank import bank_of, has_bank
+from loradrop.boundary import ADAPTERS, Boundary, taken
 from loradrop.callbacks import MethodCallback, Progress
 from loradrop.config import LoRAConfig, TrainConfig, require_config
 from loradrop.env import is_first_rank
 from loradrop.files import read_json, write_json
 from loradrop.injection import base_of, injection_of, plan_of
-from loradrop.loading import fill
 from loradrop.masks import MASK, MaskFn
 from loradrop.methods.base import Warmup
-from loradrop.native import read, save
+from loradrop.native import save
+from loradrop.optimizers import by_name, narrowed_state, unprojectable
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.ranks import wait, world_size
 from loradrop.sampling import sample_of
 from loradrop.sharing import conclude
 from loradrop.surgery import inject
-from loradrop.trainer import LoRATrainer, forward_kept, last_checkpoint
+from loradrop.trainer import LoRATrainer, Part, forward_kept, last_checkpoint
 
 OPTIONS = "options.json"
 _log = logging.getLogger(__name__)
@@ -204,18 +204,18 @@ class _Run:
     def whole(self) -> Result:
         """Both stages."""
         before = self.first_stage()
-        done, decided = int(before["steps"]), bank_of(self.model).assignment.decided
+        done, decided = before.steps, bank_of(self.model).assignment.decided
         statistics = () if done or decided else self.config.method.statistics
         stage = self.config.method.warmup(self.total) if done else None
-        start = self._rows(done) if stage is not None and stage.goes_on else None
-        trainer, events = self._stage(
-            "main", self.total - done, self.train, statistics, start=start
-        )
+        part = None
+        if stage is not None and stage.goes_on:
+            part = Part(self.total, done, self._rows(done), before.known)
+        trainer, events = self._stage("main", self.total - done, self.train, statistics, part=part)
         metrics = {} if self.dev is None else trainer.dev_metrics()
         save(self.model, self.folder / "adapter")
         plan = plan_of(self.model)
-        history = [*before["history"], *trainer.history("main", done)]
-        seconds = float(before["seconds"]) + events.seconds_before
+        history = [*before.history, *trainer.history("main", done)]
+        seconds = before.seconds + events.seconds_before
         result = Result(
             metrics=metrics, parameters=plan.parameters, steps=done + trainer.state.global_step,
             seconds=seconds, history=history, plan=plan,
@@ -226,8 +226,8 @@ class _Run:
         wait()
         return result
 
-    def first_stage(self) -> dict[str, Any]:
-        """Inject, and the warm-up of a method that has one. Steps, seconds and history."""
+    def first_stage(self) -> Boundary:
+        """Inject, and the warm-up of a method that has one."""
         with self._begun():
             set_seed(self.args.seed)
             if not has_bank(self.model):
@@ -240,15 +240,13 @@ class _Run:
             self._arguments("main", self.total)  # refused before the warm-up, not after it
             decided = bank_of(self.model).assignment.decided
             stage = None if decided else self.config.method.warmup(self.total)
-            if self.resume and (before := self._start()) is not None:
+            if self.resume and (before := taken(self.model, self.folder)) is not None:
                 return before
             if stage is None:
                 self._record()
-                return {"steps": 0, "seconds": 0.0, "history": []}
+                return Boundary()
             before = self._warm_up(stage)
-        if is_first_rank():
-            write_json(self.folder / "warmup.json", before)
-        save(self.model, self.folder / "start")
+        before.write(self.model, self.folder)
         return before
 
     @contextmanager
@@ -261,23 +259,10 @@ class _Run:
         try:
             yield
         except Exception:
-            kept = [*self.folder.glob("*/checkpoint-*"), *self.folder.glob("start")]
+            kept = [*self.folder.glob("*/checkpoint-*"), *self.folder.glob(ADAPTERS)]
             if is_first_rank() and not kept:
                 file.unlink(missing_ok=True)
             raise
-
-    def _start(self) -> dict[str, Any] | None:
-        """Take what the warm-up ended with, where that is whole; None where it has to be made."""
-        try:
-            start = read(self.folder / "start")
-            before: dict[str, Any] = read_json(self.folder / "warmup.json")
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            _log.warning("%s. Going on from the warm-up's last checkpoint", error)
-            return None
-        fill(self.model, start)
-        return before
 
     def _options(self) -> dict[str, dict[str, Any]]:
         """What a resume must agree with, as the file beside the checkpoints holds it."""
@@ -321,15 +306,15 @@ class _Run:
                     ": resume with the same, or choose another output"
                 )
 
-    def _warm_up(self, stage: Warmup) -> dict[str, Any]:
+    def _warm_up(self, stage: Warmup) -> Boundary:
         """Stage one: train LoRA on every target, measure, decide, share."""
         rows, method = self.train, self.config.method
         if stage.sample_ratio < 1.0:
             rows = sample_of(rows, stage.sample_ratio, self.args.seed)
         online = stage.source == "online" or stage.settle_every
         collected = method.statistics if online else ()
-        start = 0 if stage.goes_on else None
-        trainer, events = self._stage("warmup", stage.steps, rows, collected, stage, start)
+        part = Part(self.total) if stage.goes_on else None
+        trainer, events = self._stage("warmup", stage.steps, rows, collected, stage, part)
         steps = trainer.state.global_step
         set_seed(self.args.seed)
         if stage.source == "offline" or events.collector is None:
@@ -340,20 +325,27 @@ class _Run:
         else:
             scores = events.collector.scores()
         record = {"steps": steps, "planned": stage.steps, "settled": events.settled}
+        optimizer = trainer.optimizer
+        forgets = unprojectable(self.model, optimizer) if part is not None else None
         try:
-            conclude(self.model, scores, record)
+            changed = conclude(self.model, scores, record)
         except ValueError:
             if is_first_rank():  # nothing that another try could go on from
                 shutil.rmtree(self.folder / "warmup", ignore_errors=True)
             raise
         self._record()
-        history = trainer.history("warmup")
-        return {"steps": steps, "seconds": events.seconds_before, "history": history}
+        before = Boundary(steps, events.seconds_before, trainer.history("warmup"))
+        if forgets is not None:
+            _log.warning("%s: its state begins anew after the cut", forgets)
+        if part is None or forgets is not None:
+            return before
+        return replace(before, known=by_name(self.model, narrowed_state(optimizer, changed)))
 
-    def _arguments(self, stage: str, steps: int) -> TrainingArguments:
-        warm_up, has_dev = stage == "warmup", self.dev is not None
-        folder = self.folder / stage
-        return training_arguments(self.args, folder, steps, warm_up=warm_up, has_dev=has_dev)
+    def _arguments(self, stage: str, steps: int, part: Part | None = None) -> TrainingArguments:
+        return training_arguments(
+            self.args, self.folder / stage, steps, warm_up=stage == "warmup",
+            has_dev=self.dev is not None, schedule=None if part is None else part.steps,
+        )  # fmt: skip
 
     def _stage(
         self,
@@ -362,11 +354,9 @@ class _Run:
         rows: Any,
         statistics: Sequence[str],
         warmup: Warmup | None = None,
-        start: int | None = None,
+        part: Part | None = None,
     ) -> tuple[LoRATrainer, MethodCallback]:
-        """One run of the Trainer on `rows`, from its last whole checkpoint where there is one, and
-        from row `start` of their order.
-        """
+        """One run of the Trainer on `rows`, from its last whole checkpoint where there is one."""
         checkpoint = last_checkpoint(self.folder / name) if self.resume else None
         events = MethodCallback(
             self.model, statistics=statistics, mask=self.args.mask, mask_fn=self.mask_fn,
@@ -379,9 +369,9 @@ class _Run:
         own = rows.collate_fn if isinstance(rows, DataLoader) else None
         trainer = LoRATrainer(
             self.model,
-            self._arguments(name, steps),
+            self._arguments(name, steps, part),
             events=events,
-            start=start,
+            part=part,
             head_rate=self.args.head_learning_rate,
             train_dataset=rows,
             eval_dataset=self.dev,

@@ -9,7 +9,7 @@ from torch import nn
 from loradrop.bank import bank_of
 from loradrop.cuts import decide
 from loradrop.injection import injection_of, plan_of, require_adapted, require_own
-from loradrop.optimizers import MOMENTS, follow, groups_of, require_projectable
+from loradrop.optimizers import MOMENTS, follow, groups_of, unprojectable
 from loradrop.pairs import LoRABank
 from loradrop.selection import check_choice
 from loradrop.spectra import METRICS
@@ -58,13 +58,14 @@ def truncate(
     grams = None if injection.scores is None else injection.scores.grams
     plan, full = plan_of(model), bank.trainable
     groups = {} if optimizer is None else groups_of(model, optimizer)
-    if optimizer is not None and moments == "projected":
-        require_projectable(model, optimizer)
+    projected = optimizer is not None and moments == "projected"
+    if projected and (reason := unprojectable(model, optimizer)) is not None:
+        raise ValueError(f"{reason}: pass moments='reset', which begins its state anew")
     cut = decide(bank.targets, bank.grams(grams, metric), ranks, metric, compensate)
-    changed = bank.cut(cut)
+    made = bank.cut(cut)
     if optimizer is not None:
-        follow(model, optimizer, groups, changed, moments)
-    injection.plan = plan.after_cut(cut.record)
+        follow(model, optimizer, groups, made.changed, moments)
+    injection.plan = plan.after_cut(made.record)
     injection.scores = None  # of the adapters that were there
     found = cut.record["loss"] if cut.record["compensated"] is None else cut.record["compensated"]
     loss = "" if found is None else f", predicted rise of the loss {found:.2g}"

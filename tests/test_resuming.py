@@ -17,7 +17,7 @@ import torch
 import training_runs as tiny
 from training_runs import At, interrupted, make_model, make_rows, outcome, run, stop
 
-from loradrop import native, trainer, training
+from loradrop import boundary, native, trainer, training
 from loradrop.files import read_json, write_json
 from loradrop.training import OPTIONS
 
@@ -28,7 +28,7 @@ MOMENTS: dict[str, Moment] = {  # after a step of a stage, or at a call with a p
     "before the first checkpoint": ("warmup", 3),
     "in the warm-up": ("warmup", 6),
     "a checkpoint of the warm-up": (trainer.LoRATrainer, "_save_rng_state", "warmup/checkpoint-8"),
-    "between warm-up and start": (training, "save", "start"),
+    "between warm-up and start": (boundary, "save", "start"),
     "writing start": (native, "write_json", "start/plan.json"),
     "before the first checkpoint of main": ("main", 2),
     "a checkpoint of main": (trainer, "write_json", "main/checkpoint-8/complete.json"),
@@ -57,27 +57,41 @@ def kill_at_call(owner: Any, name: str, ending: str, number: int = 1) -> None:
     setattr(owner, name, spied)
 
 
-def doomed(folder: Path, moment: str) -> None:
+def doomed(folder: Path, moment: str, name: str) -> None:
     torch.set_num_threads(1)
     where, *more = MOMENTS[moment]
     if isinstance(where, str):
-        run(folder, callbacks=[At(where, *more, kill)])
+        run(folder, tiny.CONFIGS[name], callbacks=[At(where, *more, kill)])
     else:
         kill_at_call(where, *more)
-        run(folder)
+        run(folder, tiny.CONFIGS[name])
+
+
+def killed_and_resumed(folder: Path, moment: str, name: str) -> dict[str, Any]:
+    """What the run of this name comes to."""
+    context = multiprocessing.get_context("forkserver")  # it imports once, and has run nothing
+    context.set_forkserver_preload(["loradrop.training", "datasets"])
+    process = context.Process(target=doomed, args=(folder, moment, name))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (folder / "result.json").exists()
+    run(folder, tiny.CONFIGS[name], resume=True)
+    return outcome(folder)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_and_resumed(moment: str, whole: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")  # it imports once, and has run nothing
-    context.set_forkserver_preload(["loradrop.training", "datasets"])
-    process = context.Process(target=doomed, args=(tmp_path, moment))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert not (tmp_path / "result.json").exists()
-    run(tmp_path, resume=True)
-    assert outcome(tmp_path) == outcome(whole)
+    assert killed_and_resumed(tmp_path, moment, "drop") == outcome(whole)
+
+
+CUT = "between warm-up and start", "before the first checkpoint of main", "in the main run"
+
+
+@pytest.mark.parametrize("moment", CUT)
+def test_spectral_killed_and_resumed(moment: str, runs: tiny.Runs, tmp_path: Path) -> None:
+    """What the optimiser knew before the cut is there again, from whichever file."""
+    assert killed_and_resumed(tmp_path, moment, "spectral") == outcome(runs["spectral"][0])
 
 
 # --- resuming what is not a plain checkpoint -----------------------------------------------------

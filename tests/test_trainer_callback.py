@@ -110,9 +110,16 @@ def test_resumed_to_the_same_end(step: int, whole: tuple[Path, Any], tmp_path: P
 def test_the_spectral_method_in_one_run(tmp_path: Path) -> None:
     """It cuts in place, trains what is left, and resumes on either side to the same end."""
     lora = LoRAConfig(**tiny.LORA, method=Spectral(cut_at=WARM))
-    model = injected(lora)
-    run = trainer(tmp_path / "whole", model, [loradrop.LoraDropCallback()])
+    model, rates = injected(lora), list[float]()
+
+    class Note(TrainerCallback):
+        def on_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+            rates.append(optimizer.param_groups[0]["lr"] / 1e-2)
+
+    run = trainer(tmp_path / "whole", model, [loradrop.LoraDropCallback(), Note()])
     run.train()
+    assert rates == pytest.approx([0.0, 0.5, *(1 - k / 12 for k in range(STEPS - 2))])
+    assert {float(known["step"]) for known in run.optimizer.state.values()} == {STEPS}
     bank, plan = model.lora_bank, plan_of(model)
     assert plan.scores["source"] == "offline" and plan.cut["compensated"] <= plan.cut["loss"]
     assert bank.trainable <= 0.25 * bank.nominal < plan.full_parameters / 4
@@ -130,6 +137,18 @@ def test_the_spectral_method_in_one_run(tmp_path: Path) -> None:
         trainer(folder, again, [loradrop.LoraDropCallback()]).train(resume_from_checkpoint=True)
         assert equal(tensors(again), tensors(model))
         assert again.lora_bank.targets == bank.targets
+
+
+def test_spectral_without_moments_to_project(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = injected(LoRAConfig(**tiny.LORA, method=Spectral(cut_at=WARM)))
+    run = trainer(tmp_path, model, [loradrop.LoraDropCallback()], optim="adafactor")
+    run.train()
+    assert "Adafactor keeps 'exp_avg_sq_row'" in caplog.text
+    assert "its state begins anew after the cut" in caplog.text
+    steps = {known["step"] for known in run.optimizer.optimizer.state.values()}
+    assert steps == {STEPS - WARM}
 
 
 def test_the_best_model_is_one_of_the_second_part(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a run of training does: its stages, its scores, its data, its precision, its seams."""
 
+import copy
 import pickle
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from loradrop import arguments as arguments_module
 from loradrop.callbacks import MethodCallback
 from loradrop.injection import injection_of
 from loradrop.methods import Method
-from loradrop.optimizers import set_head_rate
+from loradrop.optimizers import plain, set_head_rate
 from loradrop.trainer import last_checkpoint
 from loradrop.training import warm_up
 
@@ -337,6 +338,58 @@ def test_the_head_has_a_rate_of_its_own(method: Method, tmp_path: Path) -> None:
         (other,) = {lr for n, lr in groups if (n, lr) not in of_head}
         assert rate == pytest.approx(100 * other)
     assert sum(n for n, _ in rates.seen[-1]) == model.lora_bank.trainable + head
+
+
+class Knowledge(TrainerCallback):
+    """Learning rates at each step; what the optimiser knows before one step and after another."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.known: list[dict[Any, dict[str, Any]]] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        if Path(args.output_dir).name == "main" and state.global_step == 0:
+            self.note(optimizer)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any) -> None:
+        self.note(optimizer)
+
+    def note(self, optimizer: Any) -> None:
+        state = plain(optimizer).state
+        self.known.append({p: copy.deepcopy(state[p]) for p in state})
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_spectral_has_one_schedule_and_one_optimiser(schedule: str, tmp_path: Path) -> None:
+    """The rates of plain LoRA over both stages; and what was known of the head and of A and B is
+    known at the first step after the cut.
+    """
+    args = replace(tiny.ARGS, extra={"lr_scheduler_type": schedule}, warmup_ratio=0.25)
+    plain_run, cut_run, model = Knowledge(), Knowledge(), make_model()
+    run(tmp_path / "lora", tiny.PLAIN, args, callbacks=[plain_run])
+    run(tmp_path / "cut", tiny.CONFIGS["spectral"], args, callbacks=[cut_run], model=model)
+    assert cut_run.rates == pytest.approx(plain_run.rates) and len(cut_run.rates) == tiny.TOTAL
+    before, after, end = cut_run.known
+    assert {float(known["step"]) for known in after.values()} == {tiny.WARMUP}
+    assert {float(known["step"]) for known in end.values()} == {tiny.TOTAL}
+    for parameter in model.classifier.parameters():
+        for name, value in before[parameter].items():
+            assert torch.equal(after[parameter][name], value)
+    for parameter in model.lora_bank.parameters():
+        assert after[parameter]["exp_avg"].shape == parameter.shape
+        assert after[parameter]["exp_avg"].any()
+    assert len(after) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_what_cannot_be_cut_with_the_adapters_begins_anew_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found, model = Knowledge(), make_model()
+    args = replace(tiny.ARGS, extra={"optim": "adafactor"})
+    run(tmp_path, tiny.CONFIGS["spectral"], args, callbacks=[found], model=model)
+    assert "Adafactor keeps 'exp_avg_sq_row' of each parameter, which cannot be" in caplog.text
+    assert "its state begins anew after the cut" in caplog.text and not found.known[1]
 
 
 @pytest.mark.parametrize("method", [loradrop.LoRADrop(budget=0.5), loradrop.Spectral(budget=0.5)])

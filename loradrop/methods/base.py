@@ -5,12 +5,12 @@ Ops, layers, files and exports never know which method there is.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from loradrop.bank import AdapterBank
-from loradrop.pairs import LoRABank
+from loradrop.pairs import LoRABank, Truncated
 from loradrop.scores import Scores, Target
 
 
@@ -23,8 +23,8 @@ class Warmup:
     source        "online": scores of its own passes; "offline": of a pass in eval mode at its end
     settle_every  ask `settled` every so many steps; 0 never
     measured      the part of it, at its end, whose statistics count
-    goes_on       the main run goes on with what it trained, in the data too: it begins with the
-                  rows that come next
+    goes_on       the main run goes on with what it trained: with the rows that come next, in the
+                  schedule of both, and with what the optimiser knows
     """
 
     steps: int
@@ -87,10 +87,10 @@ class Method:
         """The names of the targets that keep their own adapter; None where nothing is decided."""
         return None
 
-    def update(self, bank: AdapterBank, scores: Scores | None) -> Mapping[str, Any] | None:
+    def update(self, bank: AdapterBank, scores: Scores | None) -> Truncated | None:
         """Between the stages: change what the bank owns. An optimiser is made afterwards.
 
-        Returns what `LoRABank.cut` says, where it cut ranks. Raises ValueError for a method that
+        Returns what `LoRABank.cut` returns, where it cut ranks. Raises ValueError for a method that
         decides nothing.
         """
         raise ValueError(f"the method {self.name!r} selects nothing: pass kept, or use LoRADrop()")

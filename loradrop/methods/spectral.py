@@ -3,7 +3,9 @@
 The first stage trains LoRA with `r_start` directions for every target. At its end the Gram matrices
 of both passes say what each direction is worth in units of the loss (`spectra`), one budget is
 spent on the directions of all targets together, and the second stage trains what is left: plain
-LoRA with a rank for each target, 0 included. All of it is ours; the score by which LoRA-drop (Zhou
+LoRA with a rank for each target, 0 included. It goes on in everything else: in the order of the
+rows, in the schedule of the learning rate, and in what the optimiser knows, which is cut with the
+adapters. All of it is ours; the score by which LoRA-drop (Zhou
 et al., COLING 2025) keeps whole layers is the sum of this spectrum with metric="output".
 
 Both stages train at one learning rate, and in a step of Adam, whose size is that of the rate, k
@@ -16,9 +18,9 @@ The cut changes no output: where s grows by g, A and B shrink by √g.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ from loradrop.allocation import SCOPES, allocate, check_steps
 from loradrop.bank import AdapterBank
 from loradrop.cuts import Cut, decide
 from loradrop.methods.base import Method, Warmup
-from loradrop.pairs import LoRABank, Narrowed
+from loradrop.pairs import LoRABank, Narrowed, Truncated
 from loradrop.scores import Assignment, Scores, Target
 from loradrop.selection import check_choice
 from loradrop.spectra import METRICS, spectrum
@@ -113,7 +115,7 @@ class Spectral(Method):
             )
         return Warmup(steps=steps, source=self.source, measured=self.measured, goes_on=True)
 
-    def update(self, bank: AdapterBank, scores: Scores | None) -> Mapping[str, Any]:
+    def update(self, bank: AdapterBank, scores: Scores | None) -> Truncated:
         if scores is None:
             raise ValueError(
                 "the cut needs scores: call loradrop.probe(model, batches, gram=True) after some "
@@ -126,9 +128,8 @@ class Spectral(Method):
             found, budget=budget, scope=self.scope, multiple=self.multiple,
             budget_time=self.budget_time,
         )  # fmt: skip
-        cut = decide(bank.targets, bank.grams(scores.grams, self.metric), ranks, self.metric)
-        bank.cut(cut)
-        return cut.record
+        grams = bank.grams(scores.grams, self.metric)
+        return bank.cut(decide(bank.targets, grams, ranks, self.metric))
 
 
 class SpectralBank(LoRABank):
@@ -150,10 +151,10 @@ class SpectralBank(LoRABank):
         self.nominal, self.units = nominal, units
         self._rescale()
 
-    def cut(self, cut: Cut) -> list[Narrowed]:
+    def cut(self, cut: Cut) -> Truncated:
         """As in the base; the output is that of the base too."""
-        changed = super().cut(cut)
-        return changed if self.units is None else list(map(_grown, changed))
+        made = super().cut(cut)
+        return made if self.units is None else made._replace(changed=[*map(_grown, made.changed)])
 
     def _use(self, assignment: Assignment) -> None:
         super()._use(assignment)
