@@ -69,13 +69,18 @@ def test_every_method_is_compared_and_those_that_lack_are_left_out() -> None:
 
 def fake(tmp_path: Path, losses: dict[int, float | None], minutes: float = 9.0) -> study.Study:
     """A study whose runs only look up the loss at a rate of the grid."""
-    arms = {"a": study.Arm(1, methods.LoRA()), "b": study.Arm(2, methods.LoRA(), like="a")}
+    arms = {
+        "a": study.Arm(1, methods.LoRA(), own=False),
+        "b": study.Arm(2, methods.LoRA(), like="a", own=False),
+        "c": study.Arm(1, methods.LoRA()),
+    }
     made = study.Study(None, tmp_path / "cells.json", minutes, arms, {})  # type: ignore[arg-type]
     made.started = []  # type: ignore[attr-defined]
 
-    def run(task: str, arm: str, rate: float, seed: int) -> Any:
+    def run(task: str, arm: str, rate: float, seed: int, head: float | None) -> Any:
         made.started.append((rate, seed))  # type: ignore[attr-defined]
-        yield arm, {"of": "dev", "loss": losses[study.RATES.index(rate)]}
+        found = {"of": "dev", "head_rate": head, "loss": losses[study.RATES.index(rate)]}
+        yield arm, found
 
     made._run = run  # type: ignore[method-assign]
     return made
@@ -112,6 +117,20 @@ def test_an_arm_takes_the_rate_of_another(tmp_path: Path) -> None:
     assert bench_methods.arms(2, ["rasa"])["rasa, 2"].like is None
 
 
+def test_the_rate_of_a_new_head_is_searched_once_a_task(tmp_path: Path) -> None:
+    made = fake(tmp_path, {k: 1.0 + abs(k - 10) for k in range(15)})
+    made.run([("stdlib", "c"), ("e2e, SmolLM2", "c"), ("stdlib", "a")], seeds=1)
+    alone = [cell for cell in made.cells if cell["arm"] == study.HEAD]
+    assert {cell["task"] for cell in alone} == {"stdlib"}  # the other has the model's own head
+    assert [cell["rate"] for cell in alone] == [study.RATES[k] for k in (11, 10, 9)]
+    assert {cell["seed"] for cell in alone} == {study.SEARCH_SEED}
+    heads = {(c["task"], c["arm"]): c["head_rate"] for c in made.cells if c["arm"] in "ac"}
+    assert heads["stdlib", "c"] == study.RATES[10]
+    assert heads["e2e, SmolLM2", "c"] is None and heads["stdlib", "a"] is None
+    ended = fake(tmp_path / "ended", {}, minutes=0.0)
+    assert ended.cell("stdlib", "c", study.RATES[3], 0) is None
+
+
 def test_a_rate_that_diverges_is_not_chosen_and_time_ends_a_study(tmp_path: Path) -> None:
     losses = {k: 15.0 - k if k < 11 else None for k in range(15)}
     assert fake(tmp_path, losses).search("stdlib", "a") == study.RATES[10]
@@ -132,7 +151,7 @@ def test_cells_of_another_s_are_not_taken_for_this_one_s(tmp_path: Path) -> None
 
 
 def test_every_search_begins_on_the_grid() -> None:
-    arms = [*bench_sizes.ARMS.values()]
+    arms = [*bench_sizes.ARMS.values(), study.ALONE]
     arms += [
         arm for n in (1, 2, 4) for arm in bench_methods.arms(n, [*bench_methods.SIZES]).values()
     ]
@@ -152,7 +171,8 @@ def test_a_cell_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(study, "plan_of", lambda model: SimpleNamespace(facts={"zeros of A": 0.5}))
     monkeypatch.setattr(study, "judged", lambda given, search: {"of": "dev", "loss": 1.0})
     tasks: Any = SimpleNamespace(prepare=lambda name, train: given)
-    arms = bench_methods.arms(2, ["prilora"])
+    (name, arm), *_ = bench_methods.arms(2, ["prilora"]).items()
+    arms = {name: arm._replace(own=True)}
     made = study.Study(tasks, tmp_path / "cells.json", 9.0, arms, {})
     cell = made.cell("stdlib", "prilora, 2", 4e-3, 1)
     assert cell is not None and cell.pop("seconds") >= 0
@@ -162,6 +182,7 @@ def test_a_cell_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             "method": "prilora",
             "budget": 2,
             "s": 0.0625,
+            "head_rate": 0.128,
             "facts": {"zeros of A": 0.5},
             "loss": 1.0,
         },
@@ -169,7 +190,8 @@ def test_a_cell_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     lora = seen["lora"]
     assert (lora.r, lora.lora_alpha, lora.target_modules) == (2, 0.125, "all-linear")
     assert lora.method == methods.get("prilora")() and lora.modules_to_save == ("head",)
-    assert (seen["args"].learning_rate, seen["args"].seed) == (4e-3, 1)
+    assert (seen["args"].learning_rate, seen["args"].head_learning_rate) == (4e-3, 0.128)
+    assert seen["args"].seed == 1 and made.cells[0]["arm"] == study.HEAD
 
 
 # Tables and the picture

@@ -1,35 +1,44 @@
 """The study of `bench_sizes.py` and `bench_methods.py`: arms trained each at its own learning rate.
 
-The rate is searched on one grid, by the loss on a part of train that no run trains on. At the rate
-that won, every seed trains once, and dev is looked at once, at the end.
+The rate is searched on one grid, by the loss on a part of train that no run trains on: first that
+of a new head, alone on the frozen model, which all arms of the task then have for their heads, and
+then each arm's own. At the rates that won, every seed trains once, and dev is looked at once, at
+the end.
 """
 
 import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from lib.tasks import SETTINGS, Prepared, Tasks, labels_of, predictions, quality, write_cells
 from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.files import read_json
 from loradrop.injection import plan_of
 from loradrop.methods import LoRADrop, Method
+from loradrop.pairs import LoRABank
+from loradrop.scores import Assignment
 from loradrop.training import fit
 
+HEAD = "head only"  # the arm
 RATES = tuple(1e-3 * 2**k for k in range(-4, 11))
 ALPHA = 0.125  # LoRA's, at every rank: smaller ones came out better in bench_sizes.py
-FIRST_RATE, SEARCH_SEED = 32e-3, 100
+FIRST_RATE, HEAD_FIRST, SEARCH_SEED = 32e-3, 128e-3, 100
 Cell = dict[str, Any]
 After = Callable[[str, str, Prepared, Callable[[], Cell]], Iterator[tuple[str, Cell]]]
 
 
 class Arm(NamedTuple):
-    """The rank of an arm's configuration, its method, what its cells say of it beside that, s,
-    which is α over that rank, the rate where its search begins, the arm whose rate it takes without
-    a search of its own, and the rate of the head, None for the adapters'.
+    """One way to train.
+
+    rank, method, s   of its configuration; s is α over that rank
+    about   what its cells say of it beside that
+    first   the rate where its search begins
+    like    the arm whose rate it takes without a search of its own
+    own     whether the head has a rate of its own; the adapters' if not
     """
 
     rank: int
@@ -38,7 +47,23 @@ class Arm(NamedTuple):
     s: float = 2.0
     first: float = FIRST_RATE
     like: str | None = None
-    head: float | None = None
+    own: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOnly(Method):
+    """No adapter at all: what the head learns from frozen features."""
+
+    name: ClassVar[str] = "head_only"
+
+    def bank(self, *given: Any) -> LoRABank:
+        bank = super().bank(*given)
+        bank.assign(Assignment(bank.targets, (None,) * len(bank.targets)), [])
+        return bank
+
+
+# The rate of a head that learns alone is that of its "adapters".
+ALONE = Arm(8, HeadOnly(), s=ALPHA / 8, first=HEAD_FIRST, own=False)
 
 
 def judged(given: Prepared, search: bool) -> Cell:
@@ -73,12 +98,12 @@ class Study:
         settings: Mapping[str, Any],
         after: After | None = None,
     ) -> None:
-        self.tasks, self.path, self.arms = tasks, path, arms
+        self.tasks, self.path, self.arms = tasks, path, {HEAD: ALONE} | dict(arms)
         self.after = after
         self.settings = dict(settings) | {"rates": RATES, "search_seed": SEARCH_SEED}
         self.cells: list[Cell] = read_json(path)["cells"] if path.exists() else []
         for cell in self.cells:
-            arm = arms.get(cell["arm"])
+            arm = self.arms.get(cell["arm"])
             if arm is not None and cell.get("s", arm.s) != arm.s:
                 raise ValueError(
                     f"{path} has cells of {cell['arm']!r} with s={cell['s']}, which is s={arm.s} "
@@ -102,14 +127,22 @@ class Study:
                 return cell
         if time.monotonic() > self._deadline:
             return None
-        self.cells += [key | {"arm": of} | found for of, found in self._run(task, arm, rate, seed)]
+        head = None
+        if self.arms[arm].own and SETTINGS[task].new_head:
+            head = self.search(task, HEAD)
+            if head is None:
+                return None
+        made = self._run(task, arm, rate, seed, head)
+        self.cells += [key | {"arm": of} | found for of, found in made]
         write_cells(self.path, self.cells, self.settings)
         print(json.dumps(self.cells[-1]), flush=True)
         return self.cell(task, arm, rate, seed)
 
-    def _run(self, name: str, arm: str, rate: float, seed: int) -> Iterator[tuple[str, Cell]]:
-        """The arm and its cell, and those that come `after` it."""
-        setting, (rank, method, about, s, _, _, head) = SETTINGS[name], self.arms[arm]
+    def _run(
+        self, name: str, arm: str, rate: float, seed: int, head: float | None
+    ) -> Iterator[tuple[str, Cell]]:
+        """The arm and its cell, and those that come `after` it; `head` is the rate of the head."""
+        setting, (rank, method, about, s, *_) = SETTINGS[name], self.arms[arm]
         if isinstance(method, LoRADrop) and method.selection == "random":
             method = replace(method, selection_seed=seed)
         train = TrainConfig(
@@ -128,10 +161,10 @@ class Study:
         except ValueError as error:  # a rate at which the loss is not finite any more
             if "finite" not in str(error):
                 raise
-            yield arm, {**about, "s": s, "loss": None}
+            yield arm, {**about, "s": s, "head_rate": head, "loss": None}
             return
         seconds = round(time.process_time() - started, 1)
-        found = {"seconds": seconds, "facts": plan_of(given.model).facts}
+        found = {"head_rate": head, "seconds": seconds, "facts": plan_of(given.model).facts}
         yield arm, {**about, "s": s, **found, **judged(given, search)}
         if self.after is not None and not search:
             yield from self.after(name, arm, given, lambda: judged(given, search))

@@ -51,6 +51,11 @@ class Setting:
     measured_batch: int = 2
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
 
+    @property
+    def new_head(self) -> bool:
+        """Whether the checkpoint lacks the head of this task."""
+        return self.columns.get("task") != "causal_lm"
+
 
 _E2E = {"task": "causal_lm", "text": "input", "text_pair": "target"}
 SETTINGS = {
