@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from loradrop.native import save as save
     from loradrop.op.linear import lora_add as lora_add
     from loradrop.op.linear import lora_linear as lora_linear
+    from loradrop.optimizers import parameter_groups as parameter_groups
     from loradrop.plan import Plan as Plan
     from loradrop.probing import probe as probe
     from loradrop.scores import Scores as Scores
@@ -65,6 +66,7 @@ _NAMES = {
     "merging": "merge",
     "methods": "LoRA LoRADrop Method Spectral",
     "op.linear": "lora_add lora_linear",
+    "optimizers": "parameter_groups",
     "plan": "Plan",
     "probing": "probe",
     "scores": "Scores Target",

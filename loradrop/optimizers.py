@@ -23,6 +23,32 @@ def groups_of(model: nn.Module, optimizer: Any) -> dict[str, int]:
     return {_kind(name): places[id(p)] for name, p in named if id(p) in places}
 
 
+def parameter_groups(model: nn.Module, *, head_learning_rate: float) -> list[dict[str, Any]]:
+    """What is trained, for an optimiser: the adapters, and what is trained whole beside them, as a
+    new head, at a learning rate of its own.
+
+        groups = loradrop.parameter_groups(model, head_learning_rate=0.1)
+        optimizer = torch.optim.AdamW(groups, lr=1e-3)        # of the adapters
+        Trainer(model, args, ..., optimizers=(optimizer, None))
+
+    Raises ValueError where nothing is trained whole.
+    """
+    bank = {id(p) for p in bank_of(model).parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    whole = [p for p in trained if id(p) not in bank]
+    if not whole:
+        raise ValueError(_no_head(head_learning_rate))
+    adapters = [p for p in trained if id(p) in bank]
+    return [{"params": adapters}, {"params": whole, "lr": head_learning_rate}]
+
+
+def _no_head(rate: float) -> str:
+    return (
+        f"head_learning_rate={rate:g}: nothing is trained whole beside the adapters. Leave it out, "
+        "or name modules in modules_to_save"
+    )
+
+
 def set_head_rate(model: nn.Module, optimizer: Any, rate: float) -> None:
     """What is trained outside of the bank has groups of its own, at this learning rate.
 
@@ -34,10 +60,7 @@ def set_head_rate(model: nn.Module, optimizer: Any, rate: float) -> None:
         group["params"] = [p for p in group["params"] if id(p) in bank]
         heads.append(group | {"params": whole, "lr": rate})
     if not any(head["params"] for head in heads):
-        raise ValueError(
-            f"head_learning_rate={rate:g}: nothing is trained whole beside the adapters. Leave it "
-            "out, or name modules in modules_to_save"
-        )
+        raise ValueError(_no_head(rate))
     for head in heads:
         if head["params"]:
             optimizer.add_param_group(head)

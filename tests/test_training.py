@@ -417,6 +417,34 @@ def test_a_head_rate_without_a_head() -> None:
         set_head_rate(model, optimizer, 0.5)
 
 
+@pytest.mark.parametrize("method", [loradrop.LoRADrop(budget=0.5), loradrop.Spectral(budget=0.5)])
+def test_an_optimiser_of_ones_own_for_a_head(method: Method, tmp_path: Path) -> None:
+    """In any Trainer, with the callback: both rates on both sides of the boundary."""
+    model, rates = make_model(), Rates()
+    loradrop.inject(model, LoRAConfig(r=4, target_modules=("query", "value"), method=method))
+    groups = loradrop.parameter_groups(model, head_learning_rate=0.1)
+    assert sum(p.numel() for p in groups[1]["params"]) == sum(
+        p.numel() for p in model.classifier.parameters()
+    )
+    args = TrainingArguments(
+        str(tmp_path), max_steps=12, use_cpu=True, disable_tqdm=True, report_to="none",
+        lr_scheduler_type="constant",
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    callbacks = [loradrop.LoraDropCallback(), rates]
+    trainer = Trainer(
+        model, args, train_dataset=make_rows(), optimizers=(optimizer, None), callbacks=callbacks
+    )
+    trainer.train()
+    assert len(rates.seen) == 12
+    assert all([lr for _, lr in groups] == [1e-3, 0.1] for groups in rates.seen)
+    assert rates.seen[-1][0][0] == model.lora_bank.trainable < rates.seen[0][0][0]
+    loradrop.remove(model)
+    loradrop.inject(model, LoRAConfig(r=2, target_modules=("query",), modules_to_save=()))
+    with pytest.raises(ValueError, match="head_learning_rate=0.1: nothing is trained whole"):
+        loradrop.parameter_groups(model, head_learning_rate=0.1)
+
+
 def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
     """The same losses, gradients, scores and moments, as many rows."""
     histories, scores, moments = [], [], []
