@@ -2,7 +2,7 @@
 
     fit = inject -> warm-up (its own passes are the probe) -> select -> share -> main run
 
-What lies between them is written down, so that a resume goes on from there: see `boundary`.
+What lies between them is written down, so that a resume goes on from there: see `run_folder`.
 """
 
 import json
@@ -10,8 +10,7 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from loradrop.arguments import train_config, training_arguments
 from loradrop.bank import bank_of, has_bank
-from loradrop.boundary import ADAPTERS, Boundary, taken
 from loradrop.callbacks import MethodCallback, Progress
 from loradrop.config import LoRAConfig, TrainConfig, require_config
 from loradrop.env import is_first_rank
-from loradrop.files import read_json, write_json
+from loradrop.files import write_json
 from loradrop.injection import base_of, injection_of, plan_of
 from loradrop.masks import MASK, MaskFn
 from loradrop.methods.base import Warmup
@@ -36,12 +34,12 @@ from loradrop.optimizers import by_name, narrowed_state, unprojectable
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.ranks import wait, world_size
+from loradrop.run_folder import Boundary, begun, taken
 from loradrop.sampling import sample_of
 from loradrop.sharing import conclude
 from loradrop.surgery import inject
 from loradrop.trainer import LoRATrainer, Part, forward_kept, last_checkpoint
 
-OPTIONS = "options.json"
 _log = logging.getLogger(__name__)
 Metric = Callable[[Any], dict[str, float]]
 
@@ -228,7 +226,7 @@ class _Run:
 
     def first_stage(self) -> Boundary:
         """Inject, and the warm-up of a method that has one."""
-        with self._begun():
+        with begun(self.folder, self._options(), self.resume):
             set_seed(self.args.seed)
             if not has_bank(self.model):
                 inject(self.model, self.config)
@@ -249,21 +247,6 @@ class _Run:
         before.write(self.model, self.folder)
         return before
 
-    @contextmanager
-    def _begun(self) -> Iterator[None]:
-        """Takes the folder for this run; one that fails with nothing to resume frees it again."""
-        options, file = self._options(), self.folder / OPTIONS
-        if is_first_rank():
-            self._require_same_run(options)
-            self._take(file, options)
-        try:
-            yield
-        except Exception:
-            kept = [*self.folder.glob("*/checkpoint-*"), *self.folder.glob(ADAPTERS)]
-            if is_first_rank() and not kept:
-                file.unlink(missing_ok=True)
-            raise
-
     def _options(self) -> dict[str, dict[str, Any]]:
         """What a resume must agree with, as the file beside the checkpoints holds it."""
         lora, train = self.config.to_dict(), asdict(self.args)
@@ -274,37 +257,6 @@ class _Run:
         """The plan as it is now, with what the run knows of it."""
         plan, seeds = plan_of(self.model), {"train": self.args.seed}
         injection_of(self.model).plan = replace(plan, data=self.data, seeds=seeds)
-
-    def _take(self, file: Path, options: dict[str, dict[str, Any]]) -> None:
-        """Writes the options; of two runs that start together, one finds the file there."""
-        if self.resume:
-            return write_json(file, options)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(file, "x", encoding="utf-8") as opened:
-                json.dump(options, opened, indent=2)
-        except FileExistsError as error:
-            raise ValueError(self._held) from error
-
-    @property
-    def _held(self) -> str:
-        return f"{self.folder} holds a run already: resume, or choose another output"
-
-    def _require_same_run(self, options: dict[str, dict[str, Any]]) -> None:
-        file = self.folder / OPTIONS
-        if not file.exists():
-            return
-        if not self.resume:
-            raise ValueError(self._held)
-        for section, before in read_json(file).items():
-            now = options.get(section, {})
-            names = {*before, *now}
-            changed = sorted(k for k in names if not _equal(before.get(k), now.get(k)))
-            if changed:
-                raise ValueError(
-                    f"{self.folder} was begun with other options ({section}: {', '.join(changed)})"
-                    ": resume with the same, or choose another output"
-                )
 
     def _warm_up(self, stage: Warmup) -> Boundary:
         """Stage one: train LoRA on every target, measure, decide, share."""
@@ -397,10 +349,3 @@ def _require_numbers(rows: Any) -> None:
                 f"the column {name!r} holds text ({row[name]!r}): give class indices, as "
                 "datasets' class_encode_column makes them"
             )
-
-
-def _equal(before: Any, now: Any) -> bool:
-    """Lists of names are sets: their order says nothing."""
-    if isinstance(before, list) and isinstance(now, list):
-        return sorted(map(str, before)) == sorted(map(str, now))
-    return bool(before == now)

@@ -17,9 +17,9 @@ import torch
 import training_runs as tiny
 from training_runs import At, interrupted, make_model, make_rows, outcome, run, stop
 
-from loradrop import boundary, native, trainer, training
+from loradrop import native, run_folder, trainer, training
 from loradrop.files import read_json, write_json
-from loradrop.training import OPTIONS
+from loradrop.run_folder import OPTIONS
 
 # --- killed at any moment ---------------------------------------------------------------------
 
@@ -28,7 +28,7 @@ MOMENTS: dict[str, Moment] = {  # after a step of a stage, or at a call with a p
     "before the first checkpoint": ("warmup", 3),
     "in the warm-up": ("warmup", 6),
     "a checkpoint of the warm-up": (trainer.LoRATrainer, "_save_rng_state", "warmup/checkpoint-8"),
-    "between warm-up and start": (boundary, "save", "start"),
+    "between warm-up and start": (run_folder, "save", "start"),
     "writing start": (native, "write_json", "start/plan.json"),
     "before the first checkpoint of main": ("main", 2),
     "a checkpoint of main": (trainer, "write_json", "main/checkpoint-8/complete.json"),

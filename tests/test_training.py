@@ -441,7 +441,7 @@ def test_an_optimiser_of_ones_own_for_a_head(method: Method, tmp_path: Path) -> 
     assert rates.seen[-1][0][0] == model.lora_bank.trainable < rates.seen[0][0][0]
     loradrop.remove(model)
     loradrop.inject(model, LoRAConfig(r=2, target_modules=("query",), modules_to_save=()))
-    with pytest.raises(ValueError, match="head_learning_rate=0.1: nothing is trained whole"):
+    with pytest.raises(ValueError, match=r"head_learning_rate=0.1: nothing is trained whole"):
         loradrop.parameter_groups(model, head_learning_rate=0.1)
 
 

@@ -1,0 +1,121 @@
+"""The folder of a `fit`: who holds it, with which options, and what lies between its two runs.
+
+A resume goes on from there once `start/`, which is written last, holds the adapters.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from loradrop.env import is_first_rank
+from loradrop.files import read_json, replacing, write_json
+from loradrop.loading import fill
+from loradrop.native import read, save
+from loradrop.optimizers import Known
+
+OPTIONS = "options.json"
+ADAPTERS, RECORD, KNOWN = "start", "warmup.json", "optimizer.pt"
+Options = Mapping[str, Mapping[str, Any]]
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def begun(folder: Path, options: Options, resume: bool) -> Iterator[None]:
+    """Takes the folder for a run with these options, by section; one that fails inside with nothing
+    to resume frees it again.
+
+    Raises ValueError where it holds another run, or a resume has other options.
+    """
+    file = folder / OPTIONS
+    if is_first_rank():
+        _require_same_run(folder, options, resume)
+        _take(folder, options, resume)
+    try:
+        yield
+    except Exception:
+        kept = [*folder.glob("*/checkpoint-*"), *folder.glob(ADAPTERS)]
+        if is_first_rank() and not kept:
+            file.unlink(missing_ok=True)
+        raise
+
+
+def _take(folder: Path, options: Options, resume: bool) -> None:
+    """Writes the options; of two runs that start together, one finds the file there."""
+    if resume:
+        return write_json(folder / OPTIONS, options)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(folder / OPTIONS, "x", encoding="utf-8") as opened:
+            json.dump(options, opened, indent=2)
+    except FileExistsError as error:
+        raise ValueError(_held(folder)) from error
+
+
+def _held(folder: Path) -> str:
+    return f"{folder} holds a run already: resume, or choose another output"
+
+
+def _require_same_run(folder: Path, options: Options, resume: bool) -> None:
+    if not (folder / OPTIONS).exists():
+        return
+    if not resume:
+        raise ValueError(_held(folder))
+    for section, before in read_json(folder / OPTIONS).items():
+        now = options.get(section, {})
+        names = {*before, *now}
+        changed = sorted(k for k in names if not _equal(before.get(k), now.get(k)))
+        if changed:
+            raise ValueError(
+                f"{folder} was begun with other options ({section}: {', '.join(changed)}): resume "
+                "with the same, or choose another output"
+            )
+
+
+def _equal(before: Any, now: Any) -> bool:
+    """Lists of names are sets: their order says nothing."""
+    if isinstance(before, list) and isinstance(now, list):
+        return sorted(map(str, before)) == sorted(map(str, now))
+    return bool(before == now)
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Beside the model: steps and seconds of the first run, what it logged, and what its optimiser
+    knew, by the parameter's name, where the second run goes on with that.
+    """
+
+    steps: int = 0
+    seconds: float = 0.0
+    history: Sequence[Mapping[str, Any]] = ()
+    known: Mapping[str, Known] = field(default_factory=dict)
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """This, and the model's adapters; every rank calls it."""
+        if is_first_rank():
+            record = {"steps": self.steps, "seconds": self.seconds, "history": [*self.history]}
+            write_json(folder / RECORD, record)
+            with replacing(folder / KNOWN) as draft:
+                torch.save(dict(self.known), draft)
+        save(model, folder / ADAPTERS)
+
+
+def taken(model: nn.Module, folder: Path) -> Boundary | None:
+    """What `write` left, its adapters in the model; None where that is not there or not whole."""
+    try:
+        adapters = read(folder / ADAPTERS)
+        record = read_json(folder / RECORD)
+        known = torch.load(folder / KNOWN, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        _log.warning("%s. Going on from the warm-up's last checkpoint", error)
+        return None
+    fill(model, adapters)
+    return Boundary(**record, known=known)
