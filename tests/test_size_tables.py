@@ -65,10 +65,11 @@ def size_cells() -> list[dict[str, Any]]:
     cells: list[dict[str, Any]] = [
         {"task": "t", "arm": "LoRA r=1", "rate": 0.1, "seed": 100, "of": "held out", "loss": 9.0}
     ]
-    for arm, size, loss in (("LoRA r=8", 8000, 0.9), ("LoRA r=1", 1000, 1.0)):
+    for arm, size, loss, head in (("LoRA r=8", 8000, 0.9, 0.2), ("LoRA r=1", 1000, 1.0, None)):
         for seed in (0, 1):
             cells.append(
-                {"task": "t", "arm": arm, "rate": 0.1, "seed": seed, "of": "dev", "n": 10,
+                {"task": "t", "arm": arm, "rate": 0.1, "head_rate": head, "seed": seed,
+                 "of": "dev", "n": 10,
                  "parameters": size, "held_out_loss": 2 * loss, "loss": loss, "accuracy": 0.5}
             )  # fmt: skip
     return cells
@@ -77,8 +78,10 @@ def size_cells() -> list[dict[str, Any]]:
 def test_sizes(tmp_path: Path) -> None:
     found = size_tables.sizes(write(tmp_path, "bench_sizes", size_cells()))
     assert found is not None
-    assert "| LoRA r=8 | 8,000 | 0.1 | 1.800 ± 0.000 | 0.900 ± 0.000 | 50.0 ± 0.0 | " in found
+    row = "| LoRA r=8 | 8,000 | 0.1; head 0.2 | 1.800 ± 0.000 | 0.900 ± 0.000 | 50.0 ± 0.0 | "
+    assert row in found
     assert "| −10.0 ± 0.0 % | 2 |" in found and "9.0" not in found
+    assert "| LoRA r=1 | 1,000 | 0.1 | 2.000" in found
 
 
 def test_the_summary_has_the_arms_and_tasks_of_the_readme(tmp_path: Path) -> None:
@@ -88,17 +91,6 @@ def test_the_summary_has_the_arms_and_tasks_of_the_readme(tmp_path: Path) -> Non
     assert "| dev loss (n=2) | size | stdlib, all linear layers |" in found
     assert "| LoRA r=8 | 1 | 0.900 ± 0.000 |" in found
     assert "| spectral, 1/8 | 1/8 | – |" in found
-
-
-def test_the_rival_is_lora_at_its_best_alpha() -> None:
-    arms = {
-        name: [{"held_out_loss": loss}, {"held_out_loss": loss + 0.1}]
-        for name, loss in {
-            "LoRA r=1": 1.2, "LoRA r=1, α=2": 1.1, "LoRA r=16": 0.5, "spectral, 1/8": 0.4
-        }.items()
-    }  # fmt: skip
-    assert size_tables.small(arms) == "LoRA r=1, α=2"
-    assert size_tables.small({}) == "LoRA r=1"
 
 
 def test_the_picture(tmp_path: Path) -> None:

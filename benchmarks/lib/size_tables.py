@@ -10,7 +10,7 @@ from loradrop.files import read_json
 
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom.
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
-SMALL = "LoRA r=1"  # what spectral LoRA-drop at an eighth is compared with, at its best α
+SMALL = "LoRA r=1"  # what spectral LoRA-drop at an eighth is compared with
 # The README's table: tasks and arms.
 SUMMARY = {
     "stdlib, same modules, query and value": "stdlib, query and value",
@@ -154,34 +154,27 @@ FIGURES = ("parameters", "learning rate", "held-out loss", "dev loss", "dev accu
 def figures(cells: Sequence[Cell], rival: Sequence[Cell]) -> list[str]:
     """One arm at the rate that won: `FIGURES`, its loss against the rival's, and n."""
     size = statistics.mean(cell["parameters"] for cell in cells)
-    row = [f"{size:,.0f}", f"{cells[0]['rate']:g}"]
+    head = cells[0].get("head_rate")
+    row = [f"{size:,.0f}", f"{cells[0]['rate']:g}" + (f"; head {head:g}" if head else "")]
     row += [shown([c[which] for c in cells], 3) for which in ("held_out_loss", "loss")]
     row += [shown([100 * c["accuracy"] for c in cells], 1)]
     pairs = against(cells, rival)
     return [*row, shown(pairs, 1, " %", "+") if pairs else "", str(len(cells))]
 
 
-def small(arms: dict[str, list[Cell]]) -> str:
-    """LoRA of rank 1 at the α of least loss on the rows by which rates are chosen."""
-    names = [arm for arm in arms if arm.partition(", α")[0] == SMALL]
-    means = {arm: statistics.mean(cell["held_out_loss"] for cell in arms[arm]) for arm in names}
-    return min(means, key=means.__getitem__, default=SMALL)
-
-
 def sizes(results: Path) -> str | None:
-    """For every arm of the tasks that have LoRA r = 1 at the study's own α: the rate that won,
-    parameters, loss and accuracy on dev.
+    """For every arm of the tasks that have LoRA r = 1: the rates that won, parameters, loss and
+    accuracy on dev.
     """
     final = final_cells(results)
     parts = []
     for task in dict.fromkeys(task for task, arm in final if arm == SMALL):
         arms = {arm: cells for (of, arm), cells in final.items() if of == task}
-        rival = small(arms)
         body = [
-            [arm, *figures(cells, [] if arm == rival else arms.get(rival, []))]
+            [arm, *figures(cells, [] if arm == SMALL else arms[SMALL])]
             for arm, cells in arms.items()
         ]
-        parts.append(markdown((task, *FIGURES, f"loss against {rival}, paired", "n"), body))
+        parts.append(markdown((task, *FIGURES, f"loss against {SMALL}, paired", "n"), body))
     return "\n\n".join(parts) or None
 
 
