@@ -16,11 +16,10 @@ from loradrop.injection import injection_of, plan_of
 from loradrop.masks import MASK, MaskFn
 from loradrop.methods.base import Method, Warmup
 from loradrop.native import FOLDER, PLAN, TENSORS, checkpoint, read
-from loradrop.optimizers import follow, groups_of, regroup, unprojectable
+from loradrop.optimizers import follow, groups_of
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.ranks import world_size
-from loradrop.schedules import restart
 from loradrop.sharing import conclude
 
 _ACTS = "warmup", "before_step", "on_step_end"
@@ -28,16 +27,15 @@ _log = logging.getLogger(__name__)
 
 
 class LoraDropCallback(TrainerCallback):
-    """The whole method in one run of any Trainer: warm-up, select, share, and on with a new start.
+    """The whole method in one run of any Trainer: warm-up, select, share, and on.
 
         loradrop.inject(model, loradrop.LoraDropConfig(...))
         Trainer(model, args, ..., callbacks=[loradrop.LoraDropCallback()]).train()
 
-    The warm-up are the Trainer's first steps. At its end the best model so far is forgotten, the
-    optimiser forgets its state, and the schedule starts again over the steps that are left; the
-    method spectral goes on in both. Checkpoints resume on either side of it. A method without a
-    warm-up gets its events alone. A PeftModel needs no `inject`, but a
-    `loradrop.integrations.peft.LoraDropConfig`.
+    The warm-up are the Trainer's first steps. At its end the best model so far is forgotten, and
+    the optimiser forgets what it knew of adapters that begin anew; the schedule goes on.
+    Checkpoints resume on either side of it. A method without a warm-up gets its events alone. A
+    PeftModel needs no `inject`, but a `loradrop.integrations.peft.LoraDropConfig`.
 
     mask, mask_fn   of the statistics, as for `probe`
 
@@ -51,7 +49,6 @@ class LoraDropCallback(TrainerCallback):
         self.masks: dict[str, Any] = {"mask": mask, "mask_fn": mask_fn}
         self.events: MethodCallback | None = None
         self.warmup: Warmup | None = None
-        self.ended = 0  # the step at which the warm-up ended
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         method, plugin = type(injection_of(model).config.method), _fsdp(args)
@@ -61,14 +58,13 @@ class LoraDropCallback(TrainerCallback):
             _keep_whole(model, plugin)
 
     def on_train_begin(
-        self, args: Any, state: TrainerState, control: Any, model: Any = None, **objects: Any
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any
     ) -> None:
         if self.events is not None:  # a run before this one, which may have ended with an error
             self.events.detach()
         bank, injection = bank_of(model), injection_of(model)
         method, decided = injection.config.method, bank.assignment.decided
-        stage = method.warmup(state.max_steps)
-        self.warmup = None if decided else stage
+        self.warmup = None if decided else method.warmup(state.max_steps)
         if self.warmup is not None:
             _require_one_run(self.warmup, method, args, model)
         statistics = () if decided else method.statistics
@@ -82,11 +78,8 @@ class LoraDropCallback(TrainerCallback):
             if not (folder / EVENTS).exists():
                 _log.warning("%s is not there: the statistics count from here on", folder / EVENTS)
             else:
-                self.ended = int(read_json(folder / EVENTS)["ended"])
                 self.events.load(folder)
                 injection.plan = _plan(folder)
-        if decided and self.ended and not (stage and stage.goes_on):
-            restart(args, state, self.ended, **objects)
         self.events.begin()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
@@ -104,9 +97,7 @@ class LoraDropCallback(TrainerCallback):
         assert collector is not None
         record = {"steps": step, "planned": self.warmup.steps, "settled": self.events.settled}
         self.events.watch(collector, last=True)
-        optimizer, goes_on = o["optimizer"], self.warmup.goes_on
-        groups = groups_of(model, optimizer)
-        forgets = unprojectable(model, optimizer) if goes_on else None
+        groups = groups_of(model, o["optimizer"])
         set_seed(args.seed)
         if self.warmup.source == "offline":
             rows = o["train_dataloader"]
@@ -114,15 +105,9 @@ class LoraDropCallback(TrainerCallback):
             scores = probe(model, batches, gram=True, **self.masks)
         else:
             scores = collector.scores()
-        changed = conclude(model, scores, record)
-        self.warmup, self.ended = None, step
-        if goes_on:
-            if forgets is not None:
-                _log.warning("%s: its state begins anew after the cut", forgets)
-            follow(model, optimizer, groups, changed, "projected" if forgets is None else "reset")
-        else:
-            regroup(model, optimizer, groups)
-            restart(args, state, step, **o)
+        update = conclude(model, scores, record)
+        follow(model, o["optimizer"], groups, update)
+        self.warmup = None
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self.events.detach()
         self.events = MethodCallback(model, **self.masks)
@@ -133,7 +118,7 @@ class LoraDropCallback(TrainerCallback):
     ) -> None:
         if self.events is not None:
             folder = _of_step(args, state) / FOLDER
-            self.events.save(folder, args.should_save, ended=self.ended)
+            self.events.save(folder, args.should_save)
             if args.should_save:
                 if bank_of(model).changed is not None:  # FSDP2 may write the checkpoint in parts
                     _save_whole(model, folder)

@@ -28,20 +28,19 @@ def training_arguments(
     *,
     warm_up: bool,
     has_dev: bool,
-    schedule: int | None = None,
+    total: int | None = None,
 ) -> TrainingArguments:
     """transformers' arguments for one stage of `steps` optimiser steps; `folder` gets its files.
 
-    schedule   steps of the schedule that this stage is a part of; None is one of its own, which is
-               constant in the warm-up
+    total   steps of the schedule of the learning rate that the stage is a part of; None is its own
 
-    The warm-up has no evaluation and no best model. Raises ValueError for
-    an option in `extra` that TrainingArguments lacks, or refuses.
+    The warm-up has no evaluation and no best model. Raises ValueError for an option in `extra` that
+    TrainingArguments lacks, or refuses.
     """
     precision = _supported(args.precision)
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     check_keys(args.extra, known, "train.extra")
-    rising = args.warmup_ratio * (schedule or steps)
+    rising = args.warmup_ratio * (total or steps)
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -70,9 +69,6 @@ def training_arguments(
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     options |= args.extra
-    if warm_up and schedule is None:
-        options["lr_scheduler_type"] = "constant_with_warmup"
-        options["warmup_steps"] = math.ceil(rising) if rising >= 1 else 0
     if warm_up:
         options |= {
             "save_strategy": "steps",

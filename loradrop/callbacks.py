@@ -126,12 +126,12 @@ class MethodCallback(TrainerCallback):
         self.seconds_before, self._started = self.seconds, time.monotonic()
         self.detach()
 
-    def save(self, folder: Path, write: bool, **more: Any) -> None:
-        """The state of the statistics, and `more`; every rank calls it, the first one writes."""
+    def save(self, folder: Path, write: bool) -> None:
+        """The state of the statistics; every rank calls it, the first one writes."""
         state = self.collector.state_dict() if self.collector is not None else {}
         if write:
             write_tensors(folder / STATISTICS, state, {"format": "pt"})
-            write_json(folder / EVENTS, {"seconds": self.seconds, "settled": self.settled, **more})
+            write_json(folder / EVENTS, {"seconds": self.seconds, "settled": self.settled})
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote."""

@@ -146,8 +146,7 @@ class TrainConfig:
     steps           optimiser steps in all, warm-up included; None is `epochs` passes over the data
     head_learning_rate   of what is trained whole beside the adapters, as a new head; None is
                     learning_rate. In `fit` and the command
-    warmup_ratio    part of each run's steps over which the learning rate rises; it falls linearly
-                    afterwards, and stays constant in the warm-up run
+    warmup_ratio    part of all steps over which the learning rate rises; then it falls linearly
     precision       "float32", "bf16" or "fp16" (autocast); bf16 on a CPU that has none computes in
                     float32
     save_every      steps between checkpoints; log_every, eval_every likewise; eval_every below 1 is

@@ -1,17 +1,19 @@
 """A running optimiser whose parameters change under it: its groups, and what it knows."""
 
+import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from loradrop.bank import bank_of
-from loradrop.pairs import Narrowed
+from loradrop.pairs import Update
 
 MOMENTS = ("projected", "reset")
 Known = dict[str, Any]  # what an optimiser keeps of one parameter
+_log = logging.getLogger(__name__)
 # What an optimiser keeps for each element of a parameter: of its gradients, or of their squares.
 _LINEAR, _SQUARED = ("exp_avg", "momentum_buffer"), ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 
@@ -80,16 +82,12 @@ def regroup(model: nn.Module, optimizer: Any, groups: Mapping[str, int]) -> None
 
 
 def follow(
-    model: nn.Module,
-    optimizer: Any,
-    groups: Mapping[str, int],
-    changed: Sequence[Narrowed],
-    moments: str,
+    model: nn.Module, optimizer: Any, groups: Mapping[str, int], update: Update | None
 ) -> None:
-    """The optimiser goes on with what a cut left: `groups` are those of before, `changed` the
-    adapters that have new factors.
+    """The optimiser goes on after an update with what is trained now; `groups` are those of before.
+    None: it forgets what it knew.
     """
-    state = narrowed_state(optimizer, changed) if moments == "projected" else {}
+    state = {} if update is None else kept_state(optimizer, update)
     regroup(model, optimizer, groups)
     held = _places(optimizer)
     plain(optimizer).state.update({p: known for p, known in state.items() if id(p) in held})
@@ -100,24 +98,31 @@ def plain(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def narrowed_state(optimizer: Any, changed: Sequence[Narrowed]) -> dict[Any, Known]:
-    """Parameter -> what the optimiser would know of it: of narrowed adapters as A' = P A and
-    B' = B Q say, of the others as it is.
+def kept_state(optimizer: Any, update: Update) -> dict[Any, Known]:
+    """Parameter -> what the optimiser knows of it after an update: nothing of those that begin
+    anew, of narrowed adapters as A' = P A and B' = B Q say, of the others as it is.
 
     ∂A' = √g Qᵀ ∂A and ∂B' = √g ∂B Pᵀ, with s grown by g, hold for gradients and so for their means;
-    means of squares go over with the squares of these, as if the elements were independent.
+    means of squares go over with the squares of these, as if the elements were independent. What
+    cannot go over begins anew, with a warning.
     """
-    state = plain(optimizer).state
+    state, why = plain(optimizer).state, None
     found = {parameter: state[parameter] for parameter in state}
-    for before, after, down, up, growth in changed:
+    for parameter in update.fresh:
+        found.pop(parameter, None)
+    for before, after, down, up, growth in update.narrowed:
         root = math.sqrt(growth)
         for old, new, left, right in (
             (before[0], after[0], root * up.T, None), (before[1], after[1], None, root * down.T),
         ):  # fmt: skip
-            if known := found.pop(old, None):
-                found[new] = {
-                    name: _moved(name, value, old, left, right) for name, value in known.items()
-                }
+            known = found.pop(old, {})
+            why = _odd(known, old) or why
+            if known and not why:
+                moved = {n: _moved(n, value, old, left, right) for n, value in known.items()}
+                found[new] = moved
+    if why is not None:
+        what = f"{type(plain(optimizer)).__name__} keeps {why!r} of each parameter"
+        _log.warning("%s, which cannot be cut: it begins anew with the adapters", what)
     return found
 
 
@@ -136,24 +141,29 @@ def _moved(name: str, value: Any, of: Tensor, left: Tensor | None, right: Tensor
 
 
 def unprojectable(model: nn.Module, optimizer: Any) -> str | None:
-    """Why what an optimiser knows of adapters cannot be cut with them: it keeps more than means of
-    gradients and of their squares, element by element, and numbers. None where it can.
+    """What an optimiser keeps of adapters that cannot be cut with them: all but means of gradients
+    and of their squares, element by element, and numbers. None where it can.
     """
-    kind, state = type(plain(optimizer)).__name__, plain(optimizer).state
-    parameters = list(bank_of(model).parameters())
-    if state and not any(parameter in state for parameter in parameters):
-        return f"{kind} keeps nothing by parameter, so what it knows cannot be projected"
-    for parameter in parameters:
-        for name, value in state.get(parameter, {}).items():
-            number = not isinstance(value, Tensor) or not value.ndim
-            if not (number or (value.shape == parameter.shape and name in _LINEAR + _SQUARED)):
-                return f"{kind} keeps {name!r} of each parameter, which cannot be projected"
+    state = plain(optimizer).state
+    found = (_odd(state.get(parameter, {}), parameter) for parameter in bank_of(model).parameters())
+    return next(filter(None, found), None)
+
+
+def _odd(known: Known, parameter: Tensor) -> str | None:
+    """The name of what cannot be cut with the parameter."""
+    for name, value in known.items():
+        number = not isinstance(value, Tensor) or not value.ndim
+        if not (number or (value.shape == parameter.shape and name in _LINEAR + _SQUARED)):
+            return name
     return None
 
 
 def by_name(model: nn.Module, state: Mapping[Any, Known]) -> dict[str, Known]:
     """The same by the parameters' names in the model, as `learn` takes it."""
-    return {name: state[p] for name, p in model.named_parameters() if p in state}
+    found = {name: state[p] for name, p in model.named_parameters() if p in state}
+    if state and not found:
+        _log.warning("the optimiser keeps nothing by parameter, so it begins anew here")
+    return found
 
 
 def learn(model: nn.Module, optimizer: Any, known: Mapping[str, Known]) -> None:

@@ -31,11 +31,14 @@ class Narrowed(NamedTuple):
     growth: float = 1.0
 
 
-class Truncated(NamedTuple):
-    """A cut that was carried out: the adapters that have new factors, and what the plan says."""
+class Update(NamedTuple):
+    """What a decision did to the adapters: those that were cut, parameters that begin anew, and
+    what the plan says of a cut, None where there was none.
+    """
 
-    changed: Sequence[Narrowed]
-    record: Mapping[str, Any]
+    narrowed: Sequence[Narrowed] = ()
+    fresh: Sequence[Tensor] = ()
+    record: Mapping[str, Any] | None = None
 
 
 class LoRAPair(nn.Module):
@@ -124,7 +127,7 @@ class LoRABank(AdapterBank):
         init: str,
         after_select: str,
         interval: int = INTERVAL,
-    ) -> None:
+    ) -> Update:
         """One pair for all targets of a group but `kept`: see `sharing.share`."""
         self.require_whole()
         check_choice("init", init, INITS)
@@ -136,13 +139,16 @@ class LoRABank(AdapterBank):
         for i, slot in enumerate(assignment.slots):
             if slot is not None:
                 members.setdefault(slot, []).append(i)
-        own, pairs = set(kept), []
+        own, pairs, new = set(kept), [], []
         for slot in range(len(members)):
             first = self.targets[members[slot][0]]
             start = after_select if first.name in own else init
             pairs.append(self._start(members[slot], start, scores))
+            if start != "continue":
+                new.append(slot)
         held = [self.factors(members[slot][0]) for slot in range(len(members))]
         self.assign(assignment, _in_place(pairs, held))
+        return Update(fresh=[p for slot in new for p in self._pair(slot).factors()])
 
     def in_file(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As in the base; "pairs.0.A" is "A.0" there."""
@@ -156,7 +162,7 @@ class LoRABank(AdapterBank):
         super().restore(assignment, named)
 
     @torch.no_grad()
-    def cut(self, cut: Cut) -> Truncated:
+    def cut(self, cut: Cut) -> Update:
         """Every adapter as the cut says."""
         self.require_whole()
         numbers = {slot: n for n, slot in enumerate(s for s, k in cut.ranks.items() if k)}
@@ -170,11 +176,11 @@ class LoRABank(AdapterBank):
         slots = tuple(None if slot is None else numbers.get(slot) for slot in self.slots)
         kept = tuple(t.name for t, k in zip(targets, left, strict=True) if k)
         self.assign(Assignment(targets, slots, kept), pairs)
-        changed = [
+        narrowed = [
             Narrowed(held[slot], self._pair(numbers[slot]).factors(), *maps)
             for slot, maps in cut.maps.items()
         ]
-        return Truncated(changed, cut.record)
+        return Update(narrowed, record=cut.record)
 
     def grams(self, probed: Grams | None, metric: str) -> Grams:
         """The Gram matrices of the factors as they are now, and of the passes as probed.

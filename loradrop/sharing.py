@@ -10,7 +10,7 @@ from torch import nn
 from loradrop.bank import bank_of
 from loradrop.injection import injection_of, plan_of
 from loradrop.methods import Method
-from loradrop.pairs import LoRABank, Narrowed
+from loradrop.pairs import LoRABank, Update
 from loradrop.scores import Scores
 from loradrop.selection import INTERVAL, keep_frequency
 
@@ -58,14 +58,12 @@ def share(
     _say(model)
 
 
-def conclude(
-    model: nn.Module, scores: Scores, warmup: Mapping[str, Any]
-) -> Sequence[Narrowed]:
+def conclude(model: nn.Module, scores: Scores, warmup: Mapping[str, Any]) -> Update:
     """The end of a warm-up: the method decides by `scores`, and both go into the plan.
 
     warmup   what the plan says of it: steps, planned, settled
 
-    Returns the adapters that were cut. Raises ValueError for scores that are all zero.
+    Returns what that did. Raises ValueError for scores that are all zero.
     """
     if not any(scores.values()):
         raise ValueError(
@@ -77,11 +75,13 @@ def conclude(
     injection.plan = None  # not what an earlier run recorded
     plan = plan_of(model)
     made = method.update(bank_of(model), scores)
+    if made is None:
+        made = Update(fresh=[*bank_of(model).parameters()])
     found = dict(warmup) | {"frequency": _frequency(method, scores)}
-    decided = replace(plan.after_cut(made and made.record), scores=scores.to_dict(), warmup=found)
+    decided = replace(plan.after_cut(made.record), scores=scores.to_dict(), warmup=found)
     injection.plan = decided
     _say(model)
-    return () if made is None else made.changed
+    return made
 
 
 def _frequency(method: Method, scores: Scores) -> dict[str, float] | None:

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -23,7 +24,6 @@ from loradrop.native import read
 from loradrop.optimizers import Known, learn, set_head_rate
 from loradrop.order import Onward
 from loradrop.sampling import some_of
-from loradrop.schedules import go_on
 
 COMPLETE = "complete.json"
 _WRAPPED = ("forward", "_original_forward")  # what accelerate's mixed precision sets on a model
@@ -111,7 +111,7 @@ class LoRATrainer(Trainer):
             return super().create_scheduler(num_training_steps, optimizer)
         scheduler = super().create_scheduler(self.part.steps, optimizer)
         if self.part.done:
-            go_on(scheduler, self.part.done)
+            _begin_at(scheduler, self.part.done)
         return scheduler
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -223,6 +223,24 @@ class LoRATrainer(Trainer):
 
     def _load_best_model(self) -> None:
         fill(self.events.model, read(str(self.state.best_model_checkpoint)))
+
+
+def _begin_at(scheduler: Any, done: int) -> None:
+    """A new schedule, from its step `done` on."""
+    if not isinstance(scheduler, LambdaLR):
+        what = f"the schedule is a {type(scheduler).__name__}, which cannot begin in its middle"
+        _log.warning("%s: it begins anew after the warm-up", what)
+        return
+    scheduler.lr_lambdas = [_shifted(at, done) for at in scheduler.lr_lambdas]
+    starts = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    rates = [base * at(0) for base, at in starts]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
+
+
+def _shifted(at: Callable[[int], float], done: int) -> Callable[[int], float]:
+    return lambda step: at(step + done)
 
 
 def dev_metrics(trainer: Trainer) -> dict[str, Any]:

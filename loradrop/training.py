@@ -30,7 +30,7 @@ from loradrop.injection import base_of, injection_of, plan_of
 from loradrop.masks import MASK, MaskFn
 from loradrop.methods.base import Warmup
 from loradrop.native import save
-from loradrop.optimizers import by_name, narrowed_state, unprojectable
+from loradrop.optimizers import by_name, kept_state
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.ranks import wait, world_size
@@ -206,8 +206,9 @@ class _Run:
         statistics = () if done or decided else self.config.method.statistics
         stage = self.config.method.warmup(self.total) if done else None
         part = None
-        if stage is not None and stage.goes_on:
-            part = Part(self.total, done, self._rows(done), before.known)
+        if stage is not None:
+            row = self._rows(done) if stage.sample_ratio == 1.0 else 0
+            part = Part(self.total, done, row, before.known)
         trainer, events = self._stage("main", self.total - done, self.train, statistics, part=part)
         metrics = {} if self.dev is None else trainer.dev_metrics()
         save(self.model, self.folder / "adapter")
@@ -265,7 +266,7 @@ class _Run:
             rows = sample_of(rows, stage.sample_ratio, self.args.seed)
         online = stage.source == "online" or stage.settle_every
         collected = method.statistics if online else ()
-        part = Part(self.total) if stage.goes_on else None
+        part = Part(self.total)
         trainer, events = self._stage("warmup", stage.steps, rows, collected, stage, part)
         steps = trainer.state.global_step
         set_seed(self.args.seed)
@@ -277,26 +278,20 @@ class _Run:
         else:
             scores = events.collector.scores()
         record = {"steps": steps, "planned": stage.steps, "settled": events.settled}
-        optimizer = trainer.optimizer
-        forgets = unprojectable(self.model, optimizer) if part is not None else None
         try:
-            changed = conclude(self.model, scores, record)
+            update = conclude(self.model, scores, record)
         except ValueError:
             if is_first_rank():  # nothing that another try could go on from
                 shutil.rmtree(self.folder / "warmup", ignore_errors=True)
             raise
         self._record()
-        before = Boundary(steps, events.seconds_before, trainer.history("warmup"))
-        if forgets is not None:
-            _log.warning("%s: its state begins anew after the cut", forgets)
-        if part is None or forgets is not None:
-            return before
-        return replace(before, known=by_name(self.model, narrowed_state(optimizer, changed)))
+        known = by_name(self.model, kept_state(trainer.optimizer, update))
+        return Boundary(steps, events.seconds_before, trainer.history("warmup"), known)
 
     def _arguments(self, stage: str, steps: int, part: Part | None = None) -> TrainingArguments:
         return training_arguments(
             self.args, self.folder / stage, steps, warm_up=stage == "warmup",
-            has_dev=self.dev is not None, schedule=None if part is None else part.steps,
+            has_dev=self.dev is not None, total=None if part is None else part.steps,
         )  # fmt: skip
 
     def _stage(

@@ -9,7 +9,7 @@ from torch import nn
 from loradrop.bank import bank_of
 from loradrop.cuts import decide
 from loradrop.injection import injection_of, plan_of, require_adapted, require_own
-from loradrop.optimizers import MOMENTS, follow, groups_of, unprojectable
+from loradrop.optimizers import MOMENTS, follow, groups_of, plain, unprojectable
 from loradrop.pairs import LoRABank
 from loradrop.selection import check_choice
 from loradrop.spectra import METRICS
@@ -59,12 +59,15 @@ def truncate(
     plan, full = plan_of(model), bank.trainable
     groups = {} if optimizer is None else groups_of(model, optimizer)
     projected = optimizer is not None and moments == "projected"
-    if projected and (reason := unprojectable(model, optimizer)) is not None:
-        raise ValueError(f"{reason}: pass moments='reset', which begins its state anew")
+    if projected and (name := unprojectable(model, optimizer)) is not None:
+        raise ValueError(
+            f"{type(plain(optimizer)).__name__} keeps {name!r} of each parameter, which cannot be "
+            "projected: pass moments='reset', which begins its state anew"
+        )
     cut = decide(bank.targets, bank.grams(grams, metric), ranks, metric, compensate)
     made = bank.cut(cut)
     if optimizer is not None:
-        follow(model, optimizer, groups, made.changed, moments)
+        follow(model, optimizer, groups, made if moments == "projected" else None)
     injection.plan = plan.after_cut(made.record)
     injection.scores = None  # of the adapters that were there
     found = cut.record["loss"] if cut.record["compensated"] is None else cut.record["compensated"]

@@ -151,7 +151,12 @@ def test_training_arguments_mean_what_they_say(tmp_path: Path) -> None:
         if name != "num_train_epochs":  # both stages count steps
             assert getattr(main, name) == getattr(args, name)
     assert main.get_warmup_steps(10) == 2
-    assert training_arguments(found, tmp_path, 10, warm_up=True, has_dev=False).warmup_steps == 0
+    warm = training_arguments(found, tmp_path, 3, total=10, warm_up=True, has_dev=False)
+    assert warm.warmup_steps == 2 and warm.lr_scheduler_type == "cosine"  # one schedule for both
+    short = training_arguments(tiny.ARGS, tmp_path, 10, warm_up=False, has_dev=False)
+    assert short.warmup_steps == 0  # the first step of one has rate 0
+    part = training_arguments(tiny.ARGS, tmp_path, 10, total=50, warm_up=False, has_dev=False)
+    assert part.warmup_steps == 3
     result = fit(make_model(), make_rows(), None, tiny.DROP, args=args)
     assert result.steps == 12 and (tmp_path / "adapter").is_dir()
 

@@ -21,7 +21,7 @@ import loradrop
 from loradrop import LoRAConfig, LoraDropConfig, TrainConfig, fit
 from loradrop import arguments as arguments_module
 from loradrop.callbacks import MethodCallback
-from loradrop.injection import injection_of
+from loradrop.injection import injection_of, plan_of
 from loradrop.methods import Method
 from loradrop.optimizers import plain, set_head_rate
 from loradrop.trainer import last_checkpoint
@@ -360,26 +360,38 @@ class Knowledge(TrainerCallback):
         self.known.append({p: copy.deepcopy(state[p]) for p in state})
 
 
+KEEPING = replace(tiny.DROP, method=replace(tiny.DROP.method, after_select="continue"))
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_spectral_has_one_schedule_and_one_optimiser(schedule: str, tmp_path: Path) -> None:
-    """The rates of plain LoRA over both stages; and what was known of the head and of A and B is
-    known at the first step after the cut.
+@pytest.mark.parametrize("config", [tiny.CONFIGS["spectral"], KEEPING, tiny.DROP, tiny.SETTLING])
+def test_the_stages_have_one_schedule_and_one_optimiser(
+    schedule: str, config: LoRAConfig, tmp_path: Path
+) -> None:
+    """The rates of plain LoRA over both stages; and what was known of the head, and of adapters but
+    for those that begin anew, is known at the first step after the decision.
     """
     args = replace(tiny.ARGS, extra={"lr_scheduler_type": schedule}, warmup_ratio=0.25)
-    plain_run, cut_run, model = Knowledge(), Knowledge(), make_model()
+    plain_run, own, model = Knowledge(), Knowledge(), make_model()
     run(tmp_path / "lora", tiny.PLAIN, args, callbacks=[plain_run])
-    run(tmp_path / "cut", tiny.CONFIGS["spectral"], args, callbacks=[cut_run], model=model)
-    assert cut_run.rates == pytest.approx(plain_run.rates) and len(cut_run.rates) == tiny.TOTAL
-    before, after, end = cut_run.known
-    assert {float(known["step"]) for known in after.values()} == {tiny.WARMUP}
-    assert {float(known["step"]) for known in end.values()} == {tiny.TOTAL}
+    run(tmp_path / "own", config, args, callbacks=[own], model=model)
+    assert own.rates == pytest.approx(plain_run.rates) and len(own.rates) == tiny.TOTAL
+    before, after, end = own.known
+    steps = int(plan_of(model).warmup["steps"])
     for parameter in model.classifier.parameters():
         for name, value in before[parameter].items():
             assert torch.equal(after[parameter][name], value)
-    for parameter in model.lora_bank.parameters():
-        assert after[parameter]["exp_avg"].shape == parameter.shape
-        assert after[parameter]["exp_avg"].any()
-    assert len(after) == sum(p.requires_grad for p in model.parameters())
+        assert float(end[parameter]["step"]) == tiny.TOTAL
+    bank = model.lora_bank
+    kept = {target.name for target in bank.targets} & {*bank.assignment.kept}
+    if config in (tiny.DROP, tiny.SETTLING):
+        kept = set()  # they begin anew, too
+    for target, slot in zip(bank.targets, bank.slots, strict=True):
+        for parameter in () if slot is None else bank.pairs[slot].factors():
+            assert (parameter in after) == (target.name in kept)
+            if target.name in kept:
+                assert after[parameter]["exp_avg"].shape == parameter.shape
+                assert after[parameter]["exp_avg"].any() and after[parameter]["step"] == steps
 
 
 def test_what_cannot_be_cut_with_the_adapters_begins_anew_and_says_so(
@@ -388,8 +400,8 @@ def test_what_cannot_be_cut_with_the_adapters_begins_anew_and_says_so(
     found, model = Knowledge(), make_model()
     args = replace(tiny.ARGS, extra={"optim": "adafactor"})
     run(tmp_path, tiny.CONFIGS["spectral"], args, callbacks=[found], model=model)
-    assert "Adafactor keeps 'exp_avg_sq_row' of each parameter, which cannot be" in caplog.text
-    assert "its state begins anew after the cut" in caplog.text and not found.known[1]
+    assert "Adafactor keeps 'exp_avg_sq_row' of each parameter, which cannot be cut" in caplog.text
+    assert {*found.known[1]} == {*model.classifier.parameters()}
 
 
 @pytest.mark.parametrize("method", [loradrop.LoRADrop(budget=0.5), loradrop.Spectral(budget=0.5)])

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from loradrop.bank import AdapterBank
-from loradrop.pairs import LoRABank, Truncated
+from loradrop.pairs import LoRABank, Update
 from loradrop.scores import Scores, Target
 
 
@@ -23,8 +23,9 @@ class Warmup:
     source        "online": scores of its own passes; "offline": of a pass in eval mode at its end
     settle_every  ask `settled` every so many steps; 0 never
     measured      the part of it, at its end, whose statistics count
-    goes_on       the main run goes on with what it trained: with the rows that come next, in the
-                  schedule of both, and with what the optimiser knows
+
+    The main run goes on with what it trained: with the rows that come next, in one schedule of the
+    learning rate, and with what the optimiser knows of all that `update` leaves as it was.
     """
 
     steps: int
@@ -32,7 +33,6 @@ class Warmup:
     source: str = "online"
     settle_every: int = 0
     measured: float = 1.0
-    goes_on: bool = False
 
     @property
     def measured_from(self) -> int:
@@ -87,10 +87,11 @@ class Method:
         """The names of the targets that keep their own adapter; None where nothing is decided."""
         return None
 
-    def update(self, bank: AdapterBank, scores: Scores | None) -> Truncated | None:
-        """Between the stages: change what the bank owns. An optimiser is made afterwards.
+    def update(self, bank: AdapterBank, scores: Scores | None) -> Update | None:
+        """Between the stages: change what the bank owns.
 
-        Returns what `LoRABank.cut` returns, where it cut ranks. Raises ValueError for a method that
+        Returns what `LoRABank.share` and `LoRABank.cut` return; None where an optimiser has to
+        begin anew with all adapters. Raises ValueError for a method that
         decides nothing.
         """
         raise ValueError(f"the method {self.name!r} selects nothing: pass kept, or use LoRADrop()")

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from loradrop.bank import AdapterBank
 from loradrop.methods.base import Method, Warmup
-from loradrop.pairs import AFTER, INITS, LoRABank
+from loradrop.pairs import AFTER, INITS, LoRABank, Update
 from loradrop.scores import Scores
 from loradrop.selection import (
     CHOICES,
@@ -148,7 +148,7 @@ class LoRADrop(Method):
             return kept
         return reselect(scores, kept, self.selection, self.selection_seed)
 
-    def update(self, bank: AdapterBank, scores: Scores | None) -> None:
+    def update(self, bank: AdapterBank, scores: Scores | None) -> Update:
         if scores is None:
             raise ValueError(
                 "sharing needs scores: call loradrop.probe(model, batches) after some training, "
@@ -158,7 +158,7 @@ class LoRADrop(Method):
         kept = self.decide(scores)
         if not kept and (why := self._why_none(scores)) is not None:
             _log.warning("%s, so no target keeps its own: raise it", why)
-        bank.share(
+        return bank.share(
             kept, scores, share=self.share, init=self.share_init,
             after_select=self.after_select, interval=self.interval,
         )  # fmt: skip

@@ -3,9 +3,8 @@
 The first stage trains LoRA with `r_start` directions for every target. At its end the Gram matrices
 of both passes say what each direction is worth in units of the loss (`spectra`), one budget is
 spent on the directions of all targets together, and the second stage trains what is left: plain
-LoRA with a rank for each target, 0 included. It goes on in everything else: in the order of the
-rows, in the schedule of the learning rate, and in what the optimiser knows, which is cut with the
-adapters. All of it is ours; the score by which LoRA-drop (Zhou
+LoRA with a rank for each target, 0 included. What the optimiser knows is cut with the adapters. All
+of it is ours; the score by which LoRA-drop (Zhou
 et al., COLING 2025) keeps whole layers is the sum of this spectrum with metric="output".
 
 Both stages train at one learning rate, and in a step of Adam, whose size is that of the rate, k
@@ -29,7 +28,7 @@ from loradrop.allocation import SCOPES, allocate, check_steps
 from loradrop.bank import AdapterBank
 from loradrop.cuts import Cut, decide
 from loradrop.methods.base import Method, Warmup
-from loradrop.pairs import LoRABank, Narrowed, Truncated
+from loradrop.pairs import LoRABank, Narrowed, Update
 from loradrop.scores import Assignment, Scores, Target
 from loradrop.selection import check_choice
 from loradrop.spectra import METRICS, spectrum
@@ -113,9 +112,9 @@ class Spectral(Method):
                 f"cut_at={self.cut_at:g} cuts after {steps} of {total} steps: choose at least 2 "
                 "(lora.method.cut_at), as B is zero at first, and fewer than all, or train longer"
             )
-        return Warmup(steps=steps, source=self.source, measured=self.measured, goes_on=True)
+        return Warmup(steps=steps, source=self.source, measured=self.measured)
 
-    def update(self, bank: AdapterBank, scores: Scores | None) -> Truncated:
+    def update(self, bank: AdapterBank, scores: Scores | None) -> Update:
         if scores is None:
             raise ValueError(
                 "the cut needs scores: call loradrop.probe(model, batches, gram=True) after some "
@@ -151,10 +150,10 @@ class SpectralBank(LoRABank):
         self.nominal, self.units = nominal, units
         self._rescale()
 
-    def cut(self, cut: Cut) -> Truncated:
+    def cut(self, cut: Cut) -> Update:
         """As in the base; the output is that of the base too."""
         made = super().cut(cut)
-        return made if self.units is None else made._replace(changed=[*map(_grown, made.changed)])
+        return made if self.units is None else made._replace(narrowed=[*map(_grown, made.narrowed)])
 
     def _use(self, assignment: Assignment) -> None:
         super()._use(assignment)
