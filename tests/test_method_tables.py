@@ -151,7 +151,7 @@ def test_cells_of_another_s_are_not_taken_for_this_one_s(tmp_path: Path) -> None
 
 
 def test_every_search_begins_on_the_grid() -> None:
-    arms = [*bench_sizes.ARMS.values(), study.ALONE]
+    arms = [*bench_sizes.ARMS.values(), study.OF_HEAD]
     arms += [
         arm for n in (1, 2, 4) for arm in bench_methods.arms(n, [*bench_methods.SIZES]).values()
     ]

@@ -1,9 +1,9 @@
 """The study of `bench_sizes.py` and `bench_methods.py`: arms trained each at its own learning rate.
 
 The rate is searched on one grid, by the loss on a part of train that no run trains on: first that
-of a new head, alone on the frozen model, which all arms of the task then have for their heads, and
-then each arm's own. At the rates that won, every seed trains once, and dev is looked at once, at
-the end.
+of a new head, beside LoRA of rank 8 at a fixed rate, which all arms of the task then have for their
+heads, and then each arm's own. At the rates that won, every seed trains once, and dev is looked at
+once, at the end.
 """
 
 import json
@@ -18,12 +18,12 @@ from lib.tasks import SETTINGS, Prepared, Tasks, labels_of, predictions, quality
 from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.files import read_json
 from loradrop.injection import plan_of
-from loradrop.methods import LoRADrop, Method
+from loradrop.methods import LoRA, LoRADrop, Method
 from loradrop.pairs import LoRABank
 from loradrop.scores import Assignment
 from loradrop.training import fit
 
-HEAD = "head only"  # the arm
+HEAD = "the head's rate"  # the arm
 RATES = tuple(1e-3 * 2**k for k in range(-4, 11))
 ALPHA = 0.125  # LoRA's, at every rank: smaller ones came out better in bench_sizes.py
 FIRST_RATE, HEAD_FIRST, SEARCH_SEED = 32e-3, 128e-3, 100
@@ -62,6 +62,8 @@ class HeadOnly(Method):
         return bank
 
 
+# Its rate is that of the head, and the adapters have `FIRST_RATE`.
+OF_HEAD = Arm(8, LoRA(), s=ALPHA / 8, first=HEAD_FIRST)
 # The rate of a head that learns alone is that of its "adapters".
 ALONE = Arm(8, HeadOnly(), s=ALPHA / 8, first=HEAD_FIRST, own=False)
 
@@ -98,7 +100,7 @@ class Study:
         settings: Mapping[str, Any],
         after: After | None = None,
     ) -> None:
-        self.tasks, self.path, self.arms = tasks, path, {HEAD: ALONE} | dict(arms)
+        self.tasks, self.path, self.arms = tasks, path, {HEAD: OF_HEAD} | dict(arms)
         self.after = after
         self.settings = dict(settings) | {"rates": RATES, "search_seed": SEARCH_SEED}
         self.cells: list[Cell] = read_json(path)["cells"] if path.exists() else []
@@ -128,7 +130,7 @@ class Study:
         if time.monotonic() > self._deadline:
             return None
         head = None
-        if self.arms[arm].own and SETTINGS[task].new_head:
+        if arm != HEAD and self.arms[arm].own and SETTINGS[task].new_head:
             head = self.search(task, HEAD)
             if head is None:
                 return None
@@ -143,10 +145,11 @@ class Study:
     ) -> Iterator[tuple[str, Cell]]:
         """The arm and its cell, and those that come `after` it; `head` is the rate of the head."""
         setting, (rank, method, about, s, *_) = SETTINGS[name], self.arms[arm]
+        adapters, head = (FIRST_RATE, rate) if arm == HEAD else (rate, head)
         if isinstance(method, LoRADrop) and method.selection == "random":
             method = replace(method, selection_seed=seed)
         train = TrainConfig(
-            steps=setting.steps, batch_size=setting.batch_size, learning_rate=rate, seed=seed,
+            steps=setting.steps, batch_size=setting.batch_size, learning_rate=adapters, seed=seed,
             save_every=10**6, head_learning_rate=head,
         )  # fmt: skip
         given = self.tasks.prepare(name, train)
