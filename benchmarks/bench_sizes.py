@@ -1,7 +1,7 @@
 """Which quality does a model reach at which number of trained parameters?
 
 LoRA of falling rank, LoRA-drop and spectral LoRA-drop, at equal steps and one α, each at its best
-learning rate, and heads at theirs: see `lib/study.py`. The whole curves of the search are kept.
+learning rate: see `lib/study.py`. The whole curves of the search are kept.
 Beside dev the loss on the rows held out is told, which are like those of training where dev is not
 (of stdlib it has other modules, but for "same modules"). Cells are written as they finish, and a
 run again does the rest.
@@ -21,7 +21,7 @@ import torch
 
 from lib import RESULTS, ROOT
 from lib.size_picture import draw
-from lib.study import ALONE, ALPHA, Arm, Cell, Study
+from lib.study import ALONE, ALPHA, HEAD, OF_HEAD, Arm, Cell, Study
 from lib.tasks import SETTINGS, Prepared, Tasks
 from loradrop.allocation import allocate
 from loradrop.injection import injection_of
@@ -71,6 +71,7 @@ ARMS = {
     "LoRA-drop, 1/2, kept adapters continue": drop(budget=0.5, after_select="continue"),
     "one shared LoRA": drop(threshold=0.0),
     "LoRA-drop, T=0.9": drop(threshold=0.9),
+    HEAD: OF_HEAD,
     "head only": ALONE,
     "spectral from r, 1/8": spectral(8, r_start=RANK),
     "spectral late, 1/8": spectral(8, cut_at=0.75),

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_methods
 import bench_sizes
 from lib import method_picture, method_tables, study
+from lib.tasks import SETTINGS
 from loradrop import methods
 from loradrop.scores import Scores, Target
 from loradrop.selection import assign
@@ -69,18 +70,13 @@ def test_every_method_is_compared_and_those_that_lack_are_left_out() -> None:
 
 def fake(tmp_path: Path, losses: dict[int, float | None], minutes: float = 9.0) -> study.Study:
     """A study whose runs only look up the loss at a rate of the grid."""
-    arms = {
-        "a": study.Arm(1, methods.LoRA(), own=False),
-        "b": study.Arm(2, methods.LoRA(), like="a", own=False),
-        "c": study.Arm(1, methods.LoRA()),
-    }
+    arms = {"a": study.Arm(1, methods.LoRA()), "b": study.Arm(2, methods.LoRA(), like="a")}
     made = study.Study(None, tmp_path / "cells.json", minutes, arms, {})  # type: ignore[arg-type]
     made.started = []  # type: ignore[attr-defined]
 
-    def run(task: str, arm: str, rate: float, seed: int, head: float | None) -> Any:
+    def run(task: str, arm: str, rate: float, seed: int) -> Any:
         made.started.append((rate, seed))  # type: ignore[attr-defined]
-        found = {"of": "dev", "head_rate": head, "loss": losses[study.RATES.index(rate)]}
-        yield arm, found
+        yield arm, {"of": "dev", "loss": losses[study.RATES.index(rate)]}
 
     made._run = run  # type: ignore[method-assign]
     return made
@@ -117,20 +113,6 @@ def test_an_arm_takes_the_rate_of_another(tmp_path: Path) -> None:
     assert bench_methods.arms(2, ["rasa"])["rasa, 2"].like is None
 
 
-def test_the_rate_of_a_new_head_is_searched_once_a_task(tmp_path: Path) -> None:
-    made = fake(tmp_path, {k: 1.0 + abs(k - 10) for k in range(15)})
-    made.run([("stdlib", "c"), ("e2e, SmolLM2", "c"), ("stdlib", "a")], seeds=1)
-    alone = [cell for cell in made.cells if cell["arm"] == study.HEAD]
-    assert {cell["task"] for cell in alone} == {"stdlib"}  # the other has the model's own head
-    assert [cell["rate"] for cell in alone] == [study.RATES[k] for k in (11, 10, 9)]
-    assert {cell["seed"] for cell in alone} == {study.SEARCH_SEED}
-    heads = {(c["task"], c["arm"]): c["head_rate"] for c in made.cells if c["arm"] in "ac"}
-    assert heads["stdlib", "c"] == study.RATES[10]
-    assert heads["e2e, SmolLM2", "c"] is None and heads["stdlib", "a"] is None
-    ended = fake(tmp_path / "ended", {}, minutes=0.0)
-    assert ended.cell("stdlib", "c", study.RATES[3], 0) is None
-
-
 def test_a_rate_that_diverges_is_not_chosen_and_time_ends_a_study(tmp_path: Path) -> None:
     losses = {k: 15.0 - k if k < 11 else None for k in range(15)}
     assert fake(tmp_path, losses).search("stdlib", "a") == study.RATES[10]
@@ -150,8 +132,20 @@ def test_cells_of_another_s_are_not_taken_for_this_one_s(tmp_path: Path) -> None
         study.Study(cast(Any, None), path, 9.0, arms, {})
 
 
+def test_cells_of_another_head_rate_are_not_taken_for_this_one_s(tmp_path: Path) -> None:
+    path, task = tmp_path / "cells.json", "stdlib, same modules"
+    cell = {"task": task, "arm": "a", "rate": 4e-3, "seed": 0, "head_rate": 0.128}
+    of_search = cell | {"arm": study.HEAD, "rate": 0.5, "head_rate": 0.5}
+    path.write_text(json.dumps({"cells": [cell, of_search]}))
+    arms = {"a": study.Arm(1, methods.LoRA()), study.HEAD: study.OF_HEAD}
+    same = study.Study(cast(Any, None), path, 9.0, arms, {})
+    assert same.cell(task, "a", 4e-3, 0) is not None
+    with pytest.raises(ValueError, match=rf"'a' on '{task}' with a head rate of 0.128, .* None"):
+        study.Study(cast(Any, None), path, 9.0, {"a": arms["a"]._replace(own=False)}, {})
+
+
 def test_every_search_begins_on_the_grid() -> None:
-    arms = [*bench_sizes.ARMS.values(), study.OF_HEAD]
+    arms = [*bench_sizes.ARMS.values()]
     arms += [
         arm for n in (1, 2, 4) for arm in bench_methods.arms(n, [*bench_methods.SIZES]).values()
     ]
@@ -159,9 +153,11 @@ def test_every_search_begins_on_the_grid() -> None:
     assert set(bench_methods.FIRST) <= set(methods.available())
 
 
-def test_a_cell_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("task", ["stdlib, same modules", "mrpc"])
+def test_a_cell_is_one_run(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run is called with, and what its cell says."""
-    seen = {}
+    seen, head = {}, SETTINGS[task].head_rate
+    assert head == (None if task == "mrpc" else 0.128)
 
     def fit(model: Any, rows: Any, dev: Any, lora: Any, *, args: Any, collate: Any) -> None:
         seen.update(lora=lora, args=args)
@@ -174,15 +170,15 @@ def test_a_cell_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     (name, arm), *_ = bench_methods.arms(2, ["prilora"]).items()
     arms = {name: arm._replace(own=True)}
     made = study.Study(tasks, tmp_path / "cells.json", 9.0, arms, {})
-    cell = made.cell("stdlib", "prilora, 2", 4e-3, 1)
+    cell = made.cell(task, "prilora, 2", 4e-3, 1)
     assert cell is not None and cell.pop("seconds") >= 0
     assert cell == {
-        **{"task": "stdlib", "arm": "prilora, 2", "rate": 4e-3, "seed": 1, "of": "dev"},
+        **{"task": task, "arm": "prilora, 2", "rate": 4e-3, "seed": 1, "of": "dev"},
         **{
             "method": "prilora",
             "budget": 2,
             "s": 0.0625,
-            "head_rate": 0.128,
+            "head_rate": head,
             "facts": {"zeros of A": 0.5},
             "loss": 1.0,
         },
@@ -190,8 +186,13 @@ def test_a_cell_is_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     lora = seen["lora"]
     assert (lora.r, lora.lora_alpha, lora.target_modules) == (2, 0.125, "all-linear")
     assert lora.method == methods.get("prilora")() and lora.modules_to_save == ("head",)
-    assert (seen["args"].learning_rate, seen["args"].head_learning_rate) == (4e-3, 0.128)
-    assert seen["args"].seed == 1 and made.cells[0]["arm"] == study.HEAD
+    assert (seen["args"].learning_rate, seen["args"].head_learning_rate) == (4e-3, head)
+    assert seen["args"].seed == 1
+    made = study.Study(tasks, tmp_path / "head.json", 9.0, {study.HEAD: study.OF_HEAD}, {})
+    cell = made.cell(task, study.HEAD, 0.064, 1)
+    assert cell is not None and cell["head_rate"] == 0.064
+    assert seen["args"].learning_rate == study.FIRST_RATE
+    assert seen["args"].head_learning_rate == 0.064
 
 
 # Tables and the picture

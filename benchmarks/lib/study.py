@@ -1,9 +1,9 @@
 """The study of `bench_sizes.py` and `bench_methods.py`: arms trained each at its own learning rate.
 
-The rate is searched on one grid, by the loss on a part of train that no run trains on: first that
-of a new head, beside LoRA of rank 8 at a fixed rate, which all arms of the task then have for their
-heads, and then each arm's own. At the rates that won, every seed trains once, and dev is looked at
-once, at the end.
+The rate is searched on one grid, by the loss on a part of train that no run trains on. At the rate
+that won, every seed trains once, and dev is looked at once, at the end. A new head has a rate of
+its own, one for all arms of a task (`tasks.SETTINGS`); the arm `HEAD` searches it, beside LoRA of
+rank 8 at a fixed rate.
 """
 
 import json
@@ -100,7 +100,7 @@ class Study:
         settings: Mapping[str, Any],
         after: After | None = None,
     ) -> None:
-        self.tasks, self.path, self.arms = tasks, path, {HEAD: OF_HEAD} | dict(arms)
+        self.tasks, self.path, self.arms = tasks, path, arms
         self.after = after
         self.settings = dict(settings) | {"rates": RATES, "search_seed": SEARCH_SEED}
         self.cells: list[Cell] = read_json(path)["cells"] if path.exists() else []
@@ -111,6 +111,13 @@ class Study:
                     f"{path} has cells of {cell['arm']!r} with s={cell['s']}, which is s={arm.s} "
                     "now: rename them in the file, or take them out"
                 )
+            if arm is not None and "head_rate" in cell and cell["arm"] != HEAD:
+                rate = self._head_rate(cell["task"], arm)
+                if cell["head_rate"] != rate:
+                    raise ValueError(
+                        f"{path} has cells of {cell['arm']!r} on {cell['task']!r} with a head rate "
+                        f"of {cell['head_rate']}, which is {rate} now: take them out"
+                    )
         self._deadline = time.monotonic() + 60 * minutes
 
     def run(self, chosen: Sequence[tuple[str, str]], seeds: int) -> None:
@@ -129,23 +136,21 @@ class Study:
                 return cell
         if time.monotonic() > self._deadline:
             return None
-        head = None
-        if arm != HEAD and self.arms[arm].own and SETTINGS[task].new_head:
-            head = self.search(task, HEAD)
-            if head is None:
-                return None
-        made = self._run(task, arm, rate, seed, head)
-        self.cells += [key | {"arm": of} | found for of, found in made]
+        self.cells += [key | {"arm": of} | found for of, found in self._run(task, arm, rate, seed)]
         write_cells(self.path, self.cells, self.settings)
         print(json.dumps(self.cells[-1]), flush=True)
         return self.cell(task, arm, rate, seed)
 
-    def _run(
-        self, name: str, arm: str, rate: float, seed: int, head: float | None
-    ) -> Iterator[tuple[str, Cell]]:
-        """The arm and its cell, and those that come `after` it; `head` is the rate of the head."""
+    @staticmethod
+    def _head_rate(task: str, arm: Arm) -> float | None:
+        return SETTINGS[task].head_rate if arm.own and task in SETTINGS else None
+
+    def _run(self, name: str, arm: str, rate: float, seed: int) -> Iterator[tuple[str, Cell]]:
+        """The arm and its cell, and those that come `after` it."""
         setting, (rank, method, about, s, *_) = SETTINGS[name], self.arms[arm]
-        adapters, head = (FIRST_RATE, rate) if arm == HEAD else (rate, head)
+        adapters, head = rate, self._head_rate(name, self.arms[arm])
+        if arm == HEAD:
+            adapters, head = FIRST_RATE, rate
         if isinstance(method, LoRADrop) and method.selection == "random":
             method = replace(method, selection_seed=seed)
         train = TrainConfig(

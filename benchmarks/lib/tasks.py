@@ -34,6 +34,7 @@ class Setting:
     dev_of_train  rows of train that nothing else uses, which stand in for dev: rows of the same
               sources. 0: dev itself
     measured, measured_batch   training rows that are probed, and in batches of how many
+    head_rate  learning rate of a new head; None is that of the adapters
     """
 
     data: str
@@ -49,12 +50,8 @@ class Setting:
     dev_of_train: int = 0
     measured: int = 1024
     measured_batch: int = 2
+    head_rate: float | None = None
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def new_head(self) -> bool:
-        """Whether the checkpoint lacks the head of this task."""
-        return self.columns.get("task") != "causal_lm"
 
 
 _E2E = {"task": "causal_lm", "text": "input", "text_pair": "target"}
@@ -64,13 +61,15 @@ SETTINGS = {
     "stdlib, query and value": Setting(
         data="stdlib", steps=160, max_length=40, target_modules=("query", "value")
     ),
-    "stdlib, same modules": Setting(data="stdlib", steps=160, max_length=40, dev_of_train=800),
+    "stdlib, same modules": Setting(
+        data="stdlib", steps=160, max_length=40, dev_of_train=800, head_rate=0.128
+    ),
     "stdlib, same modules, query and value": Setting(
-        data="stdlib", steps=160, max_length=40, dev_of_train=800,
+        data="stdlib", steps=160, max_length=40, dev_of_train=800, head_rate=0.128,
         target_modules=("query", "value"),
     ),
     "sst2, query and value": Setting(
-        data="sst2", steps=120, max_length=40, target_modules=("query", "value")
+        data="sst2", steps=120, max_length=40, head_rate=0.032, target_modules=("query", "value")
     ),
     "mrpc": Setting(data="mrpc", steps=240, max_length=64),
     "rte": Setting(data="rte", steps=240, max_length=96, max_train=2000),
