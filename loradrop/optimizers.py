@@ -169,7 +169,7 @@ def by_name(model: nn.Module, state: Mapping[Any, Known]) -> dict[str, Known]:
 def learn(model: nn.Module, optimizer: Any, known: Mapping[str, Known]) -> None:
     """The optimiser takes over what another one knew."""
     names = {id(p): name for name, p in model.named_parameters()}
-    held = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    held = [names.get(id(p), "") for group in optimizer.param_groups for p in group["params"]]
     state = {i: known[name] for i, name in enumerate(held) if name in known}
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 

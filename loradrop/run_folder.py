@@ -3,11 +3,13 @@
 A resume goes on from there once `start/`, which is written last, holds the adapters.
 """
 
+import io
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +101,12 @@ class Boundary:
     def write(self, model: nn.Module, folder: Path) -> None:
         """This, and the model's adapters; every rank calls it."""
         if is_first_rank():
-            record = {"steps": self.steps, "seconds": self.seconds, "history": [*self.history]}
-            write_json(folder / RECORD, record)
+            file, record = io.BytesIO(), {"steps": self.steps, "seconds": self.seconds}
+            torch.save(dict(self.known), file)
             with replacing(folder / KNOWN) as draft:
-                torch.save(dict(self.known), draft)
+                draft.write_bytes(file.getvalue())
+            more = {"history": [*self.history], "sha256": sha256(file.getvalue()).hexdigest()}
+            write_json(folder / RECORD, record | more)
         save(model, folder / ADAPTERS)
 
 
@@ -111,11 +115,14 @@ def taken(model: nn.Module, folder: Path) -> Boundary | None:
     try:
         adapters = read(folder / ADAPTERS)
         record = read_json(folder / RECORD)
-        known = torch.load(folder / KNOWN, map_location="cpu", weights_only=True)
+        file = (folder / KNOWN).read_bytes()
+        if sha256(file).hexdigest() != record.pop("sha256"):
+            raise ValueError(f"{folder / KNOWN} is damaged")
     except FileNotFoundError:
         return None
     except ValueError as error:
         _log.warning("%s. Going on from the warm-up's last checkpoint", error)
         return None
     fill(model, adapters)
+    known = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
     return Boundary(**record, known=known)

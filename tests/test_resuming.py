@@ -126,6 +126,7 @@ SPOILT: dict[str, tuple[Callable[[bytes], bytes] | None, list[str]]] = {
     "warmup/checkpoint-4/complete.json": (flipped, ["{folder} ", DAMAGED]),
     "warmup/checkpoint-4/rng_state.pth": (lambda content: content[:100], [FILE]),
     "start/adapter.safetensors": (lambda content: content[:200], [DAMAGED, WARM_UP]),
+    "optimizer.pt": (flipped, ["{file} is damaged", WARM_UP]),
 }
 
 
