@@ -70,6 +70,8 @@ def training_arguments(
     }
     options |= args.extra
     if warm_up:
+        if options["lr_scheduler_type"] == "reduce_lr_on_plateau":  # which follows evaluations
+            options["lr_scheduler_type"] = "constant_with_warmup"
         options |= {
             "save_strategy": "steps",
             "eval_strategy": "no",

@@ -394,6 +394,17 @@ def test_the_stages_have_one_schedule_and_one_optimiser(
                 assert after[parameter]["exp_avg"].any() and after[parameter]["step"] == steps
 
 
+@pytest.mark.parametrize("name", ["drop", "spectral"])
+def test_a_schedule_that_follows_evaluations_begins_with_them(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "metric_for_best_model": "loss"}
+    found, args = Knowledge(), replace(tiny.ARGS, eval_every=4, warmup_ratio=0.0, extra=plateau)
+    run(tmp_path, tiny.CONFIGS[name], args, callbacks=[found])
+    assert found.rates[: tiny.WARMUP + 4] == [args.learning_rate] * (tiny.WARMUP + 4)
+    assert "ReduceLROnPlateau, which cannot begin in its middle: it begins anew" in caplog.text
+
+
 def test_what_cannot_be_cut_with_the_adapters_begins_anew_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
