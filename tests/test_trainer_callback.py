@@ -41,6 +41,16 @@ def injected(config: LoRAConfig = DROP) -> Any:
     return model
 
 
+class Note(TrainerCallback):
+    """The learning rate of each step, as a part of the highest."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
+        self.rates.append(optimizer.param_groups[0]["lr"] / 1e-2)
+
+
 def tensors(model: Any) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items()}
 
@@ -78,16 +88,10 @@ def test_the_schedule_goes_on(whole: tuple[Path, Any]) -> None:
     """Two steps up, then down to zero; and of adapters that began anew the optimiser knows what
     came after that.
     """
-    rates: list[float] = []
-
-    class Note(TrainerCallback):
-        def on_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
-            rates.append(optimizer.param_groups[0]["lr"] / 1e-2)
-
-    model = injected()
-    run = trainer(whole[0].parent / "rates", model, [loradrop.LoraDropCallback(), Note()])
+    model, note = injected(), Note()
+    run = trainer(whole[0].parent / "rates", model, [loradrop.LoraDropCallback(), note])
     run.train()
-    assert rates == pytest.approx([0.0, 0.5, *(1 - k / (STEPS - 2) for k in range(STEPS - 2))])
+    assert note.rates == pytest.approx([0.0, 0.5, *(1 - k / (STEPS - 2) for k in range(STEPS - 2))])
     known = run.optimizer.state
     assert {float(known[p]["step"]) for p in model.lora_bank.parameters()} == {STEPS - WARM}
     assert {float(known[p]["step"]) for p in model.classifier.parameters()} == {STEPS}
@@ -112,15 +116,10 @@ def test_resumed_to_the_same_end(step: int, whole: tuple[Path, Any], tmp_path: P
 def test_the_spectral_method_in_one_run(tmp_path: Path) -> None:
     """It cuts in place, trains what is left, and resumes on either side to the same end."""
     lora = LoRAConfig(**tiny.LORA, method=Spectral(cut_at=WARM))
-    model, rates = injected(lora), list[float]()
-
-    class Note(TrainerCallback):
-        def on_optimizer_step(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
-            rates.append(optimizer.param_groups[0]["lr"] / 1e-2)
-
-    run = trainer(tmp_path / "whole", model, [loradrop.LoraDropCallback(), Note()])
+    model, note = injected(lora), Note()
+    run = trainer(tmp_path / "whole", model, [loradrop.LoraDropCallback(), note])
     run.train()
-    assert rates == pytest.approx([0.0, 0.5, *(1 - k / 12 for k in range(STEPS - 2))])
+    assert note.rates == pytest.approx([0.0, 0.5, *(1 - k / 12 for k in range(STEPS - 2))])
     assert {float(known["step"]) for known in run.optimizer.state.values()} == {STEPS}
     bank, plan = model.lora_bank, plan_of(model)
     assert plan.scores["source"] == "offline" and plan.cut["compensated"] <= plan.cut["loss"]
