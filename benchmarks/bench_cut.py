@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 
-import loradrop
 from lib import RESULTS
 from lib.tasks import (
     SETTINGS,
@@ -34,6 +33,7 @@ from lib.tasks import (
     quality,
     write_cells,
 )
+from loradrop import fit, load, probe, save, truncate
 from loradrop.allocation import allocate
 from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.files import read_json
@@ -77,19 +77,19 @@ def run_cell(
         r=RANK, lora_alpha=2 * RANK, target_modules=setting.target_modules,
         modules_to_save=given.missing,
     )  # fmt: skip
-    loradrop.fit(model, given.train, None, lora, args=train, collate=given.collate)
+    fit(model, given.train, None, lora, args=train, collate=given.collate)
     dev = random.Random(0).sample(given.dev.rows, min(setting.dev_rows, len(given.dev)))
     batches = given.batches(TokenizedDataset(dev), 32)
     labels = labels_of(batches)
     rows = TokenizedDataset(given.train.rows[: setting.measured])
-    scores = loradrop.probe(model, given.batches(rows, setting.measured_batch), gram=True)
+    scores = probe(model, given.batches(rows, setting.measured_batch), gram=True)
     uncut = predictions(model, batches)
     facts = {"task": name, "seed": seed, "n": len(labels), "full": model.lora_bank.trainable}
     if "uncut" in arms:
         yield facts | {"arm": "uncut", "budget": 1.0, "kl": 0.0, **quality(uncut, labels)}
     whole, batch = copy.deepcopy(model), given.batches(given.train, setting.batch_size)[0]
     with tempfile.TemporaryDirectory() as folder:
-        loradrop.save(model, folder)
+        save(model, folder)
         for arm, (metric, options) in ARMS.items():
             if arm not in arms:
                 continue
@@ -98,14 +98,14 @@ def run_cell(
                 if options.get("scope") == "per_target" and budget * RANK < 1:
                     continue  # below rank 1 there is none
                 ranks = allocate(found, budget=budget, **options)
-                loradrop.load(model, folder)
+                load(model, folder)
                 injection_of(model).scores = scores
                 made_up = arm != "loss, nothing made up"
                 log = {"loss": None, "compensated": None}
                 if metric is None:
                     draw_directions(model, ranks, seed)
                 else:
-                    loradrop.truncate(model, ranks, metric=metric, compensate=made_up)
+                    truncate(model, ranks, metric=metric, compensate=made_up)
                     log = injection_of(model).plan.cut
                 cut = predictions(model, batches)
                 timed = arm == "loss" or "budget_time" in options

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-import loradrop
 from lib import RESULTS
 from lib.environment import device_name
+from loradrop import inject
 from loradrop.base_models import build
 from loradrop.collector import Collector
 from loradrop.config import LoRAConfig
@@ -47,7 +47,7 @@ class Training:
         lora = LoRAConfig(
             r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", modules_to_save=tuple(missing)
         )
-        self.bank = loradrop.inject(self.model, lora)
+        self.bank = inject(self.model, lora)
         self.model.train()
         ids = torch.randint(1000, 20000, (ROWS, TOKENS))
         self.batch = {
