@@ -21,7 +21,7 @@ import torch
 
 from lib import RESULTS, ROOT
 from lib.size_picture import draw
-from lib.study import ALONE, ALPHA, HEAD, OF_HEAD, Arm, Cell, Study
+from lib.study import ALONE, ALPHA, OF_HEAD, Arm, Cell, Study
 from lib.tasks import SETTINGS, Prepared, Tasks
 from loradrop.allocation import allocate
 from loradrop.injection import injection_of
@@ -71,7 +71,7 @@ ARMS = {
     "LoRA-drop, 1/2, kept adapters continue": drop(budget=0.5, after_select="continue"),
     "one shared LoRA": drop(threshold=0.0),
     "LoRA-drop, T=0.9": drop(threshold=0.9),
-    HEAD: OF_HEAD,
+    "the head's rate": OF_HEAD,
     "head only": ALONE,
     "spectral from r, 1/8": spectral(8, r_start=RANK),
     "spectral late, 1/8": spectral(8, cut_at=0.75),

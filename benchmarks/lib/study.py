@@ -2,8 +2,8 @@
 
 The rate is searched on one grid, by the loss on a part of train that no run trains on. At the rate
 that won, every seed trains once, and dev is looked at once, at the end. A new head has a rate of
-its own, one for all arms of a task (`tasks.SETTINGS`); the arm `HEAD` searches it, beside LoRA of
-rank 8 at a fixed rate.
+its own, one for all arms of a task (`tasks.SETTINGS`); `OF_HEAD` searches it, beside LoRA
+of rank 8 at a fixed rate.
 """
 
 import json
@@ -23,7 +23,6 @@ from loradrop.pairs import LoRABank
 from loradrop.scores import Assignment
 from loradrop.training import fit
 
-HEAD = "the head's rate"  # the arm
 RATES = tuple(1e-3 * 2**k for k in range(-4, 11))
 ALPHA = 0.125  # LoRA's, at every rank: smaller ones came out better in bench_sizes.py
 FIRST_RATE, HEAD_FIRST, SEARCH_SEED = 32e-3, 128e-3, 100
@@ -39,6 +38,7 @@ class Arm(NamedTuple):
     first   the rate where its search begins
     like    the arm whose rate it takes without a search of its own
     own     whether the head has a rate of its own; the adapters' if not
+    of_head whether the rate that is searched is the head's; the adapters have `FIRST_RATE`
     """
 
     rank: int
@@ -48,6 +48,7 @@ class Arm(NamedTuple):
     first: float = FIRST_RATE
     like: str | None = None
     own: bool = True
+    of_head: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +63,7 @@ class HeadOnly(Method):
         return bank
 
 
-# Its rate is that of the head, and the adapters have `FIRST_RATE`.
-OF_HEAD = Arm(8, LoRA(), s=ALPHA / 8, first=HEAD_FIRST)
+OF_HEAD = Arm(8, LoRA(), s=ALPHA / 8, first=HEAD_FIRST, of_head=True)
 # The rate of a head that learns alone is that of its "adapters".
 ALONE = Arm(8, HeadOnly(), s=ALPHA / 8, first=HEAD_FIRST, own=False)
 
@@ -111,8 +111,8 @@ class Study:
                     f"{path} has cells of {cell['arm']!r} with s={cell['s']}, which is s={arm.s} "
                     "now: rename them in the file, or take them out"
                 )
-            if arm is not None and "head_rate" in cell and cell["arm"] != HEAD:
-                rate = self._head_rate(cell["task"], arm)
+            if arm is not None and "head_rate" in cell:
+                _, rate = self._rates(cell["task"], arm, cell["rate"])
                 if cell["head_rate"] != rate:
                     raise ValueError(
                         f"{path} has cells of {cell['arm']!r} on {cell['task']!r} with a head rate "
@@ -142,15 +142,16 @@ class Study:
         return self.cell(task, arm, rate, seed)
 
     @staticmethod
-    def _head_rate(task: str, arm: Arm) -> float | None:
-        return SETTINGS[task].head_rate if arm.own and task in SETTINGS else None
+    def _rates(task: str, arm: Arm, rate: float) -> tuple[float, float | None]:
+        """Of the adapters, and of the head where it has its own."""
+        if arm.of_head:
+            return FIRST_RATE, rate
+        return rate, SETTINGS[task].head_rate if arm.own and task in SETTINGS else None
 
     def _run(self, name: str, arm: str, rate: float, seed: int) -> Iterator[tuple[str, Cell]]:
         """The arm and its cell, and those that come `after` it."""
         setting, (rank, method, about, s, *_) = SETTINGS[name], self.arms[arm]
-        adapters, head = rate, self._head_rate(name, self.arms[arm])
-        if arm == HEAD:
-            adapters, head = FIRST_RATE, rate
+        adapters, head = self._rates(name, self.arms[arm], rate)
         if isinstance(method, LoRADrop) and method.selection == "random":
             method = replace(method, selection_seed=seed)
         train = TrainConfig(
