@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from loradrop import native
 from loradrop.batches import BATCH, MEASURED, small_batches
@@ -36,8 +37,8 @@ class Part(NamedTuple):
 
     steps   of the whole, which has one schedule
     done    steps before it
-    row     where it begins in the order of the rows; a DataLoader, and a strategy of sampling of
-            one's own, have their own order
+    row     where it begins in the order of the rows; a DataLoader, and other strategies of sampling
+            than by chance and by length, have their own order
     known   what the optimiser knows at its start, by the parameter's name
     """
 
@@ -122,10 +123,15 @@ class LoRATrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         sampler = super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        start = 0 if self.part is None else self.part.row
+        if isinstance(sampler, LengthGroupedSampler):
+            # The batches that the processes of a run take at one time are of like length, too.
+            together = self.args.train_batch_size * self.args.world_size
+            return Onward(len(sampler), seed, start, sampler.lengths, together)
         if self.part is None or not isinstance(sampler, RandomSampler):
             return sampler
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return Onward(len(sampler), seed, self.part.row)
+        return Onward(len(sampler), seed, start)
 
     def some_batches(self, rows: Any) -> DataLoader[Any]:
         """Small batches of a sample of training rows, for a probe of directions."""

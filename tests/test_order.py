@@ -10,6 +10,7 @@ import training_runs as tiny
 from transformers import TrainerCallback, default_data_collator
 
 from loradrop import LoRAConfig, Spectral, TrainConfig
+from loradrop.methods import LoRA, Method
 from loradrop.order import Onward
 
 
@@ -38,6 +39,51 @@ def test_a_pass_can_be_chosen() -> None:
     for number in (2, 0, 1):
         sampler.set_epoch(number)
         assert list(sampler) == whole[7 * number : 7 * number + 7]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 400, 403])
+def test_batches_of_like_length_come_at_random(rows: int) -> None:
+    lengths = torch.randint(1, 100, (rows,), generator=torch.Generator().manual_seed(1)).tolist()
+    sampler = Onward(rows, 3, 0, lengths, 4)
+    first, second = list(sampler), list(sampler)
+    for found in (first, second):
+        assert sorted(found) == list(range(rows))
+        batches = [[lengths[row] for row in found[i : i + 4]] for i in range(0, rows, 4)]
+        if rows >= 400:
+            assert sum(max(batch) * len(batch) for batch in batches) < 1.15 * sum(lengths)
+            longest = [max(batch) for batch in batches]
+            assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+        assert all(len(batch) == 4 for batch in batches[:-1])
+    assert (first == second) == (rows == 1)
+    assert [*Onward(rows, 3, 3, lengths, 4)][: rows - 3] == first[3:]
+
+
+@pytest.mark.parametrize("method", [LoRA(), Spectral(cut_at=4, source="online")])
+def test_a_run_groups_rows_by_length_over_both_stages(method: Method, tmp_path: Path) -> None:
+    """As transformers' option says, and in the order in which it goes on."""
+    rows = [{"input_ids": [5] * (1 + i % 11), "labels": i % 2} for i in range(44)]
+    seen: list[int] = []
+
+    def collate(batch: list[Any]) -> Any:
+        longest = max(len(row["input_ids"]) for row in batch)
+        seen.extend(len(row["input_ids"]) for row in batch)
+        ids = [row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in batch]
+        return {
+            "input_ids": torch.tensor(ids), "attention_mask": (torch.tensor(ids) != 0).long(),
+            "labels": torch.tensor([row["labels"] for row in batch]),
+        }  # fmt: skip
+
+    args = TrainConfig(steps=11, batch_size=4, extra={"train_sampling_strategy": "group_by_length"})
+    steps = Steps(seen)
+    lora = LoRAConfig(**tiny.LORA, method=method)
+    tiny.run(tmp_path, lora, args, train=rows, dev=None, collate=collate, callbacks=[steps])
+    whole = list(Onward(44, args.seed, 0, [1 + i % 11 for i in range(44)], 4))
+    expected = [1 + row % 11 for row in whole]
+    if isinstance(method, LoRA):
+        assert seen[:44] == expected
+    else:
+        assert seen[steps.began[1] :][:16] == expected[:16]
+        assert seen[steps.began[2] :][:28] == expected[16:]
 
 
 class Steps(TrainerCallback):
