@@ -171,6 +171,12 @@ def without_weights(model_id: str, revision: str | None = None) -> Any:
     return _on_meta(cls, config)
 
 
+def to_accelerator(model: Any) -> None:
+    """Where the machine has one, the model goes there."""
+    if torch.accelerator.is_available():
+        model.to(torch.accelerator.current_accelerator())
+
+
 def pad_with(model: Any, tokenizer: Any) -> None:
     """Both know what batches are padded with: where there is nothing, the end of a text."""
     if tokenizer.pad_token is None:
@@ -187,6 +193,12 @@ def tokenizer_of(where: str, words: bool = False) -> Any:
         return None
     bare = len(tokenizer) <= len(tokenizer.all_special_ids)  # what some classes are without files
     return None if bare else tokenizer
+
+
+def tokenizer_for(adapter: str | Path, where: str, words: bool = False) -> Any:
+    """The tokenizer that an adapter was saved with, else that of its base model at `where`."""
+    own = (Path(adapter) / "tokenizer_config.json").is_file()
+    return (tokenizer_of(str(adapter), words) if own else None) or tokenizer_of(where, words)
 
 
 def base_named_by(adapter: str | Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:

@@ -155,10 +155,13 @@ def compress(
     config = _config(settings)
     named = _named(settings)
     data = config if any(option.startswith("data.") for option in named) else None
-    base = {"model_id": config.model.id if "model.id" in named else None}
-    base["revision"] = config.model.revision
-    if heal and data is None:
-        raise ValueError(f"--heal {heal} needs data to train on: give data=SOURCE")
+    base: dict[str, Any] = {"model_id": config.model.id if "model.id" in named else None}
+    base |= {"revision": config.model.revision, "dtype": config.model.dtype}
+    if heal < 0:
+        raise ValueError(f"--heal {heal}: give a number of steps, or 0")
+    for option, needs in (("--heal", heal), ("--max-loss", max_loss)):
+        if needs and data is None:
+            raise ValueError(f"{option} {needs:g} needs data: give data=SOURCE")
     if not dry_run:
         require_apart(out, adapter, resume)
     opened = open_adapter(adapter, data, measured=measured, **base)
@@ -211,7 +214,7 @@ def export(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write an adapter as a PEFT folder, and to the Hub."""
-    from loradrop.base_models import load_base, pad_with, tokenizer_of
+    from loradrop.base_models import load_base, pad_with, tokenizer_for
     from loradrop.formats.peft import export
 
     _quiet()
@@ -221,7 +224,7 @@ def export(
     of_base, of_file = (dtype or "float32", None) if merged else ("float32", dtype)
     base, where = load_base(adapter, model, of_base, option="--model")
     loradrop.load(base, adapter)
-    tokenizer = tokenizer_of(where) if merged else None
+    tokenizer = tokenizer_for(adapter, where) if merged else None
     if tokenizer is not None and "Classification" in type(base).__name__:
         pad_with(base, tokenizer)  # as in training: without, some take one text at a time
     hub: dict[str, Any] = {"push_to_hub": push, "private": True if private else None}

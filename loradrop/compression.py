@@ -13,12 +13,12 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from loradrop.base_models import load_base
+from loradrop.base_models import load_base, to_accelerator
 from loradrop.batches import MEASURED, small_batches
 from loradrop.config import TrainConfig
 from loradrop.env import is_first_rank
 from loradrop.files import write_json
-from loradrop.formats.peft import export
+from loradrop.formats.peft import export, require_exportable
 from loradrop.gram_sums import grams_of
 from loradrop.injection import injection_of, plan_of
 from loradrop.loading import load
@@ -32,7 +32,7 @@ from loradrop.run_config import RunConfig
 from loradrop.spectra import Spectrum, spectrum, spectrum_of
 from loradrop.text.tokens import metric_fn
 from loradrop.trainer import dev_metrics
-from loradrop.truncation import truncate
+from loradrop.truncation import require_pairs, truncate
 
 if TYPE_CHECKING:
     from loradrop.training import Result
@@ -58,6 +58,7 @@ def open_adapter(
     *,
     model_id: str | None = None,
     revision: str | None = None,
+    dtype: str = "float32",
     measured: int | None = None,
 ) -> Opened:
     """The adapter in a native or PEFT folder on its base model, measured.
@@ -65,13 +66,17 @@ def open_adapter(
     config     its `data` is measured; without, the weights decide
     model_id, revision
                the base model, instead of the one that the adapter names
+    dtype      of the base model
     measured   training rows to measure; None is 1,024
 
-    Raises ValueError for an adapter that is not plain LoRA, and for a base or data that it does not
-    fit.
+    Raises ValueError for an adapter that is not plain LoRA, or that PEFT's format cannot hold, and
+    for a base or data that it does not fit.
     """
-    base, where = load_base(adapter, model_id, revision=revision, option="model=")
+    base, where = load_base(adapter, model_id, dtype, revision=revision, option="model=")
     bank = load(base, adapter)
+    require_pairs(base)
+    require_exportable(base)
+    to_accelerator(base)
     if config is None:
         _log.warning("no data is given: the cut is by weights alone, and no loss is predicted")
         return Opened(str(adapter), base, spectrum_of(bank.targets, grams_of(bank), "weight"), None)
@@ -114,6 +119,8 @@ def compress(
             train = replace(train or TrainConfig(), steps=heal)
             healed = _heal(model, rows, train, ranks, folder / HEALING, resume)
         metrics["after"] = _evaluated(model, rows)
+        if not heal:
+            _compare(plan_of(model), metrics)
     export(model, folder, padded=padded)
     plan = plan_of(model)
     write_json(folder / REPORT, {"metrics": metrics, "heal": heal, "plan": plan.to_dict()})
@@ -138,6 +145,17 @@ def require_apart(out: str | Path, adapter: str | Path, resume: bool = False) ->
         raise ValueError(f"{held_up}: go on with --resume, or choose another output")
     if held - {HEALING}:
         raise ValueError(f"{out} is not empty: choose another output")
+
+
+def _compare(plan: Plan, metrics: Mapping[str, Mapping[str, float]]) -> None:
+    """Warns where dev loses far more than was predicted from the rows that were measured."""
+    rise = metrics["after"]["loss"] - metrics["before"]["loss"]
+    predicted = (plan.cut or {}).get("loss") or 0.0
+    if rise > max(4 * predicted, 0.02 * metrics["before"]["loss"]):
+        _log.warning(
+            "the loss on dev rose by %.2g, and %.2g was predicted: measure more rows (--measured), "
+            "keep more (--budget), or train what is left (--heal)", rise, predicted,
+        )  # fmt: skip
 
 
 def _evaluated(model: Any, rows: Rows) -> dict[str, float]:

@@ -95,12 +95,22 @@ def _counting(model: Any, logits: Tensor, given: Mapping[str, Any]) -> Tensor | 
     shape, labels = logits.shape[:-1], given.get("labels")
     if isinstance(labels, Tensor) and labels.shape == shape:
         counts = labels != -100
-        if getattr(model, "loss_type", None) == "ForCausalLM":  # each predicts the next
+        if _predicts_next(model):
             return torch.cat([counts[:, 1:], torch.zeros_like(counts[:, :1])], 1)
         return counts
     name = "decoder_attention_mask" if "decoder_attention_mask" in given else "attention_mask"
     mask = given.get(name)
     return mask > 0 if isinstance(mask, Tensor) and mask.shape == shape else None
+
+
+def _predicts_next(model: Any) -> bool:
+    """Whether the logits of a token are compared with the label of the next one."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    kind = getattr(model, "loss_type", None)  # None: transformers takes that of ForCausalLM
+    if kind is None:
+        return type(model).__name__.endswith(("LMHeadModel", "ForCausalLM"))
+    return kind in ("ForCausalLM", "ForConditionalGeneration")
 
 
 def samples_of(given: Mapping[str, Any]) -> Tensor | int:

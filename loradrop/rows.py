@@ -1,13 +1,17 @@
 """The data of a configuration as the base model of an adapter reads it."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loradrop.base_models import pad_with, tokenizer_of
-from loradrop.text.examples import TextTask
+from loradrop.base_models import pad_with, tokenizer_for
+from loradrop.text.examples import TextTask, renumbered
 from loradrop.text.task import DataConfig, load_task
 from loradrop.text.tokens import TokenizedDataset, collator, tokenize
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,8 @@ def rows_for(model: Any, where: str, data: DataConfig, adapter: str | Path) -> R
     """
     task = load_task(data)
     _require_fit(model, task, adapter)
-    if (tokenizer := tokenizer_of(where, words=task.kind == "token_classification")) is None:
+    task = _by_name(task, model, adapter)
+    if (tokenizer := tokenizer_for(adapter, where, task.kind == "token_classification")) is None:
         raise ValueError(f"{where} has no tokenizer, which reading the data needs: give model=")
     pad_with(model, tokenizer)
     train, dev = tokenize(task, tokenizer, data.max_length, model)
@@ -50,3 +55,23 @@ def _require_fit(model: Any, task: TextTask, adapter: str | Path) -> None:
             f"the data is {task.kind}{what}, and {adapter} is for a {name} with {labels}: give the "
             "data that it was trained on, or data like it"
         )
+
+
+def _by_name(task: TextTask, model: Any, adapter: str | Path) -> TextTask:
+    """The task with its classes in the order in which the model has them."""
+    names = [str(model.config.id2label[i]) for i in range(len(task.labels))]
+    if not task.labels or list(task.labels) == names or not _are_names(names):
+        return task
+    if set(task.labels) == set(names):
+        return renumbered(task, tuple(names))
+    if _are_names(task.labels):
+        _log.warning(
+            "the classes of the data (%s) are not those of %s (%s): they are matched in this order",
+            ", ".join(task.labels), adapter, ", ".join(names),
+        )  # fmt: skip
+    return task
+
+
+def _are_names(labels: Sequence[str]) -> bool:
+    """Whether classes have names of their own, not numbers."""
+    return not all(label.removeprefix("LABEL_").lstrip("-").isdigit() for label in labels)

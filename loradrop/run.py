@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch.utils.data import DataLoader
 
-from loradrop.base_models import build, load_base
+from loradrop.base_models import build, load_base, to_accelerator
 from loradrop.config import LoRAConfig
 from loradrop.env import is_first_rank
 from loradrop.files import write_json, write_text
@@ -141,6 +141,7 @@ def measure(
         adapter, model_id, named.dtype, revision=named.revision, option="model="
     )
     load(base, adapter)
+    to_accelerator(base)
     rows = rows_for(base, where, config.data, adapter)
     chosen = rows.train if split == "train" else rows.dev
     loader = DataLoader(chosen, batch_size=config.train.batch_size, collate_fn=rows.collate)

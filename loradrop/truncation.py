@@ -44,14 +44,9 @@ def truncate(
     ones, a bank without pairs, statistics that are not there, and moments that cannot be projected.
     """
     require_own(model, "loradrop.save it, loradrop.load the folder into the base model, and cut")
-    bank, injection = bank_of(model), injection_of(model)
+    bank, injection = require_pairs(model), injection_of(model)
     check_choice("metric", metric, METRICS)
     check_choice("moments", moments, MOMENTS)
-    if not isinstance(bank, LoRABank):
-        raise ValueError(
-            f"the method {injection.config.method.name!r} has no pair (A, B) for each target, so "
-            "there is nothing to cut: use lora, lora_drop or spectral"
-        )
     if injection.merged is not None:
         raise ValueError("the adapters are merged into the weights: call loradrop.remove(model)")
     require_adapted(model)
@@ -73,3 +68,14 @@ def truncate(
     found = cut.record["loss"] if cut.record["compensated"] is None else cut.record["compensated"]
     loss = "" if found is None else f", predicted rise of the loss {found:.2g}"
     _log.info("cut from %s to %s parameters%s", f"{full:,}", f"{bank.trainable:,}", loss)
+
+
+def require_pairs(model: nn.Module) -> LoRABank:
+    """The bank. Raises ValueError for a method whose bank has no pairs, which cannot be cut."""
+    bank = bank_of(model)
+    if not isinstance(bank, LoRABank):
+        raise ValueError(
+            f"the method {injection_of(model).config.method.name!r} has no pair (A, B) for each "
+            "target to cut: export the adapter (loradrop export), which makes pairs, and cut that"
+        )
+    return bank

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from training_runs import At, StopError, counting, stop
 
 import loradrop
-from loradrop import training
+from loradrop import compression, training
 from loradrop.base_models import load_base
 from loradrop.cli import main
 from loradrop.compression import HEALING, PAGE, REPORT, SPECTRUM
@@ -153,7 +153,9 @@ def test_a_dry_run_writes_nothing(
     assert "predicted rise of the loss" in text and not out.exists()
 
 
-def test_bad_input_is_refused(trained: Path, work: Path, tmp_path: Path, capsys: Capsys) -> None:
+def test_bad_input_is_refused(
+    trained: Path, work: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fails(capsys, "choose another output", "compress", trained, "--out", trained / "small")
     fails(capsys, "choose another output", "compress", trained, "--out", trained)
     full = tmp_path / "full"
@@ -164,7 +166,8 @@ def test_bad_input_is_refused(trained: Path, work: Path, tmp_path: Path, capsys:
     fails(capsys, "--heal 3 needs data", *other, "--heal", 3)
     fails(capsys, "below one direction", *other, "--budget", 0.001)
     fails(capsys, "exactly one of", *other, "--budget", 0.5, "--max-loss", 0.1, *data(work))
-    fails(capsys, "needs metric='loss'", *other, "--max-loss", 0.1)
+    fails(capsys, "--max-loss 0.1 needs data", *other, "--max-loss", 0.1)
+    fails(capsys, "--heal -1: give a number of steps", *other, "--heal", -1)
     numbers = write_table(tmp_path / "numbers.csv", "numbers")
     fails(capsys, "the data is regression with 1 labels", *other, f"data={numbers}")
     strange = write_model(tmp_path / "strange", "llama")
@@ -176,4 +179,40 @@ def test_bad_input_is_refused(trained: Path, work: Path, tmp_path: Path, capsys:
     config = json.loads((dora / "adapter_config.json").read_text()) | {"use_dora": True}
     (dora / "adapter_config.json").write_text(json.dumps(config))
     fails(capsys, "use_dora", "compress", dora, "--out", tmp_path / "small")
+    model, _ = load_base(trained)
+    vera = loradrop.LoRAConfig(
+        r=4, target_modules=("query",), method=loradrop.methods.get("vera")()
+    )
+    loradrop.inject(model, vera)
+    loradrop.save(model, tmp_path / "vera")
+    monkeypatch.setattr(compression, "rows_for", None)  # before anything is measured
+    message = "'vera' has no pair (A, B) for each target to cut: export the adapter"
+    fails(capsys, message, "compress", tmp_path / "vera", *data(work), "--dry-run")
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("rise", [0.5, 0.01])
+def test_a_prediction_that_was_wrong_is_said(
+    rise: float, trained: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: Capsys,
+) -> None:  # fmt: skip
+    found = iter([{"loss": 1.0}, {"loss": 1.0 + rise}])
+    monkeypatch.setattr(compression, "_evaluated", lambda *_: next(found))
+    out = tmp_path / "small"
+    assert main(["compress", str(trained), *data(work), "--budget", "0.9", "--out", str(out)]) == 0
+    said = capsys.readouterr().err
+    assert ("the loss on dev rose by 0.5" in said) == (rise == 0.5)
+
+
+def test_the_dtype_of_the_base_is_asked_for(
+    trained: Path, work: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
+) -> None:
+    seen = []
+
+    def opened(model: Any, *given: Any, **more: Any) -> Any:
+        seen.append(model.dtype)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(compression, "rows_for", opened)
+    fails(capsys, "seen", "compress", trained, *data(work), "model.dtype=bfloat16", "--dry-run")
+    assert seen == [torch.bfloat16]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import VOCABULARY, R, bert, llama, net, wake
 from test_probing import RANKS, Batch, batches, collecting
 from torch import Tensor, distributed, multiprocessing, nn
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import loradrop
+from loradrop import losses
 from loradrop.collector import GRAMS, Collector
 from loradrop.injection import injection_of
 from loradrop.scores import Grams, Scores
@@ -315,6 +317,44 @@ def test_tokens_that_have_no_label_are_no_samples() -> None:
     for batch, count in ((plain, 10), (labelled(plain, labels), 4 + 2)):
         grams = loradrop.probe(model, [batch], gram=True).grams
         assert grams is not None and grams.samples == count
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llava", "t5", "bert"])
+def test_a_label_is_of_the_token_that_predicts_it(family: str) -> None:
+    """Which rows of the logits the loss reads: their gradients are not zero."""
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2}
+    text = transformers.LlamaConfig(**sizes, num_key_value_heads=2)
+    eyes = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        image_size=4, patch_size=2, projection_dim=16,
+    )  # fmt: skip
+    makes: dict[str, Callable[[], Any]] = {
+        "gpt2": lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2)
+        ),
+        "llava": lambda: transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(vision_config=eyes, text_config=text)
+        ),
+        "t5": lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(
+                vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2,
+                decoder_start_token_id=0,
+            )
+        ),
+        "bert": lambda: transformers.BertForTokenClassification(
+            transformers.BertConfig(**sizes, num_labels=32)
+        ),
+    }  # fmt: skip
+    model = makes[family]().eval()
+    ids = torch.tensor([[7, 5, 9, 4, 8, 3]])
+    batch = {"input_ids": ids, "labels": torch.tensor([[-100, -100, 9, 4, -100, -100]])}
+    out = model(**batch)
+    out.logits.retain_grad()
+    out.loss.backward()
+    reads = out.logits.grad.abs().sum(-1) > 0
+    counts = losses._counting(model, out.logits, batch)
+    assert counts is not None and counts.tolist() == reads.tolist() and int(reads.sum()) == 2
 
 
 def test_without_labels_the_output_metric_is_left() -> None:

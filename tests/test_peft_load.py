@@ -28,7 +28,7 @@ from peft_folders import (
     tied,
     trained,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import loradrop
@@ -60,6 +60,7 @@ PATTERNS = {"rank_pattern": {"value": 11}, "alpha_pattern": {"1.*query": 3, "val
         (models.roberta, {"task_type": "SEQ_CLS"}),  # a head of two layers
         (models.distilbert, {"target_modules": ["q_lin"], "task_type": "SEQ_CLS"}),
         (bert, {"bias": "all"}),
+        (bert, {"bias": "all", "task_type": "SEQ_CLS"}),  # the head's biases twice
         (bert, {"bias": "lora_only", "task_type": "SEQ_CLS"}),
         (bert, {"lora_dropout": 0.25}),
         (bert, {"init_lora_weights": "gaussian"}),
@@ -175,6 +176,21 @@ def test_embeddings_that_peft_writes_beside_the_adapter(
     model.save_pretrained(tmp_path / "other", save_embedding_layers=True)
     assert list(injection_of(agree(tmp_path / "other", llama)).originals) == names[:1]
     assert f"{names[0]}: in the file though not in modules_to_save" in caplog.text
+
+
+def test_what_peft_writes_more_than_once(tmp_path: Path) -> None:
+    """Embeddings and a head that are trained whole, as after new tokens."""
+    names = ["embed_tokens", "lm_head"]
+    model = trained(llama(), target_modules=["v_proj"], modules_to_save=names)
+    model.save_pretrained(tmp_path, save_embedding_layers=True)
+    found = load_file(tmp_path / TENSORS)
+    assert any(".modules_to_save." in key for key in found)
+    assert any(".original_module." in key for key in found)
+    agree(tmp_path, llama)
+    key = next(key for key in found if ".modules_to_save." in key)
+    save_file(found | {key: found[key] + 1}, tmp_path / TENSORS)
+    with pytest.raises(ValueError, match=f"{key} is neither lora_A.weight nor lora_B.weight"):
+        agree(tmp_path, llama)
 
 
 def test_an_adapter_of_another_name(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from loradrop.files import replacing
 from loradrop.formats.peft_file import CONFIG, base_state
 from loradrop.injection import injection_of
 from loradrop.merging import changes, tell
-from loradrop.native import without_bank
+from loradrop.native import TENSORS, without_bank
 from loradrop.quantised import kept, put
 
 
@@ -34,7 +34,7 @@ def save_merged(model: nn.Module, folder: Path) -> None:
             f"{type(model).__name__} has no save_pretrained, which the merged format needs: call "
             "loradrop.merge(model) and save its state_dict"
         )
-    if (folder / CONFIG).exists():
+    if (folder / CONFIG).exists() or (folder / TENSORS).exists():
         raise ValueError(f"{folder} holds an adapter, which would be loaded on top: choose another")
     targets = [f"{target.name}.weight" for target in bank_of(model).targets]
     folder.mkdir(parents=True, exist_ok=True)

@@ -84,6 +84,7 @@ def export(
             "upload that (hf upload user/name folder)"
         )
     folder = Path(path)
+    require_apart(model, folder)
     with injected(model) as own:
         adapters = adapters_of(own)
         if format == "merged":
@@ -100,6 +101,19 @@ def export(
     if push_to_hub is not None:
         _log.info("pushed to %s", push(folder, push_to_hub, private=private, token=token))
     return verdicts
+
+
+def require_exportable(model: nn.Module) -> None:
+    """Raises ValueError where PEFT's format cannot hold the adapters of `model`."""
+    with injected(model) as own:
+        peft_file_of(own, adapters_of(own), dtype=None, base_id=None, padded=False)
+
+
+def require_apart(model: nn.Module, folder: Path) -> None:
+    """Raises ValueError for the folder that the base model was loaded from: it would be changed."""
+    source = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if source and folder.is_dir() and Path(source).is_dir() and folder.samefile(source):
+        raise ValueError(f"{folder} is the base model's own folder: choose another")
 
 
 def _write(folder: Path, file: PeftFile, card: str) -> None:

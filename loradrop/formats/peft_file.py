@@ -90,7 +90,22 @@ def read(path: str | os.PathLike[str]) -> PeftFile:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file} is damaged or half-written ({error}): export it again") from error
-    return PeftFile(config, tensors)
+    return PeftFile(config, _each_once(tensors))
+
+
+def _each_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the copies that PEFT may write beside what is trained whole: `X.modules_to_save.…`,
+    the same as `X.…`, and `X.original_module.…`, what it was before.
+    """
+    found = {}
+    for key, tensor in tensors.items():
+        of, inner, rest = key.partition(".modules_to_save.")
+        names = rest, rest.partition(".")[2]  # with the adapter's name first, in some versions
+        same = (tensors.get(f"{of}.{name}") for name in names if inner)
+        if ".original_module." in key or any(t is not None and t.equal(tensor) for t in same):
+            continue
+        found[key] = tensor
+    return found
 
 
 class Layout(NamedTuple):

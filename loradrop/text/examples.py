@@ -1,8 +1,8 @@
 """What a task is made of: its kinds, one example, and all of them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, cast
 
 from loradrop.text.labels import LISTS
 
@@ -37,3 +37,16 @@ class TextTask:
     dev: tuple[Example, ...]
     metric: str
     fingerprint: Mapping[str, str]
+
+
+def renumbered(task: TextTask, labels: tuple[str, ...]) -> TextTask:
+    """The same rows, with the classes in the order of `labels`, which are the same names."""
+    place = [labels.index(name) for name in task.labels]
+
+    def moved(row: Example) -> Example:
+        if isinstance(row.label, tuple):
+            return row._replace(label=tuple(place[i] if i >= 0 else i for i in row.label))
+        return row._replace(label=place[cast(int, row.label)])
+
+    train, dev = (tuple(map(moved, rows)) for rows in (task.train, task.dev))
+    return replace(task, labels=labels, train=train, dev=dev)
