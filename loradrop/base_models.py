@@ -153,8 +153,21 @@ def load_base(
             where, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     _require_free(where, sorted(info["mismatched_keys"]), saved)
+    _add_tokens(model, saved)
     model.config._name_or_path = model_id or base["id"]
     return model.eval(), where
+
+
+def _add_tokens(model: Any, saved: Mapping[str, Tensor]) -> None:
+    """As many tokens as the saved embedding has: some were added before the adapter was trained."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        return
+    name = next((name for name, module in model.named_modules() if module is embedding), None)
+    table = saved.get(f"{name}.weight")
+    if table is not None and table.shape[1:] == embedding.weight.shape[1:]:
+        model.resize_token_embeddings(len(table), mean_resizing=False)
 
 
 def without_weights(model_id: str, revision: str | None = None) -> Any:

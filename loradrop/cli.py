@@ -154,6 +154,12 @@ def compress(
     _quiet()
     config = _config(settings)
     named = _named(settings)
+    for override in _parts(settings)[1]:
+        if override.partition(".")[0].partition("=")[0] not in ("model", "data", "train"):
+            raise ValueError(
+                f"{override!r}: this command takes options of model, data and train; --out is the "
+                "folder that it writes"
+            )
     data = config if any(option.startswith("data.") for option in named) else None
     base: dict[str, Any] = {"model_id": config.model.id if "model.id" in named else None}
     base |= {"revision": config.model.revision, "dtype": config.model.dtype}
@@ -351,12 +357,16 @@ def _parts(settings: Sequence[str] | None) -> tuple[str | None, Sequence[str]]:
 
 
 def _plan_at(path: Path) -> "Plan":
-    """The plan in a plan.json, a native adapter, or the folder of a run."""
+    """The plan in a plan.json, a native adapter, a checkpoint, or the folder of a run."""
     from loradrop.files import read_json
-    from loradrop.formats.peft_load import is_peft
-    from loradrop.native import PLAN, TENSORS, adapters_below, read
+    from loradrop.formats.peft_load import is_peft, plan_in
+    from loradrop.native import FOLDER, PLAN, TENSORS, adapters_below, read
     from loradrop.plan import Plan
 
+    if (path / FOLDER / TENSORS).exists():  # a checkpoint
+        path = path / FOLDER
+    if is_peft(path) and (plan := plan_in(path)) is not None:
+        return plan
     if path.is_dir() and (path / TENSORS).exists():
         return read(path).plan
     file = path / PLAN if path.is_dir() else path

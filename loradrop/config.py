@@ -15,6 +15,14 @@ from loradrop.op.philox import quantize
 from loradrop.peft_names import CHANGES, HARMLESS
 
 _OF_PEFT = ("base_model_name_or_path", "peft_type", "is_prompt_learning", "task_type")
+# What other libraries call an option
+_ALIASES = {
+    **{"rank": "r", "lora_r": "r", "lora_rank": "r", "alpha": "lora_alpha", "lr": "learning_rate"},
+    **{"dropout": "lora_dropout", "targets": "target_modules", "max_steps": "steps"},
+    **{"num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size"},
+    **{"gradient_accumulation_steps": "gradient_accumulation", "max_seq_length": "max_length"},
+    **{"path": "source", "file": "source", "text_column": "text", "label_column": "label"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +204,8 @@ def check_keys(given: Mapping[str, Any], known: Sequence[str], where: str) -> No
 
 
 def _hint(key: str, known: Sequence[str]) -> str:
+    if _ALIASES.get(key) in known:
+        return f"did you mean {_ALIASES[key]!r}?"
     if key in CHANGES:
         return f"it is PEFT's, and its adapter would not be s·B·A over the base: {CHANGES[key]}"
     if key in HARMLESS and key not in LoRAConfig.__dataclass_fields__:

@@ -17,14 +17,6 @@ from loradrop.text.task import DataConfig
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 CONFIG = "config.yaml"
-# What other libraries call an option
-_ALIASES = {
-    **{"rank": "r", "lora_r": "r", "lora_rank": "r", "alpha": "lora_alpha", "lr": "learning_rate"},
-    **{"dropout": "lora_dropout", "targets": "target_modules", "max_steps": "steps"},
-    **{"num_train_epochs": "epochs", "per_device_train_batch_size": "batch_size"},
-    **{"gradient_accumulation_steps": "gradient_accumulation", "max_seq_length": "max_length"},
-    **{"path": "source", "file": "source", "text_column": "text", "label_column": "label"},
-}
 _SHORT = {"model": "id", "data": "source", "method": "name"}  # a section that is one word
 _NAMES: dict[Any, str] = {
     **{int: "a whole number", float: "a number", bool: "true or false", str: "text"},
@@ -239,9 +231,6 @@ def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     Raises ValueError for a key that is not a field of it, and for a value of another type.
     """
     known = [f.name for f in fields(cls)]
-    for key in values:
-        if key not in known and _ALIASES.get(key) in known:
-            raise ValueError(f"{where} has no option {key!r}: did you mean {_ALIASES[key]!r}?")
     check_keys(values, known, where)
     hints = get_type_hints(cls)
     for key, value in values.items():

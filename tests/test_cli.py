@@ -261,7 +261,10 @@ def test_plan(work: Path, adapter: Path, tmp_path: Path, capsys: Capsys) -> None
     run = work / "run"
     paths = (run, run / "plan.json", adapter, adapter / "adapter.safetensors")
     shown = [command(capsys, "plan", "show", path) for path in paths]
-    assert shown[0][0] == 0 and shown == [shown[0]] * 4
+    (tmp_path / "checkpoint-4").mkdir()
+    shutil.copytree(adapter, tmp_path / "checkpoint-4" / "loradrop_adapter")
+    shown.append(command(capsys, "plan", "show", tmp_path / "checkpoint-4"))
+    assert shown[0][0] == 0 and shown == [shown[0]] * 5
     assert all(word in shown[0][1] for word in ("query", "value", "●", "○", "warm-up"))
     out = tmp_path / "heat.png"
     assert command(capsys, "plan", "plot", run, "--out", out) == (0, f"\nwrote {out}\n", "")

@@ -167,6 +167,9 @@ def test_bad_input_is_refused(
     fails(capsys, "below one direction", *other, "--budget", 0.001)
     fails(capsys, "exactly one of", *other, "--budget", 0.5, "--max-loss", 0.1, *data(work))
     fails(capsys, "--max-loss 0.1 needs data", *other, "--max-loss", 0.1)
+    for option in ("output=mine", "lora.r=2", "method=vera"):
+        said = f"{option!r}: this command takes options of model, data and train"
+        fails(capsys, said, *other, option)
     fails(capsys, "--heal -1: give a number of steps", *other, "--heal", -1)
     numbers = write_table(tmp_path / "numbers.csv", "numbers")
     fails(capsys, "the data is regression with 1 labels", *other, f"data={numbers}")

@@ -13,6 +13,7 @@ import torch
 from models import Make, Options, adapt, assert_same, bert, fill, llama, outputs, share, snapshot
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 import loradrop
 from loradrop import export
@@ -491,8 +492,19 @@ class TestMerged:
         assert [file.name for file in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
         assert not list(tmp_path.glob(".*"))
 
+    @pytest.mark.parametrize("format", ["merged", "peft"])
+    def test_not_into_the_base_s_own_folder(self, format: str, tmp_path: Path) -> None:
+        llama().save_pretrained(tmp_path)
+        before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+        model = adapt(AutoModelForCausalLM.from_pretrained(tmp_path))
+        with pytest.raises(ValueError, match="is the base model's own folder: choose another"):
+            export(model, tmp_path, format)
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
     def test_not_beside_an_adapter(self, tmp_path: Path) -> None:
         model = adapt(llama())
         export(model, tmp_path)
-        with pytest.raises(ValueError, match="holds an adapter"):
-            export(model, tmp_path, "merged")
+        loradrop.save(model, tmp_path / "native")
+        for folder in (tmp_path, tmp_path / "native"):
+            with pytest.raises(ValueError, match="holds an adapter"):
+                export(model, folder, "merged")

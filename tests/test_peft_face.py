@@ -12,6 +12,7 @@ from torch import Tensor
 
 import loradrop
 from loradrop import LoRAConfig
+from loradrop.cli import main
 from loradrop.collector import Collector
 from loradrop.integrations.peft import LoraDropConfig
 from loradrop.integrations.peft_layers import Banked
@@ -62,6 +63,14 @@ def test_it_begins_as_the_base_model_and_trains_the_bank_alone() -> None:
     assert model.get_nb_trainable_parameters()[0] == model.lora_bank.trainable == 896
     loradrop.share(model, [Q0])
     assert model.get_nb_trainable_parameters()[0] == model.lora_bank.trainable == 704
+
+
+def test_its_folder_has_a_plan_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = made()
+    loradrop.share(model, [Q0])
+    model.save_pretrained(tmp_path)
+    assert main(["plan", "show", str(tmp_path)]) == 0
+    assert f"= {model.lora_bank.trainable:,}" in capsys.readouterr().out
 
 
 def test_what_it_probes_is_what_an_injected_model_probes() -> None:

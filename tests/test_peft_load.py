@@ -30,9 +30,11 @@ from peft_folders import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 import loradrop
 from loradrop import LoRA, LoRAConfig, LoraDropConfig
+from loradrop.base_models import load_base
 from loradrop.formats.peft_file import PREFIX, TENSORS
 from loradrop.injection import injection_of, plan_of
 
@@ -191,6 +193,22 @@ def test_what_peft_writes_more_than_once(tmp_path: Path) -> None:
     save_file(found | {key: found[key] + 1}, tmp_path / TENSORS)
     with pytest.raises(ValueError, match=f"{key} is neither lora_A.weight nor lora_B.weight"):
         agree(tmp_path, llama)
+
+
+def test_new_tokens(tmp_path: Path) -> None:
+    """A vocabulary that was made larger before the adapter was trained, here by its base's name."""
+    llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    rows = base.get_input_embeddings().weight.shape[0]
+    base.resize_token_embeddings(rows + 3)
+    names = ["embed_tokens", "lm_head"]
+    theirs = trained(base, target_modules=["v_proj"], modules_to_save=names, task_type="CAUSAL_LM")
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours, _ = load_base(tmp_path / "adapter")
+    assert ours.get_input_embeddings().weight.shape[0] == rows + 3
+    loradrop.load(ours, tmp_path / "adapter")
+    ids = torch.tensor([[3, rows, rows + 2]])
+    torch.testing.assert_close(ours(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
 
 
 def test_an_adapter_of_another_name(tmp_path: Path) -> None:

@@ -142,6 +142,7 @@ def test_configuration_goes_through_yaml(tmp_path: Path) -> None:
         (["model.dtype=int8"], r"model\.dtype='int8': choose one of float32, bfloat16, float16"),
         (["lora.rank=8"], r"lora has no option 'rank': did you mean 'r'\?"),
         (["train.lr=1"], r"train has no option 'lr': did you mean 'learning_rate'\?"),
+        (["lora.method.name=lora", "lora.lora_rank=8"], r"did you mean 'r'\?"),
         (["lora=8"], r"lora=8: write a section"),
         (["arms=[lora]"], r"arms=\['lora'\]: write a section"),
         (["arms.x=lora"], r"x='lora': write a section"),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from loradrop.bank import STATE, Pair
 from loradrop.config import LoRAConfig
+from loradrop.files import read_json
 from loradrop.formats import peft_file
 from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS, PeftFile, base_state
 from loradrop.formats.peft_options import config_of, require_plain, spelled
@@ -58,6 +59,13 @@ def read(path: str | os.PathLike[str], model: nn.Module) -> NativeFile:
         return _of_face(file) if own else translate(file, model)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def plan_in(path: str | os.PathLike[str]) -> Plan | None:
+    """The plan that PEFT's face saved with its adapter in the folder `path`; None in plain LoRA."""
+    file = Path(path) / CONFIG
+    config = read_json(file) if file.exists() else {}
+    return Plan.from_dict(config["plan"]) if isinstance(config.get("plan"), Mapping) else None
 
 
 def _of_face(file: PeftFile) -> NativeFile:

@@ -167,7 +167,8 @@ def _summary(plan: Plan, own: int | None) -> dict[str, str]:
         size = f"{own:,} own + {plan.parameters - own:,} shared = {size}"
     part = as_percent(plan.parameters / plan.full_parameters)
     found = {"parameters": f"{size}, {part} % of LoRA's {plan.full_parameters:,}"}
-    if plan.kept is not None and plan.parameters >= plan.full_parameters:
+    whole = plan.parameters >= plan.full_parameters
+    if plan.kept is not None and plan.cut is None and whole:
         found["nothing is saved"] = (
             f"all {len(plan.targets)} targets keep their own adapter; to keep fewer, give the "
             "method a smaller budget, keep_ratio or threshold"
