@@ -62,10 +62,10 @@ SETTINGS = {
         data="stdlib", steps=160, max_length=40, target_modules=("query", "value")
     ),
     "stdlib, same modules": Setting(
-        data="stdlib", steps=160, max_length=40, dev_of_train=800, head_rate=0.128
+        data="stdlib", steps=160, max_length=40, dev_of_train=800, head_rate=0.064
     ),
     "stdlib, same modules, query and value": Setting(
-        data="stdlib", steps=160, max_length=40, dev_of_train=800, head_rate=0.128,
+        data="stdlib", steps=160, max_length=40, dev_of_train=800, head_rate=0.064,
         target_modules=("query", "value"),
     ),
     "sst2, query and value": Setting(
