@@ -94,6 +94,7 @@ class MethodCallback(TrainerCallback):
         self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         step, collector = state.global_step, self.collector
+        injection_of(self.model).stepped = True
         collected: dict[str, list[torch.Tensor | None]] = {}
         if collector is not None:
             collected = collector.close_row()

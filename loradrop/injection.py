@@ -16,7 +16,7 @@ from loradrop.bank import STATE, AdapterBank, Pair, bank_of, delta_of
 from loradrop.config import LoRAConfig
 from loradrop.env import versions
 from loradrop.plan import Plan
-from loradrop.ranks import is_sharded, whole
+from loradrop.ranks import here, is_sharded, whole
 from loradrop.scores import Scores
 
 _VIEW = "loradrop_injected"  # of PEFT's face: see integrations.peft_tuner
@@ -35,7 +35,8 @@ class Injection:
                     are the base tensors that are trained whole, attributes (module, name, value)
     merged          the weights before a reversible merge; of quantised ones the attributes that
                     hold them; None while the adapters are not merged
-    told            names of tensors that a warning has named
+    told            names of tensors that a warning has named, and other warnings that came once
+    stepped, start  whether a run called the method at a step; `sum_of` the bank at first
     """
 
     config: LoRAConfig
@@ -47,6 +48,14 @@ class Injection:
     attributes: list[tuple[str, str, Any]] = field(default_factory=list)
     merged: dict[str, Tensor | Mapping[str, Any]] | None = None
     told: set[str] = field(default_factory=set)
+    stepped: bool = False
+    start: float | None = None
+
+
+def sum_of(bank: nn.Module) -> float | None:
+    """Of all elements of its parameters: another one as soon as they are trained. None on meta."""
+    sums = [here(parameter.detach()).double().sum() for parameter in bank.parameters()]
+    return None if any(total.is_meta for total in sums) else sum(map(float, sums))
 
 
 def injection_of(model: nn.Module) -> Injection:

@@ -28,6 +28,7 @@ from loradrop.injection import (
     injection_of,
     plan_of,
     require_adapted,
+    sum_of,
     trained_since,
 )
 from loradrop.plan import Plan
@@ -60,7 +61,9 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     bank_of(model)
     with injected(model) as own:
-        if (reason := unmeasured(own)) is not None:
+        told = injection_of(own).told
+        if (reason := unmeasured(own) or _idle(own)) is not None and reason not in told:
+            told.add(reason)
             _log.warning("%s", reason)
         checkpoint(own, path)
 
@@ -279,4 +282,17 @@ def unmeasured(model: nn.Module) -> str | None:
         f"the method {injection.config.method.name!r} decides after a warm-up, and none was made, "
         "so this is plain LoRA: pass callbacks=[loradrop.LoraDropCallback()] to the Trainer, call "
         "loradrop.fit, or inject with LoRAConfig(method=loradrop.LoRA())"
+    )
+
+
+def _idle(model: nn.Module) -> str | None:
+    """Why a method that acts at every step did nothing; None where it did, or has nothing to do."""
+    bank, injection = bank_of(model), injection_of(model)
+    method = injection.config.method
+    untouched = sum_of(bank) == injection.start
+    if injection.stepped or injection.plan is not None or not method.acts or untouched:
+        return None
+    return (
+        f"the method {method.name!r} acts at every step of training, and nothing called it: pass "
+        "callbacks=[loradrop.LoraDropCallback()] to the Trainer, or call loradrop.fit"
     )

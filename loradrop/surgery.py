@@ -18,6 +18,7 @@ from loradrop.injection import (
     require_adapted,
     require_loaded,
     require_own,
+    sum_of,
     trained_since,
 )
 from loradrop.layers import adapt, build_bank, freeze, is_patched, restore
@@ -74,6 +75,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
         adapt(module, bank, i)
         injection.attributes += [(target, *changed) for changed in keep_unpacked(module)]
     injection.attributes += _avoid_fused_paths(model, bank)
+    injection.start = sum_of(bank) if config.method.acts else None
     model.lora_bank, model._lora_injection = bank, injection  # type: ignore[assignment]
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]

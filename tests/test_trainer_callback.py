@@ -225,6 +225,23 @@ def test_a_warmup_that_nobody_makes_is_an_error(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint-2" / "loradrop_adapter" / "adapter.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", ["prilora", "adalora", "rm_lora", "lora"])
+@pytest.mark.parametrize("called", [False, True])
+def test_a_method_that_nobody_calls_is_named(
+    name: str, called: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = injected(LoRAConfig(**tiny.LORA, method=loradrop.methods.get(name)()))
+    loradrop.save(model, tmp_path / "start")
+    trainer(tmp_path, model, [loradrop.LoraDropCallback()] * called).train()
+    loradrop.save(model, tmp_path / "end")
+    said = f"the method {name!r} acts at every step of training, and nothing called it"
+    assert caplog.text.count(said) == (name != "lora" and not called)
+    again = tiny.make_model()
+    loradrop.load(again, tmp_path / "end")
+    loradrop.save(again, tmp_path / "again")
+    assert caplog.text.count(said) == (name != "lora" and not called)
+
+
 def test_a_folder_for_others_says_where_the_adapters_are(
     whole: tuple[Path, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -65,6 +65,12 @@ class Method:
         """Whether it has a stage before `update`."""
         return self.warmup(1 << 30) is not None
 
+    @property
+    def acts(self) -> bool:
+        """Whether training has to call it at every step."""
+        names = "before_step", "on_step_end"
+        return any(getattr(type(self), name) is not getattr(Method, name) for name in names)
+
     def bank(
         self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]
     ) -> AdapterBank:
