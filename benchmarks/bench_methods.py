@@ -4,7 +4,7 @@ Every method adapts every linear layer, for equally many steps, and has the lear
 best for it on one grid, searched at its smallest size: see `lib/study.py`. A budget is LoRA's own
 size at that rank, on the same layers; each method's rank and options for it are in `SIZES`, and a
 cell says what it came to. s is α over the budget for all of them, with one α, so that it is LoRA's
-at every size, and a rate that suits one size suits the others. A new head learns at that rate, too.
+at every size, and a rate that suits one size suits the others. A new head has a rate of its own.
 Cells are written as they finish, the most telling first, and a run again does the rest.
 
     python benchmarks/bench_methods.py --data DIR [--minutes 30]    DIR/sst2 ... hold train and dev
@@ -69,7 +69,7 @@ def arms(budget: int, names: list[str]) -> dict[str, Arm]:
             first = FIRST.get(name, FIRST_RATE)
             least = min(SIZES[name])
             like = None if budget == least else f"{name}, {least}"
-            arm = Arm(rank, method, about, ALPHA / budget, first, like, own=False)
+            arm = Arm(rank, method, about, ALPHA / budget, first, like)
             found[f"{name}, {budget}"] = arm
     return found
 
