@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 
 from loradrop.averaging import keep_whole
-from loradrop.bank import bank_of
+from loradrop.bank import AdapterBank, bank_of
 from loradrop.batches import small_batches
 from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import read_json, write_json
@@ -16,7 +16,7 @@ from loradrop.injection import injection_of, plan_of
 from loradrop.masks import MASK, MaskFn
 from loradrop.methods.base import Method, Warmup
 from loradrop.native import FOLDER, PLAN, TENSORS, checkpoint, read
-from loradrop.optimizers import follow, groups_of
+from loradrop.optimizers import follow, groups_of, regroup
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.ranks import world_size
@@ -50,16 +50,28 @@ class LoraDropCallback(TrainerCallback):
         self.events: MethodCallback | None = None
         self.warmup: Warmup | None = None
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+    def on_init_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,
+        **_: Any,
+    ) -> None:  # fmt: skip
         method, plugin = type(injection_of(model).config.method), _fsdp(args)
         # A resume brings the adapters before there is an optimiser; under FSDP there is one then.
-        bank_of(model).adopts = plugin is None
+        bank = bank_of(model)
+        bank.adopts = plugin is None
+        if optimizer is not None and plugin is None:  # one of the user's own is there, too
+            groups = groups_of(model, optimizer)
+            bank.changed = lambda: regroup(model, optimizer, groups)
         if plugin and any(getattr(method, event) is not getattr(Method, event) for event in _ACTS):
             _keep_whole(model, plugin)
 
     def on_train_begin(
-        self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any
-    ) -> None:
+        self, args: Any, state: TrainerState, control: Any, model: Any = None,
+        optimizer: Any = None, **_: Any,
+    ) -> None:  # fmt: skip
+        if _fsdp(args) is None:
+            bank_of(model).changed = None  # from here on the optimiser follows a decision
+            if not args.deepspeed:
+                _require_held(bank_of(model), optimizer)
         if self.events is not None:  # a run before this one, which may have ended with an error
             self.events.detach()
         bank, injection = bank_of(model), injection_of(model)
@@ -128,6 +140,17 @@ class LoraDropCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if self.events is not None:
             self.events.on_train_end(args, state, control)
+
+
+def _require_held(bank: AdapterBank, optimizer: Any) -> None:
+    """Raises ValueError for an optimiser that holds none of the adapters that are trained."""
+    held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+    trained = [p for p in bank.parameters() if p.requires_grad]
+    if held and trained and not any(id(p) in held for p in trained):
+        raise ValueError(
+            "LoraDropCallback: the optimiser holds none of the adapters. They changed after it was "
+            "made, as by a cut, or by inject or load: make a new Trainer with a new optimiser"
+        )
 
 
 def _plan(folder: Path) -> Plan:

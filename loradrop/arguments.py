@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ _CHECKPOINTING = next(
     for name in ("activation_checkpointing", "gradient_checkpointing")
     if name in TrainingArguments.__dataclass_fields__
 )
+_FOLLOWING = "reduce_lr_on_plateau", "greedy"  # schedules that follow evaluations
 _log = logging.getLogger(__name__)
 
 
@@ -40,6 +42,7 @@ def training_arguments(
     precision = _supported(args.precision)
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     check_keys(args.extra, known, "train.extra")
+    _require_ours(args.extra, warm_up=warm_up, has_dev=has_dev)
     rising = args.warmup_ratio * (total or steps)
     options: dict[str, Any] = {
         "output_dir": str(folder),
@@ -66,11 +69,12 @@ def training_arguments(
         "eval_steps": args.eval_every,
         "report_to": list(args.report_to),
         "disable_tqdm": True,
+        "restore_callback_states_from_checkpoint": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     options |= args.extra
     if warm_up:
-        if options["lr_scheduler_type"] == "reduce_lr_on_plateau":  # which follows evaluations
+        if options["lr_scheduler_type"] in _FOLLOWING:
             options["lr_scheduler_type"] = "constant_with_warmup"
         options |= {
             "save_strategy": "steps",
@@ -95,13 +99,46 @@ _SAME = {  # what both call by another name
 }
 
 
+def _require_ours(extra: Mapping[str, Any], *, warm_up: bool, has_dev: bool) -> None:
+    """Raises ValueError for options in `extra` that `TrainConfig` has by a name of its own, and for
+    those with which a run could not be evaluated, or resumed.
+    """
+    ours = _SAME | {"max_steps": "steps", "bf16": "precision", "fp16": "precision"}
+    for name in extra:
+        if name in ours:
+            raise ValueError(f"train.extra has {name}: give train.{ours[name]}, which is the same")
+    if "output_dir" in extra:
+        raise ValueError("train.extra has output_dir: give fit output_dir=, or the command output=")
+    if extra.get("save_only_model"):
+        raise ValueError(
+            "save_only_model=True keeps no optimiser, so that a run could not be resumed to the "
+            "same end: leave it out"
+        )
+    strategy = getattr(extra.get("eval_strategy", "no"), "value", extra.get("eval_strategy", "no"))
+    if strategy != "no" and not has_dev and not warm_up:
+        raise ValueError(f"eval_strategy={strategy!r} needs rows to evaluate on: give dev=")
+
+
 def train_config(args: TrainingArguments) -> TrainConfig:
-    """TrainingArguments in our words; what was changed and has no word of ours is `extra`."""
+    """TrainingArguments in our words; what was changed and has no word of ours is `extra`.
+
+    Raises TypeError for those of a library that adds its own, which `fit` would ignore.
+    """
+    if type(args) is not TrainingArguments:
+        raise TypeError(
+            f"args is a {type(args).__name__}, whose further options fit does not know: give "
+            "transformers' TrainingArguments or loradrop.TrainConfig, or use the Trainer that they "
+            "are for, with callbacks=[loradrop.LoraDropCallback()]"
+        )
     default = TrainingArguments(output_dir="none", use_cpu=args.use_cpu)
     names = [field.name for field in dataclasses.fields(args) if field.init]
     changed = {n: v for n in names if (v := getattr(args, n)) != getattr(default, n)}
-    for name in (*_SAME, "output_dir", "bf16", "fp16", "use_cpu", "max_steps"):
+    for name in (*_SAME, "output_dir", "bf16", "fp16", "max_steps"):
         changed.pop(name, None)
+    for name in ("per_device_eval_batch_size", "save_total_limit"):  # their defaults are not ours
+        changed[name] = getattr(args, name)
+    if args.use_cpu:
+        changed["use_cpu"] = True
     return TrainConfig(
         steps=args.max_steps if args.max_steps > 0 else None,
         precision="bf16" if args.bf16 else "fp16" if args.fp16 else "float32",

@@ -185,8 +185,8 @@ def without_weights(model_id: str, revision: str | None = None) -> Any:
 
 
 def to_accelerator(model: Any) -> None:
-    """Where the machine has one, the model goes there."""
-    if torch.accelerator.is_available():
+    """Where the machine has one, the model goes there; a quantised one may be there already."""
+    if torch.accelerator.is_available() and model.device.type == "cpu":
         model.to(torch.accelerator.current_accelerator())
 
 

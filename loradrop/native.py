@@ -289,9 +289,10 @@ def _idle(model: nn.Module) -> str | None:
     """Why a method that acts at every step did nothing; None where it did, or has nothing to do."""
     bank, injection = bank_of(model), injection_of(model)
     method = injection.config.method
-    untouched = sum_of(bank) == injection.start
-    if injection.stepped or injection.plan is not None or not method.acts or untouched:
+    if injection.stepped or injection.plan is not None or not method.acts:
         return None
+    if sum_of(bank) == injection.start:
+        return None  # nothing is trained yet
     return (
         f"the method {method.name!r} acts at every step of training, and nothing called it: pass "
         "callbacks=[loradrop.LoraDropCallback()] to the Trainer, or call loradrop.fit"

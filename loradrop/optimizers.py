@@ -161,7 +161,7 @@ def _odd(known: Known, parameter: Tensor) -> str | None:
 def by_name(model: nn.Module, state: Mapping[Any, Known]) -> dict[str, Known]:
     """The same by the parameters' names in the model, as `learn` takes it."""
     found = {name: state[p] for name, p in model.named_parameters() if p in state}
-    if state and not found:
+    if state and not found and not any(isinstance(key, Tensor) for key in state):
         _log.warning("the optimiser keeps nothing by parameter, so it begins anew here")
     return found
 

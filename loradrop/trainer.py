@@ -128,7 +128,7 @@ class LoRATrainer(Trainer):
         if isinstance(sampler, LengthGroupedSampler):
             # The batches that the processes of a run take at one time are of like length, too.
             together = self.args.train_batch_size * self.args.world_size
-            return Onward(len(sampler), seed, start, sampler.lengths, together)
+            return Onward(len(sampler), seed, start, list(sampler.lengths), together)
         if self.part is None or not isinstance(sampler, RandomSampler):
             return sampler
         return Onward(len(sampler), seed, start)
@@ -159,7 +159,7 @@ class LoRATrainer(Trainer):
             return
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         settled = read_json(checkpoint / EVENTS)["settled"]
-        if state.global_step < self.args.max_steps and not settled:
+        if state.global_step < self.args.max_steps and not settled and not _stopped_early(state):
             self.train(resume_from_checkpoint=str(checkpoint))
             return
         self._load_from_checkpoint(str(checkpoint))  # `train` would take a step more
@@ -167,6 +167,9 @@ class LoRATrainer(Trainer):
             self.create_optimizer_and_scheduler(self.args.max_steps)
             self._load_optimizer_and_scheduler(str(checkpoint))
         self.state = state
+        best = state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None and Path(best).exists():
+            self._load_best_model()
         self.events.begin()
         self.events.detach()
 
@@ -229,6 +232,17 @@ class LoRATrainer(Trainer):
 
     def _load_best_model(self) -> None:
         fill(self.events.model, read(str(self.state.best_model_checkpoint)))
+
+
+def _stopped_early(state: TrainerState) -> bool:
+    """Whether transformers' EarlyStoppingCallback had ended the run at this checkpoint."""
+    callbacks: Any = state.stateful_callbacks or {}
+    kept = callbacks.get("EarlyStoppingCallback") or []
+    counts = (
+        (one["attributes"]["early_stopping_patience_counter"], one["args"])
+        for one in (kept if isinstance(kept, list) else [kept])
+    )
+    return any(count >= given["early_stopping_patience"] for count, given in counts)
 
 
 def _begin_at(scheduler: Any, done: int) -> None:

@@ -251,6 +251,7 @@ class _Run:
     def _options(self) -> dict[str, dict[str, Any]]:
         """What a resume must agree with, as the file beside the checkpoints holds it."""
         lora, train = self.config.to_dict(), asdict(self.args)
+        train["extra"] = {k: v for k, v in train["extra"].items() if not k.endswith("_token")}
         data = {"model": base_of(self.model), "data": self.data, "lora": lora, "train": train}
         return json.loads(json.dumps(data))  # type: ignore[no-any-return]
 
@@ -312,7 +313,8 @@ class _Run:
         )  # fmt: skip
         callbacks = self.callbacks
         if name == "warmup":  # it is not evaluated
-            callbacks = [c for c in callbacks if not isinstance(c, EarlyStoppingCallback)]
+            kind = EarlyStoppingCallback
+            callbacks = [c for c in callbacks if not isinstance(c, kind) and c is not kind]
         own = rows.collate_fn if isinstance(rows, DataLoader) else None
         trainer = LoRATrainer(
             self.model,

@@ -12,7 +12,7 @@ import training_runs as tiny
 from models import llama, words
 from torch import nn
 from training_runs import make_model, make_rows, run
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, Seq2SeqTrainingArguments, TrainingArguments
 
 import loradrop
 from loradrop import LoRAConfig, LoraDropConfig, fit
@@ -136,6 +136,53 @@ def test_early_stopping_and_the_best_model(more: dict[str, Any], tmp_path: Path)
     best = read(tmp_path / "main" / "checkpoint-4")
     B = best.bank["B.0"]
     assert torch.equal(B, model.lora_bank.B[0]) and B.any()
+    again = fit(
+        make_model(), make_rows(), make_rows(16, 1), tiny.DROP, args=args, metric=metric,
+        output_dir=tmp_path, callbacks=[EarlyStoppingCallback(2)], resume=True,
+    )  # fmt: skip
+    assert again.steps == result.steps  # it stopped, and does not train on
+    assert torch.equal(read(tmp_path / "adapter").bank["B.0"], B)
+
+
+def test_a_class_of_a_callback_does() -> None:
+    args = replace(tiny.ARGS, eval_every=4, extra=BEST)
+    result = fit(
+        make_model(), make_rows(), make_rows(16, 1), tiny.DROP, args=args,
+        metric=lambda _: {"q": 1.0}, callbacks=[EarlyStoppingCallback],
+    )  # fmt: skip
+    assert result.steps == tiny.WARMUP + 8 < tiny.TOTAL  # no better for one evaluation
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"max_steps": 30}, "train.extra has max_steps: give train.steps"),
+        ({"num_train_epochs": 9}, "has num_train_epochs: give train.epochs"),
+        ({"per_device_train_batch_size": 4}, "give train.batch_size"),
+        ({"bf16": True}, "give train.precision"),
+        ({"output_dir": "x"}, "train.extra has output_dir: give fit output_dir="),
+        ({"save_only_model": True}, "save_only_model=True keeps no optimiser"),
+        ({"eval_strategy": "epoch"}, "eval_strategy='epoch' needs rows to evaluate on: give dev="),
+    ],
+)
+def test_extra_options_that_fit_has_itself(
+    extra: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", args=replace(tiny.ARGS, extra=extra), dev=None)
+    assert not (tmp_path / "run" / "warmup").exists()  # before anything was trained
+
+
+def test_arguments_of_another_trainer_are_named(tmp_path: Path) -> None:
+    args = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(TypeError, match=r"a Seq2SeqTrainingArguments, .*LoraDropCallback"):
+        fit(make_model(), make_rows(), None, tiny.DROP, args=args)
+
+
+def test_tokens_of_the_hub_are_not_written(tmp_path: Path) -> None:
+    run(tmp_path, args=replace(tiny.ARGS, extra={"hub_token": "hf_SECRET"}))
+    written = [file for file in tmp_path.rglob("*.json") if "hf_SECRET" in file.read_text()]
+    assert not written
 
 
 def test_training_arguments_mean_what_they_say(tmp_path: Path) -> None:
@@ -145,7 +192,8 @@ def test_training_arguments_mean_what_they_say(tmp_path: Path) -> None:
         warmup_steps=2, logging_steps=1, save_steps=50, seed=5, use_cpu=True, report_to="none",
     )  # fmt: skip
     found = train_config(args)
-    assert found.extra == {"lr_scheduler_type": "cosine", "warmup_steps": 2}
+    own = {"per_device_eval_batch_size": 8, "save_total_limit": None, "use_cpu": True}
+    assert found.extra == {"lr_scheduler_type": "cosine", "warmup_steps": 2, **own}
     main = training_arguments(found, tmp_path, 10, warm_up=False, has_dev=False)
     for name in ("num_train_epochs", "per_device_train_batch_size", "lr_scheduler_type", "seed"):
         if name != "num_train_epochs":  # both stages count steps

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import loradrop
 from loradrop import LoRAConfig, fit
-from loradrop.injection import plan_of
+from loradrop.injection import injection_of, plan_of
 from loradrop.methods import Method
 from loradrop.optimizers import plain, set_head_rate
 
@@ -122,6 +122,26 @@ def test_what_cannot_be_cut_with_the_adapters_begins_anew_and_says_so(
     assert {*found.known[1]} == {*model.classifier.parameters()}
 
 
+def test_an_optimiser_without_the_adapters_is_an_error(tmp_path: Path) -> None:
+    model = make_model()
+    loradrop.inject(model, tiny.PLAIN)
+    args = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to="none")
+    optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=1e-3)
+    trainer = Trainer(
+        model, args, train_dataset=make_rows(), optimizers=(optimizer, None),
+        callbacks=[loradrop.LoraDropCallback()],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="the optimiser holds none of the adapters"):
+        trainer.train()
+
+
+def test_nothing_is_said_where_all_begins_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(tmp_path, replace(tiny.DROP, modules_to_save=()), tiny.ARGS)
+    assert "keeps nothing by parameter" not in caplog.text
+
+
 @pytest.mark.parametrize("method", [loradrop.LoRADrop(budget=0.5), loradrop.Spectral(budget=0.5)])
 def test_a_run_with_a_head_rate_resumes(method: Method, tmp_path: Path) -> None:
     args, config = replace(tiny.ARGS, head_learning_rate=0.05), replace(tiny.DROP, method=method)
@@ -158,7 +178,7 @@ def test_an_optimiser_of_ones_own_for_a_head(method: Method, tmp_path: Path) -> 
     )
     args = TrainingArguments(
         str(tmp_path), max_steps=12, use_cpu=True, disable_tqdm=True, report_to="none",
-        lr_scheduler_type="constant",
+        lr_scheduler_type="constant", save_steps=10,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     callbacks = [loradrop.LoraDropCallback(), rates]
@@ -169,6 +189,15 @@ def test_an_optimiser_of_ones_own_for_a_head(method: Method, tmp_path: Path) -> 
     assert len(rates.seen) == 12
     assert all([lr for _, lr in groups] == [1e-3, 0.1] for groups in rates.seen)
     assert rates.seen[-1][0][0] == model.lora_bank.trainable < rates.seen[0][0][0]
+    end = {name: p.detach().clone() for name, p in model.named_parameters()}
+    again = make_model()  # and resumed after the boundary
+    loradrop.inject(again, injection_of(model).config)
+    optimizer = torch.optim.AdamW(loradrop.parameter_groups(again, head_learning_rate=0.1), lr=1e-3)
+    Trainer(
+        again, args, train_dataset=make_rows(), optimizers=(optimizer, None),
+        callbacks=[loradrop.LoraDropCallback()],
+    ).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))  # fmt: skip
+    assert all(torch.equal(p, end[name]) for name, p in again.named_parameters())
     loradrop.remove(model)
     loradrop.inject(model, LoRAConfig(r=2, target_modules=("query",), modules_to_save=()))
     with pytest.raises(ValueError, match=r"head_learning_rate=0.1: nothing is trained whole"):

@@ -364,6 +364,7 @@ def test_best_checkpoint_comes_back(tmp_path: Path) -> None:
     result = run(tmp_path, tiny.PLAIN, args)
     losses = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
     assert result.metrics["loss"] == min(losses) < losses[-2]
+    assert run(tmp_path, tiny.PLAIN, args, resume=True).metrics == result.metrics
 
 
 def test_without_output_nothing_is_left(

@@ -101,10 +101,10 @@ def _each_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         of, inner, rest = key.partition(".modules_to_save.")
         names = rest, rest.partition(".")[2]  # with the adapter's name first, in some versions
-        same = (tensors.get(f"{of}.{name}") for name in names if inner)
-        if ".original_module." in key or any(t is not None and t.equal(tensor) for t in same):
-            continue
-        found[key] = tensor
+        plain = [tensors[f"{of}.{name}"] for name in names if inner and f"{of}.{name}" in tensors]
+        copied = any(t.dtype == tensor.dtype and t.equal(tensor) for t in plain)
+        if ".original_module." not in key and not copied:
+            found[key] = tensor
     return found
 
 
