@@ -22,7 +22,6 @@ from loradrop.probing import probe
 from loradrop.ranks import world_size
 from loradrop.sharing import conclude
 
-_ACTS = "warmup", "before_step", "on_step_end"
 _log = logging.getLogger(__name__)
 
 
@@ -54,27 +53,27 @@ class LoraDropCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,
         **_: Any,
     ) -> None:  # fmt: skip
-        method, plugin = type(injection_of(model).config.method), _fsdp(args)
+        method, plugin = injection_of(model).config.method, _fsdp(args)
         # A resume brings the adapters before there is an optimiser; under FSDP there is one then.
         bank = bank_of(model)
         bank.adopts = plugin is None
         if optimizer is not None and plugin is None:  # one of the user's own is there, too
             groups = groups_of(model, optimizer)
             bank.changed = lambda: regroup(model, optimizer, groups)
-        if plugin and any(getattr(method, event) is not getattr(Method, event) for event in _ACTS):
+        if plugin and (method.acts or method.warms_up):
             _keep_whole(model, plugin)
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: Any, model: Any = None,
         optimizer: Any = None, **_: Any,
     ) -> None:  # fmt: skip
+        bank, injection = bank_of(model), injection_of(model)
         if _fsdp(args) is None:
-            bank_of(model).changed = None  # from here on the optimiser follows a decision
+            bank.changed = None  # from here on the optimiser follows a decision
             if not args.deepspeed:
-                _require_held(bank_of(model), optimizer)
+                _require_held(bank, optimizer)
         if self.events is not None:  # a run before this one, which may have ended with an error
             self.events.detach()
-        bank, injection = bank_of(model), injection_of(model)
         method, decided = injection.config.method, bank.assignment.decided
         self.warmup = None if decided else method.warmup(state.max_steps)
         if self.warmup is not None:

@@ -114,7 +114,8 @@ def _require_ours(extra: Mapping[str, Any], *, warm_up: bool, has_dev: bool) -> 
             "save_only_model=True keeps no optimiser, so that a run could not be resumed to the "
             "same end: leave it out"
         )
-    strategy = getattr(extra.get("eval_strategy", "no"), "value", extra.get("eval_strategy", "no"))
+    given = extra.get("eval_strategy", "no")
+    strategy = getattr(given, "value", given)
     if strategy != "no" and not has_dev and not warm_up:
         raise ValueError(f"eval_strategy={strategy!r} needs rows to evaluate on: give dev=")
 

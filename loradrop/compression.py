@@ -76,10 +76,10 @@ def open_adapter(
     bank = load(base, adapter)
     require_pairs(base)
     require_exportable(base)
-    to_accelerator(base)
     if config is None:
         _log.warning("no data is given: the cut is by weights alone, and no loss is predicted")
         return Opened(str(adapter), base, spectrum_of(bank.targets, grams_of(bank), "weight"), None)
+    to_accelerator(base)
     rows = rows_for(base, where, config.data, adapter)
     some = small_batches(rows.train, rows.collate, config.train.seed, measured or MEASURED)
     scores = probe(base, some, gram=True, mask=config.train.mask)

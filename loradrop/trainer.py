@@ -167,8 +167,9 @@ class LoRATrainer(Trainer):
             self.create_optimizer_and_scheduler(self.args.max_steps)
             self._load_optimizer_and_scheduler(str(checkpoint))
         self.state = state
-        best = state.best_model_checkpoint
-        if self.args.load_best_model_at_end and best is not None and Path(best).exists():
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            best = checkpoint.parent / Path(state.best_model_checkpoint).name  # also once moved
+            state.best_model_checkpoint = str(best)
             self._load_best_model()
         self.events.begin()
         self.events.detach()

@@ -361,10 +361,12 @@ def test_evaluates_while_it_trains(tmp_path: Path) -> None:
 def test_best_checkpoint_comes_back(tmp_path: Path) -> None:
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
     args = replace(tiny.ARGS, learning_rate=0.3, steps=40, eval_every=4, extra=best)
-    result = run(tmp_path, tiny.PLAIN, args)
+    result = run(tmp_path / "run", tiny.PLAIN, args)
     losses = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
     assert result.metrics["loss"] == min(losses) < losses[-2]
-    assert run(tmp_path, tiny.PLAIN, args, resume=True).metrics == result.metrics
+    assert run(tmp_path / "run", tiny.PLAIN, args, resume=True).metrics == result.metrics
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert run(tmp_path / "moved", tiny.PLAIN, args, resume=True).metrics == result.metrics
 
 
 def test_without_output_nothing_is_left(

@@ -84,7 +84,7 @@ def export(
             "upload that (hf upload user/name folder)"
         )
     folder = Path(path)
-    require_apart(model, folder)
+    _require_not_base(model, folder)
     with injected(model) as own:
         adapters = adapters_of(own)
         if format == "merged":
@@ -109,7 +109,7 @@ def require_exportable(model: nn.Module) -> None:
         peft_file_of(own, adapters_of(own), dtype=None, base_id=None, padded=False)
 
 
-def require_apart(model: nn.Module, folder: Path) -> None:
+def _require_not_base(model: nn.Module, folder: Path) -> None:
     """Raises ValueError for the folder that the base model was loaded from: it would be changed."""
     source = getattr(getattr(model, "config", None), "_name_or_path", None)
     if source and folder.is_dir() and Path(source).is_dir() and folder.samefile(source):
