@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from loradrop.averaging import keep_whole
 from loradrop.bank import AdapterBank, bank_of
-from loradrop.batches import small_batches
+from loradrop.batches import require_rows, small_batches
 from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import read_json, write_json
 from loradrop.formats.peft_file import CONFIG
@@ -33,15 +34,17 @@ class LoraDropCallback(TrainerCallback):
 
     The warm-up are the Trainer's first steps. At its end the best model so far is forgotten, and
     the optimiser forgets what it knew of adapters that begin anew; the schedule goes on.
-    Checkpoints resume on either side of it. A method without a warm-up gets its events alone. A
-    PeftModel needs no `inject`, but a `loradrop.integrations.peft.LoraDropConfig`.
+    Checkpoints resume on either side of it; one outside output_dir is named in
+    TrainingArguments(resume_from_checkpoint=...), too. A method without a warm-up gets its events
+    alone. A PeftModel needs no `inject`, but a `loradrop.integrations.peft.LoraDropConfig`.
 
     mask, mask_fn   of the statistics, as for `probe`
 
     Under FSDP2 it keeps what is trained whole on every rank (`keep_whole`), for a method that does
     something in the middle of a run. It raises ValueError for options of the warm-up that need
-    `fit` (sample_ratio, source="offline" of lora_drop), and where sharing could not reach every
-    process (DeepSpeed, FSDP1, DDP without find_unused_parameters).
+    `fit` (sample_ratio, source="offline" of lora_drop), for a stream of rows that a method measures
+    offline, for a checkpoint that it cannot find, and where sharing could not reach every process
+    (DeepSpeed, FSDP1, DDP without find_unused_parameters).
     """
 
     def __init__(self, *, mask: str | None = MASK, mask_fn: MaskFn | None = None) -> None:
@@ -65,7 +68,7 @@ class LoraDropCallback(TrainerCallback):
 
     def on_train_begin(
         self, args: Any, state: TrainerState, control: Any, model: Any = None,
-        optimizer: Any = None, **_: Any,
+        optimizer: Any = None, train_dataloader: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         bank, injection = bank_of(model), injection_of(model)
         if _fsdp(args) is None:
@@ -78,6 +81,8 @@ class LoraDropCallback(TrainerCallback):
         self.warmup = None if decided else method.warmup(state.max_steps)
         if self.warmup is not None:
             _require_one_run(self.warmup, method, args, model)
+            if self.warmup.source == "offline":
+                require_rows(train_dataloader.dataset)
         statistics = () if decided else method.statistics
         self.events = MethodCallback(
             model, statistics=statistics, **self.masks,
@@ -85,7 +90,7 @@ class LoraDropCallback(TrainerCallback):
             measured_from=self.warmup.measured_from if self.warmup else 0,
         )  # fmt: skip
         if state.global_step:
-            folder = _of_step(args, state) / FOLDER
+            folder = _resumed(args, state) / FOLDER
             if not (folder / EVENTS).exists():
                 _log.warning("%s is not there: the statistics count from here on", folder / EVENTS)
             else:
@@ -139,6 +144,12 @@ class LoraDropCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if self.events is not None:
             self.events.on_train_end(args, state, control)
+        if self.warmup is not None and state.global_step < self.warmup.steps:
+            _log.warning(
+                "the run ended at step %d, in the warm-up of %d steps: nothing is decided. A "
+                "callback that ends runs, as EarlyStoppingCallback, counts from the first step on",
+                state.global_step, self.warmup.steps,
+            )  # fmt: skip
 
 
 def _require_held(bank: AdapterBank, optimizer: Any) -> None:
@@ -160,10 +171,29 @@ def _plan(folder: Path) -> Plan:
 
 
 def _of_step(args: Any, state: TrainerState) -> Path:
-    """The checkpoint that the run resumes from, or writes now."""
+    """The checkpoint that the run writes now."""
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _resumed(args: Any, state: TrainerState) -> Path:
+    """The checkpoint that the run resumes from, which a Trainer tells nobody: the one that logged
+    what the run remembers.
+    """
     given = args.resume_from_checkpoint
-    here = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-    return Path(given) if isinstance(given, str) and not here.exists() else here
+    named = [Path(given)] if isinstance(given, str) else []
+    for folder in (*named, _of_step(args, state)):
+        file = folder / TRAINER_STATE_NAME
+        if file.exists() and _history(TrainerState.load_from_json(str(file))) == _history(state):
+            return folder
+    raise ValueError(
+        f"LoraDropCallback: the checkpoint that the run resumes from, of step {state.global_step}, "
+        f"is not the one in {args.output_dir}, so what it measured cannot be found: name it in "
+        "TrainingArguments(resume_from_checkpoint=...), too"
+    )
+
+
+def _history(state: TrainerState) -> tuple[Any, ...]:
+    return state.global_step, state.total_flos, state.log_history
 
 
 def _fsdp(args: Any) -> Any:

@@ -82,7 +82,21 @@ def training_arguments(
             "eval_on_start": False,
             "load_best_model_at_end": False,
         }
-    return TrainingArguments(**options)
+    found = TrainingArguments(**options)
+    if found.load_best_model_at_end:
+        _require_checkpoint(found)
+    return found
+
+
+def _require_checkpoint(args: TrainingArguments) -> None:
+    """Raises ValueError where the best model could not be kept: it is one of the checkpoints."""
+    every = args.save_steps if args.save_steps >= 1 else args.save_steps * args.max_steps
+    if args.save_strategy == "steps" and every > args.max_steps:
+        raise ValueError(
+            f"load_best_model_at_end keeps the best of the checkpoints, and save_every={every:g} "
+            f"makes none in a run of {args.max_steps} steps: give train.save_every (save_steps) "
+            "a smaller number, a multiple of that of evaluations"
+        )
 
 
 _SAME = {  # what both call by another name

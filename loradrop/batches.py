@@ -21,12 +21,17 @@ def small_batches(
 
     Raises ValueError for rows that cannot be drawn from.
     """
+    require_rows(rows)
+    return DataLoader(some_of(rows, count, seed), batch_size=BATCH, collate_fn=collate)
+
+
+def require_rows(rows: Any) -> None:
+    """Raises ValueError for data that comes as a stream."""
     if not hasattr(rows, "__len__") or not hasattr(rows, "__getitem__"):
         raise ValueError(
             f"a {type(rows).__name__} has no rows to draw some of, which measuring directions at "
-            "fixed weights needs: give a Dataset with a length, or lora.method.source=online"
+            'fixed weights needs: give a Dataset with a length, or the method source="online"'
         )
-    return DataLoader(some_of(rows, count, seed), batch_size=BATCH, collate_fn=collate)
 
 
 def require_several(batches: Any) -> None:

@@ -42,10 +42,14 @@ def begun(folder: Path, options: Options, resume: bool) -> Iterator[None]:
     try:
         yield
     except Exception:
-        kept = [*folder.glob("*/checkpoint-*"), *folder.glob(ADAPTERS)]
-        if is_first_rank() and not kept:
+        if is_first_rank() and not resumable(folder):
             file.unlink(missing_ok=True)
         raise
+
+
+def resumable(folder: Path) -> bool:
+    """Whether there is something to go on from."""
+    return any(folder.glob("*/checkpoint-*")) or (folder / ADAPTERS).exists()
 
 
 def _take(folder: Path, options: Options, resume: bool) -> None:

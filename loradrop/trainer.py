@@ -146,8 +146,11 @@ class LoRATrainer(Trainer):
             self.args.per_device_eval_batch_size = size
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """A DataLoader is taken as it is."""
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        """A DataLoader is taken as it is, also one of several by name."""
+        given: Any = self.eval_dataset
+        data = given if eval_dataset is None else eval_dataset
+        if isinstance(data, str):
+            data = given[data]
         if isinstance(data, DataLoader):
             return self.accelerator.prepare(data)  # type: ignore[no-any-return]
         return super().get_eval_dataloader(eval_dataset)

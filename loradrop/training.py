@@ -11,6 +11,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
+from loradrop.any_trainer import LoraDropCallback
 from loradrop.arguments import train_config, training_arguments
 from loradrop.bank import bank_of, has_bank
 from loradrop.callbacks import MethodCallback, Progress
 from loradrop.config import LoRAConfig, TrainConfig, require_config
 from loradrop.env import is_first_rank
 from loradrop.files import write_json
-from loradrop.injection import base_of, injection_of, plan_of
+from loradrop.injection import base_of, injection_of, plan_of, sum_of
 from loradrop.masks import MASK, MaskFn
 from loradrop.methods.base import Warmup
 from loradrop.native import save
@@ -34,7 +36,7 @@ from loradrop.optimizers import by_name, kept_state
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.ranks import wait, world_size
-from loradrop.run_folder import Boundary, begun, taken
+from loradrop.run_folder import Boundary, begun, resumable, taken
 from loradrop.sampling import sample_of
 from loradrop.sharing import conclude
 from loradrop.surgery import inject
@@ -109,7 +111,8 @@ def fit(
             model, train, config, arguments, collate, folder or Path(scratch), resume,
             dict(data or {}), mask_fn, processing_class, dev, metric, callbacks,
         )  # fmt: skip
-        return run.whole()
+        with run.held():
+            return run.whole()
 
 
 def _settled(
@@ -150,7 +153,7 @@ def warm_up(
     )  # fmt: skip
     if config.method.warmup(run.total) is None:
         raise ValueError(f"the method {config.method.name!r} measures nothing: try lora_drop")
-    with forward_kept(model):
+    with forward_kept(model), run.held():
         run.first_stage()
     return plan_of(model)
 
@@ -174,12 +177,34 @@ class _Run:
     callbacks: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
-        if not hasattr(self.train, "__len__"):
-            kind = type(self.train).__name__
-            raise ValueError(f"train is a {kind} without a length: give a sized Dataset or a list")
-        if len(self.train) == 0:
+        if isinstance(self.train, Mapping):
+            raise ValueError(
+                f"train is a {type(self.train).__name__} of {', '.join(map(str, self.train))}: "
+                "give one of them, as train['train']"
+            )
+        try:
+            count = len(self.train)
+        except TypeError as error:
+            kind = type(getattr(self.train, "dataset", self.train)).__name__
+            what = f"train is a {kind} without a length: give a sized Dataset or a list"
+            raise ValueError(what) from error
+        if count == 0:
             raise ValueError("train is empty: give at least one example")
+        if self._per_epoch == 0:
+            raise ValueError(
+                f"train has {count} rows, and dataloader_drop_last leaves no batch of them: choose "
+                f"a batch_size below {self.args.batch_size}"
+            )
         _require_numbers(self.train)
+        owns = (LoraDropCallback, MethodCallback)
+        for callback in self.callbacks:
+            of = callback if isinstance(callback, type) else type(callback)
+            if issubclass(of, owns):
+                raise ValueError(f"callbacks has a {of.__name__}, which fit has itself: drop it")
+
+    def held(self) -> AbstractContextManager[None]:
+        """Takes the folder for this run."""
+        return begun(self.folder, self._options(), self.resume)
 
     @property
     def total(self) -> int:
@@ -189,8 +214,10 @@ class _Run:
     @property
     def _per_epoch(self) -> int:
         """Optimiser steps of a pass over the data."""
-        batch = 1 if isinstance(self.train, DataLoader) else self.args.batch_size
-        batches = math.ceil(len(self.train) / (batch * world_size()))
+        loader = isinstance(self.train, DataLoader)
+        batch = 1 if loader else self.args.batch_size
+        dropped = not loader and self.args.extra.get("dataloader_drop_last", False)
+        batches = (math.floor if dropped else math.ceil)(len(self.train) / (batch * world_size()))
         return math.ceil(batches / self.args.gradient_accumulation)
 
     def _rows(self, steps: int) -> int:
@@ -227,24 +254,26 @@ class _Run:
 
     def first_stage(self) -> Boundary:
         """Inject, and the warm-up of a method that has one."""
-        with begun(self.folder, self._options(), self.resume):
-            set_seed(self.args.seed)
-            if not has_bank(self.model):
-                inject(self.model, self.config)
-            if injection_of(self.model).config != self.config:
-                raise ValueError(
-                    "the model was injected with another configuration: pass the same one, or call "
-                    "loradrop.remove(model) first"
-                )
-            self._arguments("main", self.total)  # refused before the warm-up, not after it
-            decided = bank_of(self.model).assignment.decided
-            stage = None if decided else self.config.method.warmup(self.total)
-            if self.resume and (before := taken(self.model, self.folder)) is not None:
-                return before
-            if stage is None:
-                self._record()
-                return Boundary()
-            before = self._warm_up(stage)
+        set_seed(self.args.seed)
+        if not has_bank(self.model):
+            inject(self.model, self.config)
+        elif not (self.resume and resumable(self.folder)):
+            _require_finite(self.model)
+        if injection_of(self.model).config != self.config:
+            raise ValueError(
+                "the model was injected with another configuration: pass the same one, or call "
+                "loradrop.remove(model) first"
+            )
+        decided = bank_of(self.model).assignment.decided
+        stage = None if decided else self.config.method.warmup(self.total)
+        # Refused before the warm-up, not after it.
+        self._arguments("main", self.total - (stage.steps if stage else 0))
+        if self.resume and (before := taken(self.model, self.folder)) is not None:
+            return before
+        if stage is None:
+            self._record()
+            return Boundary()
+        before = self._warm_up(stage)
         before.write(self.model, self.folder)
         return before
 
@@ -253,7 +282,7 @@ class _Run:
         lora, train = self.config.to_dict(), asdict(self.args)
         train["extra"] = {k: v for k, v in train["extra"].items() if not k.endswith("_token")}
         data = {"model": base_of(self.model), "data": self.data, "lora": lora, "train": train}
-        return json.loads(json.dumps(data))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(data, default=str))  # type: ignore[no-any-return]
 
     def _record(self) -> None:
         """The plan as it is now, with what the run knows of it."""
@@ -335,6 +364,23 @@ class _Run:
         finally:
             events.detach()
         return trainer, events
+
+
+def _require_finite(model: nn.Module) -> None:
+    """Raises ValueError for adapters that a run before this one left broken; says that it goes on
+    from them where they are not.
+    """
+    injection, total = injection_of(model), sum_of(bank_of(model))
+    if total is not None and not math.isfinite(total):
+        raise ValueError(
+            "the model's adapters are not finite, as a run before this one left them: call "
+            "loradrop.remove(model) first, or load a checkpoint"
+        )
+    if injection.stepped:
+        _log.warning(
+            "going on from the adapters that a run before this one trained: loradrop.remove(model) "
+            "takes them away"
+        )
 
 
 def _require_numbers(rows: Any) -> None:

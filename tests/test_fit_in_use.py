@@ -11,7 +11,8 @@ import torch
 import training_runs as tiny
 from models import llama, words
 from torch import nn
-from training_runs import make_model, make_rows, run
+from torch.utils.data import DataLoader
+from training_runs import At, make_model, make_rows, run
 from transformers import EarlyStoppingCallback, Seq2SeqTrainingArguments, TrainingArguments
 
 import loradrop
@@ -171,6 +172,65 @@ def test_extra_options_that_fit_has_itself(
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "run", args=replace(tiny.ARGS, extra=extra), dev=None)
     assert not (tmp_path / "run" / "warmup").exists()  # before anything was trained
+
+
+def test_the_best_model_needs_a_checkpoint(tmp_path: Path) -> None:
+    """Checked for the steps after the warm-up, before it."""
+    args = replace(tiny.ARGS, eval_every=2, save_every=tiny.TOTAL - tiny.WARMUP + 2, extra=BEST)
+    with pytest.raises(ValueError, match=r"save_every=16 makes none in a run of 14 steps"):
+        run(tmp_path / "run", args=args)
+    assert not (tmp_path / "run" / "warmup").exists()
+    late = replace(args, save_every=tiny.TOTAL - tiny.WARMUP)
+    assert run(tmp_path / "run", args=replace(late, extra={"load_best_model_at_end": True})).metrics
+
+
+def test_the_last_rows_of_a_pass_can_be_dropped(tmp_path: Path) -> None:
+    """44 rows are 5 whole batches of 8, so two passes are 10 steps, with the boundary in one."""
+    extra = {"dataloader_drop_last": True}
+    args = replace(tiny.ARGS, steps=None, epochs=2.0, extra=extra)
+    assert run(tmp_path / "two", args=args).steps == 10
+    with pytest.raises(ValueError, match=r"has 44 rows, and dataloader_drop_last .*below 45"):
+        run(tmp_path / "none", args=replace(args, batch_size=45))
+
+
+def test_dev_can_be_several_loaders(tmp_path: Path) -> None:
+    loaders = {name: DataLoader(make_rows(16, i), batch_size=8) for i, name in enumerate("ab")}
+    metrics = run(tmp_path, tiny.PLAIN, dev=loaders).metrics
+    assert {"a_accuracy", "b_accuracy"} <= metrics.keys()
+    assert metrics["a_loss"] != metrics["b_loss"]
+
+
+@pytest.mark.parametrize("callback", [loradrop.LoraDropCallback(), loradrop.LoraDropCallback])
+def test_the_callback_of_other_trainers_is_refused(callback: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="callbacks has a LoraDropCallback, which fit has itself"):
+        run(tmp_path, callbacks=[callback])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_after_one_that_failed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It frees the folder where there is no checkpoint, and what goes on from what is said."""
+    model = make_model()
+
+    def fail() -> None:
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        run(tmp_path, tiny.PLAIN, model=model, callbacks=[At("main", 3, fail)])
+    assert "going on from" not in caplog.text
+    with torch.no_grad():
+        model.lora_bank.B[1].fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"adapters are not finite.*loradrop\.remove\(model\)"):
+        run(tmp_path, tiny.PLAIN, model=model)
+    with torch.no_grad():
+        model.lora_bank.B[1].zero_()
+    assert run(tmp_path, tiny.PLAIN, model=model).steps == tiny.TOTAL
+    assert "going on from the adapters that a run before this one trained" in caplog.text
+
+
+def test_options_that_are_not_plain_data(tmp_path: Path) -> None:
+    args = replace(tiny.ARGS, extra={"run_name": tmp_path / "name"})
+    first = run(tmp_path / "run", tiny.PLAIN, args)
+    assert run(tmp_path / "run", tiny.PLAIN, args, resume=True).metrics == first.metrics
 
 
 def test_arguments_of_another_trainer_are_named(tmp_path: Path) -> None:

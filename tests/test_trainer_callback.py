@@ -113,6 +113,62 @@ def test_resumed_to_the_same_end(step: int, whole: tuple[Path, Any], tmp_path: P
     assert plan_of(model).scores == plan_of(whole[1]).scores
 
 
+@pytest.mark.parametrize("beside", ["nothing", "another run"])
+def test_resumed_from_a_checkpoint_elsewhere(
+    beside: str, whole: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """The Trainer does not tell which one, so it is found by what it logged, or asked for."""
+    with pytest.raises(StopError):
+        stopping = At("first", 3, stop)
+        trainer(tmp_path / "first", injected(), [loradrop.LoraDropCallback(), stopping]).train()
+    here, there = tmp_path / "second", str(tmp_path / "first" / "checkpoint-2")
+    if beside == "another run":
+        with pytest.raises(StopError):
+            stopping = At("second", 3, stop)
+            other = trainer(here, injected(), [loradrop.LoraDropCallback(), stopping], seed=7)
+            other.train()
+    with pytest.raises(ValueError, match=r"name it in TrainingArguments\(resume_from_checkpoint"):
+        trainer(here, injected(), [loradrop.LoraDropCallback()]).train(there)
+    model = injected()
+    named = {"resume_from_checkpoint": there}
+    trainer(here, model, [loradrop.LoraDropCallback()], **named).train(there)
+    assert equal(tensors(model), tensors(whole[1]))
+    assert plan_of(model).scores == plan_of(whole[1]).scores
+
+
+def test_a_stream_cannot_be_measured_offline(tmp_path: Path) -> None:
+    """Said before the first step."""
+    datasets = pytest.importorskip("datasets")
+    stream = datasets.Dataset.from_list(make_rows()).to_iterable_dataset()
+    model = injected(LoRAConfig(**tiny.LORA, method=Spectral(cut_at=WARM)))
+    run = trainer(tmp_path, model, [loradrop.LoraDropCallback()])
+    run.train_dataset = stream
+    with pytest.raises(ValueError, match=r'IterableDataset has no rows .*source="online"'):
+        run.train()
+    assert run.state.global_step == 0
+    model = injected(LoRAConfig(**tiny.LORA, method=Spectral(cut_at=WARM, source="online")))
+    run = trainer(tmp_path, model, [loradrop.LoraDropCallback()])
+    run.train_dataset = stream
+    assert run.train().global_step == STEPS
+
+
+def test_a_run_that_stops_in_its_warmup_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = injected()
+    run = trainer(tmp_path, model, [loradrop.LoraDropCallback(), Ends()])
+    run.train()
+    assert not model.lora_bank.assignment.decided
+    assert "ended at step 2, in the warm-up of 4 steps: nothing is decided" in caplog.text
+
+
+class Ends(TrainerCallback):
+    """Stops the run at its second step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step == 2
+
+
 def test_the_spectral_method_in_one_run(tmp_path: Path) -> None:
     """It cuts in place, trains what is left, and resumes on either side to the same end."""
     lora = LoRAConfig(**tiny.LORA, method=Spectral(cut_at=WARM))

@@ -400,6 +400,13 @@ def test_train_that_is_empty_or_has_no_length(train: Any, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(ValueError, match="train is a generator without a length"):
         fit(make_model(), (row for row in make_rows()), None, tiny.DROP)
+    datasets = tiny.datasets
+    stream = datasets.Dataset.from_list([{"a": 1}]).to_iterable_dataset()
+    with pytest.raises(ValueError, match="train is a IterableDataset without a length"):
+        fit(make_model(), DataLoader(stream), None, tiny.DROP)
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(make_rows()))
+    with pytest.raises(ValueError, match=r"train is a DatasetDict of train: .*train\['train'\]"):
+        fit(make_model(), splits, None, tiny.DROP)
 
 
 WRONG = {

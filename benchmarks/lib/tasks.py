@@ -56,7 +56,7 @@ class Setting:
 
 _E2E = {"task": "causal_lm", "text": "input", "text_pair": "target"}
 SETTINGS = {
-    "sst2": Setting(data="sst2", steps=120, max_length=40),
+    "sst2": Setting(data="sst2", steps=120, max_length=40, head_rate=0.128),
     "stdlib": Setting(data="stdlib", steps=160, max_length=40),
     "stdlib, query and value": Setting(
         data="stdlib", steps=160, max_length=40, target_modules=("query", "value")
