@@ -27,7 +27,8 @@ def allocate(
     Exactly one of
       budget      in (0, 1]: at most that part of the elements of the adapters as they are
       threshold   in (0, 1]: the fewest elements that keep that part of the sum of the values
-      max_loss    the fewest elements whose predicted rise of the loss is at most this
+      max_loss    a predicted rise of the loss of at most this; as few elements as a search over
+                  thresholds finds
       rank        this rank for every target, where it has as many directions
     scope      "joint": one pool of all targets; "per_module": a pool for each module type and
                shape; "per_target": every target the same part
@@ -76,7 +77,9 @@ _Pool = tuple[list[int], list[int]]
 def _within(
     spectrum: Spectrum, pools: Sequence[_Pool], max_loss: float, step: int
 ) -> dict[str, int]:
-    """The fewest directions, in the order of their worth, whose cut costs no more than max_loss."""
+    """Few directions, in the order of their worth, whose cut costs no more than max_loss: found by
+    bisection, as if the cost fell with every direction more.
+    """
     low, high = 0.0, 1.0  # parts of the values to keep
     ranks = _spend(spectrum, pools, None, low, step)
     if spectrum.loss(ranks) <= max_loss:

@@ -11,14 +11,14 @@ from loradrop.averaging import keep_whole
 from loradrop.bank import AdapterBank, bank_of
 from loradrop.batches import require_rows, small_batches
 from loradrop.callbacks import EVENTS, MethodCallback
-from loradrop.files import read_json, write_json
+from loradrop.files import write_json
 from loradrop.formats.peft_file import CONFIG
 from loradrop.injection import injection_of, plan_of
 from loradrop.masks import MASK, MaskFn
 from loradrop.methods.base import Method, Warmup
-from loradrop.native import FOLDER, PLAN, TENSORS, checkpoint, read
+from loradrop.native import FOLDER, PLAN, TENSORS, checkpoint
 from loradrop.optimizers import follow, groups_of, regroup
-from loradrop.plan import Plan
+from loradrop.plan_file import plan_at
 from loradrop.probing import probe
 from loradrop.ranks import world_size
 from loradrop.sharing import conclude
@@ -95,7 +95,7 @@ class LoraDropCallback(TrainerCallback):
                 _log.warning("%s is not there: the statistics count from here on", folder / EVENTS)
             else:
                 self.events.load(folder)
-                injection.plan = _plan(folder)
+                injection.plan = plan_at(folder)
         self.events.begin()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
@@ -161,13 +161,6 @@ def _require_held(bank: AdapterBank, optimizer: Any) -> None:
             "LoraDropCallback: the optimiser holds none of the adapters. They changed after it was "
             "made, as by a cut, or by inject or load: make a new Trainer with a new optimiser"
         )
-
-
-def _plan(folder: Path) -> Plan:
-    """What was decided, by the adapter in the folder, or by what lies there in its place."""
-    if (folder / TENSORS).exists():
-        return read(folder).plan
-    return Plan.from_dict(read_json(folder / PLAN))
 
 
 def _of_step(args: Any, state: TrainerState) -> Path:

@@ -18,14 +18,7 @@ import loradrop
 from loradrop.env import is_first_rank
 
 if TYPE_CHECKING:
-    from loradrop.plan import Plan
     from loradrop.run_config import RunConfig
-
-SENTENCES = (
-    "The train to the coast leaves at seven, and it is rarely late.",
-    "She had read the letter twice before she understood what it said.",
-    "I would not recommend this film to anyone.",
-)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Debug = Annotated[bool, Option("--debug", help="Show where an error comes from.")]
@@ -59,6 +52,9 @@ StepTime = Annotated[
 Heal = Annotated[int, Option(help="Train what is left for so many steps, as train.* says.")]
 Measure = Annotated[int | None, Option(min=1, help="Training rows to measure; 1,024 by default.")]
 Padded = Annotated[bool, Option("--padded", help="One rank for all, 8 or more: SGLang, llama.cpp.")]
+Unpadded = Annotated[
+    bool, Option("--unpadded", help="A rank for each layer, none for those without an adapter.")
+]
 DryRun = Annotated[bool, Option("--dry-run", help="Only print the table.")]
 Layer = Annotated[str | None, Option(metavar="MxKxN", help="Explain the backend chosen for it.")]
 Chip = Annotated[str | None, Option(metavar="ARCH:SMS", help="As 90:132; the device's by default.")]
@@ -195,13 +191,14 @@ def plan(
     budgets: Budgets = None, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Print or plot the importance of each layer and module, or what others would have kept."""
+    from loradrop.plan_file import plan_at
     from loradrop.report.grid import plan_table
     from loradrop.report.sweep import parts, sweep_table
 
     asked = parts("--thresholds", thresholds), parts("--budgets", budgets)
     if action != "sweep" and any(asked):
         raise ValueError("--thresholds and --budgets are of loradrop plan sweep")
-    found = _plan_at(path)
+    found = plan_at(path)
     if action == "sweep":
         return print(sweep_table(found, *asked))
     if action == "show":
@@ -216,8 +213,8 @@ def plan(
 @app.command()
 def export(
     adapter: Native, out: Out, format: Format = "peft", engine: Engine = None,
-    model: Base = None, dtype: Dtype | None = None, push: Push = None, private: Private = False,
-    debug: Debug = False,
+    model: Base = None, dtype: Dtype | None = None, unpadded: Unpadded = False, push: Push = None,
+    private: Private = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write an adapter as a PEFT folder, and to the Hub."""
     from loradrop.base_models import load_base, pad_with, tokenizer_for
@@ -234,7 +231,8 @@ def export(
     if tokenizer is not None and "Classification" in type(base).__name__:
         pad_with(base, tokenizer)  # as in training: without, some take one text at a time
     hub: dict[str, Any] = {"push_to_hub": push, "private": True if private else None}
-    for verdict in export(base, out, format, dtype=of_file, engines=engine, **hub):
+    how: dict[str, Any] = {"dtype": of_file, "padded": not unpadded, "engines": engine}
+    for verdict in export(base, out, format, **how, **hub):
         answer = "takes it" if verdict.ok else "refuses it"
         print(f"{verdict.engine:<10} {answer}{': ' * bool(verdict.reason)}{verdict.reason}")
     if tokenizer is not None:
@@ -253,9 +251,10 @@ def merge(
 @app.command()
 def verify(adapter: Native, exported: Exported, model: Base = None, debug: Debug = False) -> None:
     """Compare an export with the adapter it came from."""
-    from loradrop.base_models import load_base
+    from loradrop.base_models import load_base, tokenizer_of
     from loradrop.formats.check import verify
     from loradrop.formats.peft_file import CONFIG, TENSORS
+    from loradrop.text.samples import batches_for
 
     _quiet()
     base, where = load_base(adapter, model, option="--model")
@@ -266,7 +265,10 @@ def verify(adapter: Native, exported: Exported, model: Base = None, debug: Debug
             f"{exported} holds no adapter of PEFT and no merged model: give the folder that "
             "loradrop export or loradrop merge wrote"
         )
-    report = verify(base, exported, _batches(base, where))
+    batches = batches_for(base, tokenizer := tokenizer_of(where))
+    if tokenizer is None:
+        print("cannot load its tokenizer: comparing on arbitrary tokens")
+    report = verify(base, exported, batches)
     print(report.table())
     raise typer.Exit(0 if report.ok else 1)
 
@@ -354,56 +356,6 @@ def _parts(settings: Sequence[str] | None) -> tuple[str | None, Sequence[str]]:
     settings = settings or ()
     named = bool(settings) and ("=" not in settings[0] or Path(settings[0]).is_file())
     return settings[0] if named else None, settings[named:]
-
-
-def _plan_at(path: Path) -> "Plan":
-    """The plan in a plan.json, a native adapter, a checkpoint, or the folder of a run."""
-    from loradrop.files import read_json
-    from loradrop.formats.peft_load import is_peft, plan_in
-    from loradrop.native import FOLDER, PLAN, TENSORS, adapters_below, read
-    from loradrop.plan import Plan
-
-    if (path / FOLDER / TENSORS).exists():  # a checkpoint
-        path = path / FOLDER
-    if is_peft(path) and (plan := plan_in(path)) is not None:
-        return plan
-    if path.is_dir() and (path / TENSORS).exists():
-        return read(path).plan
-    file = path / PLAN if path.is_dir() else path
-    if not file.exists():
-        why = ", as PEFT's format has no plan" * is_peft(path)
-        raise FileNotFoundError(
-            f"{file} is not there{why}: give a plan.json, the folder of a run, or the native "
-            f"adapter that loradrop.save wrote{adapters_below(path)}"
-        )
-    return Plan.from_dict(read_json(file)) if file.suffix == ".json" else read(file).plan
-
-
-def _batches(model: Any, where: str) -> list[dict[str, Any]]:
-    """Some text for the model, or arbitrary tokens where its tokenizer cannot be loaded.
-
-    Raises ValueError for a model that does not take text.
-    """
-    import torch
-
-    from loradrop.base_models import tokenizer_of
-
-    wanted = model.main_input_name
-    if wanted != "input_ids":
-        raise ValueError(
-            f"{type(model).__name__} takes {wanted}, and this command has text alone: in Python, "
-            "call verify or verify_merged of loradrop.formats.check with batches of your own"
-        )
-    if (tokenizer := tokenizer_of(where)) is not None:
-        batches = [dict(tokenizer(sentence, return_tensors="pt")) for sentence in SENTENCES]
-    else:
-        print("cannot load its tokenizer: comparing on arbitrary tokens")
-        size = model.config.get_text_config().vocab_size
-        ids = torch.arange(1, 49).reshape(3, 1, 16) * 7919 % size
-        batches = [{"input_ids": row} for row in ids]
-    if model.config.is_encoder_decoder:
-        batches = [{**batch, "decoder_input_ids": batch["input_ids"][:, :8]} for batch in batches]
-    return batches
 
 
 def _quiet() -> None:

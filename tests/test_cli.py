@@ -309,6 +309,11 @@ def test_export_options(work: Path, adapter: Path, tmp_path: Path, capsys: Capsy
     factors = {k: t.dtype for k, t in load_file(narrow / "adapter_model.safetensors").items()}
     assert {dtype for key, dtype in factors.items() if "lora_" in key} == {torch.bfloat16}
     works(capsys, "verify", adapter, narrow)
+    works(capsys, "export", adapter, tmp_path / "own", "--unpadded")
+    works(capsys, "verify", adapter, tmp_path / "own")
+    r = [{t.shape[0] for k, t in load_file(tmp_path / folder / "adapter_model.safetensors").items()
+          if "lora_A" in k} for folder in ("narrow", "own")]  # fmt: skip
+    assert r == [{8}, {4}]
     out = ("export", adapter, tmp_path / "refused")
     fails(capsys, "sglang cannot take this adapter", *out, "--engine", "sglang")
     fails(capsys, "the model 'not/there' cannot be loaded", *out, "--model", "not/there")

@@ -31,7 +31,8 @@ def cut_cells() -> list[dict[str, Any]]:
                         ("whole layers by output", 0.4)):  # fmt: skip
             for budget in (0.5, 0.25, 0.125):
                 cut = {"arm": arm, "budget": budget, "kl": kl * (1 + seed), "loss": 1.1 * loss}
-                cut |= {"accuracy": 0.79, "step": 0.75 if arm == "loss" else None}
+                cut |= {"predicted": 0.01 if arm == "loss" else None, "accuracy": 0.79}
+                cut |= {"step": 0.75 if arm == "loss" else None}
                 cells.append(facts | cut)
     return cells
 
@@ -56,6 +57,9 @@ def test_cuts(tmp_path: Path) -> None:
     assert "| loss | 0.0300; −1.0; +10.0 % |" in one
     assert "| loss | 0.50; −1.0 ± 0.0; +10.0 ± 0.0 % |" in every
     assert "| weight | 1.00; " in every
+    foretold = size_tables.foretold(results)
+    assert foretold is not None and "weight" not in foretold
+    assert "| loss | 3.0 (2.0 to 4.0) | 3.0 (2.0 to 4.0) | 3.0 (2.0 to 4.0) |" in foretold
     step = size_tables.step_time(results)
     assert step is not None
     assert "| t | loss | 0.75 ± 0.00; 0.0300 |" in step and "weight" not in step

@@ -115,6 +115,23 @@ def cut_all(results: Path) -> str | None:
     return markdown((f"{len(tasks)} settings, n={n}", *head), body)
 
 
+def foretold(results: Path) -> str | None:
+    """The divergence that came, as a part of the rise of the loss that was predicted."""
+    cells = [c for c in _cells(results, "bench_cut") if c.get("predicted")]
+
+    def entry(some: list[Cell]) -> str:
+        parts = [cell["kl"] / cell["predicted"] for cell in some]
+        return f"{statistics.median(parts):.1f} ({min(parts):.1f} to {max(parts):.1f})"
+
+    budgets, body = _distinct(cells, "budget"), []
+    for arm in _distinct(cells, "arm"):
+        found = [[c for c in cells if (c["arm"], c["budget"]) == (arm, part)] for part in budgets]
+        body.append([arm, *(entry(some) if some else "–" for some in found)])
+    runs = len({(cell["task"], cell["seed"]) for cell in cells})
+    head = (f"n={runs}", *(f"{part:g} left" for part in budgets))
+    return markdown(head, body) if body else None
+
+
 def step_time(results: Path) -> str | None:
     """What a step of training takes with what is left, and what it costs to leave that."""
     cells = [c for c in _cells(results, "bench_cut") if c.get("step") is not None]
@@ -199,6 +216,7 @@ def sizes_summary(results: Path) -> str | None:
 SIZE_TABLES: dict[str, Callable[[Path], str | None]] = {
     "cut": cut,
     "cut_all": cut_all,
+    "foretold": foretold,
     "step_time": step_time,
     "sizes": sizes,
     "sizes_summary": sizes_summary,

@@ -51,7 +51,9 @@ def card_of(model: nn.Module, plan: Plan, file: PeftFile, verdicts: list[EngineV
         in_transformers="peft" in taken and loader.startswith("Auto") and not file.others,
         servers=[engine for engine in taken if engine != "peft" and writes_text],
         rank=file.config["r"],
-        own_ranks="rank_pattern" in file.config,
+        patterns="rank_pattern" in file.config,
+        padded="rank_pattern" not in file.config
+        and any(target.r < file.config["r"] for target in plan.targets),
         vllm_rank=vllm_rank(file),
         verdicts=verdicts,
         start=START,

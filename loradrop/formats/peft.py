@@ -59,7 +59,8 @@ def export(
     base_id   the base model that loaders should look for; None is the one its config names
     dtype     of A and B in the PEFT file: "float32" (None), "bfloat16" or "float16"
     padded    of the PEFT file: True gives every target one rank, which every engine takes; False
-              each its own, and leaves out targets without an adapter
+              each its own, and leaves out targets without an adapter; where all are equal, every
+              engine scales them right
     engines   these have to take the file, or nothing is written; None is PEFT alone
     push_to_hub, private, token
               the repository "user/name" of the Hugging Face Hub that gets the PEFT folder, made
@@ -168,7 +169,10 @@ def peft_file_of(
     if not padded and not own:
         raise ValueError("no target has an adapter: export with padded=True, or format='merged'")
     layout = layout_of(model, adapters, list(own) or list(ranks))
-    r = max(8, 1 << (max(1, *ranks.values()) - 1).bit_length())  # a power of two, as vLLM wants it
+    if one := len(set(own.values())) == 1:
+        r = max(own.values())
+    else:
+        r = max(8, 1 << (max(1, *ranks.values()) - 1).bit_length())  # as vLLM wants it
     tensors: dict[str, Tensor] = {}
     for target, s, pair in zip(targets, adapters.scaling, adapters.factors, strict=True):
         if own and target.name not in own:
@@ -204,6 +208,6 @@ def peft_file_of(
         "modules_to_save": layout.modules_to_save or None,
         "init_lora_weights": True,
     }
-    if own:
+    if own and not one:
         config |= {"rank_pattern": own, "alpha_pattern": own}
     return PeftFile(config, tensors, configuration_of(model))

@@ -1,0 +1,29 @@
+"""The plan that lies at a path, whatever was written there."""
+
+from pathlib import Path
+
+from loradrop.files import read_json
+from loradrop.formats.peft_load import is_peft, plan_in
+from loradrop.native import FOLDER, PLAN, TENSORS, adapters_below, read
+from loradrop.plan import Plan
+
+
+def plan_at(path: Path) -> Plan:
+    """The plan in a plan.json, a native adapter, a checkpoint, or the folder of a run.
+
+    Raises FileNotFoundError where none of them is there.
+    """
+    if (path / FOLDER / TENSORS).exists():  # a checkpoint
+        path = path / FOLDER
+    if is_peft(path) and (plan := plan_in(path)) is not None:
+        return plan
+    if path.is_dir() and (path / TENSORS).exists():
+        return read(path).plan
+    file = path / PLAN if path.is_dir() else path
+    if not file.exists():
+        why = ", as PEFT's format has no plan" * is_peft(path)
+        raise FileNotFoundError(
+            f"{file} is not there{why}: give a plan.json, the folder of a run, or the native "
+            f"adapter that loradrop.save wrote{adapters_below(path)}"
+        )
+    return Plan.from_dict(read_json(file)) if file.suffix == ".json" else read(file).plan
