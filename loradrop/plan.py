@@ -61,6 +61,15 @@ class Plan:
         return sum(t._replace(r=ranks[t.name]).parameters for t in self.targets)
 
     @property
+    def lora_parameters(self) -> int:
+        """Elements of LoRA on all targets at the ranks of the configuration."""
+        ranks = {t.name: self.config.rank(t.name) for t in self.targets}
+        return sum(
+            t._replace(r=min(ranks[t.name], t.in_features, t.out_features)).parameters
+            for t in self.targets
+        )
+
+    @property
     def full_ranks(self) -> dict[str, int]:
         """Name -> the rank before any cut."""
         before = {} if self.cut is None else self.cut["full"]

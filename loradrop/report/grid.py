@@ -165,8 +165,8 @@ def _summary(plan: Plan, own: int | None) -> dict[str, str]:
     size = f"{plan.parameters:,}"
     if own is not None:
         size = f"{own:,} own + {plan.parameters - own:,} shared = {size}"
-    part = as_percent(plan.parameters / plan.full_parameters)
-    found = {"parameters": f"{size}, {part} % of LoRA's {plan.full_parameters:,}"}
+    part = as_percent(plan.parameters / plan.lora_parameters)
+    found = {"parameters": f"{size}, {part} % of LoRA's {plan.lora_parameters:,}"}
     whole = plan.parameters >= plan.full_parameters
     if plan.kept is not None and plan.cut is None and whole:
         found["nothing is saved"] = (
