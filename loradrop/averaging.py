@@ -7,8 +7,10 @@ from torch import Tensor, distributed, nn
 
 from loradrop.bank import bank_of
 from loradrop.ranks import is_distributed, is_sharded
+from loradrop.wrapped import of_inner
 
 
+@of_inner
 def keep_whole(model: nn.Module) -> set[nn.Parameter]:
     """All that the model trains, which every rank keeps whole: for `ignored_params` of FSDP2.
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -18,9 +17,9 @@ from loradrop.env import versions
 from loradrop.plan import Plan
 from loradrop.ranks import here, is_sharded, whole
 from loradrop.scores import Scores
+from loradrop.wrapped import inner, modules_of, parameters_of, tensors_of
 
 _VIEW = "loradrop_injected"  # of PEFT's face: see integrations.peft_tuner
-_WRAPPER = re.compile(r"(^|\.)_checkpoint_wrapped_module(?=\.|$)")
 _log = logging.getLogger(__name__)
 
 
@@ -113,7 +112,7 @@ def adapters_of(model: nn.Module) -> Adapters:
 
     Raises ValueError where a target was replaced, or a trained tensor is offloaded.
     """
-    bank, injection, base = bank_of(model), injection_of(model), model.state_dict()
+    bank, injection, base = bank_of(model), injection_of(model), tensors_of(model)
     require_adapted(model)
     since = trained_since(model)
     if new := [name for name in since if name not in injection.told]:
@@ -162,19 +161,11 @@ def trained_since(model: nn.Module) -> list[str]:
     """The names of parameters outside the bank that train though `inject` had frozen them, or
     did not know them.
     """
-    tensors = model.state_dict(keep_vars=True)
+    tensors = tensors_of(model, keep_vars=True)
     known = {id(tensors.get(name)) for name in injection_of(model).originals}
     known |= {id(parameter) for parameter in bank_of(model).parameters()}
-    parameters = model.named_parameters()
+    parameters = parameters_of(model).items()
     return [name for name, p in parameters if p.requires_grad and id(p) not in known]
-
-
-def modules_of(model: nn.Module, *, once: bool = True) -> dict[str, nn.Module]:
-    """Name -> module, by the names of its state dict: without the wrappers that torch's activation
-    checkpointing puts between. once: a module with several names has its first one.
-    """
-    found = model.named_modules(remove_duplicate=once)
-    return {_WRAPPER.sub("", name): module for name, module in found}
 
 
 def require_adapted(model: nn.Module) -> None:
@@ -210,6 +201,7 @@ def require_loaded(tensors: Mapping[str, Tensor]) -> None:
 
 def plan_of(model: nn.Module) -> Plan:
     """The plan of an injected model: what `fit` or `load` recorded, with today's assignment."""
+    model = inner(model)
     bank, injection = bank_of(model), injection_of(model)
     now: dict[str, Any] = {"assignment": bank.assignment, "parameters": bank.trainable}
     now["facts"] = dict(injection.config.method.facts(bank))
@@ -265,7 +257,7 @@ def base_of(model: nn.Module) -> dict[str, Any]:
     names and shapes alone.
     """
     config = getattr(model, "config", None)
-    own = {k: v for k, v in model.state_dict().items() if not k.startswith("lora_bank.")}
+    own = {k: v for k, v in tensors_of(model).items() if not k.startswith("lora_bank.")}
     shapes = [(key, tuple(value.shape)) for key, value in own.items()]
     return {
         "class": type(model).__name__,

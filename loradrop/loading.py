@@ -17,7 +17,6 @@ from loradrop.injection import (
     base_of,
     classes_of,
     injection_of,
-    modules_of,
     require_loaded,
     tell_base,
 )
@@ -25,10 +24,12 @@ from loradrop.layers import shape_of
 from loradrop.native import FOLDER, TENSORS, NativeFile, read
 from loradrop.ranks import placed
 from loradrop.surgery import inject
+from loradrop.wrapped import modules_of, of_inner, tensors_of
 
 _log = logging.getLogger(__name__)
 
 
+@of_inner
 def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
     """Put the adapters in the folder `path` into `model`, injecting them where it has none.
 
@@ -84,7 +85,7 @@ def _differences(here: LoRAConfig, there: LoRAConfig, names: list[str]) -> str:
 @torch.no_grad()
 def fill(model: nn.Module, file: NativeFile) -> None:
     """Give an injected model the adapters, the trained tensors and the plan of `file`."""
-    injection, base = injection_of(model), model.state_dict(keep_vars=True)
+    injection, base = injection_of(model), tensors_of(model, keep_vars=True)
     require_loaded({name: base[name] for name in file.trained})
     bank_of(model).restore(file.plan.assignment, file.bank)
     for name, value in file.trained.items():
@@ -96,7 +97,7 @@ def fill(model: nn.Module, file: NativeFile) -> None:
 
 
 def _require_fit(model: nn.Module, file: NativeFile, path: Any) -> None:
-    plan, modules, state = file.plan, modules_of(model), model.state_dict()
+    plan, modules, state = file.plan, modules_of(model), tensors_of(model)
     wrong = []
     for target in plan.targets:
         module = modules.get(target.name)

@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from loradrop.config import LoRAConfig, pattern_matches
-from loradrop.injection import modules_of
 from loradrop.layers import is_extensible, is_patched, shape_of
 from loradrop.scores import layer_of
+from loradrop.wrapped import modules_of
 
 # Query and value projections under the names that transformers' models give them.
 QUERY_VALUE = (

@@ -13,6 +13,7 @@ from loradrop.layers import is_conv1d, is_plain
 from loradrop.quantised import Format, Stored, format_of, kept, put
 from loradrop.scores import Target
 from loradrop.surgery import require_undoable, strip
+from loradrop.wrapped import of_inner
 
 _log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Change(NamedTuple):
     error: Requantised | None = None
 
 
+@of_inner
 @torch.no_grad()
 def merge(model: nn.Module, *, keep_original: bool = False) -> dict[str, Requantised]:
     """Fold every delta into its weight: W <- W + s·B·A in float32, rounded once.

@@ -34,6 +34,7 @@ from loradrop.injection import (
 from loradrop.plan import Plan
 from loradrop.ranks import here, is_sharded, whole, writes
 from loradrop.tensor_file import write_tensors
+from loradrop.wrapped import of_inner
 
 TENSORS, PLAN, FOLDER = "adapter.safetensors", "plan.json", "loradrop_adapter"
 CHECKPOINT = "model.safetensors"  # where the Trainer looks for what it saved
@@ -53,6 +54,7 @@ class NativeFile(NamedTuple):
     trained: dict[str, Tensor]
 
 
+@of_inner
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the adapters, the modules trained whole and the plan into `path`, atomically.
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from loradrop.bank import bank_of
 from loradrop.pairs import Update
+from loradrop.wrapped import of_inner
 
 MOMENTS = ("projected", "reset")
 Known = dict[str, Any]  # what an optimiser keeps of one parameter
@@ -25,6 +26,7 @@ def groups_of(model: nn.Module, optimizer: Any) -> dict[str, int]:
     return {_kind(name): places[id(p)] for name, p in named if id(p) in places}
 
 
+@of_inner
 def parameter_groups(model: nn.Module, *, head_learning_rate: float) -> list[dict[str, Any]]:
     """What is trained, for an optimiser: the adapters, and what is trained whole beside them, as a
     new head, at a learning rate of its own.

@@ -17,8 +17,10 @@ from loradrop.losses import LABELS, Labels, losses
 from loradrop.masks import MASK, MaskFn
 from loradrop.scores import Scores
 from loradrop.selection import check_choice
+from loradrop.wrapped import of_inner
 
 
+@of_inner
 @torch.no_grad()
 def probe(
     model: nn.Module,

@@ -13,10 +13,12 @@ from loradrop.methods import Method
 from loradrop.pairs import LoRABank, Update
 from loradrop.scores import Scores
 from loradrop.selection import INTERVAL, keep_frequency
+from loradrop.wrapped import of_inner
 
 _log = logging.getLogger(__name__)
 
 
+@of_inner
 def share(
     model: nn.Module,
     kept: str | Sequence[str] | None = None,

@@ -26,10 +26,12 @@ from loradrop.matching import find_targets, inside, kinds_of, saved_modules
 from loradrop.native import SavePretrained
 from loradrop.quantised import keep_unpacked, put
 from loradrop.ranks import ZERO_3, is_partitioned, is_sharded
+from loradrop.wrapped import of_inner, parameters_of, tensors_of
 
 _log = logging.getLogger(__name__)
 
 
+@of_inner
 def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     """Adapt the linear layers that `config` names, in place, and freeze the rest. Returns the bank.
 
@@ -118,6 +120,7 @@ def _avoid_fused_paths(model: nn.Module, bank: AdapterBank) -> list[tuple[str, s
     return changed
 
 
+@of_inner
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Inside, the model computes as before `inject`, also where modules are trained whole.
@@ -129,7 +132,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
     bank, injection = bank_of(model), injection_of(model)
     if injection.merged is not None:
         raise ValueError("the adapters are merged: call loradrop.remove(model) for the base model")
-    tensors = model.state_dict(keep_vars=True)
+    tensors = tensors_of(model, keep_vars=True)
     whole = {name: tensors[name] for name in injection.originals if name in tensors}
     require_loaded(whole)
     for name, tensor in whole.items():
@@ -148,6 +151,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             tensor.data = data
 
 
+@of_inner
 @torch.no_grad()
 def remove(model: nn.Module) -> None:
     """Restore the model that `inject` was given, bit for bit, and forget the adapters.
@@ -163,7 +167,7 @@ def remove(model: nn.Module) -> None:
         )
     injection = injection_of(model)
     require_undoable(model)
-    tensors = model.state_dict(keep_vars=True)
+    tensors = tensors_of(model, keep_vars=True)
     before = injection.originals | injection.buffers
     merged = injection.merged or {}
     before |= {f"{n}.weight": weight for n, weight in merged.items() if isinstance(weight, Tensor)}
@@ -179,7 +183,7 @@ def remove(model: nn.Module) -> None:
         if not isinstance(stored, Tensor):
             put(model.get_submodule(name), stored)
     strip(model)
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_of(model).items():
         parameter.requires_grad_(injection.requires_grad.get(name, parameter.requires_grad))
 
 

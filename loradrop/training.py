@@ -41,6 +41,7 @@ from loradrop.sampling import sample_of
 from loradrop.sharing import conclude
 from loradrop.surgery import inject
 from loradrop.trainer import LoRATrainer, Part, forward_kept, last_checkpoint
+from loradrop.wrapped import inner
 
 _log = logging.getLogger(__name__)
 Metric = Callable[[Any], dict[str, float]]
@@ -177,6 +178,11 @@ class _Run:
     callbacks: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
+        if inner(self.model) is not self.model:
+            raise ValueError(
+                f"model is a {type(self.model).__name__}: give fit the model inside. It compiles "
+                'with train.extra={"torch_compile": True}, and runs DDP under torchrun'
+            )
         if isinstance(self.train, Mapping):
             raise ValueError(
                 f"train is a {type(self.train).__name__} of {', '.join(map(str, self.train))}: "

@@ -13,10 +13,12 @@ from loradrop.optimizers import MOMENTS, follow, groups_of, plain, unprojectable
 from loradrop.pairs import LoRABank
 from loradrop.selection import check_choice
 from loradrop.spectra import METRICS
+from loradrop.wrapped import of_inner
 
 _log = logging.getLogger(__name__)
 
 
+@of_inner
 def truncate(
     model: nn.Module,
     ranks: Mapping[str, int],

@@ -17,6 +17,7 @@ from loradrop.formats.engines import ENGINES, EngineVerdict, refusal, scale
 from loradrop.formats.peft_file import CONFIG, PeftFile, configuration_of, read
 from loradrop.injection import Adapters, adapters_of, injected
 from loradrop.surgery import remove
+from loradrop.wrapped import bare, of_inner, tensors_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ class Report:
         return "\n".join(lines)
 
 
+@of_inner
 @torch.no_grad()
 def verify(
     model: nn.Module,
@@ -150,7 +152,8 @@ def _loaded(
     model: nn.Module, path: str | os.PathLike[str], file: PeftFile
 ) -> tuple[nn.Module, str]:
     """A copy of the base model with the file in it, and what loaded it."""
-    base = copy.deepcopy(model)
+    with bare(model):
+        base = copy.deepcopy(model)
     remove(base)
     for name in file.modules:
         try:
@@ -177,7 +180,7 @@ def _replay(base: nn.Module, file: PeftFile) -> nn.Module:
         base.get_submodule(name).register_forward_hook(
             _Delta(A, B, scale("peft", file.config, name, A.shape[0]))
         )
-    tensors = base.state_dict(keep_vars=True)
+    tensors = tensors_of(base, keep_vars=True)
     for name, tensor in file.others.items():
         if name in tensors:  # PEFT ignores one that is not
             tensors[name].copy_(tensor)
@@ -219,6 +222,7 @@ def _logits(output: Any) -> Tensor:
     return torch.cat([v.double().flatten().cpu() for v in values if isinstance(v, Tensor)])
 
 
+@of_inner
 @torch.no_grad()
 def verify_merged(model: Any, path: str | os.PathLike[str], batches: Iterable[Any]) -> Report:
     """Load the merged model of transformers in `path`, and compare its logits with `model`'s.

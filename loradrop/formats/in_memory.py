@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from loradrop.bank import bank_of
 from loradrop.formats.peft import peft_file_of, verdicts_on
 from loradrop.injection import adapters_of, injected, injection_of
+from loradrop.wrapped import of_inner
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class AdapterTensors:
         return {key: self.tensors[key] for key in self.changed}
 
 
+@of_inner
 @torch.no_grad()
 def adapter_tensors(
     model: nn.Module,

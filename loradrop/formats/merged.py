@@ -19,6 +19,7 @@ from loradrop.injection import injection_of
 from loradrop.merging import changes, tell
 from loradrop.native import TENSORS, without_bank
 from loradrop.quantised import kept, put
+from loradrop.wrapped import bare
 
 
 @torch.no_grad()
@@ -42,6 +43,7 @@ def save_merged(model: nn.Module, folder: Path) -> None:
         tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as draft,
         _merged_for_now(model),
         without_bank(model),
+        bare(model),
     ):
         save_pretrained(model, draft)
         state = base_state(model)

@@ -33,12 +33,14 @@ from loradrop.injection import Adapters, adapters_of, base_of, injected
 from loradrop.layers import is_conv1d
 from loradrop.ranks import whole, writes
 from loradrop.tensor_file import write_tensors
+from loradrop.wrapped import of_inner, tensors_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = ("peft", "merged")
 _log = logging.getLogger(__name__)
 
 
+@of_inner
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -191,7 +193,7 @@ def peft_file_of(
                     "diverged, or the dtype is too narrow. Train again, or choose dtype='float32'"
                 )
             tensors[f"{PREFIX}{target.name}.lora_{name}.weight"] = factor
-    base = model.state_dict()
+    base = tensors_of(model)
     for key in layout.saved_tensors:
         tensors[PREFIX + key] = whole(base[key].detach()).to(device, copy=True).contiguous()
     config = {

@@ -16,8 +16,9 @@ import safetensors
 from torch import Tensor, nn
 
 from loradrop.files import read_json
-from loradrop.injection import Adapters, modules_of
+from loradrop.injection import Adapters
 from loradrop.matching import inside, saved_modules
+from loradrop.wrapped import modules_of, tensors_of
 
 TENSORS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 OURS, BANK = "LORADROP", "base_model.lora_banks."  # of loradrop.integrations.peft
@@ -173,7 +174,7 @@ def configuration_of(model: nn.Module) -> Mapping[str, Any]:
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of an injected model without its bank: the tensors themselves, not copies."""
-    state = model.state_dict(keep_vars=True)
+    state = tensors_of(model, keep_vars=True)
     return {key: value for key, value in state.items() if not inside(key, "lora_bank")}
 
 

@@ -22,13 +22,14 @@ from loradrop.files import read_json
 from loradrop.formats import peft_file
 from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS, PeftFile, base_state
 from loradrop.formats.peft_options import config_of, require_plain, spelled
-from loradrop.injection import modules_of, require_loaded
+from loradrop.injection import require_loaded
 from loradrop.matching import inside
 from loradrop.native import NativeFile
 from loradrop.pairs import tensors_of
 from loradrop.plan import Plan
 from loradrop.ranks import whole
 from loradrop.scores import Assignment, Target
+from loradrop.wrapped import modules_of
 
 PICKLE = "adapter_model.bin"
 _log = logging.getLogger(__name__)

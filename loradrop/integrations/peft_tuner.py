@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from loradrop.bank import AdapterBank
 from loradrop.files import read_json
 from loradrop.formats.peft_file import BANK
-from loradrop.injection import Injection, modules_of, plan_of, tell_base
+from loradrop.injection import Injection, plan_of, tell_base
 from loradrop.integrations.peft_config import LoraDropConfig, from_peft
 from loradrop.integrations.peft_layers import Banked, is_linear
 from loradrop.integrations.peft_view import viewed
@@ -30,6 +30,7 @@ from loradrop.native import unmeasured
 from loradrop.pairs import LoRABank, fresh
 from loradrop.plan import Plan
 from loradrop.scores import Assignment
+from loradrop.wrapped import modules_of
 
 _log = logging.getLogger(__name__)
 _Tuner: Any = LoraModel  # PEFT types it as a model that it is not at run time

@@ -11,8 +11,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from loradrop.bank import AdapterBank
-from loradrop.injection import Injection, modules_of
+from loradrop.injection import Injection
 from loradrop.layers import adapt, restore
+from loradrop.wrapped import modules_of
 
 
 @contextmanager

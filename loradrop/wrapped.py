@@ -1,0 +1,81 @@
+"""What others put around a model or its parts: torch.compile, DDP, activation checkpointing.
+
+A wrapper adds a name to the path of everything inside it. Adapters, files and plans go by the names
+of the model alone.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
+
+from torch import Tensor, nn
+
+_AROUND = re.compile(r"(^|\.)(_checkpoint_wrapped_module|_orig_mod)(?=\.|$)")
+_AROUND_ALL = {  # class -> what it calls the model inside
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+}
+Verb = TypeVar("Verb", bound=Callable[..., Any])
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The model that torch.compile, DDP and the like were given; any other one itself."""
+    while (name := _AROUND_ALL.get(type(model).__name__)) is not None:
+        model = getattr(model, name)
+    return model
+
+
+def of_inner(verb: Verb) -> Verb:
+    """The function of a model, for the model inside of what is around it."""
+
+    @functools.wraps(verb)
+    def of_model(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return verb(inner(model), *args, **kwargs)
+
+    return cast(Verb, of_model)
+
+
+@contextmanager
+def bare(model: nn.Module) -> Iterator[None]:
+    """Inside, parts of the model have nothing around them that renames what a library saves."""
+    around = [
+        (module, name, part)
+        for module in model.modules()
+        for name, part in module._modules.items()
+        if part is not None and inner(part) is not part
+    ]
+    for module, name, part in around:
+        module._modules[name] = inner(part)
+    try:
+        yield
+    finally:
+        for module, name, part in around:
+            module._modules[name] = part
+
+
+def own_name(name: str) -> str:
+    """The name without the wrappers in its path."""
+    return _AROUND.sub("", name).removeprefix(".")
+
+
+def modules_of(model: nn.Module, *, once: bool = True) -> dict[str, nn.Module]:
+    """Name -> module, the inner one of a wrapper. once: a module with several names has its first
+    one.
+    """
+    found = model.named_modules(remove_duplicate=once)
+    return {own_name(name): module for name, module in found}
+
+
+def tensors_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor]:
+    """The model's state dict by its own names."""
+    state: dict[str, Any] = model.state_dict(keep_vars=keep_vars)
+    return {own_name(name): tensor for name, tensor in state.items()}
+
+
+def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter."""
+    return {own_name(name): parameter for name, parameter in model.named_parameters()}
