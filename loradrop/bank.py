@@ -22,6 +22,7 @@ from loradrop.scores import Assignment, Target
 
 Pair = tuple[Tensor, Tensor]
 STATE = "_extra_state"  # torch's name for what get_extra_state gives
+ALONE, MERGED = 1, 2  # what it says of the base model
 _log = logging.getLogger(__name__)
 
 
@@ -61,6 +62,8 @@ class AdapterBank(nn.Module):
     """The owner of a model's adapter parameters: the base class of every method's bank.
 
     scaling   s of each target;  dropout   of the adapters' inputs
+    composition   the method's options by which tensors become factors
+    merged    whether the weights hold the adapters for now
     A subclass registers its parameters and buffers and gives `factors`. Trainable tensors are
     Parameters, everything else is a buffer; numbered tensors of changing count are in an
     `nn.ParameterList`.
@@ -74,7 +77,9 @@ class AdapterBank(nn.Module):
         self.links = [Link(self, i, s) for i, s in enumerate(scaling)]
         self.assignment = Assignment(tuple(targets), tuple(range(len(targets))))
         self.dropout = 0.0
+        self.composition: Mapping[str, object] = {}
         self.enabled = True
+        self.merged = False
         self.adopts = False
         self.collector: object | None = None  # what collects statistics, in all links
         self.changed: Callable[[], None] | None = None  # called when who uses what has changed
@@ -177,17 +182,19 @@ class AdapterBank(nn.Module):
         """What `state_dict` says beside the tensors, as int64 (4, targets).
 
         The rows: slots, -1 for none; 1 for kept, 0 for not, -1 before a decision; a checksum of the
-        name; 1 where the state dict it is in lacks the base model on purpose. It is a DTensor where
-        FSDP2 shards the adapters, for accelerate wants nothing else beside one.
+        name and the composition; 1 where the state dict it is in lacks the base model on purpose,
+        2 where its weights hold the adapters. It is a DTensor where FSDP2 shards the adapters, for
+        accelerate wants nothing else beside one.
         """
+        options = str(dict(self.composition)) if self.composition else ""
         slots, kept = self.slots, self.assignment.kept
         names = [target.name for target in self.targets]
         state = torch.tensor(
             [
                 [-1 if slot is None else slot for slot in slots],
                 [-1 if kept is None else int(name in kept) for name in names],
-                [zlib.crc32(name.encode()) for name in names],
-                [0] * len(names),
+                [zlib.crc32(f"{name}{options}".encode()) for name in names],
+                [MERGED * self.merged] * len(names),
             ]
         )
         return on_all(state, like=next(self.parameters(), state))
@@ -208,7 +215,7 @@ class AdapterBank(nn.Module):
         if state is not None:
             state = whole(state).cpu().round().long()  # an average of equal ones may be a float
             self._take_assignment(state, tensors)
-            if state[3].any():
+            if (state[3] == ALONE).any():
                 missing.clear()  # the bank is the last of the model's modules
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
         if state is None and prefix + STATE in missing and tensors:
@@ -218,9 +225,16 @@ class AdapterBank(nn.Module):
     def _take_assignment(self, state: Tensor, tensors: Mapping[str, Tensor]) -> None:
         here = whole(self.get_extra_state()).cpu()
         if here.shape != state.shape or not torch.equal(here[2], state[2]):
+            given = dict(self.composition)
+            options = f", or with other options than {given}" * bool(given)
             raise RuntimeError(
-                f"the state dict adapts other targets than the {len(self.targets)} of this model: "
-                "inject it with the configuration that the state dict was made with"
+                f"the state dict adapts other targets than the {len(self.targets)} of this model"
+                f"{options}: inject it with the configuration that the state dict was made with"
+            )
+        if (state[3] == MERGED).any() and not self.merged:
+            raise RuntimeError(
+                "the state dict was taken while the adapters were merged, so its weights hold them "
+                "already: call loradrop.remove(model) there first, or take loradrop.save's file"
             )
         slots = tuple(None if slot < 0 else slot for slot in state[0].tolist())
         names, kept = [target.name for target in self.targets], None
@@ -237,7 +251,8 @@ class AdapterBank(nn.Module):
                 f"{what} in the state dict than in this model, so it does not fit. Take them as "
                 "they are there first, with loradrop.share, loradrop.load(model, folder) or, of a "
                 "PeftModel, PeftModel.from_pretrained(base, folder, is_trainable=True), and make "
-                "the optimiser afterwards"
+                "the optimiser afterwards. A Trainer that resumes a run of "
+                "LoraDropCallback takes model=, not model_init="
             )
         if self.adopts:
             self._take_forms(tensors)

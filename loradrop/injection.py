@@ -114,6 +114,7 @@ def adapters_of(model: nn.Module) -> Adapters:
     """
     bank, injection, base = bank_of(model), injection_of(model), tensors_of(model)
     require_adapted(model)
+    require_trained(model)
     since = trained_since(model)
     if new := [name for name in since if name not in injection.told]:
         injection.told.update(new)
@@ -186,6 +187,18 @@ def require_adapted(model: nn.Module) -> None:
                 "head, and its adapter with it. Put the old one back, or change the base model "
                 "first and inject then"
             )
+
+
+def require_trained(model: nn.Module) -> None:
+    """Raises ValueError inside of `disabled`, where modules that are trained whole have the values
+    of before.
+    """
+    bank, injection = bank_of(model), injection_of(model)
+    if injection.originals and injection.merged is None and not bank.enabled:
+        raise ValueError(
+            "inside of loradrop.disabled the modules that are trained whole are as before inject, "
+            "and would be written so: call this outside of it"
+        )
 
 
 def require_loaded(tensors: Mapping[str, Tensor]) -> None:

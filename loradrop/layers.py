@@ -12,7 +12,7 @@ import re
 import sys
 import types
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from loradrop.config import LoRAConfig
 from loradrop.injection import Injection
 from loradrop.op.checks import check_base_gradient
 from loradrop.op.linear import lora_add, lora_linear
+from loradrop.pairs import LoRAPair
 from loradrop.scores import Target
 
 
@@ -52,6 +53,7 @@ class LoRAMixin(nn.Module):
     """What the three faces share: from the bank and the index to the arguments of the op."""
 
     _lora: Link  # it refers to the bank, which must not be registered here
+    _base: ClassVar[Any] = nn.Linear  # the class of before
 
     @property
     def base_layer(self) -> NoReturn:
@@ -81,6 +83,12 @@ class LoRAMixin(nn.Module):
         A, B = factors
         if x.device != A.device:  # a model spread over devices
             bank.bring_back()
+            if A.is_meta:
+                raise ValueError(
+                    "the adapters are on the meta device, without values: after model.to_empty "
+                    "call reset_parameters() of every module in model.lora_bank that has it, or "
+                    "inject once the model has its weights"
+                )
             A, B = (factor.to(x.device) for factor in link.factors() or factors)
         dropout = bank.dropout if self.training else 0.0
         return adapted_output(x, weight, bias, y0, A, B, link.scaling, dropout, link.observer)
@@ -108,6 +116,14 @@ class LoRALinear(LoRAMixin, nn.Linear):
         self.lora_bank = build_bank(config, [("", self)], self)
         adapt(self, self.lora_bank, 0)
 
+    def reset_parameters(self) -> None:
+        """Those of `nn.Linear`, and of an adapter of its own: A random, B zero."""
+        super().reset_parameters()
+        for module in self.children():  # the bank, once there is one
+            for part in module.modules():
+                if isinstance(part, LoRAPair):
+                    part.reset_parameters()
+
     def forward(self, input: Tensor) -> Tensor:
         """x (..., K)  ->  (..., N); named as in `nn.Linear`"""
         y = self._adapted(input, self.weight, self.bias)
@@ -132,8 +148,9 @@ class LoRAOver(LoRAMixin):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., K), the first argument of the base  ->  (..., N); all arguments go to the base"""
         y0: Tensor = super().forward(*args, **kwargs)
-        x = args[0] if args else kwargs[_first_argument(type(self).__bases__[2])]
-        check_base_gradient(x, y0, f"{type(self).__bases__[2].__name__} under an adapter")
+        base = self._base
+        x = args[0] if args else kwargs[_first_argument(base)]
+        check_base_gradient(x, y0, f"{base.__name__} under an adapter")
         y = self._adapted(x, None, None, y0)
         return y0 if y is None else y
 
@@ -147,6 +164,8 @@ class _Picklable:
     """Pickles an instance of a class that `adapted_class` made by what it was made from."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if _Picklable not in type(self).__bases__:  # another library has extended the class
+            return super().__reduce_ex__(protocol)
         face, base = type(self).__bases__[1:]
         return _blank, (face, base), self.__dict__
 
@@ -159,7 +178,7 @@ def _blank(face: type, base: type) -> Any:
 def adapted_class(face: type, base: type) -> type[nn.Module]:
     """The class of a `base` with the forward of `face`; it pickles."""
     name = f"{face.__name__}[{base.__name__}]"
-    return type(name, (_Picklable, face, base), {"__module__": face.__module__})
+    return type(name, (_Picklable, face, base), {"__module__": face.__module__, "_base": base})
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -176,7 +195,7 @@ def _is_conv1d(base: type) -> bool:
 
 def base_class(module: nn.Module) -> Any:
     """The class that an adapted module had before `adapt`; that of any other module."""
-    return next(c for c in type(module).__mro__ if not issubclass(c, (LoRAMixin, _Picklable)))
+    return module._base if isinstance(module, LoRAMixin) else type(module)
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -252,7 +271,7 @@ def build_bank(
                 f"r={target.r} for {target.name} ({target.in_features} -> {target.out_features}): "
                 f"a rank beyond {most} adds nothing. Choose r <= {most}, or a rank_pattern"
             )
-    bank.dropout = config.lora_dropout
+    bank.dropout, bank.composition = config.lora_dropout, config.method.composition
     return bank
 
 
@@ -293,7 +312,12 @@ def is_extensible(base: Any) -> bool:
 def restore(module: nn.Module) -> None:
     """Give `module` back the class it had before `adapt`."""
     del module.__dict__["_lora"]
-    become(module, nn.Linear if type(module) is LoRALinear else type(module).__bases__[2])
+    become(module, base_class(module))
+
+
+def is_extended(module: nn.Module) -> bool:
+    """Whether another library made a class of its own of an adapted module's."""
+    return type(module) is not LoRALinear and _Picklable not in type(module).__bases__
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> None:

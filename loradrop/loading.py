@@ -18,6 +18,7 @@ from loradrop.injection import (
     classes_of,
     injection_of,
     require_loaded,
+    sum_of,
     tell_base,
 )
 from loradrop.layers import shape_of
@@ -75,6 +76,11 @@ def _differences(here: LoRAConfig, there: LoRAConfig, names: list[str]) -> str:
     found = []
     if here.method.name != there.method.name:
         found.append(f"another method ({there.method.name}, not {here.method.name})")
+    else:
+        mine = here.method.composition
+        for option, value in there.method.composition.items():
+            if value != mine[option]:
+                found.append(f"another {option} ({value!r}, not {mine[option]!r})")
     if any(here.rank(name) != there.rank(name) for name in names):
         found.append("another rank (r or rank_pattern)")
     if any(here.scaling(name) != there.scaling(name) for name in names):
@@ -87,13 +93,17 @@ def fill(model: nn.Module, file: NativeFile) -> None:
     """Give an injected model the adapters, the trained tensors and the plan of `file`."""
     injection, base = injection_of(model), tensors_of(model, keep_vars=True)
     require_loaded({name: base[name] for name in file.trained})
-    bank_of(model).restore(file.plan.assignment, file.bank)
+    bank = bank_of(model)
+    bank.restore(file.plan.assignment, file.bank)
+    for name in injection.originals.keys() - file.trained.keys():  # of an adapter before this one
+        base[name].copy_(placed(injection.originals[name], base[name]))
     for name, value in file.trained.items():
         injection.originals.setdefault(name, base[name].detach().clone())
         base[name].copy_(placed(value, base[name]))
         if isinstance(base[name], nn.Parameter):
             base[name].requires_grad_(True)
-    injection.plan = file.plan
+    injection.plan, injection.stepped = file.plan, False
+    injection.start = sum_of(bank) if injection.config.method.acts else None
 
 
 def _require_fit(model: nn.Module, file: NativeFile, path: Any) -> None:

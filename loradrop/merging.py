@@ -8,8 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from loradrop.bank import bank_of
-from loradrop.injection import injection_of, require_adapted, require_loaded, require_own
+from loradrop.injection import (
+    injection_of,
+    require_adapted,
+    require_loaded,
+    require_own,
+    require_trained,
+)
 from loradrop.layers import is_conv1d, is_plain
+from loradrop.native import tell_untouched
 from loradrop.quantised import Format, Stored, format_of, kept, put
 from loradrop.scores import Target
 from loradrop.surgery import require_undoable, strip
@@ -57,6 +64,7 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> dict[str, Requant
     if injection.merged is not None:
         raise ValueError("the adapters are merged already")
     require_undoable(model)
+    tell_untouched(model)
     # Computed twice, so that all are known to be finite and no second copy of the model is held.
     for _ in changes(model):
         pass
@@ -70,7 +78,7 @@ def merge(model: nn.Module, *, keep_original: bool = False) -> dict[str, Requant
             errors[change.name] = change.error
     tell(errors)
     if keep_original:
-        injection.merged, bank.enabled = originals, False
+        injection.merged, bank.enabled, bank.merged = originals, False, True
         return errors
     strip(model)
     model._loradrop_merged = True  # type: ignore[assignment]
@@ -98,6 +106,7 @@ def changes(model: nn.Module) -> Iterator[Change]:
     """
     bank = bank_of(model)
     require_adapted(model)
+    require_trained(model)
     found = [_weight(model, target) for target in bank.targets]
     for i, (target, weight) in enumerate(zip(bank.targets, found, strict=True)):
         delta, module = bank.delta(i), model.get_submodule(target.name)

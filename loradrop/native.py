@@ -19,7 +19,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from loradrop.bank import STATE, bank_of
+from loradrop.bank import ALONE, STATE, bank_of
 from loradrop.files import read_json, write_json
 from loradrop.injection import (
     Adapters,
@@ -63,11 +63,16 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """
     bank_of(model)
     with injected(model) as own:
-        told = injection_of(own).told
-        if (reason := unmeasured(own) or _idle(own)) is not None and reason not in told:
-            told.add(reason)
-            _log.warning("%s", reason)
+        tell_untouched(own)
         checkpoint(own, path)
+
+
+def tell_untouched(model: nn.Module) -> None:
+    """One line where the adapters trained without what their method does to them."""
+    told = injection_of(model).told
+    if (reason := unmeasured(model) or _idle(model)) is not None and reason not in told:
+        told.add(reason)
+        _log.warning("%s", reason)
 
 
 def checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -217,6 +222,23 @@ class SavePretrained:
         return result
 
 
+class SavePart:
+    """`save_pretrained` of a part of an injected model, which its adapters do not belong to."""
+
+    def __init__(self, part: nn.Module, name: str) -> None:
+        self.part, self.name = part, name
+
+    def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As `PreTrainedModel.save_pretrained`, and says what it leaves out."""
+        _log.warning(
+            "%s holds the base weights of %s alone: the adapters are of the whole model. Call "
+            "loradrop.save(model, folder), or loradrop.merge(model) first",
+            save_directory, self.name,
+        )  # fmt: skip
+        kind: Any = type(self.part)
+        return kind.save_pretrained(self.part, save_directory, **kwargs)
+
+
 @contextmanager
 def without_bank(model: nn.Module) -> Iterator[None]:
     """Inside, the model's state dict is that of the base model, whatever class saves it."""
@@ -241,7 +263,7 @@ def _write_checkpoint(model: nn.Module, folder: Path, state: Mapping[str, Tensor
     names = [key for key in state if key.startswith("lora_bank.") or key in trained]
     tensors = {key: state[key].detach().cpu().contiguous().clone() for key in names}
     users = whole(bank_of(model).get_extra_state()).cpu()
-    users[-1] = 1  # the base is left out on purpose
+    users[-1] = ALONE  # the base is left out on purpose
     tensors[f"lora_bank.{STATE}"] = users
     write_tensors(folder / CHECKPOINT, tensors, {"format": "pt"})
     _save_given(model, folder / FOLDER, state)
@@ -291,7 +313,7 @@ def _idle(model: nn.Module) -> str | None:
     """Why a method that acts at every step did nothing; None where it did, or has nothing to do."""
     bank, injection = bank_of(model), injection_of(model)
     method = injection.config.method
-    if injection.stepped or injection.plan is not None or not method.acts:
+    if injection.stepped or not method.acts:
         return None
     if sum_of(bank) == injection.start:
         return None  # nothing is trained yet

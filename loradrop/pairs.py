@@ -51,6 +51,11 @@ class LoRAPair(nn.Module):
         super().__init__()
         self.A, self.B = _parameter(A), _parameter(B)
 
+    def reset_parameters(self) -> None:
+        """LoRA's start: A Kaiming-uniform, B zero, so that the model is unchanged."""
+        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        nn.init.zeros_(self.B)
+
     def factors(self) -> Pair:
         """The two Parameters themselves."""
         own = self._parameters  # microseconds faster than the attributes

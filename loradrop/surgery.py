@@ -21,12 +21,12 @@ from loradrop.injection import (
     sum_of,
     trained_since,
 )
-from loradrop.layers import adapt, build_bank, freeze, is_patched, restore
+from loradrop.layers import adapt, build_bank, freeze, is_extended, is_patched, restore
 from loradrop.matching import find_targets, inside, kinds_of, saved_modules
-from loradrop.native import SavePretrained
+from loradrop.native import SavePart, SavePretrained
 from loradrop.quantised import keep_unpacked, put
 from loradrop.ranks import ZERO_3, is_partitioned, is_sharded
-from loradrop.wrapped import of_inner, parameters_of, tensors_of
+from loradrop.wrapped import modules_of, of_inner, parameters_of, tensors_of
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
         for key, tensor in part.state_dict(prefix=prefix + ".").items():
             injection.originals[key] = tensor.detach().clone()
         part.requires_grad_(True)
-    injection.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    injection.buffers = _moving_buffers(model, [name for name, _ in found])
     for i, (target, module) in enumerate(found):
         adapt(module, bank, i)
         injection.attributes += [(target, *changed) for changed in keep_unpacked(module)]
@@ -81,9 +81,32 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     model.lora_bank, model._lora_injection = bank, injection  # type: ignore[assignment]
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
+    for name, part in _savers(model, bank):
+        part.save_pretrained = SavePart(part, name)  # type: ignore[assignment]
+    _tell_of_meta(bank)
     kinds = kinds_of(target.name for target in bank.targets)
     _log.info("adapted %s; trained whole: %s", kinds, ", ".join(trained) or "nothing")
     return bank
+
+
+def _savers(model: nn.Module, bank: AdapterBank) -> Iterator[tuple[str, nn.Module]]:
+    """The parts of the model that have targets in them and save themselves."""
+    for name, part in modules_of(model).items():
+        saves = name and hasattr(type(part), "save_pretrained")
+        if saves and any(inside(target.name, name) for target in bank.targets):
+            yield name, part
+
+
+def _moving_buffers(model: nn.Module, targets: list[str]) -> dict[str, Tensor]:
+    """Copies of the buffers that training may change, as running means. Those of targets, and of
+    integers, are weights in a format of their own.
+    """
+    return {
+        name: buffer.clone()
+        for name, buffer in model.named_buffers()
+        if (buffer.ndim == 0 or (buffer.is_floating_point() and buffer.itemsize > 1))
+        and not any(inside(name, target) for target in targets)
+    }
 
 
 def _require_no_saver(model: nn.Module) -> None:
@@ -95,6 +118,16 @@ def _require_no_saver(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} is a chain with a save of its own, to which the adapters "
             f"would be one more link: inject its inner model, {path}"
+        )
+
+
+def _tell_of_meta(bank: AdapterBank) -> None:
+    """One line for adapters without values, of a model that has none itself."""
+    if bank.device.type == "meta":
+        _log.warning(
+            "the model is on the meta device, and so are the adapters: once they have memory "
+            "(to_empty), call reset_parameters() of every module in model.lora_bank that has it, "
+            "or loradrop.load; or inject once the model has its weights"
         )
 
 
@@ -196,6 +229,13 @@ def require_undoable(model: nn.Module) -> None:
                 f"{target.name} has a forward of its own, set on the instance after inject, which "
                 "would go on calling the adapter: take it off first (del module.forward)"
             )
+        if is_extended(model.get_submodule(target.name)):
+            kind = type(model.get_submodule(target.name)).__name__
+            raise ValueError(
+                f"{target.name} is a {kind} now, a class that another library made of the adapted "
+                "layer's after inject, as parametrizations and fully_shard of a layer do: undo "
+                "that first (torch.nn.utils.parametrize.remove_parametrizations)"
+            )
 
 
 def strip(model: nn.Module) -> None:
@@ -205,5 +245,7 @@ def strip(model: nn.Module) -> None:
         restore(model.get_submodule(target.name))
     for name, attribute, value in injection.attributes:
         setattr(model.get_submodule(name), attribute, value)
+    for _, part in _savers(model, bank_of(model)):
+        part.__dict__.pop("save_pretrained", None)
     del model.lora_bank, model._lora_injection
     model.__dict__.pop("save_pretrained", None)

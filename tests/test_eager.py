@@ -1,13 +1,16 @@
 """The calls that the eager backend makes."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from op_cases import call_of, draw
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import loradrop
 from loradrop.op import eager, reference
 from loradrop.op.call import Needs, Saved
 from loradrop.testing import Shape, error
@@ -77,3 +80,26 @@ def test_a_cpu_makes_thin_products_the_long_way() -> None:
         assert _turned(16, 64, dtype) == [False, True]
         assert _turned(1, 64, dtype) == [False, False]
     assert _turned(64, 80, torch.float32) == [False, False]  # N = 48 is the short side
+
+
+@pytest.mark.parametrize("mutation", [False, True])
+def test_selective_checkpointing_of_products(mutation: bool) -> None:
+    """It keeps the frozen product for the recomputation, which must find it as it was."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    bank = loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["0", "2"]))
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.normal_()
+    x, kept = torch.randn(5, 16), [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    model(x).square().sum().backward()
+    expected = [p.grad.clone() for p in bank.parameters() if p.grad is not None]
+    bank.zero_grad()
+    contexts = partial(
+        create_selective_checkpoint_contexts, kept, allow_cache_entry_mutation=mutation
+    )
+    checkpoint(model, x, use_reentrant=False, context_fn=contexts).square().sum().backward()
+    found = [p.grad for p in bank.parameters() if p.grad is not None]
+    assert len(found) == 4
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

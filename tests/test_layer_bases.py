@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import loradrop
+from loradrop.injection import injection_of
 from loradrop.layers import LoRALinear
 
 pytestmark = pytest.mark.numbers
@@ -252,3 +253,73 @@ def test_out_proj_of_multihead_attention_is_refused(targets: Any) -> None:
         loradrop.inject(model, loradrop.LoRAConfig(r=R, target_modules=targets))
     assert not hasattr(model, "lora_bank")
     assert all(p.requires_grad for p in model.parameters())
+
+
+class Doubled(nn.Linear):
+    """A linear layer with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Doubled])
+def test_a_class_that_another_library_extends(kind: type[nn.Linear]) -> None:
+    """It computes, and is not taken apart until the other has undone its own."""
+    model = nn.Sequential(kind(K, N))
+    before, x = model(torch.ones(2, K)), torch.ones(2, K)
+    wake(inject_into(model))
+    adapted = model(x)
+    nn.utils.parametrize.register_parametrization(model[0], "weight", nn.Identity())
+    torch.testing.assert_close(model(x), adapted)
+    for verb in (loradrop.remove, loradrop.merge):
+        with pytest.raises(ValueError, match=r"0 is a Parametrized.*remove_parametrizations"):
+            verb(model)
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    loradrop.remove(model)
+    assert type(model[0]) is kind and torch.equal(model(x), before)
+
+
+def inject_into(model: nn.Module) -> nn.Module:
+    loradrop.inject(model, loradrop.LoRAConfig(r=R, target_modules=["0"], modules_to_save=[]))
+    return model
+
+
+def test_weights_in_buffers_are_not_copied() -> None:
+    """Nor whole numbers elsewhere; what a batch norm counts comes back."""
+    linear = Int8Linear(nn.Linear(K, N))
+    model = nn.Sequential(linear, nn.BatchNorm1d(N), Int8Linear(nn.Linear(N, N)))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inject_into(model)
+    kept = injection_of(model).buffers
+    weights = [name for name, tensor in before.items() if tensor.dtype == torch.int8]
+    assert len(weights) == 2 and not kept.keys() & {*weights}
+    assert {"1.running_mean", "1.running_var", "1.num_batches_tracked"} <= kept.keys()
+    model.train()(torch.randn(4, K))
+    loradrop.remove(model)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_layer_made_without_memory() -> None:
+    layer = LoRALinear(K, N, r=R, device="meta").to_empty(device="cpu")
+    layer.reset_parameters()
+    A, B = layer.lora_bank.factors(0)
+    assert 0 < A.abs().max() <= K**-0.5 and not B.any()
+    assert 0 < layer.weight.abs().max() <= K**-0.5
+
+
+def test_a_model_without_memory(caplog: pytest.LogCaptureFixture) -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(K, N))
+    inject_into(model)
+    assert "the model is on the meta device, and so are the adapters" in caplog.text
+    base, x = nn.Linear(K, N), torch.randn(2, K)
+    state = {f"0.{name}": tensor for name, tensor in base.state_dict().items()}
+    model.load_state_dict(state, strict=False, assign=True)
+    with pytest.raises(ValueError, match=r"adapters are on the meta device.*reset_parameters"):
+        model(x)
+    model.lora_bank.to_empty(device="cpu")
+    for module in model.lora_bank.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert torch.equal(model(x), base(x)) and model.lora_bank.factors(0)[0].any()

@@ -1,6 +1,7 @@
 """The op in use: autocast, what it must not do, its refusals."""
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -224,6 +225,20 @@ def test_what_transforms_do_not_serve() -> None:
     with pytest.raises(RuntimeError, match="randomness='same'"):
         vmap(with_dropout, randomness="different")(x)
     assert vmap(with_dropout, randomness="same")(x).shape == (len(x), len(B))
+
+
+@pytest.mark.parametrize("backend", ["eager", "nonsense"])
+def test_a_backend_that_is_named_serves_or_says_why_not(backend: str) -> None:
+    x, w, A, B = (OPERANDS[name] for name in ("x", "weight", "A", "B"))
+
+    def op(row: Tensor, backend: str | None = None) -> Tensor:
+        y = lora_linear(row, w, None, A, B, 1.0, backend=backend)
+        assert isinstance(y, Tensor)
+        return y
+
+    with pytest.raises(ValueError, match=rf"backend='{backend}': under torch.func"):
+        vmap(partial(op, backend=backend))(x)
+    assert torch.equal(vmap(partial(op, backend="reference"))(x), vmap(op)(x))
 
 
 @each_backend

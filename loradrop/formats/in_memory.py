@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from loradrop.bank import bank_of
 from loradrop.formats.peft import peft_file_of, verdicts_on
 from loradrop.injection import adapters_of, injected, injection_of
+from loradrop.native import tell_untouched
 from loradrop.wrapped import of_inner
 
 
@@ -71,6 +72,7 @@ def adapter_tensors(
     place = torch.device(bank.device if device is None else device)
     how: dict[str, Any] = {"dtype": dtype, "base_id": None, "padded": padded, "device": place}
     with injected(model) as own:
+        tell_untouched(own)
         file = peft_file_of(own, adapters_of(own), **how)
     verdicts_on(file, None if engine is None else [engine])
     before = {} if since is None else since.tensors

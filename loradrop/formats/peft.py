@@ -31,6 +31,7 @@ from loradrop.formats.peft_file import (
 )
 from loradrop.injection import Adapters, adapters_of, base_of, injected
 from loradrop.layers import is_conv1d
+from loradrop.native import tell_untouched
 from loradrop.ranks import whole, writes
 from loradrop.tensor_file import write_tensors
 from loradrop.wrapped import of_inner, tensors_of
@@ -89,6 +90,7 @@ def export(
     folder = Path(path)
     _require_not_base(model, folder)
     with injected(model) as own:
+        tell_untouched(own)
         adapters = adapters_of(own)
         if format == "merged":
             save_merged(own, folder)

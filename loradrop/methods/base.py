@@ -57,6 +57,7 @@ class Method:
     """
 
     name: ClassVar[str] = ""
+    composed_by: ClassVar[tuple[str, ...]] = ()  # see `composition`
     statistics: ClassVar[tuple[str, ...]] = ()
     keeps_parameters: ClassVar[bool] = True  # `update` makes none that was not there before
 
@@ -64,6 +65,13 @@ class Method:
     def warms_up(self) -> bool:
         """Whether it has a stage before `update`."""
         return self.warmup(1 << 30) is not None
+
+    @property
+    def composition(self) -> dict[str, object]:
+        """The options by which tensors become factors and scales; another's adapter has the same
+        ones, or computes something else.
+        """
+        return {name: getattr(self, name) for name in self.composed_by}
 
     @property
     def acts(self) -> bool:

@@ -39,6 +39,7 @@ class PRoLoRA(Method):
     """
 
     name: ClassVar[str] = "prolora"
+    composed_by: ClassVar[tuple[str, ...]] = ("m", "n", "u")
 
     m: int | None = None
     n: int | None = None

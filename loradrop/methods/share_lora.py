@@ -35,6 +35,7 @@ class ShareLoRA(Method):
     """
 
     name: ClassVar[str] = "share_lora"
+    composed_by: ClassVar[tuple[str, ...]] = ("share",)
 
     share: str = "A"
 

@@ -55,6 +55,7 @@ class Spectral(Method):
     """
 
     name: ClassVar[str] = "spectral"
+    composed_by: ClassVar[tuple[str, ...]] = ("budget", "scale")
     statistics: ClassVar[tuple[str, ...]] = ("sqnorm", "gram_in", "core")
     keeps_parameters: ClassVar[bool] = False
 

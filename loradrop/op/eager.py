@@ -15,6 +15,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
 from torch.nn.functional import linear, pad
 
 from loradrop.op import rounded
@@ -46,13 +47,22 @@ def forward(call: Call) -> Output:
         assert weight is not None
         h1 = pad(h, (0, 1), value=1.0 / s)  # (M, r + 1); exact for a power of two
         b1 = torch.cat((b, bias.unsqueeze(1)), 1)  # (N, r + 1)
-        y = linear(x, weight).addmm_(h1, b1.t(), alpha=s)
+        y = added(linear(x, weight), h1, b1.t(), s)
     else:
         assert weight is not None
-        y = linear(x, weight, bias).addmm_(h, b.t(), alpha=s)
+        y = added(linear(x, weight, bias), h, b.t(), s)
     of_h = gram(h, call.token_weights) if call.sqnorm or call.gram else None
     norm = sqnorm_of(of_h, b, s) if of_h is not None and call.sqnorm else None
     return Output(y, h, mask, norm, of_h if call.gram else None)
+
+
+def added(y: Tensor, h: Tensor, l: Tensor, scale: float) -> Tensor:
+    """y + scale·h·l in place, of a fresh y (M, N), h (M, r), l (r, N); in a tensor of its own where
+    a dispatch mode looks on: selective checkpointing keeps y for the backward pass.
+    """
+    if _len_torch_dispatch_stack():
+        return torch.addmm(y, h, l, alpha=scale)
+    return y.addmm_(h, l, alpha=scale)
 
 
 def _bias_costs_a_pass(x: Tensor) -> bool:

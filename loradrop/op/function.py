@@ -139,8 +139,15 @@ def transformed() -> bool:
     )
 
 
-def run_transformed(call: Call, sinks: Sinks) -> tuple[Tensor, Tensor | None]:
+def run_transformed(
+    call: Call, sinks: Sinks, backend: str | None = None
+) -> tuple[Tensor, Tensor | None]:
     """`run` as plain operations of PyTorch, which all of those know."""
+    if backend not in (None, REFERENCE.name):
+        raise ValueError(
+            f"backend={backend!r}: under torch.func, forward-mode differentiation or "
+            "torch.jit.trace only 'reference' serves. Leave the backend out"
+        )
     if sinks is not NO_SINKS:
         raise RuntimeError(
             "statistics cannot be collected under torch.func, forward-mode differentiation or "

@@ -133,7 +133,7 @@ def _run(call: Call, sinks: Sinks, backend: str | None) -> Any:
     if torch.compiler.is_compiling():
         y, sqnorm = run_op(call, sinks, backend)
     elif transformed():
-        y, sqnorm = run_transformed(call, sinks)
+        y, sqnorm = run_transformed(call, sinks, backend)
     else:
         grad = torch.is_grad_enabled() and _any_requires_grad(x, call.y0, call.A, call.B, *sinks)
         y, sqnorm = run(dispatch.serving(call, backend, grad), call, sinks, grad)
