@@ -72,7 +72,7 @@ def test_options_that_change_nothing_do_not_matter(tmp_path: Path) -> None:
 
 
 def test_one_adapter_after_another(tmp_path: Path) -> None:
-    """Of the first nothing is left, also where it trained a module whole that the second did not."""
+    """Of the first nothing is left, also where it alone trained a module whole."""
     first, second = adapted(1, modules_to_save=["norm"]), adapted(2)
     loradrop.save(first, tmp_path / "first")
     loradrop.save(second, tmp_path / "second")
