@@ -149,6 +149,11 @@ class LoRAOver(LoRAMixin):
         """x (..., K), the first argument of the base  ->  (..., N); all arguments go to the base"""
         y0: Tensor = super().forward(*args, **kwargs)
         base = self._base
+        if not isinstance(y0, Tensor):
+            raise TypeError(
+                f"{base.__name__} returned a {type(y0).__name__}, to which no adapter can be "
+                "added: leave it out of target_modules"
+            )
         x = args[0] if args else kwargs[_first_argument(base)]
         check_base_gradient(x, y0, f"{base.__name__} under an adapter")
         y = self._adapted(x, None, None, y0)

@@ -115,6 +115,7 @@ class Plan:
             for step in range(version, SCHEMA):
                 fields = _MIGRATIONS[step](fields)
             del fields["schema"]
+            _require_forms(fields)
             config = LoRAConfig.from_dict(fields.pop("config"))
             targets = tuple(Target(**target) for target in fields.pop("targets"))
             slots, kept = tuple(fields.pop("slots")), fields.pop("kept")
@@ -122,6 +123,24 @@ class Plan:
             return cls(config=config, assignment=assignment, **fields)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"the plan is damaged: {error!r} (schema {SCHEMA})") from error
+
+
+_KEYS: dict[str, tuple[str, ...]] = {  # the first three may be None
+    "scores": ("source", "tokens", "rows", "values"),
+    "cut": ("metric", "values", "ranks", "full", "loss"),
+    "warmup": ("steps", "planned", "settled"),
+    **dict.fromkeys(_MAPPINGS, ()),
+}
+
+
+def _require_forms(fields: Mapping[str, Any]) -> None:
+    """Raises TypeError for a section that is no mapping, or lacks something."""
+    for name, keys in _KEYS.items():
+        value = fields.get(name)
+        if value is None and name not in _MAPPINGS:
+            continue
+        if name in fields and not (isinstance(value, Mapping) and {*keys} <= value.keys()):
+            raise TypeError(f"{name} is {str(value)[:60]}")
 
 
 def _from_1(data: dict[str, Any]) -> dict[str, Any]:

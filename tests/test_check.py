@@ -452,6 +452,19 @@ def test_a_merged_model_is_compared_as_well(tmp_path: Path) -> None:
     assert not verify(model, tmp_path, BATCHES).ok
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_an_adapter_that_changes_nothing_is_told(
+    scale: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = adapt(llama(), r=2, target_modules=["q_proj"])
+    with torch.no_grad():
+        for B in model.lora_bank.B:
+            B.mul_(scale)
+    export(model, tmp_path)
+    assert verify(model, tmp_path, [{"input_ids": IDS}]).ok
+    assert ("changes no logit of the first batch" in caplog.text) == (scale == 0.0)
+
+
 def test_one_engine_as_a_string_and_one_name_for_a_reason(tmp_path: Path) -> None:
     """What stands in the way is named alike before the file is written and after."""
     model = adapt(bert())

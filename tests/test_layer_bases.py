@@ -323,3 +323,16 @@ def test_a_model_without_memory(caplog: pytest.LogCaptureFixture) -> None:
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     assert torch.equal(model(x), base(x)) and model.lora_bank.factors(0)[0].any()
+
+
+class WithBias(nn.Linear):
+    """Returns its bias beside the output, as Megatron's layers do."""
+
+    def forward(self, input: Tensor) -> Any:
+        return nn.functional.linear(input, self.weight), self.bias
+
+
+def test_a_base_that_returns_something_else_is_named() -> None:
+    model = inject_into(nn.Sequential(WithBias(K, N)))
+    with pytest.raises(TypeError, match="WithBias returned a tuple, to which no adapter"):
+        model(torch.randn(2, K))

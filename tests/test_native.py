@@ -490,6 +490,17 @@ class TestEarlierReleases:
         write_json(tmp_path / PLAN, plan.to_dict())
         assert Plan.from_dict(read_json(tmp_path / PLAN)) == plan
 
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("scores", [1]), ("scores", {"values": {}}), ("cut", {"x": 1}), ("warmup", 3),
+         ("base", None), ("facts", [])],
+    )  # fmt: skip
+    def test_a_section_that_is_damaged(self, name: str, value: Any) -> None:
+        data = read_json(self.FOLDER / PLAN)
+        assert Plan.from_dict(data)
+        with pytest.raises(ValueError, match=rf"the plan is damaged: .*{name} is "):
+            Plan.from_dict({**data, name: value})
+
 
 @pytest.mark.parametrize("name", ["posix", "nt"])
 def test_folders_are_flushed_where_they_can_be_opened(

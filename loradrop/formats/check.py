@@ -1,6 +1,7 @@
 """Checking a PEFT export: the native adapter's logits, and its deltas by each engine's rule."""
 
 import copy
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ from loradrop.formats.peft_file import CONFIG, PeftFile, configuration_of, read
 from loradrop.injection import Adapters, adapters_of, injected
 from loradrop.surgery import remove
 from loradrop.wrapped import bare, of_inner, tensors_of
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,14 +206,37 @@ class _Delta:
 def _difference(model: nn.Module, other: nn.Module, batches: Iterable[Any]) -> tuple[float, float]:
     """The largest difference of their logits in eval mode, and it over the model's deviation."""
     require_several(batches)
+    pairs, first = [], None
     other.eval()
     with evaluating(model):
-        pairs = [(_logits(call(model, batch)), _logits(call(other, batch))) for batch in batches]
+        for batch in batches:
+            first = batch if first is None else first
+            pairs.append((_logits(call(model, batch)), _logits(call(other, batch))))
     if not pairs:
         raise ValueError("batches is empty: give at least one batch to compare on")
+    assert first is not None
+    _tell_of_nothing(model, first, pairs[0][0])
     native, others = (torch.cat(side) for side in zip(*pairs, strict=True))
     difference = float((native - others).abs().max())
     return difference, difference / (float(native.std(correction=0)) or 1.0)
+
+
+def _tell_of_nothing(model: nn.Module, batch: Any, adapted: Tensor) -> None:
+    """One line where the adapter changes nothing on the batch, so that any base would agree."""
+    bank = bank_of(model)
+    if not bank.enabled:  # merged for now
+        return
+    bank.enabled = False
+    try:
+        with evaluating(model):
+            base = _logits(call(model, batch))
+    finally:
+        bank.enabled = True
+    if torch.equal(base, adapted):
+        _log.warning(
+            "the adapter changes no logit of the first batch, so that equal ones say little: is it "
+            "trained, and does the tokenizer know the text?"
+        )
 
 
 def _logits(output: Any) -> Tensor:
