@@ -83,7 +83,7 @@ class LoraDropCallback(TrainerCallback):
             _require_one_run(self.warmup, method, args, model)
             if self.warmup.source == "offline":
                 require_rows(train_dataloader.dataset)
-        statistics = () if decided else method.statistics
+        statistics = () if decided and method.warms_up else method.statistics
         self.events = MethodCallback(
             model, statistics=statistics, **self.masks,
             settle_every=self.warmup.settle_every if self.warmup else 0,

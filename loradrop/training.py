@@ -236,8 +236,9 @@ class _Run:
         """Both stages."""
         before = self.first_stage()
         done, decided = before.steps, bank_of(self.model).assignment.decided
-        statistics = () if done or decided else self.config.method.statistics
-        stage = self.config.method.warmup(self.total) if done else None
+        method = self.config.method
+        statistics = () if method.warms_up and (done or decided) else method.statistics
+        stage = method.warmup(self.total) if done else None
         part = None
         if stage is not None:
             row = self._rows(done) if stage.sample_ratio == 1.0 else 0

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import models
 import numpy as np
@@ -178,6 +179,77 @@ def test_resumed_to_the_same_end(tmp_path: Path) -> None:
     assert whole.plan.facts == {"zeros of A": 0.5, "equal rank": 4.0}
     bank = loradrop.load(tiny.make_model(), tmp_path / "whole" / "adapter")
     assert all(torch.equal(bank.pruned(i), A == 0) for i, A in enumerate(bank.A))
+
+
+def half(net: nn.Module) -> None:
+    """Every adapter at half of its rank."""
+    ranks = {target.name: target.r // 2 for target in net.lora_bank.targets}
+    loradrop.truncate(net, ranks, metric="weight")
+
+
+def one(net: nn.Module) -> None:
+    """All targets of a kind and a rank on one adapter."""
+    loradrop.share(net, [], init="mean")
+
+
+@pytest.mark.parametrize("decide", [half, one])
+@pytest.mark.parametrize("regrow", [True, False])
+def test_trained_saved_and_resumed_after_a_decision(
+    decide: Any, regrow: bool, tmp_path: Path
+) -> None:
+    method = PRILoRA(prune_every=3, r_start=4, r_end=4, regrow=regrow)
+    options = LoRAConfig(**tiny.LORA, method=method)
+
+    def decided() -> Any:
+        net = tiny.make_model()
+        loradrop.inject(net, options)
+        with torch.no_grad():
+            for A, B in zip(net.lora_bank.A, net.lora_bank.B, strict=True):
+                A[:, :4] = 0.0
+                B.normal_(0.0, 0.1)
+        torch.manual_seed(0)
+        decide(net)
+        return net
+
+    net = decided()
+    for i, (A, _) in enumerate(map(net.lora_bank.factors, range(4))):
+        assert torch.equal(net.lora_bank.pruned(i), A == 0) and (A == 0).any()
+    first = net.lora_bank.A[0].detach().clone()
+    result = tiny.run(tmp_path / "whole", options, model=net)
+    bank = net.lora_bank
+    assert all(bank.input_norm(i).all() for i in range(4)) and not torch.equal(bank.A[0], first)
+    assert result.plan.facts["equal rank"] == 2 and bank.trainable == 4 * 64 * 2
+    if not regrow:
+        assert result.plan.facts["zeros of A"] == 0.5
+    tiny.interrupted(tmp_path / "part", "main", 11, config=options, model=decided())
+    tiny.run(tmp_path / "part", options, model=decided(), resume=True)
+    assert tiny.outcome(tmp_path / "part") == tiny.outcome(tmp_path / "whole")
+    loaded = loradrop.load(tiny.make_model(), tmp_path / "whole" / "adapter")
+    assert all(torch.equal(loaded.pruned(i), bank.pruned(i)) for i in range(4))
+    options.method.on_step_end(loaded, 3, {"moment": [None] * 4})
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_shared_A_is_pruned_by_the_inputs_of_all_its_targets(scope: str) -> None:  # noqa: N802
+    net, options = model(), config(r_start=R, r_end=R, prune_every=1, prune_scope=scope, beta=0.0)
+    bank = loradrop.inject(net, options)
+    loradrop.share(net, [], share="shape")
+    moments = [torch.rand(WIDTH, dtype=torch.float64) for _ in range(2)]
+    before = bank.A[0].detach().clone()
+    options.method.on_step_end(bank, 1, {"moment": moments})
+    S = before.abs() * (moments[0] + moments[1]).sqrt().float()
+    (mask,) = smallest([S], 0.5, scope)
+    assert torch.equal(bank.A[0] == 0, mask) and bank.sparsity == 0.5
+    assert torch.equal(bank.pruned(0), mask) and torch.equal(bank.pruned(1), mask)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_nothing_is_left_to_prune(scope: str) -> None:
+    net, options = model(), config(prune_every=1, prune_scope=scope)
+    bank = loradrop.inject(net, options)
+    loradrop.truncate(net, {"0": 0, "2": 0}, metric="weight")
+    options.method.on_step_end(bank, 1, {"moment": [None, None]})
+    assert bank.sparsity == 0 and not bank.trainable
 
 
 @pytest.mark.parametrize("padded", [True, False])

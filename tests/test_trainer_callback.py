@@ -22,6 +22,7 @@ import loradrop
 from loradrop import LoRAConfig, LoraDropConfig
 from loradrop.injection import plan_of
 from loradrop.methods import LoRADrop, Spectral
+from loradrop.methods.prilora import PRILoRA
 
 STEPS, WARM = 14, 4
 DROP = LoraDropConfig(**tiny.LORA, keep=1, probe_steps=WARM)
@@ -39,6 +40,15 @@ def injected(config: LoRAConfig = DROP) -> Any:
     model = make_model()
     loradrop.inject(model, config)
     return model
+
+
+def test_a_method_that_acts_at_every_step_goes_on_after_a_cut(tmp_path: Path) -> None:
+    model = injected(LoRAConfig(**tiny.LORA, method=PRILoRA(prune_every=3)))
+    ranks = {target.name: target.r // 2 for target in model.lora_bank.targets}
+    loradrop.truncate(model, ranks, metric="weight")
+    trainer(tmp_path, model, [loradrop.LoraDropCallback()]).train()
+    assert model.lora_bank.pruned(0).any()
+    assert model.lora_bank.input_norm(0).all()
 
 
 class Note(TrainerCallback):

@@ -20,10 +20,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loradrop.bank import AdapterBank
+from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
 from loradrop.pairs import LoRABank
-from loradrop.scores import Target, layer_of
+from loradrop.scores import Assignment, Target, layer_of, members_of
 from loradrop.selection import check_choice
 
 PRUNE_SCOPES = ("row", "target", "all")
@@ -100,27 +100,25 @@ class PRILoRA(Method):
         if not self.regrow:
             bank.zero_pruned()  # before S, in which they are the smallest then
         if step % self.prune_every == 0:
-            scores = [A.abs() * bank.input_norm(i) for i, A in bank.each_A()]
+            scores = [A.abs() * bank.common_norm(users) for users, A in bank.each_A()]
             chosen = smallest(scores, self.prune_ratio, self.prune_scope)
-            for (i, _), mask in zip(bank.each_A(), chosen, strict=True):
-                bank.pruned(i).copy_(mask)
+            for (users, _), mask in zip(bank.each_A(), chosen, strict=True):
+                for i in users:
+                    bank.pruned(i).copy_(mask)
             bank.zero_pruned()
 
     def facts(self, bank: AdapterBank) -> Mapping[str, float]:
         """The part of A that is zero now, and the rank of LoRA with as many parameters."""
         assert isinstance(bank, PRILoRABank)
         size = sum(t.in_features + t.out_features for t in bank.targets)
-        return {
-            "zeros of A": bank.sparsity,
-            "equal rank": sum(target.parameters for target in bank.targets) / size,
-        }
+        return {"zeros of A": bank.sparsity, "equal rank": bank.trainable / size}
 
 
 def smallest(scores: Sequence[Tensor], ratio: float, scope: str) -> list[Tensor]:
     """Masks of the shapes of `scores` (r, K), true for the smallest `ratio` of each row, of each
     tensor ("target"), or of all tensors together, rounded down.
     """
-    if scope == "all":
+    if scope == "all" and scores:
         flat = torch.cat([score.flatten().to(scores[0].device) for score in scores])
         ends = list(itertools.accumulate(score.numel() for score in scores))[:-1]
         parts = _smallest(flat.unsqueeze(0), ratio).squeeze(0).tensor_split(ends)
@@ -140,6 +138,8 @@ def _smallest(scores: Tensor, ratio: float) -> Tensor:
 class PRILoRABank(LoRABank):
     """LoRA's pairs, and for target i the moving average X̄ (K,) of its input's norm, and a mask
     (r, K) of what the last pruning took.
+
+    Targets that share an A have one mask, by the inputs of all of them.
     """
 
     def __init__(
@@ -156,20 +156,31 @@ class PRILoRABank(LoRABank):
         """X̄ (K,) of target i, float32."""
         return self.get_buffer(f"input_norm_{i}")
 
+    def common_norm(self, users: Sequence[int]) -> Tensor:
+        """X̄ (K,) of the inputs of these targets together."""
+        found = [self.input_norm(i) for i in users]
+        return found[0] if len(found) == 1 else torch.stack(found).norm(dim=0)
+
     def pruned(self, i: int) -> Tensor:
         """(r, K) bool of target i: the entries of A that the last pruning set to zero."""
         return self.get_buffer(f"pruned_{i}")
 
-    def each_A(self) -> Iterator[tuple[int, Tensor]]:  # noqa: N802 - the papers' name
-        """(i, A (r, K)) of every target that has an adapter."""
-        for i in range(len(self.targets)):
-            if (pair := self.factors(i)) is not None:
-                yield i, pair[0]
+    def each_A(self) -> Iterator[tuple[list[int], Tensor]]:  # noqa: N802 - the papers' name
+        """(the targets that use it, A (r, K)) of every adapter."""
+        for slot, users in members_of(self.slots).items():
+            yield users, self._pair(slot).A
+
+    def assign(self, assignment: Assignment, pairs: Sequence[Pair]) -> None:
+        """As in the base; from then on what is zero in A counts as pruned."""
+        super().assign(assignment, pairs)
+        for users, A in self.each_A():
+            for i in users:
+                self.register_buffer(f"pruned_{i}", A.detach() == 0)
 
     def zero_pruned(self) -> None:
         """Sets to zero what the last pruning took."""
-        for i, A in self.each_A():
-            A.masked_fill_(self.pruned(i), 0.0)
+        for users, A in self.each_A():
+            A.masked_fill_(self.pruned(users[0]), 0.0)
 
     @property
     def sparsity(self) -> float:
