@@ -24,6 +24,7 @@ from loradrop.op.checks import check_base_gradient
 from loradrop.op.linear import lora_add, lora_linear
 from loradrop.pairs import LoRAPair
 from loradrop.scores import Target
+from loradrop.selection import check_ranks
 
 
 def adapted_output(
@@ -269,13 +270,7 @@ def build_bank(
         likes.append(torch.empty(0, dtype=dtype, device=_home(model, name, weight)))
     scaling = [config.scaling(target.name) for target in targets]
     bank = config.method.bank(targets, scaling, likes)
-    for target in bank.targets:
-        most = min(target.in_features, target.out_features)
-        if target.r > most:
-            raise ValueError(
-                f"r={target.r} for {target.name} ({target.in_features} -> {target.out_features}): "
-                f"a rank beyond {most} adds nothing. Choose r <= {most}, or a rank_pattern"
-            )
+    check_ranks(bank.targets)
     bank.dropout, bank.composition = config.lora_dropout, config.method.composition
     return bank
 

@@ -181,6 +181,17 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
 
 
+def check_ranks(targets: Sequence[Target]) -> None:
+    """Raises ValueError for a rank beyond min(in_features, out_features)."""
+    for target in targets:
+        most = min(target.in_features, target.out_features)
+        if target.r > most:
+            raise ValueError(
+                f"r={target.r} for {target.name} ({target.in_features} -> {target.out_features}): "
+                f"a rank beyond {most} adds nothing. Choose r <= {most}, or a rank_pattern"
+            )
+
+
 def check_interval(interval: int) -> None:
     """Raises ValueError unless it is a number of layers."""
     if not isinstance(interval, int) or interval < 1:

@@ -186,6 +186,13 @@ def test_shapes_and_ranks_that_differ(method: Method) -> None:
 
 
 @each_method
+def test_a_rank_that_a_target_cannot_have(method: Method) -> None:
+    """Also of the methods whose first stage is as wide as a target lets it be."""
+    with pytest.raises(ValueError, match=rf"beyond {WIDTH} (adds|ranks add) nothing"):
+        net(method, r=WIDTH + 1)
+
+
+@each_method
 def test_in_the_dtype_of_the_base(method: Method) -> None:
     torch.manual_seed(0)
     model = Net().bfloat16()

@@ -31,6 +31,7 @@ from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
 from loradrop.methods.orthogonality import add_gradient
 from loradrop.scores import Target
+from loradrop.selection import check_ranks
 
 SIDES = ("P", "Lambda", "Q")
 
@@ -78,7 +79,10 @@ class AdaLoRA(Method):
     def bank(
         self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]
     ) -> AdapterBank:
-        """An `AdaLoRABank`, `r_start` wide."""
+        """An `AdaLoRABank`, `r_start` wide. Raises ValueError for an `r` that a target cannot have,
+        and for an `r_start` below it.
+        """
+        check_ranks(targets)
         for target in targets:
             if self.r_start is not None and self.r_start < target.r:
                 raise ValueError(

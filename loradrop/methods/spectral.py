@@ -30,7 +30,7 @@ from loradrop.cuts import Cut, decide
 from loradrop.methods.base import Method, Warmup
 from loradrop.pairs import LoRABank, Narrowed, Update
 from loradrop.scores import Assignment, Scores, Target
-from loradrop.selection import check_choice
+from loradrop.selection import check_choice, check_ranks
 from loradrop.spectra import METRICS, spectrum
 
 
@@ -92,7 +92,8 @@ class Spectral(Method):
     def bank(
         self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]
     ) -> AdapterBank:
-        """LoRA's pairs, `r_start` wide."""
+        """LoRA's pairs, `r_start` wide. Raises ValueError for an `r` that a target cannot have."""
+        check_ranks(targets)
         wide = [
             t._replace(r=min(self.r_start or 2 * t.r, t.in_features, t.out_features))
             for t in targets
