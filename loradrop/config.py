@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loradrop import methods
+from loradrop.kinds import check_kinds
 from loradrop.masks import MASK
 from loradrop.methods import LoRA, LoRADrop, Method
 from loradrop.op.philox import quantize
@@ -65,12 +66,14 @@ class LoRAConfig:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
                 raise ValueError(f"{name}={rank!r}: the rank is a whole number of at least 1")
+        check_kinds(self)
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
-            if not isinstance(alpha, (int, float)) or not math.isfinite(alpha) or alpha <= 0:
+            number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+            if not number or not math.isfinite(alpha) or alpha <= 0:
                 raise ValueError(f"{name}={alpha!r}: choose a positive number; s = alpha / r")
         try:
             quantize(self.lora_dropout)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"lora_{error}") from error
         if self.adapter_dtype not in ("float32", "base"):
             raise ValueError(f'adapter_dtype={self.adapter_dtype!r}: choose "float32" or "base"')
@@ -106,10 +109,7 @@ class LoRAConfig:
         """Plain data for a JSON or YAML file; `from_dict` reads it."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["method"] = {"name": self.method.name, **dataclasses.asdict(self.method)}
-        return {
-            k: dict(v) if isinstance(v, Mapping) else list(v) if isinstance(v, tuple) else v
-            for k, v in fields.items()
-        }
+        return {name: _data(value) for name, value in fields.items()}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LoRAConfig":
@@ -120,6 +120,12 @@ class LoRAConfig:
         check_keys(data, [f.name for f in dataclasses.fields(cls)], "LoRAConfig")
         check_keys(given, [f.name for f in dataclasses.fields(method_class)], method_class.__name__)
         return cls(method=method_class(**given), **data)
+
+
+def _data(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _data(part) for key, part in value.items()}
+    return [*map(_data, value)] if isinstance(value, tuple) else value
 
 
 def require_config(config: Any) -> None:
@@ -157,10 +163,12 @@ class TrainConfig:
     warmup_ratio    part of all steps over which the learning rate rises; then it falls linearly
     precision       "float32", "bf16" or "fp16" (autocast); bf16 on a CPU that has none computes in
                     float32
-    save_every      steps between checkpoints; log_every, eval_every likewise; eval_every below 1 is
-                    a part of the main run's steps, and None is dev only at the end, for the command
-                    five times
+    save_every      steps between checkpoints; log_every, eval_every likewise; below 1 each is a
+                    part of the main run's steps. eval_every=None is dev only at the end, for the
+                    command five times
     mask            the model's input that marks real tokens, for the statistics; None counts all
+
+    Raises ValueError naming the field, its value and the remedy.
     """
 
     steps: int | None = None
@@ -171,18 +179,19 @@ class TrainConfig:
     head_learning_rate: float | None = None
     weight_decay: float = 0.0
     warmup_ratio: float = 0.06
-    max_grad_norm: float = 1.0
+    max_grad_norm: float | None = 1.0
     precision: str = "float32"
     gradient_checkpointing: bool = False
     seed: int = 0
-    log_every: int = 10
-    save_every: int = 100
+    log_every: float = 10
+    save_every: float = 100
     eval_every: float | None = None
     mask: str | None = MASK
     report_to: Sequence[str] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         for name in (
             *("steps", "epochs", "batch_size", "gradient_accumulation", "learning_rate"),
             *("head_learning_rate", "log_every", "save_every", "eval_every"),

@@ -6,22 +6,19 @@ import types
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
 from loradrop import methods
 from loradrop.config import LoRAConfig, LoraDropConfig, TrainConfig, check_keys
 from loradrop.formats.peft import DTYPES
+from loradrop.kinds import hints_of, kinds_in, missed
 from loradrop.text.task import DataConfig
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 CONFIG = "config.yaml"
 _SHORT = {"model": "id", "data": "source", "method": "name"}  # a section that is one word
-_NAMES: dict[Any, str] = {
-    **{int: "a whole number", float: "a number", bool: "true or false", str: "text"},
-    **{Sequence: "a list", Mapping: "a section", types.NoneType: "null"},
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,13 +183,13 @@ def _value(key: str, value: str, text: str) -> Any:
     """YAML; but where text is asked for, the value as it stands (a path with #, a column named 1).
 
     There, too, quotes are YAML's, `null` and nothing are null where that is allowed, and braces are
-    a section. A list may be written a,b; a name of a module is a list of one.
+    a section. A list may be written a,b, and 1,2 of a method; a name of a module is a list of one.
     """
     value, (section, _, option) = value.strip(), key.partition(".")
     whole = section in ("model", "data") and not option
-    hints = get_type_hints(_SECTIONS[section]) if section in _SECTIONS else {}
+    hints = hints_of(_SECTIONS[section]) if section in _SECTIONS else {}
     hint = str | None if whole else hints.get(option, str if key in ("name", "output") else None)
-    kinds = {*_kinds(hint)}
+    kinds = {*kinds_in(hint)}
     yaml_text = value[:1] == value[-1:] and value[:1] in ("'", '"') and len(value) > 1
     yaml_text |= types.NoneType in kinds and value in ("", "~", "null")
     yaml_text |= whole and value.startswith("{") and value.endswith("}")
@@ -200,9 +197,11 @@ def _value(key: str, value: str, text: str) -> Any:
         return value
     parsed = _parse(value, text)
     if parsed == value and ("," in value or section != "train"):  # text that is not in quotes
+        if "method" in key.split(".") and re.fullmatch(r"[-+.\deE]+(, *[-+.\deE]+)+", value):
+            return _parse(f"[{value}]", text)
         of_lora = {"lora": option, "arms": option.rpartition(".")[2]}.get(section, "")
-        hint = get_type_hints(LoRAConfig).get(of_lora, hint)
-        return names_in(value) if Sequence in _kinds(hint) else parsed
+        hint = hints_of(LoRAConfig).get(of_lora, hint)
+        return names_in(value) if Sequence in kinds_in(hint) else parsed
     return parsed
 
 
@@ -232,25 +231,11 @@ def _build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     """
     known = [f.name for f in fields(cls)]
     check_keys(values, known, where)
-    hints = get_type_hints(cls)
+    hints = hints_of(cls)
     for key, value in values.items():
-        kinds = _kinds(hints[key])
-        if not any(_fits(value, kind) for kind in kinds):
-            wanted = " or ".join(_NAMES.get(kind, str(kind)) for kind in kinds)
+        if (wanted := missed(value, hints[key])) is not None:
             raise ValueError(f"{where}.{key}={value!r}: give {wanted}")
     return cls(**values)
-
-
-def _kinds(hint: Any) -> list[Any]:
-    """The types of a union, without their parameters."""
-    union = get_args(hint) if isinstance(hint, types.UnionType) else [hint]
-    return [get_origin(kind) or kind for kind in union]
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if isinstance(value, (bool, str)):
-        return kind is type(value)
-    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def folder_of(config: RunConfig, name: str) -> Path:

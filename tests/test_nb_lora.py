@@ -1,5 +1,6 @@
 """NB-LoRA against its formula: the Cayley map, and the bound on every singular value of ΔW."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,10 @@ from torch.autograd import gradcheck
 
 import loradrop
 from loradrop import LoRAConfig
+from loradrop.injection import plan_of
 from loradrop.methods import LoRA
 from loradrop.methods.nb_lora import NBLoRA
+from loradrop.plan import Plan
 
 R = 3
 SHAPES = {"wide": (10, 6), "tall": (6, 9), "thin": (9, 3)}  # thin has its greatest rank
@@ -172,3 +175,10 @@ def test_bounds_survive_a_configuration_file() -> None:
     data = config.to_dict()
     data["method"]["s"] = list(data["method"]["s"])  # as JSON and YAML give it back
     assert LoRAConfig.from_dict(data) == config
+
+
+def test_bounds_survive_a_plan() -> None:
+    plan = plan_of(injected(s=[1.0, 0.5, 0.25])[0])
+    data = plan.to_dict()
+    assert json.loads(json.dumps(data)) == data
+    assert Plan.from_dict(data) == plan and plan.config.method == NBLoRA(s=(1.0, 0.5, 0.25))

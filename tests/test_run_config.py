@@ -9,6 +9,7 @@ import yaml
 
 from loradrop import LoRA, LoRADrop, Spectral
 from loradrop.base_models import resolve_model
+from loradrop.methods.nb_lora import NBLoRA
 from loradrop.run_config import MINILM, RunConfig, folder_of, read_config
 from loradrop.text.task import DataConfig
 
@@ -137,6 +138,8 @@ def test_configuration_goes_through_yaml(tmp_path: Path) -> None:
         (["train.seed="], r"train\.seed=None: give a whole number"),
         (["lora.target_modules=3"], r"target_modules=3: give text or a list or null"),
         (["lora.method.threshold='a'"], r"lora\.method\.threshold='a': give a number or null"),
+        (["method=nb_lora", "method.s=[1,a]"], r"s=\[1, 'a'\]: give a number or a list of num"),
+        (["method=nb_lora", "method.s=1,a"], r"s='1,a': give a number or a list of numbers"),
         (["lora.method.threshold=2"], r"threshold=2: choose a number in \[0, 1\]"),
         (["lora.r=0"], r"r=0: the rank"),
         (["model.dtype=int8"], r"model\.dtype='int8': choose one of float32, bfloat16, float16"),
@@ -177,6 +180,18 @@ def test_names_of_modules_are_a_list_and_a_pattern_is_not(text: str, expected: A
     config = read_config(None, [f"{key}={text}" for key in keys])
     found = (config.lora.target_modules, config.lora.exclude_modules)
     assert {*found, config.arms["plain"].target_modules} == {expected}
+
+
+@pytest.mark.parametrize("text", ["[1,.5,.25]", "1,.5,.25", "1, 5e-1, 0.25"])
+def test_a_list_of_numbers_for_a_method(text: str, tmp_path: Path) -> None:
+    config = read_config(None, ["method=nb_lora", f"method.s={text}", "arms.x.method=nb_lora"])
+    assert config.lora.method == NBLoRA(s=(1, 0.5, 0.25)) and config.arms["x"].method == NBLoRA()
+    assert read_config(None, ["arms.x.method=nb_lora", f"arms.x.method.s={text}"]).arms["x"] == (
+        config.lora
+    )
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.to_dict()))
+    assert read_config(file).lora == config.lora
 
 
 def test_any_list_may_be_written_with_commas() -> None:

@@ -61,9 +61,10 @@ class AdaLoRA(Method):
     beta2: float = 0.85
 
     def __post_init__(self) -> None:
-        if self.r_start is not None and (not isinstance(self.r_start, int) or self.r_start < 1):
+        super().__post_init__()
+        if self.r_start is not None and self.r_start < 1:
             raise ValueError(f"r_start={self.r_start!r}: choose a whole number from 1 up, or None")
-        if not isinstance(self.mask_every, int) or self.mask_every < 1:
+        if self.mask_every < 1:
             raise ValueError(f"mask_every={self.mask_every!r}: choose a whole number from 1 up")
         for name in ("t_initial", "t_final", "beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:

@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from loradrop.bank import AdapterBank
+from loradrop.kinds import check_kinds
 from loradrop.pairs import LoRABank, Update
 from loradrop.scores import Scores, Target
 
@@ -60,6 +61,13 @@ class Method:
     composed_by: ClassVar[tuple[str, ...]] = ()  # see `composition`
     statistics: ClassVar[tuple[str, ...]] = ()
     keeps_parameters: ClassVar[bool] = True  # `update` makes none that was not there before
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an option whose value is not of the kind that its annotation names.
+
+        A subclass with checks of its own calls it, too.
+        """
+        check_kinds(self)
 
     @property
     def warms_up(self) -> bool:

@@ -78,6 +78,10 @@ class LoRADrop(Method):
     settle_every: int = 10
 
     def __post_init__(self) -> None:
+        if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 0):
+            raise ValueError(f"keep={self.keep}: choose a whole number of at least 0")
+        check_interval(self.interval)
+        super().__post_init__()
         names = ("threshold", "keep", "keep_ratio", "budget")
         given = [name for name in names if getattr(self, name) is not None]
         if not given:
@@ -86,11 +90,8 @@ class LoRADrop(Method):
             raise ValueError(f"give one of {' and '.join(given)}, not both")
         for name in ("threshold", "keep_ratio", "budget"):
             check_part(name, getattr(self, name))
-        if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 0):
-            raise ValueError(f"keep={self.keep}: choose a whole number of at least 0")
         for name, known in _CHOICES.items():
             check_choice(name, getattr(self, name), known)
-        check_interval(self.interval)
         steps = self.probe_steps
         if not 0 < steps < math.inf or (steps >= 1 and steps != int(steps)):
             raise ValueError(

@@ -40,6 +40,7 @@ class LoRAFA(Method):
     init: str = "orthonormal"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("init", self.init, INITS)
 
     def bank(

@@ -42,7 +42,8 @@ class LoRTA(Method):
     heads: int = 1
 
     def __post_init__(self) -> None:
-        if not isinstance(self.heads, int) or self.heads < 1:
+        super().__post_init__()
+        if self.heads < 1:
             raise ValueError(f"heads={self.heads!r}: choose a whole number from 1 up")
 
     def bank(

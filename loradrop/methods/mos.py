@@ -52,11 +52,12 @@ class MoS(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("shards", "equivalent_rank"):
             count = getattr(self, name)
-            if count is not None and (not isinstance(count, int) or count < 1):
+            if count is not None and count < 1:
                 raise ValueError(f"{name}={count!r}: choose a whole number from 1 up, or None")
-        if not isinstance(self.private_rank, int) or self.private_rank < 0:
+        if self.private_rank < 0:
             raise ValueError(f"private_rank={self.private_rank!r}: choose a whole number from 0 up")
 
     def bank(

@@ -47,8 +47,7 @@ class NBLoRA(Method):
     s: float | tuple[float, ...] = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.s, (int, float)):
-            object.__setattr__(self, "s", tuple(self.s))
+        super().__post_init__()
         bounds = self.s if isinstance(self.s, tuple) else (self.s,)
         if not bounds or not all(0.0 < bound < math.inf for bound in bounds):
             raise ValueError(f"s={self.s!r}: choose a positive bound, or one for each rank")

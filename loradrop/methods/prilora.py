@@ -57,10 +57,11 @@ class PRILoRA(Method):
     beta: float = 0.9
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, rank in (("r_start", self.r_start), ("r_end", self.r_end)):
-            if rank is not None and (not isinstance(rank, int) or rank < 1):
+            if rank is not None and rank < 1:
                 raise ValueError(f"{name}={rank!r}: choose a whole number from 1 up, or None")
-        if not isinstance(self.prune_every, int) or self.prune_every < 1:
+        if self.prune_every < 1:
             raise ValueError(f"prune_every={self.prune_every!r}: choose a whole number from 1 up")
         for name, part in (("prune_ratio", self.prune_ratio), ("beta", self.beta)):
             if not 0.0 <= part < 1.0:

@@ -51,6 +51,7 @@ class PRoLoRA(Method):
                 raise ValueError(f"{name}={count!r}: choose a whole number from 1 up, or None")
         if self.u is not None and (not isinstance(self.u, int) or self.u < 0):
             raise ValueError(f"u={self.u!r}: choose a whole number from 0 up, or None")
+        super().__post_init__()
 
     def bank(
         self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]

@@ -43,6 +43,7 @@ class RaSA(Method):
     def __post_init__(self) -> None:
         if self.k is not None and (not isinstance(self.k, int) or self.k < 0):
             raise ValueError(f"k={self.k!r}: choose a whole number from 0 up, or None")
+        super().__post_init__()
 
     def bank(
         self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]

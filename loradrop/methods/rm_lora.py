@@ -48,6 +48,7 @@ class RMLoRA(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 <= self.penalty < math.inf:
             raise ValueError(f"penalty={self.penalty!r}: choose a number from 0 up")
         if not 0.0 <= self.rise <= 1.0:
@@ -59,7 +60,7 @@ class RMLoRA(Method):
                 f"mask_ratio={self.mask_ratio!r}: choose 0, or a number between 2**-13 and "
                 "1 - 2**-13"
             ) from error
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 1 << 15:
+        if not 0 <= self.seed < 1 << 15:
             raise ValueError(f"seed={self.seed!r}: choose a whole number from 0 to {(1 << 15) - 1}")
 
     def weight(self, step: int, total: int) -> float:

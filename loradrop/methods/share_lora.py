@@ -40,6 +40,7 @@ class ShareLoRA(Method):
     share: str = "A"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("share", self.share, SHARES)
 
     def bank(

@@ -71,9 +71,10 @@ class Spectral(Method):
     budget_time: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0.0 < self.budget < math.inf:
             raise ValueError(f"budget={self.budget}: choose a positive part of LoRA's parameters")
-        if self.r_start is not None and (not isinstance(self.r_start, int) or self.r_start < 1):
+        if self.r_start is not None and self.r_start < 1:
             raise ValueError(f"r_start={self.r_start!r}: choose a whole number from 1 up, or None")
         at = self.cut_at
         if not 0 < at < math.inf or (at >= 1 and at != int(at)):

@@ -50,6 +50,7 @@ class TiedLoRA(Method):
             raise ValueError(
                 f"trained={parts!r}: choose letters of {PARTS!r}, each once, such as 'ABuv' or 'uv'"
             )
+        super().__post_init__()
         if not self.u_initial:
             raise ValueError(f"u_initial={self.u_initial!r}: choose a number other than 0")
 

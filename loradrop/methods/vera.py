@@ -38,6 +38,7 @@ class VeRA(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.d_initial:
             raise ValueError(f"d_initial={self.d_initial!r}: choose a number other than 0")
 

@@ -1,0 +1,77 @@
+"""What kind of value an option takes, by its annotation, and in what words to ask for it."""
+
+import dataclasses
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+_PLAIN: dict[Any, str] = {
+    **{int: "a whole number", float: "a number", bool: "True or False", str: "text"},
+    **{tuple[int, ...]: "a list of whole numbers", tuple[float, ...]: "a list of numbers"},
+    types.NoneType: "None",
+}
+_OF_YAML: dict[Any, str] = {
+    **_PLAIN,
+    **{Sequence: "a list", list: "a list", Mapping: "a section", dict: "a section"},
+    **{bool: "true or false", types.NoneType: "null"},
+}
+
+
+def check_kinds(options: Any) -> None:
+    """Raises ValueError for a field of a dataclass whose value is not of the kind that its
+    annotation names, with what to give.
+
+    Looked at are fields that hold bool, int, float, str, None, tuples of numbers, or one of these.
+    In them numbers of NumPy and torch become Python's, and lists become tuples.
+    """
+    for name, hint in hints_of(type(options)).items():
+        if not _PLAIN.keys() >= {*kinds_in(hint)}:
+            continue
+        given = getattr(options, name)
+        value = _plain(given)
+        if (wanted := missed(value, hint, _PLAIN)) is not None:
+            raise ValueError(f"{name}={given!r}: give {wanted}")
+        object.__setattr__(options, name, value)
+
+
+def missed(value: Any, hint: Any, names: Mapping[Any, str] = _OF_YAML) -> str | None:
+    """What to give in place of a value that is of no kind that the annotation names, in words;
+    None for one that is.
+    """
+    kinds = kinds_in(hint)
+    fit = any(kind not in names or _fits(value, kind) for kind in kinds)
+    return None if fit else " or ".join(names[kind] for kind in kinds)
+
+
+def kinds_in(hint: Any) -> list[Any]:
+    """The types of a union, without their parameters but for tuples of numbers."""
+    union = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else [hint]
+    return [kind if kind in _PLAIN else get_origin(kind) or kind for kind in union]
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    for narrow in (bool, str):  # which are an int and a Sequence, too
+        if isinstance(value, narrow):
+            return kind is narrow
+    if get_origin(kind) is tuple:
+        of = get_args(kind)[0]
+        return isinstance(value, (list, tuple)) and all(_fits(part, of) for part in value)
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _plain(value: Any) -> Any:
+    """Python's own values for those of NumPy and torch, and tuples for lists."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+
+
+def hints_of(cls: Any) -> dict[str, Any]:
+    """The annotation of each field, as it is written where not all of them can be resolved, as one
+    that only a type checker imports.
+    """
+    try:
+        found = get_type_hints(cls)
+    except Exception:
+        found = {}
+    return {field.name: found.get(field.name, field.type) for field in dataclasses.fields(cls)}
