@@ -71,20 +71,24 @@ def assert_within(
     square, and no partial sum is larger than the whole.
 
     Where the exact result is zero, as for an empty input, so must `actual` be. Raises
-    AssertionError with both errors, and for shapes that differ or values that are not finite.
+    AssertionError with both errors, and for shapes that differ or values that are not finite, under
+    `python -O` too.
     """
     shapes = tuple(actual.shape), tuple(torch_path.shape), tuple(exact.shape)
-    assert shapes[0] == shapes[1] == shapes[2], f"shapes differ: {shapes}"
-    assert actual.isfinite().all(), "there are values that are not finite"
+    if not shapes[0] == shapes[1] == shapes[2]:
+        raise AssertionError(f"shapes differ: {shapes}")
+    if not actual.isfinite().all():
+        raise AssertionError("there are values that are not finite")
     u = torch.finfo(torch.float64 if actual.dtype == torch.float64 else torch.float32).eps / 2
     v = torch.finfo(actual.dtype).eps / 2
     rounding = ((additions * u**2 + v**2) / 3) ** 0.5
     size = _norm(exact)
     limit = factor * max(_norm(torch_path.double() - exact.double()), rounding * size)
-    assert _norm(actual.double() - exact.double()) <= limit + _FLOOR * size, (
-        f"relative error {error(actual, exact):.3g}, PyTorch's is {error(torch_path, exact):.3g}, "
-        f"that of {additions} additions {rounding:.3g}"
-    )
+    if not _norm(actual.double() - exact.double()) <= limit + _FLOOR * size:
+        raise AssertionError(
+            f"relative error {error(actual, exact):.3g}, PyTorch's is "
+            f"{error(torch_path, exact):.3g}, that of {additions} additions {rounding:.3g}"
+        )
 
 
 def _norm(tensor: Tensor) -> float:

@@ -204,7 +204,7 @@ def keep(points: Iterable[dict[str, Any]], device: str, out: Path | None = None)
     """
     of = torch.cuda.get_device_name() if device == "cuda" else tuned.CPU
     path, here = out or tuned.path_of(of), tuned.header(of)
-    tuned.write(path, here, tuned.merged(tuned.read(path, here).points, list(points)))
+    tuned.write(path, here, tuned.merged(tuned.read(path, of).points, list(points)))
     dispatch.forget()
     return path
 

@@ -191,6 +191,37 @@ def test_what_is_off_is_named(what: str) -> None:
         correct.compare(found, case, norm=True)
 
 
+def test_the_check_holds_in_an_optimised_python() -> None:
+    code = """
+import torch
+from loradrop.measuring import correct
+from loradrop.measuring.cases import make_case, ours
+from loradrop.measuring.points import BACKWARD, Cell
+from loradrop.testing import assert_within
+
+case = make_case(Cell("float32", 40, 64, 96, 4, 0.0, BACKWARD), "cpu")
+found = correct.results(case, ours(case, norm=True, backend="eager"), True)
+one, off = torch.ones(2), float(found["sqnorm"])
+for name, check in {
+    "y is missing": lambda: correct.compare(found | {"y": None}, case, norm=True),
+    "y: relative error": lambda: correct.compare(found | {"y": found["y"] * 2}, case, norm=True),
+    "a norm nobody": lambda: correct.compare(found, case, norm=False),
+    "sqnorm: ": lambda: correct.compare(found | {"sqnorm": 2 * off}, case, norm=True),
+    "shapes differ": lambda: assert_within(one[:1], one, one),
+    "not finite": lambda: assert_within(one / 0, one, one),
+}.items():
+    try:
+        check()
+    except AssertionError as error:
+        print(name in str(error), name)
+"""
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.count("True") == 6 and "False" not in done.stdout, done.stdout
+
+
 # Backends that fail
 
 PLANTED = """
@@ -388,6 +419,7 @@ BROKEN = {
     "no points": '{"schema": 1, "header": {}}',
     "a point": '{"schema": 1, "header": {}, "points": [{"k": 1}]}',
     "no header": '{"schema": 1, "header": null, "points": []}',
+    "nested": "[" * 100_000,
 }
 
 
@@ -402,6 +434,43 @@ def test_a_broken_file_stops_nobody(text: str) -> None:
     tuned.write(path, tuned.header(H200), [POINT])
     dispatch.forget()
     assert dispatch.choose(LLAMA_Q) == "triton", "written over"
+
+
+@pytest.mark.usefixtures("h200")
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"refused": None},
+        {"refused": {"thin": None}},
+        {"us": {"eager": "9"}},
+        {"us": [9.0]},
+        {"host_us": {"eager": None}},
+        {"m": 0},
+        {"r": "16"},
+        {"dtype": None},
+    ],
+)
+def test_a_point_that_nobody_wrote_stops_nobody(wrong: dict[str, Any]) -> None:
+    write(POINT | wrong)
+    with pytest.warns(UserWarning, match=rf"cannot be read \(TypeError.*{next(iter(wrong))} of "):
+        assert dispatch.choose(LLAMA_Q) == costs.choose_predicted(LLAMA_Q)
+
+
+def test_a_cache_that_may_not_be_read_stops_nobody(cache: Path) -> None:
+    def denied(self: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    t = draw(AWKWARD["rank 4"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("stat", "read_text"):
+            patch.setattr(Path, name, denied)
+        file = tuned.of_device(tuned.CPU)
+    assert file.points == () and "set XDG_CACHE_HOME to a folder of your own" in str(file.why_not)
+    with pytest.warns(UserWarning, match=r"tuned-cpu\.json cannot be read \(PermissionError"):
+        assert dispatch.serving(call_of(t), None).name == "eager"
+    cache.write_text("a file where the folder should be")
+    dispatch.forget()
+    assert tuned.of_device(tuned.CPU) == (tuned.path_of(tuned.CPU), (), None), "as without a cache"
 
 
 def test_a_write_that_fails_leaves_the_old_file(cache: Path, monkeypatch: Any) -> None:

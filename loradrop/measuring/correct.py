@@ -66,23 +66,26 @@ def compare(actual: Results, case: Case, *, norm: bool, bare: bool = False) -> N
 
     norm: whether there must be a squared norm   bare: it is the layer without its adapter
 
-    Raises AssertionError naming the result that is missing or off.
+    Raises AssertionError naming the result that is missing or off, under `python -O` too.
     """
     torch_path, exact = _truth(case, bare, "dx" in actual)
     for name, value in exact.items():
         if name == "sqnorm" or (bare and name in ("dA", "dB")):
             continue
         given, plain = actual[name], torch_path[name]
-        assert given is not None and plain is not None and value is not None, f"{name} is missing"
+        if given is None or plain is None or value is None:
+            raise AssertionError(f"{name} is missing")
         try:
             assert_within(given, plain, value, factor=2.0)
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from None
     sqnorm, truth = actual["sqnorm"], exact["sqnorm"]
-    assert (sqnorm is not None) == norm, "a norm nobody asked for, or none"
+    if (sqnorm is not None) != norm:
+        raise AssertionError("a norm nobody asked for, or none")
     if sqnorm is not None and truth is not None:
         off = abs(float(sqnorm) / float(truth) - 1.0)
-        assert off <= NORM_ERROR[case.x.dtype], f"sqnorm: relative error {off:.3g}"
+        if not off <= NORM_ERROR[case.x.dtype]:
+            raise AssertionError(f"sqnorm: relative error {off:.3g}")
 
 
 def check_backend(case: Case, backend: str, backward: bool) -> None:

@@ -22,7 +22,9 @@ from loradrop.op.call import Problem
 
 SCHEMA = 1
 CPU = "cpu"
-_FIELDS = {*KEYS, "us", "host_us", "refused"}  # of a point
+AGAIN = ": run loradrop tune again, or delete the file"
+# Of each backend, in a point.
+_BY_BACKEND: dict[str, Any] = {"us": (int, float), "host_us": (int, float), "refused": str}
 # Beside the kernels: what is timed.
 _SOURCES = ("eager", "fused", "cuda", "function", "philox", "rounded")
 
@@ -69,33 +71,49 @@ def header(device: str) -> dict[str, str]:
     }
 
 
-def read(path: Path, here: Mapping[str, str]) -> Tuned:
-    """The file at `path`, if it is there, on a machine whose header is `here`."""
-    again = "run loradrop tune again, or delete the file"
+def _require_point(point: Mapping[str, Any]) -> None:
+    """Raises LookupError or TypeError naming what a point lacks, or has otherwise than written."""
+    for name in KEYS:
+        value, least = point[name], 1 if name in ("k", "n", "m", "r") else 0
+        fits = isinstance(value, str if name in ("device", "dtype") else int)
+        if not fits or (isinstance(value, int) and value < least):
+            raise TypeError(f"{name} of a point is {value!r}")
+    for name, kind in _BY_BACKEND.items():
+        if not isinstance(by := point[name], dict):
+            raise TypeError(f"{name} of a point is {by!r}")
+        for backend, value in by.items():
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} of {backend} is {value!r}")
+
+
+def read(path: Path, device: str) -> Tuned:
+    """The file at `path`, if it is there, and holds for that device as it is now."""
     try:
         data = read_json(path)
         if data["schema"] != SCHEMA:
-            return Tuned(path, why_not=f"{path} has schema {data['schema']}, not {SCHEMA}: {again}")
-        of, points = data["header"], tuple(data["points"])
+            return Tuned(path, why_not=f"{path} has schema {data['schema']}, not {SCHEMA}{AGAIN}")
+        of, points, here = data["header"], tuple(data["points"]), header(device)
         there = {name: of.get(name) for name in (*here, *of)}
-        if not all(point.keys() >= _FIELDS for point in points):
-            raise KeyError(", ".join(sorted(_FIELDS)))
-    except FileNotFoundError:
+        for point in points:
+            _require_point(point)
+    except (FileNotFoundError, NotADirectoryError):
         return Tuned(path)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return Tuned(path, why_not=f"{path} cannot be read ({error!r}): {again}")
+    except PermissionError as error:
+        remedy = "set XDG_CACHE_HOME to a folder of your own, or allow reading it"
+        return Tuned(path, why_not=f"{path} cannot be read ({error!r}): {remedy}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        return Tuned(path, why_not=f"{path} cannot be read ({error!r}){AGAIN}")
     differs = [name for name, value in there.items() if value != here.get(name)]
     if not differs:
         return Tuned(path, points)
     told = "; ".join(f"{n} was {there[n] or 'none'}, is {here.get(n) or 'none'}" for n in differs)
-    return Tuned(path, why_not=f"{path} was measured on something else ({told}): {again}")
+    return Tuned(path, why_not=f"{path} was measured on something else ({told}){AGAIN}")
 
 
 @functools.cache
 def of_device(device: str) -> Tuned:
     """The file of `CPU` or of a GPU by its name, read once."""
-    path = path_of(device)
-    return read(path, header(device)) if path.exists() else Tuned(path)
+    return read(path_of(device), device)
 
 
 def of_problem(problem: Problem) -> Tuned:
