@@ -319,7 +319,6 @@ def tune(
     p = p if dropout is None else dropout
     kind = dtype or tuning.DTYPES[device]
     cells = tuning.cells_of(layers, sizes, kind, p, train)
-    print(tuning.about(cells, device))
     path = tuning.tune(cells, device, print, seconds=seconds, limit=limit, out=out)
     if device == "cpu":
         print("\nOn a CPU the op runs as plain PyTorch calls all the same, unless these failed.")

@@ -4,8 +4,11 @@ Each layer is checked and timed in a process of its own (`measuring/child.py`). 
 hangs there is named and left out of the next try, and never serves such a layer here again.
 """
 
+import math
 import re
 import sys
+import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +24,7 @@ from loradrop.measuring.child import PEFT, Measured
 from loradrop.measuring.points import DIRECTIONS, Cell, key_of, point_of
 from loradrop.op import dispatch, tuned
 from loradrop.op.costs import SERVING, fastest, times_of
+from loradrop.op.philox import quantize
 
 ROOT = Path(loradrop.__file__).parent.parent
 CHILD = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom loradrop.measuring import child\n"
@@ -114,7 +118,11 @@ def layers_of(
 def cells_of(
     layers: Iterable[Layer], tokens: Iterable[int], dtype: str, dropout: float, train: bool
 ) -> list[Cell]:
-    """What is to be measured, one layer after another."""
+    """What is to be measured, one layer after another.
+
+    Raises ValueError for a dropout that the op would not take.
+    """
+    quantize(dropout)
     tokens = list(tokens)
     return [Cell(dtype, m, *layer, dropout, DIRECTIONS[train]) for layer in layers for m in tokens]
 
@@ -128,7 +136,8 @@ def measured(
 ) -> Iterator[Tried]:
     """What comes of every cell, in order.
 
-    seconds   of timing, for a cell on each clock   limit   for a backend, its compilation included
+    seconds   of timing, for a cell on each clock
+    limit     seconds for a backend, its compilation included; the truth and timing may take longer
     command   starts the process, which serves as `measuring.child.main` does
 
     Raises RuntimeError where the processes do not start.
@@ -136,7 +145,7 @@ def measured(
     machine = machine_of(torch.device(device))
     name = machine.name if device == "cuda" else tuned.header(tuned.CPU)["device"]
     tasks = [[cell, device, seconds] for cell in cells]
-    answers = workers.answers(command, tasks, limit)
+    answers = workers.answers(command, tasks, limit, own=workers.START + seconds)
     for cell, answer in zip(cells, answers, strict=True):
         found = Measured(*answer.value) if answer.value else Measured({}, {}, {}, {})
         key = key_of(cell, name, machine.arch, machine.sms)
@@ -147,7 +156,8 @@ def _tried(cell: Cell, key: tuple[Any, ...], found: Measured, lost: dict[str, st
     """The point of a cell: `lost` are those that ended or hung their process, with the reason."""
     absent = {name: why for name, why in found.left_out.items() if why != "lost"}
     before = [name for name, why in found.left_out.items() if why == "lost" and name not in lost]
-    refused = found.refused | {name: why for name, why in lost.items() if name in SERVING}
+    failed = {name: why for name, why in lost.items() if why != workers.KILLED}
+    refused = found.refused | {name: why for name, why in failed.items() if name in SERVING}
     refused |= {name: _ELSEWHERE for name in before if name in SERVING}
     us = {name: us for name, us in found.us.items() if name != PEFT}
     host = {name: us for name, us in found.host_us.items() if name != PEFT}
@@ -155,7 +165,7 @@ def _tried(cell: Cell, key: tuple[Any, ...], found: Measured, lost: dict[str, st
     notes = [f"{name} failed, and is not used for such layers: {refused[name]}" for name in refused]
     timeless = {name or "this layer": why for name, why in lost.items() if name not in refused}
     notes += [f"{name} has no time: {why}" for name, why in timeless.items()]
-    notes += [f"{name} is left out: {why}" for name, why in absent.items()]
+    notes += [f"{name or 'this layer'} is left out: {why}" for name, why in absent.items()]
     peft = max(found.us[PEFT], found.host_us.get(PEFT, 0.0)) if PEFT in found.us else None
     return Tried(cell, point, peft, tuple(notes))
 
@@ -197,12 +207,38 @@ def row(tried: Tried) -> str:
     return f"{line}   {best}" + (f", {tried.peft / times[best]:.2f} x" if tried.peft else "")
 
 
+def _name(device: str) -> str:
+    """Under which `tuned` keeps the points of the current device."""
+    return torch.cuda.get_device_name() if device == "cuda" else tuned.CPU
+
+
+def destination(device: str, out: Path | None = None) -> Path:
+    """The file of this device, or `out`, once it is clear that it can be written.
+
+    Raises ValueError for an `out` that is a folder, or holds anything but what `tune` measured, and
+    OSError for a path that cannot be written.
+    """
+    path = out or tuned.path_of(_name(device))
+    try:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: name a file, such as {path / 'tuned.json'}")
+        if out is not None and path.exists() and not tuned.is_tuned(path):
+            raise ValueError(
+                f"--out {path} is no file of loradrop tune: name another, or delete it"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error}): name another file by --out") from error
+    return path
+
+
 def keep(points: Iterable[dict[str, Any]], device: str, out: Path | None = None) -> Path:
     """Writes the points into the file of this device, or into `out`: the path.
 
     Points that are there already stay, unless they were measured again or the file holds no more.
     """
-    of = torch.cuda.get_device_name() if device == "cuda" else tuned.CPU
+    of = _name(device)
     path, here = out or tuned.path_of(of), tuned.header(of)
     tuned.write(path, here, tuned.merged(tuned.read(path, of).points, list(points)))
     dispatch.forget()
@@ -221,8 +257,17 @@ def tune(
 ) -> Path | None:
     """Measures, prints the table and writes the file as results come, each note once.
 
-    Arguments as `measured` and `keep` have them. Returns the file, None where nothing came.
+    Arguments as `measured` and `keep` have them. Returns the file, None where nothing came. Raises
+    ValueError for seconds or a limit that are no times, and as `destination` and `measured` do.
     """
+    if not 0.0 <= seconds < math.inf:
+        raise ValueError(f"--seconds {seconds:g}: choose a number from 0 up, such as 1")
+    if not 0.0 < limit <= threading.TIMEOUT_MAX:
+        raise ValueError(f"--limit {limit:g}: choose a positive number of seconds, such as 120")
+    before = tuned.read(destination(device, out), _name(device))
+    say(about(cells, device))
+    if before.why_not is not None:
+        say(f"{before.why_not.removesuffix(tuned.AGAIN)}: what it holds is replaced")
     path, notes = None, set[str]()
     say(head())
     for one in measured(cells, device, seconds, limit, command):

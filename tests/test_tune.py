@@ -1,6 +1,7 @@
 """`loradrop tune`: what it measures, who fails, its file, and what the dispatcher makes of it."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -19,7 +20,7 @@ from test_cli import Capsys, command, fails, works
 from loradrop import LoRAConfig, tuning
 from loradrop.files import read_json
 from loradrop.kernels.tiles import Machine
-from loradrop.measuring import child, correct
+from loradrop.measuring import child, correct, workers
 from loradrop.measuring.cases import as_peft, make_case, ours
 from loradrop.measuring.points import BACKWARD, KEYS, Cell
 from loradrop.op import costs, dispatch, tuned
@@ -141,12 +142,41 @@ def test_the_layers_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ("8x8 --targets q_proj", "--targets 'q_proj' needs a model, and '8x8' names layers"),
         ("no/model --rank 8", "the model 'no/model' cannot be loaded"),
         ("8x8 --limit soon", "Invalid value for '--limit'"),
+        ("8x8 --dropout 1.5", "dropout=1.5: choose 0, or a probability between"),
+        ("8x8 --dropout -0.1", "dropout=-0.1: choose 0"),
+        ("8x8 --dropout nan", "dropout=nan: choose 0"),
+        ("8x8 --limit -1", "--limit -1: choose a positive number of seconds, such as 120"),
+        ("8x8 --limit 0", "--limit 0: choose"),
+        ("8x8 --limit inf", "--limit inf: choose"),
+        ("8x8 --seconds -2", "--seconds -2: choose a number from 0 up, such as 1"),
+        ("8x8 --seconds nan", "--seconds nan: choose"),
     ],
 )
 def test_what_is_wrong_is_named(arguments: str, message: str, cache: Path, capsys: Capsys) -> None:
     status, _, err = command(capsys, "tune", *arguments.split())
     assert status == 2 and message in err and "Traceback" not in err
     assert not cache.exists()
+
+
+def test_out_replaces_nothing_but_a_file_of_its_own(tmp_path: Path, capsys: Capsys) -> None:
+    line = ("tune", "16x12", "--device", "cpu", "--tokens", 3, "--seconds", 0, "--out")
+    for name, text in {"run.yaml": "model: base\n", "a.json": '{"points": []}'}.items():
+        (tmp_path / name).write_text(text)
+        fails(
+            capsys, f"--out {tmp_path / name} is no file of loradrop tune", *line, tmp_path / name
+        )
+        assert (tmp_path / name).read_text() == text
+    fails(capsys, f"{tmp_path} is a folder: name a file, such as", *line, tmp_path)
+    below = tmp_path / "run.yaml" / "points.json"
+    fails(capsys, f"{below} cannot be written (", *line, below)
+    out = tmp_path / "points.json"
+    old = {"schema": 1, "header": tuned.header("cpu") | {"torch": "1.0"}, "points": [POINT]}
+    out.write_text(json.dumps(old))
+    said = works(capsys, *line, out)
+    assert f"{out} was measured on something else (torch was 1.0, is " in said
+    assert said.count("): what it holds is replaced\n") == 1
+    assert [point["k"] for point in read_json(out)["points"]] == [16]
+    assert "is replaced" not in works(capsys, *line, out)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
@@ -243,6 +273,16 @@ def wrong(call):
     found = EAGER.forward(call)
     return found._replace(y=found.y * 1.001)
 
+def slow(call):
+    time.sleep(4)
+    return EAGER.forward(call)
+
+def killed(call):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def large(call):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
 def fault(call):
     raise RuntimeError("no such kernel")
 
@@ -252,7 +292,13 @@ def right(call):
 def for_wide_layers(call):
     return (crash if call.B.shape[0] > 12 else right)(call)
 
+def of_peft(case):
+    raise RuntimeError("no such layer")
+
 for name, forward in {planted}.items():
+    if name == "PEFT":
+        child.as_peft = globals()[forward]
+        continue
     planted = replace(EAGER, name=name, forward=globals()[forward])
     dispatch.BACKENDS[name] = planted
 child.main()
@@ -266,7 +312,8 @@ def tune(tmp_path: Path, layers: list[tuple[int, int]], **planted: str) -> tuple
     cells = [Cell("float32", 6, k, n, 4, 0.0, BACKWARD) for k, n in layers]
     printed: list[str] = []
     command = [sys.executable, str(script)]
-    limit = 3.0 if "hang" in planted.values() else 60.0  # a busy machine loads torch slowly
+    # A busy machine loads torch slowly.
+    limit = 3.0 if {"hang", "slow"} & set(planted.values()) else 60.0
     path = tuning.tune(cells, "cpu", printed.append, seconds=0.0, limit=limit, command=command)
     assert path == tuned.path_of("cpu")
     return list(reversed(read_json(path)["points"])), "\n".join(printed)
@@ -282,6 +329,45 @@ def test_who_crashes_hangs_or_is_wrong_costs_the_others_nothing(tmp_path: Path) 
     assert row.split()[6:9] == ["failed"] * 3 and "eager" in row
     for name, why in point["refused"].items():
         assert f"{name} failed, and is not used for such layers: {why}" in out
+
+
+def test_want_of_memory_is_nobodys_fault(tmp_path: Path) -> None:
+    layers = [(16, 12), (16, 24), (16, 40)]
+    points, out = tune(
+        tmp_path, layers, thin="large", triton="killed", cuda="right", PEFT="of_peft"
+    )
+    assert [point["refused"] for point in points] == [{}] * 3
+    assert [set(point["us"]) for point in points] == [{"eager", "cuda"}] * 3
+    assert "thin is left out: out of memory" in out
+    assert "triton has no time: its process was killed from outside, most likely for want" in out
+    assert "PEFT is left out: RuntimeError: no such layer" in out
+    begun: list[str] = []
+    cell = Cell("float32", 10**13, 16, 12, 4, 0.0, BACKWARD)
+    found = child.measure(cell, "cpu", 0.0, (), begun.append)
+    assert found == ({}, {}, {}, {"": "out of memory"}) and begun == [""]
+    tried = tuning._tried(cell, ("cpu",), found, {})
+    assert tried.point is None and tried.notes == ("this layer is left out: out of memory",)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (RuntimeError("out of resource: shared memory, Required: 262144"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_what_counts_as_want_of_memory(error: Exception, is_memory: bool) -> None:
+    assert workers.out_of_memory(error) == is_memory
+
+
+def test_the_truth_takes_nobodys_time(tmp_path: Path) -> None:
+    (point,), _ = tune(tmp_path, [(16, 12)], reference="slow")
+    assert point["refused"] == {} and set(point["us"]) == {"eager"}
 
 
 def test_a_fault_of_one_layer(tmp_path: Path) -> None:

@@ -14,13 +14,14 @@ import torch
 from loradrop.kernels.tiles import machine_of
 from loradrop.measuring import timing, workers
 from loradrop.measuring.cases import MASKED, Case, as_peft, make_case, ours, run_once
-from loradrop.measuring.correct import check_backend, forget
+from loradrop.measuring.correct import check_backend, forget, prepare
 from loradrop.measuring.points import BACKWARD, Cell
 from loradrop.op import dispatch
 from loradrop.op.call import Problem
 from loradrop.op.costs import SERVING
 
 PEFT = "PEFT"
+_NO_MEMORY = "out of memory"
 
 
 class Measured(NamedTuple):
@@ -29,7 +30,7 @@ class Measured(NamedTuple):
     us: dict[str, float]
     host_us: dict[str, float]  # of a GPU alone: on a CPU the host is the device
     refused: dict[str, str]  # why it must not serve such a layer here
-    left_out: dict[str, str]  # why it cannot serve, or is not timed
+    left_out: dict[str, str]  # why it cannot serve, or is not timed; `workers.TASK` for the layer
 
 
 def problem_of(cell: Cell, device: str) -> Problem:
@@ -57,11 +58,22 @@ def measure(
 
     without: those that were lost here before   begin(name): whose doing it is if the process ends
 
-    Raises `workers.BrokenDeviceError` where a backend leaves the device unusable.
+    Want of memory is nobody's fault. Raises `workers.BrokenDeviceError` where a backend leaves the
+    device unusable.
     """
-    backward, case = cell.direction == BACKWARD, make_case(cell, device).widened()
+    backward = cell.direction == BACKWARD
     calls: dict[str, Callable[[], None]] = {}
     found = Measured({}, {}, {}, {})
+    begin(workers.TASK)
+    try:
+        case = make_case(cell, device).widened()
+        prepare(case, backward)
+    except Exception as error:
+        if not workers.out_of_memory(error):
+            raise
+        forget()
+        found.left_out[workers.TASK] = _NO_MEMORY
+        return found
     for name in (PEFT, *SERVING):
         if name in without:
             found.left_out[name] = "lost"
@@ -75,15 +87,19 @@ def measure(
             calls[name] = _ready(name, case, backward)
         except AssertionError as error:
             found.refused[name] = f"wrong: {error}"
-        except torch.OutOfMemoryError:
-            found.left_out[name] = "out of memory"
         except Exception as error:
+            why = workers.first_line(error)
             if not workers.device_survives(device):
-                raise workers.BrokenDeviceError(name, workers.first_line(error)) from None
-            found.refused[name] = workers.first_line(error)
+                raise workers.BrokenDeviceError(name, why) from None
+            if workers.out_of_memory(error):
+                found.left_out[name] = _NO_MEMORY
+            elif name == PEFT:
+                found.left_out[name] = why
+            else:
+                found.refused[name] = why
     forget()
-    begin(workers.TASK)  # from here on nobody can be blamed
     for clock, into in ((device, found.us), *([("host", found.host_us)] * (device == "cuda"))):
+        begin(workers.TASK)  # from here on nobody can be blamed
         samples = timing.measure(calls, clock, seconds) if calls else {}
         into |= {name: round(sample.median_us, 1) for name, sample in samples.items()}
     return found

@@ -61,6 +61,11 @@ def _truth(case: Case, bare: bool, backward: bool) -> tuple[Results, Results]:
     return results(case, plain, backward), results(wide, exact, backward)
 
 
+def prepare(case: Case, backward: bool) -> None:
+    """Computes what `compare` holds the results of a case against, which is kept until `forget`."""
+    _truth(case, False, backward)
+
+
 def compare(actual: Results, case: Case, *, norm: bool, bare: bool = False) -> None:
     """What `results` gave, within twice the error of PyTorch's own path, both against float64.
 
@@ -95,5 +100,5 @@ def check_backend(case: Case, backend: str, backward: bool) -> None:
 
 
 def forget() -> None:
-    """Drops what `compare` keeps of the last cases: large arrays."""
+    """Drops what is kept of the last cases: large arrays."""
     _truth.cache_clear()

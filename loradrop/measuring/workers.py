@@ -28,6 +28,7 @@ SURROUNDINGS = {
 }
 TASK = ""  # the name under which the task itself is lost: nobody in it can be blamed
 START = 60.0  # seconds until a worker begins at least; a cold disk is slow
+KILLED = "its process was killed from outside, most likely for want of memory"
 STRIKES = 2  # processes that one name may end before it is left out of everything
 
 Work = Callable[[Any, set[str], Callable[[str], None]], Any]
@@ -40,6 +41,14 @@ class BrokenDeviceError(Exception):
 def first_line(error: BaseException) -> str:
     """The kind of an exception and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it is for want of memory, of a GPU or of the host: no fault of who asked for it."""
+    said = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+    )
 
 
 def device_survives(device: str) -> bool:
@@ -63,7 +72,8 @@ class Answer(NamedTuple):
 
 def serve(work: Work) -> None:
     """A worker's life: `work(task, without, begin)` for every request. `begin(name)` says whose
-    doing it is if the process ends now. What anybody prints goes to the error stream.
+    doing it is if the process ends now, `TASK` for nobody's. What anybody prints goes to the error
+    stream.
     """
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     os.dup2(2, 1)
@@ -102,7 +112,9 @@ class _Worker:
                     self.events.put(json.loads(line))
         self.events.put(None)
 
-    def ask(self, task: Any, without: Iterable[str], patience: float) -> tuple[Any, ...]:
+    def ask(
+        self, task: Any, without: Iterable[str], patience: float, own: float
+    ) -> tuple[Any, ...]:
         """("result", value) or ("lost", name, reason); the name is None before anybody began."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended: the events will say so
@@ -118,10 +130,13 @@ class _Worker:
                 return "lost", name, self._end()
             if event[0] != "begin":
                 return tuple(event)
-            name, seconds = event[1], patience
+            name = event[1]
+            seconds = max(patience, own) if name == TASK else patience
 
     def _end(self) -> str:
         code = self.process.wait()
+        if code < 0 and signal.Signals(-code).name == "SIGKILL":  # Windows has none
+            return KILLED
         how = signal.Signals(-code).name if code < 0 else f"status {code}"
         self.errors.seek(0)
         last = (self.errors.read().strip().splitlines() or ["it printed nothing"])[-1]
@@ -138,12 +153,21 @@ class _Worker:
 
 
 def answers(
-    command: Sequence[str], tasks: Iterable[Any], patience: float, *, fresh: bool = False
+    command: Sequence[str],
+    tasks: Iterable[Any],
+    patience: float,
+    *,
+    own: float = START,
+    fresh: bool = False,
 ) -> Iterator[Answer]:
-    """One answer a task, in order. `fresh`: every task gets a process of its own.
+    """One answer a task, in order.
+
+    patience   seconds for each name that begins   own   at least so many for what is nobody's
+    fresh      every task gets a process of its own
 
     A name that is lost in one task is left out of its repetition; one that is lost `STRIKES` times,
-    of all further tasks. Raises RuntimeError where two workers in a row end before they begin.
+    of all further tasks, unless it was killed from outside. Raises RuntimeError where two workers
+    in a row end before they begin.
     """
     worker, strikes, unstarted = None, Counter[str](), 0
     try:
@@ -152,7 +176,7 @@ def answers(
             while True:
                 worker = worker or _Worker(command)
                 out = lost.keys() | {name for name, n in strikes.items() if n >= STRIKES}
-                kind, *content = worker.ask(task, out, patience)
+                kind, *content = worker.ask(task, out, patience, own)
                 if fresh or kind == "lost":
                     worker.stop()
                     worker = None
@@ -167,7 +191,7 @@ def answers(
                 known = name or TASK
                 repeat = known != TASK and known not in lost
                 lost[known] = reason
-                strikes[known] += known != TASK
+                strikes[known] += known != TASK and reason != KILLED
                 if not repeat:
                     yield Answer(None, lost)
                     break

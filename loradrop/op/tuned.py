@@ -110,6 +110,15 @@ def read(path: Path, device: str) -> Tuned:
     return Tuned(path, why_not=f"{path} was measured on something else ({told}){AGAIN}")
 
 
+def is_tuned(path: Path) -> bool:
+    """Whether `write` wrote the file at `path`, of whatever version and on whatever machine."""
+    try:
+        data = read_json(path)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and data.keys() >= {"schema", "header", "points"}
+
+
 @functools.cache
 def of_device(device: str) -> Tuned:
     """The file of `CPU` or of a GPU by its name, read once."""
