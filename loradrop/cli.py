@@ -57,6 +57,9 @@ Unpadded = Annotated[
 ]
 DryRun = Annotated[bool, Option("--dry-run", help="Only print the table.")]
 Layer = Annotated[str | None, Option(metavar="MxKxN", help="Explain the backend chosen for it.")]
+OfLayer = Annotated[int | None, Option("--rank", help="Of its adapter; 16 by default.")]
+DropoutOfLayer = Annotated[float | None, Option("--dropout", help="0 by default.")]
+DtypeOfLayer = Annotated[Dtype | None, Option("--dtype", help="bfloat16 by default.")]
 Chip = Annotated[str | None, Option(metavar="ARCH:SMS", help="As 90:132; the device's by default.")]
 Source = Annotated[str, Argument(metavar="MODEL | CONFIG.yaml | KxN,KxN", help="Whose layers.")]
 Sized = Annotated[str | None, Argument(metavar="MODEL | CONFIG.yaml", help="Count for it.")]
@@ -328,13 +331,18 @@ def tune(
 
 @app.command()
 def env(
-    layer: Layer = None, rank: int = 16, dropout: float = 0.0,
-    dtype: Dtype = "bfloat16", chip: Chip = None, debug: Debug = False,
+    layer: Layer = None, rank: OfLayer = None, dropout: DropoutOfLayer = None,
+    dtype: DtypeOfLayer = None, chip: Chip = None, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Show versions, devices, and which backends run here."""
     from loradrop.env import explain, format_report
 
-    print(format_report() if layer is None else explain(layer, rank, dropout, dtype, chip))
+    options = {"rank": rank, "dropout": dropout, "dtype": dtype, "chip": chip}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if layer is None and given:
+        named = " and ".join(f"--{name} {value}" for name, value in given.items())
+        raise ValueError(f"{named}: name the layer too, as --layer 8192x4096x4096")
+    print(format_report() if layer is None else explain(layer, **given))
 
 
 def _config(settings: Sequence[str] | None) -> "RunConfig":

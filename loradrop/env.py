@@ -91,19 +91,29 @@ def report() -> dict[str, Any]:
     }
 
 
-def explain(layer: str, rank: int, dropout: float, dtype: str, chip: str | None = None) -> str:
+def explain(
+    layer: str,
+    rank: int = 16,
+    dropout: float = 0.0,
+    dtype: str = "bfloat16",
+    chip: str | None = None,
+) -> str:
     """Which backend an unnamed call gets, in training and without gradients, and why.
 
     layer MxKxN: tokens, in and out features   chip ARCH:SMS, as 90:132 for an H100 or H200; by
     default the first CUDA device, or the CPU. Raises ValueError for a layer or a chip written
-    otherwise.
+    otherwise, a rank below 1, and a dropout that the op would not take.
     """
     import torch
 
     from loradrop.kernels.tiles import Machine, machine_of
     from loradrop.op import dispatch
     from loradrop.op.call import Problem
+    from loradrop.op.philox import quantize
 
+    if rank < 1:
+        raise ValueError(f"--rank {rank}: the rank is a whole number of at least 1")
+    quantize(dropout)
     m, k, n = _numbers("layer", layer, "x", 3)
     on_gpu = chip is not None or torch.cuda.is_available()
     if chip is None:
