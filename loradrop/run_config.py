@@ -121,9 +121,14 @@ def _raw(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
     if not isinstance(raw, dict):
         kind = type(raw).__name__
         raise ValueError(f"{path} must hold sections (model:, data:, lora:, train:), not a {kind}")
-    for override in overrides:
+    for override in sorted(overrides, key=_depth):
         _override(raw, override)
     return raw
+
+
+def _depth(override: str) -> int:
+    """A whole section comes before its options, in whatever order they are given."""
+    return override.partition("=")[0].count(".")
 
 
 def options_named(path: str | Path | None, overrides: Sequence[str] = ()) -> set[str]:

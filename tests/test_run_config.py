@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from loradrop import LoRA, LoRADrop, Spectral
+from loradrop import LoRA, LoRADrop, Spectral, methods
 from loradrop.base_models import resolve_model
 from loradrop.methods.nb_lora import NBLoRA
 from loradrop.run_config import MINILM, RunConfig, folder_of, read_config
@@ -239,3 +239,12 @@ def test_default_model_comes_from_its_package(
     assert resolve_model("some/model") == "some/model"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert resolve_model(MINILM) == MINILM
+
+
+def test_a_section_does_not_take_back_its_options() -> None:
+    options = ("method.u_initial=2", "model.dtype=bfloat16", "method=tied_lora", "model=some/model")
+    for given in (options, options[::-1]):
+        config = read_config(None, [*given, "data=stdlib"])
+        assert config.lora.method == methods.get("tied_lora")(u_initial=2.0)
+        assert (config.model.id, config.model.dtype) == ("some/model", "bfloat16")
+    assert read_config(None, ["method=vera", "method=lora"]).lora.method.name == "lora"
