@@ -25,6 +25,7 @@ from loradrop.op.linear import lora_add, lora_linear
 from loradrop.pairs import LoRAPair
 from loradrop.scores import Target
 from loradrop.selection import check_ranks
+from loradrop.wrapped import parameters_of
 
 
 def adapted_output(
@@ -248,7 +249,7 @@ def weight_of(module: nn.Module) -> Tensor:
 
 def freeze(model: nn.Module) -> dict[str, bool]:
     """Freeze every parameter. Returns name -> whether it was trainable."""
-    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = {name: p.requires_grad for name, p in parameters_of(model).items()}
     model.requires_grad_(False)
     return before
 

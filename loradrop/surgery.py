@@ -26,7 +26,7 @@ from loradrop.matching import find_targets, inside, kinds_of, saved_modules
 from loradrop.native import SavePart, SavePretrained
 from loradrop.quantised import keep_unpacked, put
 from loradrop.ranks import ZERO_3, is_partitioned, is_sharded
-from loradrop.wrapped import modules_of, of_inner, parameters_of, tensors_of
+from loradrop.wrapped import modules_of, of_inner, own_name, parameters_of, tensors_of
 
 _log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     for prefix in trained:
         part = model.get_submodule(prefix)
         for key, tensor in part.state_dict(prefix=prefix + ".").items():
-            injection.originals[key] = tensor.detach().clone()
+            injection.originals[own_name(key)] = tensor.detach().clone()
         part.requires_grad_(True)
     injection.buffers = _moving_buffers(model, [name for name, _ in found])
     for i, (target, module) in enumerate(found):
@@ -102,10 +102,10 @@ def _moving_buffers(model: nn.Module, targets: list[str]) -> dict[str, Tensor]:
     integers, are weights in a format of their own.
     """
     return {
-        name: buffer.clone()
+        own_name(name): buffer.clone()
         for name, buffer in model.named_buffers()
         if (buffer.ndim == 0 or (buffer.is_floating_point() and buffer.itemsize > 1))
-        and not any(inside(name, target) for target in targets)
+        and not any(inside(own_name(name), target) for target in targets)
     }
 
 

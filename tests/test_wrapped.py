@@ -84,6 +84,30 @@ def test_what_is_around_a_model_changes_no_name(wrapper: str, first: str, tmp_pa
     assert torch.equal(logits(model), logits(plain))
 
 
+def test_parts_that_are_trained_whole_inside_of_compiled_ones() -> None:
+    """What they were before, buffers and all, comes back."""
+
+    def made() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)))
+
+    model = made()
+    model[1][0].weight.requires_grad_(False)
+    model[1] = compiled(model[1])
+    loradrop.inject(model, LoRAConfig(r=2, target_modules=["0"], modules_to_save=["1"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    model.train()(torch.randn(4, 6))
+    model[0].weight.data.copy_(made()[0].weight)
+    model[0].bias.data.copy_(made()[0].bias)
+    loradrop.remove(model)
+    model[1] = inner(model[1])
+    for key, tensor in made().state_dict().items():
+        assert torch.equal(model.state_dict()[key], tensor), key
+    assert not model[1][0].weight.requires_grad and model[1][0].bias.requires_grad
+
+
 def test_compiled_code_follows_an_injection() -> None:
     model = llama()
     outer = compiled(model)
