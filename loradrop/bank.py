@@ -186,7 +186,8 @@ class AdapterBank(nn.Module):
         2 where its weights hold the adapters. It is a DTensor where FSDP2 shards the adapters, for
         accelerate wants nothing else beside one.
         """
-        options = str(dict(self.composition)) if self.composition else ""
+        given = {n: v * 1.0 if isinstance(v, int) else v for n, v in self.composition.items()}
+        options = str(given) if given else ""
         slots, kept = self.slots, self.assignment.kept
         names = [target.name for target in self.targets]
         state = torch.tensor(

@@ -96,7 +96,9 @@ def fill(model: nn.Module, file: NativeFile) -> None:
     bank = bank_of(model)
     bank.restore(file.plan.assignment, file.bank)
     for name in injection.originals.keys() - file.trained.keys():  # of an adapter before this one
-        base[name].copy_(placed(injection.originals[name], base[name]))
+        before, now = injection.originals[name], base.get(name)
+        if now is not None and now.shape == before.shape and not (now.is_meta or before.is_meta):
+            now.copy_(placed(before, now))
     for name, value in file.trained.items():
         injection.originals.setdefault(name, base[name].detach().clone())
         base[name].copy_(placed(value, base[name]))
