@@ -18,7 +18,7 @@ from loradrop.config import LoRAConfig
 from loradrop.formats import peft_file, peft_load
 from loradrop.formats.peft import DTYPES
 from loradrop.matching import inside, saved_modules
-from loradrop.run_config import MINILM, RunConfig
+from loradrop.run_config import MINILM, ModelConfig, RunConfig
 from loradrop.text.examples import TextTask
 
 Differing = tuple[str, Sequence[int], Sequence[int]]  # a tensor's name, its shape there and here
@@ -38,6 +38,13 @@ def _naming(model_id: str, remedy: str = "") -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise ValueError(f"the model {model_id!r} cannot be loaded: {remedy}{error}") from error
+
+
+def config_of(model: ModelConfig) -> Any:
+    """The configuration of the base model of a run. Raises ValueError for one that is not there."""
+    with _naming(model.id):
+        where = resolve_model(model.id)
+        return transformers.AutoConfig.from_pretrained(where, revision=model.revision)
 
 
 def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
@@ -67,6 +74,8 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
             ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
     pad_with(model, tokenizer)
+    if task.kind == "causal_lm":
+        _require_causal(config.model.id, model)
     model.config._name_or_path = config.model.id
     missing = {key.rpartition(".")[0] for key in info["missing_keys"]}
     if differing := sorted(info["mismatched_keys"]):
@@ -75,6 +84,26 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
         _tell_head(config.model.id, _shapes(differing))
         missing.update(heads)
     return model, tokenizer, sorted(missing)
+
+
+@torch.no_grad()
+def _require_causal(model_id: str, model: Any) -> None:
+    """Raises ValueError for a model whose tokens see those after them.
+
+    Asked are families that are trained with masks: they are made into a decoder by their config.
+    """
+    if type(model.config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+        return
+    ids = torch.arange(10, 14, device=model.device)[None]
+    other = torch.cat((ids[:, :-1], ids[:, -1:] + 1), 1)
+    model.eval()
+    one, two = (model(input_ids=x).logits[:, :-1].float() for x in (ids, other))
+    if not torch.allclose(one, two, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"the model {model_id!r} cannot be trained to write: as {type(model).__name__} each of "
+            "its tokens sees those after it. Choose a decoder, such as SmolLM2 or Llama, or save "
+            "it with is_decoder=True in its config"
+        )
 
 
 def _tokenizer(where: str, words: bool, **options: Any) -> Any:
@@ -191,11 +220,20 @@ def to_accelerator(model: Any) -> None:
 
 
 def pad_with(model: Any, tokenizer: Any) -> None:
-    """Both know what batches are padded with: where there is nothing, the end of a text."""
+    """Both know what batches are padded with: the tokenizer's token, else the model's, else the end
+    of a text. Classifiers of decoders look at the last token that is no padding.
+    """
+    there = model.config.pad_token_id
+    if tokenizer.pad_token is None and there is not None and 0 <= there < len(tokenizer):
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(there)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+    if there not in (None, tokenizer.pad_token_id):
+        _log.warning(
+            "the model pads with token %s, and its tokenizer with %s (%s): taken is the latter",
+            there, tokenizer.pad_token_id, tokenizer.pad_token,
+        )  # fmt: skip
+    model.config.pad_token_id = tokenizer.pad_token_id
 
 
 def tokenizer_of(where: str, words: bool = False) -> Any:

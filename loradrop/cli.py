@@ -25,7 +25,7 @@ Debug = Annotated[bool, Option("--debug", help="Show where an error comes from."
 Settings = Annotated[list[str] | None, Argument(metavar="CONFIG.yaml | section.key=value")]
 Resume = Annotated[bool, Option("--resume", help="Continue what the output folder holds.")]
 Measured = Annotated[Path | None, Option(help="Measure this trained adapter, without training.")]
-Batches = Annotated[int | None, Option(help="With --adapter: use only this many batches.")]
+Batches = Annotated[int | None, Option(min=1, help="With --adapter: use only this many batches.")]
 Split = Annotated[Literal["train", "dev"] | None, Option(help="With --adapter: train by default.")]
 Action = Annotated[Literal["show", "plot", "sweep"], Argument()]
 Planned = Annotated[Path, Argument(help="A plan.json, a native adapter, or the folder of a run.")]
@@ -379,6 +379,12 @@ def _wrote(*paths: Path) -> None:
         print("\nwrote " + "\n      ".join(map(str, paths)))
 
 
+def _at_home(argument: str) -> str:
+    """The argument, or option=value, with a ~ that the shell has left alone."""
+    option, equals, value = argument.rpartition("=")
+    return option + equals + os.path.expanduser(value)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with these arguments (None: the process's own) and return its exit status.
 
@@ -389,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):  # a terminal or a log may lack some characters
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = list(map(_at_home, sys.argv[1:] if argv is None else argv))
     log, handler = logging.getLogger("loradrop"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)

@@ -32,7 +32,7 @@ def rows_for(model: Any, where: str, data: DataConfig, adapter: str | Path) -> R
     """
     task = load_task(data)
     _require_fit(model, task, adapter)
-    task = _by_name(task, model, adapter)
+    task = by_name(task, model.config, adapter)
     if (tokenizer := tokenizer_for(adapter, where, task.kind == "token_classification")) is None:
         raise ValueError(f"{where} has no tokenizer, which reading the data needs: give model=")
     pad_with(model, tokenizer)
@@ -57,17 +57,22 @@ def _require_fit(model: Any, task: TextTask, adapter: str | Path) -> None:
         )
 
 
-def _by_name(task: TextTask, model: Any, adapter: str | Path) -> TextTask:
-    """The task with its classes in the order in which the model has them."""
-    names = [str(model.config.id2label[i]) for i in range(len(task.labels))]
-    if not task.labels or list(task.labels) == names or not _are_names(names):
+def by_name(task: TextTask, config: Any, of: str | Path) -> TextTask:
+    """The task with its classes in the order in which the `config` of a model has them; names may
+    differ in the case of their letters.
+    """
+    there = getattr(config, "id2label", None) or {}
+    names = [str(there[i]) for i in range(len(there)) if i in there]
+    same = len(names) == len(there) == len(task.labels)
+    if not same or not names or list(task.labels) == names or not _are_names(names):
         return task
-    if set(task.labels) == set(names):
-        return renumbered(task, tuple(names))
+    own = {label.casefold(): label for label in task.labels}
+    if len(own) == len(names) and own.keys() == {name.casefold() for name in names}:
+        return renumbered(task, tuple(own[name.casefold()] for name in names))
     if _are_names(task.labels):
         _log.warning(
             "the classes of the data (%s) are not those of %s (%s): they are matched in this order",
-            ", ".join(task.labels), adapter, ", ".join(names),
+            ", ".join(task.labels), of, ", ".join(names),
         )  # fmt: skip
     return task
 

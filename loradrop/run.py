@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch.utils.data import DataLoader
 
-from loradrop.base_models import build, load_base, to_accelerator
+from loradrop.base_models import build, config_of, load_base, to_accelerator
 from loradrop.config import LoRAConfig
 from loradrop.env import is_first_rank
 from loradrop.files import write_json, write_text
@@ -24,7 +24,7 @@ from loradrop.probing import probe
 from loradrop.report.grid import Arm, arms_table, plan_table
 from loradrop.report.page import file_size, how_to_load, write_report
 from loradrop.report.plots import plot_history, plot_importance
-from loradrop.rows import rows_for
+from loradrop.rows import by_name, rows_for
 from loradrop.run_config import CONFIG, RunConfig, folder_of
 from loradrop.scores import Scores
 from loradrop.text.examples import TextTask
@@ -43,8 +43,10 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, "Result"]:
     The output folder gets config.yaml, plan.json, the pictures and the report. Raises ValueError
     for a folder that holds a run already, unless `resume` continues that very run.
     """
-    task = load_task(config.data)
     folder = Path(config.output)
+    if not resume and (folder / CONFIG).exists():
+        raise ValueError(f"{folder} holds a run already: resume, or choose another output")
+    task = load_task(config.data)
     data = f"{task.name}: {len(task.train)} training and {len(task.dev)} dev examples"
     _log.info("%s, %s", data, task.kind)
     results: dict[str, Result] = {}
@@ -87,6 +89,7 @@ def _prepare(
 
     A head that the checkpoint lacks is trained whole, unless `modules_to_save` says otherwise.
     """
+    task = by_name(task, config_of(config.model), config.model.id)  # a head knows its classes
     model, tokenizer, missing = build(config, task)
     if lora.modules_to_save is None and missing:
         lora = replace(lora, modules_to_save=tuple(missing))

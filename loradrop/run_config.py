@@ -74,7 +74,13 @@ _SECTIONS = {"model": ModelConfig, "data": DataConfig, "lora": LoRAConfig, "trai
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 3e-3 as a number, which is text in YAML 1.1."""
+    """Reads 3e-3 as a number, which is text in YAML 1.1, and a key that comes twice as an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.YAMLError(f"{twice[0]!r} comes twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -96,7 +102,8 @@ def read_config(path: str | Path | None, overrides: Sequence[str] = ()) -> RunCo
     lora = _section(raw, "lora", "r")
     arms = _section(raw, "arms", "LoRA")
     main = _lora(lora, "lora")
-    named: dict[str, str] = {key: str(raw[key]) for key in ("name", "output") if key in raw}
+    given = ((key, raw.get(key)) for key in ("name", "output"))
+    named: dict[str, str] = {key: str(value) for key, value in given if value is not None}
     if main.method.name != "lora_drop":
         taken = _slug(main.method.name) in map(_slug, map(str, arms))
         named = {"name": "main" if taken else main.method.name} | named
@@ -116,19 +123,22 @@ def _raw(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
     """The sections as the file and the overrides write them."""
     if path is not None and not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file: give a YAML file, or only key=value")
-    text = "" if path is None else Path(path).read_text(encoding="utf-8")
+    try:
+        text = "" if path is None else Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): convert it to UTF-8") from error
     raw = _parse(text, str(path)) or {}
     if not isinstance(raw, dict):
         kind = type(raw).__name__
         raise ValueError(f"{path} must hold sections (model:, data:, lora:, train:), not a {kind}")
-    for override in sorted(overrides, key=_depth):
+    for override in sorted(overrides, key=_is_option):
         _override(raw, override)
     return raw
 
 
-def _depth(override: str) -> int:
-    """A whole section comes before its options, in whatever order they are given."""
-    return override.partition("=")[0].count(".")
+def _is_option(override: str) -> bool:
+    """Whether it is no section that is one word: those come first, and their options stay."""
+    return override.partition("=")[0].removeprefix("lora.") not in _SHORT
 
 
 def options_named(path: str | Path | None, overrides: Sequence[str] = ()) -> set[str]:

@@ -132,7 +132,7 @@ THINKS = TURN + (  # only in the last turn; the prompt for an answer opens what 
         (PLAIN, ("a", "b c"), [8, 5, 3, 9, 6, 7, 3], [4, 5, 6]),
         (PLAIN, ("a", "b", "c", "d"), [8, 5, 3, 9, 6, 3, 8, 7, 3, 9, 8, 3], [4, 5, 10, 11]),
         (MARKED, ("a", "b", "c", "d"), [8, 5, 3, 9, 6, 3, 8, 7, 3, 9, 8, 3], [4, 5, 10, 11]),
-        (THINKS, ("a", "c", "c", "d"), [8, 5, 3, 9, 7, 3, 8, 7, 3, 9, 6, 8, 3], [10, 11, 12]),
+        (THINKS, ("a", "c", "c", "d"), [8, 5, 3, 9, 7, 3, 8, 7, 3, 9, 6, 8, 3], [4, 5, 10, 11, 12]),
     ],
 )
 def test_the_turns_of_the_assistant_are_learned(decoder, template, turns, ids, learned):

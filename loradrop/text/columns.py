@@ -1,11 +1,13 @@
 """What the columns of a table are: from cells to examples."""
 
+import ast
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from itertools import chain, product
 from typing import Any, NamedTuple
 
-from loradrop.text.examples import Example
+from loradrop.text.examples import ASKED, Example
 from loradrop.text.labels import read_labels
 from loradrop.text.tables import Table
 
@@ -62,6 +64,7 @@ def read_examples(
         for option, column in options.items():
             if column is not None and column not in table.columns:
                 raise ValueError(f"data.{option}={column!r} is not a column: {_listed(table)}")
+    tables = _parsed(tables, roles)
     rows = [row for table in tables for row in table.rows]
     places = [place for table in tables for place in table.places]
     if kind == "auto" and isinstance(rows[0].get(roles.label or ""), list):
@@ -90,6 +93,34 @@ def read_examples(
         taken = ", ".join(column for column in roles if column is not None)
         _log.warning("%s: %s from %s; not used: %s", places[0], kind, taken, ", ".join(unused))
     return kind, names, examples[:n_train], None if dev is None else examples[n_train:]
+
+
+def _parsed(tables: list[Table], roles: Roles) -> list[Table]:
+    """The tables with lists in place of their text, as CSV has them, where all labels are."""
+    labels = [_list_in(row.get(roles.label or "")) for table in tables for row in table.rows]
+    if roles.label is None or not all(isinstance(found, list) for found in labels):
+        return tables
+    columns = [roles.label]
+    if all(isinstance(_list_in(row.get(roles.text)), list) for t in tables for row in t.rows):
+        columns.append(roles.text)
+    return [
+        table._replace(
+            rows=[{**row, **{c: _list_in(row[c]) for c in columns}} for row in table.rows]
+        )
+        for table in tables
+    ]
+
+
+def _list_in(cell: Any) -> Any:
+    """The list that a cell is the text of, as JSON or Python writes it; else the cell."""
+    if not (isinstance(cell, str) and cell[:1] == "[" and cell[-1:] == "]"):
+        return cell
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(cell)
+        except (ValueError, SyntaxError):
+            continue
+    return cell
 
 
 def _listed(table: Table) -> str:
@@ -180,8 +211,9 @@ def _joined(text: Any, pair: Any, place: str) -> tuple[Any, ...]:
     """One conversation; prompt and completion may each be a part of it."""
     if not isinstance(text, tuple) or not isinstance(pair, tuple | None):
         raise ValueError(f"{place}: only one of prompt and completion is a list of messages")
-    messages = (*text, *(pair or ()))
-    if not any(message["role"] == "assistant" for message in messages):
+    asked = ({**m, ASKED: True} if pair and m["role"] == "assistant" else m for m in text)
+    messages = (*asked, *(pair or ()))
+    if not any(m["role"] == "assistant" and not m.get(ASKED) for m in messages):
         raise ValueError(f"{place} has no assistant's turn to learn from")
     return messages
 
@@ -200,8 +232,17 @@ def _cell(kind: str, row: Mapping[str, Any], place: str, column: str) -> str | t
             return tuple(messages)
         wanted = "not a list of messages with role and content"
     elif isinstance(cell, str):
-        return cell
+        if _is_unicode(cell):
+            return cell
+        cell, wanted = ascii(cell), "not whole Unicode (half of a surrogate pair)"
     raise ValueError(f"{place}: {column!r} is {cell!r:.200}, {wanted}: fill it or drop the row")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        return bool(text.encode() or True)
+    except UnicodeEncodeError:
+        return False
 
 
 def _message(given: Any) -> dict[str, Any] | None:

@@ -6,14 +6,15 @@ from typing import Any, NamedTuple, cast
 
 from loradrop.text.labels import LISTS
 
+ASKED = "asked"  # in a message of the assistant: that it is of a prompt, and nothing to learn
 KINDS = ("classification", "regression", "causal_lm", *LISTS)
 
 
 class Example(NamedTuple):
     """One row.
 
-    text    a string; the words of a row of token_classification, and the messages (role, content)
-            of a conversation, as a tuple
+    text    a string; the words of a row of token_classification, and the messages (role, content,
+            `ASKED`) of a conversation, as a tuple
     label   a class index; a float; class indices (multi-label: those that apply; tokens: one for
             each word); None for causal_lm
     """

@@ -7,14 +7,16 @@ import csv
 import gzip
 import io
 import json
+import logging
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".json")
-DEV_NAMES = ("dev", "validation", "validation_matched", "valid", "test")
+DEV_NAMES = ("dev", "validation", "validation_matched", "valid", "val", "eval", "test")
 Record = tuple[int, dict[str, Any]]  # a line's or item's number, and the row in it
+_log = logging.getLogger(__name__)
 GLUE = ("cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli")
 
 
@@ -180,16 +182,17 @@ def _hub(source: str, dev: str | None) -> tuple[str, Table, Table | None]:
         return Table(tuple(rows.column_names), list(rows), places, classes)
 
     chosen = dev or next((split for split in DEV_NAMES if split in splits), None)
-    return source, table("train"), table(chosen) if chosen else None
+    train, other = table("train"), table(chosen) if chosen else None
+    return source, train, other if dev else _as_dev(chosen or "", train, other)
 
 
 def read_source(source: str, dev: str | None = None) -> tuple[str, Table, Table | None]:
     """(name, train, dev) of a folder, a file, a GLUE task (`glue/rte`) or a hub id.
 
-    A folder holds train.<ext>[.gz] and perhaps a dev, validation, valid or test file, which also
-    counts beside a single file train.<ext>. Hub ids may carry a subset (`id:subset`); a file or
-    folder of the same name goes first. `dev` names a file, or a split of a hub data set; without
-    any, dev is None.
+    A folder holds train.<ext>[.gz] and perhaps a dev, validation, valid, val, eval or test file,
+    which also counts beside a single file train.<ext>. Hub ids may carry a subset (`id:subset`); a
+    file or folder of the same name goes first. `dev` names a file, or a split of a hub data set;
+    without any, and where a test set without labels was found, dev is None.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -207,4 +210,19 @@ def read_source(source: str, dev: str | None = None) -> tuple[str, Table, Table 
     if name == "train":
         name, beside = path.parent.resolve().name, _find(path.parent, DEV_NAMES)
     file = beside if dev is None else Path(dev).expanduser()
-    return name, read_table(path), None if file is None else read_table(file)
+    train, other = read_table(path), None if file is None else read_table(file)
+    return name, train, other if file is None or dev else _as_dev(file.name, train, other)
+
+
+def _as_dev(name: str, train: Table, found: Table | None) -> Table | None:
+    """What was found beside train, if it can be dev: a test set often has no labels."""
+    if found is None:
+        return None
+    lacks = [column for column in train.columns if column not in found.columns]
+    if lacks and name.startswith("test"):
+        _log.warning("%s lacks %s: it is not taken as dev", name, ", ".join(lacks))
+        return None
+    if name.startswith("test"):
+        told = "dev is %s: what is chosen by it, as the best model, is not tested by it any more"
+        _log.warning(told, name)
+    return found

@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from loradrop.text.examples import KINDS, Example, TextTask
+from loradrop.text.examples import ASKED, KINDS, Example, TextTask
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +41,11 @@ def _encode(
     """Texts or pairs with the class, the number, or a float for each class (multi-label)."""
     pairs = [row.pair for row in rows] if rows[0].pair is not None else None
     tokens = _cut([row.text for row in rows], pairs, tokenizer, limit)
+    if empty := [row.text for row, ids in zip(rows, tokens["input_ids"], strict=True) if not ids]:
+        raise ValueError(
+            f"{len(empty)} of {len(rows)} texts have no token (the first is {empty[0]!r:.100}): "
+            "fill them or leave them out"
+        )
     labels: list[Any] = [row.label for row in rows]
     if task.kind == "multi_label_classification":
         labels = [[float(i in label) for i in range(len(task.labels))] for label in labels]
@@ -91,24 +96,37 @@ def _encode_causal(
     task: TextTask, rows: Sequence[Example], tokenizer: Any, limit: int
 ) -> list[dict[str, Any]]:
     """Prompt, completion and end token, cut at `limit`; only the latter two are learned."""
-    prompts = tokenizer([_prompt(row) for row in rows], verbose=False)["input_ids"]
+    texts = [_prompt(row) for row in rows]
+    prompts = tokenizer(texts, verbose=False)["input_ids"]
     pairs = [row.pair or "" for row in rows]
     completions = tokenizer(pairs, add_special_tokens=False, verbose=False)["input_ids"]
+    bare = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     whole = []
-    for row, prompt, completion in zip(rows, prompts, completions, strict=True):
-        if prompt and prompt[-1] in closing:
-            prompt = prompt[:-1]
-        ids = [*prompt, *completion, *end]
+    for row, prompt, own, completion in zip(rows, prompts, bare, completions, strict=True):
+        if prompt and prompt[-1] in closing and (not own or prompt[-len(own) :] != own):
+            prompt = prompt[:-1]  # the tokenizer's, and not the user's
+        ended = (prompt if row.pair is None else completion)[-1:] == end
+        ids = [*prompt, *completion, *([] if ended else end)]
         unlearned = 0 if row.pair is None else len(prompt)
         whole.append((ids, [IGNORED] * unlearned + ids[unlearned:]))
     return _cut_causal(whole, limit)
 
 
 def _cut_causal(rows: Sequence[tuple[list[int], list[int]]], limit: int) -> list[dict[str, Any]]:
-    """(ids, labels) as rows of at most `limit`; raises ValueError where no label is left in one."""
-    learned = [next((i for i, v in enumerate(v) if i and v != IGNORED), len(v)) for _, v in rows]
+    """(ids, labels) as rows of at most `limit`, without those that say nothing, as blank ones.
+
+    Raises ValueError where the limit leaves no label in a row, or no row says anything.
+    """
+    every = len(rows)
+    rows = [(ids, v) for ids, v in rows if any(label != IGNORED for label in v[1:])]
+    if not rows:
+        raise ValueError("no row has a token to learn: look at the columns of the data")
+    if every > len(rows):
+        what = "%d of %d rows have no token to learn, as blank ones: they are left out"
+        _log.warning(what, every - len(rows), every)
+    learned = [next(i for i, v in enumerate(v) if i and v != IGNORED) for _, v in rows]
     if too_long := [at for at in learned if at >= limit]:
         raise ValueError(
             f"{len(too_long)} of {len(rows)} rows have nothing to learn from within data.max_length"
@@ -140,33 +158,67 @@ def _encode_chat(
         given = {"tokenize": True, "return_dict": True, **options}
         return tokenizer.apply_chat_template(list(messages), **given)
 
-    whole = []
+    whole, turns, lost = [], 0, 0
     for row in rows:
+        messages = [{k: v for k, v in m.items() if k != ASKED} for m in cast(Any, row.text)]
+        asked = max((i + 1 for i, m in enumerate(cast(Any, row.text)) if m.get(ASKED)), default=0)
         try:
-            made = render(row.text, return_assistant_tokens_mask=marked)
+            made = render(messages, return_assistant_tokens_mask=marked)
             ids = list(made["input_ids"])
-            learned = made["assistant_masks"] if marked else _assistant_mask(row.text, ids, render)
+            if marked:
+                learned = list(made["assistant_masks"])
+            else:
+                learned, missed = _assistant_mask(messages, ids, render, asked)
+                turns += sum(m["role"] == "assistant" for m in messages[asked:])
+                lost += missed
+            if asked:
+                before = render(messages[:asked], add_generation_prompt=True)["input_ids"]
+                start = _common(ids, before)
+                learned[:start] = [False] * start
         except TemplateError as error:
             raise ValueError(
                 f"the tokenizer's chat template refuses {row.text!r:.200} ({error}): repair the row"
             ) from error
         whole.append((ids, [i if m else IGNORED for i, m in zip(ids, learned, strict=True)]))
+    if lost:
+        what = "%d of %d turns of the assistant are not found in what the chat template makes of "
+        _log.warning(what + "the whole conversation: they are not learned", lost, turns)
     return _cut_causal(whole, limit)
 
 
-def _assistant_mask(messages: Any, ids: list[int], render: Callable[..., Any]) -> list[bool]:
-    """Which tokens an assistant's turn adds to the turns before it and the prompt for it.
-
-    A template that changes earlier turns when later ones follow gives these nothing to learn.
+def _assistant_mask(
+    messages: Any, ids: list[int], render: Callable[..., Any], asked: int = 0
+) -> tuple[list[bool], int]:
+    """Which tokens an assistant's turn adds to the turns before it and the prompt for it, from
+    message number `asked` on, and how many turns are not found.
     """
-    learned = [False] * len(ids)
+    learned, lost = [False] * len(ids), 0
     for i, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and i >= asked:
             before = render(messages[:i], add_generation_prompt=True)["input_ids"] if i else []
             through = render(messages[: i + 1])["input_ids"]
             start, end = _common(ids, before), _common(ids, through)
+            if end <= start:  # a template that writes a turn otherwise once others follow it
+                start, end = _content(messages, i, ids, through, render)
             learned[start:end] = [True] * (end - start)
-    return learned
+            lost += end <= start
+    return learned, lost
+
+
+def _content(
+    messages: Any, i: int, ids: list[int], through: Sequence[int], render: Callable[..., Any]
+) -> tuple[int, int]:
+    """Where the content of a turn stands, with what closes it: it is what differs once it says
+    something else, and closed as at the end of a conversation. (0, 0) where nothing differs.
+    """
+    other = [*messages[:i], {**messages[i], "content": "§"}, *messages[i + 1 :]]
+    changed, alone = render(other)["input_ids"], render(other[: i + 1])["input_ids"]
+    start, after = _common(ids, changed), _common(ids[::-1], changed[::-1])
+    end = len(ids) - after
+    if end <= start:
+        return 0, 0
+    closing = _common(through[::-1], alone[::-1])
+    return start, end + _common(ids[end:], through[len(through) - closing :])
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
