@@ -138,7 +138,7 @@ def test_model_and_tokenizer_pad_alike(
 
 
 def test_special_tokens_of_ones_own_stay(llama: str, tmp_path: Path) -> None:
-    """What the tokenizer adds at the end of a prompt goes, and an end that is there is not doubled."""
+    """What the tokenizer adds at the end of a prompt goes, and no end comes twice."""
     adding = AutoTokenizer.from_pretrained(llama)
     silent = AutoTokenizer.from_pretrained(llama)
     silent.backend_tokenizer.post_processor = None
@@ -220,7 +220,8 @@ def test_encoder_decoders_that_classify_can_be_verified(
     table, targets = write_table(tmp_path / "t.csv"), "q,v" if family == "t5" else "q_proj,v_proj"
     works(
         capsys, "train", f"model={tmp_path / 'base'}", f"data={table}", "method=lora",
-        f"output={tmp_path / 'run'}", f"lora.target_modules=[{targets}]", "train.steps=4", "train.batch_size=8",
+        f"output={tmp_path / 'run'}", f"lora.target_modules=[{targets}]",
+        "train.steps=4", "train.batch_size=8",
     )  # fmt: skip
     adapter, merged = tmp_path / "run" / "lora" / "adapter", tmp_path / "merged"
     works(capsys, "merge", adapter, merged)
