@@ -123,6 +123,7 @@ def adapters_of(model: nn.Module) -> Adapters:
             "must have them", ", ".join(new),
         )  # fmt: skip
     trained = {name: base[name].detach() for name in (*injection.originals, *since)}
+    trained |= _left_behind(injection, base)
     require_loaded(trained)
     state = {k: whole(v) for k, v in bank.state_dict().items() if k != STATE}
     pairs = composed(bank, state)
@@ -133,6 +134,20 @@ def adapters_of(model: nn.Module) -> Adapters:
         state=bank.in_file(state),
         trained={k: whole(v) for k, v in trained.items()},
     )
+
+
+def _left_behind(injection: Injection, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What was tied to a module before PEFT trained a copy of that apart: without it a file would
+    load the copy into both.
+    """
+
+    def place(tensor: Tensor) -> tuple[int, torch.Size] | None:
+        apart = is_sharded(tensor) or tensor.is_meta
+        return None if apart else (tensor.data_ptr(), tensor.shape)
+
+    before = {*map(place, injection.originals.values())} - {None}
+    left = {name: tensor for name, tensor in base.items() if name not in injection.originals}
+    return {name: tensor.detach() for name, tensor in left.items() if place(tensor) in before}
 
 
 def composed(bank: AdapterBank, state: Mapping[str, Tensor]) -> list[Pair | None]:

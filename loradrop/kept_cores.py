@@ -64,5 +64,5 @@ def _stacked(rows: Tensor) -> Tensor:
     """The rows (n, E) of all ranks one below another; a rank that has fewer adds rows of zeros."""
     most = reduced(torch.tensor(rows.shape), distributed.ReduceOp.MAX).tolist()
     whole = torch.zeros(distributed.get_world_size(), *most)
-    whole[distributed.get_rank(), : len(rows)] = rows
+    whole[distributed.get_rank(), : len(rows), : rows.shape[1]] = rows
     return reduced(whole, distributed.ReduceOp.SUM).flatten(0, 1)

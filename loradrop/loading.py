@@ -41,6 +41,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
     file = _read(path, model)
     plan = file.plan
     _require_fit(model, file, path)
+    peft_load.require_untied(tensors_of(model, keep_vars=True), file.trained)
     if not has_bank(model):  # the targets themselves are compared below
         exact = "|".join(re.escape(target.name) for target in plan.targets)
         inject(model, replace(plan.config, strict=False, target_modules=exact))

@@ -15,6 +15,7 @@ from loradrop.collector import GRAMS, Collector
 from loradrop.injection import injected, injection_of
 from loradrop.losses import LABELS, Labels, losses
 from loradrop.masks import MASK, MaskFn
+from loradrop.ranks import any_rank
 from loradrop.scores import Scores
 from loradrop.selection import check_choice
 from loradrop.wrapped import of_inner
@@ -77,7 +78,7 @@ def _probe(
                 collector.close_row()
         finally:
             collector.detach()
-    if not collector.rows:
+    if not any_rank(bool(collector.rows)):
         raise ValueError("batches is empty: give at least one batch to probe with")
     collector.require_called()
     scores = injection.scores = collector.scores()

@@ -1,8 +1,12 @@
 """The processes of a distributed run, before and after torch.distributed has begun."""
 
 import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, distributed, nn
 
 from loradrop.env import is_first_rank
@@ -31,6 +35,27 @@ def reduced(values: Tensor, op: "distributed.ReduceOp.RedOpType") -> Tensor:
     values = values.to("cuda" if distributed.get_backend() == "nccl" else "cpu")
     distributed.all_reduce(values, op)
     return values.cpu()
+
+
+def any_rank(here: bool) -> bool:
+    """Whether it is so on some rank, which every rank asks."""
+    if not is_distributed():
+        return here
+    return bool(reduced(torch.tensor(int(here)), distributed.ReduceOp.MAX))
+
+
+@contextmanager
+def drawn_alike(like: Tensor) -> Iterator[None]:
+    """Inside, all ranks draw the same random numbers, by the values of `like`, which they all have:
+    nobody has to be asked, and nothing changes where there is one process.
+    """
+    if not is_distributed():
+        yield
+        return
+    seed = zlib.crc32(like.detach().float().cpu().contiguous().numpy().tobytes())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def is_sharded(tensor: Any) -> bool:

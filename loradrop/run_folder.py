@@ -36,8 +36,9 @@ def begun(folder: Path, options: Options, resume: bool) -> Iterator[None]:
     Raises ValueError where it holds another run, or a resume has other options.
     """
     file = folder / OPTIONS
-    if is_first_rank():
+    if is_first_rank() or resume:
         _require_same_run(folder, options, resume)
+    if is_first_rank():
         _take(folder, options, resume)
     try:
         yield

@@ -11,6 +11,7 @@ from loradrop.bank import bank_of
 from loradrop.injection import injection_of, plan_of
 from loradrop.methods import Method
 from loradrop.pairs import LoRABank, Update
+from loradrop.ranks import drawn_alike
 from loradrop.scores import Scores
 from loradrop.selection import INTERVAL, keep_frequency
 from loradrop.wrapped import of_inner
@@ -38,14 +39,17 @@ def share(
                    members, or "top", the member with the largest score
     after_select   "reinit": kept adapters start fresh; "continue": they keep what they learnt
 
-    The parameters change, so an optimiser made before this does not fit any more. Raises ValueError
-    for a name that is not a target, for unknown options, for a bank without pairs, and where `kept`
-    is None and nothing was probed.
+    The parameters change, so an optimiser made before this does not fit any more. In a distributed
+    run every rank calls it, and what starts fresh is the same on all. Raises ValueError for a name
+    that is not a target, for unknown options, for a bank without pairs, for merged adapters, and
+    where `kept` is None and nothing was probed.
     """
-    bank, injection = bank_of(model), injection_of(model)
+    bank, injection, plan = bank_of(model), injection_of(model), plan_of(model)
+    if injection.merged is not None:
+        raise ValueError("the adapters are merged into the weights: call loradrop.remove(model)")
     if kept is None:
-        plan = plan_of(model)
-        made = injection.config.method.update(bank, injection.scores)
+        with drawn_alike(next(bank.parameters())):
+            made = injection.config.method.update(bank, injection.scores)
         if made is not None:
             injection.plan = plan.after_cut(made.record)
         return _say(model)
@@ -56,7 +60,8 @@ def share(
         )
     how: dict[str, Any] = {"share": share, "init": init, "after_select": after_select}
     kept = [kept] if isinstance(kept, str) else kept
-    bank.share(kept, injection.scores, **how, interval=interval)
+    with drawn_alike(next(bank.parameters())):
+        bank.share(kept, injection.scores, **how, interval=interval)
     _say(model)
 
 

@@ -287,6 +287,7 @@ class _Run:
     def _options(self) -> dict[str, dict[str, Any]]:
         """What a resume must agree with, as the file beside the checkpoints holds it."""
         lora, train = self.config.to_dict(), asdict(self.args)
+        train["processes"] = world_size()
         train["extra"] = {k: v for k, v in train["extra"].items() if not k.endswith("_token")}
         data = {"model": base_of(self.model), "data": self.data, "lora": lora, "train": train}
         return json.loads(json.dumps(data, default=str))  # type: ignore[no-any-return]

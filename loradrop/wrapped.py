@@ -30,13 +30,33 @@ def inner(model: nn.Module) -> nn.Module:
 
 
 def of_inner(verb: Verb) -> Verb:
-    """The function of a model, for the model inside of what is around it."""
+    """The function of a model, for the model inside of what is around it.
+
+    It raises ValueError, once it is done, where DDP does not know what it made.
+    """
 
     @functools.wraps(verb)
     def of_model(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return verb(inner(model), *args, **kwargs)
+        own = inner(model)
+        before = _trained(own) if _in_ddp(model) else None
+        result = verb(own, *args, **kwargs)
+        if before is not None and not _trained(own) <= before:
+            raise ValueError(
+                f"{verb.__name__} is done, and made parameters that DistributedDataParallel does "
+                "not know, so that every rank would train its own: wrap the model inside again, "
+                "and make the optimiser anew"
+            )
+        return result
 
     return cast(Verb, of_model)
+
+
+def _in_ddp(model: nn.Module) -> bool:
+    return isinstance(model, nn.parallel.DistributedDataParallel)
+
+
+def _trained(model: nn.Module) -> set[nn.Parameter]:
+    return {parameter for parameter in model.parameters() if parameter.requires_grad}
 
 
 @contextmanager

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from training_runs import ARGS, PLAIN, make_model, make_rows
+
+from loradrop import fit
 
 SCRIPT = Path(__file__).with_name("distributed_fit.py")
 CALLBACKS = ["callback", *["peft callback"] * bool(importlib.util.find_spec("peft"))]
@@ -93,3 +96,21 @@ def test_the_callback_in_two_ranks(mode: str, alone: Path, together: Path) -> No
         assert other["kept"] == one["kept"] and len(one["kept"]) == 1
         for mine, theirs in zip(one["adapters"], other["adapters"], strict=True):
             assert mine == pytest.approx(theirs, abs=1e-6)
+
+
+def test_the_verbs_in_two_processes(tmp_path: Path) -> None:
+    """Whatever each rank draws: one model, no hanging, and what DDP cannot know is an error."""
+    fit(make_model(), make_rows(), None, PLAIN, args=ARGS, output_dir=tmp_path / "alone")
+    done = torchrun(SCRIPT.with_name("distributed_verbs.py"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    for rank in (first, second):
+        assert rank["probe False"] == pytest.approx(rank["probe True"], rel=1e-9)
+        assert min(rank["probe False"].values()) > 0
+        assert "batches is empty" in rank["nothing"]
+        assert rank["shared"] == rank["trained"] == rank["cut"] == 0.0 and not rank["drawn"]
+        for verb in ("truncate", "load"):
+            assert f"{verb} is done, and made parameters that Distributed" in rank[verb]
+        assert "begun with other options (train: processes)" in rank["resume"]
+    assert first["probe False"] == second["probe False"]
+    assert (tmp_path / "merged" / "model.safetensors").exists()

@@ -395,3 +395,55 @@ def test_the_head_of_a_classifier_without_a_task_type(caplog: pytest.LogCaptureF
     assert "of the head" not in caplog.text
     assert not any("classifier" in target.name for target in model.lora_bank.targets)
     assert model.base_model.model.classifier.modules_to_save.default.weight.requires_grad
+
+
+def test_sharing_while_merged_changes_nothing() -> None:
+    model = shared()
+    before, base = logits(model), model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
+    weight = base.weight.clone()
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"merged: call model\.unmerge_adapter"):
+        loradrop.share(model, [V1])
+    model.unmerge_adapter()
+    torch.testing.assert_close(base.weight, weight)
+    torch.testing.assert_close(logits(model), before)
+    injected = models.adapt(models.llama(), r=4, target_modules=["q_proj"])
+    loradrop.merge(injected, keep_original=True)
+    with pytest.raises(ValueError, match="the adapters are merged into the weights"):
+        loradrop.share(injected, [])
+
+
+def test_a_copy_of_a_tied_embedding_is_not_loaded_into_both(tmp_path: Path) -> None:
+    def base(tied: bool) -> Any:
+        model = models.llama(tie_word_embeddings=tied)
+        if not tied:
+            model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
+        return model
+
+    model = made(base(True), modules_to_save=["embed_tokens"], plan=[Q0])
+    table = model.base_model.model.model.embed_tokens.modules_to_save["default"].weight
+    with torch.no_grad():
+        table.add_(0.3)
+    loradrop.save(model, tmp_path / "native")
+    model.save_pretrained(tmp_path / "peft")
+    for name in ("native", "peft"):
+        with pytest.raises(ValueError, match=r"is the same tensor as .*tie_word_embeddings=False"):
+            loradrop.load(base(True), tmp_path / name)
+    loaded = base(False)
+    loradrop.load(loaded, tmp_path / "native")
+    torch.testing.assert_close(logits(loaded), logits(model))
+    own = models.adapt(base(True), r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    with torch.no_grad():
+        own.model.embed_tokens.weight.add_(0.3)
+    loradrop.save(own, tmp_path / "own")  # trained in both places
+    again = base(True)
+    loradrop.load(again, tmp_path / "own")
+    torch.testing.assert_close(logits(again), logits(own))
+
+
+def test_nothing_to_combine_is_said_before_anything_is_made() -> None:
+    model = made()
+    loradrop.share(model, [Q0], share="none")
+    with pytest.raises(ValueError, match=r"default have no adapter for .*v_proj.*any more"):
+        model.add_weighted_adapter(["default"], [1.0], "w", combination_type="linear")
+    assert {*model.peft_config} == {"default"}

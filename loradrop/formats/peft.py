@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loradrop.bank import bank_of
+from loradrop.env import is_first_rank
 from loradrop.files import read_json, write_json, write_text
 from loradrop.formats.card import card_of, extended
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal
@@ -93,7 +94,8 @@ def export(
         tell_untouched(own)
         adapters = adapters_of(own)
         if format == "merged":
-            save_merged(own, folder)
+            if is_first_rank():  # elsewhere save_pretrained writes nothing
+                save_merged(own, folder)
             return []
         file = peft_file_of(own, adapters, dtype=dtype, base_id=base_id, padded=padded)
         verdicts = verdicts_on(file, engines)

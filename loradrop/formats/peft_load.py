@@ -57,7 +57,11 @@ def read(path: str | os.PathLike[str], model: nn.Module) -> NativeFile:
     try:
         file = peft_file.read(folder)
         own = file.config.get("peft_type") == peft_file.OURS
-        return _of_face(file) if own else translate(file, model)
+        if not own:
+            return translate(file, model)
+        made = _of_face(file)
+        require_untied(base_state(model), made.trained, file.config)
+        return made
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
 
@@ -92,7 +96,7 @@ def translate(file: PeftFile, model: nn.Module) -> NativeFile:
     pairs, others = _parts(file.tensors)
     state = base_state(model)
     trained = _trained(options, model, others, pairs)
-    _require_untied(options, state, trained)
+    require_untied(state, trained, options)
     saved = _saved_modules(state, trained)
     names = [name for name in modules_of(model) if name in pairs]
     names += [name for name in pairs if name not in names]
@@ -211,10 +215,13 @@ def _holds(name: str, here: Tensor, value: Tensor) -> bool:
     return here.shape == value.shape and torch.equal(whole(here).cpu(), value.to(here.dtype))
 
 
-def _require_untied(
-    options: Mapping[str, Any], state: Mapping[str, Tensor], trained: Mapping[str, Tensor]
+def require_untied(
+    state: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor],
+    of_peft: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raises ValueError for a tensor that the model has under two names, and the file under one.
+    """Raises ValueError for a tensor that the model has under two names, and the file with two
+    values or, where it is `of_peft`, by its options, under one name.
 
     PEFT trains a copy of it, apart from its twin, unless ensure_weight_tying is set.
     """
@@ -224,7 +231,8 @@ def _require_untied(
     for name, value in trained.items():
         for twin in names[id(state[name])] if name in state else ():
             other = trained.get(twin)
-            apart = other is None and not options.get("ensure_weight_tying")
+            alone = of_peft is not None and not of_peft.get("ensure_weight_tying")
+            apart = other is None and alone
             if apart or (other is not None and not torch.equal(other, value)):
                 raise ValueError(
                     f"{name} is the same tensor as {twin} in this model, and PEFT trained it "

@@ -189,8 +189,12 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
                     factor.data = factor.data.to(dtype)
 
     def add_weighted_adapter(self, adapters: list[str], *args: Any, **kwargs: Any) -> None:
-        """As PEFT's. Of what it makes every layer has an adapter of its own."""
+        """As PEFT's. Of what it makes every layer has an adapter of its own.
+
+        Raises ValueError for layers that none of the adapters has anything for any more.
+        """
         config = self.peft_config.get(next(iter(adapters), None))
+        self._require_something(adapters)
         before = None if config is None else config.plan
         if config is not None:  # PEFT makes the new configuration of it
             config.plan = [key for key, layer in self._layers() if {*adapters} & {*layer.r}]
@@ -199,6 +203,19 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
         finally:
             if config is not None:
                 config.plan = before
+
+    def _require_something(self, adapters: list[str]) -> None:
+        known = [name for name in adapters if name in self.lora_banks]
+        named: dict[str, bool] = {}
+        for name in known:
+            bank: Any = self.lora_banks[name]
+            for (key, _), link in zip(self._layers(name), bank.links, strict=True):
+                named[key] = named.get(key, False) or link.factors() is not None
+        if lost := [key for key, has in named.items() if not has]:
+            raise ValueError(
+                f"{', '.join(adapters)} have no adapter for {', '.join(lost)} any more, and PEFT "
+                "has nothing to combine there: loradrop.export them, and combine what PEFT loads"
+            )
 
     # What PEFT asks of a tuner when it saves and loads
 
