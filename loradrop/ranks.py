@@ -1,9 +1,7 @@
 """The processes of a distributed run, before and after torch.distributed has begun."""
 
 import os
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -44,18 +42,15 @@ def any_rank(here: bool) -> bool:
     return bool(reduced(torch.tensor(int(here)), distributed.ReduceOp.MAX))
 
 
-@contextmanager
-def drawn_alike(like: Tensor) -> Iterator[None]:
-    """Inside, all ranks draw the same random numbers, by the values of `like`, which they all have:
-    nobody has to be asked, and nothing changes where there is one process.
-    """
+@torch.no_grad()
+def as_on_the_first(tensors: Iterable[Tensor]) -> None:
+    """Gives every rank the first one's values, of which some were drawn at random."""
     if not is_distributed():
-        yield
         return
-    seed = zlib.crc32(like.detach().float().cpu().contiguous().numpy().tobytes())
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+    for tensor in tensors:
+        value = tensor.to("cuda" if distributed.get_backend() == "nccl" else "cpu")
+        distributed.broadcast(value, 0)
+        tensor.copy_(value)
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -78,6 +73,13 @@ ZERO_3 = (
 def writes(model: nn.Module) -> bool:
     """Whether this rank writes the model's files: of a sharded model, which all put together."""
     return is_first_rank() or not any(map(is_sharded, model.parameters()))
+
+
+def is_needed(model: nn.Module) -> bool:
+    """Whether this rank has to call what writes files that the first one writes: of a sharded model
+    all put it together.
+    """
+    return is_first_rank() or any(map(is_sharded, model.parameters()))
 
 
 def whole(tensor: Tensor) -> Tensor:

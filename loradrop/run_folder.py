@@ -21,6 +21,7 @@ from loradrop.files import read_json, replacing, write_json
 from loradrop.loading import fill
 from loradrop.native import read, save
 from loradrop.optimizers import Known
+from loradrop.ranks import is_needed
 
 OPTIONS = "options.json"
 ADAPTERS, RECORD, KNOWN = "start", "warmup.json", "optimizer.pt"
@@ -112,7 +113,8 @@ class Boundary:
                 draft.write_bytes(file.getvalue())
             more = {"history": [*self.history], "sha256": sha256(file.getvalue()).hexdigest()}
             write_json(folder / RECORD, record | more)
-        save(model, folder / ADAPTERS)
+        if is_needed(model):
+            save(model, folder / ADAPTERS)
 
 
 def taken(model: nn.Module, folder: Path) -> Boundary | None:

@@ -11,7 +11,7 @@ from loradrop.bank import bank_of
 from loradrop.injection import injection_of, plan_of
 from loradrop.methods import Method
 from loradrop.pairs import LoRABank, Update
-from loradrop.ranks import drawn_alike
+from loradrop.ranks import as_on_the_first
 from loradrop.scores import Scores
 from loradrop.selection import INTERVAL, keep_frequency
 from loradrop.wrapped import of_inner
@@ -40,7 +40,7 @@ def share(
     after_select   "reinit": kept adapters start fresh; "continue": they keep what they learnt
 
     The parameters change, so an optimiser made before this does not fit any more. In a distributed
-    run every rank calls it, and what starts fresh is the same on all. Raises ValueError for a name
+    run every rank calls it, and all get the first one's values. Raises ValueError for a name
     that is not a target, for unknown options, for a bank without pairs, for merged adapters, and
     where `kept` is None and nothing was probed.
     """
@@ -48,8 +48,8 @@ def share(
     if injection.merged is not None:
         raise ValueError("the adapters are merged into the weights: call loradrop.remove(model)")
     if kept is None:
-        with drawn_alike(next(bank.parameters())):
-            made = injection.config.method.update(bank, injection.scores)
+        made = injection.config.method.update(bank, injection.scores)
+        as_on_the_first(bank.parameters())
         if made is not None:
             injection.plan = plan.after_cut(made.record)
         return _say(model)
@@ -60,8 +60,8 @@ def share(
         )
     how: dict[str, Any] = {"share": share, "init": init, "after_select": after_select}
     kept = [kept] if isinstance(kept, str) else kept
-    with drawn_alike(next(bank.parameters())):
-        bank.share(kept, injection.scores, **how, interval=interval)
+    bank.share(kept, injection.scores, **how, interval=interval)
+    as_on_the_first(bank.parameters())
     _say(model)
 
 

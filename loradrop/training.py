@@ -35,7 +35,7 @@ from loradrop.native import save
 from loradrop.optimizers import by_name, kept_state
 from loradrop.plan import Plan
 from loradrop.probing import probe
-from loradrop.ranks import wait, world_size
+from loradrop.ranks import is_needed, wait, world_size
 from loradrop.run_folder import Boundary, begun, resumable, taken
 from loradrop.sampling import sample_of
 from loradrop.sharing import conclude
@@ -245,7 +245,8 @@ class _Run:
             part = Part(self.total, done, row, before.known)
         trainer, events = self._stage("main", self.total - done, self.train, statistics, part=part)
         metrics = {} if self.dev is None else trainer.dev_metrics()
-        save(self.model, self.folder / "adapter")
+        if is_needed(self.model):
+            save(self.model, self.folder / "adapter")
         plan = plan_of(self.model)
         history = [*before.history, *trainer.history("main", done)]
         seconds = before.seconds + events.seconds_before
