@@ -110,5 +110,5 @@ def _beside_lora(
                     color=color, marker="o", markersize=4, capsize=2, linewidth=1.4,
                 )  # fmt: skip
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel("dev loss against LoRA's, %", color=MUTED, fontsize=9)
