@@ -26,6 +26,7 @@ from loradrop.report.page import file_size, how_to_load, write_report
 from loradrop.report.plots import plot_history, plot_importance
 from loradrop.rows import by_name, rows_for
 from loradrop.run_config import CONFIG, RunConfig, folder_of
+from loradrop.run_folder import OPTIONS
 from loradrop.scores import Scores
 from loradrop.text.examples import TextTask
 from loradrop.text.task import load_task
@@ -45,7 +46,9 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, "Result"]:
     """
     folder = Path(config.output)
     if not resume and (folder / CONFIG).exists():
-        raise ValueError(f"{folder} holds a run already: resume, or choose another output")
+        folders = (folder_of(config, name) for name in (*config.arms, config.name))
+        held = next((arm for arm in folders if (arm / OPTIONS).exists()), folder)
+        raise ValueError(f"{held} holds a run already: resume, or choose another output")
     task = load_task(config.data)
     data = f"{task.name}: {len(task.train)} training and {len(task.dev)} dev examples"
     _log.info("%s, %s", data, task.kind)

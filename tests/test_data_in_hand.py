@@ -252,6 +252,10 @@ def test_a_tilde_that_the_shell_left_alone(
         fails(capsys, f"{tmp_path}/x.json is not there", *arguments)
 
 
+def test_batches_that_are_no_number_of_batches(capsys: Capsys) -> None:
+    fails(capsys, "--batches -1: give a number", "probe", "--adapter", "x", "--batches", -1)
+
+
 def test_quiet_data_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         load_task(DataConfig(source=write_table(tmp_path / "t.csv")))
