@@ -46,7 +46,7 @@ def distilbert() -> Any:
 
 def llama(cls: str = "ForCausalLM", **options: Any) -> Any:
     sizes = dict(intermediate_size=48, num_key_value_heads=2, max_position_embeddings=32)
-    return build(f"Llama{cls}", "LlamaConfig", **sizes, **LM, **options)
+    return build(f"Llama{cls}", "LlamaConfig", **sizes | LM | options)
 
 
 def gpt2() -> Any:

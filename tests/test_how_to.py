@@ -30,13 +30,18 @@ PAGES = sorted(
 NEEDS = {"how-to/sft.md": "trl", "how-to/export.md": "peft", "how-to/quantised.md": "bitsandbytes"}
 
 
+def decoder() -> Any:
+    """Of whole blocks of four-bit weights."""
+    return models.llama(hidden_size=64, intermediate_size=64)
+
+
 def given(page: str) -> dict[str, Any]:
     """The names that a page takes for granted."""
     if page != "compress.md":
         return {}
     ids = torch.randint(2, 50, (6, 2, 9), generator=torch.Generator().manual_seed(3))
     batches = [{"input_ids": batch} for batch in ids]
-    return {"loradrop": loradrop, "model": models.llama(), "batches": batches}
+    return {"loradrop": loradrop, "model": decoder(), "batches": batches}
 
 
 def snippets(page: str) -> list[str]:
@@ -50,7 +55,7 @@ def snippets(page: str) -> list[str]:
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with tiny models by the names of real ones, an adapter, and data of numbers."""
     folder = tmp_path_factory.mktemp("user")
-    llama = models.llama()
+    llama = decoder()
     for name, model in ((ENCODER, models.roberta()), (DECODER, llama)):
         model.save_pretrained(folder / name)
         models.words().save_pretrained(folder / name)

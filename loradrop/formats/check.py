@@ -17,8 +17,9 @@ from loradrop.batches import call, evaluating, require_several
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal, scale
 from loradrop.formats.peft_file import CONFIG, PeftFile, configuration_of, read
 from loradrop.injection import Adapters, adapters_of, injected
+from loradrop.quantised import keep_unpacked
 from loradrop.surgery import remove
-from loradrop.wrapped import bare, of_inner, tensors_of
+from loradrop.wrapped import bare, modules_of, of_inner, tensors_of
 
 _log = logging.getLogger(__name__)
 
@@ -158,6 +159,7 @@ def _loaded(
     with bare(model):
         base = copy.deepcopy(model)
     remove(base)
+    _read_alike(base, model)
     for name in file.modules:
         try:
             base.get_submodule(name)
@@ -175,6 +177,15 @@ def _loaded(
             return PeftModel.from_pretrained(base, os.fspath(path)), "peft"
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"PEFT cannot load {path} into {type(model).__name__}: {error}") from error
+
+
+def _read_alike(other: nn.Module, model: nn.Module) -> None:
+    """Let the targets of the other model read quantised weights as the adapted layers do, which are
+    not packed for the CPU's own instructions: those round otherwise.
+    """
+    modules = modules_of(other)
+    for target in bank_of(model).targets:
+        keep_unpacked(modules.get(target.name))
 
 
 def _replay(base: nn.Module, file: PeftFile) -> nn.Module:
@@ -257,6 +268,7 @@ def verify_merged(model: Any, path: str | os.PathLike[str], batches: Iterable[An
     for no batches, OSError where `path` holds no model.
     """
     merged = type(model).from_pretrained(path, dtype="auto")
+    _read_alike(merged, model)
     logits, relative = _difference(model, merged, batches)
     tolerance = max(1e-4, 16 * torch.finfo(merged.dtype).eps)
     return Report(logits=logits, relative=relative, tolerance=tolerance, loader="merged")
