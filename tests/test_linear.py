@@ -257,7 +257,8 @@ def test_norm_is_of_the_h_that_was_added(backend: str, dtype: torch.dtype) -> No
     operands = (t["x"], torch.zeros_like(t["weight"]), None, t["A"], torch.ones_like(t["B"]), 1.0)
     for p in (0.0, 0.25):
         y, norm = lora_linear(*operands, dropout=p, seed=SEED, return_sqnorm=True, backend=backend)
-        assert float(norm) == pytest.approx(float(y.double().square().sum()), rel=2**-23)
+        # A float32 sum of so many squares, in whatever order a CPU or a GPU takes them.
+        assert float(norm) == pytest.approx(float(y.double().square().sum()), rel=len(y) * 2**-24)
 
 
 @each_dtype
