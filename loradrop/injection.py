@@ -204,6 +204,15 @@ def require_adapted(model: nn.Module) -> None:
             )
 
 
+def require_unmerged(model: nn.Module) -> None:
+    """Raises ValueError while the weights hold the adapters, also those of a PeftModel."""
+    with injected(model) as own:
+        if injection_of(own).merged is not None:
+            raise ValueError(
+                "the adapters are merged into the weights: call loradrop.remove(model)"
+            )
+
+
 def require_trained(model: nn.Module) -> None:
     """Raises ValueError inside of `disabled`, where modules that are trained whole have the values
     of before.

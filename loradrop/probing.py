@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loradrop.bank import bank_of
 from loradrop.batches import call, evaluating, require_several
 from loradrop.collector import GRAMS, Collector
-from loradrop.injection import injected, injection_of
+from loradrop.injection import injected, injection_of, require_unmerged
 from loradrop.losses import LABELS, Labels, losses
 from loradrop.masks import MASK, MaskFn
 from loradrop.ranks import any_rank
@@ -61,8 +61,7 @@ def _probe(
 ) -> Scores:
     """`probe` of an injected model."""
     bank, injection = bank_of(model), injection_of(model)
-    if injection.merged is not None:
-        raise ValueError("the adapters are merged into the weights: call loradrop.remove(model)")
+    require_unmerged(model)
     grams = GRAMS if labels is not None else GRAMS[:1]
     statistics = ("sqnorm", *grams) if gram else ("sqnorm",)
     with _random_state_kept(), evaluating(model), _frozen(model) if gram else nullcontext():

@@ -92,7 +92,8 @@ def _prepare(
 
     A head that the checkpoint lacks is trained whole, unless `modules_to_save` says otherwise.
     """
-    task = by_name(task, config_of(config.model), config.model.id)  # a head knows its classes
+    if task.labels:  # a head knows its classes
+        task = by_name(task, config_of(config.model), config.model.id)
     model, tokenizer, missing = build(config, task)
     if lora.modules_to_save is None and missing:
         lora = replace(lora, modules_to_save=tuple(missing))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from loradrop.bank import bank_of
-from loradrop.injection import injection_of, plan_of
+from loradrop.injection import injection_of, plan_of, require_unmerged
 from loradrop.methods import Method
 from loradrop.pairs import LoRABank, Update
 from loradrop.ranks import as_on_the_first
@@ -44,10 +44,10 @@ def share(
     that is not a target, for unknown options, for a bank without pairs, for merged adapters, and
     where `kept` is None and nothing was probed.
     """
-    bank, injection, plan = bank_of(model), injection_of(model), plan_of(model)
-    if injection.merged is not None:
-        raise ValueError("the adapters are merged into the weights: call loradrop.remove(model)")
+    require_unmerged(model)
+    bank, injection = bank_of(model), injection_of(model)
     if kept is None:
+        plan = plan_of(model)
         made = injection.config.method.update(bank, injection.scores)
         as_on_the_first(bank.parameters())
         if made is not None:

@@ -266,7 +266,7 @@ class _Run:
         if not has_bank(self.model):
             inject(self.model, self.config)
         elif not (self.resume and resumable(self.folder)):
-            _require_finite(self.model)
+            _require_usable(self.model)
         if injection_of(self.model).config != self.config:
             raise ValueError(
                 "the model was injected with another configuration: pass the same one, or call "
@@ -375,7 +375,7 @@ class _Run:
         return trainer, events
 
 
-def _require_finite(model: nn.Module) -> None:
+def _require_usable(model: nn.Module) -> None:
     """Raises ValueError for adapters that a run before this one left broken; says that it goes on
     from them where they are not.
     """

@@ -8,7 +8,7 @@ from torch import nn
 
 from loradrop.bank import bank_of
 from loradrop.cuts import decide
-from loradrop.injection import injection_of, plan_of, require_adapted, require_own
+from loradrop.injection import injection_of, plan_of, require_adapted, require_own, require_unmerged
 from loradrop.optimizers import MOMENTS, follow, groups_of, plain, unprojectable
 from loradrop.pairs import LoRABank
 from loradrop.selection import check_choice
@@ -49,8 +49,7 @@ def truncate(
     bank, injection = require_pairs(model), injection_of(model)
     check_choice("metric", metric, METRICS)
     check_choice("moments", moments, MOMENTS)
-    if injection.merged is not None:
-        raise ValueError("the adapters are merged into the weights: call loradrop.remove(model)")
+    require_unmerged(model)
     require_adapted(model)
     grams = None if injection.scores is None else injection.scores.grams
     plan, full = plan_of(model), bank.trainable

@@ -67,6 +67,14 @@ def _rise(cell: Cell, uncut: dict[tuple[str, int], Cell]) -> float:
     return 100 * (cell["loss"] / whole - 1)
 
 
+def _row(
+    cells: list[Cell], budgets: Sequence[float], entry: Callable[[list[Cell]], str]
+) -> list[str]:
+    """An entry for each budget, a dash where there is no cell."""
+    found = [[cell for cell in cells if cell["budget"] == part] for part in budgets]
+    return [entry(some) if some else "–" for some in found]
+
+
 def _by_arm(
     results: Path, tasks: Sequence[str], entry: Callable[[list[Cell], dict[Any, Cell]], str]
 ) -> tuple[list[str], list[list[str]], int]:
@@ -76,8 +84,8 @@ def _by_arm(
     cells = [cell for cell in cells if cell["arm"] != "uncut"]
     budgets, body = _distinct(cells, "budget"), []
     for arm in _distinct(cells, "arm"):
-        found = [[c for c in cells if (c["arm"], c["budget"]) == (arm, part)] for part in budgets]
-        body.append([arm, *(entry(some, uncut) if some else "–" for some in found)])
+        here = [cell for cell in cells if cell["arm"] == arm]
+        body.append([arm, *_row(here, budgets, lambda some: entry(some, uncut))])
     return [f"{part:g} left" for part in budgets], body, len(uncut)
 
 
@@ -125,8 +133,7 @@ def foretold(results: Path) -> str | None:
 
     budgets, body = _distinct(cells, "budget"), []
     for arm in _distinct(cells, "arm"):
-        found = [[c for c in cells if (c["arm"], c["budget"]) == (arm, part)] for part in budgets]
-        body.append([arm, *(entry(some) if some else "–" for some in found)])
+        body.append([arm, *_row([c for c in cells if c["arm"] == arm], budgets, entry)])
     runs = len({(cell["task"], cell["seed"]) for cell in cells})
     head = (f"n={runs}", *(f"{part:g} left" for part in budgets))
     return markdown(head, body) if body else None
@@ -145,8 +152,7 @@ def step_time(results: Path) -> str | None:
     for task in _distinct(cells, "task"):
         for arm in _distinct(cells, "arm"):
             here = [c for c in cells if (c["task"], c["arm"]) == (task, arm)]
-            found = [[c for c in here if c["budget"] == part] for part in budgets]
-            body.append([task, arm, *(entry(some) if some else "–" for some in found)])
+            body.append([task, arm, *_row(here, budgets, entry)])
     return markdown(("task", "", *(f"{part:g} left" for part in budgets)), body) if body else None
 
 
