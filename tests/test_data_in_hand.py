@@ -9,9 +9,15 @@ import pytest
 import torch
 from run_cases import turn, write_model, write_table, write_tokenizer
 from test_cli import Capsys, fails, works
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BartConfig,
+    BartForCausalLM,
+)
 
-from loradrop.base_models import build, pad_with
+from loradrop.base_models import _require_causal, build, pad_with
 from loradrop.run import run
 from loradrop.run_config import read_config
 from loradrop.text.task import DataConfig, load_task
@@ -72,6 +78,13 @@ def test_a_model_that_sees_what_comes_does_not_write(family: str, tmp_path: Path
     config.save_pretrained(where)
     model, _, _ = made(where, data)
     assert model.config.is_decoder
+
+
+def test_a_decoder_of_a_family_with_masks_writes() -> None:
+    """BART's, with other numbers of layers in its encoder, which a cache would count."""
+    sizes = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": 32}
+    _require_causal("bart", BartForCausalLM(BartConfig(vocab_size=64, **sizes, **heads)))
 
 
 def test_assistants_of_a_prompt_are_not_learned(llama: str, tmp_path: Path) -> None:
