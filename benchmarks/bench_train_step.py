@@ -7,11 +7,16 @@ measures what is missing; a cell without enough memory says so.
     peft_bf16      PEFT with adapters of the model's dtype: the rival
     peft_fp32      PEFT's default, adapters in float32: for information
     loradrop       LoRA by loradrop, adapters in float32
+    loradrop_bf16  the same with adapters of the model's dtype, as the rival's are
     loradrop_half  LoRA-drop by loradrop at half the parameters: own adapters and shared ones
 
     python benchmarks/bench_train_step.py --device cuda                    1b and 8b
     python benchmarks/bench_train_step.py --device cuda --size 1b          one of them
     python benchmarks/bench_train_step.py --size tiny                      seconds on a CPU
+
+A cell says when the host had launched all of a step (`host_ms`: where that is as long as the step,
+the device waited), how long the device was busy in one more step, under PyTorch's profiler, and
+with what (`kernels`: name, calls, ms; on a CPU its operators).
 
 Before it is timed, an arm must give the loss of the model without adapters, since B starts at zero,
 and a gradient to every B.
@@ -37,7 +42,9 @@ from loradrop.files import read_json, write_json
 from loradrop.measuring import timing, workers
 
 RANK, ALPHA = 16, 32
-ARMS = ("peft_bf16", "peft_fp32", "loradrop", "loradrop_half")
+ARMS = ("peft_bf16", "peft_fp32", "loradrop", "loradrop_bf16", "loradrop_half")
+ADAPTER_DTYPES = {"loradrop": "float32", "loradrop_bf16": "base"}
+KERNELS, LETTERS = 12, 80  # of the profile that a cell keeps, and of their names
 SECONDS, PATIENCE = 10.0, 300.0  # of timed steps; until a cell shows a sign of life
 OUT_OF_MEMORY = "out of memory"
 LOSS_ERROR = 0.01  # relative: a bfloat16 model is not more exact
@@ -93,8 +100,8 @@ def adapt(model: nn.Module, arm: str, batch: dict[str, Tensor]) -> nn.Module:
         config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
         return peft.get_peft_model(model, config, autocast_adapter_dtype=arm == "peft_fp32")
     options = {"r": RANK, "lora_alpha": ALPHA, "target_modules": "all-linear"}
-    if arm == "loradrop":
-        inject(model, LoRAConfig(**options))
+    if arm != "loradrop_half":
+        inject(model, LoRAConfig(adapter_dtype=ADAPTER_DTYPES[arm], **options))
         return model
     bank = inject(model, LoraDropConfig(budget=0.5, **options))
     with torch.no_grad():
@@ -137,21 +144,47 @@ def check(model: nn.Module, base: float, batch: dict[str, Tensor]) -> None:
     model.zero_grad(set_to_none=True)
 
 
-def timed(step: Callable[[], None], device: str, seconds: float) -> list[float]:
-    """Milliseconds of every step after three that warm up, at least three."""
+def timed(
+    step: Callable[[], None], device: str, seconds: float
+) -> tuple[list[float], list[float]]:
+    """Milliseconds of every step after three that warm up, at least three; and of them those until
+    the host had launched all of it.
+    """
     times: list[float] = []
+    of_host: list[float] = []
     deadline = None
     for done in range(1000):
         start = time.perf_counter()
         step()
+        launched = time.perf_counter()
         if device == "cuda":
             torch.cuda.synchronize()
         if done >= 3:
             times.append(1e3 * (time.perf_counter() - start))
+            of_host.append(1e3 * (launched - start))
             deadline = deadline or time.monotonic() + seconds
             if len(times) >= 3 and time.monotonic() > deadline:
                 break
-    return times
+    return times, of_host
+
+
+def profiled(step: Callable[[], None], device: str) -> list[tuple[str, int, float]]:
+    """(name, calls, ms) of what the device computes in a step, the longest first.
+
+    Empty where the profiler sees nothing of the device.
+    """
+    on_gpu = device == "cuda"
+    every = torch.profiler.ProfilerActivity
+    activity = every.CUDA if on_gpu else every.CPU
+    time_of = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    with torch.profiler.profile(activities=[activity]) as profile:
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+    kind = torch.autograd.DeviceType.CUDA if on_gpu else torch.autograd.DeviceType.CPU
+    rows = [row for row in profile.key_averages() if row.device_type == kind]
+    found = [(row.key[:LETTERS], row.count, round(getattr(row, time_of) / 1e3, 3)) for row in rows]
+    return sorted(found, key=lambda row: -row[2])
 
 
 def run(name: str, arm: str, checkpointing: bool, device: str, seconds: float) -> dict[str, Any]:
@@ -179,14 +212,19 @@ def run(name: str, arm: str, checkpointing: bool, device: str, seconds: float) -
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    times = timed(step, device, seconds)
+    times, of_host = timed(step, device, seconds)
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else None
     low, high = timing.fifths(times)
+    kernels = profiled(step, device)
     return {
         "median_ms": round(statistics.median(times), 2),
         "p20_ms": round(low, 2),
         "p80_ms": round(high, 2),
+        "host_ms": round(statistics.median(of_host), 2),
+        "busy_ms": round(sum(ms for *_, ms in kernels), 2) if kernels else None,
+        "kernels": kernels[:KERNELS],
         "steps": len(times),
-        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+        "peak_bytes": peak,
         "tokens": size.batch * size.tokens,
         "parameters": sum(parameter.numel() for parameter in parameters),
     }

@@ -61,13 +61,23 @@ def test_peft_compiled_is_right() -> None:
 
 @pytest.mark.parametrize(
     ("arm", "checkpointing"),
-    [("peft_bf16", False), ("peft_fp32", True), ("loradrop", True), ("loradrop_half", False)],
+    [
+        ("peft_bf16", False),
+        ("peft_fp32", True),
+        ("loradrop", True),
+        ("loradrop_bf16", False),
+        ("loradrop_half", False),
+    ],
 )
 def test_a_tiny_step(arm: str, checkpointing: bool) -> None:
     pytest.importorskip("peft")
     found = steps.run("tiny", arm, checkpointing, "cpu", 0.0)
     assert 0 < found["p20_ms"] <= found["median_ms"] <= found["p80_ms"]
     assert found["tokens"] == 32 and found["steps"] >= 3
+    assert 0 < found["host_ms"] <= found["median_ms"]
+    names, calls, times = zip(*found["kernels"], strict=True)
+    assert "aten::mm" in names and min(calls) > 0 and list(times) == sorted(times, reverse=True)
+    assert sum(times) <= found["busy_ms"] + 0.01
     half = arm == "loradrop_half"
     assert 0 < found["parameters"] <= LORA / 2 if half else found["parameters"] == LORA
 
@@ -106,12 +116,12 @@ def test_cells_of_a_step_go_on_where_they_stopped(
         return steps.main(["--results", str(tmp_path), "--commit", commit, *options])
 
     monkeypatch.setattr(steps.workers, "answers", answers)
-    assert main("abc") == 1 and len(asked) == 8
+    assert main("abc") == 1 and len(asked) == 2 * len(steps.ARMS)
     assert main("abc") == 0 and not asked
     assert main("def") == 1  # what has no figures, at another commit
     assert asked == [("peft_fp32", False), ("loradrop", False)]
     cells = json.loads((tmp_path / "cpu" / "bench_train_step.json").read_text())["cells"]
-    assert sorted(cell["commit"] for cell in cells) == ["abc"] * 6 + ["def"] * 2
+    assert sorted(cell["commit"] for cell in cells) == ["abc"] * 8 + ["def"] * 2
     faults = {cell["arm"]: cell["fault"] for cell in cells if "fault" in cell}
     assert faults == {"peft_fp32": "out of memory", "loradrop": "its process ended with SIGABRT"}
     main("abc", "--without", "triton", "--fresh")

@@ -228,6 +228,8 @@ def test_layers_steps_and_what_the_dispatcher_gains(tmp_path: Path) -> None:
     runs = [
         {**key, "arm": "loradrop", "median_ms": 1000.0, "peak_bytes": 2 << 30},
         {**key, "arm": "peft_bf16", "median_ms": 1200.0, "peak_bytes": 3 << 30},
+        {**key, "arm": "seen", "median_ms": 9, "host_ms": 8.6, "busy_ms": 6.2, "peak_bytes": None},
+        {**key, "arm": "unseen", "median_ms": 9, "host_ms": 1, "busy_ms": None, "peak_bytes": 0},
         {**key, "checkpointing": False, "arm": "peft_bf16", "fault": "out of memory"},
     ]
     (tmp_path / "a-gpu" / "bench_train_step.json").write_text(json.dumps({"cells": runs}))
@@ -241,8 +243,10 @@ def test_layers_steps_and_what_the_dispatcher_gains(tmp_path: Path) -> None:
     assert "takes 1.01 times as long as loradrop (geometric mean of 3; 0.92 to 1.10)" in said
     behind = "on 1 of 3: bfloat16 8192 4096 4096 16 0.1 forward_backward: 1.14 of loradrop_thin"
     assert f"behind the best provider {behind}" in said
-    assert cells_of(said, "8b | True") == ["1000, 2.0", "1200, 3.0"]
-    assert cells_of(said, "8b | False") == ["–", "out of memory"]
+    assert "A training step, ms (with those until the host had launched it, and" in said
+    whole = ["1000, 2.0", "1200, 3.0", "9 (9, 6)", "9 (1, ?), 0.0"]
+    assert cells_of(said, "8b | True") == whole
+    assert cells_of(said, "8b | False") == ["–", "out of memory", "–", "–"]
 
 
 # The dispatcher's points

@@ -91,14 +91,17 @@ def steps(folder: Path) -> list[str]:
         return []
     flat = pd.DataFrame([cell | {"figures": _step(cell)} for cell in cells])
     table = flat.pivot(index=["size", "checkpointing"], columns="arm", values="figures")
-    return ["A training step, ms and peak GiB:", _markdown(table)]
+    said = "ms (with those until the host had launched it, and those in which the device was busy)"
+    title = f"A training step, {said if 'host_ms' in flat else 'ms'} and peak GiB:"
+    return [title, _markdown(table)]
 
 
 def _step(cell: dict[str, Any]) -> str:
     if "fault" in cell:
         return str(cell["fault"])
-    peak = cell["peak_bytes"]
-    return f"{cell['median_ms']:.0f}" + ("" if peak is None else f", {peak / 2**30:.1f}")
+    peak, host, busy = cell["peak_bytes"], cell.get("host_ms"), cell.get("busy_ms")
+    parts = "" if host is None else f" ({host:.0f}, {'?' if busy is None else f'{busy:.0f}'})"
+    return f"{cell['median_ms']:.0f}{parts}" + ("" if peak is None else f", {peak / 2**30:.1f}")
 
 
 def gpu(results: Path) -> str:
