@@ -4,7 +4,7 @@ import gc
 import importlib.util
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +156,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def whole(runs: Any) -> Path:
     """The folder of an uninterrupted run of LoRA-drop."""
     return runs["drop"][0]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of `loradrop tune` in the user's cache, not there yet, and a dispatcher that
+    remembers nothing.
+    """
+    from loradrop.op import dispatch, tuned
+
+    monkeypatch.setattr(tuned, "folder", lambda: tmp_path / "cache")
+    dispatch.forget()
+    dispatch._warn_once.cache_clear()
+    yield tmp_path / "cache"
+    monkeypatch.undo()
+    dispatch.forget()

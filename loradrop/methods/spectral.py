@@ -39,8 +39,8 @@ class Spectral(Method):
     """The options of spectral LoRA-drop.
 
     budget    what is left, as a part of the parameters of LoRA at the rank of `LoRAConfig`
-    r_start   rank of the first stage; None is twice the rank of `LoRAConfig`, as far as a target
-              has so many directions
+    r_start   rank of the first stage, as far as a target has so many directions; None is twice
+              the rank of `LoRAConfig`
     scale     "rank": s by the formula above, so that the learning rate is that of LoRA of the small
               size; "fixed": the s of `LoRAConfig` in both stages
     cut_at    when to cut: a part of all steps, or a number of steps
