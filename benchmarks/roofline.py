@@ -37,6 +37,28 @@ def problems(device: str) -> list[Problem]:
     ]
 
 
+def floor(problem: Problem) -> costs.Work:
+    """What no backend can be faster than: the frozen products with the LoRA product in the same
+    sums, and x once more for dA, which needs all of dy first. Dropout adds its bits.
+    """
+    m, k, n, size = problem.m, problem.k, problem.n, problem.dtype.itemsize
+    rate, passes = costs.rates_of(problem), 1 + problem.grad
+    amount = size * (m * k + k * n + m * n)
+    thin = 2.0 * m * (k + n) * problem.r  # h and its product with B; t and its product with A
+    each = max((2.0 * m * k * n + thin) / rate.flops, amount / rate.bytes)
+    more = size * m * k * problem.grad + (problem.dropout > 0) * m * k / 8
+    return costs.Work(1e6 * (passes * each + more / rate.bytes), passes * amount + more, passes)
+
+
+def frozen(problem: Problem) -> costs.Work:
+    """The frozen product by cuBLAS, with that of dx."""
+    m, k, n, passes = problem.m, problem.k, problem.n, 1 + problem.grad
+    rate = costs.rates_of(problem)
+    amount = problem.dtype.itemsize * (m * k + k * n + m * n)
+    each = max(2.0 * m * k * n / rate.flops, amount / rate.bytes)
+    return costs.Work(1e6 * passes * each, passes * amount, passes)
+
+
 def backends(problem: Problem) -> list[str]:
     """Those that are built for the architecture."""
     return [n for n in costs.SERVING if problem.arch == 90 or n not in ("cuda", "overlap")]
@@ -46,10 +68,10 @@ def lines(device: str, of: Callable[[costs.Work, costs.Work], str]) -> list[list
     """A line for each layer: `of` a backend's work and the frozen one."""
     made = []
     for problem in problems(device):
-        base = costs.frozen(problem)
+        base = frozen(problem)
         direction = "forward_backward" if problem.grad else "forward"
         facts = ("bfloat16", M, problem.k, problem.n, problem.r, problem.dropout, direction)
-        works = [costs.floor(problem), *(costs.work(problem, n) for n in backends(problem))]
+        works = [floor(problem), *(costs.work(problem, n) for n in backends(problem))]
         made.append([*map(str, facts), f"{base.us:.0f}", *(of(work, base) for work in works)])
     return made
 

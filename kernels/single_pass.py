@@ -4,9 +4,8 @@
 
 Every program computes h again, which costs r / BN of the product (half of it at r = 16), and reads
 A again, from L2. That pays for few tokens, where W has to be read anyway and a second launch would
-cost more.
-The LoRA product has a sum of its own, so its squared norm falls out of the tile, and y has the same
-bits with and without it.
+cost more. The LoRA product has a sum of its own, so its squared norm falls out of the tile, and y
+has the same bits with and without it.
 """
 
 import torch

@@ -14,7 +14,7 @@ from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import write_json
 from loradrop.formats.peft_file import CONFIG
 from loradrop.injection import injection_of, plan_of
-from loradrop.masks import MASK, MaskFn
+from loradrop.masks import MASK, MaskFn, Masking
 from loradrop.methods.base import Method, Warmup
 from loradrop.native import FOLDER, PLAN, TENSORS, checkpoint
 from loradrop.optimizers import follow, groups_of, regroup
@@ -48,7 +48,7 @@ class LoraDropCallback(TrainerCallback):
     """
 
     def __init__(self, *, mask: str | None = MASK, mask_fn: MaskFn | None = None) -> None:
-        self.masks: dict[str, Any] = {"mask": mask, "mask_fn": mask_fn}
+        self.masking = Masking(mask, mask_fn)
         self.events: MethodCallback | None = None
         self.warmup: Warmup | None = None
 
@@ -85,10 +85,8 @@ class LoraDropCallback(TrainerCallback):
                 require_rows(train_dataloader.dataset)
         statistics = () if decided and method.warms_up else method.statistics
         self.events = MethodCallback(
-            model, statistics=statistics, **self.masks,
-            settle_every=self.warmup.settle_every if self.warmup else 0,
-            measured_from=self.warmup.measured_from if self.warmup else 0,
-        )  # fmt: skip
+            model, statistics=statistics, masking=self.masking, warmup=self.warmup
+        )
         if state.global_step:
             folder = _resumed(args, state) / FOLDER
             if not (folder / EVENTS).exists():
@@ -111,14 +109,14 @@ class LoraDropCallback(TrainerCallback):
         if self.warmup is None or not (self.events.settled or step >= self.warmup.steps):
             return
         assert collector is not None
-        record = {"steps": step, "planned": self.warmup.steps, "settled": self.events.settled}
+        record = self.events.record(step)
         self.events.watch(collector, last=True)
         groups = groups_of(model, o["optimizer"])
         set_seed(args.seed)
         if self.warmup.source == "offline":
             rows = o["train_dataloader"]
             batches = small_batches(rows.dataset, rows.collate_fn, args.seed)
-            scores = probe(model, batches, gram=True, **self.masks)
+            scores = probe(model, batches, gram=True, **self.masking._asdict())
         else:
             scores = collector.scores()
         update = conclude(model, scores, record)
@@ -126,7 +124,7 @@ class LoraDropCallback(TrainerCallback):
         self.warmup = None
         state.best_metric = state.best_model_checkpoint = state.best_global_step = None
         self.events.detach()
-        self.events = MethodCallback(model, **self.masks)
+        self.events = MethodCallback(model, masking=self.masking)
         self.events.begin()
 
     def on_save(

@@ -14,9 +14,8 @@ import transformers
 from torch import Tensor
 
 from loradrop import native
-from loradrop.config import LoRAConfig
+from loradrop.config import DTYPES, LoRAConfig
 from loradrop.formats import peft_file, peft_load
-from loradrop.formats.peft import DTYPES
 from loradrop.matching import inside, saved_modules
 from loradrop.run_config import MINILM, ModelConfig, RunConfig
 from loradrop.text.examples import TextTask
@@ -90,7 +89,7 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
 def _require_causal(model_id: str, model: Any) -> None:
     """Raises ValueError for a model whose tokens see those after them.
 
-    Asked are families that are trained with masks: they are made into a decoder by their config.
+    Only families that are trained with masks are asked: their config can make them a decoder.
     """
     if type(model.config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING:
         return
@@ -126,8 +125,8 @@ def _require_free(model_id: str, differing: Iterable[Differing], free: Iterable[
     if fixed:
         raise ValueError(
             f"the model {model_id!r} cannot be loaded: in its weights {_shapes(fixed)} by its "
-            "config.json, and this is no head that could be made anew. Restore the files of one "
-            "save, or choose another model"
+            "config.json, and these are not of a head, which could be made anew. Restore the files "
+            "of one save, or choose another model"
         )
 
 
@@ -230,7 +229,7 @@ def pad_with(model: Any, tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.eos_token
     if there not in (None, tokenizer.pad_token_id):
         _log.warning(
-            "the model pads with token %s, and its tokenizer with %s (%s): taken is the latter",
+            "the model pads with token %s, and its tokenizer with %s (%s): the tokenizer's is used",
             there, tokenizer.pad_token_id, tokenizer.pad_token,
         )  # fmt: skip
     model.config.pad_token_id = tokenizer.pad_token_id

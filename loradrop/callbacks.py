@@ -17,8 +17,8 @@ from loradrop.bank import bank_of
 from loradrop.collector import Collector
 from loradrop.files import read_json, write_json
 from loradrop.injection import injection_of
-from loradrop.masks import MASK, MaskFn
-from loradrop.methods.base import Method
+from loradrop.masks import EVERY_TOKEN, MASKED, Masking
+from loradrop.methods.base import Method, Warmup
 from loradrop.tensor_file import write_tensors
 
 STATISTICS, EVENTS = "statistics.safetensors", "events.json"
@@ -32,10 +32,9 @@ class MethodCallback(TrainerCallback):
     statistics    what to collect over the whole run (`collector.scores()`) and hand to the method
                   after each step. Where it is empty the first steps are watched, so that a target
                   whose forward is never called is an error, not an adapter without effect
-    mask, mask_fn   of the statistics, as for `probe`
-    settle_every  end the run early once the method calls its scores settled; asked every so many
-                  steps, 0 never
-    measured_from the step at whose end what was collected so far is forgotten
+    masking       which tokens the statistics count
+    warmup        the run is this stage of the method's: it ends early once the method calls its
+                  scores settled, and what it collected before `measured_from` is forgotten
     """
 
     def __init__(
@@ -43,18 +42,14 @@ class MethodCallback(TrainerCallback):
         model: nn.Module,
         *,
         statistics: Sequence[str] = (),
-        mask: str | None = MASK,
-        mask_fn: MaskFn | None = None,
-        settle_every: int = 0,
-        measured_from: int = 0,
+        masking: Masking = MASKED,
+        warmup: Warmup | None = None,
     ) -> None:
         self.model, self.bank = model, bank_of(model)
         self.method = injection_of(model).config.method
         self._changes_gradients = type(self.method).before_step is not Method.before_step
-        names = (statistics,) if isinstance(statistics, str) else tuple(statistics)
-        self.statistics, self.settle_every = names, settle_every
-        self.measured_from = measured_from
-        self.masks: dict[str, Any] = {"mask": mask, "mask_fn": mask_fn}
+        self.statistics = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+        self.masking, self.warmup = masking, warmup
         self._steps, self._watched = 0, False  # all are called, or given up
         self.collector: Collector | None = None
         self.settled = False
@@ -67,12 +62,19 @@ class MethodCallback(TrainerCallback):
         """Training time so far, over all the runs that a resume joins."""
         return self.seconds_before + time.monotonic() - self._started
 
+    def record(self, steps: int) -> dict[str, Any]:
+        """Of the warm-up, which ended after so many steps: for the plan."""
+        assert self.warmup is not None
+        return {"steps": steps, "planned": self.warmup.steps, "settled": self.settled}
+
     def begin(self) -> None:
         """Start to collect, from the state that `load` took where there is one."""
         self._started = time.monotonic()
         names = self.statistics or ("sqnorm",)
-        masks = self.masks if self.statistics else {"mask": None}
-        self.collector = Collector(self.model, self.bank, online=True, statistics=names, **masks)
+        masking = self.masking if self.statistics else EVERY_TOKEN
+        self.collector = Collector(
+            self.model, self.bank, online=True, statistics=names, masking=masking
+        )
         if self._state is not None:
             self.collector.load_state_dict(self._state)
 
@@ -98,7 +100,7 @@ class MethodCallback(TrainerCallback):
         collected: dict[str, list[torch.Tensor | None]] = {}
         if collector is not None:
             collected = collector.close_row()
-            if step == self.measured_from:
+            if self.warmup is not None and step == self.warmup.measured_from:
                 collector.forget()
             self._steps += 1
             self.watch(collector, last=step >= state.max_steps)
@@ -108,7 +110,8 @@ class MethodCallback(TrainerCallback):
                     self.detach()
                     self.collector = None
         self.method.on_step_end(self.bank, step, collected)
-        if self.settle_every and collector is not None and step % self.settle_every == 0:
+        every = 0 if self.warmup is None else self.warmup.settle_every
+        if every and collector is not None and step % every == 0:
             self.settled = self.method.settled(collector.scores())
             if self.settled:
                 control.should_training_stop = control.should_save = True

@@ -322,7 +322,7 @@ def tune(
     sizes = tuning.TOKENS[device] if tokens is None else tuning.numbers("--tokens", tokens)
     layers, p = tuning.layers_of(source, ranks, targets)
     p = p if dropout is None else dropout
-    kind = dtype or tuning.DTYPES[device]
+    kind = dtype or tuning.DEFAULT_DTYPE[device]
     cells = tuning.cells_of(layers, sizes, kind, p, train)
     path = tuning.tune(cells, device, print, seconds=seconds, limit=limit, out=out)
     if device == "cpu":

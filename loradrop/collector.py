@@ -20,7 +20,7 @@ from loradrop.bank import AdapterBank
 from loradrop.env import is_first_rank
 from loradrop.gram_sums import GramSums
 from loradrop.losses import samples_of
-from loradrop.masks import MASK, MaskFn, TokenMasks
+from loradrop.masks import MASKED, Masking, TokenMasks
 from loradrop.ranks import is_distributed, reduced
 from loradrop.scores import Scores, Target
 from loradrop.watched import SHAPES, Watched, start
@@ -34,11 +34,7 @@ class Collector:
     statistics  names of what is collected: "sqnorm", "moment", "gram_in", "core"
     online      True: of the backward passes; False: sqnorm alone, of the forward passes
     source      what the scores say of themselves: "online" or "offline"
-    mask        the name of the model's input that marks real tokens, or None to count every token;
-                the decoder of an encoder–decoder has its own, as decoder_attention_mask. A target
-                whose rows are not its tokens, as a pooler's, counts whole
-    mask_fn     (target name, x, that input) -> weights of the shape of x without its last axis, or
-                None for all
+    masking     which tokens count
     """
 
     def __init__(
@@ -49,15 +45,14 @@ class Collector:
         online: bool,
         statistics: Sequence[str] = ("sqnorm",),
         source: str | None = None,
-        mask: str | None = MASK,
-        mask_fn: MaskFn | None = None,
+        masking: Masking = MASKED,
     ) -> None:
         for name in statistics:
             if name not in SHAPES:
                 raise ValueError(f"statistics has {name!r}: choose among {', '.join(SHAPES)}")
         self.bank, self.online, self._statistics = bank, online, tuple(statistics)
         self.source = source or ("online" if online else "offline")
-        self.masks = TokenMasks(model, bank.targets, mask, mask_fn)
+        self.masks = TokenMasks(model, bank.targets, masking)
         self.rows: list[Tensor] = []
         self.inputs: Mapping[str, Any] = {}  # of the last forward pass, by name
         self.called = [False] * len(bank.targets)

@@ -102,9 +102,8 @@ def compress(
     resume    go on healing where an interrupted call with the same arguments ended
 
     Beside the adapter it writes the plan, the dev metrics, a picture of the spectra and a page that
-    shows all of it. Returns the
-    plan, and the dev metrics "before" and "after" where there is data. Raises ValueError for
-    healing without data.
+    shows all of it. Returns the plan, and the dev metrics "before" and "after" where there is
+    data. Raises ValueError for healing without data.
     """
     model, rows, folder = opened.model, opened.rows, Path(out)
     if heal and rows is None:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from loradrop import methods
 from loradrop.kinds import check_kinds
 from loradrop.masks import MASK
@@ -24,6 +26,10 @@ _ALIASES = {
     **{"gradient_accumulation_steps": "gradient_accumulation", "max_seq_length": "max_length"},
     **{"path": "source", "file": "source", "text_column": "text", "label_column": "label"},
 }
+
+
+# By the names that options have for them.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +104,11 @@ class LoRAConfig:
 
     def rank(self, name: str) -> int:
         """The rank of the adapter of the target `name`."""
-        return int(_first_match(self.rank_pattern, name, self.r))
+        return int(first_match(self.rank_pattern, name, self.r))
 
     def scaling(self, name: str) -> float:
         """The factor s of the delta of the target `name`."""
-        alpha, r = float(_first_match(self.alpha_pattern, name, self.lora_alpha)), self.rank(name)
+        alpha, r = float(first_match(self.alpha_pattern, name, self.lora_alpha)), self.rank(name)
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
     def to_dict(self) -> dict[str, Any]:
@@ -228,5 +234,6 @@ def pattern_matches(key: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None
 
 
-def _first_match(pattern: Mapping[str, float], name: str, default: float) -> float:
+def first_match(pattern: Mapping[str, float], name: str, default: float) -> float:
+    """The value of the first key that matches the name, as in PEFT's patterns."""
     return next((value for key, value in pattern.items() if pattern_matches(key, name)), default)

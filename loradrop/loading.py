@@ -18,6 +18,7 @@ from loradrop.injection import (
     classes_of,
     injection_of,
     require_loaded,
+    require_unmerged,
     sum_of,
     tell_base,
 )
@@ -47,8 +48,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
         inject(model, replace(plan.config, strict=False, target_modules=exact))
         injection_of(model).config = plan.config
     bank, injection = bank_of(model), injection_of(model)
-    if injection.merged is not None:
-        raise ValueError("the adapters are merged: call loradrop.remove(model) first")
+    require_unmerged(model)
     here, there = ({target.name for target in x.targets} for x in (bank, plan))
     if here != there:
         raise ValueError(

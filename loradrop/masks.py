@@ -4,7 +4,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +17,32 @@ MASK = "attention_mask"
 _log = logging.getLogger(__name__)
 
 
+class Masking(NamedTuple):
+    """Which tokens count.
+
+    mask      the name of the model's input that marks real tokens, or None to count every token;
+              the decoder of an encoder–decoder has its own, as decoder_attention_mask. A target
+              whose rows are not its tokens, as a pooler's, counts whole
+    mask_fn   (target name, x, that input) -> weights of the shape of x without its last axis, or
+              None for all
+    """
+
+    mask: str | None = MASK
+    mask_fn: MaskFn | None = None
+
+
+MASKED, EVERY_TOKEN = Masking(), Masking(None)
+
+
 class TokenMasks:
     """The masks of the forward pass that runs, and which of them belongs to a target.
 
-    mask, mask_fn   as for `loradrop.probe`
+    mask, mask_fn   of `Masking`
     current         the input named `mask`, or None
     """
 
-    def __init__(
-        self, model: nn.Module, targets: Sequence[Target], mask: str | None, mask_fn: MaskFn | None
-    ) -> None:
-        self.mask, self.mask_fn = mask, mask_fn
+    def __init__(self, model: nn.Module, targets: Sequence[Target], masking: Masking) -> None:
+        self.mask, self.mask_fn = masking
         self.current: Tensor | None = None
         self._of_decoder: Tensor | None = None
         self._encoded: Tensor | None = None  # what the decoder of an encoder–decoder attends to

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loradrop.bank import AdapterBank, Pair, empty, form, keep_width
 from loradrop.cuts import Cut
 from loradrop.gram_sums import grams_of
-from loradrop.scores import Assignment, Grams, Scores, Target
+from loradrop.scores import Assignment, Grams, Scores, Target, members_of
 from loradrop.selection import INTERVAL, assign, check_choice
 
 INITS = ("fresh", "mean", "top")
@@ -140,10 +140,7 @@ class LoRABank(AdapterBank):
         if init == "top" and scores is None:
             raise ValueError("init='top' needs scores: call loradrop.probe(model, batches) first")
         assignment = assign(self.targets, kept, share, interval)
-        members: dict[int, list[int]] = {}
-        for i, slot in enumerate(assignment.slots):
-            if slot is not None:
-                members.setdefault(slot, []).append(i)
+        members = members_of(assignment.slots)
         own, pairs, new = set(kept), [], []
         for slot in range(len(members)):
             first = self.targets[members[slot][0]]

@@ -21,7 +21,8 @@ class Plan:
     scores      of the deciding probe: source, tokens, rows and name -> Σ‖s·B·A·x‖²
                 (`Scores.to_dict`)
     cut         of `truncate`: metric, values (name -> what each direction was worth), ranks (name
-                -> what is left), full (name -> the rank before any cut), loss (its predicted rise)
+                -> what is left), full (name -> the rank before any cut), loss (its predicted
+                rise), compensated (that, as made up for)
     warmup      steps, planned, settled, and how often a bootstrap keeps each target (name -> part
                 of the draws)
     facts       name -> number: what the method says of its bank (`Method.facts`)
@@ -127,14 +128,14 @@ class Plan:
 
 _KEYS: dict[str, tuple[str, ...]] = {  # the first three may be None
     "scores": ("source", "tokens", "rows", "values"),
-    "cut": ("metric", "values", "ranks", "full", "loss"),
+    "cut": ("metric", "values", "ranks", "full", "loss", "compensated"),
     "warmup": ("steps", "planned", "settled"),
     **dict.fromkeys(_MAPPINGS, ()),
 }
 
 
 def _require_forms(fields: Mapping[str, Any]) -> None:
-    """Raises TypeError for a section that is no mapping, or lacks something."""
+    """Raises TypeError for a section that is not a mapping, or lacks something."""
     for name, keys in _KEYS.items():
         value = fields.get(name)
         if value is None and name not in _MAPPINGS:
@@ -155,7 +156,11 @@ def _from_1(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_4(data: dict[str, Any]) -> dict[str, Any]:
-    """Up to schema 4 the method spectral did not change s."""
+    """Up to schema 4 the method spectral did not change s, and its first cuts were not made up
+    for.
+    """
+    if data.get("cut") is not None:
+        data["cut"] = {"compensated": None, **data["cut"]}
     method = data["config"].get("method", {})
     if method.get("name") == "spectral":
         data["config"] = {**data["config"], "method": {"scale": "fixed", **method}}

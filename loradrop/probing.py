@@ -14,7 +14,7 @@ from loradrop.batches import call, evaluating, require_several
 from loradrop.collector import GRAMS, Collector
 from loradrop.injection import injected, injection_of, require_unmerged
 from loradrop.losses import LABELS, Labels, losses
-from loradrop.masks import MASK, MaskFn
+from loradrop.masks import MASK, MaskFn, Masking
 from loradrop.ranks import any_rank
 from loradrop.scores import Scores
 from loradrop.selection import check_choice
@@ -53,11 +53,11 @@ def probe(
     require_several(batches)
     bank_of(model)
     with injected(model) as own:
-        return _probe(own, batches, {"mask": mask, "mask_fn": mask_fn}, gram, labels)
+        return _probe(own, batches, Masking(mask, mask_fn), gram, labels)
 
 
 def _probe(
-    model: nn.Module, batches: Iterable[Any], masks: dict[str, Any], gram: bool, labels: Labels
+    model: nn.Module, batches: Iterable[Any], masking: Masking, gram: bool, labels: Labels
 ) -> Scores:
     """`probe` of an injected model."""
     bank, injection = bank_of(model), injection_of(model)
@@ -66,7 +66,7 @@ def _probe(
     statistics = ("sqnorm", *grams) if gram else ("sqnorm",)
     with _random_state_kept(), evaluating(model), _frozen(model) if gram else nullcontext():
         collector = Collector(
-            model, bank, online=gram, statistics=statistics, source="offline", **masks,
+            model, bank, online=gram, statistics=statistics, source="offline", masking=masking,
         )  # fmt: skip
         try:
             for number, batch in enumerate(batches):

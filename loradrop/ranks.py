@@ -23,7 +23,7 @@ def world_size() -> int:
 
 
 def wait() -> None:
-    """Until every rank is here."""
+    """Waits until every rank is here."""
     if is_distributed():
         distributed.barrier()
 
@@ -71,7 +71,9 @@ ZERO_3 = (
 
 
 def writes(model: nn.Module) -> bool:
-    """Whether this rank writes the model's files: of a sharded model, which all put together."""
+    """Whether this rank writes where it is told to save: of a sharded model, which all ranks put
+    together, only the first.
+    """
     return is_first_rank() or not any(map(is_sharded, model.parameters()))
 
 

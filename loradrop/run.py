@@ -26,7 +26,7 @@ from loradrop.report.page import file_size, how_to_load, write_report
 from loradrop.report.plots import plot_history, plot_importance
 from loradrop.rows import by_name, rows_for
 from loradrop.run_config import CONFIG, RunConfig, folder_of
-from loradrop.run_folder import OPTIONS
+from loradrop.run_folder import OPTIONS, held_by_a_run
 from loradrop.scores import Scores
 from loradrop.text.examples import TextTask
 from loradrop.text.task import load_task
@@ -48,7 +48,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, "Result"]:
     if not resume and (folder / CONFIG).exists():
         folders = (folder_of(config, name) for name in (*config.arms, config.name))
         held = next((arm for arm in folders if (arm / OPTIONS).exists()), folder)
-        raise ValueError(f"{held} holds a run already: resume, or choose another output")
+        raise ValueError(held_by_a_run(held))
     task = load_task(config.data)
     data = f"{task.name}: {len(task.train)} training and {len(task.dev)} dev examples"
     _log.info("%s, %s", data, task.kind)

@@ -11,8 +11,7 @@ from typing import Any
 import yaml
 
 from loradrop import methods
-from loradrop.config import LoRAConfig, LoraDropConfig, TrainConfig, check_keys
-from loradrop.formats.peft import DTYPES
+from loradrop.config import DTYPES, LoRAConfig, LoraDropConfig, TrainConfig, check_keys
 from loradrop.kinds import hints_of, kinds_in, missed
 from loradrop.text.task import DataConfig
 
@@ -137,7 +136,7 @@ def _raw(path: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _is_option(override: str) -> bool:
-    """Whether it is no section that is one word: those come first, and their options stay."""
+    """Whether it sets an option, not a whole section: sections come first, so that options stay."""
     return override.partition("=")[0].removeprefix("lora.") not in _SHORT
 
 

@@ -63,10 +63,11 @@ def _take(folder: Path, options: Options, resume: bool) -> None:
         with open(folder / OPTIONS, "x", encoding="utf-8") as opened:
             json.dump(options, opened, indent=2)
     except FileExistsError as error:
-        raise ValueError(_held(folder)) from error
+        raise ValueError(held_by_a_run(folder)) from error
 
 
-def _held(folder: Path) -> str:
+def held_by_a_run(folder: Path) -> str:
+    """The error for a folder that a new run cannot have."""
     return f"{folder} holds a run already: resume, or choose another output"
 
 
@@ -74,7 +75,7 @@ def _require_same_run(folder: Path, options: Options, resume: bool) -> None:
     if not (folder / OPTIONS).exists():
         return
     if not resume:
-        raise ValueError(_held(folder))
+        raise ValueError(held_by_a_run(folder))
     for section, before in read_json(folder / OPTIONS).items():
         now = options.get(section, {})
         names = {*before, *now}

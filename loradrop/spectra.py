@@ -1,4 +1,4 @@
-"""Spectral LoRA-drop: which directions of each adapter matter, and how a budget is spent on them.
+"""Spectral LoRA-drop: what each direction of an adapter is worth, and the best smaller adapters.
 
 One adapter: s·B·A with h = A x (r,) and u = Bᵀ ∂ℓ/∂y (r,). A core M (r, r) of rank k between its
 factors gives the smaller adapter s·B·M·A. What that costs is unit·‖L (I − M) R‖² with roots of two
@@ -121,8 +121,7 @@ class Spectrum(Mapping[str, Sequence[float]]):
         return compensate([*self.gradients.values()], self._of_adapters(ranks), self.samples)
 
     def _of_adapters(self, ranks: Mapping[str, int]) -> list[int]:
-        firsts = (members[0] for members in members_of(self.slots).values())
-        return [ranks[self.targets[i].name] for i in firsts]
+        return [ranks[self.targets[i].name] for i in self.adapters]
 
     def _lost(self, ranks: Mapping[str, int]) -> float:
         return sum(sum(self.by_target[i][ranks[self.targets[i].name] :]) for i in self.adapters)
@@ -228,10 +227,7 @@ def best_cores(
     R, undo_R = _root(right)
     U, sigma, Vt = torch.linalg.svd(L @ R.T)
     q, p = undo_L @ U, Vt @ undo_R.T  # (r, r) columns, (r, r) rows
-    of_A, of_B = factors
-    assert of_A is not None and of_B is not None
-    long_p = (p @ of_A @ p.T).diagonal().clamp_min(0.0).sqrt()
-    long_q = (q.T @ of_B @ q).diagonal().clamp_min(0.0).sqrt()
+    long_p, long_q = _lengths(p, q, factors)
     used = (sigma > 0) & (long_p > 0) & (long_q > 0)
     # ‖A' row‖ = ‖B' column‖ where there is anything; elsewhere B' is zero and A' can still learn.
     ratio = torch.where(used, (sigma * long_q / long_p).sqrt(), 0.0)
@@ -255,13 +251,21 @@ def narrowed(
     if k == len(best.right):  # what no batch reached stays
         whole = torch.eye(k, dtype=added.dtype)
         return whole + left @ added, whole
-    right, (of_A, of_B) = right + added, factors
-    assert of_A is not None and of_B is not None
-    long_p = (right @ of_A @ right.T).diagonal().clamp_min(0.0).sqrt()
-    long_q = (left.T @ of_B @ left).diagonal().clamp_min(0.0).sqrt()
+    right = right + added
+    long_p, long_q = _lengths(right, left, factors)
     ratio = (long_q / long_p).sqrt()
     ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
     return right * ratio[:, None], left / ratio
+
+
+def _lengths(
+    rows: Tensor, columns: Tensor, factors: tuple[Tensor | None, Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """Those of the rows of P A and of the columns of B Q, for P (k, r) and Q (r, k)."""
+    of_A, of_B = factors
+    assert of_A is not None and of_B is not None
+    squares = (rows @ of_A @ rows.T).diagonal(), (columns.T @ of_B @ columns).diagonal()
+    return squares[0].clamp_min(0.0).sqrt(), squares[1].clamp_min(0.0).sqrt()
 
 
 def _root(gram: Tensor) -> tuple[Tensor, Tensor]:

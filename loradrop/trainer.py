@@ -1,4 +1,4 @@
-"""transformers' Trainer with checkpoints of adapters, and its arguments in our words."""
+"""transformers' Trainer with checkpoints of adapters."""
 
 import logging
 import shutil
@@ -51,7 +51,7 @@ class Part(NamedTuple):
 class LoRATrainer(Trainer):
     """A Trainer whose checkpoints hold adapters, statistics, optimiser, and whether they are whole.
 
-    part    of which longer run this is a part; None is a run of its own
+    part        of which longer run this is a part; None is a run of its own
     head_rate   the learning rate of what is trained whole; None is that of the arguments
 
     The data may be DataLoaders; everything else is `transformers.Trainer`. Raises ValueError at the
@@ -176,10 +176,6 @@ class LoRATrainer(Trainer):
             self._load_best_model()
         self.events.begin()
         self.events.detach()
-
-    def dev_metrics(self) -> dict[str, Any]:
-        """Those of `evaluate`, without the epoch and the timings, which differ from run to run."""
-        return dev_metrics(self)
 
     def history(self, stage: str, offset: int = 0) -> list[dict[str, Any]]:
         """What was logged at each step, without summaries and timings; `offset` steps before."""

@@ -29,7 +29,7 @@ from loradrop.config import LoRAConfig, TrainConfig, require_config
 from loradrop.env import is_first_rank
 from loradrop.files import write_json
 from loradrop.injection import base_of, injection_of, plan_of, sum_of
-from loradrop.masks import MASK, MaskFn
+from loradrop.masks import MASK, MaskFn, Masking
 from loradrop.methods.base import Warmup
 from loradrop.native import save
 from loradrop.optimizers import by_name, kept_state
@@ -40,7 +40,7 @@ from loradrop.run_folder import Boundary, begun, resumable, taken
 from loradrop.sampling import sample_of
 from loradrop.sharing import conclude
 from loradrop.surgery import inject
-from loradrop.trainer import LoRATrainer, Part, forward_kept, last_checkpoint
+from loradrop.trainer import LoRATrainer, Part, dev_metrics, forward_kept, last_checkpoint
 from loradrop.wrapped import inner
 
 _log = logging.getLogger(__name__)
@@ -109,8 +109,9 @@ def fit(
     with tempfile.TemporaryDirectory() as scratch, forward_kept(model):
         folder, arguments = _settled(args, output_dir, mask)
         run = _Run(
-            model, train, config, arguments, collate, folder or Path(scratch), resume,
-            dict(data or {}), mask_fn, processing_class, dev, metric, callbacks,
+            model=model, train=train, config=config, args=arguments, collate=collate,
+            folder=folder or Path(scratch), resume=resume, data=dict(data or {}), mask_fn=mask_fn,
+            processing_class=processing_class, dev=dev, metric=metric, callbacks=callbacks,
         )  # fmt: skip
         with run.held():
             return run.whole()
@@ -149,8 +150,8 @@ def warm_up(
     folder, arguments = _settled(args, output_dir, mask)
     assert folder is not None
     run = _Run(
-        model, train, config, arguments, collate, folder, resume, dict(data or {}), mask_fn,
-        processing_class,
+        model=model, train=train, config=config, args=arguments, collate=collate, folder=folder,
+        resume=resume, data=dict(data or {}), mask_fn=mask_fn, processing_class=processing_class,
     )  # fmt: skip
     if config.method.warmup(run.total) is None:
         raise ValueError(f"the method {config.method.name!r} measures nothing: try lora_drop")
@@ -159,7 +160,7 @@ def warm_up(
     return plan_of(model)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Run:
     """One `fit`; its fields are the arguments of `fit`."""
 
@@ -244,7 +245,7 @@ class _Run:
             row = self._rows(done) if stage.sample_ratio == 1.0 else 0
             part = Part(self.total, done, row, before.known)
         trainer, events = self._stage("main", self.total - done, self.train, statistics, part=part)
-        metrics = {} if self.dev is None else trainer.dev_metrics()
+        metrics = {} if self.dev is None else dev_metrics(trainer)
         if is_needed(self.model):
             save(self.model, self.folder / "adapter")
         plan = plan_of(self.model)
@@ -312,13 +313,12 @@ class _Run:
         if stage.source == "offline" or events.collector is None:
             gram = "gram_in" in method.statistics
             batches = trainer.some_batches(rows) if gram else trainer.get_eval_dataloader(rows)
-            mask, mask_fn = self.args.mask, self.mask_fn
-            scores = probe(self.model, batches, gram=gram, mask=mask, mask_fn=mask_fn)
+            masking = self._masking._asdict()
+            scores = probe(self.model, batches, gram=gram, **masking)
         else:
             scores = events.collector.scores()
-        record = {"steps": steps, "planned": stage.steps, "settled": events.settled}
         try:
-            update = conclude(self.model, scores, record)
+            update = conclude(self.model, scores, events.record(steps))
         except ValueError:
             if is_first_rank():  # nothing that another try could go on from
                 shutil.rmtree(self.folder / "warmup", ignore_errors=True)
@@ -326,6 +326,10 @@ class _Run:
         self._record()
         known = by_name(self.model, kept_state(trainer.optimizer, update))
         return Boundary(steps, events.seconds_before, trainer.history("warmup"), known)
+
+    @property
+    def _masking(self) -> Masking:
+        return Masking(self.args.mask, self.mask_fn)
 
     def _arguments(self, stage: str, steps: int, part: Part | None = None) -> TrainingArguments:
         return training_arguments(
@@ -345,10 +349,8 @@ class _Run:
         """One run of the Trainer on `rows`, from its last whole checkpoint where there is one."""
         checkpoint = last_checkpoint(self.folder / name) if self.resume else None
         events = MethodCallback(
-            self.model, statistics=statistics, mask=self.args.mask, mask_fn=self.mask_fn,
-            settle_every=warmup.settle_every if warmup else 0,
-            measured_from=warmup.measured_from if warmup else 0,
-        )  # fmt: skip
+            self.model, statistics=statistics, masking=self._masking, warmup=warmup
+        )
         callbacks = self.callbacks
         if name == "warmup":  # it is not evaluated
             kind = EarlyStoppingCallback

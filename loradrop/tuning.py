@@ -21,10 +21,10 @@ from loradrop.config import LoRAConfig
 from loradrop.kernels.tiles import machine_of
 from loradrop.measuring import workers
 from loradrop.measuring.child import PEFT, Measured
-from loradrop.measuring.points import DIRECTIONS, Cell, key_of, point_of
 from loradrop.op import dispatch, tuned
 from loradrop.op.costs import SERVING, fastest, times_of
 from loradrop.op.philox import quantize
+from loradrop.op.points import DIRECTIONS, Cell, key_of, point_of
 
 ROOT = Path(loradrop.__file__).parent.parent
 CHILD = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom loradrop.measuring import child\n"
@@ -32,7 +32,7 @@ COMMAND = (sys.executable, "-P", "-c", CHILD + "child.main()")
 RANK = 16
 LIMIT = 120.0
 TOKENS = {"cuda": (1024, 2048, 4096, 8192), "cpu": (512,)}  # each holds up to 1.5 times away
-DTYPES = {"cuda": "bfloat16", "cpu": "float32"}
+DEFAULT_DTYPE = {"cuda": "bfloat16", "cpu": "float32"}
 _ELSEWHERE = "it was lost at two layers before, and was not tried here"
 
 
@@ -224,7 +224,7 @@ def destination(device: str, out: Path | None = None) -> Path:
             raise ValueError(f"{path} is a folder: name a file, such as {path / 'tuned.json'}")
         if out is not None and path.exists() and not tuned.is_tuned(path):
             raise ValueError(
-                f"--out {path} is no file of loradrop tune: name another, or delete it"
+                f"--out {path} is not a file that loradrop tune wrote: name another, or delete it"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
@@ -258,7 +258,7 @@ def tune(
     """Measures, prints the table and writes the file as results come, each note once.
 
     Arguments as `measured` and `keep` have them. Returns the file, None where nothing came. Raises
-    ValueError for seconds or a limit that are no times, and as `destination` and `measured` do.
+    ValueError for seconds or a limit that are not times, and as `destination` and `measured` do.
     """
     if not 0.0 <= seconds < math.inf:
         raise ValueError(f"--seconds {seconds:g}: choose a number from 0 up, such as 1")

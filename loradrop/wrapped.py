@@ -30,7 +30,7 @@ def inner(model: nn.Module) -> nn.Module:
 
 
 def of_inner(verb: Verb) -> Verb:
-    """The function of a model, for the model inside of what is around it.
+    """Decorates a function of a model: it gets the model inside of torch.compile, DDP and the like.
 
     It raises ValueError, once it is done, where DDP does not know what it made.
     """

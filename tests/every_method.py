@@ -12,6 +12,7 @@ from loradrop import LoRAConfig, methods
 from loradrop.bank import AdapterBank
 from loradrop.collector import Collector
 from loradrop.injection import injection_of
+from loradrop.masks import EVERY_TOKEN
 from loradrop.methods import LoRA, Method
 from loradrop.methods.adalora import AdaLoRA
 from loradrop.methods.prilora import PRILoRA
@@ -77,7 +78,7 @@ def train(
     bank, method = model.lora_bank, injection_of(model).config.method
     optimizer = optimizer or optimizer_of(model)
     names = method.statistics or ("sqnorm",)
-    collector = Collector(model, bank, online=True, statistics=names, mask=None)
+    collector = Collector(model, bank, online=True, statistics=names, masking=EVERY_TOKEN)
     for step in range(done + 1, steps + 1):
         (model(rows(step).to(model.classifier.weight)) - 1.0).square().mean().backward()
         method.before_step(bank, step, TOTAL)
@@ -96,7 +97,7 @@ def by_sgd(model: Any, rows: Tensor, wrap: Any = lambda model: model, steps: int
     bank, method, called = model.lora_bank, injection_of(model).config.method, wrap(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.2)
     names = method.statistics or ("sqnorm",)
-    collector = Collector(model, bank, online=True, statistics=names, mask=None)
+    collector = Collector(model, bank, online=True, statistics=names, masking=EVERY_TOKEN)
     for step in range(1, steps + 1):
         (called(rows) - 1.0).square().mean().backward()
         method.before_step(bank, step, TOTAL)

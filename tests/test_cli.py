@@ -20,7 +20,7 @@ import loradrop
 from loradrop import env
 from loradrop.base_models import load_base
 from loradrop.cli import Dtype, main
-from loradrop.formats.peft import DTYPES
+from loradrop.config import DTYPES
 from loradrop.methods import available
 from loradrop.op import cuda
 

@@ -25,10 +25,10 @@ from op_cases import (
 from torch import Tensor
 from torch.testing import assert_close
 
+from loradrop.kernels.tiles import row_bytes
 from loradrop.op.call import Call
 from loradrop.op.function import LoRAFunction
 from loradrop.op.linear import lora_add, lora_linear
-from loradrop.op.philox import row_bytes
 from loradrop.testing import AWKWARD, Shape
 
 pytestmark = pytest.mark.numbers

@@ -17,6 +17,7 @@ from loradrop import LoRAConfig
 from loradrop.collector import Collector
 from loradrop.files import read_json
 from loradrop.injection import plan_of
+from loradrop.masks import EVERY_TOKEN
 from loradrop.methods.prilora import PRILoRA, smallest
 from loradrop.plan import Plan
 from loradrop.report.grid import plan_table
@@ -65,7 +66,7 @@ def test_pruning_is_that_of_the_formula() -> None:
     net, beta, ratio = model(), 0.75, 0.4
     options = config(beta=beta, prune_ratio=ratio, prune_every=3)
     bank = loradrop.inject(net, options)
-    collector = Collector(net, bank, online=True, statistics=["moment"], mask=None)
+    collector = Collector(net, bank, online=True, statistics=["moment"], masking=EVERY_TOKEN)
     average = np.zeros(WIDTH)
     scales = torch.logspace(-2, 2, WIDTH)
     for step in range(1, 4):
@@ -90,7 +91,7 @@ def test_pruned_entries_may_grow_again() -> None:
     net = model()
     options = config(prune_every=1)
     bank = loradrop.inject(net, options)
-    collector = Collector(net, bank, online=True, statistics=["moment"], mask=None)
+    collector = Collector(net, bank, online=True, statistics=["moment"], masking=EVERY_TOKEN)
     with torch.no_grad():
         bank.B[0].normal_()
     optimizer = torch.optim.SGD([bank.A[0]], lr=0.1)
@@ -123,7 +124,7 @@ def test_the_state_says_what_was_pruned(scope: str, regrow: bool) -> None:
     """Pruned at step 2 of 4 alone: afterwards entries regrow, or stay zero and are chosen again."""
     net, options = model(), config(prune_every=2, prune_scope=scope, regrow=regrow)
     bank = loradrop.inject(net, options)
-    collector = Collector(net, bank, online=True, statistics=["moment"], mask=None)
+    collector = Collector(net, bank, online=True, statistics=["moment"], masking=EVERY_TOKEN)
     with torch.no_grad():
         for B in bank.B:
             B.normal_(0.0, 0.1)

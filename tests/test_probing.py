@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import loradrop
 from loradrop.collector import Collector
 from loradrop.injection import injection_of
+from loradrop.masks import EVERY_TOKEN, MASKED
 from loradrop.scores import Scores
 
 pytestmark = pytest.mark.numbers
@@ -386,13 +387,13 @@ def test_two_passes_of_one_backward(reentrant: bool | None, masked: bool) -> Non
     """Each keeps the mask it came with; where activations are recomputed none is guessed."""
     model, one = net(reentrant), batches(1)[0]
     two = one | {"attention_mask": torch.ones_like(one["attention_mask"])}
-    options = {} if masked else {"mask": None}
-    expected = loradrop.probe(model, [one, two], **options)
+    masking = MASKED if masked else EVERY_TOKEN
+    expected = loradrop.probe(model, [one, two], mask=masking.mask)
     if masked and reentrant is not None:
         with pytest.raises(RuntimeError, match=r"cannot tell whose 'attention_mask'.*mask=None"):
             two_passes(model, one, two)
         return
-    scores = two_passes(model, one, two, **options)
+    scores = two_passes(model, one, two, masking=masking)
     torch.testing.assert_close(scores.rows[0], expected.rows.sum(0), **EXACT)
     assert scores.tokens == expected.tokens
 

@@ -17,7 +17,7 @@ import roofline
 @pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA L4"])
 def test_no_backend_is_below_the_floor(device: str) -> None:
     for problem in roofline.problems(device):
-        least, frozen = costs.floor(problem), costs.frozen(problem)
+        least, frozen = roofline.floor(problem), roofline.frozen(problem)
         assert frozen.us < least.us < 1.2 * frozen.us
         for name in roofline.backends(problem):
             work = costs.work(problem, name)

@@ -12,6 +12,7 @@ import loradrop
 from loradrop import LoRAConfig, Plan, Spectral
 from loradrop.injection import plan_of
 from loradrop.methods.spectral import SpectralBank
+from loradrop.report.grid import plan_table
 from loradrop.scores import Target
 
 CUT = tiny.WARMUP
@@ -100,7 +101,12 @@ def test_a_plan_of_before_has_one_s(tmp_path: Path) -> None:
     loradrop.inject(model, config(scale="fixed"))
     data = plan_of(model).to_dict() | {"schema": 4}
     assert data["config"]["method"].pop("scale") == "fixed"
-    assert Plan.from_dict(data).config.method.scale == "fixed"
+    data["cut"] = {"metric": "loss", "values": {}, "ranks": {}, "full": {}, "loss": 0.25}
+    plan = Plan.from_dict(data)
+    assert plan.config.method.scale == "fixed"
+    assert plan_table(plan)["cut"].endswith("predicted rise of the loss 0.25"), "nothing made up"
+    with pytest.raises(ValueError, match=r"the plan is damaged: .*cut is "):
+        Plan.from_dict(plan.to_dict() | {"cut": data["cut"]})
     assert config().method.scale == "rank"
 
 

@@ -284,9 +284,9 @@ HALF, WORD = "text,label\na,1\nb,.5\n", "text,label\na,1\nb,x\n"
         ("q.csv", 'text,label\n"a,1\n', {}, "broken CSV"),
         ("h.csv", "text,text\na,b\n", {}, "names a column twice"),
         ("h.csv", 'text;label\n"a";1\n', {}, "h.csv is the one column 'text;label'.*by ';'"),
-        ("h.csv", "sep=;\ntext;label\na;1\n", {}, "its cells are parted by ';'"),
-        ("h.csv", "text\tlabel\na\t1\n", {}, r"its cells are parted by '\\t'"),
-        ("h.tsv", "text,label\na,1\n", {}, "its cells are parted by ','; write it with commas"),
+        ("h.csv", "sep=;\ntext;label\na;1\n", {}, "its cells are separated by ';'"),
+        ("h.csv", "text\tlabel\na\t1\n", {}, r"its cells are separated by '\\t'"),
+        ("h.tsv", "text,label\na,1\n", {}, "its cells are separated by ','; write it with commas"),
         ("j.jsonl", '{"text": "a", "label": 1}\n{"text": \n', {}, "j.jsonl:2 is broken JSON"),
         ("o.jsonl", "[1]\n", {}, r"o.jsonl:1 is '\[1\]': each line must be a JSON object"),
         (

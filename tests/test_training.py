@@ -22,6 +22,7 @@ from loradrop import arguments as arguments_module
 from loradrop.callbacks import MethodCallback
 from loradrop.injection import injection_of
 from loradrop.methods import Method
+from loradrop.methods.base import Warmup
 from loradrop.trainer import last_checkpoint
 from loradrop.training import warm_up
 
@@ -451,7 +452,8 @@ def test_a_method_of_one_stage_sees_every_step(method: Method, tmp_path: Path) -
 def test_callback_in_a_stock_trainer(settled: bool, tmp_path: Path) -> None:
     model = make_model()
     loradrop.inject(model, tiny.SETTLING if settled else tiny.DROP)
-    events = MethodCallback(model, statistics=["sqnorm"], settle_every=2 * settled)
+    warmup = Warmup(steps=tiny.WARMUP + 4, settle_every=2 * settled)
+    events = MethodCallback(model, statistics=["sqnorm"], warmup=warmup)
     arguments = TrainingArguments(
         **{"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "disable_tqdm": True},
         **{"max_steps": tiny.WARMUP + 4, "save_steps": 6, "learning_rate": 1e-2},

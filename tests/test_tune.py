@@ -20,8 +20,8 @@ from loradrop.files import read_json
 from loradrop.kernels.tiles import Machine
 from loradrop.measuring import child, correct, workers
 from loradrop.measuring.cases import as_peft, make_case, ours
-from loradrop.measuring.points import BACKWARD, KEYS, Cell
 from loradrop.op import costs, dispatch, tuned
+from loradrop.op.points import BACKWARD, KEYS, Cell
 from loradrop.testing import AWKWARD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,9 +116,8 @@ def test_out_replaces_nothing_but_a_file_of_its_own(tmp_path: Path, capsys: Caps
     line = ("tune", "16x12", "--device", "cpu", "--tokens", 3, "--seconds", 0, "--out")
     for name, text in {"run.yaml": "model: base\n", "a.json": '{"points": []}'}.items():
         (tmp_path / name).write_text(text)
-        fails(
-            capsys, f"--out {tmp_path / name} is no file of loradrop tune", *line, tmp_path / name
-        )
+        path = tmp_path / name
+        fails(capsys, f"--out {path} is not a file that loradrop tune wrote", *line, path)
         assert (tmp_path / name).read_text() == text
     fails(capsys, f"{tmp_path} is a folder: name a file, such as", *line, tmp_path)
     below = tmp_path / "run.yaml" / "points.json"
@@ -180,7 +179,7 @@ def test_the_check_holds_in_an_optimised_python() -> None:
 import torch
 from loradrop.measuring import correct
 from loradrop.measuring.cases import make_case, ours
-from loradrop.measuring.points import BACKWARD, Cell
+from loradrop.op.points import BACKWARD, Cell
 from loradrop.testing import assert_within
 
 case = make_case(Cell("float32", 40, 64, 96, 4, 0.0, BACKWARD), "cpu")

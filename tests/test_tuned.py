@@ -13,9 +13,9 @@ import pytest
 import torch
 from op_cases import call_of, draw
 
-from loradrop.measuring.points import KEYS
 from loradrop.op import costs, dispatch, tuned
 from loradrop.op.call import Problem
+from loradrop.op.points import KEYS
 from loradrop.testing import AWKWARD
 
 ROOT = Path(__file__).resolve().parent.parent

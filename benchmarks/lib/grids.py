@@ -5,8 +5,8 @@ from itertools import product
 from typing import NamedTuple
 
 from loradrop.env import native_bf16
-from loradrop.measuring.points import DIRECTIONS as BOTH
-from loradrop.measuring.points import Cell
+from loradrop.op.points import DIRECTIONS as BOTH
+from loradrop.op.points import Cell
 
 PARTS = "parts"  # what stands for a direction where kernels are timed by themselves
 DIRECTIONS = (*BOTH, PARTS)

@@ -14,7 +14,7 @@ from lib import ROOT
 from lib.package import BACKENDS
 from lib.results import cell_of, read_rows
 from loradrop.files import read_json
-from loradrop.measuring.points import KEYS, key_of, point_of
+from loradrop.op.points import KEYS, key_of, point_of
 
 ASSET = ROOT / "loradrop" / "assets" / "measured.json"
 

@@ -13,7 +13,7 @@ from lib.markdown import SHORT
 from lib.results import FROZEN, Cell
 from lib.rivals import addmm, frozen, peft, peft_compiled, peft_hook, peft_hook_b
 from loradrop.measuring.cases import MASKED, Case, Output, ours
-from loradrop.measuring.points import BACKWARD
+from loradrop.op.points import BACKWARD
 
 Make = Callable[[Case], Callable[[], Output]]
 COMPILED = (4096, 14336, 16)  # K, N and r at which PEFT is compiled, for half a minute a cell

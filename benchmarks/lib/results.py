@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lib.markdown import SHORT
-from loradrop.measuring.points import Cell
+from loradrop.op.points import Cell
 
 if TYPE_CHECKING:
     from pandas import DataFrame

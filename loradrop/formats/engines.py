@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loradrop.config import first_match
 from loradrop.formats.peft_file import PeftFile
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes; 16 by default
@@ -97,9 +98,7 @@ def refusal(engine: str, file: PeftFile) -> EngineVerdict:
 
 
 def _matching(pattern: Mapping[str, Any] | None, name: str, default: float) -> float:
-    """PEFT's patterns: a key is a regex for the end of the name; the first that matches wins."""
-    values = (v for key, v in (pattern or {}).items() if re.match(rf"(.*\.)?({key})$", name))
-    return float(next(values, default))
+    return float(first_match(pattern or {}, name, default))
 
 
 def _peft_rank(config: Mapping[str, Any], name: str) -> int:

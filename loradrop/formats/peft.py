@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loradrop.bank import bank_of
+from loradrop.config import DTYPES
 from loradrop.env import is_first_rank
 from loradrop.files import read_json, write_json, write_text
 from loradrop.formats.card import card_of, extended
@@ -37,7 +38,6 @@ from loradrop.ranks import whole, writes
 from loradrop.tensor_file import write_tensors
 from loradrop.wrapped import of_inner, tensors_of
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 FORMATS = ("peft", "merged")
 _log = logging.getLogger(__name__)
 

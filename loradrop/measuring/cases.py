@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
-from loradrop.measuring.points import Cell
 from loradrop.op.linear import lora_linear
+from loradrop.op.points import Cell
 
 Output = tuple[Tensor, Tensor | None]  # y, and the squared norm where it is asked for
 

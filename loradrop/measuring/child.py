@@ -15,10 +15,10 @@ from loradrop.kernels.tiles import machine_of
 from loradrop.measuring import timing, workers
 from loradrop.measuring.cases import MASKED, Case, as_peft, make_case, ours, run_once
 from loradrop.measuring.correct import check_backend, forget, prepare
-from loradrop.measuring.points import BACKWARD, Cell
 from loradrop.op import dispatch
 from loradrop.op.call import Problem
 from loradrop.op.costs import SERVING
+from loradrop.op.points import BACKWARD, Cell
 
 PEFT = "PEFT"
 _NO_MEMORY = "out of memory"

@@ -113,8 +113,7 @@ class Method:
         """Between the stages: change what the bank owns.
 
         Returns what `LoRABank.share` and `LoRABank.cut` return; None where an optimiser has to
-        begin anew with all adapters. Raises ValueError for a method that
-        decides nothing.
+        begin anew with all adapters. Raises ValueError for a method that decides nothing.
         """
         raise ValueError(f"the method {self.name!r} selects nothing: pass kept, or use LoRADrop()")
 

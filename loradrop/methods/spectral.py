@@ -3,9 +3,9 @@
 The first stage trains LoRA with `r_start` directions for every target. At its end the Gram matrices
 of both passes say what each direction is worth in units of the loss (`spectra`), one budget is
 spent on the directions of all targets together, and the second stage trains what is left: plain
-LoRA with a rank for each target, 0 included. What the optimiser knows is cut with the adapters. All
-of it is ours; the score by which LoRA-drop (Zhou
-et al., COLING 2025) keeps whole layers is the sum of this spectrum with metric="output".
+LoRA with a rank for each target, 0 included. What the optimiser knows is cut with the adapters.
+All of it is ours; the score by which LoRA-drop (Zhou et al., COLING 2025) keeps whole layers is the
+sum of this spectrum with metric="output".
 
 Both stages train at one learning rate, and in a step of Adam, whose size is that of the rate, k
 directions move the output k times as far as one. So s falls with the rank that a target has, as

@@ -78,6 +78,18 @@ class Grads(NamedTuple):
     B: Tensor | None
 
 
+class Sinks(NamedTuple):
+    """The float64 leaves that want a statistic as their gradient."""
+
+    sqnorm: Tensor | None = None  # 0-dim
+    moment: Tensor | None = None  # (K,)
+    gram_in: Tensor | None = None  # (r, r)
+    core: Tensor | None = None  # (r, r)
+
+
+NO_SINKS = Sinks()
+
+
 class Problem(NamedTuple):
     """What is known about a call before it runs: x (m, k) times weight (n, k), rank r."""
 

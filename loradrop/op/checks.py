@@ -7,8 +7,7 @@ raised.
 import torch
 from torch import Tensor
 
-from loradrop.op.call import Call
-from loradrop.op.function import NO_SINKS, Sinks
+from loradrop.op.call import NO_SINKS, Call, Sinks
 from loradrop.ranks import ZERO_3, is_partitioned, is_sharded
 
 _FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from loradrop.kernels.tiles import row_bytes
 from loradrop.op import dispatch
-from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved
-from loradrop.op.function import Sinks, gradients, saved_of, saved_tensors
+from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved, Sinks
+from loradrop.op.function import gradients, saved_of, saved_tensors
 
 _FIELDS = len(Call._fields)
 

@@ -76,6 +76,12 @@ def rates(arch: int, sms: int, name: str = "") -> Rates:
     return Rates(flops, flops * bytes_per_flop)
 
 
+def rates_of(problem: Problem) -> Rates:
+    """Those of its device, for its dtype."""
+    rate = rates(problem.arch, problem.sms, problem.device_name)
+    return rate._replace(flops=rate.flops * _FLOAT32) if problem.dtype == torch.float32 else rate
+
+
 class Work(NamedTuple):
     """What a call costs by the roofline."""
 
@@ -87,8 +93,8 @@ class Work(NamedTuple):
 def work(problem: Problem, backend: str) -> Work:
     """Of one call, with its backward pass where there is one, as the backend is built."""
     m, k, n, r, size = problem.m, problem.k, problem.n, problem.r, problem.dtype.itemsize
-    rate, masked = rates(problem.arch, problem.sms, problem.device_name), problem.dropout > 0
-    flops = _GEMM[backend] * rate.flops * (_FLOAT32 if problem.dtype == torch.float32 else 1.0)
+    rate, masked = rates_of(problem), problem.dropout > 0
+    flops = _GEMM[backend] * rate.flops
     time, moved = 0.0, 0.0
 
     def stream(amount: float, of_peak: float = 1.0) -> None:
@@ -122,30 +128,6 @@ def work(problem: Problem, backend: str) -> Work:
     elif masked:
         stream((1 + 2 * problem.grad) * m * k / 8)
     return Work(1e6 * time, moved, launches)
-
-
-def floor(problem: Problem) -> Work:
-    """What no backend can be faster than: the frozen products with the LoRA product in the same
-    sums, and x once more for dA, which needs all of dy first. Dropout adds its bits.
-    """
-    m, k, n, size = problem.m, problem.k, problem.n, problem.dtype.itemsize
-    rate, passes = rates(problem.arch, problem.sms, problem.device_name), 1 + problem.grad
-    flops = rate.flops * (_FLOAT32 if problem.dtype == torch.float32 else 1.0)
-    amount = size * (m * k + k * n + m * n)
-    thin = 2.0 * m * (k + n) * problem.r  # h and its product with B; t and its product with A
-    each = max((2.0 * m * k * n + thin) / flops, amount / rate.bytes)
-    more = size * m * k * problem.grad + (problem.dropout > 0) * m * k / 8
-    return Work(1e6 * (passes * each + more / rate.bytes), passes * amount + more, passes)
-
-
-def frozen(problem: Problem) -> Work:
-    """The frozen product by cuBLAS, with that of dx."""
-    m, k, n, passes = problem.m, problem.k, problem.n, 1 + problem.grad
-    rate = rates(problem.arch, problem.sms, problem.device_name)
-    flops = rate.flops * (_FLOAT32 if problem.dtype == torch.float32 else 1.0)
-    amount = problem.dtype.itemsize * (m * k + k * n + m * n)
-    each = max(2.0 * m * k * n / flops, amount / rate.bytes)
-    return Work(1e6 * passes * each, passes * amount, passes)
 
 
 def predict(problem: Problem, backend: str) -> float:

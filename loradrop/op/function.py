@@ -3,34 +3,23 @@
 Under `torch.compile` the same forward and backward are custom ops (`compiled.py`).
 
 A sink is a float64 leaf whose gradient is a statistic of the call: autograd adds it once for each
-backward pass, under activation checkpointing, accumulation and compilation alike. To add one: a
-field here, its function in `STATISTICS`, its shape in `checks.py`, its keyword in `linear.py`.
+backward pass, under activation checkpointing, accumulation and compilation alike.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from loradrop.op import rounded
-from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved
+from loradrop.op.call import NO_SINKS, Backend, Call, Grads, Needs, Output, Saved, Sinks
 from loradrop.op.reference import REFERENCE, backward_with_graph, core, moment, up
 
 Backward = Callable[[Saved, Tensor, Needs], Grads]
 
 
-class Sinks(NamedTuple):
-    """The leaves that want a statistic as their gradient."""
-
-    sqnorm: Tensor | None = None  # 0-dim
-    moment: Tensor | None = None  # (K,)
-    gram_in: Tensor | None = None  # (r, r)
-    core: Tensor | None = None  # (r, r)
-
-
-NO_SINKS = Sinks()
 _HALF = (torch.bfloat16, torch.float16)
 
 

@@ -14,10 +14,10 @@ from torch._subclasses import FakeTensor
 from torch.nn.functional import linear
 
 from loradrop.op import dispatch
-from loradrop.op.call import Call
+from loradrop.op.call import NO_SINKS, Call, Sinks
 from loradrop.op.checks import check_base_gradient, check_operands, check_options, check_whole
 from loradrop.op.compiled import run_op
-from loradrop.op.function import NO_SINKS, Sinks, autocasting, run, run_transformed, transformed
+from loradrop.op.function import autocasting, run, run_transformed, transformed
 from loradrop.op.philox import quantize
 
 _TENSORS = frozenset((Tensor, nn.Parameter))

@@ -14,7 +14,7 @@ As bits, a mask is what `draw` returns and the kernels keep: a bit is set where 
 import torch
 from torch import Tensor
 
-from loradrop.kernels.tiles import row_bytes as row_bytes
+from loradrop.kernels.tiles import row_bytes
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)

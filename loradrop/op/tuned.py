@@ -17,8 +17,8 @@ from loradrop._version import __version__
 from loradrop.files import read_json, write_json
 from loradrop.kernels.tiles import rank_tile
 from loradrop.machine import driver, processor, version
-from loradrop.measuring.points import KEYS
 from loradrop.op.call import Problem
+from loradrop.op.points import KEYS
 
 SCHEMA = 1
 CPU = "cpu"

@@ -203,7 +203,10 @@ def _texts(
         pairs.append(pair)
     odd = next((i for i, text in enumerate(texts) if type(text) is not type(texts[0])), None)
     if odd is not None:
-        raise ValueError(f"only one of {places[0]} and {places[odd]} is a conversation: part them")
+        raise ValueError(
+            f"only one of {places[0]} and {places[odd]} is a conversation: "
+            "put them into separate files"
+        )
     return texts, pairs
 
 

@@ -71,7 +71,7 @@ def _rows(path: Path, records: Iterator[tuple[int, list[str]]]) -> Iterator[Reco
     other = [mark for mark in (";", "\t", ",", "|") if len(header) == 1 and mark in header[0]]
     if other:
         raise ValueError(
-            f"the header of {path} is the one column {header[0]!r}: its cells are parted by "
+            f"the header of {path} is the one column {header[0]!r}: its cells are separated by "
             f"{other[0]!r}; write it with commas (.csv) or tabs (.tsv)"
         )
     if len(set(header)) < len(header):

@@ -1,7 +1,7 @@
-"""The data of a run: texts with labels, split into train and dev, and their tokens.
+"""The data of a run: texts with labels, split into train and dev.
 
 `load_task` turns a `DataConfig` into a `TextTask`: the embedded default, a file, a folder, or
-a data set of the hub, for single sentences, sentence pairs, regression and causal language models.
+a data set of the hub, of every kind in `examples.KINDS`.
 """
 
 import hashlib
