@@ -46,22 +46,16 @@ def allocate(
     check_steps(multiple, budget_time)
     low = _lowest(spectrum, budget_time)
     if rank is not None:
+        if rank % multiple:
+            raise ValueError(f"rank={rank} is no multiple of multiple={multiple}: leave one out")
         return {name: 0 if name in low else min(rank, len(spectrum[name])) for name in spectrum}
-    pools = [
-        (pool, [i for i in pool if not low & _names(spectrum, i)])
-        for pool in _pools(spectrum, scope)
-    ]
+    pools = _allowed(spectrum, scope, low)
     if max_loss is None:
         ranks = _spend(spectrum, pools, budget, threshold, multiple)
     else:
         ranks = _within(spectrum, pools, max_loss, multiple)
-    if budget is not None and not any(ranks.values()):
-        first = [(i, len(spectrum.by_target[i])) for i in spectrum.adapters]
-        least = min(min(multiple, r) * spectrum.cost(i) for i, r in first) / spectrum.full
-        raise ValueError(
-            f"budget={budget:g} is below one direction: choose at least {least:.3g}, or a scope "
-            "that pools more targets"
-        )
+    if budget is not None and spectrum.full and not any(ranks.values()):
+        raise ValueError(below_one(budget, _least(spectrum, pools, multiple)))
     if max_loss is not None and spectrum.full and not any(ranks.values()):
         raise ValueError(
             f"max_loss={max_loss:g} leaves no adapter at all, which would cost "
@@ -70,8 +64,47 @@ def allocate(
     return ranks
 
 
+def least_budget(
+    spectrum: Spectrum, *, scope: str = "joint", multiple: int = 1, budget_time: float | None = None
+) -> float:
+    """The smallest budget for which `allocate` leaves anything, whatever the values are.
+
+    Raises ValueError as it does.
+    """
+    check_choice("scope", scope, SCOPES)
+    check_steps(multiple, budget_time)
+    return _least(spectrum, _allowed(spectrum, scope, _lowest(spectrum, budget_time)), multiple)
+
+
+def below_one(budget: float, least: float) -> str:
+    """The error for a budget that leaves nothing."""
+    rounded = math.ceil(least * 1e4) / 1e4
+    return (
+        f"budget={budget:g} is below one direction: choose at least {rounded:g}, or a scope that "
+        "pools more targets"
+    )
+
+
 # All of a pool's adapters, and those that may keep some directions.
 _Pool = tuple[list[int], list[int]]
+
+
+def _allowed(spectrum: Spectrum, scope: str, low: set[str]) -> list[_Pool]:
+    """The pools; targets in `low` get nothing."""
+    return [
+        (pool, [i for i in pool if not low & _names(spectrum, i)])
+        for pool in _pools(spectrum, scope)
+    ]
+
+
+def _least(spectrum: Spectrum, pools: Sequence[_Pool], step: int) -> float:
+    """The part of a pool's elements that its smallest step is, of the pool where that is least."""
+    found = []
+    for pool, upper in pools:
+        full = sum(len(spectrum.by_target[i]) * spectrum.cost(i) for i in pool)
+        steps = [min(step, len(spectrum.by_target[i])) * spectrum.cost(i) for i in upper]
+        found += [size / full for size in steps if size]
+    return min(found, default=0.0)
 
 
 def _within(
@@ -125,10 +158,12 @@ def _of_pool(
     """First target of an adapter -> rank, by falling value per element."""
     offers = []
     for order, i in enumerate(pool):
-        values = spectrum.by_target[i]
+        values, worth = spectrum.by_target[i], math.inf
         for start in range(0, len(values), step):
             part = values[start : start + step]
-            offers.append((-sum(part) / len(part) / spectrum.cost(i), order, start, i, part))
+            # A step is never worth more than the one before it, whatever a sum rounds to.
+            worth = min(worth, sum(part) / len(part) / spectrum.cost(i))
+            offers.append((-worth, order, start, i, part))
     ranks, closed, spent, kept = dict.fromkeys(pool, 0), set[int](), 0, 0.0
     for *_, start, i, part in sorted(offers):
         size = len(part) * spectrum.cost(i)

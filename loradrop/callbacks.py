@@ -118,13 +118,11 @@ class MethodCallback(TrainerCallback):
 
     def watch(self, collector: Collector, last: bool) -> None:
         """A target that is silent all the time is an error once that is known."""
-        if self._watched or not (silent := collector.silent()):
+        if self._watched or not collector.silent():
             self._watched = True
         elif last or self._steps >= WATCHED:
             self._watched = True
-            if injection_of(self.model).config.strict:
-                collector.require_called()
-            _log.warning("the forward of %s was never called so far", ", ".join(silent))
+            collector.require_called(injection_of(self.model).config.strict)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.seconds_before, self._started = self.seconds, time.monotonic()

@@ -9,6 +9,7 @@ checkpointing, accumulation and compilation alike, and `close_row` reads the lea
 for the device.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from loradrop.scores import Scores, Target
 from loradrop.watched import SHAPES, Watched, start
 
 GRAMS = ("gram_in", "core")
+_log = logging.getLogger(__name__)
 
 
 class Collector:
@@ -140,15 +142,19 @@ class Collector:
         found = zip(self.bank.targets, self.bank.slots, called.tolist(), strict=True)
         return [target.name for target, slot, was in found if slot is not None and not was]
 
-    def require_called(self) -> None:
-        """Raises RuntimeError naming the targets that are `silent`."""
-        if silent := self.silent():
+    def require_called(self, strict: bool = True) -> None:
+        """Raises RuntimeError naming the targets that are `silent`; not strict, it warns."""
+        if not (silent := self.silent()):
+            return
+        if strict:
             raise RuntimeError(
                 f"the forward of {', '.join(silent)} was never called: its module reads the weight "
                 "directly (as nn.MultiheadAttention does with out_proj, and fused inference paths "
-                "do), or no input so far reached it. Name it in exclude_modules, or pass "
-                "strict=False (the command: lora.strict=false) if it is reached later"
+                "do), or no input so far reached it. Name it in exclude_modules, pass strict=False "
+                "(the command: lora.strict=false) if it is reached later, or give rows that reach "
+                "it"
             )
+        _log.warning("the forward of %s was never called so far", ", ".join(silent))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The rows and the token count so far, summed over ranks, for a checkpoint."""

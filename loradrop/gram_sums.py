@@ -31,27 +31,31 @@ class GramSums:
         self, closed: Mapping[str, Sequence[Tensor | None]], samples: Tensor, loss_scale: float
     ) -> None:
         """What one step collected: "gram_in", and "core" for the mean loss of its n samples times
-        the scale of a loss scaler. Where gradients overflowed its core is left out.
+        the scale of a loss scaler. In training a step whose gradients overflowed is left out, as
+        the loss scaler leaves it out.
         """
-        self._samples = self._samples.to(samples.device) + samples
         for i, gram in enumerate(closed.get("gram_in", ())):
             self._count("inputs", i, gram)
         given, s = closed.get("core", [None] * len(self.bank.targets)), self.bank.scaling
-        found: list[Tensor | None] = []
-        for members in members_of(self.bank.slots).values():
-            total: Tensor | None = None
+        found: dict[int, Tensor] = {}  # by the first member of an adapter
+        for members in (every := members_of(self.bank.slots).values()):
             for i in members:
                 if (core := given[i]) is not None:
-                    total = s[i] * core if total is None else total + s[i] * core.to(total.device)
-            found.append(None)
-            if total is None:
-                continue
-            of_sum = total * (samples.to(total.device) / loss_scale)
-            found[-1] = of_sum = torch.where(of_sum.isfinite().all(), of_sum, 0.0)
-            self._count("left", members[0], of_sum @ of_sum.T)
-            self._count("right", members[0], of_sum.T @ of_sum)
+                    before, one = found.get(members[0]), s[i] * core
+                    found[members[0]] = one if before is None else before + one.to(before.device)
+        counts = torch.ones((), dtype=torch.bool, device=samples.device)
+        if self.kept is None:
+            for core in found.values():
+                counts = counts & core.isfinite().all().to(counts.device)
+        zero = torch.zeros_like(samples)
+        self._samples = self._samples.to(samples.device) + torch.where(counts, samples, zero)
+        for i, core in found.items():
+            scaled = core * (samples.to(core.device) / loss_scale)
+            found[i] = of_sum = torch.where(counts.to(core.device), scaled, 0.0)
+            self._count("left", i, of_sum @ of_sum.T)
+            self._count("right", i, of_sum.T @ of_sum)
         if self.kept is not None:
-            self.kept.add(found)
+            self.kept.add([found.get(members[0]) for members in every])
 
     def _count(self, kind: str, i: int, value: Tensor | None) -> None:
         if value is not None:

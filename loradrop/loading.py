@@ -106,6 +106,7 @@ def fill(model: nn.Module, file: NativeFile) -> None:
         if isinstance(base[name], nn.Parameter):
             base[name].requires_grad_(True)
     injection.plan, injection.stepped = file.plan, False
+    injection.scores = None  # of the adapters that were there
     injection.start = sum_of(bank) if injection.config.method.acts else None
 
 

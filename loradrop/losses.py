@@ -39,7 +39,8 @@ def losses(model: Any, outputs: Any, given: Mapping[str, Any], labels: Labels, s
         raise ValueError(
             f"{type(model).__name__} returns no logits to draw labels from: pass labels='data' "
             "with labels in the batches, labels=None for the output metric alone, or a function "
-            "of (outputs, inputs) that gives the loss of each sample"
+            "of (outputs, inputs) that gives the loss of each sample. The method spectral takes "
+            "source='online' then, which asks for no labels"
         )
     generator = torch.Generator().manual_seed(seed)
     kind = getattr(getattr(model, "config", None), "problem_type", None)

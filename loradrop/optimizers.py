@@ -3,13 +3,13 @@
 import logging
 import math
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from loradrop.bank import bank_of
-from loradrop.pairs import Update
+from loradrop.bank import AdapterBank, bank_of
+from loradrop.pairs import LoRABank, Update
 from loradrop.wrapped import of_inner
 
 MOMENTS = ("projected", "reset")
@@ -19,11 +19,35 @@ _log = logging.getLogger(__name__)
 _LINEAR, _SQUARED = ("exp_avg", "momentum_buffer"), ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 
 
-def groups_of(model: nn.Module, optimizer: Any) -> dict[str, int]:
-    """The optimiser's group of each kind of tensor in the bank."""
-    places = _places(optimizer)
-    named = bank_of(model).named_parameters()
-    return {_kind(name): places[id(p)] for name, p in named if id(p) in places}
+class Groups(NamedTuple):
+    """Where an optimiser holds the bank's parameters, before they change.
+
+    of_user   (target, "A" or "B") -> the number of the group of that factor; None: not held
+    of_kind   the same for each kind of tensor in the bank, for what has no such user
+    bank      the parameters themselves
+    """
+
+    of_user: Mapping[tuple[str, str], int | None]
+    of_kind: Mapping[str, int]
+    bank: Sequence[nn.Parameter]
+
+
+def groups_of(model: nn.Module, optimizer: Any) -> Groups:
+    """The optimiser's groups of the bank as it is now."""
+    places, bank = _places(optimizer), bank_of(model)
+    kinds = {_kind(n): places[id(p)] for n, p in bank.named_parameters() if id(p) in places}
+    users = {user: places.get(p) for p, users in _users(bank).items() for user in users}
+    return Groups(users, kinds, [*bank.parameters()])
+
+
+def _users(bank: AdapterBank) -> dict[int, list[tuple[str, str]]]:
+    """The id of each parameter that is a factor by itself -> (target, "A" or "B") that use it."""
+    found: dict[int, list[tuple[str, str]]] = {}
+    if isinstance(bank, LoRABank):  # others compose theirs
+        for i, target in enumerate(bank.targets):
+            for side, factor in zip("AB", bank.factors(i) or (), strict=False):
+                found.setdefault(id(factor), []).append((target.name, side))
+    return found
 
 
 @of_inner
@@ -70,22 +94,35 @@ def set_head_rate(model: nn.Module, optimizer: Any, rate: float) -> None:
             optimizer.add_param_group(head)
 
 
-def regroup(model: nn.Module, optimizer: Any, groups: Mapping[str, int]) -> None:
-    """The optimiser forgets what it knew, holds what is trained now, in the model's order."""
-    bank = {id(p): _kind(name) for name, p in bank_of(model).named_parameters()}
-    places = _places(optimizer)
+def regroup(model: nn.Module, optimizer: Any, groups: Groups) -> None:
+    """The optimiser forgets what it knew, holds what is trained now: in the model's order, a new
+    parameter of the bank in the group of the one before it, and then what is not of the model.
+    """
+    places, known = _places(optimizer), {id(p) for p in (*model.parameters(), *groups.bank)}
+    others = [[p for p in g["params"] if id(p) not in known] for g in optimizer.param_groups]
+    new = _places_of_new(bank_of(model), groups)
     for group in optimizer.param_groups:
         group["params"] = []
     for parameter in model.parameters():
-        place = places.get(id(parameter), groups.get(bank.get(id(parameter), "")))
+        place = places.get(id(parameter), new.get(id(parameter)))
         if place is not None and parameter.requires_grad:
             optimizer.param_groups[place]["params"].append(parameter)
+    for group, beside in zip(optimizer.param_groups, others, strict=True):
+        group["params"] += beside
     plain(optimizer).state.clear()
 
 
-def follow(
-    model: nn.Module, optimizer: Any, groups: Mapping[str, int], update: Update | None
-) -> None:
+def _places_of_new(bank: AdapterBank, groups: Groups) -> dict[int, int | None]:
+    """The id of each parameter of the bank -> the group of what it stands for."""
+    users, found = _users(bank), dict[int, int | None]()
+    for name, parameter in bank.named_parameters():
+        before = [user for user in users.get(id(parameter), ()) if user in groups.of_user]
+        kind = groups.of_kind.get(_kind(name))
+        found[id(parameter)] = groups.of_user[before[0]] if before else kind
+    return found
+
+
+def follow(model: nn.Module, optimizer: Any, groups: Groups, update: Update | None) -> None:
     """The optimiser goes on after an update with what is trained now; `groups` are those of before.
     None: it forgets what it knew.
     """

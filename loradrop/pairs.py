@@ -19,6 +19,11 @@ INITS = ("fresh", "mean", "top")
 AFTER = ("reinit", "continue")
 
 
+PROBE_AGAIN = (
+    "the adapters changed since they were probed, by training or as others were loaded: probe again"
+)
+
+
 class Narrowed(NamedTuple):
     """An adapter that was cut: A' = down (k, r) A / √growth, and B' = B up (r, k) / √growth, where
     s grew by `growth`.
@@ -200,8 +205,11 @@ class LoRABank(AdapterBank):
             gram is not None and len(gram) != target.r
             for target, gram in zip(self.targets, probed.inputs, strict=True)
         ):
-            raise ValueError("the adapters changed since they were probed: probe again")
+            raise ValueError(PROBE_AGAIN)
         now = grams_of(self)
+        pairs = zip((*probed.A, *probed.B), (*now.A, *now.B), strict=True)
+        if not all(map(_alike, *zip(*pairs, strict=True))):
+            raise ValueError(PROBE_AGAIN)
         return replace(probed, A=now.A, B=now.B)
 
     @torch.no_grad()
@@ -296,10 +304,20 @@ def tensors_of(pairs: Sequence[Pair]) -> dict[str, Tensor]:
 
 
 def _narrowed(pair: Pair, down: Tensor, up: Tensor) -> Pair:
-    """(A' (k, K), B' (N, k)), made in float64, in the dtypes of A and B."""
+    """(A' (k, K), B' (N, k)), made in float64, in the dtypes of A and B; frozen where these are."""
     A, B = pair
     new_A, new_B = down.to(A.device) @ A.double(), B.double() @ up.to(B.device)
-    return new_A.to(A.dtype), new_B.to(B.dtype)
+    return (
+        nn.Parameter(new_A.to(A.dtype), requires_grad=A.requires_grad),
+        nn.Parameter(new_B.to(B.dtype), requires_grad=B.requires_grad),
+    )
+
+
+def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two Gram matrices of a factor are of the same one, up to its rounding."""
+    if one is None or other is None:
+        return one is other
+    return float((one - other).norm()) <= 1e-2 * float(one.norm())
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

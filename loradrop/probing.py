@@ -79,7 +79,7 @@ def _probe(
             collector.detach()
     if not any_rank(bool(collector.rows)):
         raise ValueError("batches is empty: give at least one batch to probe with")
-    collector.require_called()
+    collector.require_called(injection.config.strict)
     scores = injection.scores = collector.scores()
     return scores
 

@@ -20,7 +20,7 @@ targets, so one budget serves all. Pure functions on plain data; docs/spectral.m
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -153,6 +153,7 @@ def decompose(
     """The spectrum, and the cores of each adapter by its slot."""
     check_choice("metric", metric, METRICS)
     members = members_of(grams.slots)
+    grams = _measured(grams)
     of_slot = {slot: cores(grams, of, metric, _names(targets, of)) for slot, of in members.items()}
     values: list[tuple[float, ...]] = [
         () if slot is None else tuple(of_slot[slot].values.tolist()) for slot in grams.slots
@@ -177,6 +178,24 @@ def _between(grams: Grams, of_slot: Mapping[int, Cores]) -> dict[int, Tensor]:
     return found
 
 
+def _measured(grams: Grams) -> Grams:
+    """With zeros for an adapter that no input reached, where inputs reached others."""
+    firsts = {of[0] for of in members_of(grams.slots).values()}
+
+    def filled(found: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        if all(matrix is None for matrix in found):
+            return tuple(found)
+        given = zip(found, grams.A, strict=True)
+        return tuple(
+            torch.zeros_like(A) if matrix is None and A is not None and i in firsts else matrix
+            for i, (matrix, A) in enumerate(given)
+        )
+
+    return replace(
+        grams, inputs=filled(grams.inputs), left=filled(grams.left), right=filled(grams.right)
+    )
+
+
 def _names(targets: Sequence[Target], members: Sequence[int]) -> str:
     return ", ".join(targets[i].name for i in members)
 
@@ -187,10 +206,11 @@ def cores(grams: Grams, members: Sequence[int], metric: str, name: str) -> Cores
     Raises ValueError for statistics that the metric needs and that are not there, or not finite.
     """
     i = members[0]
-    left, right, unit = grams.B[i], grams.A[i], grams.scaling[i] ** 2
+    squares = [grams.scaling[member] ** 2 for member in members]
+    left, right, unit = grams.B[i], grams.A[i], sum(squares)
     assert left is not None and right is not None
     if metric == "output":
-        right = _sum(grams.inputs, members)
+        right, unit = _sum([grams.inputs[member] for member in members], squares), 1.0
     elif metric == "loss":
         left, right = grams.left[i], grams.right[i]
         trace = 0.0 if left is None else float(left.trace())
@@ -210,8 +230,9 @@ def cores(grams: Grams, members: Sequence[int], metric: str, name: str) -> Cores
     return best_cores(left, right, unit, (grams.A[i], grams.B[i]))
 
 
-def _sum(matrices: Sequence[Tensor | None], members: Sequence[int]) -> Tensor | None:
-    found = [matrix for i in members if (matrix := matrices[i]) is not None]
+def _sum(matrices: Sequence[Tensor | None], weights: Sequence[float]) -> Tensor | None:
+    weighted = zip(matrices, weights, strict=True)
+    found = [weight * matrix for matrix, weight in weighted if matrix is not None]
     return torch.stack(found).sum(0) if found else None
 
 

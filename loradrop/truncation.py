@@ -53,7 +53,7 @@ def truncate(
     require_adapted(model)
     grams = None if injection.scores is None else injection.scores.grams
     plan, full = plan_of(model), bank.trainable
-    groups = {} if optimizer is None else groups_of(model, optimizer)
+    groups = None if optimizer is None else groups_of(model, optimizer)
     projected = optimizer is not None and moments == "projected"
     if projected and (name := unprojectable(model, optimizer)) is not None:
         raise ValueError(
@@ -62,7 +62,7 @@ def truncate(
         )
     cut = decide(bank.targets, bank.grams(grams, metric), ranks, metric, compensate)
     made = bank.cut(cut)
-    if optimizer is not None:
+    if groups is not None:
         follow(model, optimizer, groups, made if moments == "projected" else None)
     injection.plan = plan.after_cut(made.record)
     injection.scores = None  # of the adapters that were there

@@ -180,6 +180,31 @@ def test_a_step_that_overflowed_leaves_its_gradients_out() -> None:
     assert_grams(scores, want | {"inputs": explicit(model, data)["inputs"]}, 1e-10)
 
 
+def test_a_probe_that_meets_no_number_says_so() -> None:
+    """It has no loss scaler that would leave a batch out."""
+    model, data = net().double(), batches()
+    counted = iter((1.0, float("nan"), 1.0, 1.0))
+
+    def labels(outputs: Any, inputs: Any) -> Any:
+        return outputs.flatten(1).square().sum(1) * next(counted)
+
+    scores = loradrop.probe(model, data, gram=True, labels=labels)
+    with pytest.raises(ValueError, match="is not finite"):
+        loradrop.spectrum(scores)
+
+
+def test_a_shared_adapter_is_worth_what_it_does_at_every_member() -> None:
+    model, data = net(alpha_pattern={r"1\.\w+": 7.0}).double(), batches()
+    loradrop.share(model, [])
+    wake(model)
+    scores = loradrop.probe(model, data, gram=True)
+    bank = model.lora_bank
+    assert len({*bank.slots}) < len(bank.slots) and len({*bank.scaling}) > 1
+    assert loradrop.spectrum(scores, "output").total == pytest.approx(sum(scores.values()))
+    deltas = [bank.delta(i).double().square().sum() for i in range(len(bank.targets))]
+    assert loradrop.spectrum(scores, "weight").total == pytest.approx(float(sum(deltas)))
+
+
 def test_a_collector_goes_on_from_its_state() -> None:
     model, data, state = net().double(), batches(), None
     for part in (data[:2], data[2:]):

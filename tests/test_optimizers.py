@@ -98,6 +98,52 @@ def trained() -> tuple[Any, torch.optim.Optimizer]:
     return model, optimizer
 
 
+def test_what_is_not_of_the_model_stays_where_it_is() -> None:
+    """As a head beside an encoder, and a parameter of the loss."""
+    model = wake(adapt(bert(2)))
+    head, heat = nn.Linear(2, 1), nn.Parameter(torch.ones(()))
+    groups = [
+        {"params": [heat, *(p for p in model.parameters() if p.requires_grad)], "lr": 1e-3},
+        {"params": [*head.parameters()], "lr": 2e-3},
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    (heat * head(model(input_ids=torch.arange(1, 9)[None]).logits)).sum().backward()
+    optimizer.step()
+    known = {p: dict(optimizer.state[p]) for p in (heat, *head.parameters())}
+    ranks = dict.fromkeys((target.name for target in model.lora_bank.targets), 1)
+    loradrop.truncate(model, ranks, metric="weight", optimizer=optimizer)
+    first, second = (group["params"] for group in optimizer.param_groups)
+    assert first[-1] is heat and second == [*head.parameters()]
+    assert {id(p) for p in first[:-1]} == {id(p) for p in model.parameters() if p.requires_grad}
+    for parameter, before in known.items():
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], before["exp_avg"])
+
+
+def test_layers_keep_their_rates_and_frozen_adapters_stay_frozen() -> None:
+    model = wake(adapt(bert(2)))
+    bank = model.lora_bank
+    bank.pairs[0].requires_grad_(False)
+    rates = {target.name: 10.0**-i for i, target in enumerate(bank.targets)}
+    groups = [
+        {"params": [*bank.factors(i)], "lr": rates[target.name]}
+        for i, target in enumerate(bank.targets)
+        if i
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    names = [*rates]
+    ranks = dict.fromkeys(names, 2) | {names[1]: 0}  # the adapters behind it get other numbers
+    loradrop.truncate(model, ranks, metric="weight", optimizer=optimizer)
+    bank = model.lora_bank
+    held = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for i, name in enumerate(names):
+        factors = bank.factors(i)
+        assert (factors is None) == (i == 1)
+        for factor in factors or ():
+            assert factor.requires_grad == (i > 0)
+            assert held.get(id(factor)) == (rates[name] if i else None)
+    assert len(held) == 2 * (len(names) - 2)
+
+
 @pytest.mark.parametrize("moments", ["projected", "reset"])
 def test_groups_stay_and_what_was_not_cut_keeps_its_state(moments: str) -> None:
     model, optimizer = trained()
@@ -113,7 +159,8 @@ def test_groups_stay_and_what_was_not_cut_keeps_its_state(moments: str) -> None:
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     assert [rates[id(p)] for p in bank.A] == [1e-3] * 3
     assert [rates[id(p)] for p in bank.B] == [2e-3] * 3
-    assert optimizer.param_groups[2]["params"] == head and groups_of(model, optimizer) == groups
+    assert optimizer.param_groups[2]["params"] == head
+    assert groups_of(model, optimizer).of_kind == groups.of_kind
     assert len(rates) == sum(p.requires_grad for p in model.parameters())
     if moments == "reset":
         assert not optimizer.state

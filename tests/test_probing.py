@@ -5,6 +5,7 @@ import random
 from collections import UserDict, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,23 @@ def test_a_target_that_is_never_called_is_named() -> None:
         step(model, batches()[0]).backward()
         collector.close_row()
         collector.require_called()
+
+
+def test_a_target_that_no_input_reaches_is_worth_nothing_where_that_is_allowed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = net()
+    model.__class__ = Partly
+    injection_of(model).config = replace(injection_of(model).config, strict=False)
+    wake(model)
+    scores = loradrop.probe(model, batches(), gram=True)
+    assert "the forward of layers.1.value was never called so far" in caplog.text
+    for metric in ("loss", "output"):
+        found = loradrop.spectrum(scores, metric)
+        assert set(found["layers.1.value"]) == {0.0} and found.total > 0
+    loradrop.truncate(model, loradrop.allocate(found, budget=0.5))
+    assert model.lora_bank.targets[-1].name == "layers.1.value"
+    assert model.lora_bank.factors(len(model.lora_bank.targets) - 1) is None
 
 
 def test_a_target_that_is_called_now_and_then_counts_zero_where_it_is_not() -> None:

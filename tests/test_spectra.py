@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -259,9 +260,11 @@ REFUSED = {
     "a negative loss": ({"max_loss": -0.1}, "max_loss=-0.1"),
     "an unknown scope": ({"budget": 0.5, "scope": "all"}, "scope='all': choose one of joint"),
     "no multiple": ({"budget": 0.5, "multiple": 0}, "multiple=0"),
-    "below a direction": ({"budget": 0.05}, "below one direction: choose at least 0.0833"),
+    "below a direction": ({"budget": 0.05}, "below one direction: choose at least 0.0834"),
     "everything goes": ({"max_loss": 31.0}, "no adapter at all, which would cost 30: choose less"),
-    "below eight": ({"budget": 0.2, "multiple": 8}, "choose at least 0.333"),
+    "below eight": ({"budget": 0.2, "multiple": 8}, "choose at least 0.3334"),
+    "of its own": ({"budget": 0.2, "scope": "per_target"}, "choose at least 0.25"),
+    "an odd rank": ({"rank": 3, "multiple": 2}, "rank=3 is no multiple of multiple=2"),
 }
 
 
@@ -269,6 +272,37 @@ REFUSED = {
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ranks_of(FOUR, **options)
+
+
+@pytest.mark.parametrize("scope", ["joint", "per_module", "per_target"])
+@pytest.mark.parametrize("multiple", [1, 3, 8])
+def test_the_budget_that_is_advised_is_enough(scope: str, multiple: int) -> None:
+    found = of((9.0, 4.0, 1.0), (2.0, 1.0), (5.0,) * 6, widths=(7, 30, 11))
+    with pytest.raises(ValueError, match="choose at least") as refused:
+        allocate(found, budget=1e-3, scope=scope, multiple=multiple)
+    advised = float(re.search(r"at least ([\d.]+)", str(refused.value))[1])
+    assert any(ranks_of(found, budget=advised, scope=scope, multiple=multiple))
+    with pytest.raises(ValueError, match="choose at least"):
+        allocate(found, budget=0.99 * advised, scope=scope, multiple=multiple)
+
+
+@pytest.mark.parametrize("count", [11, 13, 14])
+def test_equal_directions_keep_to_the_budget(count: int) -> None:
+    """A mean of three equal numbers may round above that of eight."""
+    for value in torch.rand(200, generator=torch.Generator().manual_seed(count)).tolist():
+        found = of((value,) * count, (value / 2,) * count)
+        for budget in (0.15, 0.45, 0.7):
+            try:
+                ranks = allocate(found, budget=budget, multiple=8)
+            except ValueError:
+                assert 2 * count * budget < 8
+                continue
+            assert found.parameters(ranks) <= budget * found.full
+            assert all(rank in (0, 8, count) for rank in ranks.values())
+
+
+def test_where_nothing_is_left_nothing_is_cut() -> None:
+    assert allocate(of((), ()), budget=0.5) == {"layers.0.q": 0, "layers.1.v": 0}
 
 
 def test_max_loss_needs_the_loss() -> None:

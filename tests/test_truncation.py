@@ -164,6 +164,24 @@ def test_what_does_not_fit_is_refused() -> None:
         loradrop.truncate(model, {"0": 2}, metric="weight")
 
 
+def test_a_probe_of_other_adapters_is_refused(tmp_path: Path) -> None:
+    """Of those before more training, or before others of the same shape were loaded."""
+    model = chain()
+    loradrop.save(model, tmp_path)
+    probed(model)
+    loradrop.load(model, tmp_path)
+    with pytest.raises(ValueError, match="gram=True"):
+        loradrop.truncate(model, {"0": 2})
+    probed(model)
+    with torch.no_grad():
+        model.lora_bank.B[0].add_(0.1)
+    with pytest.raises(ValueError, match="changed since they were probed, by training"):
+        loradrop.truncate(model, {"0": 2})
+    probed(model)
+    model.lora_bank.float()  # rounding is no change
+    loradrop.truncate(model, {"0": 2})
+
+
 def test_a_bank_without_pairs_is_refused() -> None:
     model = nn.Sequential(nn.Linear(K, N))
     loradrop.inject(model, LoRAConfig(r=4, target_modules=["0"], method=VeRA()))

@@ -24,14 +24,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loradrop.allocation import SCOPES, allocate, check_steps
+from loradrop.allocation import SCOPES, allocate, below_one, check_steps, least_budget
 from loradrop.bank import AdapterBank
 from loradrop.cuts import Cut, decide
 from loradrop.methods.base import Method, Warmup
 from loradrop.pairs import LoRABank, Narrowed, Update
 from loradrop.scores import Assignment, Scores, Target
 from loradrop.selection import check_choice, check_ranks
-from loradrop.spectra import METRICS, spectrum
+from loradrop.spectra import METRICS, Spectrum, spectrum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,17 +93,32 @@ class Spectral(Method):
     def bank(
         self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]
     ) -> AdapterBank:
-        """LoRA's pairs, `r_start` wide. Raises ValueError for an `r` that a target cannot have."""
+        """LoRA's pairs, `r_start` wide.
+
+        Raises ValueError for an `r` that a target cannot have, and for a budget that leaves none.
+        """
         check_ranks(targets)
         wide = [
             t._replace(r=min(self.r_start or 2 * t.r, t.in_features, t.out_features))
             for t in targets
         ]
         nominal = sum(target.parameters for target in targets)
+        self._require_room(wide, nominal)
         if self.scale == "fixed":
             return SpectralBank(wide, scaling, likes, nominal)
         units = [s * self.budget * t.r for s, t in zip(scaling, targets, strict=True)]
         return SpectralBank(wide, scaling, likes, nominal, units)
+
+    def _require_room(self, wide: Sequence[Target], nominal: int) -> None:
+        """Raises ValueError for a budget, or a part of a step's time, that leaves nothing."""
+        values = tuple((0.0,) * target.r for target in wide)
+        blank = Spectrum(tuple(wide), tuple(range(len(wide))), values, self.metric)
+        of_wide = least_budget(
+            blank, scope=self.scope, multiple=self.multiple, budget_time=self.budget_time
+        )
+        least = of_wide * blank.full / max(nominal, 1)
+        if self.budget < least * (1 - 1e-12):
+            raise ValueError(below_one(self.budget, least))
 
     def warmup(self, total: int) -> Warmup:
         """Raises ValueError where a stage would have no step."""
