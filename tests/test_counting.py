@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from cli_cases import Capsys, fails, works
 from run_cases import write_model
-from test_cli import fails, works
 from torch import nn
 
 import loradrop
@@ -16,7 +16,6 @@ from loradrop.counting import count, parameters
 from loradrop.methods import available
 from loradrop.methods.rasa import RaSA
 
-Capsys = pytest.CaptureFixture[str]
 TARGETS = ["query", "key", "value", "dense"]
 
 
