@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from cli_cases import Capsys, fails, works
-from run_cases import write_model
 from torch import nn
 
 import loradrop
@@ -17,11 +16,6 @@ from loradrop.methods import available
 from loradrop.methods.rasa import RaSA
 
 TARGETS = ["query", "key", "value", "dense"]
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_model(tmp_path_factory.mktemp("bert"))
 
 
 def numbers(out: str) -> dict[str, int]:
