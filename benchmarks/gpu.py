@@ -32,7 +32,8 @@ from loradrop.files import read_json, write_json
 
 LEAST = 20.0  # seconds below which no step is begun
 DONE, FAILED, SKIPPED, CUT = "done", "failed", "skipped", "cut off"
-TESTS = ("test_gpu", "test_cuda", "test_linear", "test_linear_use", "test_compiled")
+TESTS = ("test_gpu", "test_cuda", "test_linear", "test_linear_use", "test_statistics")
+TESTS += ("test_compiled",)
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 BENCHES = {
     "quick": "bench_lora_linear --grid quick",

@@ -145,6 +145,14 @@ def minilm_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny BERT, into which no test writes."""
+    from run_cases import write_model
+
+    return write_model(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """`training_runs.Runs`."""
     from training_runs import Runs

@@ -113,10 +113,6 @@ def loss(model: Any) -> float:
     return float((model(x) - 1.0).square().mean().detach())
 
 
-def same(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-
-
 def values(model: Any) -> list[Tensor]:
     """The factors of every target, copied."""
     bank = model.lora_bank

@@ -1,5 +1,6 @@
 """What the tests of single methods share: a model whose targets have several shapes, and checks."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def factors(bank: AdapterBank) -> list[Tensor]:
     return [factor.detach().clone() for pair in pairs if pair is not None for factor in pair]
 
 
-def equal(one: list[Tensor], two: list[Tensor]) -> bool:
+def equal(one: Sequence[Tensor], two: Sequence[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 

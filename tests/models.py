@@ -53,6 +53,11 @@ def gpt2() -> Any:
     return build("GPT2LMHeadModel", "GPT2Config", n_positions=32, **LM)
 
 
+def t5() -> Any:
+    sizes = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    return build("T5ForConditionalGeneration", "T5Config", **sizes)
+
+
 def words(count: int = 50) -> Any:
     """A tokenizer of numbers: "3" is token 3, 0 pads and 1 ends."""
     from tokenizers import Tokenizer

@@ -7,75 +7,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import pytest
-import torch
-from run_cases import write_model, write_table
+from cli_cases import Capsys, adapter, command, fails, python, work, works
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-import loradrop
-from loradrop import env
-from loradrop.base_models import load_base
-from loradrop.cli import Dtype, main
-from loradrop.config import DTYPES
+from loradrop.cli import main
 from loradrop.methods import available
-from loradrop.op import cuda
 
-Capsys = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, a table, a configuration, and what `loradrop train` makes of them."""
-    folder = tmp_path_factory.mktemp("work")
-    write_table(folder / "films.csv")
-    (folder / "config.yaml").write_text(
-        f"""
-        model: {write_model(folder / "base")}
-        data: {{source: {folder / "films.csv"}, max_length: 16, dev_ratio: 0.25}}
-        lora: {{r: 4, lora_alpha: 8, method: {{keep_ratio: 0.34, probe_steps: 4}}}}
-        train: {{steps: 12, batch_size: 6, learning_rate: 3e-2, log_every: 2, save_every: 4}}
-        arms: {{LoRA: {{method: lora}}}}
-        output: {folder / "run"}
-        """
-    )
-    assert main(["train", str(folder / "config.yaml")]) == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def adapter(work: Path) -> Path:
-    return work / "run" / "lora-drop" / "adapter"
-
-
-def command(capsys: Capsys, *arguments: Any) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr) of `loradrop` with these arguments."""
-    capsys.readouterr()
-    status = main([str(argument) for argument in arguments])
-    printed = capsys.readouterr()
-    return status, printed.out, printed.err
-
-
-def works(capsys: Capsys, *arguments: Any) -> str:
-    """stdout of `loradrop` with these arguments, which do not fail."""
-    status, out, err = command(capsys, *arguments)
-    assert status == 0, err
-    return out
-
-
-def fails(capsys: Capsys, message: str, *arguments: Any) -> None:
-    """`loradrop` with these arguments is an error with this message."""
-    status, out, err = command(capsys, *arguments)
-    assert (status, out) == (2, "") and message in err.partition("loradrop: error: ")[2]
-
-
-def python(*arguments: Any) -> tuple[int, str, str]:
-    """(exit status, stdout, stderr) of an interpreter of its own."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True)
-    return done.returncode, done.stdout.decode(), done.stderr.decode()
+__all__ = ["adapter", "work"]  # fixtures
 
 
 def test_train(work: Path) -> None:
@@ -194,61 +135,6 @@ def test_probe_takes_the_base_of_the_adapter(
     assert "budget" in works(capsys, "compress", adapter, *options)
 
 
-def test_a_base_that_lies_elsewhere(
-    work: Path, tmp_path: Path, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A folder named from where the run was: the option that names it from here is said."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(work)
-    given = ("model=base", "data=films.csv", "data.max_length=16", f"output={tmp_path / 'run'}")
-    works(capsys, "train", *given, "lora.method=lora", "lora.target_modules=query", "train.steps=2")
-    adapter, out = tmp_path / "run" / "lora" / "adapter", tmp_path / "merged"
-    assert json.loads((adapter / "plan.json").read_text())["base"]["id"] == "base"
-    monkeypatch.chdir(tmp_path)
-    data = (f"data={work / 'films.csv'}", "data.max_length=16")
-    for option, arguments in {
-        "--model": (("export", adapter, out), ("merge", adapter, out), ("verify", adapter, out)),
-        "model=": (("compress", adapter, *data), ("probe", "--adapter", adapter, *data)),
-    }.items():
-        for line in arguments:
-            elsewhere = f"{adapter} names it. Where it lies elsewhere, give its folder or id with "
-            fails(capsys, f"the model 'base' cannot be loaded: {elsewhere}{option}. ", *line)
-    works(capsys, "merge", adapter, out, "--model", work / "base")
-    assert json.loads((out / "config.json").read_text())["id2label"] == {"0": "bad", "1": "good"}
-    works(capsys, "export", adapter, tmp_path / "peft", "--model", work / "base")
-    card = (tmp_path / "peft" / "README.md").read_text()
-    assert "num_labels=2, id2label={0: 'bad', 1: 'good'})" in card
-    nothing = ("verify", adapter, "none", "--model", work / "base")
-    fails(capsys, "none holds no adapter of PEFT and no merged model: give the folder", *nothing)
-    said = f"{tmp_path / 'peft' / 'plan.json'} is not there, as PEFT's format has no plan: give"
-    fails(capsys, said, "plan", "show", tmp_path / "peft")
-
-
-def test_the_adapter_of_a_run_is_named(
-    work: Path, adapter: Path, tmp_path: Path, capsys: Capsys
-) -> None:
-    run = work / "run"
-    arms = f"{run / 'lora-drop' / 'adapter'} or {run / 'lora' / 'adapter'}"
-    for folder, below in ((adapter.parent, adapter), (run, arms)):
-        for line in (("export", folder, tmp_path / "a"), ("compress", folder, "--dry-run")):
-            said = f"give the folder loradrop.save wrote, or one of PEFT, which is {below}\n"
-            fails(capsys, said, *line)
-
-
-def test_a_merged_classifier_takes_several_texts(
-    work: Path, tmp_path: Path, capsys: Capsys
-) -> None:
-    """Llama's head has to know what fills a batch, which its base model did not say."""
-    base = Path(write_model(tmp_path / "base", "llama"))
-    config = json.loads((base / "config.json").read_text()) | {"pad_token_id": None}
-    (base / "config.json").write_text(json.dumps(config))
-    given = (f"model={base}", f"data={work / 'films.csv'}", "data.max_length=16")
-    works(capsys, "train", *given, f"output={tmp_path / 'run'}", "method=lora", "train.steps=2")
-    works(capsys, "merge", tmp_path / "run" / "lora" / "adapter", tmp_path / "merged")
-    merged = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert merged["pad_token_id"] == 0 and merged["id2label"] == {"0": "bad", "1": "good"}
-
-
 def test_probe_errors(work: Path, adapter: Path, tmp_path: Path, capsys: Capsys) -> None:
     start = ("probe", work / "config.yaml", f"output={tmp_path}")
     fails(capsys, "--batches and --split need --adapter", *start, "--batches", 1)
@@ -288,72 +174,6 @@ def test_plan_errors(work: Path, tmp_path: Path, capsys: Capsys) -> None:
     assert status == 2 and "'shwo' is not one of 'show', 'plot', 'sweep'" in err
 
 
-def test_export_and_verify(adapter: Path, tmp_path: Path, capsys: Capsys) -> None:
-    out = tmp_path / "peft"
-    printed = works(capsys, "export", adapter, out)
-    assert f"wrote {out}" in printed and "peft       takes it" in printed
-    assert (out / "adapter_config.json").exists() and (out / "adapter_model.safetensors").exists()
-    assert "logits (peft): ok" in works(capsys, "verify", adapter, out)
-    file = out / "adapter_model.safetensors"
-    tensors = load_file(file)
-    key = next(key for key in tensors if "lora_B" in key)
-    save_file(tensors | {key: tensors[key] * 2}, file, {"format": "pt"})
-    status, printed, _ = command(capsys, "verify", adapter, out)
-    assert status == 1 and "WRONG" in printed
-
-
-def test_export_options(work: Path, adapter: Path, tmp_path: Path, capsys: Capsys) -> None:
-    assert get_args(Dtype) == tuple(DTYPES)
-    narrow = tmp_path / "narrow"
-    works(capsys, "export", adapter, narrow, "--dtype", "bfloat16")
-    factors = {k: t.dtype for k, t in load_file(narrow / "adapter_model.safetensors").items()}
-    assert {dtype for key, dtype in factors.items() if "lora_" in key} == {torch.bfloat16}
-    works(capsys, "verify", adapter, narrow)
-    works(capsys, "export", adapter, tmp_path / "own", "--unpadded")
-    works(capsys, "verify", adapter, tmp_path / "own")
-    r = [{t.shape[0] for k, t in load_file(tmp_path / folder / "adapter_model.safetensors").items()
-          if "lora_A" in k} for folder in ("narrow", "own")]  # fmt: skip
-    assert r == [{8}, {4}]
-    out = ("export", adapter, tmp_path / "refused")
-    fails(capsys, "sglang cannot take this adapter", *out, "--engine", "sglang")
-    fails(capsys, "the model 'not/there' cannot be loaded", *out, "--model", "not/there")
-    assert not (tmp_path / "refused").exists()
-    # The same model under another path, without a tokenizer
-    moved = tmp_path / "moved"
-    moved.mkdir()
-    for name in ("config.json", "model.safetensors"):
-        shutil.copy(work / "base" / name, moved)
-    options = ("verify", adapter, narrow, "--model", moved)
-    assert "comparing on arbitrary tokens" in works(capsys, *options)
-    works(capsys, "export", adapter, tmp_path / "named", "--model", moved)
-    config = json.loads((tmp_path / "named" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(moved)
-
-
-MERGES = {"merge": torch.float32, "export --format merged": torch.float32}
-MERGES["merge --dtype bfloat16"] = torch.bfloat16
-
-
-@pytest.mark.parametrize("line", MERGES)
-def test_merge_and_verify(line: str, adapter: Path, tmp_path: Path, capsys: Capsys) -> None:
-    out = tmp_path / "merged"
-    assert f"wrote {out}" in works(capsys, *line.split(), adapter, out)
-    dtypes = {tensor.dtype for tensor in load_file(out / "model.safetensors").values()}
-    assert dtypes == {MERGES[line]}
-    assert (out / "tokenizer.json").exists()
-    assert works(capsys, "verify", adapter, out).startswith("logits (merged): ok")
-    model, _ = load_base(adapter)  # without the adapter
-    model.save_pretrained(out)
-    status, printed, _ = command(capsys, "verify", adapter, out)
-    assert status == 1 and "DIFFER" in printed
-
-
-def test_pickle_is_refused(tmp_path: Path, capsys: Capsys) -> None:
-    torch.save({"A": torch.zeros(1)}, tmp_path / "adapter.safetensors")
-    for arguments in (("export", tmp_path, tmp_path / "out"), ("plan", "show", tmp_path)):
-        fails(capsys, "is a pickle, which can run any code when it is loaded", *arguments)
-
-
 def test_methods(capsys: Capsys) -> None:
     out = works(capsys, "methods")
     assert "lora: LoRA (Hu et al., arXiv:2106.09685): every target has its own A and B.\n" in out
@@ -361,31 +181,6 @@ def test_methods(capsys: Capsys) -> None:
     names = [line.partition(":")[0] for line in out.splitlines() if not line.startswith(" ")]
     assert names == list(available())
     assert "    probe_steps      0.1\n" in out and "    source           'online'\n" in out
-
-
-def test_env_and_version(capsys: Capsys) -> None:
-    out = works(capsys, "env")
-    assert loradrop.__version__ in out and torch.__version__.partition("+")[0] in out
-    version = f"loradrop {loradrop.__version__}\n"
-    for arguments in (["--version"], ["--version", "env"]):
-        assert python("-m", "loradrop", *arguments) == (0, version, "")
-
-
-def test_env_says_how_many_clusters_a_device_holds(
-    monkeypatch: pytest.MonkeyPatch, capsys: Capsys
-) -> None:
-    facts = env.report()
-    gpu = SimpleNamespace(name="H", major=9, minor=0, total_memory=80 << 30)
-    with monkeypatch.context() as machine:
-        machine.setattr(torch.cuda, "is_available", lambda: True)
-        machine.setattr(torch.cuda, "device_count", lambda: 2)
-        machine.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-        machine.setattr(cuda, "occupancy", lambda device: {} if device else {2: 66, 8: 15})
-        facts["cuda"] = env._cuda()
-    monkeypatch.setattr(env, "report", lambda: facts)
-    out = works(capsys, "env")
-    assert "H, sm 9.0, 80.0 GiB, 66 clusters of 2, 15 clusters of 8\n" in out
-    assert "H, sm 9.0, 80.0 GiB\n" in out
 
 
 def test_a_missing_file_is_said_before_training_is_loaded() -> None:
@@ -443,28 +238,6 @@ def test_help_is_instant() -> None:
     pairs = [(seconds("-c", "import typer"), seconds("-m", "loradrop", "--help")) for _ in range(3)]
     bare, help = map(min, zip(*pairs, strict=True))
     assert help < 2 * bare
-
-
-def test_env_explains_a_choice(capsys: Capsys) -> None:
-    layer = ("--layer", "8192x4096x4096", "--rank", "64", "--dropout", "0.1")
-    out = works(capsys, "env", *layer, "--chip", "90:132")
-    first, *choices = out.splitlines()
-    assert "8192 tokens, 4096 to 4096, rank 64, dropout 0.1, bfloat16, sm_90 x 132" in first
-    assert [line.split()[0] for line in choices] == ["forward", "forward"]
-    assert all("measured" in line and ", in µs: " in line for line in choices)
-
-
-def test_env_says_which_timed_kernels_are_not_here(
-    capsys: Capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda, "missing", lambda: "the extension loradrop._C is not built: x")
-    line = ("env", "--layer", "8192x4096x4096", "--chip", "90:132")
-    _, both, _ = works(capsys, *line).splitlines()
-    timed = [name for name in ("cuda", "overlap") if f" {name} " in both.partition("in µs:")[2]]
-    assert timed and "do not run here: the extension loradrop._C is not built: x" in both
-    assert f"; {' and '.join(timed)} do" in both
-    monkeypatch.setattr(cuda, "missing", lambda: None)
-    assert "not run here" not in works(capsys, *line)
 
 
 def test_help_names_every_command(capsys: Capsys) -> None:
@@ -536,20 +309,6 @@ def test_overrides_may_stand_after_options(
     ):
         assert command(capsys, "train", *arguments)[0] == 0
     assert seen == [(3, 5, True)] * 4
-
-
-def test_verify_without_text(tmp_path: Path, capsys: Capsys) -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    from transformers import ViTConfig, ViTModel
-
-    model = ViTModel(ViTConfig(**sizes, intermediate_size=24, image_size=8, patch_size=4))
-    model.save_pretrained(tmp_path / "base")
-    model.config._name_or_path = str(tmp_path / "base")
-    loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules="all-linear"))
-    loradrop.save(model, tmp_path / "native")
-    loradrop.export(model, tmp_path / "peft")
-    message = "ViTModel takes pixel_values, and this command has text alone"
-    fails(capsys, message, "verify", tmp_path / "native", tmp_path / "peft")
 
 
 @pytest.mark.parametrize("kind", [SafetensorError, AttributeError])

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from cli_cases import Capsys, adapter, command, fails, work, works
 from run_cases import WORDS, write_model, write_table
-from test_cli import Capsys, adapter, command, fails, work, works
 from torch.testing import assert_close
 from training_runs import At, StopError, counting, stop
 

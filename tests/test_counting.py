@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_cases import write_model
-from test_cli import fails, works
+from cli_cases import Capsys, fails, works
 from torch import nn
 
 import loradrop
@@ -16,13 +15,7 @@ from loradrop.counting import count, parameters
 from loradrop.methods import available
 from loradrop.methods.rasa import RaSA
 
-Capsys = pytest.CaptureFixture[str]
 TARGETS = ["query", "key", "value", "dense"]
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_model(tmp_path_factory.mktemp("bert"))
 
 
 def numbers(out: str) -> dict[str, int]:

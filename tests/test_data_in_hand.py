@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from cli_cases import Capsys, fails, works
 from run_cases import turn, write_model, write_table, write_tokenizer
-from test_cli import Capsys, fails, works
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,

@@ -12,7 +12,7 @@ import training_runs as tiny
 from models import llama, words
 from torch import nn
 from torch.utils.data import DataLoader
-from training_runs import At, make_model, make_rows, run
+from training_runs import At, falling, make_model, make_rows, run
 from transformers import EarlyStoppingCallback, Seq2SeqTrainingArguments, TrainingArguments
 
 import loradrop
@@ -122,13 +122,8 @@ BEST = {"load_best_model_at_end": True, "metric_for_best_model": "q"}
 @pytest.mark.parametrize("more", [{}, {"eval_strategy": "steps", "eval_steps": 4}])
 def test_early_stopping_and_the_best_model(more: dict[str, Any], tmp_path: Path) -> None:
     """The first evaluation of the main run is the best, so it ends after two more."""
-    calls: list[int] = []
-
-    def metric(_: Any) -> dict[str, float]:
-        calls.append(1)
-        return {"q": -float(len(calls))}
-
     model, args = make_model(), replace(tiny.ARGS, steps=60, eval_every=4, extra=BEST | more)
+    metric = falling()
     result = fit(
         model, make_rows(), make_rows(16, 1), tiny.DROP, args=args, metric=metric,
         output_dir=tmp_path, callbacks=[EarlyStoppingCallback(2)],

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from every_method import DEPTH, OWN, TARGETS, X, loss, net, same, scores, train, values
+from every_method import DEPTH, OWN, TARGETS, X, loss, net, scores, train, values
+from method_cases import equal
 from torch import Tensor
 
 import loradrop
@@ -131,7 +132,7 @@ def test_where_adapters_start(init: str, after_select: str) -> None:
     for name in kept:
         pair = bank.factors(bank.index(name))
         if after_select == "continue":
-            assert same(pair, old(name))
+            assert equal(pair, old(name))
         else:
             assert is_fresh(pair)
 
@@ -141,7 +142,7 @@ def test_where_adapters_start(init: str, after_select: str) -> None:
     if init == "fresh":
         assert is_fresh(shared)
     elif init == "top":
-        assert same(shared, members[1])
+        assert equal(shared, members[1])
     else:
         for part in (0, 1):
             torch.testing.assert_close(shared[part], (members[0][part] + members[1][part]) / 2)
@@ -193,7 +194,7 @@ def test_sharing_refuses(name: str) -> None:
     before = values(model)
     with pytest.raises(ValueError, match=message):
         loradrop.share(model, **({"kept": []} | {name: value}))
-    assert same(values(model), before)
+    assert equal(values(model), before)
 
 
 def test_sharing_is_repeated_by_the_seed() -> None:
@@ -201,7 +202,7 @@ def test_sharing_is_repeated_by_the_seed() -> None:
     for model in models:
         torch.manual_seed(5)
         loradrop.share(model, ["layers.0.query"])
-    assert same(*map(values, models))
+    assert equal(*map(values, models))
 
 
 ABLATIONS: dict[str, dict[str, Any]] = {

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import build
+from models import build, t5
 from torch import Tensor
 
 import loradrop
@@ -57,11 +57,6 @@ def bart() -> Any:
     sizes |= dict(encoder_attention_heads=2, decoder_attention_heads=2)
     sizes |= dict(encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=32)
     return build("BartForConditionalGeneration", "BartConfig", **sizes)
-
-
-def t5() -> Any:
-    sizes = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    return build("T5ForConditionalGeneration", "T5Config", **sizes)
 
 
 def probed(model: Any, **inputs: Tensor) -> loradrop.Scores:

@@ -23,11 +23,11 @@ from every_method import (
     net,
     optimizer_of,
     rolled,
-    same,
     scores,
     train,
     values,
 )
+from method_cases import equal
 from test_distributed import torchrun
 
 import loradrop
@@ -112,7 +112,7 @@ def test_injecting_changes_no_output_and_removing_restores(method: Method) -> No
     assert torch.equal(model(X), plain(X))
     loradrop.remove(train(model))
     found, expected = model.state_dict(), plain.state_dict()
-    assert list(found) == list(expected) and same([*found.values()], [*expected.values()])
+    assert list(found) == list(expected) and equal([*found.values()], [*expected.values()])
 
 
 @each_method
@@ -140,7 +140,7 @@ def test_saved_and_loaded(method: Method, injected: bool, tmp_path: Path) -> Non
     bank = loradrop.load(found, tmp_path)
     assert torch.equal(found(X), model(X)) and bank.targets == model.lora_bank.targets
     before, after = model.lora_bank.state_dict(), bank.state_dict()
-    assert list(before) == list(after) and same([*before.values()], [*after.values()])
+    assert list(before) == list(after) and equal([*before.values()], [*after.values()])
     assert plan_of(found) == plan_of(model)
     assert not torch.equal(train(found)(X), model(X))  # and it trains on
 
@@ -235,7 +235,7 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     assert list(one) == list(two) == list(EVERY)
     for name, method in EVERY.items():
         alone = by_sgd(net(method), X)
-        assert same(one[name], two[name]), name
+        assert equal(one[name], two[name]), name
         moved = [a - b for a, b in zip(alone, values(net(method)), strict=True)]
         assert any(m.abs().max() > 1e-3 for m in moved), name
         torch.testing.assert_close(one[name], alone, rtol=1e-4, atol=1e-5, msg=name)

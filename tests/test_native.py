@@ -1,47 +1,28 @@
-"""Native files: every tensor once, bit for bit, whole or not there, and damage has a name."""
+"""Native files: every tensor once, bit for bit, and damage has a name."""
 
 import json
 import logging
-import os
-import stat
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import models
 import pytest
 import torch
 from models import IDS, Make, Options, assert_same, bert, fill, llama, outputs, share, snapshot
-from safetensors import SafetensorError, safe_open
+from native_cases import OURS, adapt, loaded, model, path, same
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import loradrop
-from loradrop import LoRAConfig, LoraDropConfig, Plan, tensor_file
+from loradrop import LoRAConfig, Plan
 from loradrop.files import read_json, write_json
 from loradrop.injection import injection_of, plan_of
 from loradrop.native import FOLDER, PLAN, TENSORS, read
 
-OURS = LoraDropConfig(r=4, lora_alpha=12)
-
-
-def adapt(model: nn.Module, config: LoRAConfig = OURS) -> Any:
-    return models.adapt(model, config)
-
-
-def loaded(path: Path, found: Any = None) -> Any:
-    """The adapters in `path`, in a fresh model."""
-    found = bert() if found is None else found
-    loradrop.load(found, path)
-    return found
-
-
-def same(one: nn.Module, two: nn.Module) -> bool:
-    return torch.equal(outputs(one), outputs(two))
+__all__ = ["model", "path"]  # fixtures
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Tensor], dict[str, str]], Any]) -> None:
@@ -69,18 +50,6 @@ def test_a_pattern_without_effect_does_not_stop_a_load(tmp_path: Path) -> None:
     loradrop.save(model, tmp_path)
     found = loaded(tmp_path)
     assert same(found, model) and injection_of(found).config == injection_of(model).config
-
-
-@pytest.fixture
-def model() -> Any:
-    return adapt(bert())
-
-
-@pytest.fixture
-def path(model: nn.Module, tmp_path: Path) -> Path:
-    """The folder that holds the adapters of `model`."""
-    loradrop.save(model, tmp_path)
-    return tmp_path
 
 
 class TestRoundTrip:
@@ -179,82 +148,6 @@ def test_modules_to_save(name: str, tmp_path: Path) -> None:
     found = bert()
     assert not torch.equal(found.get_submodule(name).weight, model.get_submodule(name).weight)
     assert same(loaded(tmp_path, found), model)
-
-
-class TestAtomic:
-    @pytest.mark.parametrize("call", ["fsync", "replace"])
-    def test_a_failing_save_leaves_the_last_one(
-        self, call: str, model: Any, path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def full(*args: Any) -> None:
-            raise OSError("no space left on device")
-
-        before = {file.name: file.read_bytes() for file in path.iterdir()}
-        monkeypatch.setattr(os, call, full)
-        with pytest.raises(OSError, match="no space left"):
-            loradrop.save(fill(model, 3), path)
-        assert {file.name: file.read_bytes() for file in path.iterdir()} == before
-
-    def test_killed_while_it_saves(self, tmp_path: Path) -> None:
-        code = f"""
-import itertools, torch, loradrop
-from torch import nn
-model = nn.Sequential(nn.Linear(400, 400))
-loradrop.inject(model, loradrop.LoRAConfig(r=200, target_modules=["0"]))
-for step in itertools.count():
-    for parameter in model.lora_bank.parameters():
-        parameter.data.fill_(step)
-    loradrop.save(model, {str(tmp_path)!r})
-    print(step, flush=True)
-"""
-        command, seen = [sys.executable, "-c", code], -1
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            while seen < 5:
-                seen = int(process.stdout.readline())
-            process.kill()
-            seen = max([seen, *map(int, process.stdout.read().split())])
-        model = nn.Sequential(nn.Linear(400, 400))
-        bank = loradrop.load(model, tmp_path)
-        values = {float(value) for p in bank.parameters() for value in p.detach().aminmax()}
-        assert values in ({float(seen)}, {float(seen + 1)})  # of one step, the last or the next
-
-    def test_a_flush_that_wants_to_write(
-        self, model: Any, path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """As on Windows, where a file that is open to read alone is not flushed."""
-        flush = os.fsync
-
-        def fsync(handle: int) -> None:
-            if stat.S_ISREG(os.fstat(handle).st_mode):
-                os.write(handle, b"")  # raises for one that is open to read alone
-            flush(handle)
-
-        monkeypatch.setattr(os, "fsync", fsync)
-        loradrop.save(fill(model, 3), path)
-        assert same(loaded(path), model)
-
-    def test_a_file_that_another_program_holds(
-        self, model: Any, path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def held(*_: Any) -> None:
-            raise PermissionError(13, "Access is denied")
-
-        before = {file.name: file.read_bytes() for file in path.iterdir()}
-        monkeypatch.setattr(os, "replace", held)
-        with pytest.raises(PermissionError, match=rf"{TENSORS} cannot be replaced .*close what"):
-            loradrop.save(fill(model, 3), path)
-        assert {file.name: file.read_bytes() for file in path.iterdir()} == before
-
-    def test_a_full_disk_has_one_sentence(
-        self, model: Any, path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def full(*_: Any) -> None:
-            raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-        monkeypatch.setattr(tensor_file, "save_file", full)
-        with pytest.raises(OSError, match=r"cannot be written.*No space left.*Is the disk full"):
-            loradrop.save(model, path)
 
 
 class TestDamage:
@@ -500,33 +393,3 @@ class TestEarlierReleases:
         assert Plan.from_dict(data)
         with pytest.raises(ValueError, match=rf"the plan is damaged: .*{name} is "):
             Plan.from_dict({**data, name: value})
-
-
-@pytest.mark.parametrize("name", ["posix", "nt"])
-def test_folders_are_flushed_where_they_can_be_opened(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On Windows opening a folder is a PermissionError."""
-    opened: list[str] = []
-
-    def refuse(path: Any, *_: Any) -> int:
-        opened.append(str(path))
-        raise PermissionError(path)
-
-    monkeypatch.setattr("loradrop.files.os", SimpleNamespace(**{**vars(os), "name": name}))
-    monkeypatch.setattr("loradrop.files.os.open", refuse)
-    if name == "nt":
-        write_json(tmp_path / "a.json", {"a": 1})
-        assert read_json(tmp_path / "a.json") == {"a": 1} and not opened
-    else:
-        with pytest.raises(PermissionError):
-            write_json(tmp_path / "a.json", {"a": 1})
-        assert opened == [str(tmp_path)]
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux for its open files")
-def test_a_file_that_was_read_can_be_replaced(tmp_path: Path) -> None:
-    """On Windows one that is mapped cannot."""
-    loradrop.save(adapt(bert()), tmp_path)
-    found = read(tmp_path)
-    assert found.bank and str(tmp_path) not in Path("/proc/self/maps").read_text()

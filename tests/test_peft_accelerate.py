@@ -8,16 +8,11 @@ from typing import Any
 import models
 import pytest
 import torch
+from peft_models import BATCH, OPTIONS, logits, peft
 from torch import Tensor, nn
 
 import loradrop
-
-peft = pytest.importorskip("peft", minversion="0.21")
-
-from loradrop.integrations.peft_layers import Fused  # noqa: E402
-
-OPTIONS: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
-BATCH = {"input_ids": models.IDS, "labels": models.IDS}
+from loradrop.integrations.peft_layers import Fused
 
 
 def made(model: Any = None, **options: Any) -> Any:
@@ -63,11 +58,11 @@ def test_outputs_and_gradients_stay(name: str) -> None:
     """In float64; keys, Parameters and hooks stay, and undoing leaves what was there."""
     make, options, count = CASES[name]
     model = made(make(), **options).double().eval()
-    before, (logits, grads) = models.snapshot(model), run(model)
+    before, (expected, grads) = models.snapshot(model), run(model)
     assert loradrop.accelerate_peft(model) == count == fused(model)
     assert [*model.state_dict()] == [*before["state"]]
     found, others = run(model)
-    assert torch.allclose(found, logits, rtol=0, atol=1e-11) and found.abs().max() > 1
+    assert torch.allclose(found, expected, rtol=0, atol=1e-11) and found.abs().max() > 1
     assert grads.keys() == others.keys() and len(grads) >= 2 * count
     for key, gradient in grads.items():
         assert gradient.abs().max() > 1e-8, key
@@ -75,7 +70,7 @@ def test_outputs_and_gradients_stay(name: str) -> None:
     loradrop.restore_peft(model)
     assert fused(model) == 0
     models.assert_same(model, before)
-    assert torch.equal(run(model)[0], logits)
+    assert torch.equal(run(model)[0], expected)
 
 
 def test_the_op_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,16 +99,10 @@ def test_what_is_loaded_into_it_is_served_too(tmp_path: Path) -> None:
     for name in ("one", "two"):
         again = peft.PeftModel.from_pretrained(models.llama(), tmp_path / name)
         assert fused(again) == 0
-        assert torch.allclose(run_logits(again), run_logits(model), rtol=0, atol=1e-5)
+        assert torch.allclose(logits(again), logits(model), rtol=0, atol=1e-5)
     model.load_adapter(tmp_path / "one", "again")
     model.set_adapter("again")
-    assert torch.allclose(run_logits(model), run_logits(again), rtol=0, atol=1e-5)
-
-
-def run_logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(input_ids=models.IDS).logits
-    return found
+    assert torch.allclose(logits(model), logits(again), rtol=0, atol=1e-5)
 
 
 def test_several_adapters_add_up() -> None:
@@ -125,35 +114,35 @@ def test_several_adapters_add_up() -> None:
     for names in (["default"], ["second"], ["default", "second"], []):
         model.base_model.set_adapter(names)
         loradrop.restore_peft(model)
-        expected = run_logits(model)
+        expected = logits(model)
         loradrop.accelerate_peft(model)
-        assert torch.allclose(run_logits(model), expected, rtol=0, atol=1e-11), names
+        assert torch.allclose(logits(model), expected, rtol=0, atol=1e-11), names
     model.base_model.set_adapter(["default", "second"])
-    both = run_logits(model)
+    both = logits(model)
     model.merge_adapter()
-    assert torch.allclose(run_logits(model), both, rtol=0, atol=1e-11)
+    assert torch.allclose(logits(model), both, rtol=0, atol=1e-11)
     model.unmerge_adapter()
     model.eval()
     names = ["default", "second", "__base__"]
     with torch.no_grad():
         mixed = model(input_ids=models.IDS, adapter_names=names).logits
     model.base_model.set_adapter("second")
-    assert torch.allclose(mixed[1], run_logits(model)[1], rtol=0, atol=1e-11)
+    assert torch.allclose(mixed[1], logits(model)[1], rtol=0, atol=1e-11)
 
 
 def test_half_precision_has_the_error_of_peft() -> None:
     """float32 adapters on a bfloat16 base; against the same numbers in float64."""
     model = made(models.llama().bfloat16())
-    exact = run_logits(copy.deepcopy(model).double())
-    theirs = (run_logits(model).double() - exact).norm()
+    exact = logits(copy.deepcopy(model).double())
+    theirs = (logits(model).double() - exact).norm()
     loradrop.accelerate_peft(model)
-    ours = (run_logits(model).double() - exact).norm()
+    ours = (logits(model).double() - exact).norm()
     assert 0 < ours < 2 * theirs
     with torch.autocast("cpu", torch.bfloat16):
         full = made()
         loradrop.accelerate_peft(full)
-        logits, grads = run(full)
-    assert logits.isfinite().all() and len(grads) == 8
+        found, grads = run(full)
+    assert found.isfinite().all() and len(grads) == 8
 
 
 def test_dropout_is_of_the_same_probability() -> None:
@@ -179,7 +168,7 @@ def test_what_stays_with_peft_is_said_once(caplog: pytest.LogCaptureFixture) -> 
     model.add_adapter(
         "dora", peft.LoraConfig(**(OPTIONS | {"use_dora": True, "target_modules": ["v_proj"]}))
     )
-    before = run_logits(model)
+    before = logits(model)
     with caplog.at_level(logging.WARNING):
         assert loradrop.accelerate_peft(model) == 2  # both q_proj
     told = [r.getMessage() for r in caplog.records]
@@ -188,7 +177,7 @@ def test_what_stays_with_peft_is_said_once(caplog: pytest.LogCaptureFixture) -> 
         "embed_tokens (1 layers): a Embedding is not a layer over a linear map" in t for t in told
     )
     assert any("v_proj (2 layers): DoraLinearVariant is not plain LoRA" in t for t in told)
-    assert torch.allclose(run_logits(model), before, rtol=0, atol=1e-5)
+    assert torch.allclose(logits(model), before, rtol=0, atol=1e-5)
     biased = made(models.gpt2(), target_modules=["c_attn"], lora_bias=True)
     assert loradrop.accelerate_peft(biased) == 0
     assert "lora_bias=True" in caplog.text
@@ -201,24 +190,24 @@ def test_an_adapter_that_comes_later_may_be_another() -> None:
     model.add_adapter("dora", peft.LoraConfig(**(OPTIONS | {"use_dora": True})))
     awake(model)
     model.set_adapter("dora")
-    found = run_logits(model)
+    found = logits(model)
     loradrop.restore_peft(model)
-    assert torch.equal(run_logits(model), found)
+    assert torch.equal(logits(model), found)
 
 
 def test_hooks_are_called() -> None:
     model, seen = made(), list[str]()
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    expected = run_logits(model)
+    expected = logits(model)
     loradrop.accelerate_peft(model)
     layer.base_layer.register_forward_hook(lambda *_: seen.append("base"))
-    assert torch.allclose(run_logits(model), expected, rtol=0, atol=1e-5) and seen == ["base"]
+    assert torch.allclose(logits(model), expected, rtol=0, atol=1e-5) and seen == ["base"]
     layer.lora_A["default"].register_forward_pre_hook(lambda *_: seen.append("A"))
-    assert torch.allclose(run_logits(model), expected, rtol=0, atol=1e-5)
+    assert torch.allclose(logits(model), expected, rtol=0, atol=1e-5)
     assert seen == ["base", "base", "A"]
     accelerate = pytest.importorskip("accelerate")
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
-    assert torch.allclose(run_logits(model), expected, rtol=0, atol=1e-5)
+    assert torch.allclose(logits(model), expected, rtol=0, atol=1e-5)
 
 
 def test_checkpointing_and_copies() -> None:
@@ -238,13 +227,13 @@ def test_checkpointing_and_copies() -> None:
 
 def test_compiled_it_is_one_graph() -> None:
     model = made().double()
-    expected = run_logits(model)
+    expected = logits(model)
     loradrop.accelerate_peft(model)
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     x = torch.randn(3, 32, dtype=torch.float64)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     assert torch.allclose(compiled(x), layer(x), rtol=0, atol=1e-11)
-    assert torch.allclose(run_logits(model), expected, rtol=0, atol=1e-11)
+    assert torch.allclose(logits(model), expected, rtol=0, atol=1e-11)
 
 
 def test_a_model_without_adapters_is_refused() -> None:

@@ -88,14 +88,9 @@ def test_what_it_probes_is_what_an_injected_model_probes() -> None:
     assert model.lora_bank.trainable <= 448
 
 
-def t5() -> Any:
-    sizes = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    return models.build("T5ForConditionalGeneration", "T5Config", **sizes)
-
-
 @pytest.mark.parametrize(
     ("make", "task", "targets"),
-    [(t5, "SEQ_2_SEQ_LM", ["q", "v"]), (models.llama, None, ["q_proj", "v_proj"])],
+    [(models.t5, "SEQ_2_SEQ_LM", ["q", "v"]), (models.llama, None, ["q_proj", "v_proj"])],
 )
 def test_statistics_of_training(make: Any, task: str | None, targets: list[str]) -> None:
     """Of the passes themselves, with the masks of both sides, or with one that has no name."""

@@ -68,10 +68,6 @@ def state(model: Any) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in model.lora_bank.state_dict().items()}
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
 def test_in_trl(tmp_path: Path) -> None:
     """`peft_config=` in an SFTTrainer: saved, resumed on either side of the boundary to the same
     end, and the best step loaded.
@@ -101,11 +97,11 @@ def test_in_trl(tmp_path: Path) -> None:
     best = whole.state.best_global_step
     assert best > WARM
     again = peft.PeftModel.from_pretrained(models.llama(), tmp_path / f"checkpoint-{best}")
-    assert same(state(again), state(model))
+    assert tiny.equal(state(again), state(model))
     ids = {"input_ids": models.IDS}
     assert torch.allclose(again(**ids).logits, model.eval()(**ids).logits, rtol=0, atol=1e-5)
     for step in (2, 8):
-        assert same(state(run(str(tmp_path / f"checkpoint-{step}")).model), state(model))
+        assert tiny.equal(state(run(str(tmp_path / f"checkpoint-{step}")).model), state(model))
     saved = json.loads((tmp_path / "checkpoint-14" / "adapter_config.json").read_text())
     assert saved["plan"]["warmup"]["steps"] == WARM and saved["peft_type"] == "LORADROP"
 

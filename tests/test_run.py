@@ -30,11 +30,6 @@ from loradrop.training import Result
 
 
 @pytest.fixture(scope="session")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_model(tmp_path_factory.mktemp("bert"))
-
-
-@pytest.fixture(scope="session")
 def table(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_table(tmp_path_factory.mktemp("data") / "films.csv")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import training_runs as tiny
 from safetensors.torch import load_file
-from training_runs import At, StopError, make_model, make_rows, stop
+from training_runs import At, StopError, equal, falling, make_model, make_rows, stop
 from transformers import (
     BertForSequenceClassification,
     EarlyStoppingCallback,
@@ -63,10 +63,6 @@ class Note(TrainerCallback):
 
 def tensors(model: Any) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.fixture(scope="module")
@@ -220,12 +216,6 @@ def test_spectral_without_moments_to_project(
 
 def test_the_best_model_is_one_of_the_second_part(tmp_path: Path) -> None:
     """Before it, nothing is shared yet."""
-    calls: list[int] = []
-
-    def metric(_: Any) -> dict[str, float]:
-        calls.append(1)
-        return {"q": -float(len(calls))}
-
     model = injected()
     args = TrainingArguments(
         output_dir=str(tmp_path), max_steps=STEPS, save_steps=2, eval_steps=2, report_to="none",
@@ -234,7 +224,8 @@ def test_the_best_model_is_one_of_the_second_part(tmp_path: Path) -> None:
     )  # fmt: skip
     run = Trainer(
         model, args, train_dataset=make_rows(), eval_dataset=make_rows(16, 1),
-        compute_metrics=metric, callbacks=[loradrop.LoraDropCallback(), EarlyStoppingCallback(2)],
+        compute_metrics=falling(),
+        callbacks=[loradrop.LoraDropCallback(), EarlyStoppingCallback(2)],
     )  # fmt: skip
     run.train()
     best = str(run.state.best_model_checkpoint)

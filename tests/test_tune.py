@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from cli_cases import Capsys, command, fails, works
 from op_cases import call_of, draw
 from run_cases import write_model
-from test_cli import Capsys, command, fails, works
 from test_tuned import H200, POINT
 
 from loradrop import LoRAConfig, tuning

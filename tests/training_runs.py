@@ -1,5 +1,6 @@
 """A tiny model, its data, and runs of `fit` for the tests of training and of resuming."""
 
+import itertools
 import json
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from loradrop import LoRAConfig, LoraDropConfig, TrainConfig, fit
@@ -74,6 +75,12 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((guess == prediction.label_ids).mean())}
 
 
+def falling() -> Callable[[Any], dict[str, float]]:
+    """A metric `q` that is lower at every call."""
+    calls = itertools.count(1)
+    return lambda _: {"q": -float(next(calls))}
+
+
 def run(
     folder: Path, config: LoRAConfig = DROP, args: TrainConfig = ARGS, **options: Any
 ) -> Result:
@@ -93,6 +100,10 @@ def outcome(folder: Path) -> dict[str, Any]:
         "plan": json.loads((folder / "plan.json").read_text()),
         "tensors": {name: (t.dtype, t.numpy().tobytes()) for name, t in tensors.items()},
     }
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 class At(TrainerCallback):

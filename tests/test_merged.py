@@ -1,0 +1,156 @@
+"""Merged exports: plain models with the same logits, read back; the adapted model stays."""
+
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from models import Make, adapt, assert_same, bert, llama, outputs, snapshot
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import loradrop
+from loradrop import export
+
+pytestmark = pytest.mark.numbers
+
+
+def reload_merged(model: nn.Module, path: Path) -> None:
+    """Export merged, and what transformers loads has the model's outputs."""
+    assert export(model, path, "merged") == []
+    found, report = type(model).from_pretrained(path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    torch.testing.assert_close(outputs(found.eval()), outputs(model), rtol=1e-4, atol=1e-5)
+
+
+class Links(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value(self.query(x).tanh())
+
+    def save_pretrained(self, folder: Any, safe: bool = True) -> None:
+        for name, link in self.named_children():
+            (Path(folder) / name).mkdir(parents=True)
+            save_file(link.state_dict(), Path(folder) / name / "model.safetensors")
+
+
+class TestMerged:
+    @pytest.mark.parametrize("make", [bert, models.roberta, llama, models.gpt2])
+    def test_loads_to_the_same_logits(self, make: Make, tmp_path: Path) -> None:
+        model = make()
+        base = outputs(model)
+        native = outputs(adapt(model, lora_alpha=3))
+        assert (native - base).abs().max() > 1e-2
+        reload_merged(model, tmp_path)
+        assert not [key for key in load_file(tmp_path / "model.safetensors") if "lora" in key]
+        assert torch.equal(outputs(model), native)
+
+    def test_of_a_class_with_a_save_of_its_own(self, tmp_path: Path) -> None:
+        """It takes no state dict: its own one is of the merged model, and then as before."""
+        hub = pytest.importorskip("huggingface_hub")
+
+        class Hub(nn.Module, hub.PyTorchModelHubMixin):  # type: ignore[misc]
+            def __init__(self, size: int = 4) -> None:
+                super().__init__()
+                self.query = nn.Linear(size, size)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.query(x)
+
+        torch.manual_seed(0)
+        model, x = Hub(), torch.randn(3, 4)
+        loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["query"]))
+        models.wake(model)
+        before, expected = snapshot(model), model(x)
+        export(model, tmp_path / "merged", "merged")
+        assert_same(model, before)
+        torch.testing.assert_close(Hub.from_pretrained(tmp_path / "merged")(x), expected)
+        model.save_pretrained(tmp_path / "base")
+        assert set(load_file(tmp_path / "base" / "model.safetensors")) == {
+            "query.weight", "query.bias",
+        }  # fmt: skip
+        found = Hub.from_pretrained(tmp_path / "base")
+        loradrop.load(found, tmp_path / "base")
+        assert torch.equal(found(x), expected)
+
+    def test_of_a_class_that_saves_into_folders(self, tmp_path: Path) -> None:
+        """As a SentenceTransformer: each of its links into one."""
+        model, x = adapt(Links(), r=2), torch.randn(3, 4)
+        before = snapshot(model)
+        for _ in range(2):  # also over an earlier one
+            export(model, tmp_path, "merged")
+        assert_same(model, before)
+        found = Links()
+        for name, link in found.named_children():
+            link.load_state_dict(load_file(tmp_path / name / "model.safetensors"))
+        torch.testing.assert_close(found(x), model(x))
+        names = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()}
+        assert names == {"query/model.safetensors", "value/model.safetensors"}
+
+    def test_what_was_written_is_read_back(self, tmp_path: Path) -> None:
+        class Forgetful(nn.Module):
+            """Its save_pretrained saves other weights than it has."""
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.query = nn.Linear(4, 4)
+                self.first = self.query.weight.detach().clone()
+
+            def save_pretrained(self, folder: str, **_: Any) -> None:
+                save_file({"query.weight": self.first}, f"{folder}/model.safetensors")
+
+        model = Forgetful()
+        loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["query"]))
+        models.wake(model)
+        before = snapshot(model)
+        with pytest.raises(ValueError, match=r"Forgetful does not write.*loradrop\.merge"):
+            export(model, tmp_path, "merged")
+        assert not list(tmp_path.iterdir())
+        assert_same(model, before)
+
+    def test_rounds_once(self, tmp_path: Path) -> None:
+        model = adapt(llama().to(torch.bfloat16))
+        export(model, tmp_path, "merged")
+        found = load_file(tmp_path / "model.safetensors")
+        for i, target in enumerate(model.lora_bank.targets):
+            weight = model.get_submodule(target.name).weight
+            exact = weight.double() + model.lora_bank.delta(i).double()
+            assert torch.equal(found[f"{target.name}.weight"], exact.float().bfloat16())
+            assert not torch.equal(found[f"{target.name}.weight"], weight)
+
+    def test_of_a_reversible_merge_adds_nothing(self, tmp_path: Path) -> None:
+        model = adapt(llama())
+        native = outputs(model)
+        loradrop.merge(model, keep_original=True)
+        reload_merged(model, tmp_path)
+        torch.testing.assert_close(outputs(model), native, rtol=1e-4, atol=1e-5)
+
+    def test_replaces_a_save_in_parts(self, tmp_path: Path) -> None:
+        model = llama()
+        model.save_pretrained(tmp_path, max_shard_size="20KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+        reload_merged(adapt(model), tmp_path)
+        assert [file.name for file in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+        assert not list(tmp_path.glob(".*"))
+
+    @pytest.mark.parametrize("format", ["merged", "peft"])
+    def test_not_into_the_base_s_own_folder(self, format: str, tmp_path: Path) -> None:
+        llama().save_pretrained(tmp_path)
+        before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+        model = adapt(AutoModelForCausalLM.from_pretrained(tmp_path))
+        with pytest.raises(ValueError, match="is the base model's own folder: choose another"):
+            export(model, tmp_path, format)
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+    def test_not_beside_an_adapter(self, tmp_path: Path) -> None:
+        model = adapt(llama())
+        export(model, tmp_path)
+        loradrop.save(model, tmp_path / "native")
+        for folder in (tmp_path, tmp_path / "native"):
+            with pytest.raises(ValueError, match="holds an adapter"):
+                export(model, folder, "merged")
