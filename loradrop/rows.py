@@ -24,6 +24,12 @@ class Rows:
     collate: Any
 
 
+def rows_of(task: TextTask, model: Any, tokenizer: Any, max_length: int | None) -> Rows:
+    """The rows of a task as the model's tokenizer cuts them."""
+    train, dev = tokenize(task, tokenizer, max_length, model)
+    return Rows(task, train, dev, collator(task, tokenizer))
+
+
 def rows_for(model: Any, where: str, data: DataConfig, adapter: str | Path) -> Rows:
     """The data for the model at `where`, the base of `adapter`.
 
@@ -36,8 +42,7 @@ def rows_for(model: Any, where: str, data: DataConfig, adapter: str | Path) -> R
     if (tokenizer := tokenizer_for(adapter, where, task.kind == "token_classification")) is None:
         raise ValueError(f"{where} has no tokenizer, which reading the data needs: give model=")
     pad_with(model, tokenizer)
-    train, dev = tokenize(task, tokenizer, data.max_length, model)
-    return Rows(task, train, dev, collator(task, tokenizer))
+    return rows_of(task, model, tokenizer, data.max_length)
 
 
 def _require_fit(model: Any, task: TextTask, adapter: str | Path) -> None:

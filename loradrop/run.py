@@ -14,7 +14,7 @@ import yaml
 from torch.utils.data import DataLoader
 
 from loradrop.base_models import build, config_of, load_base, to_accelerator
-from loradrop.config import LoRAConfig
+from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.env import is_first_rank
 from loradrop.files import write_json, write_text
 from loradrop.injection import plan_of
@@ -24,13 +24,13 @@ from loradrop.probing import probe
 from loradrop.report.grid import Arm, arms_table, plan_table
 from loradrop.report.page import file_size, how_to_load, write_report
 from loradrop.report.plots import plot_history, plot_importance
-from loradrop.rows import by_name, rows_for
+from loradrop.rows import Rows, by_name, rows_for, rows_of
 from loradrop.run_config import CONFIG, RunConfig, folder_of
 from loradrop.run_folder import OPTIONS, held_by_a_run
 from loradrop.scores import Scores
 from loradrop.text.examples import TextTask
 from loradrop.text.task import load_task
-from loradrop.text.tokens import TokenizedDataset, collator, metric_fn, tokenize
+from loradrop.text.tokens import metric_fn
 
 if TYPE_CHECKING:
     from loradrop.training import Result
@@ -87,8 +87,8 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, "Result"]:
 
 def _prepare(
     config: RunConfig, task: TextTask, lora: LoRAConfig
-) -> tuple[Any, LoRAConfig, dict[str, TokenizedDataset], dict[str, Any]]:
-    """(model, adapters, rows by split, options that `fit` and `warm_up` share).
+) -> tuple[Any, LoRAConfig, Rows, TrainConfig]:
+    """The model, its adapters, the rows, and how to train.
 
     A head that the checkpoint lacks is trained whole, unless `modules_to_save` says otherwise.
     """
@@ -97,11 +97,9 @@ def _prepare(
     model, tokenizer, missing = build(config, task)
     if lora.modules_to_save is None and missing:
         lora = replace(lora, modules_to_save=tuple(missing))
-    train, dev = tokenize(task, tokenizer, config.data.max_length, model)
     every = config.train.eval_every or 0.2  # five points, for a curve in the report
-    args = replace(config.train, eval_every=every)
-    options = {"args": args, "data": task.fingerprint, "collate": collator(task, tokenizer)}
-    return model, lora, {"train": train, "dev": dev}, options
+    rows = rows_of(task, model, tokenizer, config.data.max_length)
+    return model, lora, rows, replace(config.train, eval_every=every)
 
 
 def train_arm(
@@ -110,18 +108,22 @@ def train_arm(
     """One `fit` of `task` into `folder`."""
     from loradrop.training import fit
 
-    model, lora, rows, options = _prepare(config, task, lora)
-    options |= {"metric": metric_fn(task), "output_dir": folder, "resume": resume}
-    return fit(model, rows["train"], rows["dev"], lora, **options)
+    model, lora, rows, args = _prepare(config, task, lora)
+    return fit(
+        model, rows.train, rows.dev, lora, args=args, metric=metric_fn(rows.task),
+        collate=rows.collate, data=rows.task.fingerprint, output_dir=folder, resume=resume,
+    )  # fmt: skip
 
 
 def warm_up_run(config: RunConfig, *, resume: bool = False) -> Plan:
     """The warm-up of `config.lora` alone; `run(config, resume=True)` continues from it."""
-    model, lora, rows, options = _prepare(config, load_task(config.data), config.lora)
+    model, lora, rows, args = _prepare(config, load_task(config.data), config.lora)
     from loradrop.training import warm_up
 
-    options |= {"output_dir": folder_of(config, config.name), "resume": resume}
-    plan = warm_up(model, rows["train"], lora, **options)
+    plan = warm_up(
+        model, rows.train, lora, args=args, collate=rows.collate, data=rows.task.fingerprint,
+        output_dir=folder_of(config, config.name), resume=resume,
+    )  # fmt: skip
     if is_first_rank():
         write_json(Path(config.output) / "plan.json", plan.to_dict())
     return plan
