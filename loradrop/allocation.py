@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loradrop.options import check_choice, check_one, check_part, check_whole
 from loradrop.scores import layer_of
-from loradrop.selection import check_choice, check_one, check_part
 from loradrop.spectra import Spectrum
 
 SCOPES = ("joint", "per_module", "per_target")
@@ -213,8 +213,8 @@ def _check(spectrum: Spectrum, given: Mapping[str, Any]) -> None:
         if given[name] == 0.0:
             raise ValueError(f"{name}=0: choose a number in (0, 1]")
     rank, max_loss = given["rank"], given["max_loss"]
-    if rank is not None and (not isinstance(rank, int) or rank < 0):
-        raise ValueError(f"rank={rank!r}: choose a whole number from 0 up")
+    if rank is not None:
+        check_whole("rank", rank, 0)
     if max_loss is not None:
         if not 0.0 <= max_loss < math.inf:
             raise ValueError(f"max_loss={max_loss}: choose a number from 0 up")
@@ -226,8 +226,7 @@ def _check(spectrum: Spectrum, given: Mapping[str, Any]) -> None:
 
 def check_steps(multiple: int, budget_time: float | None) -> None:
     """Raises ValueError naming the one that is out of range."""
-    if not isinstance(multiple, int) or multiple < 1:
-        raise ValueError(f"multiple={multiple!r}: choose a whole number from 1 up")
+    check_whole("multiple", multiple, 1)
     if budget_time is not None and not 0.5 < budget_time <= 1.0:
         raise ValueError(
             f"budget_time={budget_time}: choose a number in (0.5, 1], as the forward pass stays"

@@ -26,6 +26,9 @@ from loradrop.sharing import conclude
 _log = logging.getLogger(__name__)
 
 
+_OF_RUN = "loradrop_callback"  # the name of the one of a run, in its state
+
+
 class LoraDropCallback(TrainerCallback):
     """The whole method in one run of any Trainer: warm-up, select, share, and on.
 
@@ -71,6 +74,9 @@ class LoraDropCallback(TrainerCallback):
         optimizer: Any = None, train_dataloader: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         bank, injection = bank_of(model), injection_of(model)
+        if getattr(state, _OF_RUN, self) is not self:
+            raise ValueError("the Trainer has two LoraDropCallbacks: give it one")
+        setattr(state, _OF_RUN, self)
         if _fsdp(args) is None:
             bank.changed = None  # from here on the optimiser follows a decision
             if not args.deepspeed:

@@ -57,6 +57,8 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
     options: dict[str, Any] = {"dtype": DTYPES[config.model.dtype]}
     with _naming(config.model.id):
         tokenizer = _tokenizer(where, words, revision=config.model.revision)
+    if task.kind == "causal_lm":
+        _require_decoder(config.model)
     auto: Any = transformers.AutoModelForCausalLM
     if words:
         auto = transformers.AutoModelForTokenClassification
@@ -83,6 +85,16 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
         _tell_head(config.model.id, _shapes(differing))
         missing.update(heads)
     return model, tokenizer, sorted(missing)
+
+
+def _require_decoder(model: ModelConfig) -> None:
+    """Raises ValueError for an encoder–decoder, whose decoder alone has lost what it reads."""
+    if getattr(config := config_of(model), "is_encoder_decoder", False):
+        raise ValueError(
+            f"the model {model.id!r} is an encoder–decoder ({config.model_type}), and loradrop "
+            "train trains decoders to write: choose one, such as SmolLM2 or Llama, or call "
+            "loradrop.inject and train with transformers' Seq2SeqTrainer"
+        )
 
 
 @torch.no_grad()

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from loradrop import methods
-from loradrop.kinds import check_kinds
 from loradrop.masks import MASK
 from loradrop.methods import LoRA, LoRADrop, Method
 from loradrop.op.philox import quantize
+from loradrop.options import check_kinds
 from loradrop.peft_names import CHANGES, HARMLESS
 
 _OF_PEFT = ("base_model_name_or_path", "peft_type", "is_prompt_learning", "task_type")
@@ -193,7 +193,7 @@ class TrainConfig:
     save_every: float = 100
     eval_every: float | None = None
     mask: str | None = MASK
-    report_to: Sequence[str] = ()
+    report_to: Sequence[str] | str = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -23,8 +23,7 @@ from loradrop.injection import Injection
 from loradrop.op.checks import check_base_gradient
 from loradrop.op.linear import lora_add, lora_linear
 from loradrop.pairs import LoRAPair
-from loradrop.scores import Target
-from loradrop.selection import check_ranks
+from loradrop.scores import Target, check_ranks
 from loradrop.wrapped import parameters_of
 
 

@@ -31,6 +31,7 @@ from loradrop.injection import (
     sum_of,
     trained_since,
 )
+from loradrop.pairs import LoRABank
 from loradrop.plan import Plan
 from loradrop.ranks import here, is_sharded, whole, writes
 from loradrop.tensor_file import write_tensors
@@ -73,6 +74,23 @@ def tell_untouched(model: nn.Module) -> None:
     if (reason := unmeasured(model) or _idle(model)) is not None and reason not in told:
         told.add(reason)
         _log.warning("%s", reason)
+
+
+@torch.no_grad()
+def tell_untrained(model: nn.Module) -> None:
+    """One line where some adapters were trained, and others are zero as they began."""
+    bank = bank_of(model)
+    if not isinstance(bank, LoRABank) or any(map(is_sharded, bank.parameters())):
+        return
+    zero = [not bool(B.any()) for B in bank.B]
+    users = zip(bank.targets, bank.slots, strict=True)
+    idle = [target.name for target, slot in users if slot is not None and zero[slot]]
+    if idle and not all(zero):
+        _log.warning(
+            "the adapters of %s are zero, as if they were never trained: a loss that reads the "
+            "weight of a layer itself, as TRL's of lm_head, goes past its adapter",
+            ", ".join(idle),
+        )  # fmt: skip
 
 
 def checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -15,9 +15,9 @@ from loradrop.collector import GRAMS, Collector
 from loradrop.injection import injected, injection_of, require_unmerged
 from loradrop.losses import LABELS, Labels, losses
 from loradrop.masks import MASK, MaskFn, Masking
+from loradrop.options import check_choice
 from loradrop.ranks import any_rank
 from loradrop.scores import Scores
-from loradrop.selection import check_choice
 from loradrop.wrapped import of_inner
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from loradrop import methods
 from loradrop.config import DTYPES, LoRAConfig, LoraDropConfig, TrainConfig, check_keys
-from loradrop.kinds import hints_of, kinds_in, missed
+from loradrop.options import hints_of, kinds_in, missed
 from loradrop.text.task import DataConfig
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -210,7 +210,8 @@ def _value(key: str, value: str, text: str) -> Any:
     if str in kinds <= {str, types.NoneType} and not yaml_text:
         return value
     parsed = _parse(value, text)
-    if parsed == value and ("," in value or section != "train"):  # text that is not in quotes
+    named = "," in value or section != "train" or Sequence in kinds
+    if parsed == value and named:  # text that is not in quotes
         if "method" in key.split(".") and re.fullmatch(r"[-+.\deE]+(, *[-+.\deE]+)+", value):
             return _parse(f"[{value}]", text)
         of_lora = {"lora": option, "arms": option.rpartition(".")[2]}.get(section, "")

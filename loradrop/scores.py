@@ -108,6 +108,17 @@ class Scores(Mapping[str, float]):
         }
 
 
+def check_ranks(targets: Sequence[Target]) -> None:
+    """Raises ValueError for a rank beyond min(in_features, out_features)."""
+    for target in targets:
+        most = min(target.in_features, target.out_features)
+        if target.r > most:
+            raise ValueError(
+                f"r={target.r} for {target.name} ({target.in_features} -> {target.out_features}): "
+                f"a rank beyond {most} adds nothing. Choose r <= {most}, or a rank_pattern"
+            )
+
+
 def members_of(slots: Sequence[int | None]) -> dict[int, list[int]]:
     """Slot -> the indices of the targets that use it."""
     members: dict[int, list[int]] = {}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from loradrop.options import check_choice, check_one, check_part
 from loradrop.scores import Assignment, Scores, Target, layer_of
 
 CHOICES = {
@@ -158,37 +159,6 @@ def _check(scores: Scores, given: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"the score of {target.name} is {value}: its LoRA output overflowed or met NaN. "
                 "Lower the learning rate, or train in float32"
-            )
-
-
-def check_one(given: Mapping[str, Any]) -> None:
-    """Raises ValueError unless exactly one of the options is not None."""
-    named = [f"{name}={value}" for name, value in given.items() if value is not None]
-    if len(named) != 1:
-        got = ", ".join(named) or "none"
-        raise ValueError(f"give exactly one of {', '.join(given)}; got {got}")
-
-
-def check_part(name: str, value: float | None) -> None:
-    """Raises ValueError unless the option is None or in [0, 1]."""
-    if value is not None and not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}={value}: choose a number in [0, 1]")
-
-
-def check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    """Raises ValueError unless the option is one of the known."""
-    if value not in known:
-        raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
-
-
-def check_ranks(targets: Sequence[Target]) -> None:
-    """Raises ValueError for a rank beyond min(in_features, out_features)."""
-    for target in targets:
-        most = min(target.in_features, target.out_features)
-        if target.r > most:
-            raise ValueError(
-                f"r={target.r} for {target.name} ({target.in_features} -> {target.out_features}): "
-                f"a rank beyond {most} adds nothing. Choose r <= {most}, or a rank_pattern"
             )
 
 

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from loradrop.compensation import Compensation, compensate, lost, rise
+from loradrop.options import check_choice
 from loradrop.scores import Grams, Scores, Target, members_of
-from loradrop.selection import check_choice
 
 METRICS = ("loss", "output", "weight")
 

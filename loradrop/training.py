@@ -124,7 +124,9 @@ def _settled(
     if isinstance(args, TrainingArguments):
         named = args.output_dir if args.output_dir != "trainer_output" else None
         output_dir, args = output_dir or named, train_config(args)
-    args = args or TrainConfig()
+    args = TrainConfig() if args is None else args
+    if not isinstance(args, TrainConfig):
+        raise TypeError(f"args is a {type(args).__name__}: give TrainConfig or TrainingArguments")
     folder = None if output_dir is None else Path(output_dir).expanduser()
     return folder, args if mask == MASK else replace(args, mask=mask)
 
@@ -197,6 +199,10 @@ class _Run:
             raise ValueError(what) from error
         if count == 0:
             raise ValueError("train is empty: give at least one example")
+        parts = self.dev if isinstance(self.dev, Mapping) else {"dev": self.dev}
+        for name, rows in parts.items():
+            if hasattr(rows, "__len__") and len(rows) == 0:
+                raise ValueError(f"{name} is empty: give rows to measure on, or dev=None")
         if self._per_epoch == 0:
             raise ValueError(
                 f"train has {count} rows, and dataloader_drop_last leaves no batch of them: choose "

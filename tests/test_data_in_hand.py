@@ -15,6 +15,7 @@ from transformers import (
     AutoTokenizer,
     BartConfig,
     BartForCausalLM,
+    BartForConditionalGeneration,
 )
 
 from loradrop.base_models import _require_causal, build, pad_with
@@ -85,6 +86,18 @@ def test_a_decoder_of_a_family_with_masks_writes() -> None:
     sizes = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
     heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": 32}
     _require_causal("bart", BartForCausalLM(BartConfig(vocab_size=64, **sizes, **heads)))
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    """As a decoder alone it would begin with embeddings that nobody trained."""
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": 32}
+    model = BartForConditionalGeneration(BartConfig(vocab_size=64, **sizes, **heads))
+    model.save_pretrained(tmp_path / "bart")
+    write_tokenizer(tmp_path / "bart")
+    data = write_table(tmp_path / "table.jsonl", "causal")
+    with pytest.raises(ValueError, match=r"bart' is an encoder–decoder \(bart\).*Seq2SeqTrainer"):
+        made(str(tmp_path / "bart"), data)
 
 
 def test_assistants_of_a_prompt_are_not_learned(llama: str, tmp_path: Path) -> None:

@@ -147,6 +147,19 @@ class TestMerged:
             export(model, tmp_path, format)
         assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
+    def test_nor_an_adapter_beside_it(self, tmp_path: Path) -> None:
+        """Whoever loads the folder would add the adapter to weights that hold it already."""
+        model = adapt(llama())
+        export(model, tmp_path, "merged")
+        before = {file.name for file in tmp_path.iterdir()}
+        with pytest.raises(ValueError, match="holds a model, on which the adapter would be loaded"):
+            export(model, tmp_path)
+        assert {file.name for file in tmp_path.iterdir()} == before
+        export(model, tmp_path / "adapter")
+        (tmp_path / "adapter" / "adapter_config.json").rename(tmp_path / "adapter_config.json")
+        with pytest.raises(ValueError, match="holds a model and an adapter"):
+            loradrop.verify(model, tmp_path, [{"input_ids": torch.arange(4)[None]}])
+
     def test_not_beside_an_adapter(self, tmp_path: Path) -> None:
         model = adapt(llama())
         export(model, tmp_path)

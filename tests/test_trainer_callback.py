@@ -51,6 +51,12 @@ def test_a_method_that_acts_at_every_step_goes_on_after_a_cut(tmp_path: Path) ->
     assert model.lora_bank.input_norm(0).all()
 
 
+def test_two_callbacks_are_one_too_many(tmp_path: Path) -> None:
+    callbacks = [loradrop.LoraDropCallback(), loradrop.LoraDropCallback()]
+    with pytest.raises(ValueError, match="the Trainer has two LoraDropCallbacks: give it one"):
+        trainer(tmp_path, injected(), callbacks).train()
+
+
 class Note(TrainerCallback):
     """The learning rate of each step, as a part of the highest."""
 

@@ -396,6 +396,12 @@ def test_loss_that_is_not_finite(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("train", [[], DataLoader([])], ids=["list", "loader"])
 def test_train_that_is_empty_or_has_no_length(train: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dev is empty: give rows to measure on, or dev=None"):
+        fit(make_model(), make_rows(), [], tiny.DROP, args=tiny.ARGS)
+    with pytest.raises(ValueError, match="long is empty"):
+        fit(make_model(), make_rows(), {"all": make_rows(), "long": []}, tiny.DROP, args=tiny.ARGS)
+    with pytest.raises(TypeError, match="args is a dict: give TrainConfig or TrainingArguments"):
+        fit(make_model(), make_rows(), None, tiny.DROP, args={"steps": 5})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="train is empty: give at least one example"):
         fit(make_model(), train, None, tiny.DROP, output_dir=tmp_path)
     assert list(tmp_path.iterdir()) == []

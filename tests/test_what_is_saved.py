@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import IDS, llama
+from models import IDS, adapt, llama, wake
 from safetensors.torch import load_file
 from training_runs import make_model, make_rows
 from transformers import Trainer, TrainingArguments
@@ -182,3 +182,18 @@ def test_a_loaded_adapter_that_trains_on_without_its_method(
     assert (
         f"the method '{name}' acts at every step of training, and nothing called it" in caplog.text
     )
+
+
+def test_an_adapter_that_was_never_trained_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As that of a layer whose weight the loss reads itself."""
+    model = wake(adapt(llama()))
+    first = model.lora_bank.targets[0].name
+    with caplog.at_level(logging.WARNING):
+        loradrop.export(model, tmp_path / "one")
+        assert "never trained" not in caplog.text
+        with torch.no_grad():
+            model.lora_bank.B[0].zero_()
+        loradrop.export(model, tmp_path / "two")
+    assert f"the adapters of {first} are zero, as if they were never trained" in caplog.text

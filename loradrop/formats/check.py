@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from loradrop.bank import bank_of
 from loradrop.batches import call, evaluating, require_several
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal, scale
+from loradrop.formats.merged import holds_weights
 from loradrop.formats.peft_file import CONFIG, PeftFile, configuration_of, read
 from loradrop.injection import Adapters, adapters_of, injected
 from loradrop.quantised import keep_unpacked
@@ -97,6 +98,11 @@ def verify(
     """
     bank_of(model)
     with injected(model) as own:
+        if (Path(path) / CONFIG).exists() and holds_weights(Path(path)):
+            raise ValueError(
+                f"{path} holds a model and an adapter, which would be loaded on top: export one of "
+                "them into another folder"
+            )
         if (Path(path) / "config.json").exists() and not (Path(path) / CONFIG).exists():
             if engines is not None or tolerance is not None:
                 raise ValueError(f"{path} is a merged model: engines and tolerance are of PEFT's")

@@ -22,6 +22,11 @@ from loradrop.quantised import kept, put
 from loradrop.wrapped import bare
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether there are weights of a whole model."""
+    return any(any(folder.glob(name)) for name in ("model*.safetensors", "pytorch_model*.bin"))
+
+
 @torch.no_grad()
 def save_merged(model: nn.Module, folder: Path) -> None:
     """Write the model with its deltas added into `folder`; it stays as it is, bit for bit.

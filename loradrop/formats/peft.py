@@ -22,7 +22,7 @@ from loradrop.files import read_json, write_json, write_text
 from loradrop.formats.card import card_of, extended
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal
 from loradrop.formats.hub import CARD, push
-from loradrop.formats.merged import save_merged
+from loradrop.formats.merged import holds_weights, save_merged
 from loradrop.formats.peft_file import (
     CONFIG,
     PREFIX,
@@ -33,7 +33,7 @@ from loradrop.formats.peft_file import (
 )
 from loradrop.injection import Adapters, adapters_of, base_of, injected
 from loradrop.layers import is_conv1d
-from loradrop.native import tell_untouched
+from loradrop.native import tell_untouched, tell_untrained
 from loradrop.ranks import whole, writes
 from loradrop.tensor_file import write_tensors
 from loradrop.wrapped import of_inner, tensors_of
@@ -97,6 +97,11 @@ def export(
             if is_first_rank():  # elsewhere save_pretrained writes nothing
                 save_merged(own, folder)
             return []
+        if holds_weights(folder):
+            raise ValueError(
+                f"{folder} holds a model, on which the adapter would be loaded: choose another"
+            )
+        tell_untrained(own)
         file = peft_file_of(own, adapters, dtype=dtype, base_id=base_id, padded=padded)
         verdicts = verdicts_on(file, engines)
         if not writes(own):

@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
 from loradrop.methods.orthogonality import add_gradient
-from loradrop.scores import Target
-from loradrop.selection import check_ranks
+from loradrop.options import check_whole
+from loradrop.scores import Target, check_ranks
 
 SIDES = ("P", "Lambda", "Q")
 
@@ -62,10 +62,8 @@ class AdaLoRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.r_start is not None and self.r_start < 1:
-            raise ValueError(f"r_start={self.r_start!r}: choose a whole number from 1 up, or None")
-        if self.mask_every < 1:
-            raise ValueError(f"mask_every={self.mask_every!r}: choose a whole number from 1 up")
+        check_whole("r_start", self.r_start, 1, or_none=True)
+        check_whole("mask_every", self.mask_every, 1)
         for name in ("t_initial", "t_final", "beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose a number in [0, 1)")

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from loradrop.bank import AdapterBank
-from loradrop.kinds import check_kinds
+from loradrop.options import check_kinds
 from loradrop.pairs import LoRABank, Update
 from loradrop.scores import Scores, Target
 

@@ -9,21 +9,19 @@ the scope, the length of the warm-up, what follows it.
 """
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from loradrop.bank import AdapterBank
 from loradrop.methods.base import Method, Warmup
+from loradrop.options import check_choice, check_part, check_steps_or_part, check_whole
 from loradrop.pairs import AFTER, INITS, LoRABank, Update
 from loradrop.scores import Scores
 from loradrop.selection import (
     CHOICES,
     INTERVAL,
     assign,
-    check_choice,
     check_interval,
-    check_part,
     keep_frequency,
     reselect,
     select,
@@ -92,19 +90,13 @@ class LoRADrop(Method):
             check_part(name, getattr(self, name))
         for name, known in _CHOICES.items():
             check_choice(name, getattr(self, name), known)
-        steps = self.probe_steps
-        if not 0 < steps < math.inf or (steps >= 1 and steps != int(steps)):
-            raise ValueError(
-                f"probe_steps={steps}: choose a part of all steps in (0, 1), "
-                "or a whole number of steps"
-            )
+        check_steps_or_part("probe_steps", self.probe_steps)
         if not 0.0 < self.sample_ratio <= 1.0:
             raise ValueError(f"sample_ratio={self.sample_ratio}: choose a number in (0, 1]")
         margin = self.settle_margin
         if margin is not None and not 0.0 <= margin < 0.5:
             raise ValueError(f"settle_margin={margin}: choose a number in [0, 0.5), or None")
-        if self.settle_every < 1:
-            raise ValueError(f"settle_every={self.settle_every}: choose a whole number from 1 up")
+        check_whole("settle_every", self.settle_every, 1)
 
     def warmup(self, total: int) -> Warmup:
         """Raises ValueError where it could not measure or would leave no step for the main run."""

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
+from loradrop.options import check_choice
 from loradrop.pairs import fresh
 from loradrop.scores import Target
-from loradrop.selection import check_choice
 
 INITS = ("orthonormal", "kaiming")
 

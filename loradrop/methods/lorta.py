@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
+from loradrop.options import check_whole
 from loradrop.scores import Target, layer_of
 
 
@@ -43,8 +44,7 @@ class LoRTA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads < 1:
-            raise ValueError(f"heads={self.heads!r}: choose a whole number from 1 up")
+        check_whole("heads", self.heads, 1)
 
     def bank(
         self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]

@@ -27,6 +27,7 @@ from torch.nn.functional import embedding
 
 from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
+from loradrop.options import check_whole
 from loradrop.scores import Target
 
 
@@ -54,11 +55,8 @@ class MoS(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("shards", "equivalent_rank"):
-            count = getattr(self, name)
-            if count is not None and count < 1:
-                raise ValueError(f"{name}={count!r}: choose a whole number from 1 up, or None")
-        if self.private_rank < 0:
-            raise ValueError(f"private_rank={self.private_rank!r}: choose a whole number from 0 up")
+            check_whole(name, getattr(self, name), 1, or_none=True)
+        check_whole("private_rank", self.private_rank, 0)
 
     def bank(
         self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]

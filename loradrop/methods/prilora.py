@@ -22,9 +22,9 @@ from torch import Tensor
 
 from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
+from loradrop.options import check_choice, check_whole
 from loradrop.pairs import LoRABank
 from loradrop.scores import Assignment, Target, layer_of, members_of
-from loradrop.selection import check_choice
 
 PRUNE_SCOPES = ("row", "target", "all")
 
@@ -59,10 +59,8 @@ class PRILoRA(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, rank in (("r_start", self.r_start), ("r_end", self.r_end)):
-            if rank is not None and rank < 1:
-                raise ValueError(f"{name}={rank!r}: choose a whole number from 1 up, or None")
-        if self.prune_every < 1:
-            raise ValueError(f"prune_every={self.prune_every!r}: choose a whole number from 1 up")
+            check_whole(name, rank, 1, or_none=True)
+        check_whole("prune_every", self.prune_every, 1)
         for name, part in (("prune_ratio", self.prune_ratio), ("beta", self.beta)):
             if not 0.0 <= part < 1.0:
                 raise ValueError(f"{name}={part!r}: choose a number in [0, 1)")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
+from loradrop.options import check_whole
 from loradrop.scores import Target
 
 
@@ -46,11 +47,8 @@ class PRoLoRA(Method):
     u: int | None = None
 
     def __post_init__(self) -> None:
-        for name, count in (("m", self.m), ("n", self.n)):
-            if count is not None and (not isinstance(count, int) or count < 1):
-                raise ValueError(f"{name}={count!r}: choose a whole number from 1 up, or None")
-        if self.u is not None and (not isinstance(self.u, int) or self.u < 0):
-            raise ValueError(f"u={self.u!r}: choose a whole number from 0 up, or None")
+        for name, count, least in (("m", self.m, 1), ("n", self.n, 1), ("u", self.u, 0)):
+            check_whole(name, count, least, or_none=True)
         super().__post_init__()
 
     def bank(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
+from loradrop.options import check_whole
 from loradrop.pairs import fresh
 from loradrop.scores import Target, members_of
 from loradrop.selection import assign
@@ -41,8 +42,7 @@ class RaSA(Method):
     k: int | None = None
 
     def __post_init__(self) -> None:
-        if self.k is not None and (not isinstance(self.k, int) or self.k < 0):
-            raise ValueError(f"k={self.k!r}: choose a whole number from 0 up, or None")
+        check_whole("k", self.k, 0, or_none=True)
         super().__post_init__()
 
     def bank(

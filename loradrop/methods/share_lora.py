@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
+from loradrop.options import check_choice
 from loradrop.pairs import fresh
 from loradrop.scores import Target
-from loradrop.selection import assign, check_choice
+from loradrop.selection import assign
 
 SHARES = ("A", "B", "AB")
 

@@ -28,9 +28,9 @@ from loradrop.allocation import SCOPES, allocate, below_one, check_steps, least_
 from loradrop.bank import AdapterBank
 from loradrop.cuts import Cut, decide
 from loradrop.methods.base import Method, Warmup
+from loradrop.options import check_choice, check_steps_or_part, check_whole
 from loradrop.pairs import LoRABank, Narrowed, Update
-from loradrop.scores import Assignment, Scores, Target
-from loradrop.selection import check_choice, check_ranks
+from loradrop.scores import Assignment, Scores, Target, check_ranks
 from loradrop.spectra import METRICS, Spectrum, spectrum
 
 
@@ -74,13 +74,8 @@ class Spectral(Method):
         super().__post_init__()
         if not 0.0 < self.budget < math.inf:
             raise ValueError(f"budget={self.budget}: choose a positive part of LoRA's parameters")
-        if self.r_start is not None and self.r_start < 1:
-            raise ValueError(f"r_start={self.r_start!r}: choose a whole number from 1 up, or None")
-        at = self.cut_at
-        if not 0 < at < math.inf or (at >= 1 and at != int(at)):
-            raise ValueError(
-                f"cut_at={at}: choose a part of all steps in (0, 1), or a whole number of steps"
-            )
+        check_whole("r_start", self.r_start, 1, or_none=True)
+        check_steps_or_part("cut_at", self.cut_at)
         if not 0.0 < self.measured <= 1.0:
             raise ValueError(f"measured={self.measured}: choose a number in (0, 1]")
         for name, known in (

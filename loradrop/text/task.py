@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loradrop.options import check_whole
 from loradrop.sampling import stratified_indices
 from loradrop.text.columns import read_examples
 from loradrop.text.examples import KINDS, Example, TextTask
@@ -71,10 +72,8 @@ class DataConfig:
             raise ValueError(f"data.dev_ratio={self.dev_ratio!r}: choose a number between 0 and 1")
         for name, minimum in {"max_length": 8, "max_train": 2, "max_dev": 1, "seed": 0}.items():
             value = getattr(self, name)
-            if value is None and name != "seed":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise ValueError(f"data.{name}={value!r}: choose a whole number from {minimum} up")
+            if value is not None or name == "seed":
+                check_whole(f"data.{name}", value, minimum)
 
 
 def _split(

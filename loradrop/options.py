@@ -1,6 +1,7 @@
-"""What kind of value an option takes, by its annotation, and in what words to ask for it."""
+"""Which values an option takes, and in what words to ask for another."""
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -15,6 +16,43 @@ _OF_YAML: dict[Any, str] = {
     **{Sequence: "a list", list: "a list", Mapping: "a section", dict: "a section"},
     **{bool: "true or false", types.NoneType: "null"},
 }
+
+
+def check_one(given: Mapping[str, Any]) -> None:
+    """Raises ValueError unless exactly one of the options is not None."""
+    named = [f"{name}={value}" for name, value in given.items() if value is not None]
+    if len(named) != 1:
+        got = ", ".join(named) or "none"
+        raise ValueError(f"give exactly one of {', '.join(given)}; got {got}")
+
+
+def check_part(name: str, value: float | None) -> None:
+    """Raises ValueError unless the option is None or in [0, 1]."""
+    if value is not None and not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name}={value}: choose a number in [0, 1]")
+
+
+def check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raises ValueError unless the option is one of the known."""
+    if value not in known:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(known)}")
+
+
+def check_whole(name: str, value: int | None, least: int, *, or_none: bool = False) -> None:
+    """Raises ValueError unless the option is a whole number from `least` up, or None if it may."""
+    if value is None and or_none:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        more = ", or None" if or_none else ""
+        raise ValueError(f"{name}={value!r}: choose a whole number from {least} up{more}")
+
+
+def check_steps_or_part(name: str, value: float) -> None:
+    """Raises ValueError unless the option is a part of all steps, or a number of steps."""
+    if not 0 < value < math.inf or (value >= 1 and value != int(value)):
+        raise ValueError(
+            f"{name}={value}: choose a part of all steps in (0, 1), or a whole number of steps"
+        )
 
 
 def check_kinds(options: Any) -> None:

@@ -12,10 +12,10 @@ import torch
 from every_method import EVERY
 
 from loradrop import LoRAConfig, LoRADrop, TrainConfig
-from loradrop.kinds import kinds_in
 from loradrop.methods import Method
 from loradrop.methods.nb_lora import NBLoRA
 from loradrop.methods.prilora import PRILoRA
+from loradrop.options import kinds_in
 from loradrop.run_config import _build
 
 if TYPE_CHECKING:
