@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +73,8 @@ class Grid:
         frequency = warmup.get("frequency") or {}
         scores = (plan.scores or {}).get("values", {})
         if plan.cut is not None:  # what is compared then are directions
-            scores = {name: sum(values) for name, values in plan.cut["values"].items()}
+            shares = _members_at_cut(plan)  # each member has the values of the whole adapter
+            scores = {name: sum(v) / shares[name] for name, v in plan.cut["values"].items()}
         self.cut = plan.cut is not None
         full = plan.full_ranks
         joint = getattr(method, "scope", "per_module") == "joint" or self.cut
@@ -178,8 +180,11 @@ def _summary(plan: Plan, own: int | None) -> dict[str, str]:
         rows = f"{scores['rows']:,} {'steps' if scores['source'] == 'online' else 'batches'}"
         found["scores"] = f"{scores['source']}, {scores['tokens']:,} tokens in {rows}"
     if cut := plan.cut:
-        left = [rank for rank in cut["ranks"].values() if rank]
-        found["cut"] = f"by {cut['metric']}; {sum(left)} of {sum(cut['full'].values())} directions"
+        shares = _members_at_cut(plan)
+        left = sum(rank / shares[name] for name, rank in cut["ranks"].items())
+        held = sum(len(values) / shares[name] for name, values in cut["values"].items())
+        last = "the last of several, " * bool(cut.get("earlier"))
+        found["cut"] = f"{last}by {cut['metric']}; {left:.0f} of {held:.0f} directions"
         if cut["loss"] is not None:
             found["cut"] += f", predicted rise of the loss {cut['loss']:.2g}"
             if cut["compensated"] is not None:
@@ -189,6 +194,14 @@ def _summary(plan: Plan, own: int | None) -> dict[str, str]:
         end = "settled" if warmup["settled"] else "not settled" if asked else "no early end"
         found["warm-up"] = f"{warmup['steps']:,} of {warmup['planned']:,} steps, {end}"
     return found
+
+
+def _members_at_cut(plan: Plan) -> dict[str, int]:
+    """Name -> how many targets had its adapter when it was cut."""
+    slots = (plan.cut or {}).get("slots", plan.slots)  # plans of before do not say who shared
+    users = Counter(slots)
+    pairs = zip(plan.targets, slots, strict=True)
+    return {target.name: 1 if slot is None else users[slot] for target, slot in pairs}
 
 
 def count(cells: Sequence[Cell], state: str) -> int:
