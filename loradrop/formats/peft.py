@@ -30,6 +30,8 @@ from loradrop.formats.peft_file import (
     PeftFile,
     configuration_of,
     layout_of,
+    padded_rank,
+    ranks_in_file,
 )
 from loradrop.injection import Adapters, adapters_of, base_of, injected
 from loradrop.layers import is_conv1d
@@ -171,19 +173,17 @@ def peft_file_of(
         target.name: 0 if pair is None else pair[0].shape[0]
         for target, pair in zip(targets, adapters.factors, strict=True)
     }
-    own = {} if padded else {name: rank for name, rank in ranks.items() if rank}
-    if not padded and not own:
+    held = ranks_in_file(ranks, padded)
+    if not held:
         raise ValueError("no target has an adapter: export with padded=True, or format='merged'")
-    layout = layout_of(model, adapters, list(own) or list(ranks))
-    if one := len(set(own.values())) == 1:
-        r = max(own.values())
-    else:
-        r = max(8, 1 << (max(1, *ranks.values()) - 1).bit_length())  # as vLLM wants it
+    layout = layout_of(model, adapters, list(held))
+    one = len(set(held.values())) == 1
+    r = max(held.values()) if one else padded_rank(ranks)
     tensors: dict[str, Tensor] = {}
     for target, s, pair in zip(targets, adapters.scaling, adapters.factors, strict=True):
-        if own and target.name not in own:
+        if target.name not in held:
             continue
-        width = own.get(target.name, r)
+        width = held[target.name]
         A = torch.zeros(width, target.in_features, **kind)
         B = torch.zeros(target.out_features, width, **kind)
         if pair is not None:  # one without stays zero: SGLang wants q and v in every layer
@@ -214,6 +214,6 @@ def peft_file_of(
         "modules_to_save": layout.modules_to_save or None,
         "init_lora_weights": True,
     }
-    if own and not one:
-        config |= {"rank_pattern": own, "alpha_pattern": own}
+    if not one:
+        config |= {"rank_pattern": held, "alpha_pattern": held}
     return PeftFile(config, tensors, configuration_of(model))

@@ -6,7 +6,7 @@ heads that `PeftModelFor...` adds), replayed so that an export hits our targets 
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from loradrop.files import read_json
 from loradrop.injection import Adapters
 from loradrop.matching import inside, saved_modules
+from loradrop.scores import Target
 from loradrop.wrapped import modules_of, tensors_of
 
 TENSORS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
@@ -107,6 +108,26 @@ def _each_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".original_module." not in key and not copied:
             found[key] = tensor
     return found
+
+
+def ranks_in_file(ranks: Mapping[str, int], padded: bool) -> dict[str, int]:
+    """Name -> the rank of its A and B in a file of adapters with these `ranks`: `padded` one for
+    all, else each its own, and none for 0.
+    """
+    if padded:
+        return dict.fromkeys(ranks, padded_rank(ranks))
+    return {name: rank for name, rank in ranks.items() if rank}
+
+
+def padded_rank(ranks: Mapping[str, int]) -> int:
+    """One rank for all, as vLLM wants it."""
+    return max(8, 1 << (max(1, *ranks.values()) - 1).bit_length())
+
+
+def elements_of(targets: Sequence[Target], ranks: Mapping[str, int], padded: bool) -> int:
+    """Elements of all A and B in a file of adapters with these ranks: each target has its own."""
+    held = ranks_in_file(ranks, padded)
+    return sum(target._replace(r=held.get(target.name, 0)).parameters for target in targets)
 
 
 class Layout(NamedTuple):
