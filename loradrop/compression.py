@@ -19,6 +19,7 @@ from loradrop.config import TrainConfig
 from loradrop.env import is_first_rank
 from loradrop.files import write_json
 from loradrop.formats.peft import export, require_exportable
+from loradrop.formats.peft_file import elements_of
 from loradrop.gram_sums import grams_of
 from loradrop.injection import injection_of, plan_of
 from loradrop.loading import load
@@ -122,10 +123,14 @@ def compress(
             _compare(plan_of(model), metrics)
     export(model, folder, padded=padded)
     plan = plan_of(model)
-    write_json(folder / REPORT, {"metrics": metrics, "heal": heal, "plan": plan.to_dict()})
+    size = elements_of(plan.targets, (plan.cut or {})["ranks"], padded)
+    file = {"elements": size, "bytes": 4 * size}
+    made = {"metrics": metrics, "heal": heal, "file": file, "plan": plan.to_dict()}
+    write_json(folder / REPORT, made)
     plot_spectra(plan, folder / SPECTRUM)
+    facts = _facts(plan) | {"A and B in the file": f"{size:,} elements, {4 * size:,} bytes"}
     title = f"{opened.source}, cut from {full:,} to {plan.parameters:,} parameters"
-    write_report(folder / PAGE, _arms(plan, full, metrics, healed), title=title, facts=_facts(plan))
+    write_report(folder / PAGE, _arms(plan, full, metrics, healed), title=title, facts=facts)
     if is_first_rank():
         shutil.rmtree(folder / HEALING, ignore_errors=True)
     return plan, metrics

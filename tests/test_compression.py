@@ -1,6 +1,7 @@
 """`loradrop compress`: a trained adapter, cut by what its directions are worth."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch.testing import assert_close
 from training_runs import At, StopError, counting, stop
 
 import loradrop
-from loradrop import compression, training
+from loradrop import compression, native, training
 from loradrop.base_models import load_base
 from loradrop.cli import main
 from loradrop.compression import HEALING, PAGE, REPORT, SPECTRUM
@@ -149,8 +150,41 @@ def test_a_dry_run_writes_nothing(
     trained: Path, work: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     out = tmp_path / "small"
-    text = works(capsys, "compress", trained, *data(work), "--dry-run", "--out", out)
-    assert "predicted rise of the loss" in text and not out.exists()
+    dry = ("compress", trained, *data(work), "--dry-run", "--out", out)
+    text = works(capsys, *dry)
+    assert "predicted rise of the loss" in text and "--budget" not in text and not out.exists()
+    for asked in (("--budget", "0.3"), ("--max-loss", "0.002")):
+        *fixed, row = rows_of(works(capsys, *dry, *asked))
+        assert row[0] == " ".join(asked) and fixed == rows_of(text)
+    assert int(row[1].replace(",", "")) < int(fixed[0][1].replace(",", ""))
+    assert 0 < float(row[4]) <= 0.002
+
+
+def rows_of(table: str) -> list[list[str]]:
+    """The cells of each row but the heads."""
+    return [re.split(" {2,}", line) for line in table.splitlines()[1:] if line]
+
+
+@pytest.mark.parametrize("options", [[], ["--padded"]], ids=["own ranks", "padded"])
+def test_the_table_says_what_the_file_will_hold(
+    options: list[str], trained: Path, adapter: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    """A shared adapter once for each member, and what pads."""
+    shares, apart = native.read(adapter).plan, set[bool]()
+    assert shares.assignment.shares
+    for i, source in enumerate((trained, adapter)):
+        out = tmp_path / str(i)
+        text = works(capsys, "compress", source, "--budget", "0.5", *options, "--out", out)
+        size = sum(A.numel() + B.numel() for A, B in read(out).modules.values())
+        report = json.loads((out / REPORT).read_text())
+        table = text.partition("\n\n")[0]
+        (row,) = [row for row in rows_of(table) if row[0] == "0.5"]
+        parameters, held, held_bytes = (int(cell.replace(",", "")) for cell in row[1:4])
+        assert (held, held_bytes, parameters) == (size, 4 * size, report["plan"]["parameters"])
+        assert report["file"] == {"elements": size, "bytes": 4 * size}
+        assert f"{size:,} elements" in (out / PAGE).read_text()
+        apart.add(held > parameters)
+    assert True in apart
 
 
 def test_bad_input_is_refused(
@@ -165,8 +199,16 @@ def test_bad_input_is_refused(
     other = ("compress", trained, "--out", tmp_path / "small")
     fails(capsys, "--heal 3 needs data", *other, "--heal", 3)
     fails(capsys, "below one direction", *other, "--budget", 0.001)
-    fails(capsys, "exactly one of", *other, "--budget", 0.5, "--max-loss", 0.1, *data(work))
     fails(capsys, "--max-loss 0.1 needs data", *other, "--max-loss", 0.1)
+    with monkeypatch.context() as patch:  # before the adapter is opened
+        patch.setattr(compression, "open_adapter", None)
+        fails(capsys, "budget=25: choose a number in (0, 1]", *other, "--budget", 25)
+        fails(capsys, "budget=0: choose a number in (0, 1]", *other, "--budget", 0)
+        fails(capsys, "max_loss=-1.0", *other, "--max-loss", -1, *data(work))
+        fails(capsys, "--max-loss 0 needs data", *other, "--max-loss", 0)
+        fails(capsys, "exactly one of", *other, "--budget", 0.5, "--max-loss", 0.1, *data(work))
+        fails(capsys, "multiple=0", *other, "--multiple", 0)
+        fails(capsys, "budget_time=0.5", *other, "--budget-time", 0.5)
     for option in ("output=mine", "lora.r=2", "method=vera"):
         said = f"{option!r}: this command takes options of model, data and train"
         fails(capsys, said, *other, option)
