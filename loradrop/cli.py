@@ -167,6 +167,8 @@ def compress(
     base |= {"revision": config.model.revision, "dtype": config.model.dtype}
     if heal < 0:
         raise ValueError(f"--heal {heal}: give a number of steps, or 0")
+    if resume and not heal:
+        raise ValueError("--resume goes on with a healing: give its --heal STEPS again")
     part = 0.25 if budget is None and max_loss is None else budget
     amount: dict[str, Any] = {"budget": part, "max_loss": max_loss}
     check_amounts(amount)

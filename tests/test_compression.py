@@ -18,7 +18,7 @@ from loradrop import compression, native, training
 from loradrop.base_models import load_base
 from loradrop.cli import main
 from loradrop.compression import HEALING, PAGE, REPORT, SPECTRUM
-from loradrop.formats.peft_file import read
+from loradrop.formats.peft_file import CONFIG, TENSORS, read
 
 __all__ = ["adapter", "work"]  # fixtures
 
@@ -140,6 +140,42 @@ def test_healing_resumes(
     monkeypatch.setattr(training, "fit", partial(training.fit, callbacks=counting(made)))
     works(capsys, *ways, "--out", out, "--resume")
     assert made == [3, 4, 5, 6]
+    ours, theirs = read(out).modules, read(whole).modules
+    for name, pair in theirs.items():
+        assert all(torch.equal(*factors) for factors in zip(ours[name], pair, strict=True))
+    fails(capsys, "is not empty", *ways, "--out", out, "--resume")
+
+
+@pytest.mark.parametrize("last", [SPECTRUM, PAGE])
+def test_what_was_healed_is_written_by_a_resume(
+    last: str, trained: Path, work: Path, tmp_path: Path, capsys: Capsys,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Where the disk was full, or the call was killed in the middle of a file."""
+    ways = ("compress", trained, *data(work), "--heal", "3", "train.batch_size=6")
+    whole, out, made = tmp_path / "whole", tmp_path / "resumed", list[int]()
+    works(capsys, *ways, "--out", whole)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compression, {SPECTRUM: "plot_spectra", PAGE: "write_report"}[last], full)
+        status, _, err = command(capsys, *ways, "--out", out)
+        assert status == 2 and "No space left" in err
+    (out / ".adapter_model.safetensors.0123abcd.tmp").write_bytes(b"half")
+    assert {HEALING, TENSORS, CONFIG, REPORT} < {file.name for file in out.iterdir()}
+    fails(capsys, "go on with --resume", *ways, "--out", out)
+    notes = out / "notes.txt"
+    notes.write_text("mine")
+    fails(capsys, "holds notes.txt beside the healing", *ways, "--out", out, "--resume")
+    assert notes.read_text() == "mine" and (out / HEALING).exists()
+    notes.unlink()
+    refused = "--resume goes on with a healing: give its --heal STEPS"
+    fails(capsys, refused, *ways[:4], "--out", out, "--resume")
+    monkeypatch.setattr(training, "fit", partial(training.fit, callbacks=counting(made)))
+    works(capsys, *ways, "--out", out, "--resume")
+    assert made == [] and {f.name for f in out.iterdir()} == {f.name for f in whole.iterdir()}
     ours, theirs = read(out).modules, read(whole).modules
     for name, pair in theirs.items():
         assert all(torch.equal(*factors) for factors in zip(ours[name], pair, strict=True))
