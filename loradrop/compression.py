@@ -78,7 +78,7 @@ def open_adapter(
     base, where = load_base(adapter, model_id, dtype, revision=revision, option="model=")
     bank = load(base, adapter)
     require_pairs(base)
-    require_exportable(base)
+    require_exportable(base, "cut it in Python (loradrop.truncate, then loradrop.save)")
     if config is None:
         _log.warning("no data is given: the cut is by weights alone, and no loss is predicted")
         return Opened(str(adapter), base, spectrum_of(bank.targets, grams_of(bank), "weight"), None)

@@ -272,6 +272,31 @@ def test_bad_input_is_refused(
     assert not (tmp_path / "small").exists()
 
 
+def test_what_peft_cannot_hold_has_a_way_out(
+    work: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    """The biases of adapted layers that were trained too: the remedy that is named is one."""
+    peft = pytest.importorskip("peft")
+    options = {"r": 4, "target_modules": ["query"], "bias": "lora_only", "task_type": "SEQ_CLS"}
+    base, _ = load_base(trained_on := work / "run" / "lora" / "adapter")
+    model = peft.get_peft_model(base, peft.LoraConfig(**options))
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    model.save_pretrained(tmp_path / "biased")
+    source = ("compress", tmp_path / "biased", "--out", tmp_path / "small")
+    status, _, err = command(capsys, *source)
+    remedy = "Instead, cut it in Python (loradrop.truncate, then loradrop.save)"
+    assert status == 2 and remedy in err and "merged" not in err
+    base, _ = load_base(trained_on)
+    loradrop.load(base, tmp_path / "biased")
+    ranks = {target.name: 1 for target in base.lora_bank.targets}
+    loradrop.truncate(base, ranks, metric="weight")
+    loradrop.save(base, tmp_path / "native")
+    again, _ = load_base(trained_on)
+    loradrop.load(again, tmp_path / "native")
+    assert_close(logits(again), logits(base))
+
+
 @pytest.mark.parametrize("rise", [0.5, 0.01])
 def test_a_prediction_that_was_wrong_is_said(
     rise: float, trained: Path, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

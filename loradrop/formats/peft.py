@@ -25,6 +25,7 @@ from loradrop.formats.hub import CARD, push
 from loradrop.formats.merged import save_merged
 from loradrop.formats.peft_file import (
     CONFIG,
+    MERGED,
     PREFIX,
     TENSORS,
     PeftFile,
@@ -112,10 +113,13 @@ def export(
     return verdicts
 
 
-def require_exportable(model: nn.Module) -> None:
-    """Raises ValueError where PEFT's format cannot hold the adapters of `model`."""
+def require_exportable(model: nn.Module, instead: str) -> None:
+    """Raises ValueError where PEFT's format cannot hold the adapters of `model`, with what to do
+    `instead`.
+    """
+    how: dict[str, Any] = {"dtype": None, "base_id": None, "padded": False, "instead": instead}
     with injected(model) as own:
-        peft_file_of(own, adapters_of(own), dtype=None, base_id=None, padded=False)
+        peft_file_of(own, adapters_of(own), **how)
 
 
 def _require_not_base(model: nn.Module, folder: Path) -> None:
@@ -159,11 +163,12 @@ def peft_file_of(
     base_id: str | None,
     padded: bool,
     device: torch.device | str = "cpu",
+    instead: str = MERGED,
 ) -> PeftFile:
     """The adapters as a PEFT file, its tensors new ones on `device`; the options of `export`.
 
-    Of a model that FSDP2 shards, every rank has to call it. Raises ValueError for what the file
-    cannot hold, and values that are not finite.
+    Of a model that FSDP2 shards, every rank has to call it. Raises ValueError for values that are
+    not finite, and for what the file cannot hold, with what to do `instead`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -175,8 +180,8 @@ def peft_file_of(
     }
     held = ranks_in_file(ranks, padded)
     if not held:
-        raise ValueError("no target has an adapter: export with padded=True, or format='merged'")
-    layout = layout_of(model, adapters, list(held))
+        raise ValueError(f"no target has an adapter: export with padded=True, or {instead}")
+    layout = layout_of(model, adapters, list(held), instead)
     one = len(set(held.values())) == 1
     r = max(held.values()) if one else padded_rank(ranks)
     tensors: dict[str, Tensor] = {}
