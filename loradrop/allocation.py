@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loradrop.options import check_choice, check_one, check_part, check_whole
+from loradrop.options import check_choice, check_one, check_whole
 from loradrop.scores import layer_of
 from loradrop.spectra import Spectrum
 
@@ -42,7 +42,9 @@ def allocate(
     """
     check_choice("scope", scope, SCOPES)
     given = {"budget": budget, "threshold": threshold, "max_loss": max_loss, "rank": rank}
-    _check(spectrum, given)
+    check_amounts(given)
+    if max_loss is not None and spectrum.metric != "loss":
+        raise ValueError(f"max_loss needs metric='loss', and the spectrum has {spectrum.metric!r}")
     check_steps(multiple, budget_time)
     low = _lowest(spectrum, budget_time)
     if rank is not None:
@@ -206,22 +208,18 @@ def _pools(spectrum: Spectrum, scope: str) -> list[list[int]]:
     return list(pools.values())
 
 
-def _check(spectrum: Spectrum, given: Mapping[str, Any]) -> None:
+def check_amounts(given: Mapping[str, Any]) -> None:
+    """Raises ValueError unless exactly one of them is given, and is in its range."""
     check_one(given)
     for name in ("budget", "threshold"):
-        check_part(name, given[name])
-        if given[name] == 0.0:
-            raise ValueError(f"{name}=0: choose a number in (0, 1]")
-    rank, max_loss = given["rank"], given["max_loss"]
+        part = given.get(name)
+        if part is not None and not 0.0 < part <= 1.0:
+            raise ValueError(f"{name}={part:g}: choose a number in (0, 1]")
+    rank, max_loss = given.get("rank"), given.get("max_loss")
     if rank is not None:
         check_whole("rank", rank, 0)
-    if max_loss is not None:
-        if not 0.0 <= max_loss < math.inf:
-            raise ValueError(f"max_loss={max_loss}: choose a number from 0 up")
-        if spectrum.metric != "loss":
-            raise ValueError(
-                f"max_loss needs metric='loss', and the spectrum has {spectrum.metric!r}"
-            )
+    if max_loss is not None and not 0.0 <= max_loss < math.inf:
+        raise ValueError(f"max_loss={max_loss}: choose a number from 0 up")
 
 
 def check_steps(multiple: int, budget_time: float | None) -> None:

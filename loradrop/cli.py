@@ -42,7 +42,7 @@ Base = Annotated[str | None, Option(help="The base model, instead of the one in 
 Exported = Annotated[Path, Argument(help="The folder that export or merge wrote.")]
 Trained = Annotated[Path, Argument(help="A trained adapter: a native folder, or PEFT's.")]
 Smaller = Annotated[Path, Option(help="The PEFT folder to write.")]
-Budget = Annotated[float | None, Option(help="Part of plain LoRA's size to keep; 0.25 if none.")]
+Budget = Annotated[float | None, Option(help="Part of the adapter to keep; 0.25 if none.")]
 MaxLoss = Annotated[float | None, Option(help="Instead: the predicted rise of the loss to accept.")]
 Multiple = Annotated[int, Option(help="Ranks are multiples of it.")]
 StepTime = Annotated[
@@ -148,9 +148,10 @@ def compress(
     dry_run: DryRun = False, resume: Resume = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Keep the directions of a trained adapter that matter."""
-    from loradrop.allocation import allocate
+    from loradrop.allocation import allocate, check_amounts, check_steps
     from loradrop.compression import PAGE, REPORT, SPECTRUM, compress, open_adapter, require_apart
-    from loradrop.report.grid import budget_table, plan_table
+    from loradrop.report.budgets import BUDGETS, budget_table
+    from loradrop.report.grid import plan_table
 
     _quiet()
     config = _config(settings)
@@ -166,16 +167,23 @@ def compress(
     base |= {"revision": config.model.revision, "dtype": config.model.dtype}
     if heal < 0:
         raise ValueError(f"--heal {heal}: give a number of steps, or 0")
-    for option, needs in (("--heal", heal), ("--max-loss", max_loss)):
-        if needs and data is None:
+    if resume and not heal:
+        raise ValueError("--resume goes on with a healing: give its --heal STEPS again")
+    part = 0.25 if budget is None and max_loss is None else budget
+    amount: dict[str, Any] = {"budget": part, "max_loss": max_loss}
+    check_amounts(amount)
+    check_steps(multiple, budget_time)
+    for option, needs in (("--heal", heal or None), ("--max-loss", max_loss)):
+        if needs is not None and data is None:
             raise ValueError(f"{option} {needs:g} needs data: give data=SOURCE")
     if not dry_run:
         require_apart(out, adapter, resume)
     opened = open_adapter(adapter, data, measured=measured, **base)
-    part = 0.25 if budget is None and max_loss is None else budget
     how: dict[str, Any] = {"multiple": multiple, "budget_time": budget_time}
-    ranks = allocate(opened.spectrum, budget=part, max_loss=max_loss, **how)
-    print(budget_table(opened.spectrum, **how))
+    ranks = allocate(opened.spectrum, **amount, **how)
+    label = f"--max-loss {max_loss:g}" if part is None else f"--budget {part:g}"
+    asked = {} if part in BUDGETS else {label: ranks}
+    print(budget_table(opened.spectrum, asked, padded=padded, **how))
     if dry_run:
         return None
     made, metrics = compress(

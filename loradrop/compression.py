@@ -17,8 +17,10 @@ from loradrop.base_models import load_base, to_accelerator
 from loradrop.batches import MEASURED, small_batches
 from loradrop.config import TrainConfig
 from loradrop.env import is_first_rank
-from loradrop.files import write_json
+from loradrop.files import draft_of, write_json
+from loradrop.formats.hub import CARD
 from loradrop.formats.peft import export, require_exportable
+from loradrop.formats.peft_file import CONFIG, TENSORS, elements_of
 from loradrop.gram_sums import grams_of
 from loradrop.injection import injection_of, plan_of
 from loradrop.loading import load
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
     from loradrop.training import Result
 
 REPORT, SPECTRUM, PAGE = "compression.json", "spectrum.png", "report.html"
-HEALING = "healing"  # in the output folder, until it is done
+HEALING = "healing"  # in the output folder, until all else is written
+WRITTEN = (TENSORS, CONFIG, CARD, REPORT, SPECTRUM, PAGE)
 _log = logging.getLogger(__name__)
 
 
@@ -75,7 +78,7 @@ def open_adapter(
     base, where = load_base(adapter, model_id, dtype, revision=revision, option="model=")
     bank = load(base, adapter)
     require_pairs(base)
-    require_exportable(base)
+    require_exportable(base, "cut it in Python (loradrop.truncate, then loradrop.save)")
     if config is None:
         _log.warning("no data is given: the cut is by weights alone, and no loss is predicted")
         return Opened(str(adapter), base, spectrum_of(bank.targets, grams_of(bank), "weight"), None)
@@ -99,7 +102,7 @@ def compress(
     """Cut to these ranks, train what is left for `heal` steps, and write a PEFT folder.
 
     padded    one rank for all targets, as SGLang and llama.cpp want it
-    resume    go on healing where an interrupted call with the same arguments ended
+    resume    go on where an interrupted call with the same arguments ended, healing or writing
 
     Beside the adapter it writes the plan, the dev metrics, a picture of the spectra and a page that
     shows all of it. Returns the plan, and the dev metrics "before" and "after" where there is
@@ -122,18 +125,24 @@ def compress(
             _compare(plan_of(model), metrics)
     export(model, folder, padded=padded)
     plan = plan_of(model)
-    write_json(folder / REPORT, {"metrics": metrics, "heal": heal, "plan": plan.to_dict()})
+    size = elements_of(plan.targets, (plan.cut or {})["ranks"], padded)
+    file = {"elements": size, "bytes": 4 * size}
+    made = {"metrics": metrics, "heal": heal, "file": file, "plan": plan.to_dict()}
+    write_json(folder / REPORT, made)
     plot_spectra(plan, folder / SPECTRUM)
+    facts = _facts(plan) | {"A and B in the file": f"{size:,} elements, {4 * size:,} bytes"}
     title = f"{opened.source}, cut from {full:,} to {plan.parameters:,} parameters"
-    write_report(folder / PAGE, _arms(plan, full, metrics, healed), title=title, facts=_facts(plan))
+    write_report(folder / PAGE, _arms(plan, full, metrics, healed), title=title, facts=facts)
     if is_first_rank():
+        for draft in _drafts(folder):
+            draft.unlink()
         shutil.rmtree(folder / HEALING, ignore_errors=True)
     return plan, metrics
 
 
 def require_apart(out: str | Path, adapter: str | Path, resume: bool = False) -> None:
     """Raises ValueError for an output that lies in the adapter's folder, or holds something: where
-    the call is to `resume`, something else than a healing that was interrupted.
+    the call is to `resume`, something else than an interrupted call with a healing leaves.
     """
     folder, source = (Path(p).expanduser().resolve() for p in (out, adapter))
     if source in (folder, *folder.parents):
@@ -142,8 +151,18 @@ def require_apart(out: str | Path, adapter: str | Path, resume: bool = False) ->
     if HEALING in held and not resume:
         held_up = f"{out} holds a healing that was interrupted"
         raise ValueError(f"{held_up}: go on with --resume, or choose another output")
-    if held - {HEALING}:
+    if HEALING in held:
+        held -= {HEALING, *WRITTEN, *(draft.name for draft in _drafts(folder))}
+        if held:
+            others = ", ".join(sorted(held))
+            raise ValueError(f"{out} holds {others} beside the healing: move that elsewhere")
+    if held:
         raise ValueError(f"{out} is not empty: choose another output")
+
+
+def _drafts(folder: Path) -> list[Path]:
+    """What a call that was killed left of the files that it was writing."""
+    return [file for file in folder.iterdir() if draft_of(file) in WRITTEN]
 
 
 def _compare(plan: Plan, metrics: Mapping[str, Mapping[str, float]]) -> None:

@@ -12,7 +12,7 @@ from loradrop.spectra import decompose, narrowed
 class Cut(NamedTuple):
     """ranks    slot -> what is left, 0 for no adapter
     maps     slot -> P (k, r) and Q (r, k) of A' = P A and B' = B Q, where its factors change
-    record   what the plan says of it: metric, values, ranks, loss, compensated
+    record   what the plan says of it: metric, values, slots, ranks, loss, compensated
     """
 
     ranks: dict[int, int]
@@ -49,6 +49,7 @@ def decide(
     record = {
         "metric": metric,
         "values": {name: list(values[name]) for name in values},
+        "slots": list(grams.slots),
         "ranks": by_name,
         "loss": values.loss(by_name) if metric == "loss" else None,
         "compensated": None if made_up is None else made_up.rise,

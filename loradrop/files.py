@@ -5,6 +5,7 @@ And the package's own: texts and Jinja2 templates in `assets/`.
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # see `draft_of`
     try:
         yield draft
         with open(draft, "r+b") as file:  # Windows flushes no file that is open to read alone
@@ -36,6 +37,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(folder)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def draft_of(path: Path) -> str | None:
+    """The name of the file that `path` was to become; None where it is not a draft."""
+    found = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp", path.name)
+    return found and found[1]
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

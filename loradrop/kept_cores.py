@@ -10,13 +10,14 @@ from loradrop.ranks import is_distributed, reduced
 from loradrop.scores import members_of
 
 _ROWS, _ELEMENTS = 1024, 2**27  # at most, the latter of all rows: 512 MiB
+_LEAST = 64  # rows, whatever they take: fewer say too little
 
 
 class KeptCores:
     """The core of every adapter in every step (n, r, r), float32 on the CPU.
 
-    Where there are more steps than `_ROWS`, or than the memory is for, each row becomes the sum of
-    two, four, ... neighbours.
+    Where there are more steps than `_ROWS`, or than the memory is for, but never less than
+    `_LEAST`, each row becomes the sum of two, four, ... neighbours.
     """
 
     def __init__(self, bank: AdapterBank) -> None:
@@ -24,7 +25,7 @@ class KeptCores:
         self._shapes = [(bank.targets[i].r,) * 2 for i in self._firsts]
         self._count = len(bank.targets)
         size = sum(r * r for r, _ in self._shapes)
-        self._most = max(64, min(_ROWS, _ELEMENTS // max(size, 1)) // 2 * 2)
+        self._most = max(_LEAST, min(_ROWS, _ELEMENTS // max(size, 1)) // 2 * 2)
         self._rows: list[Tensor] = []  # (elements of all adapters,)
         self._each = 1  # steps in a row
         self._open = 0  # steps in the last one

@@ -20,9 +20,10 @@ class Plan:
     parameters  trainable elements of all adapters, each once
     scores      of the deciding probe: source, tokens, rows and name -> Σ‖s·B·A·x‖²
                 (`Scores.to_dict`)
-    cut         of `truncate`: metric, values (name -> what each direction was worth), ranks (name
-                -> what is left), full (name -> the rank before any cut), loss (its predicted
-                rise), compensated (that, as made up for)
+    cut         of the last `truncate`: metric, values (name -> what each direction was worth),
+                slots (who shared then), ranks (name -> what is left), full (name -> the rank before
+                any cut), earlier (whether there was a cut before it), loss (its predicted rise),
+                compensated (that, as made up for)
     warmup      steps, planned, settled, and how often a bootstrap keeps each target (name -> part
                 of the draws)
     facts       name -> number: what the method says of its bank (`Method.facts`)
@@ -80,7 +81,8 @@ class Plan:
         """The plan with what `LoRABank.cut` says of a cut; None leaves it as it is."""
         if record is None:
             return self
-        return replace(self, cut={**record, "full": self.full_ranks})
+        more = {"full": self.full_ranks, "earlier": self.cut is not None}
+        return replace(self, cut={**record, **more})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for plan.json; `from_dict` reads it."""

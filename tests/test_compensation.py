@@ -238,6 +238,16 @@ def test_rows_are_as_many_as_the_memory_is_for(most: int, monkeypatch: pytest.Mo
     assert len(first) == len(second) == 50 and bool((second == 2).all())
 
 
+def test_few_rows_are_kept_whatever_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_cores, "_ELEMENTS", 1)
+    kept = KeptCores(Bank())  # type: ignore[arg-type]
+    for _ in range(64):
+        kept.add([torch.ones(2, 2), torch.ones(3, 3)])
+    first, _, second = kept.by_target()
+    assert first is not None and second is not None
+    assert first.shape == (64, 2, 2) and bool((second == 1).all())
+
+
 def test_an_adapter_that_was_not_called_counts_as_zero() -> None:
     kept = KeptCores(Bank())  # type: ignore[arg-type]
     kept.add([None, torch.ones(3, 3)])

@@ -1,6 +1,7 @@
 """`loradrop compress`: a trained adapter, cut by what its directions are worth."""
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from torch.testing import assert_close
 from training_runs import At, StopError, counting, stop
 
 import loradrop
-from loradrop import compression, training
+from loradrop import compression, native, training
 from loradrop.base_models import load_base
 from loradrop.cli import main
 from loradrop.compression import HEALING, PAGE, REPORT, SPECTRUM
-from loradrop.formats.peft_file import read
+from loradrop.formats.peft_file import CONFIG, TENSORS, read
 
 __all__ = ["adapter", "work"]  # fixtures
 
@@ -145,12 +146,81 @@ def test_healing_resumes(
     fails(capsys, "is not empty", *ways, "--out", out, "--resume")
 
 
+@pytest.mark.parametrize("last", [SPECTRUM, PAGE])
+def test_what_was_healed_is_written_by_a_resume(
+    last: str, trained: Path, work: Path, tmp_path: Path, capsys: Capsys,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Where the disk was full, or the call was killed in the middle of a file."""
+    ways = ("compress", trained, *data(work), "--heal", "3", "train.batch_size=6")
+    whole, out, made = tmp_path / "whole", tmp_path / "resumed", list[int]()
+    works(capsys, *ways, "--out", whole)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compression, {SPECTRUM: "plot_spectra", PAGE: "write_report"}[last], full)
+        status, _, err = command(capsys, *ways, "--out", out)
+        assert status == 2 and "No space left" in err
+    (out / ".adapter_model.safetensors.0123abcd.tmp").write_bytes(b"half")
+    assert {HEALING, TENSORS, CONFIG, REPORT} < {file.name for file in out.iterdir()}
+    fails(capsys, "go on with --resume", *ways, "--out", out)
+    notes = out / "notes.txt"
+    notes.write_text("mine")
+    fails(capsys, "holds notes.txt beside the healing", *ways, "--out", out, "--resume")
+    assert notes.read_text() == "mine" and (out / HEALING).exists()
+    notes.unlink()
+    refused = "--resume goes on with a healing: give its --heal STEPS"
+    fails(capsys, refused, *ways[:4], "--out", out, "--resume")
+    monkeypatch.setattr(training, "fit", partial(training.fit, callbacks=counting(made)))
+    works(capsys, *ways, "--out", out, "--resume")
+    assert made == [] and {f.name for f in out.iterdir()} == {f.name for f in whole.iterdir()}
+    ours, theirs = read(out).modules, read(whole).modules
+    for name, pair in theirs.items():
+        assert all(torch.equal(*factors) for factors in zip(ours[name], pair, strict=True))
+    fails(capsys, "is not empty", *ways, "--out", out, "--resume")
+
+
 def test_a_dry_run_writes_nothing(
     trained: Path, work: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
     out = tmp_path / "small"
-    text = works(capsys, "compress", trained, *data(work), "--dry-run", "--out", out)
-    assert "predicted rise of the loss" in text and not out.exists()
+    dry = ("compress", trained, *data(work), "--dry-run", "--out", out)
+    text = works(capsys, *dry)
+    assert "predicted rise of the loss" in text and "--budget" not in text and not out.exists()
+    for asked in (("--budget", "0.3"), ("--max-loss", "0.002")):
+        *fixed, row = rows_of(works(capsys, *dry, *asked))
+        assert row[0] == " ".join(asked) and fixed == rows_of(text)
+    assert int(row[1].replace(",", "")) < int(fixed[0][1].replace(",", ""))
+    assert 0 < float(row[4]) <= 0.002
+
+
+def rows_of(table: str) -> list[list[str]]:
+    """The cells of each row but the heads."""
+    return [re.split(" {2,}", line) for line in table.splitlines()[1:] if line]
+
+
+@pytest.mark.parametrize("options", [[], ["--padded"]], ids=["own ranks", "padded"])
+def test_the_table_says_what_the_file_will_hold(
+    options: list[str], trained: Path, adapter: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    """A shared adapter once for each member, and what pads."""
+    shares, apart = native.read(adapter).plan, set[bool]()
+    assert shares.assignment.shares
+    for i, source in enumerate((trained, adapter)):
+        out = tmp_path / str(i)
+        text = works(capsys, "compress", source, "--budget", "0.5", *options, "--out", out)
+        size = sum(A.numel() + B.numel() for A, B in read(out).modules.values())
+        report = json.loads((out / REPORT).read_text())
+        table = text.partition("\n\n")[0]
+        (row,) = [row for row in rows_of(table) if row[0] == "0.5"]
+        parameters, held, held_bytes = (int(cell.replace(",", "")) for cell in row[1:4])
+        assert (held, held_bytes, parameters) == (size, 4 * size, report["plan"]["parameters"])
+        assert report["file"] == {"elements": size, "bytes": 4 * size}
+        assert f"{size:,} elements" in (out / PAGE).read_text()
+        apart.add(held > parameters)
+    assert True in apart
 
 
 def test_bad_input_is_refused(
@@ -165,8 +235,16 @@ def test_bad_input_is_refused(
     other = ("compress", trained, "--out", tmp_path / "small")
     fails(capsys, "--heal 3 needs data", *other, "--heal", 3)
     fails(capsys, "below one direction", *other, "--budget", 0.001)
-    fails(capsys, "exactly one of", *other, "--budget", 0.5, "--max-loss", 0.1, *data(work))
     fails(capsys, "--max-loss 0.1 needs data", *other, "--max-loss", 0.1)
+    with monkeypatch.context() as patch:  # before the adapter is opened
+        patch.setattr(compression, "open_adapter", None)
+        fails(capsys, "budget=25: choose a number in (0, 1]", *other, "--budget", 25)
+        fails(capsys, "budget=0: choose a number in (0, 1]", *other, "--budget", 0)
+        fails(capsys, "max_loss=-1.0", *other, "--max-loss", -1, *data(work))
+        fails(capsys, "--max-loss 0 needs data", *other, "--max-loss", 0)
+        fails(capsys, "exactly one of", *other, "--budget", 0.5, "--max-loss", 0.1, *data(work))
+        fails(capsys, "multiple=0", *other, "--multiple", 0)
+        fails(capsys, "budget_time=0.5", *other, "--budget-time", 0.5)
     for option in ("output=mine", "lora.r=2", "method=vera"):
         said = f"{option!r}: this command takes options of model, data and train"
         fails(capsys, said, *other, option)
@@ -192,6 +270,31 @@ def test_bad_input_is_refused(
     message = "'vera' has no pair (A, B) for each target to cut: export the adapter"
     fails(capsys, message, "compress", tmp_path / "vera", *data(work), "--dry-run")
     assert not (tmp_path / "small").exists()
+
+
+def test_what_peft_cannot_hold_has_a_way_out(
+    work: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    """The biases of adapted layers that were trained too: the remedy that is named is one."""
+    peft = pytest.importorskip("peft")
+    options = {"r": 4, "target_modules": ["query"], "bias": "lora_only", "task_type": "SEQ_CLS"}
+    base, _ = load_base(trained_on := work / "run" / "lora" / "adapter")
+    model = peft.get_peft_model(base, peft.LoraConfig(**options))
+    for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    model.save_pretrained(tmp_path / "biased")
+    source = ("compress", tmp_path / "biased", "--out", tmp_path / "small")
+    status, _, err = command(capsys, *source)
+    remedy = "Instead, cut it in Python (loradrop.truncate, then loradrop.save)"
+    assert status == 2 and remedy in err and "merged" not in err
+    base, _ = load_base(trained_on)
+    loradrop.load(base, tmp_path / "biased")
+    ranks = {target.name: 1 for target in base.lora_bank.targets}
+    loradrop.truncate(base, ranks, metric="weight")
+    loradrop.save(base, tmp_path / "native")
+    again, _ = load_base(trained_on)
+    loradrop.load(again, tmp_path / "native")
+    assert_close(logits(again), logits(base))
 
 
 @pytest.mark.parametrize("rise", [0.5, 0.01])

@@ -356,6 +356,49 @@ def test_every_decided_arm_has_a_map(tmp_path: Path) -> None:
     assert re.findall("Importance by layer: (.*)", page.text) == ["one", "two"]
 
 
+def cut_plan(ranks: Sequence[int]) -> Plan:
+    """Of two adapters of two directions: one worth 6, and one of three members, worth 3."""
+    names = [QUERY.format(l) for l in range(4)]
+    left, slots = dict(zip(names, ranks, strict=True)), [0, 1, 1, 1]
+    targets = tuple(Target(name, "query", 48, 32, k or 2) for name, k in left.items())
+    now = tuple(slot if k else None for slot, k in zip(slots, ranks, strict=True))
+    made = Assignment(targets, now)
+    values = {name: [2.0, 1.0] for name in names} | {names[0]: [4.0, 2.0]}
+    plan = replace(make_plan(names, None, None), assignment=made, parameters=made.parameters)
+    record = {"metric": "loss", "values": values, "slots": slots, "ranks": left, "loss": 0.5}
+    return plan.after_cut(record | {"compensated": None})
+
+
+@pytest.mark.parametrize("shared", [1, 0])
+def test_a_shared_adapter_that_was_cut_counts_once(tmp_path: Path, shared: int) -> None:
+    """Also where it is gone, and nobody shares any more."""
+    plan = cut_plan([2, shared, shared, shared])
+    table = plan_table(plan)
+    assert re.findall(r"(\d+) r[012]\b", table)[:4] == ["67", "11", "11", "11"]
+    assert f"by loss; {2 + shared} of 4 directions, predicted rise of the loss 0.5" in table
+    assert re.search(r"all .* 9 +67 %", table)
+    squares = [text for kind, text in page_of(tmp_path, make_arm(plan)).cells if "cell" in kind]
+    assert [text.partition(" ")[0] for text in squares] == ["67", "11", "11", "11"]
+
+
+def test_a_cut_of_before_says_nothing_of_who_shared() -> None:
+    plan = cut_plan([1] * 4)
+    cut = {key: value for key, value in plan.cut.items() if key not in ("slots", "earlier")}
+    before = Plan.from_dict(plan.to_dict() | {"cut": cut})
+    assert plan_table(before) == plan_table(plan)
+
+
+def test_all_numbers_of_a_second_cut_are_its_own() -> None:
+    once = cut_plan([2, 1, 1, 1])
+    record = {**once.cut, "ranks": dict.fromkeys(once.cut["ranks"], 1), "loss": 0.125}
+    left = once.cut["ranks"]
+    record["values"] = {name: v[: left[name]] for name, v in once.cut["values"].items()}
+    twice = plan_table(once.after_cut(record))
+    assert "several" not in plan_table(once)
+    said = "the last of several, by loss; 2 of 3 directions, predicted rise of the loss 0.12"
+    assert said in twice
+
+
 def test_a_bank_without_pairs_has_one_number(tmp_path: Path) -> None:
     """Its elements do not divide into those of targets."""
     plan = replace(make_plan(kept=None, scores=None), parameters=4800)

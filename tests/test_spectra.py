@@ -252,7 +252,7 @@ def test_ties_go_to_the_earlier_target_and_targets_without_an_adapter_get_none()
 REFUSED = {
     "no option": ({}, "exactly one of budget, threshold, max_loss, rank; got none"),
     "two options": ({"budget": 0.5, "rank": 2}, "got budget=0.5, rank=2"),
-    "a budget above 1": ({"budget": 1.5}, r"budget=1.5: choose a number in \[0, 1\]"),
+    "a budget above 1": ({"budget": 1.5}, r"budget=1.5: choose a number in \(0, 1\]"),
     "no budget": ({"budget": 0.0}, r"budget=0: choose a number in \(0, 1\]"),
     "NaN": ({"threshold": math.nan}, "threshold=nan"),
     "half a rank": ({"rank": 2.5}, "rank=2.5: choose a whole number"),

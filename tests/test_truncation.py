@@ -94,7 +94,8 @@ def test_members_of_a_shared_adapter_are_cut_together() -> None:
     model = wake(share(adapt(bert(2)), [0], "group"))
     bank = model.lora_bank
     names = [target.name for target in bank.targets]
-    together = [n for n, s in zip(names, bank.slots, strict=True) if s == bank.slots[1]]
+    before = list(bank.slots)
+    together = [n for n, s in zip(names, before, strict=True) if s == before[1]]
     assert len(together) > 1
     with pytest.raises(ValueError, match="share an adapter, so one rank serves all"):
         loradrop.truncate(model, {together[0]: 1}, metric="weight")
@@ -102,6 +103,9 @@ def test_members_of_a_shared_adapter_are_cut_together() -> None:
     now = model.lora_bank
     assert len({now.slots[now.index(name)] for name in together}) == 1
     assert now.factors(now.index(together[0]))[0].shape[0] == 1
+    assert plan_of(model).cut["slots"] == before and not plan_of(model).cut["earlier"]
+    loradrop.truncate(model, {}, metric="weight")
+    assert plan_of(model).cut["earlier"]
 
 
 def test_a_cut_adapter_saves_loads_merges_exports_and_trains_on(tmp_path: Path) -> None:

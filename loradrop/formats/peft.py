@@ -25,11 +25,14 @@ from loradrop.formats.hub import CARD, push
 from loradrop.formats.merged import holds_weights, save_merged
 from loradrop.formats.peft_file import (
     CONFIG,
+    MERGED,
     PREFIX,
     TENSORS,
     PeftFile,
     configuration_of,
     layout_of,
+    padded_rank,
+    ranks_in_file,
 )
 from loradrop.injection import Adapters, adapters_of, base_of, injected
 from loradrop.layers import is_conv1d
@@ -115,10 +118,13 @@ def export(
     return verdicts
 
 
-def require_exportable(model: nn.Module) -> None:
-    """Raises ValueError where PEFT's format cannot hold the adapters of `model`."""
+def require_exportable(model: nn.Module, instead: str) -> None:
+    """Raises ValueError where PEFT's format cannot hold the adapters of `model`, with what to do
+    `instead`.
+    """
+    how: dict[str, Any] = {"dtype": None, "base_id": None, "padded": False, "instead": instead}
     with injected(model) as own:
-        peft_file_of(own, adapters_of(own), dtype=None, base_id=None, padded=False)
+        peft_file_of(own, adapters_of(own), **how)
 
 
 def _require_not_base(model: nn.Module, folder: Path) -> None:
@@ -162,11 +168,12 @@ def peft_file_of(
     base_id: str | None,
     padded: bool,
     device: torch.device | str = "cpu",
+    instead: str = MERGED,
 ) -> PeftFile:
     """The adapters as a PEFT file, its tensors new ones on `device`; the options of `export`.
 
-    Of a model that FSDP2 shards, every rank has to call it. Raises ValueError for what the file
-    cannot hold, and values that are not finite.
+    Of a model that FSDP2 shards, every rank has to call it. Raises ValueError for values that are
+    not finite, and for what the file cannot hold, with what to do `instead`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -176,19 +183,17 @@ def peft_file_of(
         target.name: 0 if pair is None else pair[0].shape[0]
         for target, pair in zip(targets, adapters.factors, strict=True)
     }
-    own = {} if padded else {name: rank for name, rank in ranks.items() if rank}
-    if not padded and not own:
-        raise ValueError("no target has an adapter: export with padded=True, or format='merged'")
-    layout = layout_of(model, adapters, list(own) or list(ranks))
-    if one := len(set(own.values())) == 1:
-        r = max(own.values())
-    else:
-        r = max(8, 1 << (max(1, *ranks.values()) - 1).bit_length())  # as vLLM wants it
+    held = ranks_in_file(ranks, padded)
+    if not held:
+        raise ValueError(f"no target has an adapter: export with padded=True, or {instead}")
+    layout = layout_of(model, adapters, list(held), instead)
+    one = len(set(held.values())) == 1
+    r = max(held.values()) if one else padded_rank(ranks)
     tensors: dict[str, Tensor] = {}
     for target, s, pair in zip(targets, adapters.scaling, adapters.factors, strict=True):
-        if own and target.name not in own:
+        if target.name not in held:
             continue
-        width = own.get(target.name, r)
+        width = held[target.name]
         A = torch.zeros(width, target.in_features, **kind)
         B = torch.zeros(target.out_features, width, **kind)
         if pair is not None:  # one without stays zero: SGLang wants q and v in every layer
@@ -219,6 +224,6 @@ def peft_file_of(
         "modules_to_save": layout.modules_to_save or None,
         "init_lora_weights": True,
     }
-    if own and not one:
-        config |= {"rank_pattern": own, "alpha_pattern": own}
+    if not one:
+        config |= {"rank_pattern": held, "alpha_pattern": held}
     return PeftFile(config, tensors, configuration_of(model))

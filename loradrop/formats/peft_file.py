@@ -6,7 +6,7 @@ heads that `PeftModelFor...` adds), replayed so that an export hits our targets 
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from loradrop.files import read_json
 from loradrop.injection import Adapters
 from loradrop.matching import inside, saved_modules
+from loradrop.scores import Target
 from loradrop.wrapped import modules_of, tensors_of
 
 TENSORS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
 OURS, BANK = "LORADROP", "base_model.lora_banks."  # of loradrop.integrations.peft
+MERGED = "export with format='merged'"  # what to do about what the format cannot hold
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _HEADS = {  # what PeftModelFor... wraps, and demands in the file, by itself
     "SEQ_CLS": ("classifier", "score"),
@@ -109,6 +111,26 @@ def _each_once(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def ranks_in_file(ranks: Mapping[str, int], padded: bool) -> dict[str, int]:
+    """Name -> the rank of its A and B in a file of adapters with these `ranks`: `padded` one for
+    all, else each its own, and none for 0.
+    """
+    if padded:
+        return dict.fromkeys(ranks, padded_rank(ranks))
+    return {name: rank for name, rank in ranks.items() if rank}
+
+
+def padded_rank(ranks: Mapping[str, int]) -> int:
+    """One rank for all, as vLLM wants it."""
+    return max(8, 1 << (max(1, *ranks.values()) - 1).bit_length())
+
+
+def elements_of(targets: Sequence[Target], ranks: Mapping[str, int], padded: bool) -> int:
+    """Elements of all A and B in a file of adapters with these ranks: each target has its own."""
+    held = ranks_in_file(ranks, padded)
+    return sum(target._replace(r=held.get(target.name, 0)).parameters for target in targets)
+
+
 class Layout(NamedTuple):
     """What PEFT's configuration says: the task, its targets, and what it wraps whole."""
 
@@ -118,8 +140,13 @@ class Layout(NamedTuple):
     saved_tensors: list[str]
 
 
-def layout_of(model: nn.Module, adapters: Adapters, targets: list[str]) -> Layout:
-    """How PEFT adapts just these targets and saves just our modules; ValueError where it cannot."""
+def layout_of(
+    model: nn.Module, adapters: Adapters, targets: list[str], instead: str = MERGED
+) -> Layout:
+    """How PEFT adapts just these targets and saves just our modules.
+
+    Raises ValueError where it cannot, and says what to do `instead`.
+    """
     trained = adapters.trained
     modules = modules_of(model, once=False)
     kind = configuration_of(model).get("model_type")
@@ -133,7 +160,7 @@ def layout_of(model: nn.Module, adapters: Adapters, targets: list[str]) -> Layou
             where = "is the model itself" if not name else "has several names in the model"
             raise ValueError(f"peft cannot adapt {name or type(model).__name__}: it {where}")
         if of_mamba and name.endswith("out_proj"):
-            raise ValueError(f"peft refuses {name} in a {of_mamba} model: use format='merged'")
+            raise ValueError(f"peft refuses {name} in a {of_mamba} model: {instead}")
     state = base_state(model)
     named = saved_modules(model, adapters.plan.config)
     saved = [m for m in named if any(inside(key, m) for key in trained)]
@@ -141,7 +168,7 @@ def layout_of(model: nn.Module, adapters: Adapters, targets: list[str]) -> Layou
         if not any(inside(key, m) for m in saved):
             saved.append(key.rpartition(".")[0])
     if "" in saved:
-        raise ValueError("peft cannot save a tensor of the model itself: use format='merged'")
+        raise ValueError(f"peft cannot save a tensor of the model itself: {instead}")
     every = {name: m for name, m in modules.items() if name and not inside(name, "lora_bank")}
     once = [name for name in modules_of(model) if name in every]  # as PEFT walks for targets
     reasons = []
@@ -160,10 +187,10 @@ def layout_of(model: nn.Module, adapters: Adapters, targets: list[str]) -> Layou
             if twin is not None:
                 raise ValueError(
                     f"peft cannot save {twin} apart from {key}, which is the same tensor: name the "
-                    "modules of both in modules_to_save, or export with format='merged'"
+                    f"modules of both in modules_to_save, or {instead}"
                 )
         return Layout(task, spelled, saved, tensors)
-    raise ValueError(f"peft cannot adapt these targets: {reasons[-1]}. Use format='merged'")
+    raise ValueError(f"peft cannot adapt these targets: {reasons[-1]}. Instead, {instead}")
 
 
 def configuration_of(model: nn.Module) -> Mapping[str, Any]:

@@ -3,21 +3,19 @@
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from loradrop.allocation import allocate
 from loradrop.plan import Plan
 from loradrop.scores import Target
-from loradrop.spectra import Spectrum
 
 MARKS = {"own": "●", "shared": "○", "none": "·"}
 MEANINGS = {"own": "own adapter", "shared": "shared adapter", "none": "no adapter"}
 # The light scheme of assets/report.html. Importance is lightness: it reads with any colour vision.
 INK, MUTED, RULE, OWN = "#1f2a33", "#5f6b76", "#e1e4e3", "#d55e00"
 RAMP, ON_HOT = ("#eaf2ee", "#6fb4bd", "#0a4a70"), 0.65  # light figures from that part on
-BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0625)  # of `budget_table`
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#b5598f", "#b07d00", "#4a9bd1")
 
 
@@ -72,7 +70,8 @@ class Grid:
         frequency = warmup.get("frequency") or {}
         scores = (plan.scores or {}).get("values", {})
         if plan.cut is not None:  # what is compared then are directions
-            scores = {name: sum(values) for name, values in plan.cut["values"].items()}
+            shares = _members_at_cut(plan)  # each member has the values of the whole adapter
+            scores = {name: sum(v) / shares[name] for name, v in plan.cut["values"].items()}
         self.cut = plan.cut is not None
         full = plan.full_ranks
         joint = getattr(method, "scope", "per_module") == "joint" or self.cut
@@ -178,8 +177,11 @@ def _summary(plan: Plan, own: int | None) -> dict[str, str]:
         rows = f"{scores['rows']:,} {'steps' if scores['source'] == 'online' else 'batches'}"
         found["scores"] = f"{scores['source']}, {scores['tokens']:,} tokens in {rows}"
     if cut := plan.cut:
-        left = [rank for rank in cut["ranks"].values() if rank]
-        found["cut"] = f"by {cut['metric']}; {sum(left)} of {sum(cut['full'].values())} directions"
+        shares = _members_at_cut(plan)
+        left = sum(rank / shares[name] for name, rank in cut["ranks"].items())
+        held = sum(len(values) / shares[name] for name, values in cut["values"].items())
+        last = "the last of several, " * bool(cut.get("earlier"))
+        found["cut"] = f"{last}by {cut['metric']}; {left:.0f} of {held:.0f} directions"
         if cut["loss"] is not None:
             found["cut"] += f", predicted rise of the loss {cut['loss']:.2g}"
             if cut["compensated"] is not None:
@@ -189,6 +191,14 @@ def _summary(plan: Plan, own: int | None) -> dict[str, str]:
         end = "settled" if warmup["settled"] else "not settled" if asked else "no early end"
         found["warm-up"] = f"{warmup['steps']:,} of {warmup['planned']:,} steps, {end}"
     return found
+
+
+def _members_at_cut(plan: Plan) -> dict[str, int]:
+    """Name -> how many targets had its adapter when it was cut."""
+    slots = (plan.cut or {}).get("slots", plan.slots)  # plans of before do not say who shared
+    users = Counter(slots)
+    pairs = zip(plan.targets, slots, strict=True)
+    return {target.name: 1 if slot is None else users[slot] for target, slot in pairs}
 
 
 def count(cells: Sequence[Cell], state: str) -> int:
@@ -250,29 +260,6 @@ def plan_table(plan: Plan) -> str:
     lines = [f"{grid.model_name}: {topic}", "", *aligned(rows), ""]
     lines += ["   ".join(f"{MARKS[s]} {MEANINGS[s]}" for s in MARKS), "", *aligned(groups), ""]
     return "\n".join([*lines, *(f"{key:<11} {value}" for key, value in grid.summary.items())])
-
-
-def budget_table(found: Spectrum, **how: Any) -> str:
-    """What each budget would leave, for a terminal: parameters, its cost, ranks; `how` as in
-    `allocate`.
-    """
-    loss, several = found.metric == "loss", bool(found.gradients)
-    kept = ["predicted rise of the loss"] if loss else [f"kept by {found.metric}"]
-    kept += ["as made up for"] * several
-    rows = [["budget", "parameters", "float32 bytes", *kept, "ranks", "without an adapter"]]
-    for budget in BUDGETS:
-        try:
-            ranks = allocate(found, budget=budget, **how)
-        except ValueError:  # below one direction
-            continue
-        size, used = found.parameters(ranks), [rank for rank in ranks.values() if rank]
-        cost = [f"{found.loss(ranks):.2g}" if loss else f"{as_percent(found.kept(ranks))} %"]
-        if (made_up := found.made_up(ranks)) is not None:
-            cost.append(f"{made_up.rise:.2g}")
-        spread = f"{min(used)}–{max(used)}" if len(set(used)) > 1 else str(used[0])
-        none = str(len(ranks) - len(used))
-        rows.append([f"{budget:g}", f"{size:,}", f"{4 * size:,}", *cost, spread, none])
-    return "\n".join(aligned(rows))
 
 
 def arms_table(arms: Sequence[Arm], metric: str) -> str:

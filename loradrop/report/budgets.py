@@ -1,0 +1,46 @@
+"""What each budget would leave of an adapter, for a terminal."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from loradrop.allocation import allocate
+from loradrop.formats.peft_file import elements_of
+from loradrop.report.grid import aligned, as_percent
+from loradrop.spectra import Spectrum
+
+BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0625)
+
+
+def budget_table(
+    found: Spectrum, asked: Mapping[str, Mapping[str, int]], *, padded: bool, **how: Any
+) -> str:
+    """A row for each of `BUDGETS`, with the options `how` of `allocate`, then one for each ranks
+    that were `asked` for, by its name.
+
+    parameters   each adapter once;  in file: as a PEFT file holds them, `padded` or not
+    """
+    by_loss = found.metric == "loss"
+    costs = ["predicted rise of the loss" if by_loss else f"kept by {found.metric}"]
+    costs += ["as made up for"] * bool(found.gradients)
+    sizes = ["parameters", "in file", "float32 bytes"]
+    rows = [["budget", *sizes, *costs, "ranks", "without an adapter"]]
+    for budget in BUDGETS:
+        try:
+            ranks = allocate(found, budget=budget, **how)
+        except ValueError:  # below one direction
+            continue
+        rows.append([f"{budget:g}", *_row(found, ranks, padded)])
+    rows += [[name, *_row(found, ranks, padded)] for name, ranks in asked.items()]
+    return "\n".join(aligned(rows))
+
+
+def _row(found: Spectrum, ranks: Mapping[str, int], padded: bool) -> list[str]:
+    held = elements_of(found.targets, ranks, padded)
+    sizes = [f"{size:,}" for size in (found.parameters(ranks), held, 4 * held)]
+    by_loss = found.metric == "loss"
+    cost = [f"{found.loss(ranks):.2g}" if by_loss else f"{as_percent(found.kept(ranks))} %"]
+    if (made_up := found.made_up(ranks)) is not None:
+        cost.append(f"{made_up.rise:.2g}")
+    used = [rank for rank in ranks.values() if rank]
+    spread = f"{min(used)}–{max(used)}" if len(set(used)) > 1 else str(used[0])
+    return [*sizes, *cost, spread, str(len(ranks) - len(used))]
