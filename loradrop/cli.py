@@ -157,11 +157,16 @@ def compress(
     config = _config(settings)
     named = _named(settings)
     for override in _parts(settings)[1]:
-        if override.partition(".")[0].partition("=")[0] not in ("model", "data", "train"):
+        name = override.partition("=")[0]
+        if name.partition(".")[0] not in ("model", "data", "train"):
             raise ValueError(
                 f"{override!r}: this command takes options of model, data and train; --out is the "
                 "folder that it writes"
             )
+        if name in ("train.steps", "train.epochs"):
+            raise ValueError(f"{override!r}: --heal says how many steps to train")
+        if name.startswith("train.") and not heal and name not in ("train.seed", "train.mask"):
+            raise ValueError(f"{override!r} is of training, and --heal asks for none: give --heal")
     data = config if any(option.startswith("data.") for option in named) else None
     base: dict[str, Any] = {"model_id": config.model.id if "model.id" in named else None}
     base |= {"revision": config.model.revision, "dtype": config.model.dtype}
@@ -426,6 +431,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.removeHandler(handler)
     if status == 130:
         again = shlex.join(["loradrop", *argv, *(["--resume"] if "--resume" not in argv else [])])
-        hint = f": {again} continues from the last checkpoint" * (argv[0] in ("train", "probe"))
+        goes_on = argv[0] in ("train", "probe") or any(a.startswith("--heal") for a in argv)
+        hint = f": {again} continues from the last checkpoint" * goes_on
         print(f"loradrop: interrupted{hint}", file=sys.stderr)
     return status

@@ -84,6 +84,11 @@ def test_interrupted_says_how_to_go_on(capsys: Capsys, monkeypatch: pytest.Monke
     for arguments in (("train", "name=a b"), ("train", "name=a b", "--resume")):
         status, _, err = command(capsys, *arguments)
         assert (status, err.splitlines()[-1]) == (130, f"loradrop: interrupted: {again}")
+    monkeypatch.setattr("loradrop.compression.open_adapter", interrupt)
+    status, _, err = command(capsys, "compress", "a", "data=stdlib", "--heal", 3, "--out", "no")
+    assert status == 130 and err.endswith("--out no --resume continues from the last checkpoint\n")
+    status, _, err = command(capsys, "compress", "a", "--out", "no")
+    assert (status, err.splitlines()[-1]) == (130, "loradrop: interrupted")
     monkeypatch.setattr("loradrop.env.format_report", interrupt)
     assert command(capsys, "env") == (130, "", "loradrop: interrupted\n")
 

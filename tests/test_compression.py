@@ -248,6 +248,10 @@ def test_bad_input_is_refused(
     for option in ("output=mine", "lora.r=2", "method=vera"):
         said = f"{option!r}: this command takes options of model, data and train"
         fails(capsys, said, *other, option)
+    for option in ("train.steps=3", "train.epochs=1"):
+        said = f"{option!r}: --heal says how many steps to train"
+        fails(capsys, said, *other, option, "--heal", 3, *data(work))
+    fails(capsys, "'train.learning_rate=1' is of training", *other, "train.learning_rate=1")
     fails(capsys, "--heal -1: give a number of steps", *other, "--heal", -1)
     numbers = write_table(tmp_path / "numbers.csv", "numbers")
     fails(capsys, "the data is regression with 1 labels", *other, f"data={numbers}")
