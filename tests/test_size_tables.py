@@ -44,6 +44,29 @@ def test_an_interval_is_that_of_student() -> None:
     assert size_tables.interval([0.0, 1.0] * 50)[1] == pytest.approx(1.96 * 0.05025, rel=1e-3)
 
 
+def test_ablations_are_paired_with_lora_drop(tmp_path: Path) -> None:
+    """By seed, over the tasks that are there; an arm that nothing is paired with has no row."""
+    first, second, *_ = size_tables.SUMMARY
+    random, _, anew, *_ = size_tables.ABLATIONS
+    cells = [
+        {"task": task, "arm": arm, "seed": seed, "loss": loss * (1 + seed), "of": "dev"}
+        | {"parameters": 96 if arm == random else 100}
+        for seed in (0, 1)
+        for task, arm, loss in (
+            (first, size_tables.DROP, 1.0), (second, size_tables.DROP, 2.0), (first, random, 1.1),
+            (second, random, 2.6),
+        )
+    ]  # fmt: skip
+    cells += [cells[0] | {"arm": anew, "seed": 7}, cells[0] | {"arm": anew, "of": "held out"}]
+    table = size_tables.ablations(write(tmp_path, "bench_sizes", cells))
+    assert table is not None and len(table.splitlines()) == 3
+    assert table.splitlines()[-1] == (
+        "| random layers keep their adapters | 96 | +10.0 ± 0.0 % | +30.0 ± 0.0 % | "
+        "+20.0 ± 18.4 % | 4 |"
+    )
+    assert size_tables.ablations(tmp_path / "nothing") is None
+
+
 def test_how_figures_are_shown() -> None:
     assert size_tables.shown([-0.04], 1, " %", "+") == "+0.0 %"
     assert size_tables.shown([-1.0, -1.0], 1, "", "+") == "−1.0 ± 0.0"

@@ -25,6 +25,14 @@ SUMMARY_ARMS = {  # and their sizes
     "spectral, 1/8": "1/8",
     SMALL: "1/8",
 }
+DROP = "LoRA-drop, 1/2"  # what its ablations are compared with, and what those are called
+ABLATIONS = {
+    "LoRA-drop, 1/2, random layers": "random layers keep their adapters",
+    "LoRA-drop, 1/2, least important layers": "the least important layers do",
+    "LoRA-drop, 1/2, kept adapters continue": "kept adapters go on, not anew",
+    "LoRA-drop, 1/2, no sharing": "the other layers have none",
+    "one shared LoRA": "all layers of a kind share one",
+}
 RIVAL = "weight"  # whose divergence is the unit of `cut_all`
 Cell = dict[str, Any]
 
@@ -219,6 +227,24 @@ def sizes_summary(results: Path) -> str | None:
     return markdown(head, body) if tasks else None
 
 
+def ablations(results: Path) -> str | None:
+    """What a part of LoRA-drop is worth: the loss without it, against LoRA-drop's, paired."""
+    final = final_cells(results)
+    tasks = [task for task in SUMMARY if any((task, arm) in final for arm in ABLATIONS)]
+    body = []
+    for arm, name in ABLATIONS.items():
+        of_task = [against(final.get((t, arm), []), final.get((t, DROP), [])) for t in tasks]
+        every = [pair for pairs in of_task for pair in pairs]
+        if every:
+            cells = next(final[t, arm] for t in tasks if (t, arm) in final)
+            row = [shown(p, 1, " %", "+") if p else "–" for p in (*of_task, every)]
+            size = statistics.mean(cell["parameters"] for cell in cells)
+            body.append([name, f"{size:,.0f}", *row, str(len(every))])
+    titles = (SUMMARY[task] for task in tasks)
+    head = ("dev loss against LoRA-drop's, paired", "parameters", *titles, "together", "n")
+    return markdown(head, body) if body else None
+
+
 SIZE_TABLES: dict[str, Callable[[Path], str | None]] = {
     "cut": cut,
     "cut_all": cut_all,
@@ -226,4 +252,5 @@ SIZE_TABLES: dict[str, Callable[[Path], str | None]] = {
     "step_time": step_time,
     "sizes": sizes,
     "sizes_summary": sizes_summary,
+    "ablations": ablations,
 }
