@@ -17,7 +17,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from loradrop.ranks import ZERO_3, is_partitioned, is_sharded, on_all, placed, whole
+from loradrop.ranks import (
+    ZERO_3,
+    full_tensor,
+    is_partitioned,
+    is_sharded,
+    replicated_like,
+    sharded_like,
+)
 from loradrop.scores import Assignment, Target
 
 Pair = tuple[Tensor, Tensor]
@@ -149,7 +156,7 @@ class AdapterBank(nn.Module):
         self._take_forms(tensors)
         self._use(assignment)
         here = self.state_dict(keep_vars=True)
-        found = {k: placed(v, here[k]) if k in here else v for k, v in tensors.items()}
+        found = {k: sharded_like(v, here[k]) if k in here else v for k, v in tensors.items()}
         self.load_state_dict({**found, STATE: self.get_extra_state()})
 
     def require_whole(self) -> None:
@@ -198,7 +205,7 @@ class AdapterBank(nn.Module):
                 [MERGED * self.merged] * len(names),
             ]
         )
-        return on_all(state, like=next(self.parameters(), state))
+        return replicated_like(state, like=next(self.parameters(), state))
 
     @property
     def _extra_state(self) -> Tensor:  # accelerate asks for every entry of a state dict by its name
@@ -214,7 +221,8 @@ class AdapterBank(nn.Module):
         tensors = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         state = tensors.pop(STATE, None)
         if state is not None:
-            state = whole(state).cpu().round().long()  # an average of equal ones may be a float
+            # An average of equal ones may be a float.
+            state = full_tensor(state).cpu().round().long()
             self._take_assignment(state, tensors)
             if (state[3] == ALONE).any():
                 missing.clear()  # the bank is the last of the model's modules
@@ -224,7 +232,7 @@ class AdapterBank(nn.Module):
             _log.warning("the state dict does not say which layers share: taken as they do here")
 
     def _take_assignment(self, state: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        here = whole(self.get_extra_state()).cpu()
+        here = full_tensor(self.get_extra_state()).cpu()
         if here.shape != state.shape or not torch.equal(here[2], state[2]):
             given = dict(self.composition)
             options = f", or with other options than {given}" * bool(given)

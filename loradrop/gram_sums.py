@@ -9,7 +9,7 @@ from torch import Tensor, distributed
 
 from loradrop.bank import AdapterBank
 from loradrop.kept_cores import KeptCores
-from loradrop.ranks import is_distributed, reduced, whole
+from loradrop.ranks import full_tensor, is_distributed, reduced
 from loradrop.scores import Grams, members_of
 
 _KINDS = ("inputs", "left", "right")
@@ -120,7 +120,8 @@ def grams_of(
     of_B: list[Tensor | None] = []
     for i in range(len(bank.targets)):
         pair = bank.factors(i)
-        A, B = (None, None) if pair is None else (whole(f.detach()).cpu().double() for f in pair)
+        wide = [full_tensor(factor.detach()).cpu().double() for factor in pair or ()]
+        A, B = wide or (None, None)
         of_A.append(None if A is None else A @ A.T)
         of_B.append(None if B is None else B.T @ B)
     none: list[Any] = [None] * len(bank.targets)

@@ -15,7 +15,7 @@ from loradrop.bank import STATE, AdapterBank, Pair, bank_of, delta_of
 from loradrop.config import LoRAConfig
 from loradrop.env import versions
 from loradrop.plan import Plan
-from loradrop.ranks import here, is_sharded, whole
+from loradrop.ranks import full_tensor, is_sharded, local_part
 from loradrop.scores import Scores
 from loradrop.wrapped import inner, modules_of, parameters_of, tensors_of
 
@@ -53,7 +53,7 @@ class Injection:
 
 def sum_of(bank: nn.Module) -> float | None:
     """Of all elements of its parameters: another one as soon as they are trained. None on meta."""
-    sums = [here(parameter.detach()).double().sum() for parameter in bank.parameters()]
+    sums = [local_part(parameter.detach()).double().sum() for parameter in bank.parameters()]
     return None if any(total.is_meta for total in sums) else sum(map(float, sums))
 
 
@@ -125,14 +125,14 @@ def adapters_of(model: nn.Module) -> Adapters:
     trained = {name: base[name].detach() for name in (*injection.originals, *since)}
     trained |= _left_behind(injection, base)
     require_loaded(trained)
-    state = {k: whole(v) for k, v in bank.state_dict().items() if k != STATE}
+    state = {k: full_tensor(v) for k, v in bank.state_dict().items() if k != STATE}
     pairs = composed(bank, state)
     return Adapters(
         plan=plan_of(model),
         factors=tuple(None if p is None else (p[0].detach(), p[1].detach()) for p in pairs),
         scaling=tuple(bank.scaling),
         state=bank.in_file(state),
-        trained={k: whole(v) for k, v in trained.items()},
+        trained={k: full_tensor(v) for k, v in trained.items()},
     )
 
 

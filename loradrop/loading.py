@@ -24,7 +24,7 @@ from loradrop.injection import (
 )
 from loradrop.layers import shape_of
 from loradrop.native import FOLDER, TENSORS, NativeFile, read
-from loradrop.ranks import placed
+from loradrop.ranks import sharded_like
 from loradrop.surgery import inject
 from loradrop.wrapped import modules_of, of_inner, tensors_of
 
@@ -99,10 +99,10 @@ def fill(model: nn.Module, file: NativeFile) -> None:
     for name in injection.originals.keys() - file.trained.keys():  # of an adapter before this one
         before, now = injection.originals[name], base.get(name)
         if now is not None and now.shape == before.shape and not (now.is_meta or before.is_meta):
-            now.copy_(placed(before, now))
+            now.copy_(sharded_like(before, now))
     for name, value in file.trained.items():
         injection.originals.setdefault(name, base[name].detach().clone())
-        base[name].copy_(placed(value, base[name]))
+        base[name].copy_(sharded_like(value, base[name]))
         if isinstance(base[name], nn.Parameter):
             base[name].requires_grad_(True)
     injection.plan, injection.stepped = file.plan, False

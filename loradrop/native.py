@@ -33,7 +33,7 @@ from loradrop.injection import (
 )
 from loradrop.pairs import LoRABank
 from loradrop.plan import Plan
-from loradrop.ranks import here, is_sharded, whole, writes
+from loradrop.ranks import full_tensor, is_sharded, local_part, writes
 from loradrop.tensor_file import write_tensors
 from loradrop.wrapped import of_inner
 
@@ -280,7 +280,7 @@ def _write_checkpoint(model: nn.Module, folder: Path, state: Mapping[str, Tensor
     trained = {*injection_of(model).originals, *trained_since(model), *buffers}
     names = [key for key in state if key.startswith("lora_bank.") or key in trained]
     tensors = {key: state[key].detach().cpu().contiguous().clone() for key in names}
-    users = whole(bank_of(model).get_extra_state()).cpu()
+    users = full_tensor(bank_of(model).get_extra_state()).cpu()
     users[-1] = ALONE  # the base is left out on purpose
     tensors[f"lora_bank.{STATE}"] = users
     write_tensors(folder / CHECKPOINT, tensors, {"format": "pt"})
@@ -318,7 +318,7 @@ def unmeasured(model: nn.Module) -> str | None:
     if begun or not injection.config.method.warms_up:
         return None
     pairs = [bank.factors(i) for i in range(len(bank.targets))]
-    if not any(bool(here(pair[1]).any()) for pair in pairs if pair is not None):
+    if not any(bool(local_part(pair[1]).any()) for pair in pairs if pair is not None):
         return None  # nothing is trained yet
     return (
         f"the method {injection.config.method.name!r} decides after a warm-up, and none was made, "

@@ -84,17 +84,17 @@ def is_needed(model: nn.Module) -> bool:
     return is_first_rank() or any(map(is_sharded, model.parameters()))
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The tensor itself, or all parts of a sharded one: then every rank has to call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def here(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """The tensor itself, or this rank's part of a sharded one, without asking the others."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
-def placed(value: Tensor, like: Tensor) -> Tensor:
+def sharded_like(value: Tensor, like: Tensor) -> Tensor:
     """`value`, sharded as `like` is."""
     if not is_sharded(like):
         return value
@@ -104,7 +104,7 @@ def placed(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), mesh, like.placements)  # type: ignore[attr-defined]
 
 
-def on_all(value: Tensor, like: Tensor) -> Tensor:
+def replicated_like(value: Tensor, like: Tensor) -> Tensor:
     """`value`, which every rank has: where `like` is sharded a DTensor over the same ranks."""
     if not is_sharded(like):
         return value

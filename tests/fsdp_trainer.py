@@ -27,7 +27,7 @@ from transformers import Trainer, TrainingArguments
 import loradrop
 from loradrop.methods.adalora import AdaLoRA
 from loradrop.methods.prilora import PRILoRA
-from loradrop.ranks import is_sharded, whole
+from loradrop.ranks import full_tensor, is_sharded
 
 STEPS, WARM_UP, SAVED = 6, 3, 2
 LORA = replace(tiny.PLAIN, lora_dropout=0.0)
@@ -98,7 +98,9 @@ def ended(model: Any, run: Trainer) -> dict[str, Any]:
         "losses": [entry["loss"] for entry in run.state.log_history if "loss" in entry],
         "kept": bank.assignment.kept,
         "ranks": [target.r for target in bank.targets],
-        "deltas": [(whole(B.detach()) @ whole(A.detach())).flatten().tolist() for A, B in pairs],
+        "deltas": [
+            (full_tensor(B.detach()) @ full_tensor(A.detach())).flatten().tolist() for A, B in pairs
+        ],
         "sharded": [any(map(is_sharded, m.parameters())) for m in (model, bank)],
     }
 

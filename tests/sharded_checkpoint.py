@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from loradrop.ranks import whole
+from loradrop.ranks import full_tensor
 
 ADAPTERS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
@@ -32,7 +32,7 @@ def load(model: Any, optimizer: Any, folder: str) -> None:
 
 
 def values(model: Any) -> list[torch.Tensor]:
-    return [whole(p.detach()) for p in model.parameters() if p.requires_grad]
+    return [full_tensor(p.detach()) for p in model.parameters() if p.requires_grad]
 
 
 def gone_on(

@@ -19,7 +19,7 @@ from loradrop.methods import Method
 from loradrop.methods.mos import MoS
 from loradrop.methods.nb_lora import NBLoRA
 from loradrop.methods.vera import VeRA
-from loradrop.ranks import is_sharded, whole
+from loradrop.ranks import full_tensor, is_sharded
 
 
 def batch(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -95,7 +95,7 @@ def of_peft(folder: str) -> dict[str, Any]:
     shard(model)
     for each in (alone, model):
         train(each)
-    state = {k: whole(v) for k, v in model.state_dict().items()}
+    state = {k: full_tensor(v) for k, v in model.state_dict().items()}
     if distributed.get_rank() == 0:
         model.save_pretrained(f"{folder}/of-peft", state_dict=state)
     distributed.barrier()
@@ -145,7 +145,7 @@ def main(folder: str) -> None:
     train(model)
     loradrop.save(model, f"{folder}/native")
     loradrop.export(model, f"{folder}/peft")
-    state = {k: whole(v) for k, v in model.state_dict().items()}
+    state = {k: full_tensor(v) for k, v in model.state_dict().items()}
     if distributed.get_rank() == 0:  # as the Trainer saves: alone, of what it gathered
         model.save_pretrained(f"{folder}/checkpoint-3", state_dict=state)
     in_memory = loradrop.adapter_tensors(model).tensors

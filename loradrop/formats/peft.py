@@ -37,7 +37,7 @@ from loradrop.formats.peft_file import (
 from loradrop.injection import Adapters, adapters_of, base_of, injected
 from loradrop.layers import is_conv1d
 from loradrop.native import tell_untouched, tell_untrained
-from loradrop.ranks import whole, writes
+from loradrop.ranks import full_tensor, writes
 from loradrop.tensor_file import write_tensors
 from loradrop.wrapped import of_inner, tensors_of
 
@@ -209,7 +209,7 @@ def peft_file_of(
             tensors[f"{PREFIX}{target.name}.lora_{name}.weight"] = factor
     base = tensors_of(model)
     for key in layout.saved_tensors:
-        tensors[PREFIX + key] = whole(base[key].detach()).to(device, copy=True).contiguous()
+        tensors[PREFIX + key] = full_tensor(base[key].detach()).to(device, copy=True).contiguous()
     config = {
         "peft_type": "LORA",
         "task_type": layout.task,

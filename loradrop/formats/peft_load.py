@@ -27,7 +27,7 @@ from loradrop.matching import inside
 from loradrop.native import NativeFile
 from loradrop.pairs import tensors_of
 from loradrop.plan import Plan
-from loradrop.ranks import whole
+from loradrop.ranks import full_tensor
 from loradrop.scores import Assignment, Target
 from loradrop.wrapped import modules_of
 
@@ -212,7 +212,7 @@ def _trained(
 def _holds(name: str, here: Tensor, value: Tensor) -> bool:
     """Whether the model's tensor is this value in its dtype."""
     require_loaded({name: here})
-    return here.shape == value.shape and torch.equal(whole(here).cpu(), value.to(here.dtype))
+    return here.shape == value.shape and torch.equal(full_tensor(here).cpu(), value.to(here.dtype))
 
 
 def require_untied(
