@@ -103,10 +103,15 @@ def _least(spectrum: Spectrum, pools: Sequence[_Pool], step: int) -> float:
     """The part of a pool's elements that its smallest step is, of the pool where that is least."""
     found = []
     for pool, upper in pools:
-        full = sum(len(spectrum.by_target[i]) * spectrum.cost(i) for i in pool)
+        full = _elements(spectrum, pool)
         steps = [min(step, len(spectrum.by_target[i])) * spectrum.cost(i) for i in upper]
         found += [size / full for size in steps if size]
     return min(found, default=0.0)
+
+
+def _elements(spectrum: Spectrum, pool: Sequence[int]) -> int:
+    """Of the pool's adapters as they are."""
+    return sum(len(spectrum.by_target[i]) * spectrum.cost(i) for i in pool)
 
 
 def _within(
@@ -146,7 +151,7 @@ def _spend(
     ranks = dict.fromkeys(spectrum, 0)
     for pool, upper in pools:
         whole = sum(sum(spectrum.by_target[i]) for i in pool)
-        full = sum(len(spectrum.by_target[i]) * spectrum.cost(i) for i in pool)
+        full = _elements(spectrum, pool)
         limit = math.inf if budget is None else budget * full * (1 + 1e-12)
         wanted = math.inf if threshold is None else threshold * whole * (1 - 1e-12)
         for i, k in _of_pool(spectrum, upper, limit, wanted, step).items():
