@@ -32,7 +32,7 @@ from loradrop.report.plots import plot_spectra
 from loradrop.rows import Rows, rows_for
 from loradrop.run_config import RunConfig
 from loradrop.spectra import Spectrum, spectrum, spectrum_of
-from loradrop.text.tokens import metric_fn
+from loradrop.text.metrics import metric_fn
 from loradrop.trainer import dev_metrics
 from loradrop.truncation import require_pairs, truncate
 

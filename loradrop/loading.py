@@ -13,17 +13,10 @@ from torch import nn
 from loradrop.bank import AdapterBank, bank_of, has_bank
 from loradrop.config import LoRAConfig
 from loradrop.formats import peft_load
-from loradrop.injection import (
-    base_of,
-    classes_of,
-    injection_of,
-    require_loaded,
-    require_unmerged,
-    sum_of,
-    tell_base,
-)
+from loradrop.injection import injection_of, require_loaded, require_unmerged, sum_of
 from loradrop.layers import shape_of
 from loradrop.native import FOLDER, TENSORS, NativeFile, read
+from loradrop.origin import base_of, classes_of, tell_base
 from loradrop.ranks import sharded_like
 from loradrop.surgery import inject
 from loradrop.wrapped import modules_of, of_inner, tensors_of

@@ -16,10 +16,10 @@ from loradrop.injection import (
     require_trained,
 )
 from loradrop.layers import is_conv1d, is_plain
-from loradrop.native import tell_untouched
 from loradrop.quantised import Format, Stored, format_of, kept, put
 from loradrop.scores import Target
 from loradrop.surgery import require_undoable, strip
+from loradrop.untouched import tell_untouched
 from loradrop.wrapped import of_inner
 
 _log = logging.getLogger(__name__)

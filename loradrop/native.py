@@ -9,36 +9,24 @@ import hashlib
 import json
 import logging
 import os
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import safetensors
 import torch
 from torch import Tensor, nn
 
-from loradrop.bank import ALONE, STATE, bank_of
+from loradrop.adapters import Adapters, adapters_of
+from loradrop.bank import bank_of
 from loradrop.files import read_json, write_json
-from loradrop.injection import (
-    Adapters,
-    adapters_of,
-    injected,
-    injection_of,
-    plan_of,
-    require_adapted,
-    sum_of,
-    trained_since,
-)
-from loradrop.pairs import LoRABank
+from loradrop.injection import injected
 from loradrop.plan import Plan
-from loradrop.ranks import full_tensor, is_sharded, local_part, writes
+from loradrop.ranks import writes
 from loradrop.tensor_file import write_tensors
+from loradrop.untouched import tell_untouched
 from loradrop.wrapped import of_inner
 
 TENSORS, PLAN, FOLDER = "adapter.safetensors", "plan.json", "loradrop_adapter"
-CHECKPOINT = "model.safetensors"  # where the Trainer looks for what it saved
 _BANK, _TRAINED = "bank.", "saved."
 _log = logging.getLogger(__name__)
 
@@ -66,31 +54,6 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     with injected(model) as own:
         tell_untouched(own)
         checkpoint(own, path)
-
-
-def tell_untouched(model: nn.Module) -> None:
-    """One line where the adapters trained without what their method does to them."""
-    told = injection_of(model).told
-    if (reason := unmeasured(model) or _idle(model)) is not None and reason not in told:
-        told.add(reason)
-        _log.warning("%s", reason)
-
-
-@torch.no_grad()
-def tell_untrained(model: nn.Module) -> None:
-    """One line where some adapters were trained, and others are zero as they began."""
-    bank = bank_of(model)
-    if not isinstance(bank, LoRABank) or any(map(is_sharded, bank.parameters())):
-        return
-    zero = [not bool(B.any()) for B in bank.B]
-    users = zip(bank.targets, bank.slots, strict=True)
-    idle = [target.name for target, slot in users if slot is not None and zero[slot]]
-    if idle and not all(zero):
-        _log.warning(
-            "the adapters of %s are zero, as if they were never trained: a loss that reads the "
-            "weight of a layer itself, as TRL's of lm_head, goes past its adapter",
-            ", ".join(idle),
-        )  # fmt: skip
 
 
 def checkpoint(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -194,148 +157,3 @@ def _checksum(tensors: dict[str, Tensor], plan: str) -> str:
         if tensor.numel():
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-class SavePretrained:
-    """`save_pretrained` of an injected model: the base model, and its adapters in a folder.
-
-    In a folder that is named as the Trainer's checkpoints are, checkpoint-<step>, it writes what is
-    trained alone: the frozen base is there already where a run resumes.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As `PreTrainedModel.save_pretrained`, with the adapters in `loradrop_adapter/`.
-
-        Raises ValueError while the adapters are merged and, once all is written, for a method that
-        wants a warm-up and trained without one.
-        """
-        folder, model = Path(save_directory), self.model
-        given = kwargs.pop("state_dict", None)
-        state = given or model.state_dict()
-        if injection_of(model).merged is not None:
-            raise ValueError(
-                "the adapters are merged for now: call loradrop.remove(model), "
-                "or loradrop.export(model, path, format='merged')"
-            )
-        if re.fullmatch(r"checkpoint-\d+", folder.name) and _is_of_transformers(model):
-            if kwargs.get("is_main_process", True):
-                _write_checkpoint(model, folder, state)
-                _require_measured(model)
-            return None
-        if given is not None:
-            own = {k: v for k, v in state.items() if not k.startswith("lora_bank.")}
-            kwargs["state_dict"] = own
-        pretrained: Any = type(model)
-        with without_bank(model):
-            result = pretrained.save_pretrained(model, folder, **kwargs)
-        _save_given(model, folder / FOLDER, state)
-        _log.warning(
-            "%s holds the base model, and its adapters in %s: what from_pretrained loads from it "
-            "lacks them until loradrop.load(model, %r)", folder, FOLDER, str(folder),
-        )  # fmt: skip
-        _require_measured(model)
-        return result
-
-
-class SavePart:
-    """`save_pretrained` of a part of an injected model, which its adapters do not belong to."""
-
-    def __init__(self, part: nn.Module, name: str) -> None:
-        self.part, self.name = part, name
-
-    def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
-        """As `PreTrainedModel.save_pretrained`, and says what it leaves out."""
-        _log.warning(
-            "%s holds the base weights of %s alone: the adapters are of the whole model. Call "
-            "loradrop.save(model, folder), or loradrop.merge(model) first",
-            save_directory, self.name,
-        )  # fmt: skip
-        kind: Any = type(self.part)
-        return kind.save_pretrained(self.part, save_directory, **kwargs)
-
-
-@contextmanager
-def without_bank(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's state dict is that of the base model, whatever class saves it."""
-    modules = dict(model._modules)
-    del model._modules["lora_bank"]
-    try:
-        yield
-    finally:  # in their order, whatever came after the bank
-        model._modules.clear()
-        model._modules.update(modules)
-
-
-def _is_of_transformers(model: nn.Module) -> bool:
-    """Whether the Trainer resumes it by `load_state_dict`; another class reads its own folder."""
-    return "PreTrainedModel" in (cls.__name__ for cls in type(model).__mro__)
-
-
-def _write_checkpoint(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
-    """The bank, what is trained whole and buffers, by the names that `load_state_dict` takes."""
-    buffers = (name for name, _ in model.named_buffers())
-    trained = {*injection_of(model).originals, *trained_since(model), *buffers}
-    names = [key for key in state if key.startswith("lora_bank.") or key in trained]
-    tensors = {key: state[key].detach().cpu().contiguous().clone() for key in names}
-    users = full_tensor(bank_of(model).get_extra_state()).cpu()
-    users[-1] = ALONE  # the base is left out on purpose
-    tensors[f"lora_bank.{STATE}"] = users
-    write_tensors(folder / CHECKPOINT, tensors, {"format": "pt"})
-    _save_given(model, folder / FOLDER, state)
-
-
-def _save_given(model: nn.Module, folder: Path, state: Mapping[str, Tensor]) -> None:
-    """`save`; of a sharded model the tensors in `state`, where the caller gathered them.
-
-    The Trainer does so, and then saves on one rank: to gather again would wait for the others.
-    """
-    sharded = any(map(is_sharded, model.parameters()))
-    if not sharded or any(map(is_sharded, state.values())):
-        return save(model, folder)
-    require_adapted(model)
-    names = (*injection_of(model).originals, *trained_since(model))
-    bank = {k.removeprefix("lora_bank."): v for k, v in state.items() if k.startswith("lora_bank.")}
-    bank.pop(STATE, None)
-    trained = {name: state[name] for name in names}
-    write(Adapters(plan_of(model), (), (), bank_of(model).in_file(bank), trained), folder)
-
-
-def _require_measured(model: nn.Module) -> None:
-    if (reason := unmeasured(model)) is not None:
-        raise ValueError(reason)
-
-
-def unmeasured(model: nn.Module) -> str | None:
-    """Why the adapters are plain LoRA's though their method is another; None where they are not.
-
-    They are where the method decides after a warm-up, and they were trained without one.
-    """
-    bank, injection = bank_of(model), injection_of(model)
-    begun = bank.collector is not None or injection.scores is not None or bank.assignment.decided
-    if begun or not injection.config.method.warms_up:
-        return None
-    pairs = [bank.factors(i) for i in range(len(bank.targets))]
-    if not any(bool(local_part(pair[1]).any()) for pair in pairs if pair is not None):
-        return None  # nothing is trained yet
-    return (
-        f"the method {injection.config.method.name!r} decides after a warm-up, and none was made, "
-        "so this is plain LoRA: pass callbacks=[loradrop.LoraDropCallback()] to the Trainer, call "
-        "loradrop.fit, or inject with LoRAConfig(method=loradrop.LoRA())"
-    )
-
-
-def _idle(model: nn.Module) -> str | None:
-    """Why a method that acts at every step did nothing; None where it did, or has nothing to do."""
-    bank, injection = bank_of(model), injection_of(model)
-    method = injection.config.method
-    if injection.stepped or not method.acts:
-        return None
-    if sum_of(bank) == injection.start:
-        return None  # nothing is trained yet
-    return (
-        f"the method {method.name!r} acts at every step of training, and nothing called it: pass "
-        "callbacks=[loradrop.LoraDropCallback()] to the Trainer, or call loradrop.fit"
-    )

@@ -29,8 +29,8 @@ from loradrop.run_config import CONFIG, RunConfig, folder_of
 from loradrop.run_folder import OPTIONS, held_by_a_run
 from loradrop.scores import Scores
 from loradrop.text.examples import TextTask
+from loradrop.text.metrics import metric_fn
 from loradrop.text.task import load_task
-from loradrop.text.tokens import metric_fn
 
 if TYPE_CHECKING:
     from loradrop.training import Result

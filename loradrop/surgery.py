@@ -23,9 +23,9 @@ from loradrop.injection import (
 )
 from loradrop.layers import adapt, build_bank, freeze, is_extended, is_patched, restore
 from loradrop.matching import find_targets, inside, kinds_of, saved_modules
-from loradrop.native import SavePart, SavePretrained
 from loradrop.quantised import keep_unpacked, put
 from loradrop.ranks import ZERO_3, is_partitioned, is_sharded
+from loradrop.save_pretrained import SavePart, SavePretrained
 from loradrop.wrapped import modules_of, of_inner, own_name, parameters_of, tensors_of
 
 _log = logging.getLogger(__name__)

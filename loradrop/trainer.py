@@ -1,10 +1,8 @@
 """transformers' Trainer with checkpoints of adapters."""
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,17 +14,16 @@ from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from loradrop import native
+from loradrop import checkpoints, native
 from loradrop.batches import BATCH, MEASURED, small_batches
 from loradrop.callbacks import EVENTS, MethodCallback
-from loradrop.files import read_json, write_json
+from loradrop.files import read_json
 from loradrop.loading import fill
 from loradrop.native import read
 from loradrop.optimizers import Known, learn, set_head_rate
 from loradrop.order import Onward
 from loradrop.sampling import some_of
 
-COMPLETE = "complete.json"
 _WRAPPED = ("forward", "_original_forward")  # what accelerate's mixed precision sets on a model
 _TIMINGS = ("_runtime", "_per_second", "_preparation_time")
 _log = logging.getLogger(__name__)
@@ -222,7 +219,7 @@ class LoRATrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         self.events.save(folder, self.args.should_save)
         if self.args.should_save:
-            write_json(folder / COMPLETE, _digests(folder))
+            checkpoints.seal(folder)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
@@ -301,32 +298,3 @@ def forward_kept(model: nn.Module) -> Iterator[None]:
         for key in _WRAPPED:
             model.__dict__.pop(key, None)
         model.__dict__.update(before)
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint. Half-written and damaged ones are named and removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
-    for checkpoint in reversed(found):
-        reason = _damage(checkpoint)
-        if reason is None:
-            return checkpoint
-        _log.warning("%s %s; going on from an earlier one", checkpoint, reason)
-        shutil.rmtree(checkpoint, ignore_errors=True)  # another rank may do the same
-    return None
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != COMPLETE]
-    return {str(f.relative_to(folder)): sha256(f.read_bytes()).hexdigest() for f in files}
-
-
-def _damage(checkpoint: Path) -> str | None:
-    try:
-        expected = read_json(checkpoint / COMPLETE)
-    except FileNotFoundError:
-        return "was being written when the run ended"
-    except ValueError as error:
-        return str(error)
-    found = _digests(checkpoint)
-    wrong = [name for name in expected if found.get(name) != expected[name]]
-    return f"is damaged ({', '.join(wrong)})" if wrong else None

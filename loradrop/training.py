@@ -25,14 +25,16 @@ from loradrop.any_trainer import LoraDropCallback
 from loradrop.arguments import train_config, training_arguments
 from loradrop.bank import bank_of, has_bank
 from loradrop.callbacks import MethodCallback, Progress
+from loradrop.checkpoints import last_checkpoint
 from loradrop.config import LoRAConfig, TrainConfig, require_config
 from loradrop.env import is_first_rank
 from loradrop.files import write_json
-from loradrop.injection import base_of, injection_of, plan_of, sum_of
+from loradrop.injection import injection_of, plan_of, sum_of
 from loradrop.masks import MASK, MaskFn, Masking
 from loradrop.methods.base import Warmup
 from loradrop.native import save
 from loradrop.optimizers import by_name, kept_state
+from loradrop.origin import base_of
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.ranks import is_needed, wait, world_size
@@ -40,7 +42,7 @@ from loradrop.run_folder import Boundary, begun, resumable, taken
 from loradrop.sampling import sample_of
 from loradrop.sharing import conclude
 from loradrop.surgery import inject
-from loradrop.trainer import LoRATrainer, Part, dev_metrics, forward_kept, last_checkpoint
+from loradrop.trainer import LoRATrainer, Part, dev_metrics, forward_kept
 from loradrop.wrapped import inner
 
 _log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ import torch
 import training_runs as tiny
 from training_runs import At, interrupted, make_model, make_rows, outcome, run, stop
 
-from loradrop import native, run_folder, trainer, training
+from loradrop import checkpoints, native, run_folder, trainer, training
 from loradrop.files import read_json, write_json
 from loradrop.run_folder import OPTIONS
 
@@ -31,7 +31,7 @@ MOMENTS: dict[str, Moment] = {  # after a step of a stage, or at a call with a p
     "between warm-up and start": (run_folder, "save", "start"),
     "writing start": (native, "write_json", "start/plan.json"),
     "before the first checkpoint of main": ("main", 2),
-    "a checkpoint of main": (trainer, "write_json", "main/checkpoint-8/complete.json"),
+    "a checkpoint of main": (checkpoints, "write_json", "main/checkpoint-8/complete.json"),
     "replacing a file of main": (os, "replace", "checkpoint-8/adapter.safetensors", 2),
     "in the main run": ("main", 11),
     "after the last step": ("main", tiny.TOTAL - tiny.WARMUP),

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from loradrop.text.examples import Example, TextTask
+from loradrop.text.metrics import metric_fn
 from loradrop.text.task import DataConfig, load_task
-from loradrop.text.tokens import collator, metric_fn, tokenize
+from loradrop.text.tokens import collator, tokenize
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "<eos>", "[UNK]", "a", "b", "c", "d", "e"]
 

@@ -20,10 +20,10 @@ import loradrop
 from loradrop import LoRAConfig, LoraDropConfig, TrainConfig, fit
 from loradrop import arguments as arguments_module
 from loradrop.callbacks import MethodCallback
+from loradrop.checkpoints import last_checkpoint
 from loradrop.injection import injection_of
 from loradrop.methods import Method
 from loradrop.methods.base import Warmup
-from loradrop.trainer import last_checkpoint
 from loradrop.training import warm_up
 
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import loradrop
+from loradrop.adapters import adapters_of
 from loradrop.config import LoRAConfig
 from loradrop.gram_sums import grams_of
-from loradrop.injection import adapters_of, injection_of, plan_of
+from loradrop.injection import injection_of, plan_of
 from loradrop.methods.vera import VeRA
 from loradrop.spectra import spectrum_of
 

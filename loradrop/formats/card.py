@@ -12,7 +12,7 @@ from loradrop._version import __version__
 from loradrop.files import rendered
 from loradrop.formats.engines import EngineVerdict, vllm_rank
 from loradrop.formats.peft_file import PeftFile, task_of
-from loradrop.injection import classes_of
+from loradrop.origin import classes_of
 from loradrop.plan import Plan
 
 START = "<!-- loradrop: every export renews what is between these marks; write before or after -->"

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loradrop.adapters import adapters_of
 from loradrop.bank import bank_of
 from loradrop.formats.peft import peft_file_of, verdicts_on
-from loradrop.injection import adapters_of, injected, injection_of
-from loradrop.native import tell_untouched
+from loradrop.injection import injected, injection_of
+from loradrop.untouched import tell_untouched
 from loradrop.wrapped import of_inner
 
 

@@ -17,8 +17,9 @@ from loradrop.files import replacing
 from loradrop.formats.peft_file import CONFIG, base_state
 from loradrop.injection import injection_of
 from loradrop.merging import changes, tell
-from loradrop.native import TENSORS, without_bank
+from loradrop.native import TENSORS
 from loradrop.quantised import kept, put
+from loradrop.save_pretrained import without_bank
 from loradrop.wrapped import bare
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loradrop.adapters import Adapters, adapters_of
 from loradrop.bank import bank_of
 from loradrop.config import DTYPES
 from loradrop.env import is_first_rank
@@ -34,11 +35,12 @@ from loradrop.formats.peft_file import (
     padded_rank,
     ranks_in_file,
 )
-from loradrop.injection import Adapters, adapters_of, base_of, injected
+from loradrop.injection import injected
 from loradrop.layers import is_conv1d
-from loradrop.native import tell_untouched, tell_untrained
+from loradrop.origin import base_of
 from loradrop.ranks import full_tensor, writes
 from loradrop.tensor_file import write_tensors
+from loradrop.untouched import tell_untouched, tell_untrained
 from loradrop.wrapped import of_inner, tensors_of
 
 FORMATS = ("peft", "merged")

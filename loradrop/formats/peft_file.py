@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import safetensors
 from torch import Tensor, nn
 
+from loradrop.adapters import Adapters
 from loradrop.files import read_json
-from loradrop.injection import Adapters
 from loradrop.matching import inside, saved_modules
 from loradrop.scores import Target
 from loradrop.wrapped import modules_of, tensors_of

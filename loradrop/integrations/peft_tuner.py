@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from loradrop.bank import AdapterBank
 from loradrop.files import read_json
 from loradrop.formats.peft_file import BANK
-from loradrop.injection import Injection, plan_of, tell_base
+from loradrop.injection import Injection, plan_of
 from loradrop.integrations.peft_config import LoraDropConfig, from_peft
 from loradrop.integrations.peft_layers import Banked, is_linear
 from loradrop.integrations.peft_view import viewed
 from loradrop.layers import adapted_class, become, build_bank
 from loradrop.matching import heads, inside
-from loradrop.native import unmeasured
+from loradrop.origin import tell_base
 from loradrop.pairs import LoRABank, fresh
 from loradrop.plan import Plan
 from loradrop.scores import Assignment
+from loradrop.untouched import unmeasured
 from loradrop.wrapped import modules_of
 
 _log = logging.getLogger(__name__)

@@ -1,22 +1,20 @@
-"""Rows as tokens, batches and metrics: what training needs of a task and its tokenizer."""
+"""Rows as tokens and batches: what training needs of a task and its tokenizer."""
 
 import copy
 import itertools
 import logging
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from loradrop.text.examples import ASKED, KINDS, Example, TextTask
+from loradrop.text import chats
+from loradrop.text.examples import KINDS, Example, TextTask
 
 if TYPE_CHECKING:
-    from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that losses leave out
 _log = logging.getLogger(__name__)
@@ -145,86 +143,12 @@ def _encode_chat(
     task: TextTask, rows: Sequence[Example], tokenizer: Any, limit: int
 ) -> list[dict[str, Any]]:
     """Conversations by the tokenizer's template; the assistant's turns are learned."""
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "these rows are conversations, and the tokenizer has no chat template: choose a model "
-            "that was made for chats (-Instruct, -Chat), or give prompt and completion columns"
-        )
-    from jinja2 import TemplateError
-
-    marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()) is not None
-
-    def render(messages: Sequence[Any], **options: Any) -> Any:
-        given = {"tokenize": True, "return_dict": True, **options}
-        return tokenizer.apply_chat_template(list(messages), **given)
-
-    whole, turns, lost = [], 0, 0
-    for row in rows:
-        messages = [{k: v for k, v in m.items() if k != ASKED} for m in cast(Any, row.text)]
-        asked = max((i + 1 for i, m in enumerate(cast(Any, row.text)) if m.get(ASKED)), default=0)
-        try:
-            made = render(messages, return_assistant_tokens_mask=marked)
-            ids = list(made["input_ids"])
-            if marked:
-                learned = list(made["assistant_masks"])
-            else:
-                learned, missed = _assistant_mask(messages, ids, render, asked)
-                turns += sum(m["role"] == "assistant" for m in messages[asked:])
-                lost += missed
-            if asked:
-                before = render(messages[:asked], add_generation_prompt=True)["input_ids"]
-                start = _common(ids, before)
-                learned[:start] = [False] * start
-        except TemplateError as error:
-            raise ValueError(
-                f"the tokenizer's chat template refuses {row.text!r:.200} ({error}): repair the row"
-            ) from error
-        whole.append((ids, [i if m else IGNORED for i, m in zip(ids, learned, strict=True)]))
-    if lost:
-        what = "%d of %d turns of the assistant are not found in what the chat template makes of "
-        _log.warning(what + "the whole conversation: they are not learned", lost, turns)
-    return _cut_causal(whole, limit)
+    found = [(ids, _labels(ids, learned)) for ids, learned in chats.rendered(rows, tokenizer)]
+    return _cut_causal(found, limit)
 
 
-def _assistant_mask(
-    messages: Any, ids: list[int], render: Callable[..., Any], asked: int = 0
-) -> tuple[list[bool], int]:
-    """Which tokens an assistant's turn adds to the turns before it and the prompt for it, from
-    message number `asked` on, and how many turns are not found.
-    """
-    learned, lost = [False] * len(ids), 0
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant" and i >= asked:
-            before = render(messages[:i], add_generation_prompt=True)["input_ids"] if i else []
-            through = render(messages[: i + 1])["input_ids"]
-            start, end = _common(ids, before), _common(ids, through)
-            if end <= start:  # a template that writes a turn otherwise once others follow it
-                start, end = _content(messages, i, ids, through, render)
-            learned[start:end] = [True] * (end - start)
-            lost += end <= start
-    return learned, lost
-
-
-def _content(
-    messages: Any, i: int, ids: list[int], through: Sequence[int], render: Callable[..., Any]
-) -> tuple[int, int]:
-    """Where the content of a turn stands, with what closes it: it is what differs once it says
-    something else, and closed as at the end of a conversation. (0, 0) where nothing differs.
-    """
-    other = [*messages[:i], {**messages[i], "content": "§"}, *messages[i + 1 :]]
-    changed, alone = render(other)["input_ids"], render(other[: i + 1])["input_ids"]
-    start, after = _common(ids, changed), _common(ids[::-1], changed[::-1])
-    end = len(ids) - after
-    if end <= start:
-        return 0, 0
-    closing = _common(through[::-1], alone[::-1])
-    return start, end + _common(ids[end:], through[len(through) - closing :])
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    pairs = enumerate(zip(a, b, strict=False))
-    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+def _labels(ids: Sequence[int], learned: Sequence[bool]) -> list[int]:
+    return [token if own else IGNORED for token, own in zip(ids, learned, strict=True)]
 
 
 def _positions(model: Any) -> float:
@@ -330,37 +254,3 @@ def collator(
     if kind == "token_classification":
         return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
     return DataCollatorWithPadding(tokenizer)
-
-
-def _correlation(a: Any, b: Any) -> float:
-    """Pearson's of two columns; of two one-hot matrices it is Matthews', by Gorodkin (2004)."""
-    a, b = a - a.mean(0), b - b.mean(0)
-    size = ((a * a).sum() * (b * b).sum()) ** 0.5
-    return float((a * b).sum() / size) if size > 0 else 0.0
-
-
-def _score(metric: str, prediction: "EvalPrediction") -> dict[str, float]:
-    output = prediction.predictions
-    scores = np.asarray(output[0] if isinstance(output, tuple) else output, dtype=np.float64)
-    if metric == "micro_f1":
-        chosen, true = scores > 0, np.asarray(prediction.label_ids) > 0
-        both, either = (chosen & true).sum(), chosen.sum() + true.sum()
-        return {metric: float(2 * both / either) if either else 0.0}
-    truth = np.asarray(prediction.label_ids).reshape(-1)
-    if metric == "pearson":
-        return {metric: _correlation(scores.reshape(-1), truth)}
-    guess = scores.argmax(-1).reshape(-1)
-    if metric == "accuracy":
-        return {metric: float((guess == truth)[truth != IGNORED].mean())}
-    classes = np.eye(scores.shape[-1])
-    return {metric: _correlation(classes[guess], classes[truth])}
-
-
-def metric_fn(task: TextTask) -> "Callable[[EvalPrediction], dict[str, float]] | None":
-    """Logits and labels -> {task.metric: value}, 0 where one is undefined; None for loss.
-
-    Accuracy is over rows, or over words (token_classification). micro_f1 is F1 of all decisions of
-    a multi-label task together, with a class chosen where its probability is above a half.
-    Matthews' correlation is Gorodkin's (2004) for any number of classes, the usual one for two.
-    """
-    return None if task.kind == "causal_lm" else partial(_score, task.metric)

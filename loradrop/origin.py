@@ -1,0 +1,67 @@
+"""Which base model an adapter belongs to: what is written down of it, and compared."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from loradrop.wrapped import tensors_of
+
+_log = logging.getLogger(__name__)
+
+
+def classes_of(model: nn.Module) -> dict[str, Any]:
+    """What the config of a classifier says of its classes: `labels`, their names where they have
+    some, and `problem_type` where it is not one class each, which a forward sets by itself. Apart
+    from `base_of`, which a run that resumes must have as before.
+    """
+    config = getattr(model, "config", None)
+    if "Classification" not in type(model).__name__:
+        return {}
+    names = getattr(config, "id2label", None) or {}
+    labels = [names[i] for i in range(len(names)) if i in names]
+    named = len(labels) == len(names) and labels != [f"LABEL_{i}" for i in range(len(labels))]
+    kind = getattr(config, "problem_type", None)
+    found = {"labels": labels if named else None}
+    found["problem_type"] = None if kind == "single_label_classification" else kind
+    return {key: value for key, value in found.items() if value}
+
+
+def tell_base(what: Any, there: Mapping[str, Any], model: nn.Module) -> None:
+    """One line where an adapter that fits was trained on another base than `model`, by what its
+    plan or its configuration says of that. Names and shapes of tensors, which are compared, do not
+    tell models of one family apart.
+    """
+    here, name = base_of(model), there.get("id")
+    before, now = there.get("revision"), here["revision"]
+    if there.get("fingerprint") not in (None, here["fingerprint"]):
+        differ = "whose tensors are not all those of this model; its targets fit"
+        _log.warning("%s was trained on %s, %s", what, name, differ)
+    elif name and here["id"] and Path(str(name)).name != Path(str(here["id"])).name:
+        _log.warning(
+            "%s was trained on %s, and this model is %s: its tensors have the same shapes, but an "
+            "adapter of another model is noise", what, name, here["id"],
+        )  # fmt: skip
+    elif name and before and now and before != now:
+        _log.warning(
+            "%s was trained on %s at revision %s, and this model is of revision %s: "
+            "from_pretrained takes revision=", what, name, before, now,
+        )  # fmt: skip
+
+
+def base_of(model: nn.Module) -> dict[str, Any]:
+    """Class, id and revision of a model where its config has them, and its tensors' fingerprint, of
+    names and shapes alone.
+    """
+    config = getattr(model, "config", None)
+    own = {k: v for k, v in tensors_of(model).items() if not k.startswith("lora_bank.")}
+    shapes = [(key, tuple(value.shape)) for key, value in own.items()]
+    return {
+        "class": type(model).__name__,
+        "id": getattr(config, "_name_or_path", None),
+        "revision": getattr(config, "_commit_hash", None),
+        "fingerprint": hashlib.sha256(repr(sorted(shapes)).encode()).hexdigest(),
+    }
