@@ -25,7 +25,7 @@ from lib.tasks import Tasks
 from loradrop import methods
 
 RESULT = RESULTS / "cpu" / "bench_methods.json"
-TASKS = ("stdlib, same modules", "sst2", "mrpc", "stdlib")
+TASKS = ("stdlib, same modules", "sst2", "mrpc, 120 steps", "stdlib")
 BUDGETS = (1, 4, 2)  # ranks of LoRA; the smallest and the largest tell most
 # Where the search of a rate begins for methods that do not train A as LoRA does.
 FIRST = {"lora_fa": 64e-3}

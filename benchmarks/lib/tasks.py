@@ -72,6 +72,7 @@ SETTINGS = {
         data="sst2", steps=120, max_length=40, head_rate=0.032, target_modules=("query", "value")
     ),
     "mrpc": Setting(data="mrpc", steps=240, max_length=64),
+    "mrpc, 120 steps": Setting(data="mrpc", steps=120, max_length=64, head_rate=0.032),
     "rte": Setting(data="rte", steps=240, max_length=96, max_train=2000),
     "cola": Setting(data="cola", steps=240, max_length=32),
     "sst2, mpnet": Setting(
