@@ -23,8 +23,8 @@ from loradrop import inject
 from loradrop.base_models import build
 from loradrop.collector import Collector
 from loradrop.config import LoRAConfig
-from loradrop.env import versions
 from loradrop.files import write_json
+from loradrop.machine import versions
 from loradrop.run_config import RunConfig
 from loradrop.text.examples import TextTask
 
@@ -94,8 +94,7 @@ def main() -> None:
         rounds.append({kind: training.step(KINDS[kind]) for kind in kinds})
     rounds = rounds[2:]  # the first ones are slower
     found: dict[str, Any] = {
-        kind: quartiles([one[kind] / one["nothing"] for one in rounds])
-        for kind in list(KINDS)[1:]
+        kind: quartiles([one[kind] / one["nothing"] for one in rounds]) for kind in list(KINDS)[1:]
     }
     seconds = statistics.median(one["nothing"] for one in rounds)
     setting = {"r": RANK, "rows": ROWS, "tokens": TOKENS, "rounds": args.rounds, "seconds": seconds}

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from loradrop.config import TrainConfig, check_keys
-from loradrop.env import native_bf16
+from loradrop.machine import native_bf16
 
 # transformers renamed the argument; both names mean the same.
 _CHECKPOINTING = next(

@@ -15,7 +15,7 @@ import typer
 from typer import Argument, Option
 
 import loradrop
-from loradrop.env import is_first_rank
+from loradrop.machine import is_first_rank
 
 if TYPE_CHECKING:
     from loradrop.run_config import RunConfig
@@ -116,7 +116,7 @@ def probe(
 ) -> None:  # fmt: skip
     """Run only the warm-up and the decision, or measure an adapter."""
     from loradrop.files import write_json
-    from loradrop.report.grid import plan_table
+    from loradrop.report.terminal import plan_table
     from loradrop.run import measure, warm_up_run
 
     _quiet()
@@ -151,7 +151,7 @@ def compress(
     from loradrop.allocation import allocate, check_amounts, check_steps
     from loradrop.compression import PAGE, REPORT, SPECTRUM, compress, open_adapter, require_apart
     from loradrop.report.budgets import BUDGETS, budget_table
-    from loradrop.report.grid import plan_table
+    from loradrop.report.terminal import plan_table
 
     _quiet()
     config = _config(settings)
@@ -210,8 +210,8 @@ def plan(
 ) -> None:  # fmt: skip
     """Print or plot the importance of each layer and module, or what others would have kept."""
     from loradrop.plan_file import plan_at
-    from loradrop.report.grid import plan_table
     from loradrop.report.sweep import parts, sweep_table
+    from loradrop.report.terminal import plan_table
 
     asked = parts("--thresholds", thresholds), parts("--budgets", budgets)
     if action != "sweep" and any(asked):

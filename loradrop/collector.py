@@ -18,9 +18,9 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from loradrop.bank import AdapterBank
-from loradrop.env import is_first_rank
 from loradrop.gram_sums import GramSums
 from loradrop.losses import samples_of
+from loradrop.machine import is_first_rank
 from loradrop.masks import MASKED, Masking, TokenMasks
 from loradrop.ranks import is_distributed, reduced
 from loradrop.scores import Scores, Target

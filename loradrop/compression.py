@@ -16,7 +16,6 @@ from transformers.trainer_callback import PrinterCallback
 from loradrop.base_models import load_base, to_accelerator
 from loradrop.batches import MEASURED, small_batches
 from loradrop.config import TrainConfig
-from loradrop.env import is_first_rank
 from loradrop.files import draft_of, write_json
 from loradrop.formats.hub import CARD
 from loradrop.formats.peft import export, require_exportable
@@ -24,6 +23,7 @@ from loradrop.formats.peft_file import CONFIG, TENSORS, elements_of
 from loradrop.gram_sums import grams_of
 from loradrop.injection import injection_of, plan_of
 from loradrop.loading import load
+from loradrop.machine import is_first_rank
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.report.grid import Arm

@@ -1,41 +1,14 @@
 """What this machine offers: versions, processors, and which backends of the op run here."""
 
-import os
 import platform
-import sys
 from typing import Any
 
 from loradrop._version import __version__
-from loradrop.machine import version
+from loradrop.machine import native_bf16, version
 
 PACKAGES = (
     *("torch", "triton", "transformers", "peft", "accelerate", "safetensors", "numpy", "datasets"),
 )
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
-    names = ("torch", "transformers", "safetensors", "triton", "peft")
-    found = {name: known for name in names if (known := version(name))}
-    return {"loradrop": __version__, **found}
-
-
-def is_first_rank() -> bool:
-    """Whether this process prints and writes: the only one of its run, or the one of rank 0."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return bool(distributed.get_rank() == 0)
-    return os.environ.get("RANK", "0") == "0"  # as torchrun says it
-
-
-def native_bf16() -> bool:
-    """Whether the CPU multiplies in bfloat16, rather than converting at every use."""
-    import torch
-
-    if platform.machine().lower() in ("x86_64", "amd64"):
-        # oneDNN's own answer is also yes for AVX-512 without bf16 instructions.
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _cpu() -> dict[str, Any]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from loradrop.bank import bank_of
 from loradrop.config import LoRAConfig
-from loradrop.env import versions
+from loradrop.machine import versions
 from loradrop.origin import base_of, classes_of
 from loradrop.plan import Plan
 from loradrop.ranks import local_part

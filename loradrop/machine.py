@@ -1,8 +1,12 @@
-"""Facts of this machine that a measurement depends on. Importing this loads no library."""
+"""Facts of this machine and this process that a result depends on. Importing loads no library."""
 
 import importlib.metadata
+import os
 import platform
+import sys
 from pathlib import Path
+
+from loradrop._version import __version__
 
 
 def version(package: str) -> str | None:
@@ -11,6 +15,13 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def versions() -> dict[str, str]:
+    """The versions that a result depends on."""
+    names = ("torch", "transformers", "safetensors", "triton", "peft")
+    found = {name: known for name in names if (known := version(name))}
+    return {"loradrop": __version__, **found}
 
 
 def processor() -> str:
@@ -34,3 +45,21 @@ def driver() -> str:
     if not torch.cuda.is_available():
         return ""
     return f"CUDA {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
+
+
+def native_bf16() -> bool:
+    """Whether the CPU multiplies in bfloat16, rather than converting at every use."""
+    import torch
+
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        # oneDNN's own answer is also yes for AVX-512 without bf16 instructions.
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def is_first_rank() -> bool:
+    """Whether this process prints and writes: the only one of its run, or the one of rank 0."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        return bool(distributed.get_rank() == 0)
+    return os.environ.get("RANK", "0") == "0"  # as torchrun says it

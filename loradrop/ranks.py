@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from loradrop.env import is_first_rank
+from loradrop.machine import is_first_rank
 
 
 def is_distributed() -> bool:

@@ -15,15 +15,16 @@ from torch.utils.data import DataLoader
 
 from loradrop.base_models import build, config_of, load_base, to_accelerator
 from loradrop.config import LoRAConfig, TrainConfig
-from loradrop.env import is_first_rank
 from loradrop.files import write_json, write_text
 from loradrop.injection import plan_of
 from loradrop.loading import load
+from loradrop.machine import is_first_rank
 from loradrop.plan import Plan
 from loradrop.probing import probe
-from loradrop.report.grid import Arm, arms_table, plan_table
+from loradrop.report.grid import Arm
 from loradrop.report.page import file_size, how_to_load, write_report
 from loradrop.report.plots import plot_history, plot_importance
+from loradrop.report.terminal import arms_table, plan_table
 from loradrop.rows import Rows, by_name, rows_for, rows_of
 from loradrop.run_config import CONFIG, RunConfig, folder_of
 from loradrop.run_folder import OPTIONS, held_by_a_run

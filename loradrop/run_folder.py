@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from loradrop.env import is_first_rank
 from loradrop.files import read_json, replacing, write_json
 from loradrop.loading import fill
+from loradrop.machine import is_first_rank
 from loradrop.native import read, save
 from loradrop.optimizers import Known
 from loradrop.ranks import is_needed

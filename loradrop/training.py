@@ -27,9 +27,9 @@ from loradrop.bank import bank_of, has_bank
 from loradrop.callbacks import MethodCallback, Progress
 from loradrop.checkpoints import last_checkpoint
 from loradrop.config import LoRAConfig, TrainConfig, require_config
-from loradrop.env import is_first_rank
 from loradrop.files import write_json
 from loradrop.injection import injection_of, plan_of, sum_of
+from loradrop.machine import is_first_rank
 from loradrop.masks import MASK, MaskFn, Masking
 from loradrop.methods.base import Warmup
 from loradrop.native import save

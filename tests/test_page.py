@@ -19,9 +19,10 @@ from loradrop.config import LoRAConfig, LoraDropConfig
 from loradrop.injection import plan_of
 from loradrop.native import TENSORS
 from loradrop.plan import Plan
-from loradrop.report.grid import Arm, arms_table, plan_table
+from loradrop.report.grid import Arm
 from loradrop.report.page import file_size, how_to_load, write_report
 from loradrop.report.plots import curves, plot_history, plot_importance
+from loradrop.report.terminal import arms_table, plan_table
 from loradrop.scores import Assignment, Target
 from loradrop.selection import assign
 

@@ -20,7 +20,7 @@ from loradrop.injection import plan_of
 from loradrop.masks import EVERY_TOKEN
 from loradrop.methods.prilora import PRILoRA, smallest
 from loradrop.plan import Plan
-from loradrop.report.grid import plan_table
+from loradrop.report.terminal import plan_table
 from loradrop.scores import Target
 
 WIDTH, R = 12, 4

@@ -13,7 +13,7 @@ import loradrop
 from loradrop import LoRAConfig, Plan, Spectral
 from loradrop.injection import plan_of
 from loradrop.methods.spectral import SpectralBank
-from loradrop.report.grid import plan_table
+from loradrop.report.terminal import plan_table
 from loradrop.scores import Target
 
 CUT = tiny.WARMUP

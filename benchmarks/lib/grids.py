@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from itertools import product
 from typing import NamedTuple
 
-from loradrop.env import native_bf16
+from loradrop.machine import native_bf16
 from loradrop.op.points import DIRECTIONS as BOTH
 from loradrop.op.points import Cell
 
@@ -62,8 +62,11 @@ GRIDS: dict[str, tuple[Grid, ...]] = {
         Grid(shapes("1x4096x4096"), (16,), directions=("forward",)),
     ),
     "parts": (
-        Grid(shapes("8192x4096x4096,8192x4096x14336,8192x14336x4096,8192x4096x1024"), (16, 64),
-             directions=(PARTS,)),
+        Grid(
+            shapes("8192x4096x4096,8192x4096x14336,8192x14336x4096,8192x4096x1024"),
+            (16, 64),
+            directions=(PARTS,),
+        ),
     ),
     "probe": (Grid(shapes(f"{_LLAMA},8192x4096x1024"), (16, 64)),),
 }

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from lib.method_tables import RIVAL, Key, by_method
 from lib.size_tables import Cell, against, interval
 from loradrop.files import replacing
-from loradrop.report.grid import INK, MUTED, RULE, SERIES
+from loradrop.report.look import INK, MUTED, RULE, SERIES
 
 
 class Point(NamedTuple):

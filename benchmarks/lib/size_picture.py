@@ -7,7 +7,7 @@ from typing import Any
 
 from lib.size_tables import SUMMARY, final_cells, interval
 from loradrop.files import replacing
-from loradrop.report.grid import INK, MUTED, RULE, SERIES
+from loradrop.report.look import INK, MUTED, RULE, SERIES
 
 FAMILIES = {  # what the names of arms are like
     r"LoRA r=\d+": "LoRA",

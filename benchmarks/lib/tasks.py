@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 
 from loradrop.base_models import build
 from loradrop.config import TrainConfig
-from loradrop.env import versions
 from loradrop.files import write_json
+from loradrop.machine import versions
 from loradrop.run_config import MINILM, ModelConfig, RunConfig
 from loradrop.text.examples import TextTask
 from loradrop.text.task import DataConfig, load_task

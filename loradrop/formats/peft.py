@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from loradrop.adapters import Adapters, adapters_of
 from loradrop.bank import bank_of
 from loradrop.config import DTYPES
-from loradrop.env import is_first_rank
 from loradrop.files import read_json, write_json, write_text
 from loradrop.formats.card import card_of, extended
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal
@@ -37,6 +36,7 @@ from loradrop.formats.peft_file import (
 )
 from loradrop.injection import injected
 from loradrop.layers import is_conv1d
+from loradrop.machine import is_first_rank
 from loradrop.origin import base_of
 from loradrop.ranks import full_tensor, writes
 from loradrop.tensor_file import write_tensors

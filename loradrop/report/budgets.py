@@ -5,7 +5,8 @@ from typing import Any
 
 from loradrop.allocation import allocate
 from loradrop.formats.peft_file import elements_of
-from loradrop.report.grid import aligned, as_percent
+from loradrop.report.look import as_percent
+from loradrop.report.terminal import aligned
 from loradrop.spectra import Spectrum
 
 BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0625)

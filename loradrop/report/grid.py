@@ -1,4 +1,4 @@
-"""A plan as a grid of layers and module types, and the tables for a terminal."""
+"""What a report shows: the arms of a run, and a plan as a grid of layers and module types."""
 
 import itertools
 import math
@@ -9,14 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from loradrop.plan import Plan
+from loradrop.report.look import MARKS, as_percent
 from loradrop.scores import Target
-
-MARKS = {"own": "●", "shared": "○", "none": "·"}
-MEANINGS = {"own": "own adapter", "shared": "shared adapter", "none": "no adapter"}
-# The light scheme of assets/report.html. Importance is lightness: it reads with any colour vision.
-INK, MUTED, RULE, OWN = "#1f2a33", "#5f6b76", "#e1e4e3", "#d55e00"
-RAMP, ON_HOT = ("#eaf2ee", "#6fb4bd", "#0a4a70"), 0.65  # light figures from that part on
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#b5598f", "#b07d00", "#4a9bd1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +70,7 @@ class Grid:
         full = plan.full_ranks
         joint = getattr(method, "scope", "per_module") == "joint" or self.cut
         power = 0.5 if getattr(method, "importance", "sqnorm") == "root" else 1.0
-        weights = {t: _finite(scores.get(t.name)) ** power for t in plan.targets}
+        weights = {t: finite(scores.get(t.name)) ** power for t in plan.targets}
         totals: dict[Any, float] = {}
         for target, weight in weights.items():
             totals[joint or target.group] = totals.get(joint or target.group, 0.0) + weight
@@ -206,66 +200,5 @@ def count(cells: Sequence[Cell], state: str) -> int:
     return sum(cell.state == state for cell in cells)
 
 
-def _finite(value: float | None) -> float:
+def finite(value: float | None) -> float:
     return value if value is not None and math.isfinite(value) else 0.0
-
-
-def as_percent(part: float) -> str:
-    return f"{100 * part:.1f}" if 0 < part < 0.0995 else f"{100 * part:.0f}"
-
-
-def layer_name(layer: int | None) -> str:
-    return "–" if layer is None else str(layer)
-
-
-def duration(seconds: float) -> str:
-    (minutes, rest), hours = divmod(round(seconds), 60), round(seconds) // 3600
-    if hours:
-        return f"{hours} h {minutes % 60:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows as lines of a table, the first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    return ["   ".join(row).rstrip() for row in cells]
-
-
-def plan_table(plan: Plan) -> str:
-    """The plan for a terminal: a grid of layers and module types, its groups, and totals."""
-    grid = Grid(plan)
-
-    def text(layer: int | None, column: str) -> str:
-        if (cell := grid.cells.get((layer, column))) is None:
-            return ""
-        shade = " ░▒▓█"[math.ceil(4 * grid.shade(cell))]
-        mark = f"r{cell.rank:<2}" if grid.cut else MARKS[cell.state]
-        return f"{2 * shade} {cell.percent:>4} {mark}"
-
-    heads = [head.split("\n") for head in grid.heads("\n")]
-    tall = max(map(len, heads))
-    stacked = zip(*([""] * (tall - len(head)) + head for head in heads), strict=True)
-    rows = [["layer" if i == tall - 1 else "", *line] for i, line in enumerate(stacked)]
-    rows += [[layer_name(n), *(text(n, column) for column in grid.labels)] for n in grid.layers]
-    groups = [["group", *MARKS.values(), "score", "held by ●"]]
-    for cells in [*grid.groups.values(), list(grid)]:
-        name = "all" if len(groups) > len(grid.groups) else grid.name(cells)
-        score, total = sum(_finite(cell.score) for cell in cells), sum(c.weight for c in cells)
-        held = as_percent(sum(c.weight for c in cells if c.state == "own") / (total or 1.0))
-        scored = [f"{score:.4g}", f"{held} %"] if grid.scored else ["–", "–"]
-        groups.append([name, *(str(count(cells, state)) for state in MARKS), *scored])
-    topic = f"importance in % of {grid.whole}" if grid.scored else "importance not measured"
-    topic += ", and the rank that is left" if grid.cut else ""
-    lines = [f"{grid.model_name}: {topic}", "", *aligned(rows), ""]
-    lines += ["   ".join(f"{MARKS[s]} {MEANINGS[s]}" for s in MARKS), "", *aligned(groups), ""]
-    return "\n".join([*lines, *(f"{key:<11} {value}" for key, value in grid.summary.items())])
-
-
-def arms_table(arms: Sequence[Arm], metric: str) -> str:
-    """The arms for a terminal: adapter parameters, `metric` on dev, time."""
-    rows = [["", "adapter parameters", f"dev {metric}", "time"]]
-    for arm in arms:
-        value = f"{arm.metrics[metric]:.4f}" if metric in arm.metrics else "–"
-        rows.append([arm.name, f"{arm.parameters:,}", value, duration(arm.seconds)])
-    return "\n".join(aligned(rows))

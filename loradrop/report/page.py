@@ -11,8 +11,9 @@ from loradrop.files import rendered, write_text
 from loradrop.formats.card import of_head
 from loradrop.native import TENSORS, read
 from loradrop.plan import Plan
-from loradrop.report import grid as grids
-from loradrop.report.grid import INK, MUTED, RULE, SERIES, Arm, Grid
+from loradrop.report import look
+from loradrop.report.grid import Arm, Cell, Grid, count
+from loradrop.report.look import INK, MUTED, RULE, SERIES
 from loradrop.report.plots import curves, is_reported, points_of, spectra
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def _svg(figure: "Figure") -> str:
     return re.sub(r' xmlns(:xlink)?="[^"]*"', "", text[text.index("<svg") :])
 
 
-def _by_doubt(grid: Grid) -> list[grids.Cell]:
+def _by_doubt(grid: Grid) -> list[Cell]:
     cells = [cell for cell in grid if cell.frequency is not None]
     return sorted(cells, key=lambda cell: abs((cell.frequency or 0.0) - 0.5))
 
@@ -85,6 +86,7 @@ def write_report(
         spectra={arm.name: _svg(spectra(arm.plan)) for arm in arms if arm.plan and arm.plan.cut},
         facts=facts,
         options=json.dumps(configs, indent=2, ensure_ascii=False),
-        words=grids,
+        words=look,
+        count=count,
     )
     write_text(path, page)

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from loradrop.files import replacing
 from loradrop.plan import Plan
-from loradrop.report import grid as look
-from loradrop.report.grid import INK, MEANINGS, MUTED, RAMP, RULE, SERIES, Arm, Grid, layer_name
+from loradrop.report import look
+from loradrop.report.grid import Arm, Grid
+from loradrop.report.look import INK, MEANINGS, MUTED, RAMP, RULE, SERIES, layer_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

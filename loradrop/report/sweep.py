@@ -9,7 +9,8 @@ import torch
 
 from loradrop.methods import LoRADrop
 from loradrop.plan import Plan
-from loradrop.report.grid import aligned, as_percent
+from loradrop.report.look import as_percent
+from loradrop.report.terminal import aligned
 from loradrop.scores import Assignment, Scores
 from loradrop.selection import assign
 

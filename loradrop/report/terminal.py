@@ -1,0 +1,54 @@
+"""The tables for a terminal."""
+
+import math
+from collections.abc import Sequence
+
+from loradrop.plan import Plan
+from loradrop.report.grid import Arm, Grid, count, finite
+from loradrop.report.look import MARKS, MEANINGS, as_percent, duration, layer_name
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows as lines of a table, the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return ["   ".join(row).rstrip() for row in cells]
+
+
+def plan_table(plan: Plan) -> str:
+    """The plan for a terminal: a grid of layers and module types, its groups, and totals."""
+    grid = Grid(plan)
+
+    def text(layer: int | None, column: str) -> str:
+        if (cell := grid.cells.get((layer, column))) is None:
+            return ""
+        shade = " ░▒▓█"[math.ceil(4 * grid.shade(cell))]
+        mark = f"r{cell.rank:<2}" if grid.cut else MARKS[cell.state]
+        return f"{2 * shade} {cell.percent:>4} {mark}"
+
+    heads = [head.split("\n") for head in grid.heads("\n")]
+    tall = max(map(len, heads))
+    stacked = zip(*([""] * (tall - len(head)) + head for head in heads), strict=True)
+    rows = [["layer" if i == tall - 1 else "", *line] for i, line in enumerate(stacked)]
+    rows += [[layer_name(n), *(text(n, column) for column in grid.labels)] for n in grid.layers]
+    groups = [["group", *MARKS.values(), "score", "held by ●"]]
+    for cells in [*grid.groups.values(), list(grid)]:
+        name = "all" if len(groups) > len(grid.groups) else grid.name(cells)
+        score, total = sum(finite(cell.score) for cell in cells), sum(c.weight for c in cells)
+        held = as_percent(sum(c.weight for c in cells if c.state == "own") / (total or 1.0))
+        scored = [f"{score:.4g}", f"{held} %"] if grid.scored else ["–", "–"]
+        groups.append([name, *(str(count(cells, state)) for state in MARKS), *scored])
+    topic = f"importance in % of {grid.whole}" if grid.scored else "importance not measured"
+    topic += ", and the rank that is left" if grid.cut else ""
+    lines = [f"{grid.model_name}: {topic}", "", *aligned(rows), ""]
+    lines += ["   ".join(f"{MARKS[s]} {MEANINGS[s]}" for s in MARKS), "", *aligned(groups), ""]
+    return "\n".join([*lines, *(f"{key:<11} {value}" for key, value in grid.summary.items())])
+
+
+def arms_table(arms: Sequence[Arm], metric: str) -> str:
+    """The arms for a terminal: adapter parameters, `metric` on dev, time."""
+    rows = [["", "adapter parameters", f"dev {metric}", "time"]]
+    for arm in arms:
+        value = f"{arm.metrics[metric]:.4f}" if metric in arm.metrics else "–"
+        rows.append([arm.name, f"{arm.parameters:,}", value, duration(arm.seconds)])
+    return "\n".join(aligned(rows))
