@@ -331,33 +331,6 @@ void decode(const std::string& dtype, std::uintptr_t y, std::uintptr_t h, const 
   check(launch_decode(args, how, stream_of(stream)), "decode cannot be launched");
 }
 
-// The floor of decode: the same boxes of W through a ring of the same depth, used for nothing.
-void stream_weight(const std::string& dtype, const Numbers& w_, int rows, int stages, int device,
-                   std::uintptr_t stream) {
-  const Matrix w(w_);
-  demand(first(why_not_type(dtype), why_not_rows("weight", w)));
-  if (rows < 16 || rows > kDecodeMaxRows || rows % 16 != 0 || stages < 1 || stages > 16) {
-    throw std::invalid_argument("rows=" + std::to_string(rows) + " and stages=" +
-                                std::to_string(stages) + " are not what decode_plan gives");
-  }
-  const On here(device);
-  const int ctas = decode_ctas(static_cast<int>(w.rows), rows, 1);
-  check(launch_stream(map_of(w, rows, *type_of(dtype)), static_cast<int>(w.columns), rows, stages,
-                      ctas, stream_of(stream)),
-        "the stream of W cannot be launched");
-}
-
-void cluster_barriers(int cluster, int ctas, int device, std::uintptr_t stream) {
-  demand(why_not_cluster(cluster));
-  if (ctas < 1 || ctas % cluster != 0) {
-    throw std::invalid_argument("ctas=" + std::to_string(ctas) + " is no multiple of cluster=" +
-                                std::to_string(cluster));
-  }
-  const On here(device);
-  check(launch_cluster_barriers(cluster, ctas, stream_of(stream)),
-        "the cluster barriers cannot be launched");
-}
-
 py::dict build_info() {
   py::dict info;
   info["arch"] = "sm_90a";
@@ -399,9 +372,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("decode", &decode, py::arg("dtype"), py::arg("y"), py::arg("h"), py::arg("x"), py::arg("w"),
         py::arg("bias"), py::arg("a"), py::arg("b"), py::arg("scaling"), py::arg("weights"),
         py::arg("planes"), py::arg("sqnorm"), py::arg("rows"), py::arg("cluster"),
-        py::arg("device"), py::arg("stream"));
-  m.def("stream_weight", &stream_weight, py::arg("dtype"), py::arg("w"), py::arg("rows"),
-        py::arg("stages"), py::arg("device"), py::arg("stream"));
-  m.def("cluster_barriers", &cluster_barriers, py::arg("cluster"), py::arg("ctas"),
         py::arg("device"), py::arg("stream"));
 }

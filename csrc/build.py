@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("gemm_ext_sm90.cu", "decode_sm90.cu", "floor_sm90.cu", "tensor_map.cpp", "bindings.cpp")
+SOURCES = ("gemm_ext_sm90.cu", "decode_sm90.cu", "tensor_map.cpp", "bindings.cpp")
 NAME = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
 FLAGS = (
     *("-O3", "-std=c++20", "--expt-relaxed-constexpr"),

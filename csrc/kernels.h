@@ -72,9 +72,4 @@ cudaError_t decode_residents(int cluster, int* count);
 int decode_stages(int rows, int m, int r);
 int decode_shared_bytes(int rows, int m, int r, int stages);
 
-// The floor that decode is held against: W streamed through the same ring and used for nothing, and
-// two cluster barriers with no work between them.
-cudaError_t launch_stream(const CUtensorMap& w, int k, int rows, int stages, int ctas, cudaStream_t);
-cudaError_t launch_cluster_barriers(int cluster, int ctas, cudaStream_t);
-
 }  // namespace loradrop

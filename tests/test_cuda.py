@@ -286,15 +286,6 @@ def test_decode_is_deterministic(cluster: int) -> None:
         torch.testing.assert_close(again, first, rtol=0.0, atol=0.0)
 
 
-@gpu
-def test_the_floors_run() -> None:
-    weight = matrix(4096, 4096, torch.bfloat16)
-    for cluster in (1, 8):
-        cuda.stream_floor(weight, 8, 16, cluster)
-        cuda.barrier_floor(weight, 16, cluster)
-    torch.cuda.synchronize()
-
-
 # ---- Refusals, on any machine ------------------------------------------------------------------
 
 
@@ -306,9 +297,6 @@ def test_a_cpu_tensor_is_refused_with_the_reason() -> None:
         cuda.gemm_ext(a, a, None, a, a, 1.0)
     with pytest.raises(ValueError, match="decode cannot serve this call: the "):
         cuda.decode(a, a, None, a, a, 1.0)
-    for floor in (lambda: cuda.stream_floor(a, 8, 16), lambda: cuda.barrier_floor(a, 8)):
-        with pytest.raises(ValueError, match="floor cannot serve this call: the "):
-            floor()
 
 
 def test_what_is_built_or_why_not() -> None:

@@ -267,22 +267,3 @@ def decode(
         sqnorm=_pointer(sqnorm), rows=rows, cluster=cluster,
     )  # fmt: skip
     return y, h, sqnorm
-
-
-def stream_floor(weight: Tensor, m: int, r: int, cluster: int = 0) -> None:
-    """Reads weight (N, K) as `decode` of m tokens and rank r would, and does nothing with it.
-
-    With `barrier_floor`, the time that `decode` cannot beat. For benchmarks.
-    """
-    _demand("stream_floor", weight)
-    rows, *_ = _plan(weight, r, cluster)
-    stages = _extension().decode_stages(rows, m, r)
-    dtype, w = _DTYPES[weight.dtype], _numbers(weight)
-    _launch("stream_weight", weight, dtype=dtype, w=w, rows=rows, stages=stages)
-
-
-def barrier_floor(weight: Tensor, r: int, cluster: int = 0) -> None:
-    """Two cluster barriers on the grid of `decode`, with no work between them. For benchmarks."""
-    _demand("barrier_floor", weight)
-    _, cluster, ctas = _plan(weight, r, cluster)
-    _launch("cluster_barriers", weight, cluster=cluster, ctas=ctas)
