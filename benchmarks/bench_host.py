@@ -4,30 +4,22 @@
     python benchmarks/bench_host.py --before ../old     and another one, in alternation
 
 An adapted `nn.Linear` of 256 x 256 in float32 at rank 8, with one and with 64 tokens: there the CPU
-spends as long on Python and PyTorch's dispatcher as on the products. One thread; the clock counts
-processor time, so that a busy machine disturbs little. Every process measures all calls in blocks,
-shuffled, and keeps the median block; the result is the median of the processes. "host" is a call
-less the products that it cannot do without.
+spends as long on Python and PyTorch's dispatcher as on the products. The clock and the processes
+are those of `lib/host_time.py`: each keeps the median block, and the result is the median of the
+processes. "host" is a call less the products that it cannot do without.
 """
 
-import argparse
 import json
-import os
-import random
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "benchmarks" / "results" / "cpu" / "bench_host.json"
+from lib import RESULTS, host_time
+
+OUT = RESULTS / "cpu" / "bench_host.json"
 K, RANK, ALPHA = 256, 8, 16
 TOKENS = (1, 64)
 DIRECTIONS = ("no_grad", "forward", "forward_backward")
-CALLS, BLOCKS = 60, 11  # in a process: calls in a block, blocks of each call
+PROTOCOL = {"calls": 60, "blocks": 11, "K": K, "N": K, "r": RANK, "dtype": "float32"}
 
 Call = Callable[[], object]
 
@@ -41,8 +33,6 @@ def calls() -> dict[str, Call]:
 
     import loradrop
 
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
     ours = loradrop.LoRALinear(K, K, r=RANK, lora_alpha=ALPHA)
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"])
     theirs = peft.inject_adapter_in_model(config, nn.Sequential(nn.Linear(K, K)))[0]
@@ -85,37 +75,9 @@ def calls() -> dict[str, Call]:
 
 def measure() -> dict[str, float]:
     """Microseconds of processor time of each call, the median over blocks."""
-    found, times = calls(), {}
-    for name, call in found.items():
-        times[name] = []
-        for _ in range(CALLS):
-            call()
-    order = list(found) * BLOCKS
-    random.Random(0).shuffle(order)
-    for name in order:
-        call, start = found[name], time.process_time_ns()
-        for _ in range(CALLS):
-            call()
-        times[name].append((time.process_time_ns() - start) / CALLS / 1e3)
-    return {name: statistics.median(of) for name, of in times.items()}
-
-
-def in_a_process(checkout: Path) -> dict[str, float]:
-    """`measure` with the loradrop of that checkout."""
-    one = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    done = subprocess.run(
-        [sys.executable, __file__, "--measure"],
-        env=os.environ | one | {"PYTHONPATH": str(checkout)},
-        cwd=checkout, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    measured: dict[str, float] = json.loads(done.stdout)
-    return measured
-
-
-def commit(checkout: Path) -> str:
-    """Its short hash, marked where files differ from it."""
-    git = "git", "describe", "--always", "--dirty", "--exclude=*"
-    return subprocess.run(git, cwd=checkout, capture_output=True, text=True).stdout.strip()
+    host_time.use_checkout()
+    found = host_time.times(calls(), PROTOCOL["calls"], PROTOCOL["blocks"])
+    return {name: host_time.median(of, 3) for name, of in found.items()}
 
 
 def results(runs: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
@@ -127,7 +89,7 @@ def results(runs: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
             cell = f"{m} {direction}"
             for which, processes in runs.items():
                 row[which] = {
-                    name: round(statistics.median(p[f"{name} {cell}"] for p in processes), 1)
+                    name: host_time.median((p[f"{name} {cell}"] for p in processes), 1)
                     for name in ("loradrop", "peft", "products")
                 }
                 row[which]["host"] = round(row[which]["loradrop"] - row[which]["products"], 1)
@@ -138,47 +100,17 @@ def results(runs: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
     return rows
 
 
-def write(
-    out: Path,
-    checkouts: dict[str, Path],
-    protocol: dict[str, Any],
-    key: str,
-    rows: list[dict[str, Any]],
-) -> None:
-    """The result file, with the rows under `key`, and the rows themselves on stdout."""
-    from lib.environment import device_name  # this checkout's, so not in `--measure`
-    from loradrop.env import report
-
-    facts = report()
-    facts = {name: facts[name] for name in ("python", "packages", "cpu")}
-    facts["cpu"]["name"] = device_name("cpu")
-    environment = facts | {"commits": {which: commit(path) for which, path in checkouts.items()}}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    whole = {"environment": environment, "protocol": protocol, key: rows}
-    out.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    for row in rows:
-        print(json.dumps(row))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--before", type=Path, help="a checkout of loradrop to compare with")
-    parser.add_argument("--processes", type=int, default=9, help="of each checkout; default: 9")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--measure", action="store_true", help="one process: print and end")
-    args = parser.parse_args()
+    args = host_time.arguments(__doc__, OUT, 9, action="store_true")
     if args.measure:
         print(json.dumps(measure()))
         return
-    checkouts = {"before": args.before.resolve()} if args.before else {}
-    checkouts["after"] = ROOT
+    checkouts = host_time.checkouts(args.before)
     runs: dict[str, list[dict[str, float]]] = {which: [] for which in checkouts}
     for _ in range(args.processes):
         for which, checkout in checkouts.items():
-            runs[which].append(in_a_process(checkout))
-    protocol = {"clock": "process time", "processes": args.processes, "calls": CALLS,
-                "blocks": BLOCKS, "K": K, "N": K, "r": RANK, "dtype": "float32"}  # fmt: skip
-    write(args.out, checkouts, protocol, "us", results(runs))
+            runs[which].append(host_time.in_a_process(__file__, checkout))
+    host_time.write(args, PROTOCOL, "us", results(runs))
 
 
 if __name__ == "__main__":
