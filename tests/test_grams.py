@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from models import VOCABULARY, R, bert, llama, net, wake
-from test_probing import RANKS, Batch, batches, collecting
+from probe_cases import RANKS, Batch, batches, collecting
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
