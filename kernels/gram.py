@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loradrop.kernels.gemm_ext import load_tile
+from loradrop.kernels.launch import kernel
 from loradrop.kernels.tiles import cdiv, rank_tile, triton_dtype
 
 _CANCELS = 16  # ⟨G, C⟩ of less than a sixteenth of ⟨|G|, |C|⟩
@@ -83,8 +84,8 @@ def store_gram(GRAM, total, block, R: tl.constexpr):
     tl.store(GRAM + block.to(tl.int64) * (R * R) + place, total)
 
 
-@triton.jit(do_not_specialize=["M", "N", "blocks"])
-def _gram(H, B, WEIGHTS, GRAM, GRAM_B, M, N, r, shm, sbn, sbr, blocks,
+@kernel(do_not_specialize=["M", "N", "blocks"])
+def _gram(H, B, WEIGHTS, GRAM, GRAM_B, M, N, blocks, r, shm, sbn, sbr,
           R: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
           WEIGHTED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """One SIDE x SIDE piece of the Gram matrix of ROWS rows of h, or of B: for wide ranks."""
@@ -116,7 +117,7 @@ def _gram(H, B, WEIGHTS, GRAM, GRAM_B, M, N, r, shm, sbn, sbr, blocks,
         tl.store(GRAM + place, total)
 
 
-@triton.jit(do_not_specialize=["blocks", "b_blocks"])
+@kernel(do_not_specialize=["blocks", "b_blocks"])
 def _dot(GRAM, GRAM_B, PARTS, blocks, b_blocks,
          SIZE: tl.constexpr, SLICE: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
     """One slice of ⟨G, C⟩ and of ⟨|G|, |C|⟩, into PARTS (slices, 2); TOGETHER blocks at a time."""
@@ -134,8 +135,8 @@ def _dot(GRAM, GRAM_B, PARTS, blocks, b_blocks,
     tl.store(parts + 1, tl.sum(tl.abs(g * c), 0))
 
 
-@triton.jit(do_not_specialize=["M", "N", "slices"])
-def _sqnorm(PARTS, H, B, WEIGHTS, OUT, M, N, r, shm, sbn, sbr, slices, scale,
+@kernel(do_not_specialize=["M", "N", "slices"])
+def _sqnorm(PARTS, H, B, WEIGHTS, OUT, M, N, slices, scale, r, shm, sbn, sbr,
             R: tl.constexpr, SLICES: tl.constexpr, WEIGHTED: tl.constexpr, DTYPE: tl.constexpr,
             CANCELS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     """The squared norm from the inner products, or from the products h·Bᵀ where those cancel."""
@@ -159,7 +160,7 @@ def _sqnorm(PARTS, H, B, WEIGHTS, OUT, M, N, r, shm, sbn, sbr, slices, scale,
     tl.store(OUT, value * scale * scale)
 
 
-@triton.jit(do_not_specialize=["count"])
+@kernel(do_not_specialize=["count"])
 def _total(PARTS, OUT, count, scale, BLOCK: tl.constexpr):
     """scale²·Σ PARTS, in float64."""
     total = tl.zeros((BLOCK,), tl.float64)
@@ -177,10 +178,11 @@ def wide_grams(h: Tensor, B: Tensor, token_weights: Tensor | None) -> tuple[Tens
     tile, side = rank_tile(r), min(32, rank_tile(r))
     blocks, b_blocks = cdiv(m, _ROWS), cdiv(n, _ROWS)
     grams = [h.new_empty((count, tile, tile), dtype=torch.float32) for count in (blocks, b_blocks)]
-    _gram[(blocks + b_blocks, (tile // side) ** 2)](
-        h, B, token_weights, *grams, m, n, r, h.stride(0), *B.stride(), blocks,
+    _gram(
+        (blocks + b_blocks, (tile // side) ** 2), (h, B, token_weights, *grams), (m, n, blocks),
+        (r, h.stride(0), *B.stride()), 4, 2,
         R=tile, ROWS=_ROWS, TILE=64, SIDE=side, WEIGHTED=token_weights is not None,
-        DTYPE=triton_dtype(h.dtype), num_warps=4, num_stages=2,
+        DTYPE=triton_dtype(h.dtype),
     )  # fmt: skip
     return grams[0], grams[1]
 
@@ -202,14 +204,15 @@ def sqnorm(
     slices, tile = size // width, rank_tile(r)
     parts = h.new_empty((slices, 2), dtype=torch.float64)
     out = h.new_empty((), dtype=torch.float64)
-    _dot[(slices,)](
-        *grams, parts, len(grams[0]), len(grams[1]),
-        SIZE=size, SLICE=width, TOGETHER=4096 // width, num_warps=8,
+    _dot(
+        (slices,), (*grams, parts), (len(grams[0]), len(grams[1])), (), 8,
+        SIZE=size, SLICE=width, TOGETHER=4096 // width,
     )  # fmt: skip
-    _sqnorm[(1,)](
-        parts, h, B, token_weights, out, m, n, r, h.stride(0), *B.stride(), slices, scale,
+    _sqnorm(
+        (1,), (parts, h, B, token_weights, out), (m, n, slices, float(scale)),
+        (r, h.stride(0), *B.stride()), 4, 2,
         R=tile, SLICES=_SLICES, WEIGHTED=token_weights is not None, DTYPE=triton_dtype(h.dtype),
-        CANCELS=_CANCELS, BM=64, BN=64 if tile <= 128 else 32, num_warps=4, num_stages=2,
+        CANCELS=_CANCELS, BM=64, BN=64 if tile <= 128 else 32,
     )  # fmt: skip
     return out
 
@@ -217,5 +220,5 @@ def sqnorm(
 def total(parts: Tensor, scale: float) -> Tensor:
     """scale²·Σ parts, 0-dim float64: the squared norm from the sums of tiles."""
     out = parts.new_empty((), dtype=torch.float64)
-    _total[(1,)](parts, out, parts.numel(), scale, BLOCK=1024, num_warps=4)
+    _total((1,), (parts, out), (parts.numel(), float(scale)), (), 4, BLOCK=1024)
     return out

@@ -2,17 +2,47 @@
 
 Triton finds the binary of a call by looking at every argument and option, for tens of microseconds.
 What can change it is a short list: the types of the tensors, whether each begins at whole 16 bytes,
-and the numbers that it specialises. A `Kernel` keeps the binary by that list, and launches it as
-Triton's tutorials do.
+and the numbers that it specialises. A `Kernel` keeps the binary by that list, and hands it to
+Triton's launcher. `op/replay.py` keeps whole passes of launches, which it sees by `watch`.
 """
 
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
+from triton import knobs
 
 _MOST = 4096  # binaries kept, for layers of so many shapes
 _NARROW = 2**31  # numbers from here on are 64 bits wide
+
+Again = Callable[..., object]  # a launch, of its tensors
+Watcher = Callable[[tuple[Any, ...], Again | None], None]
+
+
+class _Here(threading.local):
+    """Of a thread: a backward pass on a device has one of its own."""
+
+    watcher: Watcher | None = None
+
+
+_HERE = _Here()
+
+
+@contextmanager
+def watch(watcher: Watcher) -> Iterator[None]:
+    """Inside, `watcher` is told the tensors of each launch of this thread, and how it is made with
+    others: None where another call may need another binary.
+    """
+    before, _HERE.watcher = _HERE.watcher, watcher
+    try:
+        yield
+    finally:
+        _HERE.watcher = before
 
 
 class Kernel:
@@ -50,18 +80,43 @@ class Kernel:
         key = (device, warps, stages, *types, *numbers, *given)
         plain = address % 16 == 0 and max(free) < _NARROW
         compiled = self._compiled.get(key) if plain else None
+        grid = (*grid, 1, 1)[:3]
+        again: Again
         if compiled is not None:
-            run = compiled[grid if len(grid) == 3 else (*grid, 1, 1)[:3]]
-            run(*tensors, *free, *numbers, *given)
-            return
-        compiled = self.function[grid](
-            *tensors, *free, *numbers, num_warps=warps, num_stages=stages, **constants
-        )
-        if plain and hasattr(compiled, "function"):  # not where the interpreter ran it
-            assert list(constants) == self.function.arg_names[-len(constants) :]
-            if len(self._compiled) >= _MOST:
-                self._compiled.clear()
-            self._compiled[key] = compiled
+            again = partial(_run, compiled, device, grid, (*free, *numbers, *given))
+            again(*tensors)
+        else:
+            run = self.function[grid]
+            options = {"num_warps": warps, "num_stages": stages, **constants}
+            compiled = run(*tensors, *free, *numbers, **options)
+            if not hasattr(compiled, "function"):  # the interpreter ran it
+                again = lambda *others: run(*others, *free, *numbers, **options)  # noqa: E731
+            elif plain:
+                again = partial(_run, compiled, device, grid, (*free, *numbers, *given))
+                self._keep(key, compiled, constants)
+        if (watcher := _HERE.watcher) is not None:
+            watcher(tensors, again if plain else None)
+
+    def _keep(self, key: tuple[Any, ...], compiled: Any, constants: dict[str, Any]) -> None:
+        assert list(constants) == self.function.arg_names[-len(constants) :]
+        if len(self._compiled) >= _MOST:
+            self._compiled.clear()
+        self._compiled[key] = compiled
+
+
+def _run(
+    compiled: Any, device: int, grid: tuple[int, ...], rest: tuple[Any, ...], *tensors: Any
+) -> None:
+    """A binary, on the current stream; by Triton's own way where a profiler looks on."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        compiled[grid](*tensors, *rest)
+        return
+    stream = 0 if device < 0 else torch._C._cuda_getCurrentRawStream(device)
+    compiled.run(
+        *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
+        *tensors, *rest,
+    )  # fmt: skip
 
 
 def kernel(**options: Any) -> Any:
@@ -85,7 +140,13 @@ def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
         made = TensorDescriptor.from_tensor(tensor, [rows, columns])
         _BLANK[tensor.dtype, rows, columns] = vars(made) | {"base": None}
         return made
+    return described(tensor, fields | {"shape": tensor.shape, "strides": tensor.stride()})
+
+
+def described(tensor: Tensor, fields: Mapping[str, Any]) -> Any:
+    """A descriptor of a tensor, with these fields beside it."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     made = object.__new__(TensorDescriptor)
-    own = {"base": tensor, "shape": tensor.shape, "strides": tensor.stride()}
-    vars(made).update(fields, **own)
+    vars(made).update(fields, base=tensor)
     return made

@@ -9,17 +9,17 @@ has the same bits with and without it.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from loradrop.kernels.gemm_ext import load_tile
+from loradrop.kernels.launch import kernel
 from loradrop.kernels.tiles import GemmTiles, cdiv, dot_precision, rank_tile, triton_dtype
 
 
-@triton.jit(do_not_specialize=["M"])
-def _single_pass(X, W, A, B, BIAS, Y, H, WEIGHTS, SQNORMS,
-                 M, N, K, r, sxm, sxk, swn, swk, sar, sak, sbn, sbr, shm, scale,
+@kernel(do_not_specialize=["M"])
+def _single_pass(X, W, A, B, BIAS, Y, H, WEIGHTS, SQNORMS, M, scale,
+                 N, K, r, sxm, sxk, swn, swk, sar, sak, sbn, sbr, shm,
                  BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, R: tl.constexpr,
                  HAS_BIAS: tl.constexpr, SQNORM: tl.constexpr, WEIGHTED: tl.constexpr,
                  DTYPE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -73,12 +73,12 @@ def single_pass(
     y, h = x.new_empty((m, n)), x.new_empty((m, r))
     grid = cdiv(m, tiles.BM), cdiv(n, tiles.BN)
     sqnorms = x.new_empty(grid[0] * grid[1], dtype=torch.float32) if sqnorm else None
-    _single_pass[grid](
-        x, weight, A, B, bias, y, h, token_weights, sqnorms,
-        m, n, k, r, *x.stride(), *weight.stride(), *A.stride(), *B.stride(), h.stride(0), scale,
+    _single_pass(
+        grid, (x, weight, A, B, bias, y, h, token_weights, sqnorms), (m, float(scale)),
+        (n, k, r, *x.stride(), *weight.stride(), *A.stride(), *B.stride(), h.stride(0)),
+        tiles.warps, tiles.stages,
         BM=tiles.BM, BN=tiles.BN, BK=tiles.BK, R=rank_tile(r), HAS_BIAS=bias is not None,
         SQNORM=sqnorm, WEIGHTED=token_weights is not None, DTYPE=triton_dtype(x.dtype),
         PRECISION=dot_precision(x.dtype),
-        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return y, h, sqnorms

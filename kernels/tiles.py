@@ -220,7 +220,8 @@ def machine_of(device: torch.device) -> Machine:
 
 def as_stored(matrix: Tensor) -> Tensor:
     """The matrix, or its transpose where that is what lies in memory row by row."""
-    return matrix.T if matrix.stride(0) == 1 and matrix.stride(1) != 1 else matrix
+    row, column = matrix.stride()
+    return matrix.T if row == 1 and column != 1 else matrix
 
 
 def rows_aligned(matrix: Tensor) -> bool:
@@ -228,12 +229,11 @@ def rows_aligned(matrix: Tensor) -> bool:
 
     The one place that asks.
     """
-    size = matrix.element_size()
-    row = matrix.stride(0) * size
+    row, column = matrix.stride()  # once: every question costs the host
     return (
-        matrix.stride(1) == 1
-        and row % 16 == 0
-        and row >= matrix.shape[1] * size
+        column == 1
+        and row * matrix.itemsize % 16 == 0
+        and row >= matrix.shape[1]
         and matrix.data_ptr() % 16 == 0
     )
 

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from loradrop.kernels.tiles import row_bytes
-from loradrop.op.call import Call
+from loradrop.op import dispatch
+from loradrop.op.call import Backend, Call
 from loradrop.op.function import LoRAFunction
 from loradrop.op.linear import lora_add, lora_linear
 from loradrop.testing import AWKWARD, Shape
@@ -46,7 +47,7 @@ OPTIONS = {
 
 
 def op_arguments(dtype: torch.dtype, backend: str, **given: Any) -> tuple[Any, ...]:
-    """The fields of `Call`, the sinks, the backend's name."""
+    """The fields of `Call`, the sinks, the backend's name, and that there is a backward pass."""
     t = draw(Shape(given.get("m", 5), 8, 6, 3), dtype)
     if given.get("strided"):
         t["x"], t["weight"] = strided(t["x"], "transposed"), strided(t["weight"], "every other")
@@ -61,7 +62,7 @@ def op_arguments(dtype: torch.dtype, backend: str, **given: Any) -> tuple[Any, .
         given.get("norm", False),
         given.get("sinks", False),
     )
-    return *call, *(all_sinks(8, 3) if given.get("sinks") else (None,) * 4), backend
+    return *call, *(all_sinks(8, 3) if given.get("sinks") else (None,) * 4), backend, True
 
 
 @pytest.mark.parametrize(
@@ -187,3 +188,22 @@ def test_compiled_code_uses_the_custom_op() -> None:
     torch.compile(op, backend=spy, fullgraph=True)(t)
     assert "torch.ops.loradrop.lora_linear" in graphs[0]
     assert LoRAFunction.__name__ not in graphs[0]
+
+
+def test_the_dispatcher_hears_whether_there_is_a_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which backend is fastest depends on it, compiled or not."""
+    asked = []
+
+    def serving(call: Call, name: str | None, grad: bool = True) -> Backend:
+        asked.append(grad)
+        return dispatch.BACKENDS["eager"]
+
+    monkeypatch.setattr(dispatch, "serving", serving)
+    t = draw(AWKWARD["rank 8"])
+    leaves(t)
+    for run in (op, compiled(op)):
+        run(t)
+        torch.no_grad()(run)(t)
+    assert asked == [True, False] * 2

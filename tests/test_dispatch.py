@@ -289,3 +289,17 @@ def test_the_shipped_measurements_are_well_formed() -> None:
     for point in costs.measurements():
         assert set(point) == {"device", *MEASURED}
         assert set(point["us"]) <= set(costs.SERVING)
+
+
+@pytest.mark.usefixtures("as_if_kernels_run")
+def test_a_device_that_was_never_measured_is_told_of_once() -> None:
+    dispatch._warn_once.cache_clear()
+    problem = LLAMA_Q._replace(device_name="NVIDIA H200")
+    with pytest.warns(UserWarning, match="NVIDIA H200: some of these layers .*loradrop tune MODEL"):
+        dispatch.choose(problem)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dispatch.choose(problem._replace(m=4096))
+        dispatch._warn_once.cache_clear()
+        for change in ({"base": False}, {"m": 0}):  # what nobody can measure
+            dispatch.choose(problem._replace(**change))

@@ -9,19 +9,26 @@ import torch
 
 pytest.importorskip("triton")
 
-from loradrop.kernels.launch import Kernel, descriptor
+from triton import knobs
+
+from loradrop.kernels.launch import Kernel, descriptor, watch
 
 
 class Compiled:
-    """A binary."""
+    """A binary, run by Triton's launcher or, under a profiler, as Triton does it."""
 
-    function = 1
+    function, packed_metadata = 1, "packed"
 
-    def __init__(self, ran: list[Any]) -> None:
-        self.ran = ran
+    def __init__(self, ran: list[Any], by_triton: list[Any]) -> None:
+        self.ran, self.by_triton = ran, by_triton
+
+    def run(self, *args: Any) -> None:
+        grid, (stream, function, packed, *hooks), arguments = args[:3], args[3:9], args[9:]
+        assert (stream, function, packed, *hooks) == (0, 1, "packed", None, None, None)
+        self.ran.append((grid, arguments))
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return lambda *args: self.ran.append((grid, args))
+        return lambda *args: self.by_triton.append((grid, args))
 
 
 class Function:
@@ -32,11 +39,12 @@ class Function:
     def __init__(self) -> None:
         self.compiled: list[Any] = []
         self.ran: list[Any] = []
+        self.by_triton: list[Any] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def run(*args: Any, **options: Any) -> Compiled:
             self.compiled.append((grid, args, options))
-            return Compiled(self.ran)
+            return Compiled(self.ran, self.by_triton)
 
         return run
 
@@ -53,7 +61,7 @@ def test_a_binary_is_found_again_with_other_free_numbers() -> None:
     kernel = Kernel(function)
     kernel(**USUAL)
     options = {"num_warps": 4, "num_stages": 2, "BM": 16, "FLAG": True}
-    assert function.compiled == [((3, 2), (X, None, 5, 0.5, 32), options)]
+    assert function.compiled == [((3, 2, 1), (X, None, 5, 0.5, 32), options)]
     other = torch.ones_like(X)
     kernel(**USUAL | {"free": (7, 1.5), "grid": (9,), "tensors": (other, None)})
     (grid, args), *_ = function.ran
@@ -87,6 +95,40 @@ def test_what_is_rare_is_left_to_triton(change: dict[str, Any]) -> None:
         kernel(**USUAL)
         kernel(**USUAL | change)
     assert len(function.compiled) == 3 and len(function.ran) == 1
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profiler_sees_every_launch(hook: str) -> None:
+    function = Function()
+    kernel = Kernel(function)
+    kernel(**USUAL)
+    chain = getattr(knobs.runtime, hook)
+    chain.add(print)
+    try:
+        kernel(**USUAL)
+    finally:
+        chain.remove(print)
+    kernel(**USUAL)
+    assert len(function.by_triton) == len(function.ran) == 1
+    assert function.by_triton == function.ran
+
+
+def test_who_watches_can_launch_again() -> None:
+    function = Function()
+    kernel, seen = Kernel(function), []
+    for _ in range(2):  # compiled, and found again
+        with watch(lambda *told: seen.append(told)):
+            kernel(**USUAL)
+    kernel(**USUAL)
+    with watch(lambda *told: seen.append(told)):
+        kernel(**USUAL | {"free": (2**31, 0.5)})
+    assert [tensors for tensors, _ in seen] == [(X, None)] * 3
+    other = torch.ones_like(X)
+    for _, again in seen[:2]:
+        again(other, None)
+        grid, (tensor, *rest) = function.ran[-1]
+        assert grid == (3, 2, 1) and tensor is other and rest == [None, 5, 0.5, 32, 16, True]
+    assert seen[2][1] is None, "another call may need another binary"
 
 
 def test_constants_come_in_the_order_of_the_kernel() -> None:

@@ -126,6 +126,14 @@ def test_mask_far_from_the_start() -> None:
         assert bool(mask[row, column]) == oracle_kept(9, row, column, columns, 0.5), word
 
 
+def test_blocks_are_of_no_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device draws as many words at once as make its launches worth while."""
+    expected = philox.draw(seed_of(5), 300, 320, 0.3)
+    for words in (7, philox._WORDS_PER_LAUNCH):
+        monkeypatch.setattr(philox, "_WORDS_PER_BLOCK", words)
+        assert torch.equal(philox.draw(seed_of(5), 300, 320, 0.3), expected)
+
+
 @pytest.mark.parametrize("column", [0, 31, 32, 69])
 @pytest.mark.parametrize("seed", [9, -1])
 def test_a_number_at_the_threshold_is_kept(column: int, seed: int) -> None:

@@ -1,5 +1,6 @@
 """Adapters in x's dtype: once a step, and never older than that."""
 
+import dataclasses
 import gc
 
 import pytest
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from loradrop.op import rounded
+from loradrop.op import dispatch, rounded
+from loradrop.op.call import Call, Output
 from loradrop.op.linear import lora_linear
 
 
@@ -103,3 +105,23 @@ def test_a_scale_is_taken_over_where_that_is_exact(s: float) -> None:
     with torch.no_grad():
         assert near.scaled(s)[0] is b
     assert near.a.dtype == b.dtype == torch.bfloat16
+
+
+def test_a_forward_pass_that_fails_leaves_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever holds the error holds its graph, and an optimiser may write through `.data`."""
+    x, weight, A, B = parts()
+
+    def fails(call: Call) -> Output:
+        rounded.near(call.A, call.B, call.x.dtype).a  # noqa: B018 - made on the way
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(
+        dispatch.BACKENDS, "eager", dataclasses.replace(dispatch.BACKENDS["eager"], forward=fails)
+    )
+    with pytest.raises(RuntimeError, match="out of memory") as held:
+        lora_linear(x, weight, None, A, B, 2.0, backend="eager")
+    monkeypatch.undo()
+    A.data.zero_()
+    y = lora_linear(x, weight, None, A, B, 2.0, backend="eager")
+    torch.testing.assert_close(y, x @ weight.T)
+    assert held.value.args

@@ -18,11 +18,13 @@ from loradrop.op.function import gradients, saved_of, saved_tensors
 _FIELDS = len(Call._fields)
 
 
-def run_op(call: Call, sinks: Sinks, name: str | None) -> tuple[Tensor, Tensor | None]:
-    """y and sqnorm, None unless asked for."""
+def run_op(
+    call: Call, sinks: Sinks, name: str | None, grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y and sqnorm, None unless asked for; `grad`: whether there will be a backward pass."""
     if name is not None:
         dispatch.named(name)
-    y, _, _, sqnorm, _ = forward_op(*call, *sinks, name)
+    y, _, _, sqnorm, _ = forward_op(*call, *sinks, name, grad)
     return y, sqnorm if call.sqnorm else None
 
 
@@ -32,8 +34,9 @@ def _mask(call: Call) -> Tensor:
 
 
 def _forward(*inputs: Any) -> tuple[Tensor, ...]:
+    *_, name, grad = inputs
     call = Call(*inputs[:_FIELDS])
-    y, h, mask, *statistics = dispatch.serving(call, inputs[-1]).forward(call)
+    y, h, mask, *statistics = dispatch.serving(call, name, grad).forward(call)
     mask = _mask(call).zero_() if mask is None else mask
     empty = h.new_empty(0, dtype=torch.float64)
     return y, h, mask, *(empty.clone() if value is None else value for value in statistics)
@@ -46,7 +49,7 @@ forward_op = torch.library.custom_op(
     schema="(Tensor x, Tensor? weight, Tensor? bias, Tensor? y0, Tensor A, Tensor B, "
     "float scaling, float dropout, Tensor? seed, Tensor? token_weights, bool sqnorm, bool gram, "
     "Tensor? sqnorm_sink, Tensor? moment_sink, Tensor? gram_in_sink, Tensor? core_sink, "
-    "str? backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str? backend, bool grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -93,11 +96,11 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    call, sinks = Call(*inputs[:_FIELDS]), Sinks(*inputs[_FIELDS:-1])
+    call, sinks = Call(*inputs[:_FIELDS]), Sinks(*inputs[_FIELDS:-2])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*saved_tensors(call, sinks, Output(*output)))
-    ctx.scaling, ctx.dropout, ctx.backend = call.scaling, call.dropout, inputs[-1]
+    ctx.scaling, ctx.dropout, ctx.backend = call.scaling, call.dropout, inputs[-2]
 
 
 def _gradients(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -109,10 +112,10 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor |
 
     saved = saved_of(ctx.saved_tensors, ctx.scaling, ctx.dropout)
     needs = Needs(bool(wants.x), bool(wants.A), bool(wants.B))
-    grads, of_sinks = gradients(backward, saved, dy, needs, ctx.needs_input_grad[_FIELDS:-1])
+    grads, of_sinks = gradients(backward, saved, dy, needs, ctx.needs_input_grad[_FIELDS:-2])
     rest = dict.fromkeys(Call._fields) | {"x": grads.x, "A": grads.A, "B": grads.B}
     rest["y0"] = dy if wants.y0 else None
-    return *rest.values(), *of_sinks, None
+    return *rest.values(), *of_sinks, None, None
 
 
 forward_op.register_autograd(_gradients, setup_context=_setup_context)

@@ -58,7 +58,7 @@ _GEMM = {"eager": 1.0, "thin": 1.0, "triton": 0.90, "cuda": 0.99, "overlap": 0.9
 _BESIDE = 0.03  # of the wide product, where `overlap` makes h or t beside it
 _STREAM = 0.85  # of the bandwidth that a thin product reaches
 _MASK_BYTES = 150  # bytes moved for each element when PyTorch calls draw the mask of dropout
-_MASK_LAUNCHES = 100  # for every 2¹⁸ elements of such a mask
+_MASK_LAUNCHES = 100  # for every 2²³ elements of such a mask
 # Launches of a forward and of a backward pass, with float32 adapters beside a base of half
 # precision: products, sums of planes, copies of A and B, and the memset of `overlap`.
 _LAUNCHES = {"eager": (5, 6), "thin": (4, 8), "triton": (2, 6), "cuda": (4, 6), "overlap": (4, 6)}
@@ -124,7 +124,7 @@ def work(problem: Problem, backend: str) -> Work:
     launches = sum(_LAUNCHES[backend][: 1 + problem.grad])
     if masked and backend == "eager":
         stream(m * k * (_MASK_BYTES + (1 + problem.grad) * 3 * size))
-        launches += _MASK_LAUNCHES * cdiv(m * k, 1 << 18)
+        launches += _MASK_LAUNCHES * cdiv(m * k, 1 << 23)
     elif masked:
         stream((1 + 2 * problem.grad) * m * k / 8)
     return Work(1e6 * time, moved, launches)

@@ -167,7 +167,15 @@ def choose(problem: Problem) -> str:
         return _plain(failed)
     able = [name for name in able_to(problem) if BACKENDS[name].missing() is None]
     able = [name for name in able if name not in failed]
-    return costs.choose_measured(problem, able) or costs.choose_predicted(problem, able)
+    measured = costs.choose_measured(problem, able)
+    tuned_here = file.points or file.why_not is not None  # of which was told
+    if measured is None and problem.base and problem.m and not tuned_here:
+        _warn_once(
+            f"{problem.device_name or 'this GPU'}: some of these layers were never measured on it, "
+            "so bytes and launches decide between PyTorch's products and our thin kernels. "
+            "loradrop tune MODEL measures which backend is fastest here"
+        )
+    return measured or costs.choose_predicted(problem, able)
 
 
 def _plain(failed: Container[str]) -> str:

@@ -86,9 +86,11 @@ class LoRAFunction(torch.autograd.Function):
         # Not a separate setup_context: torch would inspect the signature in every call, for 40 µs.
         half = call.x.dtype in _HALF
         ctx.rounded = rounded.hold(call.A, call.B, call.x.dtype) if half else None
-        out = backend.forward(call)
-        if ctx.rounded is not None:
-            ctx.rounded.open = False
+        try:
+            out = backend.forward(call)
+        finally:
+            if ctx.rounded is not None:
+                ctx.rounded.open = False
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved_tensors(call, sinks, out))
         ctx.backend, ctx.scaling, ctx.dropout = backend, call.scaling, call.dropout

@@ -31,6 +31,7 @@ from loradrop.op import cuda, eager, rounded
 from loradrop.op.call import Call, Grads, Needs, Output, Saved
 from loradrop.op.philox import gain
 from loradrop.op.reference import gram
+from loradrop.op.replay import Passes
 
 SINGLE_PASS_ROWS = 64  # rows up to which one pass over everything may beat two launches
 SINGLE_PASS_RANK = 32  # ... with ranks that are cheap to compute again for every tile of outputs
@@ -160,15 +161,26 @@ class Fused:
 
     `few`: few rows without dropout in one pass. `with_h`: the wide product, and h beside it.
     `rounds`: all of that reads adapters in x's dtype, B times the scale where that is exact.
+    `forwards`, `backwards`: where passes are nothing but Triton's launches, they are played again.
     """
 
     extend: Extend
     few: Callable[[Call, Tensor | None], Output | None] | None = None
     with_h: Callable[..., tuple[Tensor, Tensor] | None] | None = None
     rounds: bool = False
+    forwards: Passes | None = None
+    backwards: Passes | None = None
 
     def forward(self, call: Call) -> Output:
         """As `reference.forward`; the mask of dropout is kept."""
+        if self.forwards is None:
+            return self._forward(call)
+        given = (*call[:6], call.seed, call.token_weights)
+        options = (call.scaling, call.dropout, call.sqnorm, call.gram)
+        done: Output = self.forwards(given, options, lambda: self._forward(call))
+        return done
+
+    def _forward(self, call: Call) -> Output:
         x, weight, bias, y0, A, B, scaling, dropout = call[:8]
         if x.numel() == 0 or B.shape[0] == 0:  # nothing for a kernel to do
             return eager.forward(call)
@@ -220,6 +232,13 @@ class Fused:
 
     def backward(self, saved: Saved, dy: Tensor, needs: Needs) -> Grads:
         """As `reference.backward`, with the mask that `forward` kept."""
+        if self.backwards is None:
+            return self._backward(saved, dy, needs)
+        given, options = (dy, *saved[:7]), (saved.scaling, saved.dropout, needs)
+        done: Grads = self.backwards(given, options, lambda: self._backward(saved, dy, needs))
+        return done
+
+    def _backward(self, saved: Saved, dy: Tensor, needs: Needs) -> Grads:
         x, weight, A, B, h, mask, _, scaling, dropout = saved[:9]
         if A.numel() == 0 or dy.numel() == 0:
             return eager.backward(saved, dy, needs)
@@ -258,6 +277,6 @@ class Fused:
 
 
 THIN = Fused(by_cublas)
-TRITON = Fused(by_triton, small_m_triton)
+TRITON = Fused(by_triton, small_m_triton, forwards=Passes(), backwards=Passes())
 CUDA = Fused(by_cuda, small_m_cuda, rounds=True)
 OVERLAP = Fused(by_cuda, small_m_cuda, with_h_by_cuda, rounds=True)

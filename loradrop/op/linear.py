@@ -130,12 +130,12 @@ def _run(call: Call, sinks: Sinks, backend: str | None) -> Any:
     rows = x.shape[:-1]
     if x.ndim != 2:
         call = _by_rows(call)
+    grad = torch.is_grad_enabled() and _any_requires_grad(x, call.y0, call.A, call.B, *sinks)
     if torch.compiler.is_compiling():
-        y, sqnorm = run_op(call, sinks, backend)
+        y, sqnorm = run_op(call, sinks, backend, grad)
     elif transformed():
         y, sqnorm = run_transformed(call, sinks, backend)
     else:
-        grad = torch.is_grad_enabled() and _any_requires_grad(x, call.y0, call.A, call.B, *sinks)
         y, sqnorm = run(dispatch.serving(call, backend, grad), call, sinks, grad)
     if x.ndim != 2:
         y = y.reshape(*rows, y.shape[1])

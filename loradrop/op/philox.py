@@ -22,7 +22,8 @@ _LOW = 0xFFFFFFFF
 _ROUNDS = 7
 _DIGITS = 12
 _RESOLUTION = 1 << _DIGITS
-_WORDS_PER_BLOCK = 1 << 13  # 64 KiB for each of three calls: the rounds stay in the cache
+_WORDS_PER_BLOCK = 1 << 13  # 64 KiB for each of three calls: the rounds stay in a CPU's cache
+_WORDS_PER_LAUNCH = 1 << 18  # on a device, where each of some hundred calls is a launch
 
 
 def quantize(p: float) -> float:
@@ -72,8 +73,9 @@ def draw(seed: Tensor, rows: int, columns: int, p: float) -> Tensor:
     threshold, size = round(p * _RESOLUTION), row_bytes(columns)
     words = torch.empty(rows * size // 4, dtype=torch.int32, device=seed.device)
     calls = torch.arange(_DIGITS // 4, device=seed.device).unsqueeze(1)
-    for start in range(0, words.numel(), _WORDS_PER_BLOCK):
-        stop = min(start + _WORDS_PER_BLOCK, words.numel())
+    block = _WORDS_PER_BLOCK if seed.is_cpu else _WORDS_PER_LAUNCH
+    for start in range(0, words.numel(), block):
+        stop = min(start + block, words.numel())
         found = philox4x32(torch.arange(start, stop, device=seed.device), calls, seed)
         digits = [word for call in zip(*(f.unbind() for f in found), strict=True) for word in call]
         # 32 comparisons at a time, from the last digit on: those equal so far count as kept.

@@ -1,0 +1,185 @@
+"""Passes that are played again: the same results as the pass itself, and nothing else is played."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from op_cases import INTERPRETED, S, call_of, draw
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+pytest.importorskip("triton")
+
+from loradrop.kernels.launch import Kernel
+from loradrop.op.call import Needs, Saved
+from loradrop.op.replay import Pass, Passes
+
+# ---- Which passes are played, with kernels in NumPy --------------------------------------------
+
+
+class Result(NamedTuple):
+    y: Tensor | None
+    z: Tensor | None
+
+
+class Twice:
+    """A kernel f(X, Y, factor, FLAG): Y = 2·factor·X, where PyTorch does not see it."""
+
+    arg_names = ["X", "Y", "factor", "FLAG"]  # noqa: RUF012 - as Triton has it
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(x: Tensor, y: Tensor, factor: float, **options: Any) -> object:
+            y.numpy()[...] = 2 * factor * x.numpy()
+            return object()
+
+        return run
+
+
+twice = Kernel(Twice())
+
+
+def doubled(x: Tensor, factor: float = 1.0) -> Tensor:
+    y = x.new_empty(x.shape)
+    twice((1,), (x, y), (factor,), (), FLAG=True)
+    return y
+
+
+def plain(x: Tensor, w: Tensor | None) -> Result:
+    """A result, one of something that it made itself and of a view, and None."""
+    return Result(
+        doubled(doubled(x.view(-1)), 3.0).view(x.shape), None if w is None else doubled(w)
+    )
+
+
+def runs(passes: Passes, run: Callable[..., Any], *given: Tensor | None) -> tuple[Any, int]:
+    """What the passes return, and how often `run` was called for it: no more than once."""
+    calls = []
+
+    def once() -> Any:
+        calls.append(1)
+        return run(*given)
+
+    return passes(given, (), once), len(calls)
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_third_pass_is_played() -> None:
+    passes = Passes()
+    for i in range(4):
+        x, w = numbers(16, seed=i), numbers(4, seed=9 + i)
+        (y, z), calls = runs(passes, plain, x, w)
+        assert calls == (1 if i < 2 else 0)
+        torch.testing.assert_close(y, 12 * x)
+        torch.testing.assert_close(z, 2 * w)
+    (y, z), calls = runs(passes, plain, numbers(16), None)  # another pass
+    assert calls == 1 and z is None
+
+
+def strange_operation(x: Tensor, w: Tensor) -> Result:
+    return Result(doubled(x), doubled(w).mul_(2.0))
+
+
+OUTSIDE = numbers(16, seed=77)
+
+
+def strange_tensor(x: Tensor, w: Tensor) -> Result:
+    return Result(doubled(x), doubled(OUTSIDE))
+
+
+def returns_what_it_was_given(x: Tensor, w: Tensor) -> Result:
+    return Result(doubled(x), w)
+
+
+def returns_a_part(x: Tensor, w: Tensor) -> Result:
+    return Result(doubled(x)[:4], doubled(w))
+
+
+def returns_a_transpose(x: Tensor, w: Tensor) -> Result:
+    return Result(doubled(x.view(4, 4)).T, doubled(w))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        strange_operation, strange_tensor, returns_what_it_was_given, returns_a_part,
+        returns_a_transpose,
+    ],
+)  # fmt: skip
+def test_what_does_more_than_launch_is_not_played(run: Callable[..., Result]) -> None:
+    passes = Passes()
+    for i in range(4):
+        x, w = numbers(16, seed=i), numbers(16, seed=9 + i)
+        result, calls = runs(passes, run, x, w)
+        assert calls == 1
+        torch.testing.assert_close(result, run(x, w))
+
+
+def test_a_tensor_in_two_places_is_not_taken_for_both() -> None:
+    """Watched with x as w, the pass could not tell them apart afterwards."""
+    passes, x = Passes(), numbers(16)
+    for _ in range(3):
+        assert runs(passes, plain, x, x)[1] == 1
+
+
+def test_other_layouts_numbers_and_odd_addresses_are_other_passes() -> None:
+    passes, w = Passes(), numbers(4)
+    for _ in range(3):
+        found = runs(passes, plain, numbers(16), w)
+    assert found[1] == 0
+    odd = numbers(17)[1:]
+    for x in (numbers(20), numbers(16).double(), numbers(32)[::2].contiguous().view(2, 8), odd):
+        result, calls = runs(passes, plain, x, w)
+        assert calls == 1
+        torch.testing.assert_close(result.y, 12 * x)
+    assert passes((numbers(16), w), ("other",), lambda: "ran") == "ran"
+
+
+# ---- The passes of `triton`, in Triton's interpreter --------------------------------------------
+
+
+@pytest.fixture
+def hidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The interpreter computes by PyTorch, too, where a GPU's launch is nothing to it."""
+    from triton.runtime.interpreter import GridExecutor
+
+    run = GridExecutor.__call__
+
+    def out_of_sight(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return run(*args, **kwargs)
+
+    monkeypatch.setattr(GridExecutor, "__call__", out_of_sight)
+    yield
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter has a process of its own")
+@pytest.mark.parametrize("rows", [4, 96], ids=["few", "many"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
+@pytest.mark.usefixtures("hidden")
+def test_passes_of_triton(rows: int, bias: bool, p: float, norm: bool) -> None:
+    from loradrop.op import fused
+
+    played = fused.Fused(
+        fused.by_triton, fused.small_m_triton, forwards=Passes(), backwards=Passes()
+    )
+    needs = Needs(True, True, True)
+    for seed in range(4):
+        t = draw((rows, 64, 48, 8), torch.float16, seed)
+        call = call_of(t, p)._replace(sqnorm=norm)
+        call = call if bias else call._replace(bias=None)
+        out, wanted = played.forward(call), fused.TRITON._forward(call)
+        torch.testing.assert_close(out, wanted, rtol=0.0, atol=0.0)
+        saved = Saved(call.x, call.weight, call.A, call.B, out.h, out.mask, call.seed, S, p)
+        grads = played.backward(saved, t["dy"], needs)
+        exact = fused.TRITON._backward(saved, t["dy"], needs)
+        torch.testing.assert_close(grads, exact, rtol=0.0, atol=0.0)
+        assert all(bool(one.any()) for one in grads)
+    for passes in (played.forwards, played.backwards):
+        assert [type(known) for known in passes._known.values()] == [Pass]
