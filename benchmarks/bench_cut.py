@@ -45,7 +45,7 @@ from loradrop.text.tokens import TokenizedDataset
 RESULT = RESULTS / "cpu" / "bench_cut.json"
 RANK = 8
 UNTOLD = (  # too little is learned, or too few directions are there
-    "rte", "cola", "stdlib, query and value", "sst2, query and value",
+    "rte", "cola", "mrpc", "stdlib, query and value", "sst2, query and value",
 )  # fmt: skip
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 # Arm -> metric (None: directions drawn at random), and how `allocate` spends the budget.

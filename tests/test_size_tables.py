@@ -45,7 +45,7 @@ def test_an_interval_is_that_of_student() -> None:
 
 
 def test_ablations_are_paired_with_lora_drop(tmp_path: Path) -> None:
-    """By seed, over the tasks that are there; an arm that nothing is paired with has no row."""
+    """By seed, as the mean over the tasks; an arm that nothing is paired with has no row."""
     first, second, *_ = size_tables.SUMMARY
     random, _, anew, *_ = size_tables.ABLATIONS
     cells = [
@@ -62,7 +62,7 @@ def test_ablations_are_paired_with_lora_drop(tmp_path: Path) -> None:
     assert table is not None and len(table.splitlines()) == 3
     assert table.splitlines()[-1] == (
         "| random layers keep their adapters | 96 | +10.0 ± 0.0 % | +30.0 ± 0.0 % | "
-        "+20.0 ± 18.4 % | 4 |"
+        "+20.0 ± 0.0 % | 2 |"
     )
     assert size_tables.ablations(tmp_path / "nothing") is None
 
@@ -78,7 +78,8 @@ def test_cuts(tmp_path: Path) -> None:
     assert one is not None and every is not None
     assert "| t, n=2 | 0.5 left | 0.25 left | 0.125 left |" in one
     assert "| loss | 0.0300; −1.0; +10.0 % |" in one
-    assert "| loss | 0.50; −1.0 ± 0.0; +10.0 ± 0.0 % |" in every
+    assert every.startswith("| 1 settings, 2 runs |")
+    assert "| loss | 0.50; −1.0 (−1.0 to −1.0); +10.0 (+10.0 to +10.0) % |" in every
     assert "| weight | 1.00; " in every
     foretold = size_tables.foretold(results)
     assert foretold is not None and "weight" not in foretold
@@ -128,3 +129,15 @@ def test_the_picture(tmp_path: Path) -> None:
 
 def test_nothing_measured_is_no_table(tmp_path: Path) -> None:
     assert {table(tmp_path) for table in size_tables.SIZE_TABLES.values()} == {None}
+
+
+def test_settings_count_and_not_their_runs(tmp_path: Path) -> None:
+    """A task with two runs weighs as much as one with a single run."""
+    cells = cut_cells()
+    other = [c | {"task": "u"} for c in cells if c["seed"] == 0]
+    for cell in other:
+        if cell["arm"] != "uncut":
+            cell["accuracy"] -= 0.03
+    every = size_tables.cut_all(write(tmp_path, "bench_cut", [*cells, *other]))
+    assert every is not None and every.startswith("| 2 settings, 3 runs |")
+    assert "−2.5 (−4.0 to −1.0)" in every

@@ -102,7 +102,7 @@ def _beside_lora(
     for k, (budget, color) in enumerate(zip(budgets, SERIES, strict=False)):
         rival = cells.get((RIVAL, budget), [])
         for place, name in enumerate(names):
-            pairs = against(cells.get((name, budget), []), rival)
+            pairs = [*against(cells.get((name, budget), []), rival).values()]
             if pairs:
                 mean, half = interval(pairs)
                 handles[f"size of LoRA r={budget}"] = axes.errorbar(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lib.markdown import markdown
-from lib.size_tables import FIGURES, Cell, against, figures, final_cells, shown
+from lib.size_tables import FIGURES, Cell, against, figures, final_cells, over_tasks, shown
 
 RIVAL = "lora"
 Key = tuple[str, int]  # a method, and the rank of LoRA whose size it has
@@ -56,7 +56,7 @@ def methods(results: Path) -> str | None:
 
 
 def methods_all(results: Path) -> str | None:
-    """For every method and budget: its loss against LoRA's of that size, over all tasks."""
+    """For every method and budget: its loss against LoRA's of that size, as the mean over tasks."""
     found = by_method(results)
     budgets, body = _budgets(found), []
     for method in dict.fromkeys(name for of_task in found.values() for name, _ in of_task):
@@ -64,14 +64,14 @@ def methods_all(results: Path) -> str | None:
             continue
         row = []
         for budget in budgets:
-            pairs = [
-                value
+            each = (
+                against(of_task.get((method, budget), []), of_task.get((RIVAL, budget), []))
                 for of_task in found.values()
-                for value in against(
-                    of_task.get((method, budget), []), of_task.get((RIVAL, budget), [])
-                )
-            ]
-            row.append(f"{shown(pairs, 1, ' %', '+')} (n={len(pairs)})" if pairs else "–")
+            )
+            of_task = [pairs for pairs in each if pairs]
+            means = over_tasks(of_task)
+            n = f"(n={len(means)}, tasks: {len(of_task)})"
+            row.append(f"{shown(means, 1, ' %', '+')} {n}" if means else "–")
         body.append([method, *row])
     head = [f"size of LoRA r={budget}" for budget in budgets]
     return markdown(("dev loss against LoRA's, paired", *head), body) if body else None

@@ -9,7 +9,10 @@ from lib.markdown import markdown
 from loradrop.files import read_json
 
 # Two-sided 95 % points of Student's t for 1, 2, ... degrees of freedom.
-_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+_T = (
+    *(12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13),
+    *(2.12, 2.11, 2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05, 2.05, 2.04),
+)
 SMALL = "LoRA r=1"  # what spectral LoRA-drop at an eighth is compared with
 # The README's table: tasks and arms.
 SUMMARY = {
@@ -113,22 +116,38 @@ def cut(results: Path) -> str | None:
     return "\n\n".join(parts) or None
 
 
+def _span(values: Sequence[float], unit: str = "") -> str:
+    """Mean, least and most."""
+    mean, least, most = (round(f(values), 1) + 0.0 for f in (statistics.mean, min, max))
+    return f"{mean:+.1f} ({least:+.1f} to {most:+.1f}){unit}".replace("-", "−")
+
+
 def cut_all(results: Path) -> str | None:
-    """Over all tasks: the divergence as a part of the rival's, and the rise of the loss."""
+    """Over the settings, each the mean of its runs: the divergence as a part of the rival's, and
+    what is lost. Runs of one setting are alike, so they are not counted as if they were settings.
+    """
     cells = _cells(results, "bench_cut")
     rival = {(c["task"], c["seed"], c["budget"]): c["kl"] for c in cells if c["arm"] == RIVAL}
+    tasks = _distinct(cells, "task")
 
     def entry(some: list[Cell], uncut: dict[Any, Cell]) -> str:
-        parts = [c["kl"] / rival[c["task"], c["seed"], c["budget"]] for c in some]
-        points = shown([_points(cell, uncut) for cell in some], 1, "", "+")
-        loss = shown([_rise(cell, uncut) for cell in some], 1, " %", "+")
+        def of_settings(
+            value: Callable[[Cell], float], mean: Callable[[list[float]], float] = statistics.mean
+        ) -> list[float]:
+            of_task = ([value(c) for c in some if c["task"] == task] for task in tasks)
+            return [mean(values) for values in of_task if values]
+
+        parts = of_settings(
+            lambda c: c["kl"] / rival[c["task"], c["seed"], c["budget"]], statistics.geometric_mean
+        )
+        points = _span(of_settings(lambda c: _points(c, uncut)))
+        loss = _span(of_settings(lambda c: _rise(c, uncut)), " %")
         return f"{statistics.geometric_mean(parts):.2f}; {points}; {loss}"
 
-    tasks = _distinct(cells, "task")
     if not tasks:
         return None
     head, body, n = _by_arm(results, tasks, entry)
-    return markdown((f"{len(tasks)} settings, n={n}", *head), body)
+    return markdown((f"{len(tasks)} settings, {n} runs", *head), body)
 
 
 def foretold(results: Path) -> str | None:
@@ -173,10 +192,19 @@ def final_cells(results: Path, name: str = "bench_sizes") -> dict[tuple[str, str
     return found
 
 
-def against(cells: Sequence[Cell], rival: Sequence[Cell]) -> list[float]:
+def against(cells: Sequence[Cell], rival: Sequence[Cell]) -> dict[int, float]:
     """By how many percent its loss on dev is above the rival's, for each seed that both have."""
     losses = {cell["seed"]: cell["loss"] for cell in rival}
-    return [100 * (c["loss"] / losses[c["seed"]] - 1) for c in cells if c["seed"] in losses]
+    both = (cell for cell in cells if cell["seed"] in losses)
+    return {c["seed"]: 100 * (c["loss"] / losses[c["seed"]] - 1) for c in both}
+
+
+def over_tasks(of_task: Sequence[dict[int, float]]) -> list[float]:
+    """The mean over the tasks, for each seed that all of them have: what two tasks make of one seed
+    is not two draws, for they begin with the same adapters.
+    """
+    seeds = sorted(set.intersection(*map(set, of_task))) if of_task else []
+    return [statistics.mean(pairs[seed] for pairs in of_task) for seed in seeds]
 
 
 FIGURES = ("parameters", "learning rate", "held-out loss", "dev loss", "dev accuracy, %")
@@ -189,7 +217,7 @@ def figures(cells: Sequence[Cell], rival: Sequence[Cell]) -> list[str]:
     row = [f"{size:,.0f}", f"{cells[0]['rate']:g}" + (f"; head {head:g}" if head else "")]
     row += [shown([c[which] for c in cells], 3) for which in ("held_out_loss", "loss")]
     row += [shown([100 * c["accuracy"] for c in cells], 1)]
-    pairs = against(cells, rival)
+    pairs = [*against(cells, rival).values()]
     return [*row, shown(pairs, 1, " %", "+") if pairs else "", str(len(cells))]
 
 
@@ -228,18 +256,21 @@ def sizes_summary(results: Path) -> str | None:
 
 
 def ablations(results: Path) -> str | None:
-    """What a part of LoRA-drop is worth: the loss without it, against LoRA-drop's, paired."""
+    """What a part of LoRA-drop is worth: the loss without it, against LoRA-drop's, paired; on each
+    task, and as the mean over the tasks.
+    """
     final = final_cells(results)
     tasks = [task for task in SUMMARY if any((task, arm) in final for arm in ABLATIONS)]
     body = []
     for arm, name in ABLATIONS.items():
         of_task = [against(final.get((t, arm), []), final.get((t, DROP), [])) for t in tasks]
-        every = [pair for pairs in of_task for pair in pairs]
-        if every:
+        together = over_tasks([pairs for pairs in of_task if pairs])
+        if together:
             cells = next(final[t, arm] for t in tasks if (t, arm) in final)
-            row = [shown(p, 1, " %", "+") if p else "–" for p in (*of_task, every)]
+            every = [*([*pairs.values()] for pairs in of_task), together]
+            row = [shown(values, 1, " %", "+") if values else "–" for values in every]
             size = statistics.mean(cell["parameters"] for cell in cells)
-            body.append([name, f"{size:,.0f}", *row, str(len(every))])
+            body.append([name, f"{size:,.0f}", *row, str(len(together))])
     titles = (SUMMARY[task] for task in tasks)
     head = ("dev loss against LoRA-drop's, paired", "parameters", *titles, "together", "n")
     return markdown(head, body) if body else None

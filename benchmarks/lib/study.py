@@ -176,7 +176,8 @@ class Study:
         found = {"head_rate": head, "seconds": seconds, "facts": plan_of(given.model).facts}
         yield arm, {**about, "s": s, **found, **judged(given, search)}
         if self.after is not None and not search:
-            yield from self.after(name, arm, given, lambda: judged(given, search))
+            for of, cell in self.after(name, arm, given, lambda: judged(given, search)):
+                yield of, {"s": s, "head_rate": head, **cell}
 
     def search(self, task: str, arm: str) -> float | None:
         """The rate of the least loss on the rows held out of train: down from the first on either
