@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - its usual name
 from loradrop.op import costs, dispatch, philox
 from loradrop.op.call import Call, Problem
 from loradrop.op.linear import lora_add, lora_linear
-from loradrop.testing import Shape, assert_within, torch_delta
+from loradrop.testing import AWKWARD, Shape, assert_within, torch_delta
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,7 +31,16 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 if INTERPRETED:  # it multiplies bfloat16 wrongly, and no kernel computes in float64
     DTYPES = [torch.float32, torch.float16]
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
+HALVES = list(dict.fromkeys((HALF, torch.float16)))
 LEAVES = ("x", "A", "B")
+OF_CUDA = ("cuda", "overlap")  # the backends with kernels of csrc/, which refuse most sizes
+# N and K in eighths: in half precision those backends serve them, by all their kernels.
+EIGHTHS = {
+    "eighths, few tokens": Shape(20, 48, 32, 1),
+    "eighths, rank 8": Shape(37, 104, 72, 8),
+    "eighths, rank 17": Shape(130, 56, 136, 17),
+    "eighths, rank 64": Shape(37, 72, 136, 64),
+}
 Tensors = dict[str, Tensor]
 Results = list[list[Tensor]]  # of each draw y, dx, dA, dB, and maybe more
 
@@ -56,6 +65,9 @@ SAME_BITS = {"rtol": 0.0, "atol": 0.0}
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 plain_backend = pytest.mark.parametrize("backend", PLAIN)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
+each_size = pytest.mark.parametrize(
+    "size", [AWKWARD["rank 8"], EIGHTHS["eighths, rank 8"]], ids=["odd", "eighths"]
+)
 
 
 def draw(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensors:
@@ -103,7 +115,7 @@ def through_torch(t: Tensors, dtype: torch.dtype, p: float) -> list[Tensor]:
     d = {name: tensor.detach().to(t["x"].dtype).to(dtype) for name, tensor in t.items()}
     inputs = leaves(d)
     delta = torch_delta(d["x"], d["A"], d["B"], S, kept(d, p), p)
-    y = F.linear(d["x"], d["weight"], d["bias"]) + delta
+    y = F.linear(d["x"], d["weight"], d.get("bias")) + delta
     grads = torch.autograd.grad(y, inputs, d["dy"])
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     return [y.detach(), *grads, delta.detach().to(wide).square().sum()]
@@ -122,11 +134,11 @@ def assert_each_within(
 
 
 def op(t: Tensors, backend: str | None = None, p: float = 0.0, **more: Any) -> Any:
-    """`lora_linear` of the tensors, with their bias; `lora_add` where there is a y0."""
+    """`lora_linear` of the tensors, with a bias if it is there; `lora_add` where there is a y0."""
     more = {"dropout": p, "seed": SEED if p else None, "backend": backend} | more
     if "y0" in t:
         return lora_add(t["y0"], t["x"], t["A"], t["B"], S, **more)
-    return lora_linear(t["x"], t["weight"], t["bias"], t["A"], t["B"], S, **more)
+    return lora_linear(t["x"], t["weight"], t.get("bias"), t["A"], t["B"], S, **more)
 
 
 def through_op(t: Tensors, backend: str | None, p: float) -> list[Tensor]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from op_cases import (
     DEVICE,
+    EIGHTHS,
     HALF,
     INTERPRETED,
     KERNELS,
@@ -123,8 +124,16 @@ def both_ways(
 
 @each_backend
 @pytest.mark.parametrize("p", [0.0, 0.25])
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=short)
-def test_compile_equals_eager(dtype: torch.dtype, p: float, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        (AWKWARD["rank 8"], torch.float32),
+        (AWKWARD["rank 8"], HALF),
+        (EIGHTHS["eighths, rank 8"], HALF),
+    ],
+    ids=short,
+)
+def test_compile_equals_eager(size: Shape, dtype: torch.dtype, p: float, backend: str) -> None:
     def step(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         x, A, B, *leaves = inputs
         y, norm = lora_linear(
@@ -133,9 +142,9 @@ def test_compile_equals_eager(dtype: torch.dtype, p: float, backend: str) -> Non
         )  # fmt: skip
         return y.tanh(), norm
 
-    t = draw(AWKWARD["rank 8"], dtype)
-    weights = (torch.arange(37, device=DEVICE) % 2).float()
-    plain, quick = both_ways(step, [*leaves(t), *all_sinks(100, 8)], t["dy"])
+    t = draw(size, dtype)
+    weights = (torch.arange(size.m, device=DEVICE) % 2).float()
+    plain, quick = both_ways(step, [*leaves(t), *all_sinks(size.k, size.r)], t["dy"])
     _, norm, *_, of_sqnorm, of_moment, gram_in, core = plain
     assert float(of_sqnorm) == float(norm) > 0
     assert of_moment.all() and gram_in.all() and core.all()

@@ -6,12 +6,16 @@ import itertools
 import re
 import warnings
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import conftest
 import pytest
 import torch
 from op_cases import (
     DEVICE,
+    EIGHTHS,
+    OF_CUDA,
     SAME_BITS,
     call_of,
     draw,
@@ -209,7 +213,26 @@ def test_the_cuda_kernels_refuse_what_they_must_and_nothing_else() -> None:
         dtypes, (80, 90, 100), (True, False), list(sizes)
     ):
         problem = Problem("cuda", dtype, m, k, n, r, 0.0, arch=arch, sms=132, aligned=aligned)
-        assert (dispatch.named("cuda").why_not(problem) is not None) == must_refuse(problem)
+        for name in OF_CUDA:
+            assert (dispatch.named(name).why_not(problem) is not None) == must_refuse(problem)
+    for (m, k, n, r), dtype in itertools.product(EIGHTHS.values(), dtypes[2:]):
+        assert not must_refuse(Problem("cuda", dtype, m, k, n, r, 0.25, arch=90, sms=132))
+
+
+@pytest.mark.parametrize("name", OF_CUDA)
+def test_the_suite_skips_their_refusals_alone(name: str) -> None:
+    def end(problem: Problem, backend: str = name) -> None:
+        """How a test of that backend ends where the op refuses the problem."""
+        item = SimpleNamespace(callspec=SimpleNamespace(params={"backend": backend}))
+        running = conftest.pytest_runtest_call(item)
+        next(running)
+        running.throw(dispatch.RefusedError(backend, "sizes", problem))
+
+    with pytest.raises(pytest.skip.Exception, match=f"backend='{name}' cannot serve .*: sizes"):
+        end(LLAMA_Q._replace(n=4097))
+    for problem, backend in ((LLAMA_Q, name), (LLAMA_Q._replace(n=4097), "triton")):
+        with pytest.raises(dispatch.RefusedError):
+            end(problem, backend)
 
 
 def test_alignment_is_seen_in_strides() -> None:

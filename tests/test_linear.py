@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from op_cases import (
     DEVICE,
     DTYPES,
+    EIGHTHS,
     HALF,
+    HALVES,
     INTERPRETED,
     KERNELS,
     LAYOUTS,
@@ -68,6 +70,28 @@ def test_error_is_within_that_of_pytorch(
     assert_each_within(ours, pytorchs, exact, (k + r, n + r, m + n, m + k))
 
 
+@pytest.mark.product
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", HALVES, ids=short)
+@pytest.mark.parametrize("name", EIGHTHS)
+@each_backend
+def test_sizes_in_eighths(
+    backend: str, name: str, dtype: torch.dtype, p: float, bias: bool
+) -> None:
+    """y, the gradients and the norm, where every backend can serve."""
+    m, k, n, r = EIGHTHS[name]
+    drawn = [draw(EIGHTHS[name], dtype, seed) for seed in range(2 if INTERPRETED else 8)]
+    for t in drawn if not bias else ():
+        del t["bias"]
+    ours = [through_op(t, backend, p) for t in drawn]
+    pytorchs, exact = ([through_torch(t, d, p) for t in drawn] for d in (dtype, torch.float64))
+    assert_each_within(ours, pytorchs, exact, (k + r, n + r, m + n, m + k))
+    for t, run in zip(drawn, ours, strict=True):
+        h, B = factors_in_use(t, backend, p)
+        assert float(run[4]) == pytest.approx(float((S * h @ B.T).square().sum()), rel=1e-5)
+
+
 @pytest.mark.parametrize("wrong", ["zeros", "nan", "sign", "scale", "shape"])
 def test_the_bound_is_a_bound(wrong: str) -> None:
     t = draw(AWKWARD["rank 8"], torch.bfloat16)
@@ -103,7 +127,7 @@ def test_an_order_of_summation_is_within_the_bound(terms: int) -> None:
 
 
 @each_backend
-@pytest.mark.parametrize("dtype", list(dict.fromkeys((HALF, torch.float16))), ids=short)
+@pytest.mark.parametrize("dtype", HALVES, ids=short)
 def test_gradients_of_half_inputs_are_summed_in_float32(backend: str, dtype: torch.dtype) -> None:
     """2049 ones: bfloat16 stops counting at 256, float16 at 2048."""
     x, one = (torch.ones(n, 1, dtype=dtype, device=DEVICE) for n in (2049, 1))
@@ -199,11 +223,19 @@ def test_lora_add_is_the_op_over_any_base(backend: str) -> None:
 
 @pytest.mark.product
 @each_backend
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=short)
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        (AWKWARD["rank 4"], torch.float32),
+        (AWKWARD["rank 4"], HALF),
+        (EIGHTHS["eighths, rank 8"], HALF),
+    ],
+    ids=short,
+)
 @pytest.mark.parametrize("how", LAYOUTS)
 @pytest.mark.parametrize("which", ["x", "weight", "A", "B", "dy"])
-def test_strides(which: str, how: str, dtype: torch.dtype, backend: str) -> None:
-    t = draw(AWKWARD["rank 4"], dtype)
+def test_strides(size: Shape, which: str, how: str, dtype: torch.dtype, backend: str) -> None:
+    t = draw(size, dtype)
     for p in (0.0, 0.25):
         other = through_op(t | {which: strided(t[which], how)}, backend, p)
         assert_close(other, through_op(t, backend, p), **near(dtype))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from op_cases import (
     DEVICE,
+    EIGHTHS,
     HALF,
     SAME_BITS,
     SEED,
@@ -18,6 +19,7 @@ from op_cases import (
     draw,
     each_backend,
     each_dtype,
+    each_size,
     kept,
     leaves,
     op,
@@ -34,7 +36,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from loradrop.op.linear import lora_add, lora_linear
-from loradrop.testing import AWKWARD
+from loradrop.testing import AWKWARD, Shape
 
 pytestmark = pytest.mark.numbers
 
@@ -42,11 +44,12 @@ pytestmark = pytest.mark.numbers
 
 
 @each_backend
+@each_size
 @pytest.mark.parametrize("p", [0.0, 0.25])
-def test_autocast_does_what_autocast_does(backend: str, p: float) -> None:
+def test_autocast_does_what_autocast_does(backend: str, size: Shape, p: float) -> None:
     ours, pytorchs, exact = [], [], []
     for seed in range(6):
-        t = draw(AWKWARD["rank 8"], torch.float32, seed)
+        t = draw(size, torch.float32, seed)
         for results, run in ((ours, "op"), (pytorchs, "torch"), (exact, "exact")):
             dtype = torch.float64 if run == "exact" else torch.float32
             d = {n: tensor.detach().to(dtype) for n, tensor in t.items()}
@@ -61,7 +64,7 @@ def test_autocast_does_what_autocast_does(backend: str, p: float) -> None:
             grads = torch.autograd.grad(y, inputs, d["dy"].to(y.dtype))
             assert all(g.dtype == dtype for g in grads)
             results.append([y.detach(), *grads])
-    m, k, n, r = AWKWARD["rank 8"]
+    m, k, n, r = size
     assert_each_within(ours, pytorchs, exact, (k + r, n + r, m + n, m + k))
 
 
@@ -98,10 +101,11 @@ def test_autocast_of_lora_add() -> None:
 
 @each_backend
 @each_dtype
+@each_size
 @pytest.mark.parametrize("entry", ["lora_linear", "lora_add"])
-def test_nothing_is_mutated(entry: str, dtype: torch.dtype, backend: str) -> None:
-    t = draw(AWKWARD["rank 8"], dtype)
-    weights = (torch.arange(37, device=DEVICE) % 2).float()
+def test_nothing_is_mutated(entry: str, size: Shape, dtype: torch.dtype, backend: str) -> None:
+    t = draw(size, dtype)
+    weights = (torch.arange(size.m, device=DEVICE) % 2).float()
     t |= {"y0": t["dy"].clone()} if entry == "lora_add" else {}
     everything = [*t.values(), weights, SEED]
     before = [(tensor.clone(), tensor._version) for tensor in everything]
@@ -244,13 +248,20 @@ def test_a_backend_that_is_named_serves_or_says_why_not(backend: str) -> None:
 @each_backend
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.25])
-def test_a_recomputed_forward_is_the_same(p: float, reentrant: bool, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(AWKWARD["rank 8"], torch.float32), (EIGHTHS["eighths, rank 8"], HALF)],
+    ids=["odd", "eighths"],
+)
+def test_a_recomputed_forward_is_the_same(
+    size: Shape, dtype: torch.dtype, p: float, reentrant: bool, backend: str
+) -> None:
     """Activation checkpointing restores the generator, and with it the seed and the mask.
 
     The sinks count the pass once.
     """
-    t = draw(AWKWARD["rank 8"])
-    weights = (torch.arange(37, device=DEVICE) % 3).float()
+    t = draw(size, dtype)
+    weights = (torch.arange(size.m, device=DEVICE) % 3).float()
 
     def layer(x: Tensor, A: Tensor, B: Tensor, *leaves: Tensor) -> Tensor:
         seed = torch.randint(0, 1 << 62, (), device=DEVICE)
@@ -260,7 +271,7 @@ def test_a_recomputed_forward_is_the_same(p: float, reentrant: bool, backend: st
     outcomes = []
     for recompute in (False, True):
         inputs = leaves({name: tensor.detach().clone() for name, tensor in t.items()})
-        inputs += all_sinks(100, 8)
+        inputs += all_sinks(size.k, size.r)
         torch.manual_seed(5)
         y = checkpoint(layer, *inputs, use_reentrant=reentrant) if recompute else layer(*inputs)
         y.backward(t["dy"])
