@@ -14,6 +14,10 @@ measures what is missing; a cell without enough memory says so.
     python benchmarks/bench_train_step.py --device cuda --size 1b          one of them
     python benchmarks/bench_train_step.py --size tiny                      seconds on a CPU
 
+A cell of loradrop says which backend serves each layer, and by which measurement (`choices`), and
+which backends the dispatcher had to do without (`without`, by `--without`); it is measured again
+where those are others.
+
 A cell says when the host had launched all of a step (`host_ms`: where that is as long as the step,
 the device waited), how long the device was busy in one more step, under PyTorch's profiler, and
 with what (`kernels`: name, calls, ms; on a CPU its operators).
@@ -36,7 +40,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lib import environment, harness
+from lib import environment, harness, package
 from loradrop import LoRAConfig, LoraDropConfig, inject, probe, select, share
 from loradrop.files import read_json, write_json
 from loradrop.measuring import timing, workers
@@ -112,16 +116,32 @@ def adapt(model: nn.Module, arm: str, batch: dict[str, Tensor]) -> nn.Module:
     return model
 
 
-def able_arms(without: str) -> list[str]:
+def layers(size: Size) -> list[tuple[int, int]]:
+    """K and N of the distinct layers that get an adapter."""
+    hidden, kv = size.hidden, size.hidden // size.heads * size.kv_heads
+    return [(hidden, hidden), (hidden, kv), (hidden, size.inner), (size.inner, hidden)]
+
+
+def able_arms() -> list[str]:
     """The arms that can run here; says why others are left out."""
-    reasons = {}
-    if find_spec("peft") is None:
-        reasons["peft"] = "PEFT is not installed"
-    if without:
-        reasons["loradrop"] = f"the dispatcher might pick {without}"
-    for name, reason in reasons.items():
-        print(f"{name} is left out: {reason}")
-    return [arm for arm in ARMS if arm.split("_")[0] not in reasons]
+    if find_spec("peft") is not None:
+        return list(ARMS)
+    print("peft is left out: PEFT is not installed")
+    return [arm for arm in ARMS if of_loradrop(arm)]
+
+
+def of_loradrop(arm: str) -> bool:
+    """Whether its layers are served by the dispatcher."""
+    return arm.startswith("loradrop")
+
+
+def left_out(text: str) -> list[str]:
+    """The backends that `--without` names. Ends the script for what is none."""
+    names = sorted(filter(None, text.split(",")))
+    if unknown := [name for name in names if name not in package.BACKENDS]:
+        known = ", ".join(package.BACKENDS)
+        sys.exit(f"--without {unknown[0]}: there is no such backend; there are {known}")
+    return names
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -230,14 +250,31 @@ def run(name: str, arm: str, checkpointing: bool, device: str, seconds: float) -
     }
 
 
+def choices(size: Size, device: str, without: list[str]) -> dict[str, str]:
+    """Who serves which layer, and why, once some are left out.
+
+    Raises AssertionError where one of them would serve all the same, for want of another.
+    """
+    package.leave_out(without)
+    chosen = package.choices(layers(size), RANK, size.batch * size.tokens, size.dtype, device)
+    for layer, why in chosen.items():
+        name = why.split(":")[0]
+        assert name not in without, f"nobody serves {layer} without {name}, which is left out"
+    return chosen
+
+
 def work(
     args: argparse.Namespace, key: dict[str, Any], without: set[str], begin: Callable[[str], None]
 ) -> dict[str, Any]:
     """What a worker does with a cell."""
     begin(workers.TASK)
+    served: dict[str, Any] = {}
     try:
-        return run(*(key[name] for name in ("size", "arm", "checkpointing")), args.device,
-                   args.seconds)  # fmt: skip
+        if of_loradrop(key["arm"]):
+            served = {"choices": choices(SIZES[key["size"]], args.device, left_out(args.without))}
+        found = run(*(key[name] for name in ("size", "arm", "checkpointing")), args.device,
+                    args.seconds)  # fmt: skip
+        return found | served
     except torch.OutOfMemoryError:
         return {"fault": OUT_OF_MEMORY}
     except AssertionError as error:
@@ -263,17 +300,22 @@ def main(argv: list[str] | None = None) -> int:
     facts = environment.facts(args.device, args.commit)
     known: list[dict[str, Any]] = read_json(path)["cells"] if path.exists() else []
     wanted = []
-    for name, kept, arm in itertools.product(sizes, (True, False), able_arms(args.without)):
+    without = left_out(args.without)
+    if without:
+        print(f"the dispatcher does without {', '.join(without)}")
+    for name, kept, arm in itertools.product(sizes, (True, False), able_arms()):
         key = {"size": name, "arm": arm, "checkpointing": kept}
-        if args.fresh or not holds(key, known, facts["commit"]):
+        if args.fresh or not holds(key, known, facts["commit"], without):
             wanted.append(key)
     command = [sys.executable, __file__, "--worker", "--device", args.device]
-    command += ["--seconds", str(args.seconds or SECONDS)]
+    command += ["--seconds", str(args.seconds or SECONDS), "--without", args.without]
     failed = False
     answers = workers.answers(command, wanted, PATIENCE, fresh=True)
     for key, answer in zip(wanted, answers, strict=True):
         found = answer.value or {"fault": "; ".join(answer.lost.values())}
         known[:] = [cell for cell in known if not key.items() <= cell.items()]
+        if of_loradrop(key["arm"]):
+            found = found | {"without": without}
         known.append(key | found | {"commit": facts["commit"]})
         environ = environment.environment(args.device, facts)
         write_json(path, {"environment": environ, "cells": known})
@@ -282,9 +324,15 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def holds(key: dict[str, Any], cells: list[dict[str, Any]], commit: str) -> bool:
-    """Whether a cell need not be measured: figures hold for every commit, a fault for its own."""
+def holds(
+    key: dict[str, Any], cells: list[dict[str, Any]], commit: str, without: list[str]
+) -> bool:
+    """Whether a cell need not be measured: figures hold for every commit, a fault for its own; and
+    either for the dispatcher that had to do without the same backends.
+    """
     same = [cell for cell in cells if key.items() <= cell.items()]
+    if of_loradrop(key["arm"]):
+        same = [cell for cell in same if cell.get("without", []) == without]
     return any("fault" not in cell or cell["commit"] == commit for cell in same)
 
 

@@ -4,15 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import bench_train_step as steps
+from lib import package
+from loradrop.kernels.tiles import Machine
 from loradrop.measuring import workers
+from loradrop.op import call, dispatch, tuned
 
 ROOT = Path(__file__).resolve().parent.parent
 LORA = 4 * 16 * (2 * (32 + 32) + 2 * (32 + 16) + 3 * (32 + 64))  # layers · r · Σ (K + N)
@@ -56,7 +62,98 @@ def test_peft_compiled_is_right() -> None:
     check(Provider("peft_compiled", partial(peft_compiled, compiler="eager")), case, True)
 
 
+# The dispatcher
+
+H100, H200 = "NVIDIA H100 80GB HBM3", "NVIDIA H200"
+
+
+@pytest.fixture
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A dispatcher that finds every backend ready, and may be changed."""
+    ready = {name: replace(b, missing=lambda: None) for name, b in dispatch.BACKENDS.items()}
+    monkeypatch.setattr(dispatch, "BACKENDS", ready)
+    monkeypatch.setattr(dispatch, "triton_missing", lambda: None)
+    monkeypatch.setattr(dispatch.cuda, "missing", lambda: None)
+    dispatch.forget()
+    yield
+    dispatch.forget()
+
+
+def test_the_dispatcher_is_asked_about_the_call_that_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the name of the device, as the dispatcher knows it."""
+    from lib.results import Cell
+    from loradrop.measuring.cases import make_case
+
+    asked: list[call.Problem] = []
+    monkeypatch.setattr(call, "machine_of", lambda _: Machine(90, 132, H200))
+    monkeypatch.setattr(dispatch, "choose", lambda problem: asked.append(problem) or "eager")
+    case = make_case(Cell("bfloat16", 24, 16, 8, 4, 0.25, "forward"), "cpu")
+    assert package.chosen(case, False) == "eager"
+    expected = call.Problem("cpu", torch.bfloat16, 24, 16, 8, 4, 0.25, grad=False)
+    assert asked == [expected._replace(arch=90, sms=132, device_name=H200)]
+
+
+def test_a_backend_that_is_left_out_is_not_chosen(on_hopper: None) -> None:
+    layer = call.Problem("cuda", torch.bfloat16, 8192, 4096, 1024, 16, 0.0, arch=90, sms=132)
+    layer = layer._replace(device_name=H100)
+    first = dispatch.choose(layer)
+    assert first in ("triton", "cuda", "overlap")
+    package.leave_out([first])
+    second = dispatch.choose(layer)
+    assert second not in (first, "eager") and dispatch.explain(layer).startswith(f"{second}: ")
+    package.leave_out(["thin", "triton", "cuda", "overlap"])
+    assert dispatch.choose(layer) == "eager"
+
+
+def test_the_choices_say_by_which_measurement(
+    on_hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choice(device: str) -> str:
+        machine = Machine(90, 132, device)
+        monkeypatch.setattr("loradrop.kernels.tiles.machine_of", lambda _: machine)
+        dispatch.forget()
+        found = package.choices([(4096, 4096)], 16, 8192, torch.bfloat16, "cuda")
+        return found["4096x4096"]
+
+    assert f": measured on {H100} at 8192 tokens" in choice(H100)
+    assert ": not measured; the roofline's guess" in choice(H200)
+    key = {"device": H200, "arch": 90, "sms": 132, "dtype": "bfloat16", "k": 4096, "n": 4096}
+    us = {"eager": 3.0, "thin": 2.0, "triton": 1.0}
+    point = key | {"m": 8192, "r": 16, "dropout": 0, "grad": 1, "us": us}
+    file = tuned.Tuned(Path(), (point | {"host_us": {}, "refused": {}},))
+    monkeypatch.setattr(tuned, "of_problem", lambda _: file)
+    assert choice(H200).startswith("triton: by loradrop tune at 8192 tokens")
+
+
 # The training step
+
+
+def test_the_layers_are_those_of_the_model() -> None:
+    size = steps.SIZES["tiny"]
+    linear = [m for m in steps.build(size, "cpu").modules() if isinstance(m, torch.nn.Linear)]
+    found = {(m.in_features, m.out_features) for m in linear}
+    assert found == {*steps.layers(size), (size.hidden, size.words)}
+
+
+def test_a_cell_says_who_serves_and_who_may_not(
+    on_hopper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "run", lambda *_: {"median_ms": 1.0})
+
+    def work(arm: str, without: str) -> dict[str, Any]:
+        args = SimpleNamespace(device="cpu", seconds=0.0, without=without)
+        key = {"size": "tiny", "arm": arm, "checkpointing": False}
+        return steps.work(args, key, set(), lambda _: None)
+
+    found = work("loradrop_bf16", "triton")["choices"]
+    assert found.keys() == {"32x32", "32x16", "32x64", "64x32"}
+    assert all(why.startswith("eager: a CPU runs plain") for why in found.values())
+    assert dispatch.BACKENDS["triton"].why_not(None) == "it is left out, as asked"
+    assert work("peft_bf16", "eager") == {"median_ms": 1.0}
+    fault = "nobody serves 32x32 without eager, which is left out"
+    assert work("loradrop", "eager") == {"fault": fault}
 
 
 @pytest.mark.parametrize(
@@ -124,8 +221,14 @@ def test_cells_of_a_step_go_on_where_they_stopped(
     assert sorted(cell["commit"] for cell in cells) == ["abc"] * 8 + ["def"] * 2
     faults = {cell["arm"]: cell["fault"] for cell in cells if "fault" in cell}
     assert faults == {"peft_fp32": "out of memory", "loradrop": "its process ended with SIGABRT"}
-    main("abc", "--without", "triton", "--fresh")
-    assert {arm for arm, _ in asked} == {"peft_bf16", "peft_fp32"}
-    assert "loradrop is left out: the dispatcher might pick triton" in capsys.readouterr().out
+    main("def", "--without", "triton")  # another dispatcher: what it serves, and nothing else
+    assert {arm for arm, _ in asked} == {"loradrop", "loradrop_bf16", "loradrop_half"}
+    assert "the dispatcher does without triton" in capsys.readouterr().out
+    cells = json.loads((tmp_path / "cpu" / "bench_train_step.json").read_text())["cells"]
+    ours = [cell for cell in cells if cell["arm"].startswith("loradrop")]
+    assert len(ours) == 6 and all(cell["without"] == ["triton"] for cell in ours)
+    assert main("def", "--without", "triton") == 0 and not asked
+    with pytest.raises(SystemExit, match="--without tritn: there is no such backend; there are"):
+        main("abc", "--without", "tritn")
     with pytest.raises(SystemExit, match="huge is unknown; there are tiny"):
         main("abc", "--size", "huge")

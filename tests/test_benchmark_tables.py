@@ -226,7 +226,7 @@ def test_layers_steps_and_what_the_dispatcher_gains(tmp_path: Path) -> None:
     write_csv(tmp_path / "cpu", THREE_PROCESSES)
     key = {"size": "8b", "checkpointing": True}
     runs = [
-        {**key, "arm": "loradrop", "median_ms": 1000.0, "peak_bytes": 2 << 30},
+        {**key, "arm": "loradrop", "median_ms": 1000.0, "peak_bytes": 2 << 30, "without": ["thin"]},
         {**key, "arm": "peft_bf16", "median_ms": 1200.0, "peak_bytes": 3 << 30},
         {**key, "arm": "seen", "median_ms": 9, "host_ms": 8.6, "busy_ms": 6.2, "peak_bytes": None},
         {**key, "arm": "unseen", "median_ms": 9, "host_ms": 1, "busy_ms": None, "peak_bytes": 0},
@@ -246,6 +246,7 @@ def test_layers_steps_and_what_the_dispatcher_gains(tmp_path: Path) -> None:
     assert "A training step, ms (with those until the host had launched it, and" in said
     whole = ["1000, 2.0", "1200, 3.0", "9 (9, 6)", "9 (1, ?), 0.0"]
     assert cells_of(said, "8b | True") == whole
+    assert said.endswith("\n\nThe dispatcher did without thin in some steps.")
     assert cells_of(said, "8b | False") == ["–", "out of memory", "–", "–"]
 
 

@@ -93,7 +93,13 @@ def steps(folder: Path) -> list[str]:
     table = flat.pivot(index=["size", "checkpointing"], columns="arm", values="figures")
     said = "ms (with those until the host had launched it, and those in which the device was busy)"
     title = f"A training step, {said if 'host_ms' in flat else 'ms'} and peak GiB:"
-    return [title, _markdown(table)]
+    return [title, _markdown(table), *_left_out(cells)]
+
+
+def _left_out(cells: list[dict[str, Any]]) -> list[str]:
+    """A sentence where a dispatcher had to do without a backend."""
+    names = dict.fromkeys(name for cell in cells for name in cell.get("without", ()))
+    return [f"The dispatcher did without {' and '.join(names)} in some steps."] if names else []
 
 
 def _step(cell: dict[str, Any]) -> str:

@@ -6,6 +6,9 @@ Importing this imports neither torch nor loradrop.
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    import torch
     from torch import Tensor
 
     from loradrop.kernels.tiles import OuterTiles
@@ -31,18 +34,47 @@ def refusal(backend: str, case: "Case") -> str | None:
 
 
 def chosen(case: "Case", grad: bool) -> str:
-    """The backend that the dispatcher picks."""
+    """The backend that the dispatcher picks for the call that the case makes."""
     from loradrop.op import dispatch
-    from loradrop.op.costs import Problem
+    from loradrop.op.call import Call, problem_of
 
-    (m, k), n, r, device = case.x.shape, *case.B.shape, case.x.device.type
-    arch = sms = 0
-    if device == "cuda":
-        from lib.environment import chip
+    operands = (case.x, case.weight, case.bias, None, case.A, case.B)
+    return dispatch.choose(problem_of(Call(*operands, case.scaling, case.dropout), grad))
 
-        arch, sms = chip()["arch"], chip()["sms"]
-    layer = Problem(device, case.x.dtype, m, k, n, r, case.dropout, grad, True, arch, sms)
-    return dispatch.choose(layer)
+
+def leave_out(names: "Iterable[str]") -> None:
+    """From here on the dispatcher of this process does without these backends."""
+    from dataclasses import replace
+
+    from loradrop.op import dispatch
+
+    for name in names:
+        backend = dispatch.BACKENDS[name]
+        dispatch.BACKENDS[name] = replace(backend, why_not=lambda _: "it is left out, as asked")
+    dispatch.forget()
+
+
+def choices(
+    layers: "Iterable[tuple[int, int]]", r: int, tokens: int, dtype: "torch.dtype", device: str
+) -> dict[str, str]:
+    """KxN -> which backend serves the layer in training, and by which measurement, if any: of
+    `loradrop tune`, or shipped.
+    """
+    import torch
+
+    from loradrop.kernels.tiles import machine_of
+    from loradrop.op import dispatch
+    from loradrop.op.call import Problem
+
+    machine = machine_of(torch.device(device))
+    found = {}
+    for k, n in layers:
+        layer = Problem(
+            device, dtype, tokens, k, n, r, 0.0,
+            arch=machine.arch, sms=machine.sms, device_name=machine.name,
+        )  # fmt: skip
+        found[f"{k}x{n}"] = dispatch.explain(layer)
+    return found
 
 
 def gemm_triton(
