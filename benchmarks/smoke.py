@@ -75,12 +75,11 @@ def together(names: Iterable[str], command: Command, seconds: float) -> dict[str
 
 
 def run(command: Command, seconds: float = SECONDS) -> dict[str, str]:
-    """Backend -> what became of it. One that hangs may slow down the others: where several give no
-    answer in time, each is asked again by itself.
+    """Backend -> what became of it. Whoever gives no answer in time is asked again by itself, once:
+    the others, or one that hangs, may have held it up.
     """
     found = together(package.BACKENDS, command, seconds)
-    late = [name for name, outcome in found.items() if outcome.startswith(HUNG)]
-    for name in late if len(late) > 1 else ():
+    for name in [name for name, outcome in found.items() if outcome.startswith(HUNG)]:
         found |= together([name], command, seconds)
     return found
 

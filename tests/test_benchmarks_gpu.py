@@ -174,20 +174,30 @@ def children(name: str) -> list[str]:
     return [sys.executable, "-S", "-c", CHILDREN[name]]
 
 
-def test_a_backend_that_is_wrong_or_hangs_is_named(tmp_path: Path) -> None:
-    """Several that hang are asked again alone: one was only held up by the other."""
+def held_up(folder: Path, others: smoke.Command) -> smoke.Command:
+    """eager gives its answer when it is asked again; the others as they are."""
     held = f"""
 import os, time
 try:
-    os.mkdir({str(tmp_path / "once")!r})
+    os.mkdir({str(folder / "once")!r})
     time.sleep(60)
 except FileExistsError:
     print('right')
 """
-    found = smoke.run(lambda n: [*children(n)[:3], held] if n == "eager" else children(n), 4.0)
+    return lambda name: [*children(name)[:3], held] if name == "eager" else others(name)
+
+
+def test_a_backend_that_is_wrong_or_hangs_is_named(tmp_path: Path) -> None:
+    """Those that hang are asked again alone: one was only held up by the other."""
+    found = smoke.run(held_up(tmp_path, children), 4.0)
     assert found["eager"] == "right" and found["cuda"] == "not here: it is not built"
     wrong = "ended with 1: AssertionError: 37x136->264, dropout 0: y: relative error 1"
     assert smoke.faulty(found) == {"thin": wrong, "triton": "gave no answer in 4 s"}
+
+
+def test_a_single_late_one_is_asked_again(tmp_path: Path) -> None:
+    found = smoke.run(held_up(tmp_path, lambda _: children("overlap")), 4.0)
+    assert found == dict.fromkeys(CHILDREN, "right")
 
 
 def test_smoke_checks_values(monkeypatch: pytest.MonkeyPatch) -> None:
