@@ -8,6 +8,7 @@ a provider that ends or hangs its process is named, and costs the others nothing
     python benchmarks/bench_lora_linear.py                                  the CPU, one thread
     python benchmarks/bench_lora_linear.py --device cuda                    one CUDA device, all
     python benchmarks/bench_lora_linear.py --device cuda --grid quick       a minute of it
+    python benchmarks/bench_lora_linear.py --device cuda --grid compiled    PEFT under torch.compile
 
 Adapters have x's dtype, but for `peft_fp32` beside an x of half precision. There is a bias on a
 CPU (encoders) and none on CUDA (Llama). `forward` runs under `no_grad`; in `forward_backward` x, A

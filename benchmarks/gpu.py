@@ -43,8 +43,10 @@ BENCHES = {
     "probe": "bench_probe",
     "ranks": "bench_lora_linear",
     "8b": "bench_train_step --size 8b",
+    "compiled": "bench_lora_linear --grid compiled",
 }
 STEPS = ("smoke", "quick", "parts", "full", "train", "tests", "sanitizers", "probe", "ranks", "8b")
+STEPS += ("compiled",)  # last, since torch.compile may take what is left of the time
 _FACTS = """
 import json, sys
 from pathlib import Path

@@ -187,6 +187,24 @@ def test_red_ends_with_1_and_a_refusal_is_said_once(stub: Stub, capsys: Capsys) 
     assert "worse is wrong" in capsys.readouterr().out
 
 
+def test_reasons_for_no_figure_are_kept(stub: Stub, tmp_path: Path) -> None:
+    def kept() -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+        report = json.loads((tmp_path / "b.json").read_text())
+        return report["errors"], report["left_out"]
+
+    def cells(*tokens: int) -> list[str]:
+        return [f"float32 {m} 2 2 8 0.0 forward" for m in tokens]
+
+    assert stub(1, 4, 5) == 1
+    absent, wrong = {"cuda is left out: not built": cells(1, 5)}, {"worse is wrong": cells(5)}
+    ended = "the cell gets no number: its process ended with status 7: it printed nothing"
+    assert kept() == ({ended: cells(4)} | wrong, absent)
+    script = tmp_path / "bench_stub.py"
+    script.write_text(script.read_text().replace("os._exit(7)", "pass"))
+    assert stub(1, 4, 5, commit="def") == 0  # what was given up, and the rest holds
+    assert kept() == (wrong, {"cuda is left out: not built": cells(1, 5, 4)})
+
+
 def test_who_ends_its_process_costs_others_nothing(
     stub: Stub, tmp_path: Path, capsys: Capsys
 ) -> None:
@@ -265,6 +283,17 @@ def test_the_grids_have_the_points_they_are_named_for() -> None:
     decode = [c for c in cells if c.M <= 32]
     assert decode and all(grids.in_graph(c, "cuda") for c in decode)
     assert not any(grids.in_graph(c, "cpu") for c in cells)
+
+
+def test_peft_is_compiled_last_and_in_cells_of_its_own() -> None:
+    *others, last = providers.providers("bfloat16", "cuda")
+    assert last.name == "peft_compiled" and not any("compiled" in of.name for of in others)
+    own = set(grids.cells(grids.GRIDS["compiled"], ["bfloat16"]))
+    rest = [grid for name, of in grids.GRIDS.items() for grid in of if name != "compiled"]
+    elsewhere = set(grids.cells(rest, ["bfloat16"]))
+    assert own and not own & elsewhere and not any(grids.in_graph(cell, "cuda") for cell in own)
+    assert not any(last.rule(cell) for cell in own)
+    assert all("compiling takes long" in str(last.rule(cell)) for cell in elsewhere)
 
 
 @pytest.mark.parametrize("native", [True, False])

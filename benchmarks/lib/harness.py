@@ -30,6 +30,9 @@ SECONDS = {"cpu": 5.0, "cuda": 1.0}
 PATIENCE = {"cpu": 900.0, "cuda": 90.0}  # seconds for one provider, its compilation included
 
 
+Notes = dict[str, dict[str, list[str]]]  # errors, left_out -> reason -> cells
+
+
 class Bench(NamedTuple):
     """One benchmark: its script, what it compares, and the names of its grids by device."""
 
@@ -217,6 +220,7 @@ def main(bench: Bench, args: argparse.Namespace) -> int:
     if len(set(clocks)) > 1:
         print(f"{len(rows)} rows are measured again, by another clock: {', then '.join(clocks)}")
         rows, kept = [], {}
+    notes: Notes = {name: kept.get(name, {}) for name in ("errors", "left_out")}
     given_up = {Cell(*of["cell"]) for of in kept.get("given_up", ()) if of["commit"] == args.commit}
     failed, told = False, set()
     for process in range(processes):
@@ -230,13 +234,27 @@ def main(bench: Bench, args: argparse.Namespace) -> int:
             failed |= bool(new.errors)
             results.write_rows(csv, rows)
             lost = [{"cell": list(of), "commit": args.commit} for of in given_up]
-            write_json(beside, about | {"given_up": lost})
-            notes = [note for note in new.left_out if note not in told]
-            told |= set(notes)
+            note(notes, cell, new, again=not done[cell])
+            write_json(beside, about | {"given_up": lost} | notes)
+            unsaid = [reason for reason in new.left_out if reason not in told]
+            told |= set(unsaid)
             figures = [f"{results.label(row)} {row['median_us']} µs" for row in new.rows]
             print(f"{process + 1}/{processes}", *cell, ", ".join(figures) or "nothing measured")
-            print(*(f"  {line}" for line in (*notes, *new.errors)), sep="\n", flush=True)
+            print(*(f"  {line}" for line in (*unsaid, *new.errors)), sep="\n", flush=True)
     return 1 if failed else 0
+
+
+def note(notes: Notes, cell: Cell, new: Measured, again: bool) -> None:
+    """Adds why providers have no figure in a cell; `again`: what was known of it holds no more."""
+    name = " ".join(map(str, cell))
+    for kind, reasons in (("errors", new.errors), ("left_out", new.left_out)):
+        known = notes[kind]
+        for reason in [reason for reason, cells in known.items() if again and name in cells]:
+            known[reason].remove(name)
+        for reason in reasons:
+            if name not in known.setdefault(reason, []):
+                known[reason].append(name)
+        notes[kind] = {reason: cells for reason, cells in known.items() if cells}
 
 
 def _about(args: argparse.Namespace, facts: Row) -> dict[str, Any]:
