@@ -12,6 +12,7 @@ measures what is missing; a cell without enough memory says so.
 
     python benchmarks/bench_train_step.py --device cuda                    1b and 8b
     python benchmarks/bench_train_step.py --device cuda --size 1b          one of them
+    python benchmarks/bench_train_step.py --device cuda --tune             loradrop tune, if needed
     python benchmarks/bench_train_step.py --size tiny                      seconds on a CPU
 
 A cell of loradrop says which backend serves each layer, and by which measurement (`choices`), and
@@ -35,65 +36,24 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lib import environment, harness, package
+from lib.llama import RANK, SIZES, build, choices, tune
 from loradrop import LoRAConfig, LoraDropConfig, inject, probe, select, share
 from loradrop.files import read_json, write_json
 from loradrop.measuring import timing, workers
 
-RANK, ALPHA = 16, 32
+ALPHA = 32
 ARMS = ("peft_bf16", "peft_fp32", "loradrop", "loradrop_bf16", "loradrop_half")
 ADAPTER_DTYPES = {"loradrop": "float32", "loradrop_bf16": "base"}
 KERNELS, LETTERS = 12, 80  # of the profile that a cell keeps, and of their names
 SECONDS, PATIENCE = 10.0, 300.0  # of timed steps; until a cell shows a sign of life
 OUT_OF_MEMORY = "out of memory"
 LOSS_ERROR = 0.01  # relative: a bfloat16 model is not more exact
-
-
-class Size(NamedTuple):
-    """A model in the shape of Llama, and what it is fed."""
-
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    kv_heads: int
-    words: int
-    batch: int
-    tokens: int
-    dtype: torch.dtype
-
-
-SIZES = {
-    "tiny": Size(32, 64, 4, 4, 2, 64, 2, 16, torch.float32),
-    "1b": Size(2048, 8192, 16, 32, 8, 128256, 4, 2048, torch.bfloat16),
-    "8b": Size(4096, 14336, 32, 32, 8, 128256, 4, 2048, torch.bfloat16),
-}
-
-
-def build(size: Size, device: str) -> nn.Module:
-    """The base model, born on the device in its dtype: nothing larger ever exists."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=size.hidden,
-        intermediate_size=size.inner,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.kv_heads,
-        vocab_size=size.words,
-        max_position_embeddings=size.tokens,
-        tie_word_embeddings=size.hidden < SIZES["8b"].hidden,
-        use_cache=False,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = LlamaForCausalLM._from_config(config, dtype=size.dtype)
-    return model.requires_grad_(False)
 
 
 def adapt(model: nn.Module, arm: str, batch: dict[str, Tensor]) -> nn.Module:
@@ -114,12 +74,6 @@ def adapt(model: nn.Module, arm: str, batch: dict[str, Tensor]) -> nn.Module:
     scores = probe(model, [{"input_ids": batch["input_ids"][:1]}])
     share(model, select(scores, budget=0.5))
     return model
-
-
-def layers(size: Size) -> list[tuple[int, int]]:
-    """K and N of the distinct layers that get an adapter."""
-    hidden, kv = size.hidden, size.hidden // size.heads * size.kv_heads
-    return [(hidden, hidden), (hidden, kv), (hidden, size.inner), (size.inner, hidden)]
 
 
 def able_arms() -> list[str]:
@@ -250,19 +204,6 @@ def run(name: str, arm: str, checkpointing: bool, device: str, seconds: float) -
     }
 
 
-def choices(size: Size, device: str, without: list[str]) -> dict[str, str]:
-    """Who serves which layer, and why, once some are left out.
-
-    Raises AssertionError where one of them would serve all the same, for want of another.
-    """
-    package.leave_out(without)
-    chosen = package.choices(layers(size), RANK, size.batch * size.tokens, size.dtype, device)
-    for layer, why in chosen.items():
-        name = why.split(":")[0]
-        assert name not in without, f"nobody serves {layer} without {name}, which is left out"
-    return chosen
-
-
 def work(
     args: argparse.Namespace, key: dict[str, Any], without: set[str], begin: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -287,6 +228,8 @@ def main(argv: list[str] | None = None) -> int:
     """Ends with 1 where a cell has no figures."""
     parser = harness.options(__doc__)
     parser.add_argument("--size", help=f"of {', '.join(SIZES)}; default: tiny, on CUDA 1b,8b")
+    say = "no step: have loradrop tune measure those layers of which nothing is measured here"
+    parser.add_argument("--tune", action="store_true", help=say)
     args = parser.parse_args(argv)
     if args.device == "cuda":
         environment.need_cuda("--device cuda")
@@ -296,6 +239,10 @@ def main(argv: list[str] | None = None) -> int:
     sizes = (args.size or ("tiny" if args.device == "cpu" else "1b,8b")).split(",")
     if unknown := [name for name in sizes if name not in SIZES]:
         sys.exit(f"--size {unknown[0]} is unknown; there are {', '.join(SIZES)}")
+    if args.tune:
+        faults = [fault for name in sizes if (fault := tune(SIZES[name], args.device))]
+        print(*faults, sep="\n")
+        return 1 if faults else 0
     path = environment.folder(args.results, args.device) / "bench_train_step.json"
     facts = environment.facts(args.device, args.commit)
     known: list[dict[str, Any]] = read_json(path)["cells"] if path.exists() else []

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import bench_train_step as steps
-from lib import package
+from lib import llama, package
 from loradrop.kernels.tiles import Machine
 from loradrop.measuring import workers
 from loradrop.op import call, dispatch, tuned
@@ -114,16 +114,18 @@ def test_the_choices_say_by_which_measurement(
         machine = Machine(90, 132, device)
         monkeypatch.setattr("loradrop.kernels.tiles.machine_of", lambda _: machine)
         dispatch.forget()
-        found = package.choices([(4096, 4096)], 16, 8192, torch.bfloat16, "cuda")
-        return found["4096x4096"]
+        layers = package.in_training([(4096, 4096)], 16, 8192, torch.bfloat16, "cuda")
+        assert package.measured(layers["4096x4096"]) != (device == H200 and not found)
+        return package.choice(layers["4096x4096"])
 
+    found: list[Any] = []
     assert f": measured on {H100} at 8192 tokens" in choice(H100)
     assert ": not measured; the roofline's guess" in choice(H200)
     key = {"device": H200, "arch": 90, "sms": 132, "dtype": "bfloat16", "k": 4096, "n": 4096}
     us = {"eager": 3.0, "thin": 2.0, "triton": 1.0}
     point = key | {"m": 8192, "r": 16, "dropout": 0, "grad": 1, "us": us}
-    file = tuned.Tuned(Path(), (point | {"host_us": {}, "refused": {}},))
-    monkeypatch.setattr(tuned, "of_problem", lambda _: file)
+    found.append(point | {"host_us": {}, "refused": {}})
+    monkeypatch.setattr(tuned, "of_problem", lambda _: tuned.Tuned(Path(), tuple(found)))
     assert choice(H200).startswith("triton: by loradrop tune at 8192 tokens")
 
 
@@ -134,7 +136,30 @@ def test_the_layers_are_those_of_the_model() -> None:
     size = steps.SIZES["tiny"]
     linear = [m for m in steps.build(size, "cpu").modules() if isinstance(m, torch.nn.Linear)]
     found = {(m.in_features, m.out_features) for m in linear}
-    assert found == {*steps.layers(size), (size.hidden, size.words)}
+    assert found == {*llama.layers(size), (size.hidden, size.words)}
+
+
+def test_layers_that_nobody_measured_are_tuned_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuned, "folder", lambda: tmp_path / "loradrop")
+    dispatch.forget()
+    size = steps.SIZES["tiny"]
+    assert llama.unmeasured(size, "cpu") == ["32x32", "32x16", "32x64", "64x32"]
+    assert steps.main(["--tune"]) == 0
+    assert llama.unmeasured(size, "cpu") == []
+    points = json.loads((tmp_path / "loradrop" / "tuned-cpu.json").read_text())["points"]
+    assert {(p["m"], p["r"], p["grad"], p["dropout"]) for p in points} == {(32, 16, 1, 0)}
+    assert "fastest" in capfd.readouterr().out
+    assert steps.main(["--tune"]) == 0 and "fastest" not in capfd.readouterr().out
+    monkeypatch.setattr(tuned, "folder", lambda: tmp_path / "nothing")
+    gone = subprocess.CompletedProcess([], 3)
+    monkeypatch.setattr(llama.subprocess, "run", lambda *_, **__: gone)
+    assert steps.main(["--tune"]) == 1
+    said = "loradrop tune ended with 3, and did not measure 32x32, 32x16, 32x64, 64x32"
+    assert said in capfd.readouterr().out
+    dispatch.forget()
 
 
 def test_a_cell_says_who_serves_and_who_may_not(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from loradrop.kernels.tiles import OuterTiles
     from loradrop.measuring.cases import Case
+    from loradrop.op.call import Problem
 
 BACKENDS = ("eager", "thin", "triton", "cuda", "overlap")  # those a GPU may be served by
 _REFUSES = " cannot serve this call: "
@@ -54,27 +55,37 @@ def leave_out(names: "Iterable[str]") -> None:
     dispatch.forget()
 
 
-def choices(
+def in_training(
     layers: "Iterable[tuple[int, int]]", r: int, tokens: int, dtype: "torch.dtype", device: str
-) -> dict[str, str]:
-    """KxN -> which backend serves the layer in training, and by which measurement, if any: of
-    `loradrop tune`, or shipped.
-    """
+) -> "dict[str, Problem]":
+    """KxN -> what the dispatcher is asked about the layer in a training step here."""
     import torch
 
     from loradrop.kernels.tiles import machine_of
-    from loradrop.op import dispatch
     from loradrop.op.call import Problem
 
-    machine = machine_of(torch.device(device))
-    found = {}
-    for k, n in layers:
-        layer = Problem(
-            device, dtype, tokens, k, n, r, 0.0,
-            arch=machine.arch, sms=machine.sms, device_name=machine.name,
-        )  # fmt: skip
-        found[f"{k}x{n}"] = dispatch.explain(layer)
-    return found
+    arch, sms, name = machine_of(torch.device(device))
+    return {
+        f"{k}x{n}": Problem(
+            device, dtype, tokens, k, n, r, 0.0, arch=arch, sms=sms, device_name=name
+        )
+        for k, n in layers
+    }
+
+
+def choice(layer: "Problem") -> str:
+    """Which backend serves, and by which measurement, if any: of `loradrop tune`, or shipped."""
+    from loradrop.op import dispatch
+
+    return dispatch.explain(layer)
+
+
+def measured(layer: "Problem") -> bool:
+    """Whether either has measured such a layer on this device; its file is read anew."""
+    from loradrop.op import costs, dispatch
+
+    dispatch.forget()
+    return costs.choose_measured(layer) is not None
 
 
 def gemm_triton(
