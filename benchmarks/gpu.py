@@ -5,14 +5,18 @@
     python benchmarks/gpu.py --results DIR    writes into another folder than benchmarks/results
 
 It stops by itself when the time is over, and the same command goes on where it stopped. Every cell
-is written when it is there; what became of every step stands in gpu.json beside the results. The
-first step is the smoke test, and a backend that fails it is left out of everything after it.
+is written when it is there; what became of every step stands in gpu.json beside the results. First
+come two steps whatever is asked for: `build` builds the CUDA kernels where they are not built and
+there is nvcc; `smoke` is the smoke test, and a backend that fails it is left out of everything
+after it. `tune` has `loradrop tune` measure the layers of the training steps where nothing is
+measured on this device, so that a step does not time a guess.
 A step that is done, or has failed, at this commit is not run again but with `--again`.
 Afterwards, `make readme` makes the tables, on any machine.
 """
 
 import argparse
 import collections
+import importlib
 import importlib.util
 import json
 import os
@@ -36,6 +40,7 @@ TESTS = ("test_gpu", "test_cuda", "test_linear", "test_linear_use", "test_statis
 TESTS += ("test_compiled",)
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
 BENCHES = {
+    "tune": "bench_train_step --tune",
     "quick": "bench_lora_linear --grid quick",
     "parts": "bench_parts",
     "full": "bench_lora_linear --ranks 16",
@@ -45,8 +50,12 @@ BENCHES = {
     "8b": "bench_train_step --size 8b",
     "compiled": "bench_lora_linear --grid compiled",
 }
-STEPS = ("smoke", "quick", "parts", "full", "train", "tests", "sanitizers", "probe", "ranks", "8b")
-STEPS += ("compiled",)  # last, since torch.compile may take what is left of the time
+STEPS = ("build", "smoke", "tune", "quick", "parts", "full", "train", "tests", "sanitizers")
+STEPS += ("probe", "ranks", "8b", "compiled")  # torch.compile may take what is left of the time
+FIRST = ("build", "smoke")  # whatever is asked for
+TUNED = ("train", "8b")  # ask for `tune`
+OF_THE_MACHINE = ("build", "tune")  # what they made is not there on the next machine
+EXTENSION = "loradrop._C"
 _FACTS = """
 import json, sys
 from pathlib import Path
@@ -63,6 +72,7 @@ class Command(NamedTuple):
     name: str  # under which its outcome is recorded
     argv: list[str]
     needs: tuple[str, ...] = ()  # packages
+    tools: tuple[str, ...] = ()  # other programs than that of the command
     limit: float = float("inf")  # seconds
 
 
@@ -85,13 +95,21 @@ def facts(commit: str | None) -> tuple[str, dict[str, str]]:
 
 
 def plan(step: str, results: Path, commit: str, left_out: Iterable[str]) -> list[Command]:
-    """The commands of a step."""
+    """The commands of a step: none where there is nothing to do."""
     names = sorted(left_out)
+    if step == "build":
+        importlib.invalidate_caches()
+        if importlib.util.find_spec(EXTENSION) is not None:
+            return []
+        argv = ["env", "LORADROP_BUILD_CUDA=1", sys.executable, "setup.py", "build_ext"]
+        packages = ("setuptools", "pybind11", "ninja")
+        return [Command(step, [*argv, "--inplace"], packages, ("nvcc",), limit=240.0)]
     if step in BENCHES:
         script, *more = BENCHES[step].split()
         argv = [sys.executable, str(ROOT / "benchmarks" / f"{script}.py"), "--device", "cuda"]
         argv += ["--results", str(results), "--commit", commit, "--without", ",".join(names), *more]
-        return [Command(step, argv, ("transformers",) if "train" in script else ())]
+        needs = ("transformers",) if "train" in script else ()
+        return [Command(step, argv, (*needs, "typer") if step == "tune" else needs)]
     pytest = [sys.executable, "-m", "pytest", "-q"]
     spared = [f"not ([{name} or -{name})" for name in names]  # as tests are parametrised
     if step == "tests":
@@ -103,7 +121,7 @@ def plan(step: str, results: Path, commit: str, left_out: Iterable[str]) -> list
     if step == "sanitizers":
         tests = [*pytest, "tests/test_gpu.py", "-k", " and ".join(["test_small", *spared])]
         tool = ["compute-sanitizer", "--error-exitcode", "9", "--tool"]
-        return [Command(n, [*tool, n, *tests], ("pytest",), 180.0) for n in SANITIZERS]
+        return [Command(n, [*tool, n, *tests], ("pytest",), limit=180.0) for n in SANITIZERS]
     return [Command("smoke", [sys.executable])]
 
 
@@ -111,8 +129,9 @@ def lacking(command: Command) -> str | None:
     """Why a command cannot run here, or None."""
     if missing := [name for name in command.needs if importlib.util.find_spec(name) is None]:
         return f"{missing[0]} is not installed"
-    if shutil.which(command.argv[0]) is None:
-        return f"{command.argv[0]} is not on the PATH"
+    for tool in (command.argv[0], *command.tools):
+        if shutil.which(tool) is None:
+            return f"{tool} is not on the PATH"
     return None
 
 
@@ -175,8 +194,13 @@ class Record:
     def finished(self, name: str) -> Outcome | None:
         """The outcome of a command that need not run again at this commit."""
         known = self.report["steps"].get(name, {})
-        ended = known.get("outcome") in (DONE, FAILED) and known["commit"] == self.commit
+        ends = (FAILED,) if name in OF_THE_MACHINE else (DONE, FAILED)
+        ended = known.get("outcome") in ends and known["commit"] == self.commit
         return Outcome(known["outcome"], known["reason"]) if ended else None
+
+    def forget(self, name: str) -> None:
+        """Lets a command run again."""
+        self.report["steps"].pop(name, None)
 
     def note(self, name: str, found: Outcome, seconds: float = 0.0) -> None:
         """Writes an outcome."""
@@ -196,6 +220,8 @@ def perform(command: Command, record: Record, seconds: float) -> Outcome:
         found = smoke_test(record)
     else:
         found = run(command.argv, min(seconds, command.limit))
+    if command.name == "build" and found.outcome == DONE:
+        record.forget("smoke")  # it has not seen what is there now
     record.note(command.name, found, time.monotonic() - start)
     return found
 
@@ -228,7 +254,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder, known = facts(args.commit)
     results = args.results.resolve()
     record = Record(results / folder / "gpu.json", known)
-    chosen = [step for step in STEPS if step in (*args.steps, "smoke") or not args.steps]
+    wanted = {*FIRST, *args.steps} | ({"tune"} if set(TUNED) & set(args.steps) else set())
+    chosen = [step for step in STEPS if step in wanted or not args.steps]
     outcomes: dict[str, Outcome] = {}
     for step in chosen:
         for command in plan(step, results, record.commit, record.left_out):

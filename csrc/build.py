@@ -65,7 +65,9 @@ def build(folder: Path, debug: bool = False) -> tuple[Path, str]:
     command = [sys.executable, "-m", "ninja", "-C", str(folder)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode != 0:
-        raise SystemExit(f"{done.stdout}\nloradrop._C does not build: the errors stand above.")
+        lines = done.stdout.splitlines()
+        errors = [line for line in lines if "error" in line or "fatal" in line]
+        raise SystemExit(f"{done.stdout}\nloradrop._C does not build: {(errors or lines)[0]}")
     return folder / NAME, done.stdout
 
 

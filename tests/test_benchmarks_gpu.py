@@ -223,12 +223,16 @@ def test_smoke_checks_values(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """gpu.py with steps of our own, name -> code: gives its status, and each step's record."""
 
-    def run(steps: dict[str, str], *options: str, smoked: Any = None) -> tuple[int, dict[str, Any]]:
+    def run(
+        steps: dict[str, str], *options: str, smoked: Any = None, asked: Any = None
+    ) -> tuple[int, dict[str, Any]]:
         real = gpu.plan
 
         def plan(step: str, *more: Any) -> list[gpu.Command]:
             if step in ("smoke", "sanitizers"):
                 return real(step, *more)
+            if step not in steps:
+                return []
             return [gpu.Command(step, [sys.executable, "-S", "-c", steps[step], str(tmp_path)])]
 
         with monkeypatch.context() as patch:
@@ -237,7 +241,7 @@ def run_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             patch.setattr(gpu.smoke, "run", lambda _: smoked or {"eager": "right"})
             patch.setattr(gpu, "LEAST", 0.1)
             patch.setattr(gpu.signal, "signal", lambda *_: None)
-            arguments = [*steps, "--results", str(tmp_path), "--commit", "abc", *options]
+            arguments = [*(asked or steps), "--results", str(tmp_path), "--commit", "abc", *options]
             status = gpu.main(arguments)
         report = json.loads((tmp_path / "a-gpu" / "gpu.json").read_text())
         return status, report["steps"]
@@ -267,7 +271,7 @@ def test_a_failing_or_unknown_step_is_named_and_costs_the_others_nothing(run_gpu
     found = outcomes(steps)
     assert (status, found["quick"]) == (1, ("failed", "two is wrong"))
     assert found["parts"] == ("done", "")
-    with pytest.raises(SystemExit, match="there is not a step fast; there are smoke, quick"):
+    with pytest.raises(SystemExit, match="there is not a step fast; there are build, smoke"):
         gpu.main(["fast"])
 
 
@@ -307,7 +311,7 @@ def test_what_fails_the_smoke_test_is_left_out_of_everything(run_gpu: Any, tmp_p
     record = gpu.Record(tmp_path / "a-gpu" / "gpu.json", FACTS)  # the next call
     assert record.left_out == {"triton": "gave no answer in 45 s"}
     assert record.finished("smoke") == ("failed", why)
-    for step in gpu.STEPS[1:]:
+    for step in set(gpu.STEPS) - {"build", "smoke"}:
         for command in gpu.plan(step, tmp_path, "abc", record.left_out):
             spared = "not ([triton or -triton)"
             if step in gpu.BENCHES:
@@ -316,6 +320,57 @@ def test_what_fails_the_smoke_test_is_left_out_of_everything(run_gpu: Any, tmp_p
                 assert command.argv[command.argv.index("-k") + 1].endswith(spared)
                 assert any((ROOT / part).is_file() for part in command.argv if "tests/" in part)
     assert gpu.Record(tmp_path / "a-gpu" / "gpu.json", FACTS | {"commit": "b"}).left_out == {}
+
+
+def test_the_kernels_are_built_before_the_smoke_test(run_gpu: Any, tmp_path: Path) -> None:
+    note = "import pathlib, sys; (pathlib.Path(sys.argv[1]) / 'built').touch()"
+    status, found = run_gpu({"quick": "pass"})
+    assert status == 0 and list(found) == ["smoke", "quick"]  # nothing to build
+    status, found = run_gpu({"build": note})
+    assert status == 0 and list(found) == ["quick", "build", "smoke"]  # smoke has run again
+    assert outcomes(found)["build"] == ("done", "")
+    (tmp_path / "built").unlink()
+    assert run_gpu({"build": note})[0] == 0 and (tmp_path / "built").exists()  # another machine
+    status, found = run_gpu({"build": "raise SystemExit('no compiler')", "parts": "pass"})
+    assert status == 1 and outcomes(found)["build"] == ("failed", "no compiler")
+    assert found["parts"]["outcome"] == "done"
+    status, found = run_gpu({"build": note, "parts": "pass"})  # in vain at this commit
+    assert status == 1 and found["build"]["outcome"] == "failed"
+
+
+def test_the_kernels_are_built_only_where_they_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "EXTENSION", "loradrop.no_such_extension")
+    (command,) = gpu.plan("build", tmp_path, "abc", ())
+    assert command.argv[:2] == ["env", "LORADROP_BUILD_CUDA=1"] and command.argv[-1] == "--inplace"
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda _: True)
+    monkeypatch.setattr(gpu.shutil, "which", lambda tool: None if tool == "nvcc" else tool)
+    assert gpu.lacking(command) == "nvcc is not on the PATH"
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda _: None)
+    assert gpu.lacking(command) == "setuptools is not installed"
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu, "EXTENSION", "loradrop.files")  # as if it were built
+    assert gpu.plan("build", tmp_path, "abc", ()) == []
+
+
+@pytest.mark.parametrize("step", gpu.TUNED)
+def test_layers_are_tuned_before_a_training_step(step: str, run_gpu: Any, tmp_path: Path) -> None:
+    assert gpu.STEPS[:3] == ("build", "smoke", "tune")
+    status, found = run_gpu({step: "pass", "tune": "pass"}, asked=[step])
+    assert status == 0 and list(found) == ["smoke", "tune", step]
+    record = gpu.Record(tmp_path / "a-gpu" / "gpu.json", FACTS)
+    assert record.finished(step) and not record.finished("tune")  # the next machine has no file
+
+
+def test_the_results_of_a_device_are_eight_files() -> None:
+    """That is all that may have to be copied: who adds one has to spare another."""
+    names = {"gpu.json"}
+    for bench in gpu.BENCHES.values():
+        module = importlib.import_module(bench.split()[0])
+        name = Path(module.__file__).stem
+        names |= {f"{name}.json"} | ({f"{name}.csv"} if hasattr(module, "BENCH") else set())
+    assert len(names) <= 8, sorted(names)
 
 
 def test_a_step_out_of_time_is_stopped_with_its_children(tmp_path: Path) -> None:
@@ -344,7 +399,7 @@ def test_the_benchmarks_know_their_options_and_refuse_without_cuda(
     (command,) = gpu.plan(step, tmp_path, "abc", {"triton": "hangs"})
     module = importlib.import_module(Path(command.argv[1]).stem)
     with pytest.raises(SystemExit, match="PyTorch finds no CUDA device here"):
-        if step in ("train", "8b"):
+        if step in ("tune", "train", "8b"):
             module.main(command.argv[2:])
         else:
             args = harness.arguments(None, [*command.argv[2:], "--dtype", "bfloat16"])

@@ -307,3 +307,19 @@ def test_the_debug_build_has_deadlines(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     (extension,) = (folder / "debug").glob("_C.*")
     assert b"deadlock" in extension.read_bytes()
+
+
+def test_a_failed_build_ends_with_its_first_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a caller records is the last line."""
+    spec = importlib.util.spec_from_file_location("csrc_build", ROOT / "csrc" / "build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    said = "[1/5] nvcc\nptx.cuh(3): error: no such thing\nptx.cuh(9): error: nor this\nstopped"
+    failed = subprocess.CompletedProcess([], 1, stdout=said)
+    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(SystemExit) as ended:
+        module.build(tmp_path)
+    last = str(ended.value).splitlines()[-1]
+    assert last == "loradrop._C does not build: ptx.cuh(3): error: no such thing"
