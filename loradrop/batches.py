@@ -1,14 +1,17 @@
 """Running a model on batches: mappings of keyword arguments, tuples of positional ones, tensors."""
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from loradrop.bank import execution_device
+from loradrop.ranks import place
 from loradrop.sampling import some_of
 
 MEASURED, BATCH = 1024, 2  # rows, and how many at a time
@@ -17,12 +20,29 @@ MEASURED, BATCH = 1024, 2  # rows, and how many at a time
 def small_batches(
     rows: Any, collate: Callable[[list[Any]], Any] | None, seed: int, count: int = MEASURED
 ) -> DataLoader[Any]:
-    """A sample of the rows, `BATCH` at a time: what a probe of directions takes.
+    """A sample of the rows, `BATCH` at a time: what a probe of directions takes. Equal rows are in
+    it once, and each rank has its own part of it, as a probe sums over ranks.
 
     Raises ValueError for rows that cannot be drawn from.
     """
     require_rows(rows)
-    return DataLoader(some_of(rows, count, seed), batch_size=BATCH, collate_fn=collate)
+    columns = getattr(collate, "signature_columns", None)  # what a Trainer's collator leaves
+    with random_state_kept():  # rows may be made at random as they are read
+        sample = some_of(rows, count, seed, columns)
+    return DataLoader(_own(sample), batch_size=BATCH, collate_fn=collate)
+
+
+def _own(sample: "Subset[Any]") -> "Subset[Any]":
+    """Every n-th batch for each of n ranks. All get as many, since ranks that gather a sharded
+    model wait for each other: what is left at the end is left out, and where there is not one batch
+    for each, every rank takes all.
+    """
+    rank, ranks = place()
+    even = len(sample) // (BATCH * ranks) * BATCH * ranks
+    if ranks == 1 or even == 0:
+        return sample
+    mine = [at for i, at in enumerate(sample.indices[:even]) if i // BATCH % ranks == rank]
+    return Subset(sample.dataset, mine)
 
 
 def require_rows(rows: Any) -> None:
@@ -53,6 +73,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Afterwards Python, NumPy and torch draw as if nothing had been drawn inside."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def call(model: nn.Module, batch: Any) -> Any:

@@ -1,22 +1,20 @@
 """Each target's importance: the squared norm of its LoRA output (Zhou et al., COLING 2025)."""
 
-import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from loradrop.bank import bank_of
-from loradrop.batches import call, evaluating, require_several
+from loradrop.batches import call, evaluating, random_state_kept, require_several
 from loradrop.collector import GRAMS, Collector
 from loradrop.injection import injected, injection_of, require_unmerged
 from loradrop.losses import LABELS, Labels, losses
 from loradrop.masks import MASK, MaskFn, Masking
 from loradrop.options import check_choice
-from loradrop.ranks import any_rank
+from loradrop.ranks import any_rank, place
 from loradrop.scores import Scores
 from loradrop.wrapped import of_inner
 
@@ -44,6 +42,10 @@ def probe(
               that the model returns; a function (outputs, inputs) -> the loss of each sample, (n,);
               or None, which leaves the loss metric out
 
+    For `truncate` and the loss that a cut is predicted to cost, batches are small and many, and
+    equal rows belong into one of them: each batch is asked what the others say of it, and one that
+    has its like among them would be told the answer.
+
     The model runs in eval mode without dropout. Weights, modes and random states are as before
     afterwards. Under `torch.distributed` the scores are summed over ranks. Raises ValueError for no
     batches or a mask that does not fit, RuntimeError naming targets whose forward was never called.
@@ -64,14 +66,15 @@ def _probe(
     require_unmerged(model)
     grams = GRAMS if labels is not None else GRAMS[:1]
     statistics = ("sqnorm", *grams) if gram else ("sqnorm",)
-    with _random_state_kept(), evaluating(model), _frozen(model) if gram else nullcontext():
+    rank, ranks = place()  # each rank draws labels of its own
+    with random_state_kept(), evaluating(model), _frozen(model) if gram else nullcontext():
         collector = Collector(
             model, bank, online=gram, statistics=statistics, source="offline", masking=masking,
         )  # fmt: skip
         try:
             for number, batch in enumerate(batches):
                 if gram:
-                    _measure(model, batch, labels, collector, number)
+                    _measure(model, batch, labels, collector, number * ranks + rank)
                 else:
                     call(model, batch)
                 collector.close_row()
@@ -117,14 +120,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -22,6 +22,13 @@ def world_size() -> int:
     )
 
 
+def place() -> tuple[int, int]:
+    """The number of this rank, and of how many; (0, 1) where torch.distributed does not run."""
+    if not is_distributed():
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
 def wait() -> None:
     """Waits until every rank is here."""
     if is_distributed():

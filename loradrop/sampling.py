@@ -4,7 +4,8 @@ import math
 import operator
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -48,12 +49,54 @@ def stratified_indices(
     return sorted(chosen)
 
 
-def some_of(rows: Any, count: int, seed: int) -> "Subset[Any]":
-    """At most so many rows, whatever their class: no row is read for it."""
+_LABELS = frozenset({"label", "labels", "label_ids"})
+
+
+def some_of(
+    rows: Any, count: int, seed: int, columns: Collection[str] | None = None
+) -> "Subset[Any]":
+    """At most so many rows, whatever their class, of which equal ones are taken once: they would
+    tell one thing several times, and leaving one out would leave nothing out.
+
+    columns   those that a model takes of a row; None: all. Labels make no row another one
+
+    Only the rows that are drawn are read. Where they cannot be compared all are taken.
+    """
     from torch.utils.data import Subset
 
     n = len(rows)
-    return Subset(rows, stratified_indices(None, n, min(count, n), seed))
+    drawn = stratified_indices(None, n, min(count, n), seed)
+    first: dict[bytes, int] = {}
+    try:
+        for index in drawn:
+            first.setdefault(_digest(rows[index], columns), index)
+    except TypeError:
+        return Subset(rows, drawn)
+    return Subset(rows, [*first.values()])
+
+
+def _digest(row: Any, columns: Collection[str] | None) -> bytes:
+    """The same for equal inputs. Raises TypeError for what has no values to compare."""
+    if isinstance(row, Mapping):
+        taken = set(row) if columns is None else set(row) & set(columns)
+        row = {name: row[name] for name in taken - _LABELS}
+    return blake2b(repr(_plain(row)).encode()).digest()
+
+
+def _plain(value: Any) -> Any:
+    """Of equal values the same text."""
+    if isinstance(value, Mapping):
+        return [(key, _plain(value[key])) for key in sorted(value)]
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    if hasattr(value, "detach"):  # a tensor
+        value = value.detach().cpu()
+        value = (value.double() if value.is_floating_point() else value).numpy()  # no bfloat16
+    if hasattr(value, "tobytes") and hasattr(value, "dtype") and not value.dtype.hasobject:
+        return value.shape, str(value.dtype), blake2b(value.tobytes()).hexdigest()
+    if value is None or isinstance(value, (str, bytes, int, float)):
+        return value
+    raise TypeError(f"a {type(value).__name__} cannot be compared")
 
 
 def sample_of(train: Any, ratio: float, seed: int) -> "Subset[Any]":

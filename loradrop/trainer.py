@@ -15,14 +15,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from loradrop import checkpoints, native
-from loradrop.batches import BATCH, MEASURED, small_batches
+from loradrop.batches import small_batches
 from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import read_json
 from loradrop.loading import fill
 from loradrop.native import read
 from loradrop.optimizers import Known, learn, set_head_rate
 from loradrop.order import Onward
-from loradrop.sampling import some_of
 
 _WRAPPED = ("forward", "_original_forward")  # what accelerate's mixed precision sets on a model
 _TIMINGS = ("_runtime", "_per_second", "_preparation_time")
@@ -133,14 +132,9 @@ class LoRATrainer(Trainer):
     def some_batches(self, rows: Any) -> DataLoader[Any]:
         """Small batches of a sample of training rows, for a probe of directions."""
         if isinstance(rows, DataLoader):
-            some = small_batches(rows.dataset, rows.collate_fn, self.args.seed)
-            return self.get_eval_dataloader(some)
-        rows = some_of(rows, MEASURED, self.args.seed)
-        size, self.args.per_device_eval_batch_size = self.args.per_device_eval_batch_size, BATCH
-        try:
-            return self.get_eval_dataloader(rows)
-        finally:
-            self.args.per_device_eval_batch_size = size
+            return small_batches(rows.dataset, rows.collate_fn, self.args.seed)
+        collate = self._get_collator_with_removed_columns(self.data_collator, "measuring")
+        return small_batches(rows, collate, self.args.seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """A DataLoader is taken as it is, also one of several by name."""

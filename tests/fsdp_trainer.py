@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers import Trainer, TrainingArguments
 
 import loradrop
+from loradrop.injection import plan_of
 from loradrop.methods.adalora import AdaLoRA
 from loradrop.methods.prilora import PRILoRA
 from loradrop.ranks import full_tensor, is_sharded
@@ -92,7 +93,7 @@ def trainer(
 
 
 def ended(model: Any, run: Trainer) -> dict[str, Any]:
-    bank = model.lora_bank
+    bank, plan = model.lora_bank, plan_of(model)
     pairs = [bank.factors(i) for i in range(len(bank.targets))]
     return {
         "losses": [entry["loss"] for entry in run.state.log_history if "loss" in entry],
@@ -101,6 +102,8 @@ def ended(model: Any, run: Trainer) -> dict[str, Any]:
         "deltas": [
             (full_tensor(B.detach()) @ full_tensor(A.detach())).flatten().tolist() for A, B in pairs
         ],
+        "tokens": (plan.scores or {}).get("tokens"),
+        "cut": [] if plan.cut is None else [plan.cut["loss"], plan.cut["compensated"]],
         "sharded": [any(map(is_sharded, m.parameters())) for m in (model, bank)],
     }
 

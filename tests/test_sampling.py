@@ -3,11 +3,13 @@
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loradrop.sampling import stratified_indices
+from loradrop.sampling import some_of, stratified_indices
 
 
 @given(
@@ -38,3 +40,34 @@ def test_draws_by_largest_remainder_and_by_seed():
             stratified_indices(None, 10, size, 0)
     with pytest.raises(ValueError, match="3 labels for 10 rows: give one label per row"):
         stratified_indices([0, 1, 2], 10, 5, 0)
+
+
+IDS = [[1, 2], [3, 4], [1, 2], [1, 2, 0], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [list, torch.tensor, np.array, lambda ids: torch.tensor(ids, dtype=torch.bfloat16)],
+    ids=["lists", "tensors", "arrays", "bfloat16"],
+)
+def test_equal_rows_are_drawn_once(made):
+    """Whatever their labels and columns that the model does not take."""
+    rows = [{"input_ids": made(ids), "labels": i, "idx": i} for i, ids in enumerate(IDS)]
+    assert some_of(rows, 9, 0, {"input_ids", "labels"}).indices == [0, 1, 3]
+    assert some_of(rows, 9, 0).indices == [0, 1, 2, 3, 4]
+    assert some_of([(made(ids),) for ids in IDS], 9, 0).indices == [0, 1, 3]
+
+
+def test_rows_that_cannot_be_compared_are_taken_as_they_are():
+    assert len(some_of([{"input_ids": object()}] * 3, 9, 0)) == 3
+
+
+def test_only_the_sample_is_read():
+    class Rows(list):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    read: list[int] = []
+    drawn = some_of(Rows({"x": i} for i in range(1000)), 10, 0).indices
+    assert read == drawn and len(read) == 10
