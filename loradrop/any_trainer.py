@@ -9,7 +9,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from loradrop.averaging import keep_whole
 from loradrop.bank import AdapterBank, bank_of
-from loradrop.batches import require_rows, small_batches
+from loradrop.batches import small_batches
 from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import write_json
 from loradrop.formats.peft_file import CONFIG
@@ -87,12 +87,11 @@ class LoraDropCallback(TrainerCallback):
         self.warmup = None if decided else method.warmup(state.max_steps)
         if self.warmup is not None:
             _require_one_run(self.warmup, method, args, model)
-            if self.warmup.source == "offline":
-                require_rows(train_dataloader.dataset)
         statistics = () if decided and method.warms_up else method.statistics
         self.events = MethodCallback(
             model, statistics=statistics, masking=self.masking, warmup=self.warmup
         )
+        self.events.require_measurable(train_dataloader)
         if state.global_step:
             folder = _resumed(args, state) / FOLDER
             if not (folder / EVENTS).exists():

@@ -19,6 +19,7 @@ from loradrop.files import read_json, write_json
 from loradrop.injection import injection_of
 from loradrop.masks import EVERY_TOKEN, MASKED, Masking
 from loradrop.methods.base import Method, Warmup
+from loradrop.probing import require_drawable
 from loradrop.tensor_file import write_tensors
 
 STATISTICS, EVENTS = "statistics.safetensors", "events.json"
@@ -78,8 +79,19 @@ class MethodCallback(TrainerCallback):
         if self._state is not None:
             self.collector.load_state_dict(self._state)
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: Any, train_dataloader: Any = None, **_: Any
+    ) -> None:
+        self.require_measurable(train_dataloader)
         self.begin()
+
+    def require_measurable(self, loader: Any) -> None:
+        """Raises ValueError for rows, or a model, that the method could not measure offline at the
+        end of its warm-up.
+        """
+        offline = self.warmup is not None and self.warmup.source == "offline"
+        if offline and "core" in self.method.statistics:
+            require_drawable(self.model, loader.dataset, loader.collate_fn)
 
     def on_pre_optimizer_step(
         self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any

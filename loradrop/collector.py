@@ -202,7 +202,7 @@ class Collector:
         self._count(given)
         if self._sums is not None:
             self.inputs = given
-            count = samples_of(given)
+            count = samples_of(model, given)
             on = count.device if isinstance(count, Tensor) else self._samples.device
             self._samples = self._samples.to(on) + count
 

@@ -25,7 +25,7 @@ def losses(model: Any, outputs: Any, given: Mapping[str, Any], labels: Labels, s
 
     given   the inputs of the model by name;  seed   of the draw
 
-    Raises ValueError for outputs without logits, and for "data" without a loss.
+    Raises ValueError for outputs that `undrawable` names, and for "data" without a loss.
     """
     if callable(labels):
         found = labels(outputs, given)
@@ -33,18 +33,29 @@ def losses(model: Any, outputs: Any, given: Mapping[str, Any], labels: Labels, s
             raise ValueError("labels= must return the loss of each sample, a tensor of one axis")
         return found
     if labels == "data":
-        return _of_data(outputs, given)
-    logits = logits_of(outputs)
-    if not logits:
+        return _of_data(model, outputs, given)
+    if (why := undrawable(model, outputs)) is not None:
         raise ValueError(
-            f"{type(model).__name__} returns no logits to draw labels from: pass labels='data' "
-            "with labels in the batches, labels=None for the output metric alone, or a function "
-            "of (outputs, inputs) that gives the loss of each sample. The method spectral takes "
-            "source='online' then, which asks for no labels"
+            f"{why}: pass labels='data' with labels in the batches, labels=None for the output "
+            "metric alone, or a function of (outputs, inputs) that gives the loss of each sample"
         )
     generator = torch.Generator().manual_seed(seed)
     kind = getattr(getattr(model, "config", None), "problem_type", None)
-    return torch.cat([_drawn(model, value, kind, given, generator) for value in logits])
+    return torch.cat([_drawn(model, v, kind, given, generator) for v in logits_of(outputs)])
+
+
+def undrawable(model: Any, outputs: Any) -> str | None:
+    """Why no labels can be drawn from these outputs; None where they can."""
+    name, logits = type(model).__name__, logits_of(outputs)
+    if not logits:
+        return f"{name} returns no logits to draw labels from"
+    for value in logits:
+        if value.ndim > 3:  # (B, C, H, W) of images, or (B, S, ..., C)
+            return (
+                f"{name} returns logits of shape {tuple(value.shape)}, which do not say which of "
+                "their axes is that of the classes"
+            )
+    return None
 
 
 def logits_of(outputs: Any) -> list[Tensor]:
@@ -55,14 +66,14 @@ def logits_of(outputs: Any) -> list[Tensor]:
     return [v for k, v in named if k.endswith("logits") and isinstance(v, Tensor)]
 
 
-def _of_data(outputs: Any, given: Mapping[str, Any]) -> Tensor:
+def _of_data(model: Any, outputs: Any, given: Mapping[str, Any]) -> Tensor:
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
     if not isinstance(loss, Tensor):
         raise ValueError(
             "labels='data' needs a loss, and the model returned none: put labels into the batches, "
             "or pass a function of (outputs, inputs) that gives the loss of each sample"
         )
-    return loss.float().expand(int(samples_of(given)))
+    return loss.float().expand(int(samples_of(model, given)))
 
 
 def _drawn(
@@ -114,12 +125,14 @@ def _predicts_next(model: Any) -> bool:
     return kind in ("ForCausalLM", "ForConditionalGeneration")
 
 
-def samples_of(given: Mapping[str, Any]) -> Tensor | int:
-    """How many losses a model with these inputs takes the mean of: its labels that count, else the
-    length of the batch.
+def samples_of(model: Any, given: Mapping[str, Any]) -> Tensor | int:
+    """How many losses a model with these inputs takes the mean of: its labels that count, of which
+    no token predicts the first of a row where each predicts the next; else the length of the batch.
     """
     labels = given.get("labels")
     if isinstance(labels, Tensor) and not labels.is_floating_point() and labels.ndim:
+        if labels.ndim > 1 and _predicts_next(model):
+            labels = labels[:, 1:]
         return (labels != -100).sum()
     first = next((v for v in given.values() if isinstance(v, Tensor) and v.ndim), None)
     return 1 if first is None else len(first)

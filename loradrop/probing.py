@@ -8,10 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from loradrop.bank import bank_of
-from loradrop.batches import call, evaluating, random_state_kept, require_several
+from loradrop.batches import (
+    BATCH,
+    call,
+    evaluating,
+    random_state_kept,
+    require_several,
+    small_batches,
+)
 from loradrop.collector import GRAMS, Collector
 from loradrop.injection import injected, injection_of, require_unmerged
-from loradrop.losses import LABELS, Labels, losses
+from loradrop.losses import LABELS, Labels, losses, undrawable
 from loradrop.masks import MASK, MaskFn, Masking
 from loradrop.options import check_choice
 from loradrop.ranks import any_rank, place
@@ -56,6 +63,23 @@ def probe(
     bank_of(model)
     with injected(model) as own:
         return _probe(own, batches, Masking(mask, mask_fn), gram, labels)
+
+
+@of_inner
+@torch.no_grad()
+def require_drawable(model: nn.Module, rows: Any, collate: Any) -> None:
+    """Raises ValueError, before any training, where a method could not draw labels from the model
+    when it measures directions offline: one batch is tried.
+    """
+    with injected(model) as own, random_state_kept(), evaluating(own):
+        batch = next(iter(small_batches(rows, collate, 0, BATCH)))
+        why = undrawable(own, call(own, batch))
+    if why is not None:
+        name = injection_of(model).config.method.name
+        raise ValueError(
+            f"{why}, which the method {name} with source='offline' does: choose source='online' "
+            "(the command: lora.method.source=online), which takes the labels of the data"
+        )
 
 
 def _probe(

@@ -344,6 +344,22 @@ def test_tokens_that_have_no_label_are_no_samples() -> None:
         assert grams is not None and grams.samples == count
 
 
+def test_the_first_token_of_a_row_is_no_sample() -> None:
+    """Nothing predicts it, whoever gives the labels, and in training too."""
+    model = llama()
+    loradrop.inject(model, loradrop.LoRAConfig(r=R))
+    ids = torch.randint(2, VOCABULARY, (2, 6), generator=torch.Generator().manual_seed(0))
+    batch = labelled({"input_ids": ids}, ids)
+    for labels in ("sampled", "data"):
+        grams = loradrop.probe(model, [batch], gram=True, labels=labels).grams
+        assert grams is not None and grams.samples == 2 * 5
+    collector = Collector(model, model.lora_bank, online=True, statistics=NAMES)
+    model(**batch).loss.backward()
+    collector.close_row()
+    grams = collector.scores().grams
+    assert grams is not None and grams.samples == 2 * 5
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llava", "t5", "bert"])
 def test_a_label_is_of_the_token_that_predicts_it(family: str) -> None:
     """Which rows of the logits the loss reads: their gradients are not zero."""
@@ -392,6 +408,27 @@ def test_without_labels_the_output_metric_is_left() -> None:
         loradrop.spectrum(scores, "loss")
 
 
+class Images(nn.Module):
+    """Five classes for each pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(x.movedim(1, -1)).movedim(-1, 1)}
+
+
+def images() -> Any:
+    model = Images()
+    loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["head"]))
+    return model
+
+
+def of_pixels(outputs: Any, given: Any) -> Tensor:
+    return -outputs["logits"].log_softmax(1)[:, 0].flatten()
+
+
 def test_losses_that_are_not_there_are_named() -> None:
     model, data = net(), batches()
     with pytest.raises(ValueError, match="labels='true': choose one of sampled, data"):
@@ -400,7 +437,13 @@ def test_losses_that_are_not_there_are_named() -> None:
         loradrop.probe(model, data, gram=True, labels="data")
     with pytest.raises(ValueError, match="the loss of each sample"):
         loradrop.probe(model, data, gram=True, labels=lambda out, given: out.sum())
-    bare = classifier("Model")
+    pixels = wake(images())
+    data = [{"x": torch.randn(2, 3, 4, 4)}]
+    with pytest.raises(ValueError, match=r"shape \(2, 5, 4, 4\), which do not say which .* axes"):
+        loradrop.probe(pixels, data, gram=True)
+    scores = loradrop.probe(pixels, data, gram=True, labels=of_pixels)
+    assert scores.grams is not None and scores.grams.samples == 2 * 4 * 4
+    bare, data = classifier("Model"), batches()
     with pytest.raises(ValueError, match="BertModel returns no logits"):
         loradrop.probe(bare, data, gram=True)
     assert bare.lora_bank.collector is None and bare.lora_bank.factors(0)[0].requires_grad

@@ -1,6 +1,8 @@
 """Any Trainer: LoRA-drop in one run by a callback, and checkpoints that bring adapters back."""
 
 import logging
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    default_data_collator,
 )
 
 import loradrop
@@ -23,6 +26,7 @@ from loradrop import LoRAConfig, LoraDropConfig
 from loradrop.injection import plan_of
 from loradrop.methods import LoRADrop, Spectral
 from loradrop.methods.prilora import PRILoRA
+from loradrop.probing import require_drawable
 
 STEPS, WARM = 14, 4
 DROP = LoraDropConfig(**tiny.LORA, keep=1, probe_steps=WARM)
@@ -162,6 +166,50 @@ def test_a_stream_cannot_be_measured_offline(tmp_path: Path) -> None:
     run = trainer(tmp_path, model, [loradrop.LoraDropCallback()])
     run.train_dataset = stream
     assert run.train().global_step == STEPS
+
+
+@pytest.mark.parametrize("face", ["fit", "callback"])
+def test_a_model_without_logits_cannot_be_measured_offline(face: str, tmp_path: Path) -> None:
+    """Said before the first step."""
+    with pytest.raises(ValueError, match=r"no logits .*: choose source='online'"):
+        without_logits(face, "offline", tmp_path)
+    without_logits(face, "online", tmp_path / "online")
+
+
+def without_logits(face: str, source: str, folder: Path) -> None:
+    """A run of a model that returns its loss alone."""
+    config = LoRAConfig(**tiny.LORA, method=Spectral(cut_at=WARM, source=source))
+    model: Any = tiny.make_model()
+    model.register_forward_hook(lambda model, args, out: type(out)(loss=out.loss))
+    steps: list[int] = []
+    note = CountsSteps(steps)
+    try:
+        if face == "fit":
+            args = replace(tiny.ARGS, steps=STEPS)
+            tiny.run(folder, config, args, model=model, dev=None, callbacks=[note])
+        else:
+            loradrop.inject(model, config)
+            trainer(folder, model, [loradrop.LoraDropCallback(), note]).train()
+    except ValueError:
+        assert not steps
+        raise
+    assert len(steps) == STEPS
+
+
+class CountsSteps(TrainerCallback):
+    def __init__(self, steps: list[int]) -> None:
+        self.steps = steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.steps.append(state.global_step)
+
+
+def test_the_try_before_the_first_step_draws_nothing() -> None:
+    model = injected(LoRAConfig(**tiny.LORA, method=Spectral(cut_at=WARM)))
+    before = torch.random.get_rng_state(), random.getstate()
+    require_drawable(model, make_rows(), default_data_collator)
+    assert torch.equal(torch.random.get_rng_state(), before[0]) and random.getstate() == before[1]
+    assert model.training and model.lora_bank.collector is None
 
 
 def test_a_run_that_stops_in_its_warmup_says_so(
