@@ -19,6 +19,7 @@ squared singular values that it leaves out are the cost. In units of the loss th
 targets, so one budget serves all. Pure functions on plain data; docs/spectral.md derives them.
 """
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -31,6 +32,8 @@ from loradrop.options import check_choice
 from loradrop.scores import Grams, Scores, Target, members_of
 
 METRICS = ("loss", "output", "weight")
+ENOUGH = 64  # batches, for a prediction of the loss
+_log = logging.getLogger(__name__)
 
 
 class Cores(NamedTuple):
@@ -132,14 +135,23 @@ def spectrum(scores: Scores, metric: str = "loss") -> Spectrum:
 
     scores   of `probe(model, batches, gram=True)`, or of a training run that collected them
 
-    Raises ValueError for an unknown metric, for scores without what it needs, and for NaN.
+    It warns where the batches are too few to predict the loss. Raises ValueError for an unknown
+    metric, for scores without what it needs, and for NaN.
     """
     if scores.grams is None:
         raise ValueError(
             "the scores say nothing of directions: probe with loradrop.probe(model, batches, "
             "gram=True)"
         )
-    return spectrum_of(scores.targets, scores.grams, metric)
+    found = spectrum_of(scores.targets, scores.grams, metric)
+    count = len(next(iter(found.gradients.values()), ()))
+    if 0 < count < ENOUGH:
+        _log.warning(
+            "%d batches were measured, and below %d the predicted rise of the loss says little: "
+            "measure more rows (loradrop compress --measured, more batches for probe), or give "
+            "more data whose rows differ", count, ENOUGH,
+        )  # fmt: skip
+    return found
 
 
 def spectrum_of(targets: Sequence[Target], grams: Grams, metric: str) -> Spectrum:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import adapt, bert, wake
+from models import adapt, bert, llama, wake
 from torch import Tensor, distributed, multiprocessing
 from torch.testing import assert_close
 
@@ -17,7 +17,7 @@ from loradrop.compensation import RIDGES, compensate, rise
 from loradrop.injection import plan_of
 from loradrop.kept_cores import KeptCores
 from loradrop.scores import Grams, Scores, Target
-from loradrop.spectra import Spectrum, spectrum
+from loradrop.spectra import ENOUGH, Spectrum, spectrum
 
 RANKS = (2, 0, 4, 1)
 WORLD = 2
@@ -126,6 +126,16 @@ def test_a_cut_model_is_nearer_to_the_whole_one() -> None:
     assert near[True] < 0.7 * near[False]
 
 
+def test_few_batches_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    model = classifier()
+    loradrop.spectrum(probed(model, ENOUGH))
+    loradrop.spectrum(probed(model, 3), "output")
+    assert not caplog.messages
+    loradrop.spectrum(probed(model, 3))
+    assert "3 batches were measured, and below 64 the predicted rise" in caplog.text
+    assert "--measured" in caplog.text and len(caplog.messages) == 1
+
+
 def test_the_whole_model_stays_as_it_is() -> None:
     model = classifier()
     probed(model)
@@ -173,6 +183,24 @@ def test_max_loss_keeps_the_fewest_directions_that_cost_no_more(part: float) -> 
         (found[name][k - 1] / found.cost(i), name) for i, (name, k) in enumerate(ranks.items()) if k
     )[1]
     assert found.loss({**ranks, last: ranks[last] - 1}) > most
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_unit_of_the_prediction_is_that_of_the_loss(family: str) -> None:
+    """What a cut costs, against the divergence of the predictions from those of before."""
+    model = wake(adapt(bert(2) if family == "bert" else llama(), r=4), 0.03).double().eval()
+    random = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 45, (400, 2, 8), generator=random)
+
+    def predicted() -> Tensor:
+        return model(input_ids=ids.flatten(0, 1)).logits.detach().log_softmax(-1)
+
+    before = predicted()
+    found = loradrop.spectrum(loradrop.probe(model, [{"input_ids": i} for i in ids], gram=True))
+    ranks = loradrop.allocate(found, budget=0.1)
+    loradrop.truncate(model, ranks, compensate=False)
+    divergence = float((before.exp() * (before - predicted())).sum(-1).mean())
+    assert divergence / 1.5 < found.loss(ranks) < divergence * 1.5
 
 
 def test_max_loss_without_the_lowest_layers_may_not_be_possible() -> None:

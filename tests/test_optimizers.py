@@ -59,6 +59,24 @@ def test_projected_gradients_are_those_of_the_cut_adapter(method: Method) -> Non
         assert_close(optimizer.state[parameter]["momentum_buffer"], parameter.grad)
 
 
+def test_means_of_squares_are_projected_by_squares() -> None:
+    """A' = P A has the gradient Qᵀ dA, so each entry of its mean of squares is (Qᵀ)² v, where
+    entries of a gradient are independent; of B', v (Pᵀ)².
+    """
+    model = chain()
+    optimizer = torch.optim.Adam(model.lora_bank.parameters(), lr=1e-2)
+    loss(model).backward()
+    optimizer.step()
+    A, B = (factor.detach().clone() for factor in model.lora_bank.factors(0))
+    of_A, of_B = (optimizer.state[p]["exp_avg_sq"].clone() for p in model.lora_bank.factors(0))
+    loradrop.truncate(model, {"0": 2}, metric="weight", optimizer=optimizer)
+    cut_A, cut_B = model.lora_bank.factors(0)
+    P = cut_A.detach() @ torch.linalg.pinv(A)
+    Q = torch.linalg.pinv(B) @ cut_B.detach()
+    assert_close(optimizer.state[cut_A]["exp_avg_sq"], Q.T.square() @ of_A)
+    assert_close(optimizer.state[cut_B]["exp_avg_sq"], of_B @ P.T.square())
+
+
 @pytest.mark.parametrize("compensate", [True, False])
 def test_training_goes_on_with_means_of_squares(compensate: bool) -> None:
     model = chain()

@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 from training_runs import At, interrupted, make_model, make_rows, outcome, run
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 import loradrop
 from loradrop import LoRAConfig, LoraDropConfig, TrainConfig, fit
 from loradrop import arguments as arguments_module
 from loradrop.callbacks import MethodCallback
 from loradrop.checkpoints import last_checkpoint
+from loradrop.collector import GRAMS
 from loradrop.injection import injection_of
 from loradrop.methods import Method
 from loradrop.methods.base import Warmup
@@ -298,6 +299,31 @@ def test_a_method_sees_gradients_without_the_loss_scale(clipped: bool) -> None:
     scaler.step(optimizer)
     for pair, B in zip(bank.pairs, before, strict=True):
         torch.testing.assert_close(pair.B, B - 1.0)
+
+
+def test_statistics_are_those_of_a_run_without_a_loss_scale() -> None:
+    """The callback hands the scale of accelerate's optimiser on to the collector."""
+    found, scaler = [], torch.amp.GradScaler("cpu", init_scale=64.0)
+    for scaled in (False, True):
+        model = without_dropout()
+        bank = loradrop.inject(model, tiny.PLAIN)
+        with torch.no_grad():
+            for pair in bank.pairs:
+                pair.B.fill_(0.1)
+        events = MethodCallback(model, statistics=("sqnorm", *GRAMS))
+        events.begin()
+        assert events.collector is not None
+        loss = model(**default_data_collator(make_rows(4))).loss
+        (scaler.scale(loss) if scaled else loss).backward()
+        wrapped = SimpleNamespace(scaler=scaler if scaled else None, optimizer=None)
+        state = SimpleNamespace(global_step=0, max_steps=1)
+        events.on_pre_optimizer_step(None, state, None, optimizer=wrapped)
+        events.collector.close_row()
+        found.append(events.collector.scores().grams.left)
+        events.detach()
+    for one, other in zip(*found, strict=True):
+        assert float(one.trace()) > 0
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=0.0)
 
 
 def without_dropout() -> nn.Module:
