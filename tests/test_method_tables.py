@@ -252,3 +252,18 @@ def test_the_picture(tmp_path: Path) -> None:
 
 def test_nothing_measured_is_no_table(tmp_path: Path) -> None:
     assert {table(tmp_path) for table in method_tables.METHOD_TABLES.values()} == {None}
+
+
+def test_a_colour_is_one_size_in_every_panel(tmp_path: Path) -> None:
+    """Also where a task lacks a size that another one has."""
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    (cells,) = method_tables.by_method(write(tmp_path)).values()
+    colors = []
+    for axes, of in zip(
+        figure.subplots(2), (cells, {k: v for k, v in cells.items() if k[1] == 4}), strict=True
+    ):
+        handles: dict[str, Any] = {}
+        method_picture._beside_lora(axes, of, ["mos"], [1, 4], handles)
+        colors.append({name: bars.lines[0].get_color() for name, bars in handles.items()})
+    assert set(colors[0]) == {"size of LoRA r=1", "size of LoRA r=4"}
+    assert colors[1] == {"size of LoRA r=4": colors[0]["size of LoRA r=4"]}

@@ -48,6 +48,7 @@ def draw(results: Path, path: Path) -> None:
     found = by_method(results)
     every = dict.fromkeys(name for of_task in found.values() for name, _ in of_task)
     names = [name for name in every if name != RIVAL]
+    budgets = sorted({budget for of_task in found.values() for _, budget in of_task})
     size = (2.2 + 3.4 * len(found), 4.4 + 0.34 * len(names))
     figure = Figure(figsize=size, layout="constrained", facecolor="white")
     rows = {"height_ratios": (3.0, 1.0 + 0.34 * len(names))}
@@ -56,7 +57,7 @@ def draw(results: Path, path: Path) -> None:
     for above, below, (task, cells) in zip(*panels, found.items(), strict=True):
         above.set_title(task, color=INK, fontsize=11)
         _over_parameters(above, cells, handles)
-        _beside_lora(below, cells, names, handles)
+        _beside_lora(below, cells, names, budgets, handles)
         for axes in (above, below):
             axes.grid(color=RULE, linewidth=0.8, axis="x" if axes is below else "both")
             axes.spines[:].set_visible(False)
@@ -95,9 +96,12 @@ def _over_parameters(axes: Any, cells: dict[Key, list[Cell]], handles: dict[str,
 
 
 def _beside_lora(
-    axes: Any, cells: dict[Key, list[Cell]], names: list[str], handles: dict[str, Any]
+    axes: Any,
+    cells: dict[Key, list[Cell]],
+    names: list[str],
+    budgets: list[int],
+    handles: dict[str, Any],
 ) -> None:
-    budgets = sorted({budget for name, budget in cells if name != RIVAL})
     axes.axvline(0.0, color=MUTED, linewidth=1.2)
     for k, (budget, color) in enumerate(zip(budgets, SERIES, strict=False)):
         rival = cells.get((RIVAL, budget), [])
