@@ -55,6 +55,7 @@ Padded = Annotated[bool, Option("--padded", help="One rank for all, 8 or more: S
 Unpadded = Annotated[
     bool, Option("--unpadded", help="A rank for each layer, none for those without an adapter.")
 ]
+DtypeOfFile = Annotated[Dtype | None, Option(help="Of A and B; as in the adapter by default.")]
 DryRun = Annotated[bool, Option("--dry-run", help="Only print the table.")]
 Layer = Annotated[str | None, Option(metavar="MxKxN", help="Explain the backend chosen for it.")]
 OfLayer = Annotated[int | None, Option("--rank", help="Of its adapter; 16 by default.")]
@@ -145,7 +146,8 @@ def compress(
     adapter: Trained, settings: Settings = None, out: Smaller = Path("runs/compressed"),
     budget: Budget = None, max_loss: MaxLoss = None, multiple: Multiple = 1, heal: Heal = 0,
     measured: Measure = None, padded: Padded = False, budget_time: StepTime = None,
-    dry_run: DryRun = False, resume: Resume = False, debug: Debug = False,
+    dtype: DtypeOfFile = None, dry_run: DryRun = False, resume: Resume = False,
+    debug: Debug = False,
 ) -> None:  # fmt: skip
     """Keep the directions of a trained adapter that matter."""
     from loradrop.allocation import allocate, check_amounts, check_steps
@@ -188,11 +190,12 @@ def compress(
     ranks = allocate(opened.spectrum, **amount, **how)
     label = f"--max-loss {max_loss:g}" if part is None else f"--budget {part:g}"
     asked = {} if part in BUDGETS else {label: ranks}
-    print(budget_table(opened.spectrum, asked, padded=padded, **how))
+    kind = dtype or opened.dtypes.adapters
+    print(budget_table(opened.spectrum, asked, padded=padded, dtype=kind, **how))
     if dry_run:
         return None
     made, metrics = compress(
-        opened, ranks, out, heal=heal, train=config.train, padded=padded, resume=resume
+        opened, ranks, out, heal=heal, train=config.train, padded=padded, dtype=dtype, resume=resume
     )
     if not is_first_rank():
         return None

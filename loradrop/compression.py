@@ -15,8 +15,9 @@ from transformers.trainer_callback import PrinterCallback
 
 from loradrop.base_models import load_base, to_accelerator
 from loradrop.batches import MEASURED, small_batches
-from loradrop.config import TrainConfig
+from loradrop.config import DTYPES, TrainConfig
 from loradrop.files import draft_of, write_json
+from loradrop.formats.dtypes import FileDtypes, dtypes_in, no_wider
 from loradrop.formats.hub import CARD
 from loradrop.formats.peft import export, require_exportable
 from loradrop.formats.peft_file import CONFIG, TENSORS, elements_of
@@ -47,12 +48,15 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Opened:
-    """An adapter on its base model, what its directions are worth, and the data, if any."""
+    """An adapter on its base model, what its directions are worth, the data, if any, and the
+    dtypes of its file.
+    """
 
     source: str
     model: Any
     spectrum: Spectrum
     rows: Rows | None
+    dtypes: FileDtypes
 
 
 def open_adapter(
@@ -79,14 +83,16 @@ def open_adapter(
     bank = load(base, adapter)
     require_pairs(base)
     require_exportable(base, "cut it in Python (loradrop.truncate, then loradrop.save)")
+    dtypes = dtypes_in(adapter, base)
     if config is None:
         _log.warning("no data is given: the cut is by weights alone, and no loss is predicted")
-        return Opened(str(adapter), base, spectrum_of(bank.targets, grams_of(bank), "weight"), None)
+        by_weight = spectrum_of(bank.targets, grams_of(bank), "weight")
+        return Opened(str(adapter), base, by_weight, None, dtypes)
     to_accelerator(base)
     rows = rows_for(base, where, config.data, adapter)
     some = small_batches(rows.train, rows.collate, config.train.seed, measured or MEASURED)
     scores = probe(base, some, gram=True, mask=config.train.mask)
-    return Opened(str(adapter), base, spectrum(scores), rows)
+    return Opened(str(adapter), base, spectrum(scores), rows, dtypes)
 
 
 def compress(
@@ -97,11 +103,14 @@ def compress(
     heal: int = 0,
     train: TrainConfig | None = None,
     padded: bool = False,
+    dtype: str | None = None,
     resume: bool = False,
 ) -> tuple[Plan, dict[str, dict[str, float]]]:
     """Cut to these ranks, train what is left for `heal` steps, and write a PEFT folder.
 
     padded    one rank for all targets, as SGLang and llama.cpp want it
+    dtype     of A and B in the file; None is that of the adapter's file, the widest where there are
+              several. What is trained whole gets no wider than it was there
     resume    go on where an interrupted call with the same arguments ended, healing or writing
 
     Beside the adapter it writes the plan, the dev metrics, a picture of the spectra and a page that
@@ -123,14 +132,18 @@ def compress(
         metrics["after"] = _evaluated(model, rows)
         if not heal:
             _compare(plan_of(model), metrics)
-    export(model, folder, padded=padded)
+    dtype = dtype or opened.dtypes.adapters
+    with no_wider(model, opened.dtypes.whole):
+        export(model, folder, padded=padded, dtype=dtype)
     plan = plan_of(model)
     size = elements_of(plan.targets, (plan.cut or {})["ranks"], padded)
-    file = {"elements": size, "bytes": 4 * size}
+    file = {"elements": size, "bytes": DTYPES[dtype].itemsize * size, "dtype": dtype}
     made = {"metrics": metrics, "heal": heal, "file": file, "plan": plan.to_dict()}
     write_json(folder / REPORT, made)
     plot_spectra(plan, folder / SPECTRUM)
-    facts = _facts(plan) | {"A and B in the file": f"{size:,} elements, {4 * size:,} bytes"}
+    facts = _facts(plan) | {
+        "A and B in the file": f"{size:,} elements, {file['bytes']:,} bytes ({dtype})"
+    }
     title = f"{opened.source}, cut from {full:,} to {plan.parameters:,} parameters"
     write_report(folder / PAGE, _arms(plan, full, metrics, healed), title=title, facts=facts)
     if is_first_rank():

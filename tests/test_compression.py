@@ -10,6 +10,7 @@ import pytest
 import torch
 from cli_cases import Capsys, adapter, command, fails, work, works
 from run_cases import WORDS, write_model, write_table
+from safetensors.torch import save_file
 from torch.testing import assert_close
 from training_runs import At, StopError, counting, stop
 
@@ -217,10 +218,52 @@ def test_the_table_says_what_the_file_will_hold(
         (row,) = [row for row in rows_of(table) if row[0] == "0.5"]
         parameters, held, held_bytes = (int(cell.replace(",", "")) for cell in row[1:4])
         assert (held, held_bytes, parameters) == (size, 4 * size, report["plan"]["parameters"])
-        assert report["file"] == {"elements": size, "bytes": 4 * size}
+        assert report["file"] == {"elements": size, "bytes": 4 * size, "dtype": "float32"}
         assert f"{size:,} elements" in (out / PAGE).read_text()
         apart.add(held > parameters)
     assert True in apart
+
+
+@pytest.mark.parametrize(
+    ("kinds", "options", "want"),
+    [
+        (["bfloat16"], [], "bfloat16"),
+        (["float16"], [], "float16"),
+        (["bfloat16", "float16"], [], "float32"),
+        (["bfloat16"], ["--dtype", "float32"], "float32"),
+        (["native"], [], "bfloat16"),
+    ],
+)
+def test_the_dtype_of_the_file_stays(
+    kinds: list[str], options: list[str], want: str, trained: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    """Also that of the head, which was trained whole."""
+    source, out = tmp_path / "narrow", tmp_path / "small"
+    if kinds == ["native"]:
+        model, _ = load_base(trained)
+        loradrop.load(model, trained)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+        loradrop.save(model, source)
+    else:
+        dtypes = [getattr(torch, kind) for kind in kinds]
+        whole = enumerate(read(trained).tensors.items())
+        tensors = {key: value.to(dtypes[i % len(dtypes)]) for i, (key, value) in whole}
+        source.mkdir()
+        (source / CONFIG).write_bytes((trained / CONFIG).read_bytes())
+        save_file(tensors, source / TENSORS)
+    text = works(capsys, "compress", source, "--budget", "0.5", *options, "--out", out)
+    dtype, small = getattr(torch, want), read(out)
+    pairs = [factor for pair in small.modules.values() for factor in pair]
+    assert {factor.dtype for factor in pairs} == {dtype} and f"{want} bytes" in text
+    held = sum(factor.numel() for factor in pairs) * dtype.itemsize
+    report = json.loads((out / REPORT).read_text())
+    assert (report["file"]["bytes"], report["file"]["dtype"]) == (held, want)
+    assert f"{held:,} bytes ({want})" in (out / PAGE).read_text()
+    assert small.others and {t.dtype.itemsize for t in small.others.values()} == {2}
+    base, _ = load_base(out)
+    loradrop.load(base, out)
+    assert logits(base).isfinite().all()
 
 
 def test_bad_input_is_refused(
