@@ -1,7 +1,8 @@
 """How a budget is spent on the directions of all targets: pure functions on plain data."""
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from loradrop.options import check_choice, check_one, check_whole
@@ -35,7 +36,8 @@ def allocate(
     multiple   ranks are multiples of it, as far as an adapter has directions (8 for some engines)
     budget_time   in (0.5, 1]: also, no adapter in so many of the lowest layers that a step of
                training takes about that part of its time, since the backward pass ends above them:
-               1 − k / 2L for k of L equal layers
+               1 − k / 2L for k of L equal layers. Targets that the model lists before its first
+               layer, as a projection of its embeddings, go with that
 
     Ties go to the earlier target. Raises ValueError for options out of range, for a budget below
     one step of the smallest target, and for a max_loss that leaves nothing.
@@ -190,18 +192,53 @@ def _names(spectrum: Spectrum, i: int) -> set[str]:
 
 
 def _lowest(spectrum: Spectrum, budget_time: float | None) -> set[str]:
-    """The targets in the lowest layers, which must go for this part of a step's time."""
-    if budget_time is None:
+    """The targets in the lowest layers and before them, which must go for this part of a step's
+    time.
+    """
+    names = list(spectrum)
+    cleared, _ = _divided(names, budget_time)
+    if not cleared:
         return set()
-    of_layer = {name: layer_of(name) for name in spectrum}
-    layers = list(dict.fromkeys(layer for layer in of_layer.values() if layer))
+    before = itertools.takewhile(lambda name: not layer_of(name), names)
+    return {*before, *(name for name in names if layer_of(name) in cleared)}
+
+
+def _divided(targets: Iterable[str], budget_time: float | None) -> tuple[list[str], list[str]]:
+    """The layers that must go for this part of a step's time, and those above them."""
+    layers = list(dict.fromkeys(layer for name in targets if (layer := layer_of(name))))
+    if budget_time is None:
+        return [], layers
+    if not layers:
+        raise ValueError(
+            f"budget_time={budget_time} needs targets in numbered layers, as layers.0.query, and "
+            "there are none: leave it out"
+        )
     count = math.ceil(2 * len(layers) * (1 - budget_time) - 1e-9)
     if count >= len(layers):
         raise ValueError(
             f"budget_time={budget_time} leaves none of the {len(layers)} layers an adapter: choose "
-            f"at least {1 - (len(layers) - 1) / (2 * max(len(layers), 1)):.3g}"
+            f"at least {1 - (len(layers) - 1) / (2 * len(layers)):.3g}"
         )
-    return {name for name, layer in of_layer.items() if layer in layers[:count]}
+    return layers[:count], layers[count:]
+
+
+def time_in_vain(
+    targets: Iterable[str], parameters: Mapping[str, bool], budget_time: float | None
+) -> str | None:
+    """Why `budget_time` saves nothing though layers lose their adapters; None where it does.
+
+    parameters   name -> whether it is trained whole, in the order in which the model lists them
+    """
+    cleared, left = _divided(targets, budget_time)
+    below = itertools.takewhile(lambda name: layer_of(name) not in left, parameters)
+    lowest = next((name for name in below if parameters[name]), None)
+    if not cleared or lowest is None:
+        return None
+    return (
+        f"budget_time={budget_time:g} saves little or nothing: {lowest} is trained whole below the "
+        "layers that keep adapters, and every backward pass goes down to it. Leave it out of "
+        "modules_to_save, or leave budget_time out"
+    )
 
 
 def _pools(spectrum: Spectrum, scope: str) -> list[list[int]]:

@@ -154,6 +154,7 @@ def compress(
     from loradrop.compression import PAGE, REPORT, SPECTRUM, compress, open_adapter, require_apart
     from loradrop.report.budgets import BUDGETS, budget_table
     from loradrop.report.terminal import plan_table
+    from loradrop.step_time import tell_time_in_vain
 
     _quiet()
     config = _config(settings)
@@ -187,6 +188,7 @@ def compress(
         require_apart(out, adapter, resume)
     opened = open_adapter(adapter, data, measured=measured, **base)
     how: dict[str, Any] = {"multiple": multiple, "budget_time": budget_time}
+    tell_time_in_vain(opened.model, budget_time)
     ranks = allocate(opened.spectrum, **amount, **how)
     label = f"--max-loss {max_loss:g}" if part is None else f"--budget {part:g}"
     asked = {} if part in BUDGETS else {label: ranks}

@@ -14,6 +14,7 @@ from loradrop.pairs import LoRABank, Update
 from loradrop.ranks import as_on_the_first
 from loradrop.scores import Scores
 from loradrop.selection import INTERVAL, keep_frequency
+from loradrop.step_time import tell_in_vain
 from loradrop.wrapped import of_inner
 
 _log = logging.getLogger(__name__)
@@ -81,6 +82,7 @@ def conclude(model: nn.Module, scores: Scores, warmup: Mapping[str, Any]) -> Upd
     method, injection.scores = injection.config.method, scores
     injection.plan = None  # not what an earlier run recorded
     plan = plan_of(model)
+    tell_in_vain(model)
     made = method.update(bank_of(model), scores)
     if made is None:
         made = Update(fresh=[*bank_of(model).parameters()])

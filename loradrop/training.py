@@ -41,6 +41,7 @@ from loradrop.ranks import is_needed, wait, world_size
 from loradrop.run_folder import Boundary, begun, resumable, taken
 from loradrop.sampling import sample_of
 from loradrop.sharing import conclude
+from loradrop.step_time import tell_in_vain
 from loradrop.surgery import inject
 from loradrop.trainer import LoRATrainer, Part, dev_metrics, forward_kept
 from loradrop.wrapped import inner
@@ -310,6 +311,7 @@ class _Run:
     def _warm_up(self, stage: Warmup) -> Boundary:
         """Stage one: train LoRA on every target, measure, decide, share."""
         rows, method = self.train, self.config.method
+        tell_in_vain(self.model)
         if stage.sample_ratio < 1.0:
             rows = sample_of(rows, stage.sample_ratio, self.args.seed)
         online = stage.source == "online" or stage.settle_every

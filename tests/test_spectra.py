@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -243,6 +244,13 @@ def test_a_budget_of_time_clears_the_lowest_layers() -> None:
     for wrong, message in ((0.5, r"\(0.5, 1\]"), (1.1, r"\(0.5, 1\]"), (0.55, "at least 0.6")):
         with pytest.raises(ValueError, match=message):
             allocate(found, budget=0.4, budget_time=wrong)
+
+
+def test_without_layers_a_budget_of_time_has_nothing_to_clear() -> None:
+    found = of((9.0,), (8.0,))
+    heads = tuple(t._replace(name=f"head_{t.kind}") for t in found.targets)
+    with pytest.raises(ValueError, match="needs targets in numbered layers"):
+        allocate(replace(found, targets=heads), budget=0.5, budget_time=0.9)
 
 
 def test_ties_go_to_the_earlier_target_and_targets_without_an_adapter_get_none() -> None:

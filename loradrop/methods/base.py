@@ -97,6 +97,13 @@ class Method:
         """
         return LoRABank(targets, scaling, likes)
 
+    def in_vain(self, targets: Sequence[str], parameters: Mapping[str, bool]) -> str | None:
+        """Why an option saves nothing in a model; None where that is not so. Said before `update`.
+
+        parameters   name -> whether it is trained whole, in the order in which the model lists them
+        """
+        return None
+
     def warmup(self, total: int) -> Warmup | None:
         """The stage before `update`, of `total` steps in all; None for a method of one stage."""
         return None

@@ -17,14 +17,21 @@ The cut changes no output: where s grows by g, A and B shrink by √g.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from loradrop.allocation import SCOPES, allocate, below_one, check_steps, least_budget
+from loradrop.allocation import (
+    SCOPES,
+    allocate,
+    below_one,
+    check_steps,
+    least_budget,
+    time_in_vain,
+)
 from loradrop.bank import AdapterBank
 from loradrop.cuts import Cut, decide
 from loradrop.methods.base import Method, Warmup
@@ -114,6 +121,9 @@ class Spectral(Method):
         least = of_wide * blank.full / max(nominal, 1)
         if self.budget < least * (1 - 1e-12):
             raise ValueError(below_one(self.budget, least))
+
+    def in_vain(self, targets: Sequence[str], parameters: Mapping[str, bool]) -> str | None:
+        return time_in_vain(targets, parameters, self.budget_time)
 
     def warmup(self, total: int) -> Warmup:
         """Raises ValueError where a stage would have no step."""
