@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
 import training_runs as tiny
@@ -94,6 +95,26 @@ def test_the_cut_changes_no_output_and_s_goes_with_the_rank(scale: str) -> None:
         torch.testing.assert_close(bank.delta(i), delta, rtol=1e-6, atol=1e-9)
         A, B = bank.factors(i)
         torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0))  # balanced still
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_lora_alpha_for_the_s_of_a_small_lora(rslora: bool) -> None:
+    """The example of docs/compress.md: a / budget, of rsLoRA a / √budget at the average rank."""
+    budget, a, r = 0.125, 2.0, 16
+
+    def injected(**options: Any) -> Any:
+        net = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
+        lora = LoRAConfig(target_modules=["0", "1"], use_rslora=rslora, **options)
+        loradrop.inject(net, lora)
+        return models.wake(net)
+
+    small = injected(r=2, lora_alpha=a)  # budget · r
+    alpha = a / (budget**0.5 if rslora else budget)
+    wide = injected(r=r, lora_alpha=alpha, method=Spectral(budget=budget))
+    loradrop.truncate(wide, {"0": 2, "1": 1}, metric="weight")
+    assert wide.lora_bank.scaling[0] == pytest.approx(small.lora_bank.scaling[0])
+    root = r**0.5 if rslora else 1
+    assert wide.lora_bank.scaling[1] == pytest.approx(alpha * budget * root / 1)
 
 
 def test_a_plan_of_before_has_one_s(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ LoRA's α/r does, about the rank that is left on average:
 
     s(k) = s · budget · r / k      for k directions
 
+With s = α/r that is α · budget / k: LoRA of rank k with an α of α · budget. With rsLoRA's α/√r it
+falls as 1/k all the same, and is what rsLoRA has at the average rank with an α of α · √budget.
 The cut changes no output: where s grows by g, A and B shrink by √g.
 """
 
@@ -49,7 +51,8 @@ class Spectral(Method):
     r_start   rank of the first stage, as far as a target has so many directions; None is twice
               the rank of `LoRAConfig`
     scale     "rank": s by the formula above, so that the learning rate is that of LoRA of the small
-              size; "fixed": the s of `LoRAConfig` in both stages
+              size whose lora_alpha is `budget` times this one; "fixed": the s of `LoRAConfig` in
+              both stages
     cut_at    when to cut: a part of all steps, or a number of steps
     source    "offline": at its end 1,024 rows of the training set are measured in eval mode, with
               labels drawn from the model, and what is left makes up for what goes; "online": its
