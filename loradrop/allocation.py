@@ -33,7 +33,8 @@ def allocate(
       rank        this rank for every target, where it has as many directions
     scope      "joint": one pool of all targets; "per_module": a pool for each module type and
                shape; "per_target": every target the same part
-    multiple   ranks are multiples of it, as far as an adapter has directions (8 for some engines)
+    multiple   ranks are multiples of it (8 for some engines); an adapter of fewer directions keeps
+               all of them or none
     budget_time   in (0.5, 1]: also, no adapter in so many of the lowest layers that a step of
                training takes about that part of its time, since the backward pass ends above them:
                1 − k / 2L for k of L equal layers. Targets that the model lists before its first
@@ -52,7 +53,8 @@ def allocate(
     if rank is not None:
         if rank % multiple:
             raise ValueError(f"rank={rank} is no multiple of multiple={multiple}: leave one out")
-        return {name: 0 if name in low else min(rank, len(spectrum[name])) for name in spectrum}
+        most = {name: _most(len(spectrum[name]), multiple) for name in spectrum}
+        return {name: 0 if name in low else min(rank, most[name]) for name in spectrum}
     pools = _allowed(spectrum, scope, low)
     if max_loss is None:
         ranks = _spend(spectrum, pools, budget, threshold, multiple)
@@ -129,8 +131,8 @@ def _within(
     ranks = _spend(spectrum, pools, None, None, step)
     if (least := spectrum.loss(ranks)) > max_loss:
         raise ValueError(
-            f"max_loss={max_loss:g} cannot be kept without adapters in the lowest layers, which "
-            f"costs {least:.2g}: choose more, or a larger budget_time"
+            f"max_loss={max_loss:g} cannot be kept with what multiple={step} and budget_time "
+            f"allow, which costs {least:.2g}: choose more, or leave those out"
         )
     for _ in range(50):
         middle = (low + high) / 2
@@ -168,8 +170,9 @@ def _of_pool(
     offers = []
     for order, i in enumerate(pool):
         values, worth = spectrum.by_target[i], math.inf
-        for start in range(0, len(values), step):
-            part = values[start : start + step]
+        most = _most(len(values), step)
+        for start in range(0, most, step):
+            part = values[start : min(start + step, most)]
             # A step is never worth more than the one before it, whatever a sum rounds to.
             worth = min(worth, sum(part) / len(part) / spectrum.cost(i))
             offers.append((-worth, order, start, i, part))
@@ -183,6 +186,11 @@ def _of_pool(
             continue
         ranks[i], spent, kept = start + len(part), spent + size, kept + sum(part)
     return ranks
+
+
+def _most(directions: int, step: int) -> int:
+    """The largest rank that an adapter of so many directions can keep."""
+    return directions - directions % step if directions >= step else directions
 
 
 def _names(spectrum: Spectrum, i: int) -> set[str]:

@@ -306,7 +306,21 @@ def test_equal_directions_keep_to_the_budget(count: int) -> None:
                 assert 2 * count * budget < 8
                 continue
             assert found.parameters(ranks) <= budget * found.full
-            assert all(rank in (0, 8, count) for rank in ranks.values())
+            assert all(rank in (0, 8) for rank in ranks.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"budget": 0.9}, {"budget": 1.0}, {"threshold": 1.0}, {"max_loss": 2.0}, {"rank": 16}],
+)
+def test_ranks_are_multiples_where_the_start_is_none(options: dict[str, float]) -> None:
+    """An adapter below the multiple keeps all or nothing."""
+    found = of((1.0,) * 7 + (0.1,) * 5, (2.0,) * 16, (3.0,) * 4)
+    assert ranks_of(found, multiple=8, **options) == [8, 16, 4]
+    lowest = allocate(found, budget=0.9, multiple=8, budget_time=0.8)
+    assert list(lowest.values()) == [0, 0, 4]
+    with pytest.raises(ValueError, match=r"max_loss=0.1 cannot be kept .*multiple=8.* 0\.4"):
+        allocate(found, max_loss=0.1, multiple=8)
 
 
 def test_where_nothing_is_left_nothing_is_cut() -> None:
