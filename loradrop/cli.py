@@ -28,7 +28,7 @@ Measured = Annotated[Path | None, Option(help="Measure this trained adapter, wit
 Batches = Annotated[int | None, Option(help="With --adapter: use only this many batches.")]
 Split = Annotated[Literal["train", "dev"] | None, Option(help="With --adapter: train by default.")]
 Action = Annotated[Literal["show", "plot", "sweep"], Argument()]
-Planned = Annotated[Path, Argument(help="A plan.json, a native adapter, or the folder of a run.")]
+Planned = Annotated[Path, Argument(help="A plan.json, an adapter, or the folder of a run.")]
 Picture = Annotated[Path | None, Option(help="importance.png beside the plan by default.")]
 Thresholds = Annotated[str | None, Option(help="Of sweep, as 0.5,0.7,0.9.")]
 Budgets = Annotated[str | None, Option(help="Of sweep: parts of LoRA's parameters, as 0.25,0.5.")]
@@ -151,7 +151,8 @@ def compress(
 ) -> None:  # fmt: skip
     """Keep the directions of a trained adapter that matter."""
     from loradrop.allocation import allocate, check_amounts, check_steps
-    from loradrop.compression import PAGE, REPORT, SPECTRUM, compress, open_adapter, require_apart
+    from loradrop.compression import PAGE, SPECTRUM, compress, open_adapter, require_apart
+    from loradrop.plan_file import REPORT
     from loradrop.report.budgets import BUDGETS, budget_table
     from loradrop.report.terminal import plan_table
     from loradrop.step_time import tell_time_in_vain

@@ -26,6 +26,7 @@ from loradrop.injection import injection_of, plan_of
 from loradrop.loading import load
 from loradrop.machine import is_first_rank
 from loradrop.plan import Plan
+from loradrop.plan_file import REPORT
 from loradrop.probing import probe
 from loradrop.report.grid import Arm
 from loradrop.report.page import write_report
@@ -40,7 +41,7 @@ from loradrop.truncation import require_pairs, truncate
 if TYPE_CHECKING:
     from loradrop.training import Result
 
-REPORT, SPECTRUM, PAGE = "compression.json", "spectrum.png", "report.html"
+SPECTRUM, PAGE = "spectrum.png", "report.html"
 HEALING = "healing"  # in the output folder, until all else is written
 WRITTEN = (TENSORS, CONFIG, CARD, REPORT, SPECTRUM, PAGE)
 _log = logging.getLogger(__name__)

@@ -1,5 +1,6 @@
 """The plan that lies at a path, whatever was written there."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from loradrop.files import read_json
@@ -7,9 +8,12 @@ from loradrop.formats.peft_load import is_peft, plan_in
 from loradrop.native import FOLDER, PLAN, TENSORS, adapters_below, read
 from loradrop.plan import Plan
 
+REPORT = "compression.json"  # of `loradrop compress`, beside the adapter
+
 
 def plan_at(path: Path) -> Plan:
-    """The plan in a plan.json, a native adapter, a checkpoint, or the folder of a run.
+    """The plan in a plan.json, a native adapter, a checkpoint, the folder of a run, or what
+    `loradrop compress` wrote.
 
     Raises FileNotFoundError where none of them is there.
     """
@@ -19,6 +23,8 @@ def plan_at(path: Path) -> Plan:
         return plan
     if path.is_dir() and (path / TENSORS).exists():
         return read(path).plan
+    if path.is_dir() and not (path / PLAN).exists() and (path / REPORT).exists():
+        path = path / REPORT
     file = path / PLAN if path.is_dir() else path
     if not file.exists():
         why = ", as PEFT's format has no plan" * is_peft(path)
@@ -26,4 +32,11 @@ def plan_at(path: Path) -> Plan:
             f"{file} is not there{why}: give a plan.json, the folder of a run, or the native "
             f"adapter that loradrop.save wrote{adapters_below(path)}"
         )
-    return Plan.from_dict(read_json(file)) if file.suffix == ".json" else read(file).plan
+    return _of_json(file) if file.suffix == ".json" else read(file).plan
+
+
+def _of_json(file: Path) -> Plan:
+    """The plan that the file is, or has beside other things."""
+    data = read_json(file)
+    beside = isinstance(data, Mapping) and "schema" not in data and "plan" in data
+    return Plan.from_dict(data["plan"] if beside else data)

@@ -18,8 +18,9 @@ import loradrop
 from loradrop import compression, native, training
 from loradrop.base_models import load_base
 from loradrop.cli import main
-from loradrop.compression import HEALING, PAGE, REPORT, SPECTRUM
+from loradrop.compression import HEALING, PAGE, SPECTRUM
 from loradrop.formats.peft_file import CONFIG, TENSORS, read
+from loradrop.plan_file import REPORT
 
 __all__ = ["adapter", "work"]  # fixtures
 
@@ -76,6 +77,10 @@ def test_a_quarter_of_a_peft_adapter(
     loradrop.load(base, out)
     assert_close(logits(base), logits(theirs))
     assert base.lora_bank.trainable == size
+    shown = [works(capsys, "plan", "show", path) for path in (out, out / REPORT)]
+    assert shown[0] == shown[1] and "the rank that is left" in shown[0]
+    drawn = works(capsys, "plan", "plot", out)
+    assert (out / "importance.png").exists() and "importance.png" in drawn
 
 
 @pytest.mark.parametrize(
