@@ -19,8 +19,10 @@ from loradrop import compression, native, training
 from loradrop.base_models import load_base
 from loradrop.cli import main
 from loradrop.compression import HEALING, PAGE, SPECTRUM
+from loradrop.formats.hub import CARD
 from loradrop.formats.peft_file import CONFIG, TENSORS, read
 from loradrop.plan_file import REPORT
+from loradrop.report.look import spread
 
 __all__ = ["adapter", "work"]  # fixtures
 
@@ -72,6 +74,12 @@ def test_a_quarter_of_a_peft_adapter(
     assert set(report["metrics"]) == {"before", "after"} and report["plan"]["cut"]["loss"] >= 0
     ranks = {name: len(A) for name, (A, _) in small.modules.items()}
     assert ranks == {n: k for n, k in report["plan"]["cut"]["ranks"].items() if k}
+    card, cut = (out / CARD).read_text(), report["plan"]["cut"]
+    assert f"Predicted rise of the loss: {cut['loss']:.2g}." in card
+    assert "\n\nCut to the directions that are worth most, by the predicted rise" in card
+    queries = [k for name, k in cut["ranks"].items() if name.endswith("query")]
+    assert f"\n| query | 4 | {spread(queries)} |\n" in card
+    assert f" {size:,} parameters are left" in card
     base, _ = load_base(out)
     theirs = peft.PeftModel.from_pretrained(load_base(out)[0], out)
     loradrop.load(base, out)
@@ -116,6 +124,8 @@ def test_ways_to_compress(
         assert 0 < cut["loss"] <= 0.002
     elif how == "weights":
         assert report["metrics"] == {} and "kept by weight" in text
+        card = (out / CARD).read_text()
+        assert "without data: " in card and "rise of the loss" not in card
     elif how == "healed":
         assert report["heal"] == 4
         assert "cut and healed" in (out / PAGE).read_text()

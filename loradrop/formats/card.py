@@ -14,11 +14,17 @@ from loradrop.formats.engines import EngineVerdict, vllm_rank
 from loradrop.formats.peft_file import PeftFile, task_of
 from loradrop.origin import classes_of
 from loradrop.plan import Plan
+from loradrop.report.look import spread
 
 START = "<!-- loradrop: every export renews what is between these marks; write before or after -->"
 END = "<!-- /loradrop -->"
 FOLDER = "path/to/this/folder"
 _OF_BASE = "base_model:adapter:"
+_WORTH = {  # by the metric of a cut
+    "loss": "by the predicted rise of the loss without them",
+    "output": "by their part of the squared norm of the layer's LoRA output",
+    "weight": "by their part of the squared norm of s·B·A, without data",
+}
 
 
 def card_of(model: nn.Module, plan: Plan, file: PeftFile, verdicts: list[EngineVerdict]) -> str:
@@ -43,6 +49,7 @@ def card_of(model: nn.Module, plan: Plan, file: PeftFile, verdicts: list[EngineV
         version=__version__,
         kinds=kinds,
         total=sum(kinds.values(), Counter()),
+        cut=_of_cut(plan),
         own=[target.name for target, state in states if state == "own"],
         loader=loader,
         arguments=f"{public or 'path/to/the/base/model'!r}{extra}",
@@ -59,6 +66,23 @@ def card_of(model: nn.Module, plan: Plan, file: PeftFile, verdicts: list[EngineV
         start=START,
         end=END,
     )
+
+
+def _of_cut(plan: Plan) -> dict[str, Any] | None:
+    """What the card says of a cut, by module type; None where there was none."""
+    if plan.cut is None:
+        return None
+    full, ranks = plan.full_ranks, dict[str, tuple[list[int], list[int]]]()
+    for target in plan.targets:
+        before, now = ranks.setdefault(target.kind, ([], []))
+        before.append(full[target.name])
+        now.append(plan.cut["ranks"][target.name])
+    rises = {"Predicted rise of the loss": "loss", "As made up for by what is left": "compensated"}
+    return {
+        "worth": _WORTH[plan.cut["metric"]],
+        "rises": {t: plan.cut[key] for t, key in rises.items() if plan.cut[key] is not None},
+        "ranks": {kind: (spread(before), spread(now)) for kind, (before, now) in ranks.items()},
+    }
 
 
 def of_head(num_labels: int, labels: Sequence[str] | None) -> str:

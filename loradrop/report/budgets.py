@@ -7,7 +7,7 @@ from typing import Any
 from loradrop.allocation import allocate
 from loradrop.config import DTYPES
 from loradrop.formats.peft_file import elements_of
-from loradrop.report.look import as_percent
+from loradrop.report.look import as_percent, spread
 from loradrop.report.terminal import aligned
 from loradrop.spectra import Spectrum
 
@@ -52,5 +52,4 @@ def _row(found: Spectrum, ranks: Mapping[str, int], padded: bool, width: int) ->
     if (made_up := found.made_up(ranks)) is not None:
         cost.append(f"{made_up.rise:.2g}")
     used = [rank for rank in ranks.values() if rank]
-    spread = f"{min(used)}–{max(used)}" if len(set(used)) > 1 else str(used[0])
-    return [*sizes, *cost, spread, str(len(ranks) - len(used))]
+    return [*sizes, *cost, spread(used), str(len(ranks) - len(used))]
