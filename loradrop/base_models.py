@@ -19,6 +19,7 @@ from loradrop.formats import peft_file, peft_load
 from loradrop.matching import inside, saved_modules
 from loradrop.run_config import MINILM, ModelConfig, RunConfig
 from loradrop.text.examples import TextTask
+from loradrop.wrapped import tensors_of
 
 Differing = tuple[str, Sequence[int], Sequence[int]]  # a tensor's name, its shape there and here
 _log = logging.getLogger(__name__)
@@ -194,15 +195,39 @@ def load_base(
         )
     _require_free(where, sorted(info["mismatched_keys"]), saved)
     _add_tokens(model, saved)
+    _untie(model, saved, apart=bool(base.get("apart")))
     model.config._name_or_path = model_id or base["id"]
     return model.eval(), where
 
 
+def _embedding_of(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
+def _untie(model: Any, saved: Mapping[str, Tensor], apart: bool) -> None:
+    """The embedding and the head that is tied to it are two where two values of them were saved,
+    or one where PEFT trained it `apart`, as a copy.
+    """
+    table = getattr(_embedding_of(model), "weight", None)
+    names = [name for name, t in tensors_of(model, keep_vars=True).items() if t is table]
+    values = [saved[name] for name in names if name in saved]
+    differ = any(not torch.equal(value, values[0]) for value in values)
+    if table is None or not (differ or (apart and 0 < len(values) < len(names))):
+        return
+    for name in names[1:]:
+        parent, _, attribute = name.rpartition(".")
+        copy = torch.nn.Parameter(table.detach().clone(), requires_grad=table.requires_grad)
+        setattr(model.get_submodule(parent), attribute, copy)
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+
+
 def _add_tokens(model: Any, saved: Mapping[str, Tensor]) -> None:
     """As many tokens as the saved embedding has: some were added before the adapter was trained."""
-    try:
-        embedding = model.get_input_embeddings()
-    except NotImplementedError:
+    embedding = _embedding_of(model)
+    if embedding is None:
         return
     name = next((name for name, module in model.named_modules() if module is embedding), None)
     table = saved.get(f"{name}.weight")
@@ -265,7 +290,8 @@ def tokenizer_for(adapter: str | Path, where: str, words: bool = False) -> Any:
 
 def base_named_by(adapter: str | Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     """(id, revision and class of the base model as the adapter says them, its tensors trained
-    whole). The class is None where a PEFT folder leaves it open.
+    whole). The class is None where a PEFT folder leaves it open; `apart` is whether PEFT trained
+    one of two tied tensors as a copy.
     """
     if not peft_load.is_peft(adapter) or (Path(adapter) / native.TENSORS).exists():
         file = native.read(adapter)
@@ -273,7 +299,8 @@ def base_named_by(adapter: str | Path) -> tuple[Mapping[str, Any], Mapping[str, 
     found = peft_file.read(adapter)
     said = {"id": "base_model_name_or_path", "revision": "revision"}
     base = {name: found.config.get(key) for name, key in said.items()}
-    return base | {"class": peft_file.loader_of(found.config.get("task_type"))}, found.others
+    base["class"] = peft_file.loader_of(found.config.get("task_type"))
+    return base | {"apart": not found.config.get("ensure_weight_tying")}, found.others
 
 
 def _architecture(config: Any) -> Any:

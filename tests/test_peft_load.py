@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,32 @@ def test_tied_tensors_that_peft_kept_tied(tmp_path: Path) -> None:
     saved(tmp_path, tied, **options, ensure_weight_tying=True)
     model = agree(tmp_path, tied)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("whole", ["embed_tokens", "lm_head"])
+def test_a_base_model_is_untied_where_peft_trained_one_apart(whole: str, tmp_path: Path) -> None:
+    """By `load_base`, and by what the refusal of a tied model says."""
+    tied().save_pretrained(tmp_path / "base")
+    adapter = saved(tmp_path / "adapter", tied, target_modules=QKV, modules_to_save=[whole])
+    rewrite(adapter, base_model_name_or_path=str(tmp_path / "base"), task_type="CAUSAL_LM")
+    expected = as_peft(adapter, tied)
+    base, _ = load_base(adapter)
+    loradrop.load(base, adapter)
+    torch.testing.assert_close(outputs(base), expected, **SAME)
+    by_hand = tied()
+    with pytest.raises(ValueError, match="untie them first") as refusal:
+        loradrop.load(by_hand, adapter)
+    remedy = re.search(r"first \((.*), and of a model of transformers (.*)\)", str(refusal.value))
+    assert remedy is not None
+    exec("\n".join(remedy.groups()), {"model": by_hand, "torch": torch})
+    loradrop.load(by_hand, adapter)
+    torch.testing.assert_close(outputs(by_hand), expected, **SAME)
+    again = tmp_path / "again"
+    loradrop.export(base, again, base_id=str(tmp_path / "base"))
+    torch.testing.assert_close(as_peft(again, tied), expected, **SAME)
+    base, _ = load_base(again)
+    loradrop.load(base, again)
+    torch.testing.assert_close(outputs(base), expected, **SAME)
 
 
 def masked() -> Any:

@@ -236,8 +236,9 @@ def require_untied(
             if apart or (other is not None and not torch.equal(other, value)):
                 raise ValueError(
                     f"{name} is the same tensor as {twin} in this model, and PEFT trained it "
-                    "apart: untie them first (transformers: load the base model with "
-                    "tie_word_embeddings=False)"
+                    f"apart: untie them first (model.{twin} = torch.nn.Parameter("
+                    f"model.{twin}.detach().clone()), and of a model of transformers "
+                    "model.config.tie_word_embeddings = False)"
                 )
 
 
