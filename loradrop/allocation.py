@@ -62,6 +62,11 @@ def allocate(
         ranks = _within(spectrum, pools, max_loss, multiple)
     if budget is not None and spectrum.full and not any(ranks.values()):
         raise ValueError(below_one(budget, _least(spectrum, pools, multiple)))
+    if max_loss is not None and spectrum.full and not spectrum.total:
+        raise ValueError(
+            f"max_loss={max_loss:g}: the adapter does nothing, as every direction is worth 0 (B is "
+            "zero until it is trained): give an adapter that was trained"
+        )
     if max_loss is not None and spectrum.full and not any(ranks.values()):
         raise ValueError(
             f"max_loss={max_loss:g} leaves no adapter at all, which would cost "

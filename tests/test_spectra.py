@@ -327,6 +327,12 @@ def test_where_nothing_is_left_nothing_is_cut() -> None:
     assert allocate(of((), ()), budget=0.5) == {"layers.0.q": 0, "layers.1.v": 0}
 
 
+@pytest.mark.parametrize("max_loss", [0.0, 0.1])
+def test_an_untrained_adapter_has_nothing_to_lose(max_loss: float) -> None:
+    with pytest.raises(ValueError, match=r"the adapter does nothing.* an adapter that was trained"):
+        allocate(of((0.0, 0.0), (0.0,)), max_loss=max_loss)
+
+
 def test_max_loss_needs_the_loss() -> None:
     for metric in METRICS[1:]:
         with pytest.raises(ValueError, match=f"max_loss needs metric='loss'.*{metric}"):
