@@ -45,9 +45,9 @@ class LoraDropCallback(TrainerCallback):
 
     Under FSDP2 it keeps what is trained whole on every rank (`keep_whole`), for a method that does
     something in the middle of a run. It raises ValueError for options of the warm-up that need
-    `fit` (sample_ratio, source="offline" of lora_drop), for a stream of rows that a method measures
-    offline, for a checkpoint that it cannot find, and where sharing could not reach every process
-    (DeepSpeed, FSDP1, DDP without find_unused_parameters).
+    `fit` (sample_ratio, source="offline" of lora_drop), for a stream of rows, and a model
+    without logits, that a method measures offline, for a checkpoint that it cannot find, and where
+    sharing could not reach every process (DeepSpeed, FSDP1, DDP without find_unused_parameters).
     """
 
     def __init__(self, *, mask: str | None = MASK, mask_fn: MaskFn | None = None) -> None:

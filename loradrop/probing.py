@@ -77,7 +77,7 @@ def require_drawable(model: nn.Module, rows: Any, collate: Any) -> None:
     if why is not None:
         name = injection_of(model).config.method.name
         raise ValueError(
-            f"{why}, which the method {name} with source='offline' does: choose source='online' "
+            f"{why}, which the method {name} with source='offline' needs: choose source='online' "
             "(the command: lora.method.source=online), which takes the labels of the data"
         )
 

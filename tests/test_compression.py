@@ -199,11 +199,12 @@ def test_what_was_healed_is_written_by_a_resume(
 
 
 def test_a_dry_run_writes_nothing(
-    trained: Path, work: Path, tmp_path: Path, capsys: Capsys
+    trained: Path, work: Path, tmp_path: Path, capsys: Capsys, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "small"
     dry = ("compress", trained, *data(work), "--dry-run", "--out", out)
     text = works(capsys, *dry)
+    assert caplog.text.count("batches were measured, and below 64 the predicted rise") == 1
     assert "predicted rise of the loss" in text and "--budget" not in text and not out.exists()
     for asked in (("--budget", "0.3"), ("--max-loss", "0.002")):
         *fixed, row = rows_of(works(capsys, *dry, *asked))
