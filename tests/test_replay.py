@@ -172,7 +172,8 @@ def test_passes_of_triton(rows: int, bias: bool, p: float, norm: bool) -> None:
     needs = Needs(True, True, True)
     for seed in range(4):
         t = draw((rows, 64, 48, 8), torch.float16, seed)
-        call = call_of(t, p)._replace(sqnorm=norm)
+        weights = torch.arange(rows, dtype=torch.float32) if norm else None
+        call = call_of(t, p)._replace(sqnorm=norm, token_weights=weights)
         call = call if bias else call._replace(bias=None)
         out, wanted = played.forward(call), fused.TRITON._forward(call)
         torch.testing.assert_close(out, wanted, rtol=0.0, atol=0.0)
