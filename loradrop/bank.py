@@ -151,8 +151,10 @@ class AdapterBank(nn.Module):
         """Take the assignment and the `state_dict` of a saved bank of the same method.
 
         Tensors may differ in shape and number from the present ones; they keep their saved dtype
-        and go to the bank's device. Raises RuntimeError for names that this bank does not know.
+        and go to the bank's device. Raises ValueError, and changes nothing, for tensors that this
+        bank cannot take: which ones differ.
         """
+        self._require_fit(tensors)
         self._take_forms(tensors)
         self._use(assignment)
         here = self.state_dict(keep_vars=True)
@@ -168,6 +170,32 @@ class AdapterBank(nn.Module):
                 "model that is not sharded yet, or leave them whole, by fully_shard(..., "
                 "ignored_params=loradrop.keep_whole(model))"
             )
+
+    def _require_fit(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises ValueError for names and shapes that the bank can neither hold nor take on."""
+        lists = self._lists()
+        own = {k: v for k, v in self.state_dict().items() if k != STATE and not k.startswith(lists)}
+        given = {k: v for k, v in tensors.items() if not k.startswith(lists)}
+        takes = self._parameters.keys() | self._buffers.keys()  # of any shape, or None until now
+        wrong = [f"{key}: not in the file" for key in own.keys() - given.keys()]
+        wrong += [f"{key}: not in the model" for key in given.keys() - own.keys() - takes]
+        wrong += [
+            f"{key}: {tuple(given[key].shape)} in the file, {tuple(own[key].shape)} in the model"
+            for key in (own.keys() & given.keys()) - takes
+            if own[key].shape != given[key].shape
+        ]
+        if wrong:
+            more = f"\n  and {len(wrong) - 8} more" * (len(wrong) > 8)
+            raise ValueError(
+                "the file has other adapter tensors than the model, which is as it was: inject it "
+                "with the options that the file was made with, or call loradrop.remove(model) and "
+                "load then. These differ:\n  " + "\n  ".join(sorted(wrong)[:8]) + more
+            )
+
+    def _lists(self) -> tuple[str, ...]:
+        """What the names of the tensors begin with whose number `_take_forms` changes."""
+        lists = (name for name, m in self.named_children() if isinstance(m, nn.ParameterList))
+        return tuple(f"{name}." for name in lists)
 
     def _take_forms(self, tensors: Mapping[str, Tensor]) -> None:
         """Give lists, parameters and buffers the number, shapes and dtypes of `tensors`."""

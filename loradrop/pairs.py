@@ -249,6 +249,9 @@ class LoRABank(AdapterBank):
         for link, slot in zip(self.links, assignment.slots, strict=True):
             link.adapter = NO_PAIR if slot is None else self.pairs[slot]
 
+    def _lists(self) -> tuple[str, ...]:
+        return (*super()._lists(), "pairs.")
+
     def _take_forms(self, tensors: Mapping[str, Tensor]) -> None:
         """As in the base, for the pairs: as many as `tensors` has, in its shapes and dtypes."""
         super()._take_forms(tensors)

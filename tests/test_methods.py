@@ -32,6 +32,7 @@ from test_distributed import torchrun
 
 import loradrop
 from loradrop import LoRAConfig, LoRADrop, methods, native
+from loradrop.bank import STATE
 from loradrop.formats.peft_file import read as read_peft
 from loradrop.injection import plan_of
 from loradrop.loading import fill
@@ -143,6 +144,30 @@ def test_saved_and_loaded(method: Method, injected: bool, tmp_path: Path) -> Non
     assert list(before) == list(after) and equal([*before.values()], [*after.values()])
     assert plan_of(found) == plan_of(model)
     assert not torch.equal(train(found)(X), model(X))  # and it trains on
+
+
+@each_method
+def test_tensors_of_another_bank_change_nothing(method: Method) -> None:
+    model, other = net(method), train(net(method, seed=1)).lora_bank
+    before, bank = model(X), model.lora_bank
+    tensors = {k: v for k, v in other.state_dict().items() if k != STATE}
+    with pytest.raises(ValueError, match=r"which is as it was.*\n  more: not in the model"):
+        bank.restore(other.assignment, tensors | {"more": X})
+    assert torch.equal(model(X), before)
+    bank.restore(other.assignment, tensors)
+    assert not torch.equal(model(X), before)
+
+
+def test_a_tensor_of_another_shape_changes_nothing() -> None:
+    """Where the bank holds it in a way that it cannot change."""
+    model = net(Core())
+    bank, before = model.lora_bank, values(model)
+    tensors = {k: v for k, v in bank.state_dict().items() if k != STATE}
+    key = next(k for k in tensors if k.startswith("left."))
+    wrong = {k: v + 1.0 if v.is_floating_point() else v for k, v in tensors.items()}
+    with pytest.raises(ValueError, match=rf"{key}: \(1, 1\) in the file, \(\d+, 3\) in the model"):
+        bank.restore(bank.assignment, wrong | {key: torch.ones(1, 1)})
+    assert equal(values(model), before)
 
 
 @each_method

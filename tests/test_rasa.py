@@ -1,5 +1,7 @@
 """RaSA against NumPy: the pool, the weights of the ranks, and that k = 0 is LoRA."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from method_cases import (
 )
 
 import loradrop
+from loradrop.bank import STATE
 from loradrop.methods import LoRA
 from loradrop.methods.rasa import RaSA
 
@@ -104,6 +107,24 @@ def test_without_a_pool_it_is_lora() -> None:
                 assert torch.equal(of[0][id(a)], of[1][id(b)])
         train(model), train(other)
     assert equal(factors(bank), factors(plain)) and bank.delta(0).any()
+
+
+@pytest.mark.parametrize(("here", "there"), [(0, 1), (1, 0), (1, 2), (None, 0)])
+def test_a_file_of_another_k(here: int | None, there: int, tmp_path: Path) -> None:
+    """It is refused, and so are its tensors alone; the model is as it was."""
+    saved, other = adapted(RaSA(k=there), ["last"])
+    loradrop.save(saved, tmp_path)
+    model, bank = adapted(RaSA(k=here), ["last"])
+    before = factors(awake(bank))
+    with pytest.raises(ValueError, match=rf"another k \({there}, not {here}\).*loradrop\.remove"):
+        loradrop.load(model, tmp_path)
+    if 0 in (here, there):
+        tensors = {k: v for k, v in other.state_dict().items() if k != STATE}
+        lacks = "model" if there else "file"
+        with pytest.raises(ValueError, match=rf"tensors than.*\n  A_pool_0: not in the {lacks}"):
+            bank.restore(other.assignment, tensors)
+    assert equal(factors(bank), before) and bank.targets[0].r == R
+    train(model)
 
 
 @pytest.mark.parametrize("k", [0, 1])

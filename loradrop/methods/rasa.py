@@ -38,6 +38,7 @@ class RaSA(Method):
     """
 
     name: ClassVar[str] = "rasa"
+    composed_by: ClassVar[tuple[str, ...]] = ("k",)
 
     k: int | None = None
 
