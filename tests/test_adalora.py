@@ -259,6 +259,22 @@ def test_saved_and_loaded(whole: SimpleNamespace) -> None:
     assert bank.ranks == whole.bank.ranks and copy.deepcopy(bank).ranks == bank.ranks
 
 
+@pytest.mark.parametrize(("here", "there"), [(R, 5), (5, R + 1), (R, R + 1)])
+def test_loaded_with_another_start_it_prunes(here: int, there: int, tmp_path: Path) -> None:
+    """The budget falls from the triplets that are there, not from those of before."""
+    loradrop.save(injected(r_start=there)[0], tmp_path)
+    net, bank = injected(r_start=here)
+    loradrop.load(net, tmp_path)
+    assert (bank.full, bank.final) == (2 * there, 2 * R)
+    method, left = AdaLoRA(r_start=here, mask_every=1), []
+    for step in range(1, 11):
+        noise(bank, step)
+        method.before_step(bank, step, 10)
+        method.on_step_end(bank, step, {})
+        left.append(sum(bank.ranks))
+    assert (left[0], left[-1]) == (2 * there, 2 * R)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

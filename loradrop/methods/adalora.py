@@ -138,7 +138,7 @@ class AdaLoRABank(AdapterBank):
     """Target i has P[i] (N, r), Lambda[i] (r,) and Q[i] (r, K); for each of them Ī and Ū of its
     shape, and a mask (r,) of ones and zeros.
 
-    full, final   triplets of all targets at the start, and at the end
+    final   triplets of all targets at the end
     """
 
     def __init__(
@@ -149,7 +149,7 @@ class AdaLoRABank(AdapterBank):
         final: int,
     ) -> None:
         super().__init__(targets, scaling)
-        self.full, self.final = sum(target.r for target in targets), final
+        self.final = final
         pairs = list(zip(targets, likes, strict=True))
         self.P = nn.ParameterList(_normal(like, t.out_features, t.r) for t, like in pairs)
         self.Lambda = nn.ParameterList(nn.Parameter(like.new_zeros(t.r)) for t, like in pairs)
@@ -164,6 +164,11 @@ class AdaLoRABank(AdapterBank):
     def factors(self, i: int) -> Pair:
         """(diag(λ)·Q (r, K), P (N, r))."""
         return self.Lambda[i].unsqueeze(1) * self.Q[i], self.P[i]
+
+    @property
+    def full(self) -> int:
+        """Triplets of all targets at the start: as many as a file has that was loaded."""
+        return sum(map(len, self.Lambda))
 
     def mask(self, i: int) -> Tensor:
         """(r,) of target i: 1 for the triplets that keep their λ, 0 for the others."""
