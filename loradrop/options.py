@@ -47,6 +47,12 @@ def check_whole(name: str, value: int | None, least: int, *, or_none: bool = Fal
         raise ValueError(f"{name}={value!r}: choose a whole number from {least} up{more}")
 
 
+def check_start(name: str, value: float) -> None:
+    """Raises ValueError unless the option, what a vector starts from, is finite and not 0."""
+    if not value or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}: choose a finite number other than 0")
+
+
 def check_steps_or_part(name: str, value: float) -> None:
     """Raises ValueError unless the option is a part of all steps, or a number of steps."""
     if not 0 < value < math.inf or (value >= 1 and value != int(value)):
@@ -70,6 +76,16 @@ def check_kinds(options: Any) -> None:
         if (wanted := missed(value, hint, _PLAIN)) is not None:
             raise ValueError(f"{name}={given!r}: give {wanted}")
         object.__setattr__(options, name, value)
+
+
+def check_sizes(options: Any) -> None:
+    """Raises ValueError for a field of a dataclass with a whole number beyond 64 bits, which is
+    neither a seed nor a size.
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
+            raise ValueError(f"{field.name}={value!r}: choose a whole number of 64 bits")
 
 
 def missed(value: Any, hint: Any, names: Mapping[Any, str] = _OF_YAML) -> str | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Optional
 import numpy as np
 import pytest
 import torch
-from every_method import EVERY
+from every_method import EVERY, net
 
 from loradrop import LoRAConfig, LoRADrop, TrainConfig
 from loradrop.methods import Method
+from loradrop.methods.mos import MoS
 from loradrop.methods.nb_lora import NBLoRA
 from loradrop.methods.prilora import PRILoRA
+from loradrop.methods.vera import VeRA
 from loradrop.options import kinds_in
 from loradrop.run_config import _build
 
@@ -39,6 +42,25 @@ def test_an_option_of_a_wrong_kind_is_named(options: Any) -> None:
         for value in WRONG.get(kinds.pop(), []) if len(kinds) == 1 else []:
             with pytest.raises(ValueError, match=rf"^{field.name}=.+: (choose|give|the rank) "):
                 type(options)(**{field.name: value})
+
+
+@pytest.mark.parametrize("name", sorted(EVERY.keys() - {"from outside"}))
+def test_a_number_that_no_tensor_and_no_seed_takes_is_named(name: str) -> None:
+    method = EVERY[name]
+    for field in dataclasses.fields(method):
+        kinds = {*kinds_in(field.type)}
+        wrong = [math.nan, math.inf, -math.inf] * (float in kinds) + [1 << 70] * (int in kinds)
+        for value in wrong:
+            with pytest.raises(ValueError, match=rf"^{field.name}=.+: choose "):
+                type(method)(**{field.name: value})
+
+
+@pytest.mark.parametrize("seed", [(1 << 64) - 1, -(1 << 63)])
+def test_the_ends_of_what_a_seed_can_be(seed: int) -> None:
+    assert net(VeRA(seed=seed)).lora_bank.A.isfinite().all()
+    for beyond in ((1 << 64), -(1 << 63) - 1):
+        with pytest.raises(ValueError, match=rf"seed={beyond}: choose a whole number of 64 bits"):
+            MoS(seed=beyond)
 
 
 @pytest.mark.parametrize(

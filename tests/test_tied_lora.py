@@ -107,5 +107,5 @@ def test_parts_that_are_not_there(trained: str) -> None:
 
 
 def test_a_start_without_gradients() -> None:
-    with pytest.raises(ValueError, match=r"u_initial=0\.0: choose a number other than 0"):
+    with pytest.raises(ValueError, match=r"u_initial=0\.0: choose a finite number other than 0"):
         TiedLoRA(u_initial=0.0)

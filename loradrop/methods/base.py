@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from loradrop.bank import AdapterBank
-from loradrop.options import check_kinds
+from loradrop.options import check_kinds, check_sizes
 from loradrop.pairs import LoRABank, Update
 from loradrop.scores import Scores, Target
 
@@ -63,11 +63,13 @@ class Method:
     keeps_parameters: ClassVar[bool] = True  # `update` makes none that was not there before
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an option whose value is not of the kind that its annotation names.
+        """Raises ValueError for an option whose value is not of the kind that its annotation names,
+        and for a whole number beyond 64 bits.
 
         A subclass with checks of its own calls it, too.
         """
         check_kinds(self)
+        check_sizes(self)
 
     @property
     def warms_up(self) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
+from loradrop.options import check_start
 from loradrop.scores import Target
 from loradrop.selection import assign
 
@@ -51,8 +52,7 @@ class TiedLoRA(Method):
                 f"trained={parts!r}: choose letters of {PARTS!r}, each once, such as 'ABuv' or 'uv'"
             )
         super().__post_init__()
-        if not self.u_initial:
-            raise ValueError(f"u_initial={self.u_initial!r}: choose a number other than 0")
+        check_start("u_initial", self.u_initial)
 
     def bank(
         self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]

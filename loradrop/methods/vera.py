@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
+from loradrop.options import check_start
 from loradrop.scores import Target
 
 
@@ -39,8 +40,7 @@ class VeRA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.d_initial:
-            raise ValueError(f"d_initial={self.d_initial!r}: choose a number other than 0")
+        check_start("d_initial", self.d_initial)
 
     def bank(
         self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]
