@@ -82,9 +82,9 @@ class LoRAMixin(nn.Module):
         if factors is None:
             return None
         A, B = factors
-        if x.device != A.device:  # a model spread over devices
+        if not x.device == A.device == B.device:  # a model spread over devices
             bank.bring_back()
-            if A.is_meta:
+            if A.is_meta or B.is_meta:
                 raise ValueError(
                     "the adapters are on the meta device, without values: after model.to_empty "
                     "call reset_parameters() of every module in model.lora_bank that has it, or "

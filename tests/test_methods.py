@@ -15,6 +15,7 @@ from every_method import (
     TARGETS,
     WIDTH,
     Core,
+    Layer,
     Net,
     R,
     X,
@@ -29,9 +30,11 @@ from every_method import (
 )
 from method_cases import equal
 from test_distributed import torchrun
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import loradrop
-from loradrop import LoRAConfig, LoRADrop, methods, native
+from loradrop import LoRAConfig, LoRADrop, layers, methods, native
 from loradrop.bank import STATE
 from loradrop.formats.peft_file import read as read_peft
 from loradrop.injection import plan_of
@@ -39,6 +42,8 @@ from loradrop.loading import fill
 from loradrop.methods import LoRA, Method, Spectral
 from loradrop.methods.adalora import AdaLoRA
 from loradrop.methods.lora_fa import LoRAFA
+from loradrop.methods.lorta import LoRTA
+from loradrop.methods.mos import MoS
 from loradrop.methods.prilora import PRILoRA
 from loradrop.methods.rasa import RaSA
 from loradrop.methods.share_lora import ShareLoRA
@@ -230,6 +235,34 @@ def test_in_the_dtype_of_the_base(method: Method) -> None:
     first = loss(model)
     assert loss(train(model, 8)) < first
     assert all(p.isfinite().all() for p in bank.parameters())
+
+
+COMMON = [VeRA(), TiedLoRA(), RaSA(), MoS(), LoRTA(), ShareLoRA(), ShareLoRA(share="B")]
+
+
+@pytest.mark.parametrize("method", COMMON, ids=lambda method: method.name)
+def test_a_model_on_two_devices(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each layer has both of its factors on the device of its input; what is common to layers on
+    several devices lies on one of them.
+    """
+    for name in ("uniform_", "normal_"):  # fake tensors draw nothing on a GPU that is not there
+        monkeypatch.setattr(Tensor, name, lambda tensor, *args, **options: tensor)
+    devices, found = ["cpu", "cuda:0", "cpu"], []
+    monkeypatch.setattr(layers, "adapted_output", lambda x, *args: found.append((x, *args[3:5])))
+    with FakeTensorMode(), torch.no_grad():
+        model = Net()
+        for i, device in enumerate(devices):
+            with torch.device(device):
+                model.layers[i] = Layer()
+        config = LoRAConfig(r=R, lora_alpha=5, target_modules=TARGETS, method=method)
+        named = [(n, m) for n, m in model.named_modules() if n.endswith(TARGETS)]
+        bank = layers.build_bank(config, named, model)
+        for i, (_, module) in enumerate(named):
+            layers.adapt(module, bank, i)
+            module._adapted(torch.empty(2, WIDTH, device=module.weight.device), None, None)
+    assert [str(x.device) for x, _, _ in found] == [d for d in devices for _ in TARGETS]
+    for x, A, B in found:
+        assert x.device == A.device == B.device
 
 
 WITHOUT_S = {"nb_lora", "vera"}  # methods whose deltas lora_alpha does not scale

@@ -107,8 +107,8 @@ class RaSABank(AdapterBank):
                 self.register_parameter(f"A_pool_{g}", A)
                 self.register_parameter(f"B_pool_{g}", B)
             alpha, r = scaling[i] * targets[i].r, own[i].r
-            d = like.new_full((r + pooled[i],), 0.5 * alpha / pooled[i])
-            d[:r] = 0.5 * alpha / r
+            parts = [like.new_full((n,), 0.5 * alpha / n) for n in (r, pooled[i])]
+            d = torch.cat(parts)
             self.register_parameter(f"d_{i}", nn.Parameter(d))
 
     def factors(self, i: int) -> Pair:
@@ -116,6 +116,7 @@ class RaSABank(AdapterBank):
         A, B, g = self.A[i], self.B[i], self.pools[i]
         if g is None:
             return A, B
-        A_pool, B_pool, d = (getattr(self, n) for n in (f"A_pool_{g}", f"B_pool_{g}", f"d_{i}"))
+        names = f"A_pool_{g}", f"B_pool_{g}", f"d_{i}"
+        A_pool, B_pool, d = (getattr(self, name).to(A.device) for name in names)
         A = d.unsqueeze(1) * torch.cat((A, A_pool))  # (r', 1) · (r', K)
         return A, torch.cat((B, B_pool), 1)

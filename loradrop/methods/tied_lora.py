@@ -99,7 +99,7 @@ class TiedLoRABank(AdapterBank):
             self.register_buffer(f"{part}_{number}", start)
 
     def factors(self, i: int) -> Pair:
-        """(A (r, K), diag(v_i)·B·diag(u_i) (N, r)): A is everybody's, without a copy."""
+        """(A (r, K), diag(v_i)·B·diag(u_i) (N, r)): A is no copy where it is there."""
         g = self.groups[i]
         A, B, u, v = (getattr(self, name) for name in (f"A_{g}", f"B_{g}", f"u_{i}", f"v_{i}"))
-        return A, v.unsqueeze(1) * B * u
+        return A.to(v.device), v.unsqueeze(1) * B.to(v.device) * u

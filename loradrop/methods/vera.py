@@ -77,8 +77,8 @@ class VeRABank(AdapterBank):
         )
 
     def factors(self, i: int) -> Pair:
-        """(A, diag(b_i)·B·diag(d_i)), cut to the target: A_i (r, K), B_i (N, r)."""
+        """(A, diag(b_i)·B·diag(d_i)), cut to the target: A_i (r, K), B_i (N, r), on its device."""
         target, d, b = self.targets[i], self.d[i], self.b[i]
-        A = self.A[: target.r, : target.in_features]
-        B = self.B[: target.out_features, : target.r]
+        A = self.A[: target.r, : target.in_features].to(b.device)
+        B = self.B[: target.out_features, : target.r].to(b.device)
         return A, b.unsqueeze(1) * B * d
