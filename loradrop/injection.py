@@ -144,13 +144,17 @@ def require_loaded(tensors: Mapping[str, Tensor]) -> None:
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan of an injected model: what `fit` or `load` recorded, with today's assignment."""
+    """The plan of an injected model: what `fit` or `load` recorded, with today's assignment and,
+    until something is decided by those of the record, with the method's options that act today.
+    """
     model = inner(model)
     bank, injection = bank_of(model), injection_of(model)
     now: dict[str, Any] = {"assignment": bank.assignment, "parameters": bank.trainable}
     now["facts"] = dict(injection.config.method.facts(bank))
-    if injection.plan is not None:
-        return replace(injection.plan, **now)
+    if (plan := injection.plan) is not None:
+        if plan.kept is None:
+            now["config"] = replace(plan.config, method=injection.config.method)
+        return replace(plan, **now)
     scores = None if injection.scores is None else injection.scores.to_dict()
     with injected(model) as own:
         base = base_of(own) | classes_of(own)

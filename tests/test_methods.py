@@ -44,6 +44,7 @@ from loradrop.methods.adalora import AdaLoRA
 from loradrop.methods.lora_fa import LoRAFA
 from loradrop.methods.lorta import LoRTA
 from loradrop.methods.mos import MoS
+from loradrop.methods.nb_lora import NBLoRA
 from loradrop.methods.prilora import PRILoRA
 from loradrop.methods.rasa import RaSA
 from loradrop.methods.share_lora import ShareLoRA
@@ -149,6 +150,42 @@ def test_saved_and_loaded(method: Method, injected: bool, tmp_path: Path) -> Non
     assert list(before) == list(after) and equal([*before.values()], [*after.values()])
     assert plan_of(found) == plan_of(model)
     assert not torch.equal(train(found)(X), model(X))  # and it trains on
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [
+        (TiedLoRA(trained="uv"), TiedLoRA(trained="ABuv")),
+        (PRILoRA(regrow=False), PRILoRA(regrow=True)),
+        (AdaLoRA(gamma=0.0), AdaLoRA(gamma=0.5)),
+    ],
+    ids=lambda method: method.name,
+)
+def test_loaded_into_other_options_the_plan_says_those_that_act(
+    here: Method, there: Method, tmp_path: Path
+) -> None:
+    loradrop.save(train(net(there)), tmp_path / "there")
+    model = net(here)
+    loradrop.load(model, tmp_path / "there")
+    loradrop.save(model, tmp_path / "here")
+    assert native.read(tmp_path / "here").plan.config.method == here
+
+
+def test_what_was_decided_keeps_the_options_that_decided_it(tmp_path: Path) -> None:
+    there, model = net(LoRADrop(budget=0.5)), net(LoRADrop(budget=0.25))
+    scores(there)
+    loradrop.share(there)
+    loradrop.save(there, tmp_path)
+    loradrop.load(model, tmp_path)
+    assert plan_of(model).kept and plan_of(model).config.method == LoRADrop(budget=0.5)
+
+
+def test_a_file_of_another_bound_is_refused(tmp_path: Path) -> None:
+    loradrop.save(train(net(NBLoRA(s=0.5))), tmp_path)
+    model = net(NBLoRA(s=2.0))
+    with pytest.raises(ValueError, match=r"another s \(0\.5, not 2\.0\)"):
+        loradrop.load(model, tmp_path)
+    assert (model.lora_bank.s == 2.0).all()
 
 
 @each_method

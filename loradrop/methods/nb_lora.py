@@ -43,6 +43,7 @@ class NBLoRA(Method):
     """
 
     name: ClassVar[str] = "nb_lora"
+    composed_by: ClassVar[tuple[str, ...]] = ("s",)
 
     s: float | tuple[float, ...] = 1.0
 
