@@ -159,5 +159,5 @@ class CoreBank(AdapterBank):
 
 EVERY: dict[str, Method] = {name: cls() for name, cls in methods.available().items()}
 EVERY["prilora"] = PRILoRA(prune_every=2)
-EVERY["adalora"] = AdaLoRA(r_start=R, mask_every=2)  # every target is left an adapter
+EVERY["adalora"] = AdaLoRA(t_initial=0.0, mask_every=1)  # also in a few steps
 EVERY["from outside"] = Core()

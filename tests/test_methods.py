@@ -329,7 +329,10 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert list(one) == list(two) == list(EVERY)
     for name, method in EVERY.items():
-        alone = by_sgd(net(method), X)
+        model = net(method)
+        alone = by_sgd(model, X)
+        if isinstance(method, AdaLoRA):
+            assert sum(model.lora_bank.ranks) < model.lora_bank.full
         assert equal(one[name], two[name]), name
         moved = [a - b for a, b in zip(alone, values(net(method)), strict=True)]
         assert any(m.abs().max() > 1e-3 for m in moved), name
@@ -344,7 +347,7 @@ PARAMETERS = {
     **{"lora_fa": 3 * R * 4 * WIDTH, "share_lora": R * 3 * WIDTH + 3 * R * 4 * WIDTH},
     "tied_lora": R * 7 * WIDTH + 3 * (3 * R + 4 * WIDTH),
     "rasa": OWN + 9 * (R - 1 + 3),
-    "adalora": OWN + 9 * R,  # and λ
+    "adalora": (OWN // R + 9) * 5,  # one and a half of r = 3, and λ
     "from outside": 9 * R * R + R * (WIDTH + WIDTH + 2 * WIDTH),
 }
 
@@ -354,6 +357,24 @@ def test_trainable_parameters(name: str) -> None:
     model = net(EVERY[name])
     trainable = [p for n, p in model.named_parameters() if p.requires_grad and "bank" in n]
     assert sum(p.numel() for p in trainable) == plan_of(model).parameters == PARAMETERS[name]
+
+
+DEFAULTS = {
+    # Of the papers, or of their authors' code.
+    "adalora": {"beta1": 0.85, "beta2": 0.85, "gamma": 0.1},
+    "vera": {"d_initial": 0.1, "seed": 0},
+    "tied_lora": {"trained": "ABuv", "u_initial": 1.0},
+    "share_lora": {"share": "A"},
+    # Ours, or what we read of a paper: a change of one is a change of results.
+    "prilora": {"prune_every": 40, "prune_ratio": 0.5, "beta": 0.9, "regrow": True},
+    "rm_lora": {"penalty": 1e-3, "rise": 0.1, "mask_ratio": 0.5},
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_constants_of_a_method(name: str) -> None:
+    method = methods.get(name)()
+    assert {option: getattr(method, option) for option in DEFAULTS[name]} == DEFAULTS[name]
 
 
 # A method from outside

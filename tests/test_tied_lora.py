@@ -65,6 +65,17 @@ def test_the_start() -> None:
     assert torch.equal(again.A_0, bank.A_0) and not torch.equal(again.A_0, other.A_0)
 
 
+@pytest.mark.parametrize("trained", ["uv", "v", "Au"])
+def test_what_is_frozen_is_drawn(trained: str) -> None:
+    """Within LoRA's bounds by the fan-in, and no two rows alike."""
+    _, bank = adapted(TiedLoRA(trained=trained))
+    for part in {"A", "B"} - {*trained}:
+        for g in set(bank.groups):
+            matrix = getattr(bank, f"{part}_{g}")
+            assert 0 < matrix.abs().max() <= matrix.shape[1] ** -0.5
+            assert len(matrix.unique()) == matrix.numel()
+
+
 def test_the_delta_is_that_of_the_formula() -> None:
     """ΔW_i = s·diag(v_i)·B·diag(u_i)·A, with the A and B of the target's kind."""
     _, bank = adapted(TiedLoRA())
