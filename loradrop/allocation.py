@@ -2,11 +2,11 @@
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from loradrop.options import check_choice, check_one, check_whole
-from loradrop.scores import layer_of
+from loradrop.scores import layer_of, layers_of, stem_of
 from loradrop.spectra import Spectrum
 
 SCOPES = ("joint", "per_module", "per_target")
@@ -212,13 +212,14 @@ def _lowest(spectrum: Spectrum, budget_time: float | None) -> set[str]:
     cleared, _ = _divided(names, budget_time)
     if not cleared:
         return set()
-    before = itertools.takewhile(lambda name: not layer_of(name), names)
-    return {*before, *(name for name in names if layer_of(name) in cleared)}
+    of_target = dict(zip(names, layers_of(names), strict=True))
+    before = itertools.takewhile(lambda name: not of_target[name], names)
+    return {*before, *(name for name in names if of_target[name] in cleared)}
 
 
-def _divided(targets: Iterable[str], budget_time: float | None) -> tuple[list[str], list[str]]:
+def _divided(targets: Sequence[str], budget_time: float | None) -> tuple[list[str], list[str]]:
     """The layers that must go for this part of a step's time, and those above them."""
-    layers = list(dict.fromkeys(layer for name in targets if (layer := layer_of(name))))
+    layers = list(dict.fromkeys(filter(None, layers_of(targets))))
     if budget_time is None:
         return [], layers
     if not layers:
@@ -236,14 +237,15 @@ def _divided(targets: Iterable[str], budget_time: float | None) -> tuple[list[st
 
 
 def time_in_vain(
-    targets: Iterable[str], parameters: Mapping[str, bool], budget_time: float | None
+    targets: Sequence[str], parameters: Mapping[str, bool], budget_time: float | None
 ) -> str | None:
     """Why `budget_time` saves nothing though layers lose their adapters; None where it does.
 
     parameters   name -> whether it is trained whole, in the order in which the model lists them
     """
     cleared, left = _divided(targets, budget_time)
-    below = itertools.takewhile(lambda name: layer_of(name) not in left, parameters)
+    stem = stem_of(targets)
+    below = itertools.takewhile(lambda name: layer_of(name, stem) not in left, parameters)
     lowest = next((name for name in below if parameters[name]), None)
     if not cleared or lowest is None:
         return None

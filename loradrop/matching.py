@@ -11,7 +11,7 @@ from torch import nn
 
 from loradrop.config import LoRAConfig, pattern_matches
 from loradrop.layers import is_extensible, is_patched, shape_of
-from loradrop.scores import layer_of
+from loradrop.scores import layer_of, stem_of
 from loradrop.wrapped import modules_of
 
 # Query and value projections under the names that transformers' models give them.
@@ -211,16 +211,17 @@ def _check_coverage(
     A module's full name, and an entry with a number, stand for what they name.
     """
     gaps, rows = list[str](), list[str]()
+    stem = stem_of([*linear, *(name for found in names.values() for name in found)])
     for entry, found in names.items():
         stacks: dict[str, set[str]] = {}
         for name in [*linear, *found]:
-            if layer := layer_of(name):
+            if layer := layer_of(name, stem):
                 stacks.setdefault(_stack(layer), set()).add(layer)
         rows.append(f"  {entry}: {len(found)} modules")
         named = entry in found or re.search(r"\d", entry)
         for stack, layers in {} if named else stacks.items():
-            hit = layers & {layer_of(n) for n in found}
-            skipped = {layer_of(n) for n in excluded}
+            hit = layers & {layer_of(n, stem) for n in found}
+            skipped = {layer_of(n, stem) for n in excluded}
             missing = sorted(layers - hit - skipped, key=lambda s: int(s.rpartition(".")[2]))
             if hit and missing:
                 rows[-1] += f", none in {', '.join(missing[:6])}{', ...' * (len(missing) > 6)}"

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -30,10 +30,29 @@ class Target(NamedTuple):
         return self.r * (self.in_features + self.out_features)
 
 
-def layer_of(name: str) -> str:
-    """A module's path up to its first number, the layer; "" where it has none."""
-    found = re.search(r"(^|\.)\d+(?=\.|$)", name)
+def layer_of(name: str, stem: str = "") -> str:
+    """A module's path up to its first number below `stem`, the layer; "" where it has none."""
+    above = len(stem) if name == stem or name.startswith(f"{stem}.") else 0
+    found = re.compile(r"(^|\.)\d+(?=\.|$)").search(name, above)
     return name[: found.end()] if found else ""
+
+
+def stem_of(names: Iterable[str]) -> str:
+    """The path of what holds all layers where a number is in it, as "1" of 1.layers.0 and
+    1.layers.1; "" where the first number is that of the layer, as in most models.
+
+    It is what all names with a number have in common before the first number at which they differ.
+    """
+    names, stem = list(names), ""
+    while len(layers := {layer for name in names if (layer := layer_of(name, stem))}) == 1:
+        stem = layers.pop()
+    return stem if layers else ""
+
+
+def layers_of(names: Sequence[str]) -> list[str]:
+    """The layer of each of these modules of one model; "" for one that is in none."""
+    stem = stem_of(names)
+    return [layer_of(name, stem) for name in names]
 
 
 @dataclass(frozen=True, eq=False)

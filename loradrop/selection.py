@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from loradrop.options import check_choice, check_one, check_part
-from loradrop.scores import Assignment, Scores, Target, layer_of
+from loradrop.scores import Assignment, Scores, Target, layers_of
 
 CHOICES = {
     "scope": ("per_module", "joint"),
@@ -187,11 +187,12 @@ def assign(
         if name not in names:
             known = ", ".join(sorted(names))
             raise ValueError(f"kept has {name!r}, which is not a target; the targets are {known}")
-    layers = list(dict.fromkeys(layer for name in names if (layer := layer_of(name))))
+    of_target = layers_of(names)
+    layers = list(dict.fromkeys(filter(None, of_target)))
     chosen, numbers = set(kept), dict[Any, int]()
     slots: list[int | None] = []
-    for target in targets:
-        own, layer = target.name in chosen, layer_of(target.name)
+    for target, layer in zip(targets, of_target, strict=True):
+        own = target.name in chosen
         if not own and share == "none":
             slots.append(None)
             continue

@@ -132,6 +132,12 @@ def test_an_entry_that_some_layers_lack(
     assert ("1 of 3 layers" in caplog.text and "none in layers.1, layers.2" in caplog.text) == told
 
 
+def test_a_number_above_the_layers_is_not_theirs(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Identity(), stack("q_proj", "in_proj", "in_proj"))
+    loradrop.inject(model, LoRAConfig(r=R, target_modules=["q_proj"]))
+    assert "1 of 3 layers of 1.layers.*" in caplog.text
+
+
 @pytest.mark.parametrize("kinds", DEFAULTS)
 def test_names_of_query_and_value(kinds: tuple[str, ...]) -> None:
     bank = loradrop.inject(stack(*kinds, "out_proj"), LoRAConfig(r=R))

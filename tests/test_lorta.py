@@ -64,6 +64,17 @@ def test_what_is_trained(heads: int) -> None:
     assert injected(heads=heads)[1].trainable == R * (D + D // heads + heads + LAYERS + 4)
 
 
+def test_a_number_above_the_layers_is_not_theirs() -> None:
+    """Every layer has its row of C_l where a number stands above all of them."""
+    net = nn.Sequential(nn.Identity(), injected()[0])
+    loradrop.remove(net[1])
+    config = LoRAConfig(r=R, target_modules=tuple("qkvo"), method=LoRTA())
+    bank: Any = loradrop.inject(net, config)
+    assert bank.targets[0].name == "1.0.attn.q"
+    assert bank.C_l[0].shape == (LAYERS, R) and bank.C_m[0].shape == (4, R)
+    assert bank.trainable == injected()[1].trainable
+
+
 def test_the_paper_s_counts() -> None:
     """860 and 4,292 elements a rank for RoBERTa-base and Llama-2-7B."""
     for width, heads, layers, count in ((768, 12, 12, 860), (4096, 32, 32, 4292)):

@@ -188,6 +188,12 @@ def test_columns_are_named_by_what_tells_them_apart(
     assert texts[start : start + len(labels)] == labels
 
 
+def test_a_number_above_the_layers_is_not_theirs() -> None:
+    names = [f"1.layers.{i}.{kind}" for i in range(3) for kind in ("query", "value")]
+    table = plan_table(make_plan(names, kept=names[4:]))
+    assert list(grid_of(table)) == ["0", "1", "2"] and re.search(r"layer +query +value", table)
+
+
 def test_a_plan_without_scores_or_decision(tmp_path: Path) -> None:
     made = make_plan(scores=None, kept=None)
     plan = Plan(config=LoRAConfig(r=4), assignment=made.assignment, parameters=made.parameters)

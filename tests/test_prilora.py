@@ -52,6 +52,21 @@ def test_stacks_count_on() -> None:
     assert [target.r for target in found] == [2, 4, 6, 8]
 
 
+def test_a_number_above_the_layers_is_not_theirs() -> None:
+    """nn.Sequential(embed, nn.TransformerEncoder): "1" is common to all layers."""
+    names = [f"1.layers.{i}.{kind}" for i in range(3) for kind in ("linear1", "linear2")]
+    found = PRILoRA().ranked([Target(n, n[-7:], 64, 64, 8) for n in [*names, "1.pooler", "out"]])
+    assert [target.r for target in found] == [4, 4, 8, 8, 12, 12, 8, 8]
+
+
+def test_ranks_have_the_mean_of_the_config() -> None:
+    """Also where all layers are one, as in ALBERT, and at the rank 1."""
+    for layers, r in ((1, 8), (1, 1), (2, 1), (12, 1), (3, 2), (3, 7)):
+        ranks = [target.r for target in PRILoRA().ranked(targets(layers, r))]
+        assert sum(ranks) == r * len(ranks), (layers, r, ranks)
+    assert [target.r for target in PRILoRA(r_end=3).ranked(targets(1))] == [4, 4, 8]
+
+
 def model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, WIDTH))

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loradrop.scores import Assignment, Scores, Target
+from loradrop.scores import Assignment, Scores, Target, layers_of
 from loradrop.selection import assign, keep_frequency, reselect, select
 
 property_test = settings(max_examples=150, deadline=None, derandomize=True)
@@ -392,6 +392,30 @@ def test_sharing_by_neighbouring_layers() -> None:
     assert found == (0, 1, 2, 1, 0, 1, 3, 4, 3, 4, 5)
     assert assign(targets, [], "interval", 5).slots == assign(targets, []).slots
     assert not assign(targets, [], "interval", 1).shares
+
+
+def test_a_number_above_the_layers_is_not_theirs() -> None:
+    names = [f"1.{i}.{kind}" for i in (0, 1, 4) for kind in "qv"]
+    targets = [Target(name, name[-1], 8, 8, 2) for name in names]
+    assert assign(targets, [], "interval", 2).slots == (0, 1, 0, 1, 2, 3)
+
+
+LAYERS = {
+    "encoder.layer.0.q encoder.layer.1.q pooler": ["encoder.layer.0", "encoder.layer.1", ""],
+    "encoder.block.0.q decoder.block.0.q": ["encoder.block.0", "decoder.block.0"],
+    "layers.0.blocks.1.q layers.1.blocks.0.q": ["layers.0", "layers.1"],  # as in Swin
+    "0 2": ["0", "2"],
+    "layers.0.q layers.0.v": ["layers.0", "layers.0"],
+    "groups.0.layers.0.q groups.0.layers.0.v": ["groups.0", "groups.0"],  # as in ALBERT
+    "1.layers.0.q 1.layers.1.q 1.pooler out": ["1.layers.0", "1.layers.1", "", ""],
+    "0.1.h.0.q 0.1.h.10.q": ["0.1.h.0", "0.1.h.10"],
+    "1.h.0.q 10.h.0.q": ["1", "10"],
+}
+
+
+@pytest.mark.parametrize("names", LAYERS)
+def test_the_layer_of_each_module(names: str) -> None:
+    assert layers_of(names.split()) == LAYERS[names]
 
 
 def test_an_assignment_says_who_shares() -> None:

@@ -235,6 +235,12 @@ def test_wide_targets_pay_for_their_width() -> None:
     assert ranks_of(found, budget=0.6) == [1, 2]
 
 
+def test_a_number_above_the_layers_is_not_theirs() -> None:
+    found = of((9.0,), (8.0,), (3.0,))
+    targets = tuple(t._replace(name=f"1.{t.name}") for t in found.targets)
+    assert ranks_of(replace(found, targets=targets), budget=1.0, budget_time=0.8) == [0, 0, 1]
+
+
 def test_a_budget_of_time_clears_the_lowest_layers() -> None:
     found = of((9.0,), (8.0,), (3.0,), (2.0,), (1.0,))
     assert ranks_of(found, budget=0.4, budget_time=1.0) == [1, 1, 0, 0, 0]

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
 from loradrop.options import check_whole
-from loradrop.scores import Target, layer_of
+from loradrop.scores import Target, layers_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +87,14 @@ class LoRTABank(AdapterBank):
         for i, target in enumerate(targets):
             groups.setdefault(target[2:], []).append(i)
         self.places = [(0, 0, 0)] * len(targets)
+        of_target = layers_of([target.name for target in targets])
         for g, ((K, N, r), members) in enumerate(groups.items()):
             like = likes[members[0]]
             layers: dict[str, int] = {}
             modules: dict[str, int] = {}
             for i in members:
-                layer = layer_of(name := targets[i].name)
-                m = modules.setdefault(name[len(layer) :], len(modules))
+                layer = of_target[i]
+                m = modules.setdefault(targets[i].name[len(layer) :], len(modules))
                 self.places[i] = (g, m, layers.setdefault(layer, len(layers)))
             self.A.append(nn.init.kaiming_uniform_(like.new_empty(N, r), a=math.sqrt(5)))
             self.B.append(like.new_zeros(r, K // heads))

@@ -24,7 +24,7 @@ from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
 from loradrop.options import check_choice, check_whole
 from loradrop.pairs import LoRABank
-from loradrop.scores import Assignment, Target, layer_of, members_of
+from loradrop.scores import Assignment, Target, layers_of, members_of
 
 PRUNE_SCOPES = ("row", "target", "all")
 
@@ -34,7 +34,8 @@ class PRILoRA(Method):
     """The options of PRILoRA.
 
     r_start, r_end   rank of the first and the last layer; None is half and one and a half of the
-                     `r` of `LoRAConfig`, so that the mean is `r`
+                     `r` of `LoRAConfig`, at least 1, so that the mean of all layers is `r` but for
+                     rounding; with both None a model of one layer keeps `r`
     prune_every      steps between two prunings of A
     prune_ratio      the part of A that a pruning sets to zero, rounded down
     prune_scope      of what: "row", each row of A; "target", each A; "all", all of them together
@@ -74,13 +75,15 @@ class PRILoRA(Method):
 
     def ranked(self, targets: Sequence[Target]) -> list[Target]:
         """The targets with their ranks by depth, layers in the order in which they come."""
-        layers = list(dict.fromkeys(layer for t in targets if (layer := layer_of(t.name))))
+        of_target = layers_of([target.name for target in targets])
+        layers = list(dict.fromkeys(filter(None, of_target)))
+        grows = len(layers) > 1 or self.r_start is not None or self.r_end is not None
         last = max(1, len(layers) - 1)
         ranked = []
-        for target in targets:
-            if layer := layer_of(target.name):
-                first = self.r_start or max(1, round(target.r / 2))
-                end = self.r_end or max(1, round(3 * target.r / 2))
+        for target, layer in zip(targets, of_target, strict=True):
+            if layer and grows:
+                half = max(1, round(target.r / 2))
+                first, end = self.r_start or half, self.r_end or 2 * target.r - half
                 depth = layers.index(layer) / last
                 target = target._replace(r=int(first + (end - first) * depth + 0.5))
             ranked.append(target)

@@ -10,7 +10,7 @@ from typing import Any
 
 from loradrop.plan import Plan
 from loradrop.report.look import MARKS, as_percent
-from loradrop.scores import Target
+from loradrop.scores import Target, layer_of, stem_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +79,10 @@ class Grid:
         self.whole = "all targets" if joint else "its module type"
         self.cells: dict[tuple[int | None, str], Cell] = {}
         self.groups: dict[Any, list[Cell]] = {}
+        stem = stem_of(target.name for target in plan.targets)
         for target, state in zip(plan.targets, plan.assignment.states, strict=True):
             group = target._replace(r=full[target.name]).group
-            score, (layer, column) = scores.get(target.name), _place(target.name)
+            score, (layer, column) = scores.get(target.name), _place(target.name, stem)
             known = score is not None and math.isfinite(score)
             total = totals[joint or target.group] or 1.0
             cell = self.cells[layer, column] = Cell(
@@ -129,10 +130,11 @@ class Grid:
         return "; ".join(parts)
 
 
-def _place(name: str) -> tuple[int | None, str]:
-    if (found := re.search(r"(?<![^.])\d+(?![^.])", name)) is None:
+def _place(name: str, stem: str) -> tuple[int | None, str]:
+    if not (layer := layer_of(name, stem)):
         return None, name
-    return int(found[0]), f"{name[: found.start()]}*{name[found.end() :]}"
+    stack, dot, number = layer.rpartition(".")
+    return int(number), f"{stack}{dot}*{name[len(layer) :]}"
 
 
 def _labels(columns: Sequence[str]) -> dict[str, str]:
