@@ -258,7 +258,7 @@ def build_bank(
 ) -> AdapterBank:
     """The bank that the method of `config` makes for these (name, module) of the model.
 
-    Raises ValueError for a rank beyond min(in_features, out_features).
+    Raises ValueError for a rank beyond min(in_features, out_features), where it adds nothing.
     """
     targets, likes = [], []
     for name, module in found:
@@ -270,7 +270,8 @@ def build_bank(
         likes.append(torch.empty(0, dtype=dtype, device=_home(model, name, weight)))
     scaling = [config.scaling(target.name) for target in targets]
     bank = config.method.bank(targets, scaling, likes)
-    check_ranks(bank.targets)
+    if config.method.rank_limited:
+        check_ranks(bank.targets)
     bank.dropout, bank.composition = config.lora_dropout, config.method.composition
     return bank
 

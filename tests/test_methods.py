@@ -255,8 +255,36 @@ def test_shapes_and_ranks_that_differ(method: Method) -> None:
 @each_method
 def test_a_rank_that_a_target_cannot_have(method: Method) -> None:
     """Also of the methods whose first stage is as wide as a target lets it be."""
+    if not method.rank_limited:
+        assert net(method, r=WIDTH + 1).lora_bank.targets[0].r == WIDTH + 1
+        return
     with pytest.raises(ValueError, match=rf"beyond {WIDTH} (adds|ranks add) nothing"):
         net(method, r=WIDTH + 1)
+
+
+@pytest.mark.parametrize("method", [VeRA(), LoRTA()])
+def test_a_rank_beyond_both_sides(method: Method, tmp_path: Path) -> None:
+    """Trained, saved, exported to PEFT and loaded from both, and merged: always the same model.
+
+    It is beyond the 256 that the fused kernels hold, too.
+    """
+    r = 300
+    model = train(net(method, r=r))
+    adapted, bank = model(X).detach(), model.lora_bank
+    assert {len(bank.factors(i)[0]) for i in range(9)} == {r}
+    assert all(bank.delta(i).any() for i in range(9))
+    loradrop.save(model, tmp_path / "own")
+    loradrop.export(model, tmp_path / "peft")
+    for folder in ("own", "peft"):
+        torch.manual_seed(0)
+        again = Net()
+        loradrop.load(again, tmp_path / folder)
+        torch.testing.assert_close(again(X), adapted, rtol=1e-4, atol=1e-5)
+    torch.manual_seed(0)
+    wrapped = pytest.importorskip("peft").PeftModel.from_pretrained(Net(), tmp_path / "peft")
+    torch.testing.assert_close(wrapped(X), adapted, rtol=1e-4, atol=1e-5)
+    loradrop.merge(model)
+    torch.testing.assert_close(model(X), adapted, rtol=1e-4, atol=1e-5)
 
 
 @each_method

@@ -61,6 +61,7 @@ class Method:
     composed_by: ClassVar[tuple[str, ...]] = ()  # see `composition`
     statistics: ClassVar[tuple[str, ...]] = ()
     keeps_parameters: ClassVar[bool] = True  # `update` makes none that was not there before
+    rank_limited: ClassVar[bool] = True  # a rank beyond min(in_features, out_features) adds nothing
 
     def __post_init__(self) -> None:
         """Raises ValueError for an option whose value is not of the kind that its annotation names,

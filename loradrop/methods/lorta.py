@@ -39,6 +39,7 @@ class LoRTA(Method):
     """
 
     name: ClassVar[str] = "lorta"
+    rank_limited: ClassVar[bool] = False  # r is that of the tensor, not of a target's matrix
 
     heads: int = 1
 

@@ -4,9 +4,13 @@ two trained vectors for each.
     ΔW_i = diag(b_i) · B · diag(d_i) · A
 
 A (r, K) and B (N, r) are drawn once, for the widest target, and never trained; a narrower target
-uses their first columns and rows. So a target costs r + N elements where LoRA costs r·(K + N).
+uses their first columns and rows. So a target costs r + N elements where LoRA costs r·(K + N), and
+r may exceed K and N: each rank is one more trained number, as in the paper's r = 1024 at width 768.
 
-d goes with B: so A is frozen as it is; the backward pass forms no gradient of it and keeps no x.
+From the paper: the equation, and the one frozen random pair, by Kaiming. As in PEFT: b = 0 and
+d = 0.1 at the start, and a seed of the pair. Ours: s = 1, that a narrower target has a part of the
+pair, and that d goes with B: so A is frozen as it is; the backward pass forms no gradient of it and
+keeps no x.
 """
 
 from collections.abc import Sequence
@@ -24,7 +28,8 @@ from loradrop.scores import Target
 
 @dataclass(frozen=True, kw_only=True)
 class VeRA(Method):
-    """The options of VeRA; `r` of `LoRAConfig` is the rank, in the hundreds as a rule.
+    """The options of VeRA; `r` of `LoRAConfig` is the rank, in the hundreds as a rule. Beyond 256
+    the fused kernels do not serve it, and PyTorch's products do.
 
     d_initial   every element of d at the start; b starts at zero, so the model is unchanged
     seed        of A and B, which are Kaiming-uniform and do not depend on any other random state
@@ -34,6 +39,7 @@ class VeRA(Method):
     """
 
     name: ClassVar[str] = "vera"
+    rank_limited: ClassVar[bool] = False
 
     d_initial: float = 0.1
     seed: int = 0
