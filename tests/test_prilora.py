@@ -119,6 +119,26 @@ def test_pruned_entries_may_grow_again() -> None:
         assert (bank.A[0] == 0).sum() == bank.targets[0].r * (WIDTH // 2)
 
 
+@pytest.mark.parametrize("every", [3, 40])
+def test_the_last_step_prunes_too(every: int) -> None:
+    """Of a run of 4 steps, whatever divides them."""
+    net, options, pruned = model(), config(prune_every=every), []
+    bank = loradrop.inject(net, options)
+    for step in range(1, 5):
+        with torch.no_grad():
+            bank.A[0].fill_(1.0)
+        options.method.before_step(bank, step, 4)
+        moments = [torch.rand(WIDTH, dtype=torch.float64) for _ in range(2)]
+        options.method.on_step_end(bank, step, {"moment": moments})
+        pruned.append(bool((bank.A[0] == 0).any()))
+    assert pruned == [False, False, every == 3, True] and bank.sparsity == 0.5
+
+
+def test_a_run_shorter_than_the_cadence_ends_pruned(tmp_path: Path) -> None:
+    options = LoRAConfig(**tiny.LORA, method=PRILoRA(prune_every=1000))
+    assert tiny.run(tmp_path, options).plan.facts["zeros of A"] == 0.5
+
+
 S = [[5.0, 1.0, 4.0, 2.0], [9.0, 8.0, 7.0, 6.0]], [[0.5, 3.0, 0.1]]
 SCOPES = {  # the smallest half: of each row of 4 or 3, of 8 or 3 entries, of all 11
     "row": ([[0, 1, 0, 1], [0, 0, 1, 1]], [[0, 0, 1]]),

@@ -4,12 +4,12 @@ and A pruned throughout training by its size and the size of its input.
     r_l = round(r_start + (r_end − r_start)·l / (L − 1))      for the layers l = 0 .. L − 1
     S_ij = |A_ij| · X̄_j       X̄ <- β·X̄ + (1 − β)·‖x_j‖₂     the norm over one step's tokens
 
-Every `prune_every` steps the smallest `prune_ratio` of A, by S, is set to zero: of each row, of
-each target, or of all targets together. Entries may regrow until the next time, or not at all; the
-bank's state says which ones were pruned. From the paper: the linear growth, the pruning of A alone,
-throughout training, by |A| and a moving average of the input. Ours, because we could not read them
-there: the formula of S, its norm and β, the cadence, the ratio and its scope, the ends of the
-ranks, one s for all layers.
+Every `prune_every` steps and after the last one the smallest `prune_ratio` of A, by S, is set to
+zero: of each row, of each target, or of all targets together. Entries may regrow until the next
+time, or not at all; the bank's state says which ones were pruned. From the paper: the linear
+growth, the pruning of A alone, throughout training, by |A| and a moving average of the input. Ours,
+because we could not read them there: the formula of S, its norm and β, the cadence and the last
+pruning, the ratio and its scope, the ends of the ranks, one s for all layers.
 """
 
 import itertools
@@ -36,7 +36,9 @@ class PRILoRA(Method):
     r_start, r_end   rank of the first and the last layer; None is half and one and a half of the
                      `r` of `LoRAConfig`, at least 1, so that the mean of all layers is `r` but for
                      rounding; with both None a model of one layer keeps `r`
-    prune_every      steps between two prunings of A
+    prune_every      steps between two prunings of A; the last step that is planned prunes too, so
+                     what is trained to its end is pruned. A run that ends early, or whose loop
+                     does not call `before_step`, is as the last multiple of it left it
     prune_ratio      the part of A that a pruning sets to zero, rounded down
     prune_scope      of what: "row", each row of A; "target", each A; "all", all of them together
     regrow           whether pruned entries may grow until the next pruning; False keeps them zero
@@ -89,11 +91,18 @@ class PRILoRA(Method):
             ranked.append(target)
         return ranked
 
+    def before_step(self, bank: AdapterBank, step: int, total: int) -> None:
+        """Notes which step is the last; the gradients stay as they are."""
+        assert isinstance(bank, PRILoRABank)
+        bank.last_step = total
+
     @torch.no_grad()
     def on_step_end(
         self, bank: AdapterBank, step: int, statistics: Mapping[str, Sequence[Tensor | None]]
     ) -> None:
-        """Takes the step's inputs into X̄ and, every `prune_every` steps, prunes every A."""
+        """Takes the step's inputs into X̄ and, every `prune_every` steps and at the last one, prunes
+        every A.
+        """
         assert isinstance(bank, PRILoRABank)
         for i, moment in enumerate(statistics["moment"]):
             if moment is not None:
@@ -101,7 +110,7 @@ class PRILoRA(Method):
                 average.lerp_(moment.sqrt().to(average), 1.0 - self.beta)
         if not self.regrow:
             bank.zero_pruned()  # before S, in which they are the smallest then
-        if step % self.prune_every == 0:
+        if step % self.prune_every == 0 or step == bank.last_step:
             scores = [A.abs() * bank.common_norm(users) for users, A in bank.each_A()]
             chosen = smallest(scores, self.prune_ratio, self.prune_scope)
             for (users, _), mask in zip(bank.each_A(), chosen, strict=True):
@@ -143,6 +152,8 @@ class PRILoRABank(LoRABank):
 
     Targets that share an A have one mask, by the inputs of all of them.
     """
+
+    last_step: int | None = None  # of the run; each step is told anew, so no state holds it
 
     def __init__(
         self, targets: Sequence[Target], scaling: Sequence[float], likes: Sequence[Tensor]
