@@ -127,14 +127,18 @@ class Scores(Mapping[str, float]):
         }
 
 
-def check_ranks(targets: Sequence[Target]) -> None:
-    """Raises ValueError for a rank beyond min(in_features, out_features)."""
+def check_ranks(
+    targets: Iterable[Target], remedy: str = "Choose r <= {most}, or a rank_pattern"
+) -> None:
+    """Raises ValueError for a rank beyond `most` = min(in_features, out_features), with a remedy
+    that may name it.
+    """
     for target in targets:
         most = min(target.in_features, target.out_features)
         if target.r > most:
             raise ValueError(
                 f"r={target.r} for {target.name} ({target.in_features} -> {target.out_features}): "
-                f"a rank beyond {most} adds nothing. Choose r <= {most}, or a rank_pattern"
+                f"a rank beyond {most} adds nothing. {remedy.format(most=most)}"
             )
 
 

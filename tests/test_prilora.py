@@ -326,5 +326,19 @@ def test_options_out_of_range(options: dict[str, float], message: str) -> None:
 
 
 def test_a_rank_that_grows_beyond_a_layer() -> None:
-    with pytest.raises(ValueError, match=rf"r={WIDTH + 1} for 2.*r <= {WIDTH}"):
+    remedy = rf"r={WIDTH + 1} for 2 .*Choose r_start and r_end <= {WIDTH}, or .*exclude_modules"
+    with pytest.raises(ValueError, match=remedy):
         loradrop.inject(model(), config(r_end=WIDTH + 1))
+    bank = loradrop.inject(model(), config(r_end=WIDTH))
+    assert bank.targets[1].r == WIDTH
+
+
+def test_a_rank_pattern_without_an_effect() -> None:
+    ends: dict[str, Any] = {"r": R, "target_modules": ["0", "2"], "rank_pattern": {"2": 6}}
+    message = r"0 the rank 4 and 2 the rank 6, and r_start=2 with r_end=5 .*or leave out r_start"
+    with pytest.raises(ValueError, match=message):
+        loradrop.inject(model(), LoRAConfig(**ends, method=PRILoRA(r_start=2, r_end=5)))
+    bank = loradrop.inject(model(), LoRAConfig(**ends, method=PRILoRA(r_start=2)))
+    assert [target.r for target in bank.targets] == [2, 9]  # one and a half of 6
+    head = Target("pooler", "pooler", 64, 64, 3)
+    assert PRILoRA(r_start=2, r_end=5).ranked([*targets(2), head])[-1] == head

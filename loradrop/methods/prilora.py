@@ -24,9 +24,10 @@ from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
 from loradrop.options import check_choice, check_whole
 from loradrop.pairs import LoRABank
-from loradrop.scores import Assignment, Target, layers_of, members_of
+from loradrop.scores import Assignment, Target, check_ranks, layers_of, members_of
 
 PRUNE_SCOPES = ("row", "target", "all")
+_TOO_WIDE = "Choose r_start and r_end <= {most}, or leave it out with exclude_modules"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,9 @@ class PRILoRA(Method):
     regrow           whether pruned entries may grow until the next pruning; False keeps them zero
     beta             β of the moving average of the input's norm
 
-    Targets without a layer number keep the rank of `LoRAConfig`. Raises ValueError naming the
-    field, its value and the remedy.
+    Targets without a layer number keep the rank of `LoRAConfig`. With both r_start and r_end, those
+    of a layer take nothing from its `rank_pattern`, so one that names them is refused. Raises
+    ValueError naming the field, its value and the remedy.
     """
 
     name: ClassVar[str] = "prilora"
@@ -76,11 +78,16 @@ class PRILoRA(Method):
         return PRILoRABank(self.ranked(targets), scaling, likes)
 
     def ranked(self, targets: Sequence[Target]) -> list[Target]:
-        """The targets with their ranks by depth, layers in the order in which they come."""
+        """The targets with their ranks by depth, layers in the order in which they come.
+
+        Raises ValueError for a rank that a target cannot have, and where both ends are given and
+        the ranks of the configuration differ.
+        """
         of_target = layers_of([target.name for target in targets])
         layers = list(dict.fromkeys(filter(None, of_target)))
         grows = len(layers) > 1 or self.r_start is not None or self.r_end is not None
         last = max(1, len(layers) - 1)
+        self._check_patterns([t for t, layer in zip(targets, of_target, strict=True) if layer])
         ranked = []
         for target, layer in zip(targets, of_target, strict=True):
             if layer and grows:
@@ -88,8 +95,22 @@ class PRILoRA(Method):
                 first, end = self.r_start or half, self.r_end or 2 * target.r - half
                 depth = layers.index(layer) / last
                 target = target._replace(r=int(first + (end - first) * depth + 0.5))
+                check_ranks([target], _TOO_WIDE)
             ranked.append(target)
         return ranked
+
+    def _check_patterns(self, layered: Sequence[Target]) -> None:
+        """Raises ValueError where both ends are given and a pattern gave these targets ranks."""
+        if self.r_start is None or self.r_end is None or len({target.r for target in layered}) < 2:
+            return
+        first = layered[0]
+        other = next(target for target in layered if target.r != first.r)
+        raise ValueError(
+            f"rank_pattern gives {first.name} the rank {first.r} and {other.name} the rank "
+            f"{other.r}, and r_start={self.r_start} with r_end={self.r_end} gives all layers "
+            "theirs: leave it out for them and set alpha_pattern for another s, or leave out "
+            "r_start or r_end"
+        )
 
     def before_step(self, bank: AdapterBank, step: int, total: int) -> None:
         """Notes which step is the last; the gradients stay as they are."""
