@@ -1,6 +1,10 @@
 """LoRA-drop (Zhou et al., COLING 2025, arXiv:2402.07721): keep LoRA where its output matters,
 share one elsewhere.
 
+    ΔW_i = s · B_i · A_i      for the fewest i of a group with Σ_i g_i ≥ threshold · Σ_j g_j
+    ΔW_i = s · B · A          for all others of the group
+    g_i  = Σ_t ‖s · B_i · A_i · x_t‖²      over the tokens t of the warm-up
+
 The warm-up trains LoRA on every target, the squared norm of each target's output ranks them, those
 that make up `threshold` of it keep an adapter of their own, and all others of a group share one.
 From the paper: the squared norm, the threshold on the normalised sum, the one shared LoRA, the
@@ -36,8 +40,8 @@ class LoRADrop(Method):
     """The options of LoRA-drop; those of `select` and `share` mean the same as there.
 
     threshold, keep, keep_ratio, budget    at most one; none is budget=0.5, half of LoRA's
-                     parameters, and threshold=0.9 is the paper's. A budget below what sharing
-                     everything takes is raised to that, with a warning
+                     parameters; threshold is the paper's rule, with 0.9 as an example. A budget
+                     below what sharing everything takes is raised to that, with a warning
     scope, importance                      of `select`
     selection, selection_seed              of `reselect`, for ablations: "importance" is the method
     share, interval, share_init, after_select   of `share`; with share="none" as many targets are

@@ -6,7 +6,7 @@ arXiv:2402.16842, "Asymmetry in Low-Rank Adapters of Foundation Models").
 A target costs N·r elements where LoRA costs r·(K + N), and the backward pass keeps its input x no
 longer: the gradient of B needs h = A x alone. From the paper: the random orthonormal A that stays
 as it is, and B from zero. Ours: that A comes from a QR decomposition of a Gaussian matrix, and s as
-LoRA's. With init="kaiming" A is LoRA's random start, frozen, as in LoRA-FA (Zhang et al.,
+LoRA's. With init="kaiming" A is LoRA's random start, frozen: our reading of LoRA-FA (Zhang et al.,
 arXiv:2308.03303).
 """
 

@@ -10,11 +10,11 @@ N/shards long (vector sharding); and the last `private_rank` rows and columns ar
 nobody else may use (shard privatisation). For L targets each pool holds L·equivalent_rank vectors,
 so a group costs L·equivalent_rank·(K + N) elements: as much as LoRA at the rank equivalent_rank.
 
-From the paper and its authors' code: all of that, one pool for each kind of module, picks without
-repetition within a target, the Kaiming start of A by the fan-in K of a whole vector, and B at zero.
-Ours: a pool for each kind, shape and rank, so that any model has its groups; one private rank, four
-shards a vector, and a quarter of the rank for `equivalent_rank`, whose values there depend on the
-experiment.
+Our reading of the paper and its authors' code: all of that, one pool for each kind of module, picks
+without repetition within a target, the Kaiming start of A by the fan-in K of a whole vector, and B
+at zero. Ours: a pool for each kind, shape and rank, so that any model has its groups; one private
+rank, four shards a vector, and a quarter of the rank for `equivalent_rank`, whose values there
+depend on the experiment.
 """
 
 from collections.abc import Sequence

@@ -12,9 +12,11 @@ and then σ_j(ΔW) ≤ s_j, for s from the largest to the smallest. An adapter c
 as LoRA's does. The inverse is taken in float32 at least, and always exists: the symmetric part of
 I + Z is at least I.
 
-From the paper: the equation, the bound, and that every matrix within it can be reached. Ours,
-because we could not read them there: s = 1, and the start, which draws Ã as LoRA draws A and has B̃
-zero. As r is at most K, B̃ lies wholly in Y, so B and ΔW are zero then.
+From the paper: that s bounds ΔW, in any norm that its singular values decide, and that every matrix
+within the bound can be reached. Our reading: the equation and its Cayley map, and the bound of each
+singular value, which our tests hold. Ours, because we could not read them there: s = 1, and the
+start, which draws Ã as LoRA draws A and has B̃ zero. As r is at most K, B̃ lies wholly in Y, so B
+and ΔW are zero then.
 """
 
 import math

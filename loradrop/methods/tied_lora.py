@@ -5,8 +5,9 @@ a module type, and two vectors of its own for each target.
 
 A (r, K) and B (N, r) are stored once for each type; u_i (r,) and v_i (N,) tell its targets apart.
 So n targets cost r·(K + N) + n·(r + N) elements. From the paper: the tying and the two vectors, and
-that it compares which of the four parts train. Ours: the start, the default that all four train, s
-as LoRA's, and that targets are tied where their shapes and ranks are equal too.
+that it compares which of the four parts train. Our reading: where in the equation the vectors
+stand. Ours: the start, the default that all four train, s as LoRA's, and that targets are tied
+where their shapes and ranks are equal too.
 
 With A and B frozen this is VeRA on one random pair for each type.
 """
