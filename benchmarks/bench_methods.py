@@ -31,8 +31,8 @@ BUDGETS = (1, 4, 2)  # ranks of LoRA; the smallest and the largest tell most
 FIRST = {"lora_fa": 64e-3}
 # Method -> budget -> the rank of its configuration, and its options where they are not the
 # defaults, for the layers of MiniLM: within 16 % of LoRA's size. At the end AdaLoRA and spectral
-# LoRA-drop are of that size, and wider at first. VeRA has no more at its largest rank, and RaSA of
-# rank 1 is LoRA.
+# LoRA-drop are of that size, and wider at first. The next size of VeRA would need a rank of
+# 1,700, and RaSA of rank 1 is LoRA.
 SIZES: dict[str, dict[int, tuple[int, dict[str, Any]]]] = {
     "lora": {1: (1, {}), 2: (2, {}), 4: (4, {})},
     "lora_drop": {n: (2 * n, {"budget": 0.5, "probe_steps": 0.2}) for n in (1, 2, 4)},

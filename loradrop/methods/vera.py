@@ -5,7 +5,7 @@ two trained vectors for each.
 
 A (r, K) and B (N, r) are drawn once, for the widest target, and never trained; a narrower target
 uses their first columns and rows. So a target costs r + N elements where LoRA costs r·(K + N), and
-r may exceed K and N: each rank is one more trained number, as in the paper's r = 1024 at width 768.
+r may exceed K and N: each rank is one more trained number.
 
 From the paper: the equation, and the one frozen random pair, by Kaiming. As in PEFT: b = 0 and
 d = 0.1 at the start, and a seed of the pair. Ours: s = 1, that a narrower target has a part of the
