@@ -206,6 +206,16 @@ def test_a_plan_without_scores_or_decision(tmp_path: Path) -> None:
     assert [kind for kind, _ in page.cells if kind.startswith("cell")] == ["cell "] * 6
 
 
+def test_an_adapter_that_is_composed_is_not_called_its_own(tmp_path: Path) -> None:
+    """VeRA's matrices, and others, are everybody's: only the bank of pairs has adapters apart."""
+    made = make_plan(kept=None)
+    plan = replace(made, parameters=made.parameters // 4)
+    table, page = plan_table(plan), page_of(tmp_path, make_arm(plan)).text
+    for text in (table, page):
+        assert "adapter, as the method makes it" in text and "own adapter" not in text
+    assert "own adapter" in plan_table(make_plan())
+
+
 @pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
 def test_scores_of_zero_or_not_finite_are_shown_as_they_are(tmp_path: Path, value: float) -> None:
     plan = make_plan(scores=[value] * 6)

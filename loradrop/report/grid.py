@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loradrop.plan import Plan
-from loradrop.report.look import MARKS, as_percent
+from loradrop.report.look import COMPOSED, MARKS, MEANINGS, as_percent
 from loradrop.scores import Target, layer_of, stem_of
 
 
@@ -99,6 +99,7 @@ class Grid:
         self.states = [s for s in MARKS if decided and count(list(self), s)]
         # Other banks than plain pairs do not have so many elements for each target.
         self.of_pairs = plan.assignment.parameters == plan.parameters
+        self.meanings = MEANINGS if self.of_pairs else MEANINGS | COMPOSED
         own = sum(cell.target.parameters for cell in self if cell.state == "own")
         self.summary = _summary(plan, own if self.of_pairs else None)
 

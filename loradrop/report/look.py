@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 MARKS = {"own": "●", "shared": "○", "none": "·"}
 MEANINGS = {"own": "own adapter", "shared": "shared adapter", "none": "no adapter"}
+COMPOSED = {"own": "adapter, as the method makes it"}  # of banks without pairs; others may share it
 # The light scheme of assets/report.html. Importance is lightness: it reads with any colour vision.
 INK, MUTED, RULE, OWN = "#1f2a33", "#5f6b76", "#e1e4e3", "#d55e00"
 RAMP, ON_HOT = ("#eaf2ee", "#6fb4bd", "#0a4a70"), 0.65  # light figures from that part on

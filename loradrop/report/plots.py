@@ -9,7 +9,7 @@ from loradrop.files import replacing
 from loradrop.plan import Plan
 from loradrop.report import look
 from loradrop.report.grid import Arm, Grid
-from loradrop.report.look import INK, MEANINGS, MUTED, RAMP, RULE, SERIES, layer_name
+from loradrop.report.look import INK, MUTED, RAMP, RULE, SERIES, layer_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +84,8 @@ def plot_importance(plan: Plan, path: str | os.PathLike[str]) -> None:
         figure.colorbar(scale, cax=strip, format="%g").set_label(f"% of {grid.whole}")
         _bare(strip)
     if grid.states:
-        used = {MEANINGS[s]: Patch(**({"facecolor": RAMP[0]} | styles[s])) for s in grid.states}
+        looks = {state: {"facecolor": RAMP[0]} | styles[state] for state in grid.states}
+        used = {grid.meanings[state]: Patch(**look) for state, look in looks.items()}
         _legend(figure, "lower", used)
     notes = {f"{key}: {value}": Patch(alpha=0) for key, value in grid.summary.items()}
     _legend(figure, "upper", notes, title=grid.model_name)

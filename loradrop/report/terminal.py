@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from loradrop.plan import Plan
 from loradrop.report.grid import Arm, Grid, count, finite
-from loradrop.report.look import MARKS, MEANINGS, as_percent, duration, layer_name
+from loradrop.report.look import MARKS, as_percent, duration, layer_name
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -41,7 +41,7 @@ def plan_table(plan: Plan) -> str:
     topic = f"importance in % of {grid.whole}" if grid.scored else "importance not measured"
     topic += ", and the rank that is left" if grid.cut else ""
     lines = [f"{grid.model_name}: {topic}", "", *aligned(rows), ""]
-    lines += ["   ".join(f"{MARKS[s]} {MEANINGS[s]}" for s in MARKS), "", *aligned(groups), ""]
+    lines += ["   ".join(f"{MARKS[s]} {grid.meanings[s]}" for s in MARKS), "", *aligned(groups), ""]
     return "\n".join([*lines, *(f"{key:<11} {value}" for key, value in grid.summary.items())])
 
 
