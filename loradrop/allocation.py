@@ -135,9 +135,12 @@ def _within(
         return ranks
     ranks = _spend(spectrum, pools, None, None, step)
     if (least := spectrum.loss(ranks)) > max_loss:
+        cut = any(len(allowed) < len(pool) for pool, allowed in pools)  # by budget_time
+        how = ["without adapters in the lowest layers"] * cut
+        how += [f"with multiple={step}"] * (step > 1)
         raise ValueError(
-            f"max_loss={max_loss:g} cannot be kept with what multiple={step} and budget_time "
-            f"allow, which costs {least:.2g}: choose more, or leave those out"
+            f"max_loss={max_loss:g} cannot be kept {' and '.join(how)}, which costs {least:.2g}: "
+            f"choose more, or {'a larger budget_time' if cut else 'leave multiple out'}"
         )
     for _ in range(50):
         middle = (low + high) / 2
