@@ -1,5 +1,6 @@
 """Batches, and their scores offline and from the passes of training, for the tests of both."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -58,3 +59,19 @@ def online(model: Any, data: list[Batch], run: Any = None, accumulate: int = 1) 
                 collector.close_row()
                 model.zero_grad()
         return collector.scores()
+
+
+def in_two_parts(
+    model: nn.Module, data: list[Batch], loss: Callable[..., Tensor] = step, **options: Any
+) -> Scores:
+    """As `online`, by two collectors, of which the second goes on from the state of the first."""
+    state = None
+    for part in (data[:2], data[2:]):
+        with collecting(model, **options) as collector:
+            if state is not None:
+                collector.load_state_dict(state)
+            for batch in part:
+                loss(model, batch).backward()
+                collector.close_row()
+            state = copy.deepcopy(collector.state_dict())
+    return collector.scores()

@@ -1,6 +1,5 @@
 """Online scores are the offline ones, however training runs, and change nothing in it."""
 
-import copy
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 from models import net
-from probe_cases import EXACT, RANKS, Batch, batches, collecting, online, probed, step
+from probe_cases import (
+    EXACT,
+    RANKS,
+    Batch,
+    batches,
+    collecting,
+    in_two_parts,
+    online,
+    probed,
+    step,
+)
 from torch import Tensor, distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
@@ -123,18 +132,10 @@ def test_collecting_changes_no_gradient() -> None:
 
 
 def test_a_collector_goes_on_from_its_state() -> None:
-    model, data, state = net(), batches(), None
-    whole = online(model, data)
-    for part in (data[:2], data[2:]):
-        with collecting(model) as collector:
-            if state is not None:
-                collector.load_state_dict(state)
-            for batch in part:
-                step(model, batch).backward()
-                collector.close_row()
-            state = copy.deepcopy(collector.state_dict())
-    torch.testing.assert_close(collector.scores().rows, whole.rows, **EXACT)
-    assert collector.scores().tokens == whole.tokens
+    model, data = net(), batches()
+    whole, found = online(model, data), in_two_parts(model, data)
+    torch.testing.assert_close(found.rows, whole.rows, **EXACT)
+    assert found.tokens == whole.tokens
 
 
 # Two processes

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from models import VOCABULARY, R, bert, llama, net, wake
-from probe_cases import RANKS, Batch, batches, collecting
+from probe_cases import RANKS, Batch, batches, collecting, in_two_parts
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
@@ -206,16 +206,9 @@ def test_a_shared_adapter_is_worth_what_it_does_at_every_member() -> None:
 
 
 def test_a_collector_goes_on_from_its_state() -> None:
-    model, data, state = net().double(), batches(), None
-    for part in (data[:2], data[2:]):
-        with collecting(model, statistics=NAMES) as collector:
-            if state is not None:
-                collector.load_state_dict(state)
-            for batch in part:
-                step(model, batch).backward()
-                collector.close_row()
-            state = copy.deepcopy(collector.state_dict())
-    assert_grams(collector.scores(), explicit(model, data), 1e-10)
+    model, data = net().double(), batches()
+    found = in_two_parts(model, data, step, statistics=NAMES)
+    assert_grams(found, explicit(model, data), 1e-10)
 
 
 def test_what_was_forgotten_does_not_count() -> None:

@@ -161,24 +161,22 @@ class Fused:
 
     `few`: few rows without dropout in one pass. `with_h`: the wide product, and h beside it.
     `rounds`: all of that reads adapters in x's dtype, B times the scale where that is exact.
-    `forwards`, `backwards`: where passes are nothing but Triton's launches, they are played again.
+    `passes`: where those are nothing but Triton's launches, they are played again.
     """
 
     extend: Extend
     few: Callable[[Call, Tensor | None], Output | None] | None = None
     with_h: Callable[..., tuple[Tensor, Tensor] | None] | None = None
     rounds: bool = False
-    forwards: Passes | None = None
-    backwards: Passes | None = None
+    passes: Passes | None = None
 
     def forward(self, call: Call) -> Output:
         """As `reference.forward`; the mask of dropout is kept."""
-        if self.forwards is None:
+        if self.passes is None:
             return self._forward(call)
         given = (*call[:6], call.seed, call.token_weights)
-        options = (call.scaling, call.dropout, call.sqnorm, call.gram)
-        done: Output = self.forwards(given, options, lambda: self._forward(call))
-        return done
+        options = ("forward", call.scaling, call.dropout, call.sqnorm, call.gram)
+        return self.passes(given, options, lambda: self._forward(call))
 
     def _forward(self, call: Call) -> Output:
         x, weight, bias, y0, A, B, scaling, dropout = call[:8]
@@ -232,11 +230,10 @@ class Fused:
 
     def backward(self, saved: Saved, dy: Tensor, needs: Needs) -> Grads:
         """As `reference.backward`, with the mask that `forward` kept."""
-        if self.backwards is None:
+        if self.passes is None:
             return self._backward(saved, dy, needs)
-        given, options = (dy, *saved[:7]), (saved.scaling, saved.dropout, needs)
-        done: Grads = self.backwards(given, options, lambda: self._backward(saved, dy, needs))
-        return done
+        given, options = (dy, *saved[:7]), ("backward", saved.scaling, saved.dropout, needs)
+        return self.passes(given, options, lambda: self._backward(saved, dy, needs))
 
     def _backward(self, saved: Saved, dy: Tensor, needs: Needs) -> Grads:
         x, weight, A, B, h, mask, _, scaling, dropout = saved[:9]
@@ -277,6 +274,6 @@ class Fused:
 
 
 THIN = Fused(by_cublas)
-TRITON = Fused(by_triton, small_m_triton, forwards=Passes(), backwards=Passes())
+TRITON = Fused(by_triton, small_m_triton, passes=Passes())
 CUDA = Fused(by_cuda, small_m_cuda, rounds=True)
 OVERLAP = Fused(by_cuda, small_m_cuda, with_h_by_cuda, rounds=True)

@@ -8,7 +8,7 @@ a tensor that it was not given and did not make, or that does not begin at whole
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from loradrop.kernels import launch
 from loradrop.kernels.launch import Again, described
 
 _MOST = 4096  # passes kept, for layers of so many shapes and numbers of tokens
-_ONCE = object()  # in the place of a pass that ran once
+_NEW, _ONCE = object(), object()  # in the place of a pass that never ran, and of one that did once
+Result = TypeVar("Result", bound=tuple[Any, ...])
 
 
 class Launch(NamedTuple):
@@ -126,16 +127,16 @@ class _Watched(TorchDispatchMode):
 
 
 class Passes:
-    """The passes of a function that launches kernels, by what their launches depend on."""
+    """The passes of functions that launch kernels, by what their launches depend on."""
 
     def __init__(self) -> None:
         self._known: dict[Any, Any] = {}
 
     def __call__(
-        self, given: Sequence[Tensor | None], options: tuple[Any, ...], run: Callable[[], Any]
-    ) -> Any:
+        self, given: Sequence[Tensor | None], options: tuple[Any, ...], run: Callable[[], Result]
+    ) -> Result:
         """What `run` returns, a named tuple of tensors that it makes of those given, the first of
-        which is there; `options` is all else that it depends on.
+        which is there; `options` is all else that it depends on, and says which function it is.
         """
         address, device = 0, -1
         layouts: list[tuple[Any, ...] | None] = []
@@ -149,12 +150,13 @@ class Passes:
         if address % 16:
             return run()
         key = device, *options, *layouts
-        known = self._known.get(key, self)
+        known = self._known.get(key, _NEW)
         if type(known) is Pass:
-            return known.play(given)
+            played: Result = known.play(given)
+            return played
         if known is None:
             return run()
-        if known is self:
+        if known is _NEW:
             if len(self._known) >= _MOST:
                 self._known.clear()
             self._known[key] = _ONCE
