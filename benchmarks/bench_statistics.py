@@ -34,6 +34,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "nothing": (),
     "the squared norm": ("sqnorm",),
     "what the spectrum needs": ("sqnorm", "gram_in", "core"),
+    "the moment of the input": ("moment",),
 }
 
 

@@ -112,8 +112,10 @@ def shrink(machine: Machine, dtype: torch.dtype, m: int, k: int, r: int) -> Shri
 
 
 @functools.lru_cache(maxsize=4096)
-def outer(machine: Machine, dtype: torch.dtype, m: int, c: int, r: int) -> OuterTiles:
-    """For `outer` of p (m, c) and q (m, r)."""
+def outer(
+    machine: Machine, dtype: torch.dtype, m: int, c: int, r: int, *, moment: bool = False
+) -> OuterTiles:
+    """For `outer` of p (m, c) and q (m, r); with the moment of p beside the product, or without."""
     ranks = rank_tile(r)
     if machine.arch == 0:
         return OuterTiles(64, 64, 2 if m > 64 else 1, 4, 2)
@@ -129,6 +131,7 @@ def outer(machine: Machine, dtype: torch.dtype, m: int, c: int, r: int) -> Outer
         }[ranks]
         stages = stages if machine.arch in _ROOMY else 2
         BC = BC if c % 8 == 0 else 32  # narrow loads take many registers
+        BM = BM // 2 if moment and ranks in (64, 128) else BM  # so do the squares of a block
     split = min(power_of_two(cdiv(2 * machine.sms, cdiv(c, BC))), max(1, m // 256), 64)
     return OuterTiles(BC, BM, split, warps, stages)
 

@@ -115,6 +115,7 @@ class Layer(NamedTuple):
     adapters: torch.dtype = torch.float32
     bias: bool = False
     added: bool = False  # y0 is given, and no weight
+    moment: bool = False
 
 
 def call(fused: Any, layer: Layer) -> None:
@@ -133,8 +134,8 @@ def call(fused: Any, layer: Layer) -> None:
     weights = empty(m, dtype=torch.float32) if layer.weighted else None
     s, p = layer.scaling, layer.dropout
     out = fused.forward(Call(x, weight, bias, y0, A, B, s, p, seed, weights, layer.norm))
-    saved = Saved(x, weight, A, B, out.h, out.mask, seed, s, p)
-    fused.backward(saved, dy, Needs(True, True, True))
+    saved = Saved(x, weight, A, B, out.h, out.mask, seed, s, p, weights)
+    fused.backward(saved, dy, Needs(True, True, True, layer.moment))
 
 
 # Llama-3 8B: q and o, k and v, gate and up, down.
@@ -153,6 +154,8 @@ def layers() -> Iterator[Layer]:
     for r in (64, 128, 256):
         yield _llama(r, norm=True)
         yield _llama(r, dropout=0.1)
+        yield _llama(r, dropout=0.1, **_MOMENT)
+    yield _llama(16, moment=True)
     yield Layer(40, 768, 768, 16, bias=True)
     for p in (0.0, 0.1):
         yield Layer(2048, 768, 768, 16, dropout=p, added=True)
@@ -160,7 +163,9 @@ def layers() -> Iterator[Layer]:
     yield Layer(8192, 4096, 4096, 16, dtype=torch.float16, norm=True)
     yield Layer(8192, 4096, 4096, 16, adapters=torch.bfloat16)
     yield _RAGGED
+    yield _RAGGED._replace(**_MOMENT)
     yield _FLOAT32._replace(dropout=0.1)
+    yield _FLOAT32._replace(**_MOMENT)
     yield _FEW._replace(dropout=0.1, norm=True)
     yield Layer(2048, 4096, 1024, 32, torch.float16, norm=True)
     yield Layer(8192, 4096, 4096, 128, norm=True, weighted=True)
@@ -238,13 +243,13 @@ def _llama(r: int, **more: Any) -> Layer:
     return Layer(8192, 4096, 4096, r, **more)
 
 
-_NORM = {"norm": True, "weighted": True}
+_NORM, _MOMENT = {"norm": True, "weighted": True}, {"moment": True, "weighted": True}
 _DROPPED = _llama(64, dropout=0.1)
 _FEW, _DECODE = Layer(1, 4096, 4096, 64), Layer(8, 4096, 4096, 16)
 _FLOAT32 = Layer(2048, 768, 768, 8, torch.float32)
 _RAGGED = Layer(1000, 4100, 1001, 12, dropout=0.1)
 _FORWARD, _BACKWARD = {"sak": 1}, {"sar": 1}  # the strides of A, and of Bᵀ
-_MASKED, _TURNED = {"MASKED": True}, {"Q_T": True}
+_MASKED, _TURNED, _SQUARED = {"MASKED": True}, {"Q_T": True}, {"MOMENTS": True}
 NAMED = {
     80: {
         "shrink forward r16": Pick(_llama(16), "_shrink", _FORWARD),
@@ -258,6 +263,7 @@ NAMED = {
             Layer(333, 100, 50, 256, torch.float32, 0.1), "_shrink", {"DROPOUT": True}
         ),
         "outer float32 r8": Pick(_FLOAT32, "_outer", {"sor": 1}),
+        "outer with the moment r16": Pick(_llama(16, moment=True), "_outer", _SQUARED),
         "expand float32 r8": Pick(_FLOAT32._replace(added=True), "_expand", {"HAS_BASE": True}),
         "single_pass decode float32 r8": Pick(_FLOAT32._replace(m=5), "_single_pass"),
     },
@@ -303,8 +309,13 @@ NAMED = {
         "gemm_ext forward float32 r8": Pick(_FLOAT32, "_gemm_ext", _TURNED),
         "outer masked r64": Pick(_DROPPED, "_outer", _MASKED),
         "outer masked, ragged": Pick(_RAGGED, "_outer", _MASKED),
+        "outer with the weighted moment r16": Pick(_llama(16, **_MOMENT), "_outer", _SQUARED),
+        "outer masked with the weighted moment r256": Pick(
+            _llama(256, dropout=0.1, **_MOMENT), "_outer", _SQUARED
+        ),
+        "planes of the moment added": Pick(_llama(16, moment=True), "_add_planes", {"WIDE": True}),
         "t and dB r16": Pick(_llama(16), "_t_and_db"),
-        "planes of outer added": Pick(_llama(16), "_add_planes"),
+        "planes of outer added": Pick(_llama(16), "_add_planes", {"WIDE": False}),
         "single_pass decode r16 with the squared norm, weighted": Pick(
             _DECODE._replace(**_NORM), "_single_pass"
         ),
@@ -318,6 +329,9 @@ NAMED = {
         "gemm_ext forward TMA 128x256 r16": Pick(_llama(16), "_gemm_ext", _TURNED),
         "gemm_ext backward TMA 128x256 masked r64": Pick(_DROPPED, "_gemm_ext", _MASKED),
         "outer masked r64": Pick(_DROPPED, "_outer", _MASKED),
+        "outer masked with the weighted moment r64": Pick(
+            _DROPPED._replace(**_MOMENT), "_outer", _SQUARED
+        ),
         "t and dB r32": Pick(_llama(32), "_t_and_db"),
         "expand masked r64": Pick(_DROPPED, "_expand"),
         "expand without a base r16": Pick(_llama(16, added=True), "_expand", {"HAS_BASE": False}),

@@ -83,13 +83,14 @@ def test_opcheck_of_the_forward(given: dict[str, Any], backend: str, dtype: torc
 
 @pytest.mark.parametrize(
     ("needs", "backend"),
-    [([True, True, True], name) for name in KERNELS]
+    [([True] * 4, name) for name in KERNELS]
     if INTERPRETED
     else [
-        ([True, True, True], "reference"),
-        ([True, True, True], "eager"),
-        ([False, True, False], "eager"),
-        ([False, False, True], "eager"),
+        ([True] * 4, "reference"),
+        ([True] * 4, "eager"),
+        ([False, True, False, False], "eager"),
+        ([False, False, True, False], "eager"),
+        ([False, False, False, True], "eager"),
     ],
     ids=str,
 )
@@ -99,10 +100,11 @@ def test_opcheck_of_the_backward(p: float, needs: list[bool], backend: str) -> N
     h, seed = torch.randn(5, 3, device=DEVICE).to(HALF), SEED if p else None
     shape = (5, row_bytes(8)) if p else (0,)
     mask = torch.full(shape, 0b10110111, dtype=torch.uint8, device=DEVICE)
-    for weight in (t["weight"], None):
+    for weight, token_weights in ((t["weight"], None), (None, torch.rand(5, device=DEVICE))):
         operands = (t["dy"], t["x"], weight, t["A"], t["B"], h, mask, seed)
         torch.library.opcheck(
-            torch.ops.loradrop.lora_linear_backward.default, (*operands, S, p, needs, backend)
+            torch.ops.loradrop.lora_linear_backward.default,
+            (*operands, S, p, token_weights, needs, backend),
         )
 
 

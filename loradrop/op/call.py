@@ -63,19 +63,21 @@ class Saved(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients somebody asks for."""
+    """What somebody asks the backward pass for: gradients, and the moment of x."""
 
     x: bool
     A: bool
     B: bool
+    moment: bool = False
 
 
 class Grads(NamedTuple):
-    """dx (M, K), dA (r, K), dB (N, r); None where nobody asks."""
+    """What a backward pass gives; None where nobody asks."""
 
-    x: Tensor | None
-    A: Tensor | None
-    B: Tensor | None
+    x: Tensor | None  # (M, K)
+    A: Tensor | None  # (r, K)
+    B: Tensor | None  # (N, r)
+    moment: Tensor | None = None  # (K,) float64: Σ w x²
 
 
 class Sinks(NamedTuple):

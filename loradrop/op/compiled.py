@@ -82,17 +82,23 @@ _backward_op = torch.library.custom_op(
     _backward,
     mutates_args=(),
     schema="(Tensor dy, Tensor? x, Tensor? weight, Tensor A, Tensor B, Tensor h, Tensor mask, "
-    "Tensor? seed, float scaling, float dropout, bool[] needs, str? backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor? seed, float scaling, float dropout, Tensor? token_weights, bool[] needs, "
+    "str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_backward_op.register_fake
 def _(*inputs: Any) -> tuple[Tensor, ...]:
     _dy, _x, _weight, A, B, h, *_, needs, _backend = inputs
-    shapes = (h.shape[0], A.shape[1]), A.shape, B.shape
-    likes = zip((h, A, B), shapes, needs, strict=True)
-    return tuple(like.new_empty(of) if need else h.new_empty(0) for like, of, need in likes)
+    k = A.shape[1]
+    made = (
+        ((h.shape[0], k), h.dtype), (A.shape, A.dtype), (B.shape, B.dtype), ((k,), torch.float64),
+    )  # fmt: skip
+    wanted = zip(made, needs, strict=True)
+    return tuple(
+        h.new_empty(shape, dtype=dtype) if need else h.new_empty(0)
+        for (shape, dtype), need in wanted
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -107,7 +113,7 @@ def _gradients(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor |
     wants = Call(*ctx.needs_input_grad[:_FIELDS])
 
     def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
-        grads = _backward_op(dy, *saved[:9], list(needs), ctx.backend)
+        grads = _backward_op(dy, *saved[:10], list(needs), ctx.backend)
         return Grads(*(grad if need else None for grad, need in zip(grads, needs, strict=True)))
 
     saved = saved_of(ctx.saved_tensors, ctx.scaling, ctx.dropout)

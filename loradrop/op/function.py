@@ -21,12 +21,21 @@ Backward = Callable[[Saved, Tensor, Needs], Grads]
 
 
 _HALF = (torch.bfloat16, torch.float16)
+_MOMENT = Sinks._fields.index("moment")
+
+
+def _moment(saved: Saved, _: Tensor | None, grads: Grads) -> Tensor:
+    """The backend's, or the specification's where no backend was asked: y had no gradient."""
+    if grads.moment is not None:
+        return grads.moment
+    assert saved.x is not None
+    return moment(saved.x, saved.token_weights)
 
 
 # In the order of `Sinks`. Never a saved tensor itself: autograd adds to what it was given first.
 STATISTICS: Sequence[Callable[[Saved, Tensor | None, Grads], Tensor]] = (
     lambda saved, *_: saved.sqnorm.clone(),
-    lambda saved, *_: moment(saved.x, saved.token_weights),
+    _moment,
     lambda saved, *_: saved.gram.clone(),
     lambda saved, dy, grads: core(saved, dy, grads.B),
 )
@@ -59,7 +68,7 @@ def saved_of(tensors: Sequence[Any], scaling: float, dropout: float) -> Saved:
 def gradients(
     backward: Backward, saved: Saved, dy: Tensor | None, needs: Needs, sinks: Sequence[bool]
 ) -> tuple[Grads, tuple[Tensor | None, ...]]:
-    """The gradients of x, A and B, and those of the sinks that want one.
+    """The gradients of x, A and B that `needs` asks for, and those of the sinks that want one.
 
     The op chooses its own dtypes, also where autocast is on around `backward`.
     """
@@ -67,6 +76,8 @@ def gradients(
     if autocasting(device):
         with torch.autocast(device, enabled=False):
             return gradients(backward, saved, dy, needs, sinks)
+    if sinks:
+        needs = needs._replace(moment=sinks[_MOMENT])
     grads = Grads(None, None, None) if dy is None else backward(saved, dy, needs)
     wanted = zip(STATISTICS, sinks, strict=True) if sinks else ()
     return grads, tuple(of(saved, dy, grads).detach() if wants else None for of, wants in wanted)

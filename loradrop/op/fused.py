@@ -55,6 +55,11 @@ def _rounded(A: Tensor, B: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return near.a, near.b
 
 
+def _as_read(token_weights: Tensor | None) -> Tensor | None:
+    """Weights (M,) as the kernels read them."""
+    return None if token_weights is None else token_weights.float().contiguous()
+
+
 def _add_masked(y: Tensor, h: Tensor, l: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     cut = tiles.expand(tiles.machine_of(y.device), y.dtype)
     return expand(y, h, l, scale, cut, mask, in_place=True)
@@ -182,9 +187,8 @@ class Fused:
         x, weight, bias, y0, A, B, scaling, dropout = call[:8]
         if x.numel() == 0 or B.shape[0] == 0:  # nothing for a kernel to do
             return eager.forward(call)
-        machine, weights = tiles.machine_of(x.device), None
-        if call.token_weights is not None and call.sqnorm:
-            weights = call.token_weights.float().contiguous()
+        machine = tiles.machine_of(x.device)
+        weights = _as_read(call.token_weights) if call.sqnorm else None
         if self.few is not None and dropout == 0.0:
             done = self.few(call, weights)
             if done is not None:
@@ -232,7 +236,8 @@ class Fused:
         """As `reference.backward`, with the mask that `forward` kept."""
         if self.passes is None:
             return self._backward(saved, dy, needs)
-        given, options = (dy, *saved[:7]), ("backward", saved.scaling, saved.dropout, needs)
+        given = dy, *saved[:7], saved.token_weights
+        options = "backward", saved.scaling, saved.dropout, needs
         return self.passes(given, options, lambda: self._backward(saved, dy, needs))
 
     def _backward(self, saved: Saved, dy: Tensor, needs: Needs) -> Grads:
@@ -240,7 +245,7 @@ class Fused:
         if A.numel() == 0 or dy.numel() == 0:
             return eager.backward(saved, dy, needs)
         machine, m, k, (n, r) = tiles.machine_of(h.device), h.shape[0], A.shape[1], B.shape
-        dx = dA = dB = t = both = None
+        dx = dA = dB = t = both = squares = None
         dtype_A, dtype_B = A.dtype, B.dtype
         scale, rest = scaling * gain(dropout), 1.0
         if self.rounds and weight is not None and (needs.x or needs.A):
@@ -266,11 +271,17 @@ class Fused:
                 dx = self.extend(dy, weight, None, t, A, rest, mask)
         if needs.A:
             assert x is not None and t is not None
-            tiles_A = tiles.outer(machine, x.dtype, m, k, r)
-            dA = outer(x, t, rest, dtype_A, tiles_A, mask=mask, transposed=True)
+            tiles_A = tiles.outer(machine, x.dtype, m, k, r, moment=needs.moment)
+            dA, squares = outer(
+                x, t, rest, dtype_A, tiles_A, mask=mask, transposed=True,
+                moment=needs.moment, token_weights=_as_read(saved.token_weights),
+            )  # fmt: skip
+        elif needs.moment:
+            assert x is not None
+            squares = eager.moment(x, saved.token_weights)
         if needs.B and dB is None:
-            dB = outer(dy, h, scaling, dtype_B, tiles.outer(machine, h.dtype, m, n, r))
-        return Grads(dx, dA, dB)
+            dB = outer(dy, h, scaling, dtype_B, tiles.outer(machine, h.dtype, m, n, r)).out
+        return Grads(dx, dA, dB, squares)
 
 
 THIN = Fused(by_cublas)

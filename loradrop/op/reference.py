@@ -60,7 +60,7 @@ def up(saved: Saved, dh: Tensor) -> Tensor:
 
 
 def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
-    """The gradients that `needs` asks for."""
+    """What `needs` asks for."""
     x, weight, s, p, seed = saved.x, saved.weight, saved.scaling, saved.dropout, saved.seed
     dtype, wide = saved.h.dtype, _wide(saved.h.dtype)
     b, dy = saved.B.to(dtype).to(wide), dy.to(wide)
@@ -74,7 +74,11 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
         dA = (gain(p) * (dh.T @ keep(x, seed, p).to(wide))).to(saved.A.dtype)
     if needs.B:
         dB = (s * (dy.T @ saved.h.to(wide))).to(saved.B.dtype)
-    return Grads(dx, dA, dB)
+    squares = None
+    if needs.moment:
+        assert x is not None
+        squares = moment(x, saved.token_weights)
+    return Grads(dx, dA, dB, squares)
 
 
 def backward_with_graph(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
