@@ -192,6 +192,7 @@ def gemm_ext(
     (m, d), c, r = p.shape, q.shape[1], 1 if h is None else h.shape[1]
     h_row, l_strides = (0, (0, 0)) if h is None or l is None else (h.stride(0), l.stride())
     first = first or mask is not None or not divides(scale)
+    bias = None if bias is None else bias.contiguous()
     y = p.new_empty((m, c))
     stored = as_stored(q)
     turned = stored is not q
@@ -199,7 +200,8 @@ def gemm_ext(
     count = cdiv(m, tiles.BM) * cdiv(c, tiles.BN)
     words = None if mask is None else mask.view(torch.int32)
     ranks, step = rank_tile(r), rank_step(p.dtype, r)
-    ahead = l is not None and not first and ranks == step and ranks * l.element_size() <= _AHEAD
+    narrow = l is not None and l.element_size() <= 4 and ranks * l.element_size() <= _AHEAD
+    ahead = narrow and not first and ranks == step
     wide: tuple[object, ...] = (p, q, y)
     if tma:
         box = (tiles.BN, tiles.BK) if turned else (tiles.BK, tiles.BN)

@@ -76,6 +76,7 @@ class Kernel:
                 device = tensor.get_device()
             else:  # a tensor descriptor
                 types.append((tensor.base.dtype, *tensor.block_shape))
+                device = tensor.base.get_device()
         given = tuple(constants.values())
         key = (device, warps, stages, *types, *numbers, *given)
         plain = address % 16 == 0 and max(free) < _NARROW

@@ -70,6 +70,7 @@ def single_pass(
     token_weights (M,) float32   ->  y (M, N), h (M, r), (tiles,) or None
     """
     (m, k), (n, r) = x.shape, B.shape
+    bias = None if bias is None else bias.contiguous()
     y, h = x.new_empty((m, n)), x.new_empty((m, r))
     grid = cdiv(m, tiles.BM), cdiv(n, tiles.BN)
     sqnorms = x.new_empty(grid[0] * grid[1], dtype=torch.float32) if sqnorm else None

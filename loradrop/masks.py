@@ -44,6 +44,7 @@ class TokenMasks:
     def __init__(self, model: nn.Module, targets: Sequence[Target], masking: Masking) -> None:
         self.mask, self.mask_fn = masking
         self.current: Tensor | None = None
+        self._weights: Tensor | None = None  # the same as the op reads it: once, not in each layer
         self._of_decoder: Tensor | None = None
         self._encoded: Tensor | None = None  # what the decoder of an encoder–decoder attends to
         self.cached = False
@@ -67,7 +68,8 @@ class TokenMasks:
                 given = {**value, **given}
         if self.mask is not None:
             self.current = _tensor(given, self.mask)
-            self._of_decoder = _tensor(given, f"decoder_{self.mask}")
+            self._weights = _as_numbers(self.current)
+            self._of_decoder = _as_numbers(_tensor(given, f"decoder_{self.mask}"))
         self.cached = given.get("past_key_values") is not None
         return given
 
@@ -97,7 +99,7 @@ class TokenMasks:
 
     def mask_at(self, x: Tensor, in_decoder: bool) -> Tensor | None:
         """The mask of the tokens of x."""
-        return self._of_decoder if in_decoder and not _same(x, self._encoded) else self.current
+        return self._of_decoder if in_decoder and not _same(x, self._encoded) else self._weights
 
     def say_once(self, target: Target, x: Tensor, mask: Tensor) -> None:
         """The mask does not fit the rows of a target of this kind."""
@@ -187,6 +189,10 @@ def _tensor(given: Mapping[str, Any], name: str) -> Tensor | None:
         what = f"{name!r} is a {type(mask).__name__}, not a tensor"
         raise ValueError(f"the model's input {what}: pass mask=None or mask_fn=")
     return mask
+
+
+def _as_numbers(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.is_floating_point() else mask.float()
 
 
 def _same(x: Tensor, other: Tensor | None) -> bool:

@@ -172,10 +172,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     remembers nothing.
     """
     from loradrop.op import dispatch, tuned
+    from loradrop.op.warn import warn_once
 
     monkeypatch.setattr(tuned, "folder", lambda: tmp_path / "cache")
     dispatch.forget()
-    dispatch._warn_once.cache_clear()
+    warn_once.cache_clear()
     yield tmp_path / "cache"
     monkeypatch.undo()
     dispatch.forget()

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -304,6 +305,22 @@ def test_what_is_built_or_why_not() -> None:
     assert "arch" in built if isinstance(built, dict) else "LORADROP_BUILD_CUDA=1" in built
     if not torch.cuda.is_available():
         assert cuda.missing() is not None
+
+
+@pytest.mark.parametrize("known", [12080, 13000])
+def test_a_driver_that_is_too_old_is_a_reason(known: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not a crash in the first step of training; and of two devices one that fits is enough."""
+    built = SimpleNamespace(build_info=lambda: {"cuda": "13.0"})
+    monkeypatch.setattr(cuda, "_extension", lambda: built)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: known, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8 + device, 0))
+    monkeypatch.setattr(cuda, "_why_not_on", functools.cache(cuda._why_not_on.__wrapped__))
+    reason = cuda._why_not_on(1)
+    assert (reason is None) == (known == 13000) == (cuda.missing() is None)
+    assert reason is None or "built by CUDA 13, and the driver knows 12" in reason
+    assert "device 0 has compute capability 8.0" in str(cuda._why_not_on(0))
 
 
 class Extension:

@@ -27,11 +27,13 @@ from op_cases import (
 )
 from torch.testing import assert_close
 
+import loradrop
 from loradrop.kernels.tiles import Machine, as_stored, rows_aligned
 from loradrop.op import call as call_module
 from loradrop.op import costs, dispatch
 from loradrop.op.call import Problem, problem_of
 from loradrop.op.linear import lora_add, lora_linear
+from loradrop.op.warn import warn_once
 from loradrop.testing import AWKWARD, Shape
 
 H200 = {"arch": 90, "sms": 132}
@@ -141,7 +143,7 @@ def as_if_kernels_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("as_if_kernels_run")
 def test_a_fallback_says_its_reason_once() -> None:
-    dispatch._warn_once.cache_clear()
+    warn_once.cache_clear()
     wide = LLAMA_Q._replace(r=300)
     with pytest.warns(UserWarning, match="plain PyTorch calls: .*256, not 300"):
         assert dispatch.choose(wide) == "eager"
@@ -314,15 +316,38 @@ def test_the_shipped_measurements_are_well_formed() -> None:
         assert set(point["us"]) <= set(costs.SERVING)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_warning_names_the_line_that_led_to_it(
+    autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not one of this package, however many of its frames and of PyTorch's lie between."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["0"]))
+
+    def warns(*_: object) -> str:
+        warn_once("something to say")
+        return "eager"
+
+    monkeypatch.setattr(dispatch, "_trusts_cpu", lambda: False)
+    monkeypatch.setattr(dispatch, "choose", warns)
+    warn_once.cache_clear()
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast),
+        pytest.warns(UserWarning, match="something to say") as said,
+    ):
+        model(torch.ones(2, 8))
+    assert [one.filename for one in said] == [__file__]
+
+
 @pytest.mark.usefixtures("as_if_kernels_run")
 def test_a_device_that_was_never_measured_is_told_of_once() -> None:
-    dispatch._warn_once.cache_clear()
+    warn_once.cache_clear()
     problem = LLAMA_Q._replace(device_name="NVIDIA H200")
     with pytest.warns(UserWarning, match="NVIDIA H200: some of these layers .*loradrop tune MODEL"):
         dispatch.choose(problem)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dispatch.choose(problem._replace(m=4096))
-        dispatch._warn_once.cache_clear()
+        warn_once.cache_clear()
         for change in ({"base": False}, {"m": 0}):  # what nobody can measure
             dispatch.choose(problem._replace(**change))

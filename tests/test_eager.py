@@ -81,22 +81,26 @@ def test_a_cpu_makes_thin_products_the_long_way() -> None:
     assert _turned(64, 80, torch.float32) == [False, False]  # N = 48 is the short side
 
 
+@pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("mutation", [False, True])
-def test_selective_checkpointing_of_products(mutation: bool) -> None:
-    """It keeps the frozen product for the recomputation, which must find it as it was."""
+def test_selective_checkpointing_of_products(mutation: bool, p: float) -> None:
+    """It keeps the products for the recomputation, which must find them as they were."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
-    bank = loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["0", "2"]))
+    config = loradrop.LoRAConfig(r=2, lora_dropout=p, target_modules=["0", "2"])
+    bank = loradrop.inject(model, config)
     with torch.no_grad():
         for parameter in bank.parameters():
             parameter.normal_()
     x, kept = torch.randn(5, 16), [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    torch.manual_seed(1)
     model(x).square().sum().backward()
     expected = [p.grad.clone() for p in bank.parameters() if p.grad is not None]
     bank.zero_grad()
     contexts = partial(
         create_selective_checkpoint_contexts, kept, allow_cache_entry_mutation=mutation
     )
+    torch.manual_seed(1)
     checkpoint(model, x, use_reentrant=False, context_fn=contexts).square().sum().backward()
     found = [p.grad for p in bank.parameters() if p.grad is not None]
     assert len(found) == 4

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from loradrop.op import philox, reference
 from loradrop.op.call import Call, Grads, Needs, Output, Saved
+from loradrop.op.warn import warn_once
 from loradrop.testing import Shape, error
 
 pytestmark = pytest.mark.interpreter
@@ -110,7 +111,7 @@ def test_clusters_without_room_are_served_by_more_kernels(
 ) -> None:
     """With the reason, once."""
     monkeypatch.setattr(fused.cuda, "why_not_placed", lambda device: "there is no room")
-    fused._warn_once.cache_clear()
+    warn_once.cache_clear()
     call = call_of(draw(Shape(5, 64, 48, 8), torch.float16), 0.0, sqnorm=True)
     with pytest.warns(UserWarning, match="there is no room") as said:
         outputs = [fused.CUDA.forward(call) for _ in range(2)]

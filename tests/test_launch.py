@@ -2,6 +2,7 @@
 notes what it was asked for.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,6 +135,15 @@ def test_who_watches_can_launch_again() -> None:
 def test_constants_come_in_the_order_of_the_kernel() -> None:
     with pytest.raises(AssertionError):
         Kernel(Function())((1,), (X, None), (5, 0.5), (32,), FLAG=True, BM=16)
+
+
+def test_a_launch_of_descriptors_alone_is_of_their_device() -> None:
+    kernel = Kernel(Function())
+    for device in (0, 3):
+        base = SimpleNamespace(dtype=X.dtype, get_device=lambda device=device: device)
+        boxed = SimpleNamespace(base=base, block_shape=[16, 16])
+        kernel(**USUAL | {"tensors": (boxed, None)})
+    assert [key[0] for key in kernel._compiled] == [0, 3]
 
 
 def test_a_descriptor_is_tritons() -> None:

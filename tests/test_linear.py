@@ -25,6 +25,7 @@ from op_cases import (
     draw,
     each_backend,
     each_dtype,
+    each_size,
     factors_in_use,
     kept,
     leaves,
@@ -239,6 +240,33 @@ def test_strides(size: Shape, which: str, how: str, dtype: torch.dtype, backend:
     for p in (0.0, 0.25):
         other = through_op(t | {which: strided(t[which], how)}, backend, p)
         assert_close(other, through_op(t, backend, p), **near(dtype))
+
+
+@pytest.mark.product
+@each_backend
+@each_size
+@pytest.mark.parametrize("rows", [4, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=short)
+def test_biases_with_gaps(dtype: torch.dtype, rows: int, size: Shape, backend: str) -> None:
+    """Every other number of a longer one, and one number for all columns."""
+    t = draw(Shape(rows, *size[1:]), dtype)
+    n = len(t["bias"])
+    for bias in (torch.stack((t["bias"], t["bias"] + 1.0), 1)[:, 0], t["bias"][:1].expand(n)):
+        with_gaps = through_op(t | {"bias": bias}, backend, 0.0)
+        assert_close(with_gaps, through_op(t | {"bias": bias.contiguous()}, backend, 0.0))
+
+
+@pytest.mark.product
+@each_backend
+@pytest.mark.parametrize("rows", [4, 37])
+def test_adapters_of_float64(rows: int, backend: str) -> None:
+    """They are rounded to x's dtype as any other, and their gradients are float64."""
+    t = draw(Shape(rows, 104, 72, 8), HALF)
+    wide = t | {name: t[name].double() for name in "AB"}
+    for p in (0.0, 0.25):
+        found, want = through_op(wide, backend, p), through_op(t, backend, p)
+        assert found[2].dtype == found[3].dtype == torch.float64
+        assert_close([one.double() for one in found], [one.double() for one in want], **near(HALF))
 
 
 @each_backend

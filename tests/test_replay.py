@@ -1,5 +1,7 @@
 """Passes that are played again: the same results as the pass itself, and nothing else is played."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 pytest.importorskip("triton")
 
-from loradrop.kernels.launch import Kernel
+from loradrop.kernels.launch import Kernel, descriptor
 from loradrop.op.call import Needs, Saved
 from loradrop.op.replay import Pass, Passes
 
@@ -30,7 +32,7 @@ class Twice:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def run(x: Tensor, y: Tensor, factor: float, **options: Any) -> object:
-            y.numpy()[...] = 2 * factor * x.numpy()
+            y.numpy()[...] = 2 * factor * getattr(x, "base", x).numpy()
             return object()
 
         return run
@@ -77,6 +79,27 @@ def test_the_third_pass_is_played() -> None:
         torch.testing.assert_close(z, 2 * w)
     (y, z), calls = runs(passes, plain, numbers(16), None)  # another pass
     assert calls == 1 and z is None
+
+
+def boxed(x: Tensor, w: Tensor) -> Result:
+    """One launch of a descriptor."""
+    y = x.new_empty(x.shape)
+    twice((1,), (descriptor(x, 4, 4), y), (1.0,), (), FLAG=True)
+    return Result(y, doubled(w))
+
+
+def test_a_pass_holds_no_tensor() -> None:
+    """Neither what it was given nor what it made, and so no graph of theirs."""
+    passes, held = Passes(), []
+    for i in range(4):
+        x, w = numbers(16, 16, seed=i), numbers(4, seed=9 + i)
+        (y, z), calls = runs(passes, boxed, x, w)
+        assert calls == (1 if i < 2 else 0)
+        torch.testing.assert_close(y, 2 * x)
+        held += map(weakref.ref, (x, w, y, z))
+    del x, w, y, z
+    gc.collect()
+    assert not any(one() is not None for one in held)
 
 
 def strange_operation(x: Tensor, w: Tensor) -> Result:

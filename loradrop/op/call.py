@@ -113,12 +113,13 @@ class Problem(NamedTuple):
 def problem_of(call: Call, grad: bool = True) -> Problem:
     """The plain data of a call."""
     x, weight = call.x, call.weight
-    (m, k), (n, r), machine = x.shape, call.B.shape, machine_of(x.device)
+    (m, k), (n, r), device = x.shape, call.B.shape, call.A.device
+    machine = machine_of(device)
     aligned = machine.arch == 0 or (
         rows_aligned(as_stored(x)) and (weight is None or rows_aligned(as_stored(weight)))
     )
     return Problem(
-        x.device.type, x.dtype, m, k, n, r, call.dropout, grad, weight is not None,
+        device.type, x.dtype, m, k, n, r, call.dropout, grad, weight is not None,
         machine.arch, machine.sms, aligned, machine.name,
     )  # fmt: skip
 

@@ -18,9 +18,7 @@ from loradrop.op.function import gradients, saved_of, saved_tensors
 _FIELDS = len(Call._fields)
 
 
-def run_op(
-    call: Call, sinks: Sinks, name: str | None, grad: bool
-) -> tuple[Tensor, Tensor | None]:
+def run_op(call: Call, sinks: Sinks, name: str | None, grad: bool) -> tuple[Tensor, Tensor | None]:
     """y and sqnorm, None unless asked for; `grad`: whether there will be a backward pass."""
     if name is not None:
         dispatch.named(name)
@@ -73,7 +71,7 @@ def _backward(dy: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 def _serving(saved: Saved, name: str | None) -> Backend:
     """Who serves the backward pass. Of an x that is not kept only its sizes count."""
     x, weight, A, B, h, _, seed, scaling, dropout = saved[:9]
-    x = h.new_empty(h.shape[0], A.shape[1]) if x is None else x
+    x = h.new_empty(h.shape[0], A.shape[1], device="meta") if x is None else x
     return dispatch.serving(Call(x, weight, None, None, A, B, scaling, dropout, seed), name)
 
 

@@ -36,6 +36,11 @@ def built() -> dict[str, Any] | str:
     return extension if isinstance(extension, str) else dict(extension.build_info())
 
 
+def built_for() -> int:
+    """The major version of the CUDA that loradrop._C brings; drivers of older ones refuse it."""
+    return int(_extension().build_info()["cuda"].split(".")[0])
+
+
 @functools.cache
 def _why_not_on(device: int | None) -> str | None:
     if isinstance(_extension(), str):
@@ -43,14 +48,23 @@ def _why_not_on(device: int | None) -> str | None:
     if device is None:
         return "there is no CUDA device"
     major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) == (9, 0):
-        return None
-    return f"device {device} has compute capability {major}.{minor}, and the kernels need 9.0"
+    if (major, minor) != (9, 0):
+        return f"device {device} has compute capability {major}.{minor}, and the kernels need 9.0"
+    built = built_for()
+    known = torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]
+    if built > known:
+        return (
+            f"the extension loradrop._C was built by CUDA {built}, and the driver knows {known}: "
+            f"build it by an nvcc of CUDA {known}, or renew the driver"
+        )
+    return None
 
 
 def missing() -> str | None:
-    """Why the kernels cannot run on the current device, or None."""
-    return _why_not_on(torch.cuda.current_device() if torch.cuda.is_available() else None)
+    """Why the kernels can run on no device of this machine, or None."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    reasons = [_why_not_on(device) for device in range(count)] or [_why_not_on(None)]
+    return None if None in reasons else reasons[0]
 
 
 def _why_not(first: Tensor, *others: Tensor | None) -> str | None:

@@ -5,7 +5,6 @@ refusal.
 import functools
 import importlib.util
 import os
-import warnings
 from collections.abc import Callable, Container
 from typing import Any
 
@@ -15,6 +14,7 @@ from loradrop.op import costs, cuda, tuned
 from loradrop.op.call import Backend, Call, Problem, Saved, problem_of
 from loradrop.op.eager import EAGER
 from loradrop.op.reference import REFERENCE
+from loradrop.op.warn import warn_once
 
 
 class RefusedError(RuntimeError):
@@ -140,7 +140,7 @@ def _trusts_cpu() -> bool:
     """Whether `loradrop tune` found no fault on this CPU."""
     file = tuned.of_device(tuned.CPU)
     if file.why_not is not None:
-        _warn_once(file.why_not)
+        warn_once(file.why_not)
     return not any(point["refused"] for point in file.points)
 
 
@@ -156,21 +156,21 @@ def choose(problem: Problem) -> str:
         return "reference"
     file = tuned.of_problem(problem)
     if file.why_not is not None:
-        _warn_once(file.why_not)
+        warn_once(file.why_not)
     failed = tuned.refusals(problem, file.points)
     for name in failed:
-        _warn_once(f"backend {name} failed in loradrop tune, and is not used: {file.path} has why")
+        warn_once(f"backend {name} failed in loradrop tune, and is not used: {file.path} has why")
     refusal = triton_missing() or why_not_triton(problem)
     if refusal is not None or problem.device != "cuda":
         if problem.device == "cuda":
-            _warn_once(f"LoRA runs as plain PyTorch calls: {refusal}")
+            warn_once(f"LoRA runs as plain PyTorch calls: {refusal}")
         return _plain(failed)
     able = [name for name in able_to(problem) if BACKENDS[name].missing() is None]
     able = [name for name in able if name not in failed]
     measured = costs.choose_measured(problem, able)
     tuned_here = file.points or file.why_not is not None  # of which was told
     if measured is None and problem.base and problem.m and not tuned_here:
-        _warn_once(
+        warn_once(
             f"{problem.device_name or 'this GPU'}: some of these layers were never measured on it, "
             "so bytes and launches decide between PyTorch's products and our thin kernels. "
             "loradrop tune MODEL measures which backend is fastest here"
@@ -188,11 +188,6 @@ def forget() -> None:
     tuned.of_device.cache_clear()
     _trusts_cpu.cache_clear()
     choose.cache_clear()
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=6)
 
 
 def able_to(problem: Problem) -> list[str]:

@@ -41,7 +41,7 @@ def forward(call: Call) -> Output:
     else:
         mask = draw(call.seed, x.shape[0], x.shape[1], call.dropout)
         kept = torch.where(unpack(mask, x.shape[1]), x, 0.0)
-        h = linear(kept, a).mul_(gain(call.dropout))
+        h = linear(kept, a) * gain(call.dropout)  # not in place: see `added`
     if call.y0 is not None:
         y = torch.addmm(call.y0, h, b.t(), alpha=s)
     elif bias is not None and _bias_costs_a_pass(x) and math.frexp(s)[0] in (0.5, -0.5):

@@ -8,8 +8,6 @@ with t = s·dyB/(1 − p). `thin` leaves the wide product to cuBLAS and adds the
 dropout is drawn once, by the first `shrink`, and kept as one bit an element.
 """
 
-import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +30,7 @@ from loradrop.op.call import Call, Grads, Needs, Output, Saved
 from loradrop.op.philox import gain
 from loradrop.op.reference import gram
 from loradrop.op.replay import Passes
+from loradrop.op.warn import warn_once
 
 SINGLE_PASS_ROWS = 64  # rows up to which one pass over everything may beat two launches
 SINGLE_PASS_RANK = 32  # ... with ranks that are cheap to compute again for every tile of outputs
@@ -139,11 +138,6 @@ def small_m_triton(call: Call, weights: Tensor | None) -> Output | None:
     return Output(y, h, None, None if parts is None else total(parts, call.scaling))
 
 
-@functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"LoRA of few tokens takes several kernels, not one: {reason}", stacklevel=2)
-
-
 def small_m_cuda(call: Call, weights: Tensor | None) -> Output | None:
     """As `small_m_triton`, by csrc/; None for what its kernel cannot read, or has no room for."""
     x, weight = call.x, call.weight
@@ -154,7 +148,7 @@ def small_m_cuda(call: Call, weights: Tensor | None) -> Output | None:
     if not all(map(rows_aligned, (x, weight, A, B))):
         return None
     if reason := cuda.why_not_placed(x.device.index):
-        _warn_once(reason)
+        warn_once(f"LoRA of few tokens takes several kernels, not one: {reason}")
         return None
     y, h, sqnorm = cuda.decode(x, weight, call.bias, A, B, call.scaling, weights, call.sqnorm)
     return Output(y, h, None, None if sqnorm is None else sqnorm.double())

@@ -131,7 +131,7 @@ def _run(call: Call, sinks: Sinks, backend: str | None) -> Any:
     if x.ndim != 2:
         call = _by_rows(call)
     grad = torch.is_grad_enabled() and _any_requires_grad(x, call.y0, call.A, call.B, *sinks)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         y, sqnorm = run_op(call, sinks, backend, grad)
     elif transformed():
         y, sqnorm = run_transformed(call, sinks, backend)

@@ -97,7 +97,7 @@ class _Watched(TorchDispatchMode):
             tensor = argument.base if boxed else argument
             places.append(self._place(tensor))
             if boxed:
-                views.append((i, {**vars(argument)}))
+                views.append((i, vars(argument) | {"base": None}))  # or it would live as long
             elif tensor is not None and (known := self.tensors[places[-1]]) is not None:
                 views += [(i, tensor.dtype)] * (known.dtype != tensor.dtype)
         if again is None:

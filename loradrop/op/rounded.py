@@ -66,7 +66,7 @@ _HELD: weakref.WeakValueDictionary[tuple[Any, ...], Rounded] = weakref.WeakValue
 
 def _key(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
     # A copy is ready on the stream that made it. An id holds: who is held holds A and B.
-    return id(A), id(B), dtype, current_stream(A.get_device())
+    return id(A), id(B), dtype, current_stream(A.get_device() if A.is_cuda else -1)
 
 
 def near(A: Tensor, B: Tensor, dtype: torch.dtype) -> "Pair | Rounded":
