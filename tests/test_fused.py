@@ -183,6 +183,23 @@ def test_rounded_adapters_change_no_bit(
         assert torch.equal(one, other) and one.isfinite().all()
 
 
+def test_the_gradient_of_a_sum_is_read_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one number, expanded."""
+    seen, outer = [], fused.outer
+
+    def spy(p: Tensor, *args: object, **kwargs: object) -> object:
+        seen.append(p.stride())
+        return outer(p, *args, **kwargs)
+
+    monkeypatch.setattr(fused, "outer", spy)
+    t = draw(Shape(20, 64, 48, 8), torch.float16)
+    call = call_of(t)
+    saved = saved_of(call, fused.THIN.forward(call))
+    dy = torch.ones((), dtype=torch.float16).expand(20, 48)
+    assert_near(fused.THIN.backward(saved, dy, ALL), reference.backward(saved, dy, ALL))
+    assert seen == [(64, 1), (48, 1)]
+
+
 def test_a_mask_is_drawn_once() -> None:
     """The backward reads the bits that the forward kept, not the seed."""
     t = draw(Shape(20, 64, 48, 8), torch.float16)

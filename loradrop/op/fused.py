@@ -238,6 +238,8 @@ class Fused:
         x, weight, A, B, h, mask, _, scaling, dropout = saved[:9]
         if A.numel() == 0 or dy.numel() == 0:
             return eager.backward(saved, dy, needs)
+        if 0 in dy.stride():  # of a sum; the kernels would load it number by number, three times
+            dy = dy.contiguous()
         machine, m, k, (n, r) = tiles.machine_of(h.device), h.shape[0], A.shape[1], B.shape
         dx = dA = dB = t = both = squares = None
         dtype_A, dtype_B = A.dtype, B.dtype
