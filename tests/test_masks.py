@@ -9,7 +9,8 @@ from models import build, t5
 from torch import Tensor
 
 import loradrop
-from loradrop.masks import fitted
+from loradrop.masks import Masking, TokenMasks, fitted
+from loradrop.scores import Target
 
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
 IDS = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(2))
@@ -45,6 +46,18 @@ def test_as_many_rows_as_tokens() -> None:
     for transposed, expected in ((False, square), (True, square.T)):
         found = fitted(square, (2, 2), transposed=transposed)
         assert found is not None and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("given", [MASK, MASK.bool(), 0.5 * MASK], ids=["int64", "bool", "float32"])
+def test_a_mask_is_made_numbers_once_a_pass(given: Tensor) -> None:
+    """Not in every layer, where it would be one more launch; `mask_fn` sees it as it came."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    targets = [Target("0", "0", 4, 4, 2), Target("1", "1", 4, 4, 2)]
+    masks = TokenMasks(model, targets, Masking())
+    masks.enter((), {"attention_mask": given})
+    found = [target.weights(torch.zeros(2, 3, 4)) for target in masks.of_targets]
+    assert masks.current is given and len({one.data_ptr() for one in found}) == 1
+    assert found[0].dtype == torch.float32 and torch.equal(found[0], given.float())
 
 
 def test_a_mask_of_pairs_is_not_one_of_tokens() -> None:

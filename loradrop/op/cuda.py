@@ -36,11 +36,6 @@ def built() -> dict[str, Any] | str:
     return extension if isinstance(extension, str) else dict(extension.build_info())
 
 
-def built_for() -> int:
-    """The major version of the CUDA that loradrop._C brings; drivers of older ones refuse it."""
-    return int(_extension().build_info()["cuda"].split(".")[0])
-
-
 @functools.cache
 def _why_not_on(device: int | None) -> str | None:
     if isinstance(_extension(), str):
@@ -50,7 +45,7 @@ def _why_not_on(device: int | None) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if (major, minor) != (9, 0):
         return f"device {device} has compute capability {major}.{minor}, and the kernels need 9.0"
-    built = built_for()
+    built = int(_extension().build_info()["cuda"].split(".")[0])
     known = torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]
     if built > known:
         return (
