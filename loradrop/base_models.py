@@ -21,6 +21,7 @@ from loradrop.run_config import MINILM, ModelConfig, RunConfig
 from loradrop.text.examples import TextTask
 from loradrop.wrapped import tensors_of
 
+COUNTED_IN_PYTHON = "name one, or count in Python: loradrop.inject(model, config).trainable"
 Differing = tuple[str, Sequence[int], Sequence[int]]  # a tensor's name, its shape there and here
 _log = logging.getLogger(__name__)
 
@@ -235,17 +236,20 @@ def _add_tokens(model: Any, saved: Mapping[str, Tensor]) -> None:
         model.resize_token_embeddings(len(table), mean_resizing=False)
 
 
-def without_weights(model_id: str, revision: str | None = None) -> Any:
+def without_weights(
+    model_id: str, revision: str | None = None, remedy: str = COUNTED_IN_PYTHON
+) -> Any:
     """The model at an id or path on the meta device: its layers and their sizes, no weights.
 
-    Raises ValueError for one that cannot be had, or is none of transformers.
+    Raises ValueError for one that cannot be had, and with the remedy for one whose class
+    transformers lacks.
     """
     where = resolve_model(os.path.expanduser(model_id))
     with _naming(model_id):
         config = transformers.AutoConfig.from_pretrained(where, revision=revision)
     cls = _architecture(config)
     if cls is None:
-        raise ValueError(f"the model {model_id!r} is none that transformers knows: give its layers")
+        raise ValueError(f"the model {model_id!r} is not a transformers model: {remedy}")
     return _on_meta(cls, config)
 
 

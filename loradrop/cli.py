@@ -309,9 +309,9 @@ def methods(
         from loradrop.run_config import configured
 
         _quiet()
-        model_id, config = configured(model, targets)
+        base, config = configured(model, targets)
         config = config if rank is None else replace(config, r=rank)
-        return print(table(parameters(model_id, config)))
+        return print(table(parameters(base.id, config, base.revision)))
     if rank is not None or targets is not None:
         raise ValueError("--rank and --targets need a model: loradrop methods MODEL")
     for name, method in available().items():

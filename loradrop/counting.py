@@ -26,13 +26,15 @@ class Count(NamedTuple):
     reason: str = ""
 
 
-def parameters(model_id: str, config: LoRAConfig) -> dict[str, Count]:
+def parameters(
+    model_id: str, config: LoRAConfig, revision: str | None = None
+) -> dict[str, Count]:
     """Name -> what each method comes to, with its defaults; the one of `config` with its options.
 
     Only the shapes of the model at this id or path are looked at, on the meta device. Raises
     ValueError for a model that cannot be had, and for targets as `inject` does.
     """
-    model = without_weights(model_id)
+    model = without_weights(model_id, revision)
     find_targets(model, config)
     every = {name: cls() for name, cls in available().items()}
     every |= {config.method.name: config.method}

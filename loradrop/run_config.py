@@ -157,18 +157,18 @@ def names_in(text: str) -> str | list[str]:
 
 def configured(
     source: str, targets: str | None = None, config: LoRAConfig | None = None
-) -> tuple[str, LoRAConfig]:
-    """(the model's id, how to adapt it) of a model with `config`, or of the YAML file of a run.
+) -> tuple[ModelConfig, LoRAConfig]:
+    """(the model, how to adapt it): by its id and `config`, or by the YAML file of a run.
 
     targets   "all-linear", names as a,b, or a pattern; those of `config` or of the file by default
     """
-    model_id, config = source, config or LoRAConfig()
+    model, config = ModelConfig(id=source), config or LoRAConfig()
     if source.endswith((".yaml", ".yml")):
         run = read_config(source)
-        model_id, config = run.model.id, run.lora
+        model, config = run.model, run.lora
     if targets is not None:
         config = replace(config, target_modules=names_in(targets))
-    return model_id, config
+    return model, config
 
 
 def _parse(text: str, where: str) -> Any:

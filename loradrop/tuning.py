@@ -76,7 +76,9 @@ def layers_written(text: str, ranks: Iterable[int]) -> list[Layer] | None:
     return list(dict.fromkeys(Layer(int(k), int(n), r) for k, n in parts for r in ranks))
 
 
-def layers_of_model(model_id: str, configs: Iterable[LoRAConfig]) -> list[Layer]:
+def layers_of_model(
+    model_id: str, configs: Iterable[LoRAConfig], revision: str | None = None
+) -> list[Layer]:
     """The distinct layers that `inject` would adapt, by size and rank; no weight is read.
 
     Raises ValueError for a model that cannot be had, and for targets as `inject` does.
@@ -85,7 +87,8 @@ def layers_of_model(model_id: str, configs: Iterable[LoRAConfig]) -> list[Layer]
     from loradrop.layers import shape_of
     from loradrop.matching import find_targets
 
-    model, found = without_weights(model_id), dict[Layer, None]()
+    remedy = "give layer sizes instead, such as 4096x4096"
+    model, found = without_weights(model_id, revision, remedy), dict[Layer, None]()
     for config in configs:
         for name, module in find_targets(model, config):
             k, n = shape_of(module) or (0, 0)
@@ -110,9 +113,9 @@ def layers_of(
         return written, 0.0
     from loradrop.run_config import configured
 
-    model_id, config = configured(source, targets, LoRAConfig(r=RANK))
+    model, config = configured(source, targets, LoRAConfig(r=RANK))
     configs = [replace(config, r=r) for r in ranks] if ranks else [config]
-    return layers_of_model(model_id, configs), config.lora_dropout
+    return layers_of_model(model.id, configs, model.revision), config.lora_dropout
 
 
 def cells_of(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cli_cases import Capsys, fails, works
 from torch import nn
+from transformers import AutoConfig
 
 import loradrop
 from loradrop import LoRAConfig
@@ -65,6 +66,33 @@ def test_the_command(bert: str, tmp_path: Path, capsys: Capsys) -> None:
     file.write_text(f"model: {bert}\nlora: {{r: 4, target_modules: [query], method: {method}}}\n")
     found = numbers(works(capsys, "methods", file))
     assert found["lora"] == 2 * whole and found["share_lora"] == 2 * whole // layers
+
+
+@pytest.mark.parametrize("command", ["methods", "tune"])
+def test_the_revision_of_a_run(
+    command: str, bert: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
+) -> None:
+    """A file's `model.revision` is the one whose layers are counted, or measured."""
+    asked, read = [], AutoConfig.from_pretrained
+
+    def from_pretrained(where: str, revision: str | None = None) -> Any:
+        asked.append(revision)
+        return read(where)
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
+    file, points = tmp_path / "run.yaml", tmp_path / "points.json"
+    file.write_text(f"{{model: {{id: {bert}, revision: v1}}, lora: {{method: lora}}}}")
+    quick = ["--device", "cpu", "--tokens", 3, "--seconds", 0, "--out", points]
+    works(capsys, command, file, *(quick if command == "tune" else []))
+    assert asked == ["v1"]
+
+
+def test_a_class_that_transformers_lacks(tmp_path: Path, capsys: Capsys) -> None:
+    """The remedy is one of the command that was called."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["Mine"]}')
+    of = f"the model {str(tmp_path)!r} is not a transformers model: "
+    fails(capsys, of + "name one, or count in Python: loradrop.inject", "methods", tmp_path)
+    fails(capsys, of + "give layer sizes instead, such as 4096x4096", "tune", tmp_path)
 
 
 @pytest.mark.parametrize(
