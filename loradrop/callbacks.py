@@ -49,7 +49,7 @@ class MethodCallback(TrainerCallback):
         self.model, self.bank = model, bank_of(model)
         self.method = injection_of(model).config.method
         self._changes_gradients = type(self.method).before_step is not Method.before_step
-        self.statistics = (statistics,) if isinstance(statistics, str) else tuple(statistics)
+        self.statistics = tuple(statistics)
         self.masking, self.warmup = masking, warmup
         self._steps, self._watched = 0, False  # all are called, or given up
         self.collector: Collector | None = None

@@ -29,7 +29,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 import loradrop
 from loradrop import LoRAConfig
-from loradrop.callbacks import MethodCallback
 from loradrop.layers import LoRALinear
 
 pytestmark = pytest.mark.numbers
@@ -209,4 +208,3 @@ def test_one_name_where_several_may_stand() -> None:
     model = injected()
     loradrop.share(model, "layers.1.query")
     assert model.lora_bank.assignment.kept == ("layers.1.query",)
-    assert MethodCallback(model, statistics="moment").statistics == ("moment",)
