@@ -57,7 +57,6 @@ def test_a_script(script: str, auto: Any, here: Path, monkeypatch: pytest.Monkey
     assert (here / "peft" / "adapter_config.json").exists()
 
 
-@pytest.mark.slow
 def test_two_processes(here: Path) -> None:
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HOME": str(here / "home")}
@@ -70,7 +69,6 @@ def test_two_processes(here: Path) -> None:
     require_half(model)
 
 
-@pytest.mark.slow
 def test_the_notebook(minilm_path: Path, here: Path) -> None:
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     pytest.importorskip("ipykernel")

@@ -143,7 +143,6 @@ def test_llama_imports_from_the_root_beside_an_installed_kernels(tmp_path: Path)
     assert import_llama(tmp_path) == f"True {package / '__init__.py'}"
 
 
-@pytest.mark.slow
 def test_llama_imports_from_the_root_beside_the_real_kernels(tmp_path: Path) -> None:
     needed = f"kernels>={KERNELS_MIN_VERSION},<{KERNELS_MAX_VERSION}"
     options = ("--quiet", "--only-binary", ":all:", "--retries", "0", "--timeout", "20")

@@ -117,7 +117,7 @@ def test_lora_alpha_for_the_s_of_a_small_lora(rslora: bool) -> None:
     assert wide.lora_bank.scaling[1] == pytest.approx(alpha * budget * root / 1)
 
 
-def test_a_plan_of_before_has_one_s(tmp_path: Path) -> None:
+def test_a_plan_of_before_has_one_s() -> None:
     """Up to schema 4 s did not change, so such an adapter is not read with another."""
     model = tiny.make_model()
     loradrop.inject(model, config(scale="fixed"))

@@ -105,7 +105,7 @@ def test_nothing_is_written_where_the_adapters_are_disabled(tmp_path: Path) -> N
     assert torch.equal(saved["bank.B.0"], plain.lora_bank.B[0])
 
 
-def test_the_state_dict_of_a_merged_model(tmp_path: Path) -> None:
+def test_the_state_dict_of_a_merged_model() -> None:
     """Its weights hold the adapters, so that a model with adapters would have them twice."""
     model = adapted()
     expected, before = logits(model), model.state_dict()
