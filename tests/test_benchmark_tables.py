@@ -161,6 +161,20 @@ def test_rounding_of_the_cpu_table(tmp_path: Path) -> None:
     assert cells_of(table, "fp32")[-4:] == ["0.08", "–", "0.37", "0.0"]
 
 
+def test_the_summary_of_a_cpu(tmp_path: Path) -> None:
+    more = {"r": 64, "M": 4}
+    rows = [
+        *group(0, 100, 130, 110),
+        *group(1, 100, 150, 120, K=7),
+        *group(2, 100, 900, 900, **more),
+    ]
+    write_csv(tmp_path / "cpu", rows)
+    table = cpu_tables.summary(tmp_path)
+    assert table.startswith("| % longer, mean of 2 layers | PEFT | PEFT + norm hook | loradrop |")
+    assert cells_of(table, "forward, fp32") == ["40", "180", "15", "16"]
+    assert len(table.splitlines()) == 3
+
+
 def test_what_statistics_cost(tmp_path: Path) -> None:
     assert cpu_tables.statistics_cost(tmp_path) is None
     ratio = {"the squared norm": {"low": 0.99, "median": 1.004, "high": 1.02}}
@@ -248,6 +262,19 @@ def test_layers_steps_and_what_the_dispatcher_gains(tmp_path: Path) -> None:
     assert cells_of(said, "8b | True") == whole
     assert said.endswith("\n\nThe dispatcher did without thin in some steps.")
     assert cells_of(said, "8b | False") == ["–", "out of memory", "–", "–"]
+
+
+def test_the_summary_of_a_gpu(tmp_path: Path) -> None:
+    """loradrop as it was served; where it was not, the fastest backend."""
+    both = {"direction": "forward_backward"}
+    served = {"peft_bf16": 150, "loradrop": 117, "loradrop_triton": 117, "loradrop_cuda": 116}
+    rows = [
+        *cell(served),
+        *cell({"peft_bf16": 157, "loradrop_triton": 127, "loradrop_cuda": 132}, 1, **both),
+    ]
+    write_csv(tmp_path / "a-gpu", rows)
+    table = gpu_tables.summary(tmp_path)
+    assert cells_of(table, "4096→4096") == ["1.50", "1.17", "1.57", "1.27"]
 
 
 # The dispatcher's points

@@ -77,6 +77,25 @@ def lora_linear_cpu(results: Path) -> str | None:
     return "\n".join((note, "", markdown(head, body), "", SUMS, "", _overheads(table)))
 
 
+def summary(results: Path) -> str | None:
+    """How much longer a layer takes with an adapter of rank 8, without dropout, on average over the
+    layers.
+    """
+    rows = read_rows(results / "cpu" / "bench_lora_linear.csv")
+    if not rows:
+        return None
+    shown = ratios(rows).query("r == 8 and dropout == 0.0")
+    named = {name: SHOWN[name] for name in SHOWN if name != "loradrop_grams"}
+    body, layers = [], set[int]()
+    for (direction, dtype), group in shown.groupby(["direction", "dtype"]):
+        of, count = overheads(group), len(medians(group))
+        layers.add(count)
+        means = (f"{100 * of[name] / count:.0f}" for name in named)
+        body.append((f"{direction.replace('_', ' + ')}, {SHORT[dtype]}", *means))
+    title = f"% longer, mean of {' or '.join(map(str, sorted(layers)))} layers"
+    return markdown((title, *named.values()), body)
+
+
 def statistics_cost(results: Path) -> str | None:
     """What a step of training takes with statistics, over one without."""
     path = results / "cpu" / "bench_statistics.json"
@@ -165,6 +184,7 @@ def _spread_of_ratios(ratios: Sequence[float]) -> str:
 
 CPU_TABLES: dict[str, Callable[[Path], str | None]] = {
     "lora_linear_cpu": lora_linear_cpu,
+    "cpu_summary": summary,
     "statistics": statistics_cost,
     "compose": compose,
     "side_by_side": side_by_side,
