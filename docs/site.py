@@ -74,7 +74,7 @@ def commands() -> str:
         with command.make_context(name, [], resilient_parsing=True) as context:
             usage = " ".join(command.collect_usage_pieces(context))
             rows = [command_row(parameter, context) for parameter in command.get_params(context)]
-        table = ["| | |", "|---|---|", *(f"| `{what}` | {text} |" for what, text in rows if text)]
+        table = ["| | |", "|---|---|", *(f"| `{what}` | {text} |" for what, text in rows)]
         parts += [f"## {name}", command.help, f"    loradrop {name} {usage}", "\n".join(table)]
     return "\n\n".join(parts)
 

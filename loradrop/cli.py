@@ -22,12 +22,20 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Debug = Annotated[bool, Option("--debug", help="Show where an error comes from.")]
-Settings = Annotated[list[str] | None, Argument(metavar="CONFIG.yaml | section.key=value")]
+Settings = Annotated[
+    list[str] | None,
+    Argument(
+        metavar="CONFIG.yaml | section.key=value",
+        help="A YAML file, and options as lora.r=8; the file may be left out.",
+    ),
+]
 Resume = Annotated[bool, Option("--resume", help="Continue what the output folder holds.")]
 Measured = Annotated[Path | None, Option(help="Measure this trained adapter, without training.")]
 Batches = Annotated[int | None, Option(help="With --adapter: use only this many batches.")]
 Split = Annotated[Literal["train", "dev"] | None, Option(help="With --adapter: train by default.")]
-Action = Annotated[Literal["show", "plot", "sweep"], Argument()]
+Action = Annotated[
+    Literal["show", "plot", "sweep"], Argument(help="Print it, draw it, or compare other choices.")
+]
 Planned = Annotated[Path, Argument(help="A plan.json, an adapter, or the folder of a run.")]
 Picture = Annotated[Path | None, Option(help="importance.png beside the plan by default.")]
 Thresholds = Annotated[str | None, Option(help="Of sweep, as 0.5,0.7,0.9.")]
@@ -56,10 +64,17 @@ Unpadded = Annotated[
     bool, Option("--unpadded", help="A rank for each layer, none for those without an adapter.")
 ]
 DtypeOfFile = Annotated[Dtype | None, Option(help="Of A and B; as in the adapter by default.")]
+DtypeOfExport = Annotated[
+    Dtype | None, Option(help="Of A and B, or of the merged model; float32 by default.")
+]
+DtypeOfModel = Annotated[Dtype | None, Option(help="Of the model; float32 by default.")]
 DryRun = Annotated[bool, Option("--dry-run", help="Only print the table.")]
 Layer = Annotated[str | None, Option(metavar="MxKxN", help="Explain the backend chosen for it.")]
 OfLayer = Annotated[int | None, Option("--rank", help="Of its adapter; 16 by default.")]
 DropoutOfLayer = Annotated[float | None, Option("--dropout", help="0 by default.")]
+DtypeOfTiming = Annotated[
+    Dtype | None, Option("--dtype", help="bfloat16 by default, on a CPU float32.")
+]
 DtypeOfLayer = Annotated[Dtype | None, Option("--dtype", help="bfloat16 by default.")]
 Chip = Annotated[str | None, Option(metavar="ARCH:SMS", help="As 90:132; the device's by default.")]
 Source = Annotated[str, Argument(metavar="MODEL | CONFIG.yaml | KxN,KxN", help="Whose layers.")]
@@ -214,7 +229,7 @@ def plan(
     action: Action, path: Planned, out: Picture = None, thresholds: Thresholds = None,
     budgets: Budgets = None, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Print or plot the importance of each layer and module, or what others would have kept."""
+    """Print or plot the importance of each layer, or what other thresholds would have kept."""
     from loradrop.plan_file import plan_at
     from loradrop.report.sweep import parts, sweep_table
     from loradrop.report.terminal import plan_table
@@ -237,7 +252,7 @@ def plan(
 @app.command()
 def export(
     adapter: Native, out: Out, format: Format = "peft", engine: Engine = None,
-    model: Base = None, dtype: Dtype | None = None, unpadded: Unpadded = False, push: Push = None,
+    model: Base = None, dtype: DtypeOfExport = None, unpadded: Unpadded = False, push: Push = None,
     private: Private = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write an adapter as a PEFT folder, and to the Hub."""
@@ -266,7 +281,7 @@ def export(
 
 @app.command()
 def merge(
-    adapter: Native, out: Out, model: Base = None, dtype: Dtype | None = None, debug: Debug = False
+    adapter: Native, out: Out, model: Base = None, dtype: DtypeOfModel = None, debug: Debug = False
 ) -> None:
     """Write the model with the adapter in it."""
     export(adapter, out, "merged", None, model, dtype)
@@ -315,16 +330,17 @@ def methods(
     if rank is not None or targets is not None:
         raise ValueError("--rank and --targets need a model: loradrop methods MODEL")
     for name, method in available().items():
+        defaults = method()  # a default may be what None comes to
         about = sys.modules[method.__module__].__doc__ or method.__doc__ or name
         print(f"{name}: {' '.join(about.split(chr(10) * 2)[0].split())}")
         for option in fields(method):
-            print(f"    {option.name:<16} {option.default!r}")
+            print(f"    {option.name:<16} {getattr(defaults, option.name)!r}")
 
 
 @app.command()
 def tune(
     source: Source, tokens: Tokens = None, rank: Ranks = None, targets: Targets = None,
-    train: Training = True, dropout: Dropout = None, dtype: Dtype | None = None,
+    train: Training = True, dropout: Dropout = None, dtype: DtypeOfTiming = None,
     device: Device = None, seconds: Seconds = 1.0, limit: Limit = 120.0, out: Points = None,
     debug: Debug = False,
 ) -> None:  # fmt: skip

@@ -186,6 +186,7 @@ def test_methods(capsys: Capsys) -> None:
     names = [line.partition(":")[0] for line in out.splitlines() if not line.startswith(" ")]
     assert names == list(available())
     assert "    probe_steps      0.1\n" in out and "    source           'online'\n" in out
+    assert "    budget           0.5\n" in out.partition("lora_drop: ")[2]  # what None comes to
 
 
 def test_a_missing_file_is_said_before_training_is_loaded() -> None:
