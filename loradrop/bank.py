@@ -1,4 +1,4 @@
-"""The bank at the model's root: it owns every adapter parameter; layers hold an index into it.
+"""The bank at the model's root: it owns every adapter parameter; layers hold a link into it.
 
     bank.targets[i]   what is adapted: its module path, shape and rank
     bank.slots[i]     which adapter it uses; None where the layer has none

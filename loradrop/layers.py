@@ -1,4 +1,4 @@
-"""The layers: a frozen base plus an index into the bank. One mixin, three faces.
+"""The layers: a frozen base plus a link into the bank. One mixin, three faces.
 
 `LoRALinear` is an `nn.Linear` with the very same weight and bias Parameters, `LoRAConv1D` the same
 for GPT-2's transposed layout, and `LoRAOver` adds the delta to the output of any other base module.
@@ -51,15 +51,15 @@ def adapted_output(
 
 
 class LoRAMixin(nn.Module):
-    """What the three faces share: from the bank and the index to the arguments of the op."""
+    """What the three faces share: from the link into the bank to the arguments of the op."""
 
     _lora: Link  # it refers to the bank, which must not be registered here
-    _base: ClassVar[Any] = nn.Linear  # the class of before
+    _base: ClassVar[Any] = nn.Linear  # its class before `adapt`
 
     @property
     def base_layer(self) -> NoReturn:
-        """There is none. PEFT asks before it wraps a layer, and would save its own adapter without
-        ours: it alone gets a ValueError.
+        """Raises AttributeError: an adapted layer has no base_layer. PEFT asks for it before it
+        wraps a layer, and would save its own adapter without ours: it gets a ValueError.
         """
         if sys._getframe(1).f_globals.get("__name__", "").startswith("peft."):
             raise ValueError(

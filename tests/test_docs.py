@@ -87,6 +87,14 @@ def test_the_reference_has_every_public_name(site: Path) -> None:
     assert [name for name in names if f'id="{name}"' not in text] == []
 
 
+@pytest.mark.parametrize("page", ["python", "methods", "op"])
+def test_the_reference_reads_without_the_site(page: str) -> None:
+    """Each name has a line of its own."""
+    text = (ROOT / "docs" / "reference" / f"{page}.md").read_text(encoding="utf-8")
+    for name in re.findall(r"^::: (\S+)$", text, re.M):
+        assert f"\n- `{name}` " in text, f"{page}.md says nothing of {name}"
+
+
 def test_the_reference_has_every_command(site: Path) -> None:
     from typer.main import get_command
 
@@ -94,10 +102,13 @@ def test_the_reference_has_every_command(site: Path) -> None:
 
     text = html.unescape((site / "reference" / "command.html").read_text(encoding="utf-8"))
     for name, command in get_command(app).commands.items():
-        assert f'<h2 id="{name}">' in text and command.help in text
+        _, found, after = text.partition(f'<h2 id="{name}">')
+        part = after.partition("<h2 ")[0]
+        assert found and command.help in part
         for option in command.params:
+            assert option.help, f"{name}: {option.opts[0]} says nothing"
             if option.opts[0].startswith("--"):
-                assert f"<code>{option.opts[0]}" in text, option.opts
+                assert f"<code>{option.opts[0]}" in part, f"{name}: {option.opts[0]}"
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -108,6 +119,16 @@ def test_links_between_files_of_the_repository(source: Path) -> None:
     for path, _ in LINK.findall(text):
         if "://" not in path:
             assert (source.parent / path).exists(), f"{source.name} links to {path}"
+
+
+def test_the_map_names_every_module() -> None:
+    """But for folders of like files: methods, kernels, and what measures."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    package = ROOT / "loradrop"
+    folders = ["", "op", "report", "text", "formats", "integrations"]
+    for path in (path for folder in folders for path in (package / folder).glob("*.py")):
+        is_named = path.name.startswith("_") or f"`{path.name}`" in text
+        assert is_named, f"the map lacks {path.relative_to(package)}"
 
 
 def test_links_are_rewritten(hook: ModuleType) -> None:
