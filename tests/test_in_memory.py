@@ -47,6 +47,15 @@ def test_peft_computes_from_them_what_the_model_does(padded: bool) -> None:
     torch.testing.assert_close(outputs(engine.eval()), outputs(made.eval()), rtol=1e-5, atol=1e-5)
 
 
+def test_on_another_device() -> None:
+    """An engine without a GPU: the values are compared across devices."""
+    made = model().to("cuda" if torch.cuda.is_available() else "cpu")
+    first = adapter_tensors(made)
+    found = adapter_tensors(made, device="cpu", since=first)
+    assert {tensor.device.type for tensor in found.tensors.values()} == {"cpu"}
+    assert found.tensors.keys() == first.tensors.keys() and found.changed == ()
+
+
 def keys(*targets: str, factors: str = "AB") -> set[str]:
     return {f"base_model.model.{name}.lora_{f}.weight" for name in targets for f in factors}
 
