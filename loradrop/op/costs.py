@@ -44,7 +44,7 @@ _CHIPS = {
     "H200 NVL": (835, 4.8), "H200": (989, 4.8), "B200": (2250, 8.0),
 }  # fmt: skip
 _PARTIAL = {"MIG", "LAPTOP", "D"}  # words of devices that are less than the chip they name
-_REACHED = (0.80, 0.90)  # of those: an H200 multiplies at about 790 TFLOP/s, copies at 4.3 TB/s
+_REACHED = (0.80, 0.90)  # of those, assumed; for an H200 that is 790 TFLOP/s and 4.3 TB/s
 # For other devices: FLOP per clock and multiprocessor, clock in Hz, bytes per FLOP. Of 86, 89 and
 # 120 these are GeForce's; professional cards multiply up to twice as fast.
 _FAMILIES = {
