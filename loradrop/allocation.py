@@ -52,7 +52,7 @@ def allocate(
     low = _lowest(spectrum, budget_time)
     if rank is not None:
         if rank % multiple:
-            raise ValueError(f"rank={rank} is no multiple of multiple={multiple}: leave one out")
+            raise ValueError(f"rank={rank} is not a multiple of multiple={multiple}: leave one out")
         most = {name: _most(len(spectrum[name]), multiple) for name in spectrum}
         return {name: 0 if name in low else min(rank, most[name]) for name in spectrum}
     pools = _allowed(spectrum, scope, low)

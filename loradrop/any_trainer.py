@@ -35,7 +35,7 @@ class LoraDropCallback(TrainerCallback):
         loradrop.inject(model, loradrop.LoraDropConfig(...))
         Trainer(model, args, ..., callbacks=[loradrop.LoraDropCallback()]).train()
 
-    The warm-up are the Trainer's first steps. At its end the best model so far is forgotten, and
+    The Trainer's first steps are the warm-up. At its end the best model so far is forgotten, and
     the optimiser forgets what it knew of adapters that begin anew; the schedule goes on.
     Checkpoints resume on either side of it; one outside output_dir is named in
     TrainingArguments(resume_from_checkpoint=...), too. A method without a warm-up gets its events

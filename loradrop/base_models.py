@@ -261,7 +261,7 @@ def to_accelerator(model: Any) -> None:
 
 def pad_with(model: Any, tokenizer: Any) -> None:
     """Both know what batches are padded with: the tokenizer's token, else the model's, else the end
-    of a text. Classifiers of decoders look at the last token that is no padding.
+    of a text. Classifiers of decoders look at the last token that is not padding.
     """
     there = model.config.pad_token_id
     if tokenizer.pad_token is None and there is not None and 0 <= there < len(tokenizer):

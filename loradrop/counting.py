@@ -26,9 +26,7 @@ class Count(NamedTuple):
     reason: str = ""
 
 
-def parameters(
-    model_id: str, config: LoRAConfig, revision: str | None = None
-) -> dict[str, Count]:
+def parameters(model_id: str, config: LoRAConfig, revision: str | None = None) -> dict[str, Count]:
     """Name -> what each method comes to, with its defaults; the one of `config` with its options.
 
     Only the shapes of the model at this id or path are looked at, on the meta device. Raises

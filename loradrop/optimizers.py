@@ -123,7 +123,7 @@ def _places_of_new(bank: AdapterBank, groups: Groups) -> dict[int, int | None]:
 
 
 def follow(model: nn.Module, optimizer: Any, groups: Groups, update: Update | None) -> None:
-    """The optimiser goes on after an update with what is trained now; `groups` are those of before.
+    """The optimiser goes on after an update with what is trained now; `groups` are those before it.
     None: it forgets what it knew.
     """
     state = {} if update is None else kept_state(optimizer, update)

@@ -50,7 +50,7 @@ def probe(
               or None, which leaves the loss metric out
 
     For `truncate` and the loss that a cut is predicted to cost, batches are small and many, and
-    equal rows belong into one of them: each batch is asked what the others say of it, and one that
+    put equal rows into one of them: each batch is asked what the others say of it, and one that
     has its like among them would be told the answer.
 
     The model runs in eval mode without dropout. Weights, modes and random states are as before

@@ -1,4 +1,4 @@
-"""What options are in vain in a model, said once: a part of a step's time that cannot be saved."""
+"""Warns once of options that save nothing in a model, such as a part of a step's time."""
 
 import logging
 
@@ -14,12 +14,12 @@ _log = logging.getLogger(__name__)
 
 
 def tell_in_vain(model: nn.Module) -> None:
-    """What the options of the model's method are in vain."""
+    """Warns of options of the model's method that save nothing in this model."""
     _tell(model, injection_of(model).config.method.in_vain(*_described(model)))
 
 
 def tell_time_in_vain(model: nn.Module, budget_time: float | None) -> None:
-    """Where the backward pass goes on below the layers that lose their adapters."""
+    """Warns where the backward pass goes on below the layers that lose their adapters."""
     _tell(model, time_in_vain(*_described(model), budget_time))
 
 

@@ -278,7 +278,7 @@ REFUSED = {
     "everything goes": ({"max_loss": 31.0}, "no adapter at all, which would cost 30: choose less"),
     "below eight": ({"budget": 0.2, "multiple": 8}, "choose at least 0.3334"),
     "of its own": ({"budget": 0.2, "scope": "per_target"}, "choose at least 0.25"),
-    "an odd rank": ({"rank": 3, "multiple": 2}, "rank=3 is no multiple of multiple=2"),
+    "an odd rank": ({"rank": 3, "multiple": 2}, "rank=3 is not a multiple of multiple=2"),
 }
 
 

@@ -51,7 +51,7 @@ class Fused(nn.Module):
         return y
 
     def _left_to_peft(self, kwargs: Any) -> bool:
-        """Whether this call is none of the op."""
+        """Whether the op does not compute this call."""
         layer: Any = self
         if layer._disable_adapters or layer.merged_adapters:
             return True

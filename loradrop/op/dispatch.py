@@ -112,7 +112,7 @@ BACKENDS = {
 
 
 def named(name: str) -> Backend:
-    """The backend of that name, able or not. Raises ValueError for a name that is none's."""
+    """The backend of that name, able or not. Raises ValueError for an unknown name."""
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r}: choose one of {', '.join(BACKENDS)}, or None")
     return BACKENDS[name]

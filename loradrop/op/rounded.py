@@ -70,7 +70,7 @@ def _key(A: Tensor, B: Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 def near(A: Tensor, B: Tensor, dtype: torch.dtype) -> "Pair | Rounded":
-    """Something with `a` and `b` in `dtype`."""
+    """The adapters in `dtype`: themselves where they have it, else rounded copies."""
     return Pair(A, B) if A.dtype == dtype == B.dtype else of(A, B, dtype)
 
 
