@@ -122,7 +122,7 @@ def require_unmerged(model: nn.Module) -> None:
 
 def require_trained(model: nn.Module) -> None:
     """Raises ValueError inside of `disabled`, where modules that are trained whole have the values
-    of before.
+    from before `inject`.
     """
     bank, injection = bank_of(model), injection_of(model)
     if injection.originals and injection.merged is None and not bank.enabled:

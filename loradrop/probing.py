@@ -49,9 +49,9 @@ def probe(
               that the model returns; a function (outputs, inputs) -> the loss of each sample, (n,);
               or None, which leaves the loss metric out
 
-    For `truncate` and the loss that a cut is predicted to cost, batches are small and many, and
-    put equal rows into one of them: each batch is asked what the others say of it, and one that
-    has its like among them would be told the answer.
+    For `truncate` and the loss that a cut is predicted to cost, give many small batches, and put
+    identical rows into one of them: each batch is predicted from the others, and a copy of its
+    rows among these would give the answer away.
 
     The model runs in eval mode without dropout. Weights, modes and random states are as before
     afterwards. Under `torch.distributed` the scores are summed over ranks. Raises ValueError for no

@@ -67,7 +67,7 @@ class SavePretrained:
 
 
 class SavePart:
-    """`save_pretrained` of a part of an injected model, which its adapters do not belong to."""
+    """`save_pretrained` of a part of an injected model, which does not hold the adapters."""
 
     def __init__(self, part: nn.Module, name: str) -> None:
         self.part, self.name = part, name

@@ -170,7 +170,7 @@ class Factor(nn.Module):
 
 
 class References(nn.ModuleDict):
-    """Adapter name -> its `Factor`: PEFT finds it here, and no one who asks for submodules does."""
+    """Adapter name -> its `Factor`, where PEFT looks for it; it is not among the submodules."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -44,7 +44,7 @@ def first_line(error: BaseException) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether it is for want of memory, of a GPU or of the host: no fault of who asked for it."""
+    """Whether memory ran out, of a GPU or of the host, for which no backend is to blame."""
     said = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error) for text in said)
