@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
+from loradrop.arguments import require_right_gradients
 from loradrop.averaging import keep_whole
 from loradrop.bank import AdapterBank, bank_of
 from loradrop.batches import small_batches
@@ -27,6 +28,11 @@ _log = logging.getLogger(__name__)
 
 
 _OF_RUN = "loradrop_callback"  # the name of the one of a run, in its state
+_LATE = (
+    "LoraDropCallback did not see how the Trainer was made with this model, so the run cannot be "
+    "resumed like that once it has decided: make the Trainer with model= and "
+    "callbacks=[loradrop.LoraDropCallback()], not with model_init= or add_callback"
+)
 
 
 class LoraDropCallback(TrainerCallback):
@@ -47,7 +53,8 @@ class LoraDropCallback(TrainerCallback):
     something in the middle of a run. It raises ValueError for options of the warm-up that need
     `fit` (sample_ratio, source="offline" of lora_drop), for a stream of rows, and a model
     without logits, that a method measures offline, for a checkpoint that it cannot find, and where
-    sharing could not reach every process (DeepSpeed, FSDP1, DDP without find_unused_parameters).
+    sharing could not reach every process (DeepSpeed, FSDP1, DDP without find_unused_parameters),
+    and for reentrant checkpointing in several processes, as `fit` does.
     """
 
     def __init__(self, *, mask: str | None = MASK, mask_fn: MaskFn | None = None) -> None:
@@ -73,6 +80,7 @@ class LoraDropCallback(TrainerCallback):
         self, args: Any, state: TrainerState, control: Any, model: Any = None,
         optimizer: Any = None, train_dataloader: Any = None, **_: Any,
     ) -> None:  # fmt: skip
+        require_right_gradients(args)
         bank, injection = bank_of(model), injection_of(model)
         if getattr(state, _OF_RUN, self) is not self:
             raise ValueError("the Trainer has two LoraDropCallbacks: give it one")
@@ -87,6 +95,8 @@ class LoraDropCallback(TrainerCallback):
         self.warmup = None if decided else method.warmup(state.max_steps)
         if self.warmup is not None:
             _require_one_run(self.warmup, method, args, model)
+            if not bank.adopts and _fsdp(args) is None:
+                _log.warning(_LATE)
         statistics = () if decided and method.warms_up else method.statistics
         self.events = MethodCallback(
             model, statistics=statistics, masking=self.masking, warmup=self.warmup

@@ -82,10 +82,26 @@ def training_arguments(
             "eval_on_start": False,
             "load_best_model_at_end": False,
         }
+    if options.get("load_best_model_at_end"):
+        _require_measured(options)
     found = TrainingArguments(**options)
     if found.load_best_model_at_end:
         _require_checkpoint(found)
     return found
+
+
+def _require_measured(options: Mapping[str, Any]) -> None:
+    """Raises ValueError where dev would not be measured at every checkpoint."""
+    given = options["save_strategy"], options["eval_strategy"]
+    by = [getattr(strategy, "value", strategy) for strategy in given]
+    save, measure = options["save_steps"], options["eval_steps"] or options["logging_steps"]
+    alike = (save < 1) == (measure < 1) and round(save * 10**6) % round(measure * 10**6) == 0
+    if by[1] == "no" or (by == ["steps", "steps"] and not alike):
+        raise ValueError(
+            "load_best_model_at_end needs dev measured at every checkpoint: give rows in dev, and "
+            f"train.save_every={save:g} as a multiple of train.eval_every={options['eval_steps']}, "
+            "both in steps or both as parts of the run"
+        )
 
 
 def _require_checkpoint(args: TrainingArguments) -> None:
@@ -96,6 +112,20 @@ def _require_checkpoint(args: TrainingArguments) -> None:
             f"load_best_model_at_end keeps the best of the checkpoints, and save_every={every:g} "
             f"makes none in a run of {args.max_steps} steps: give train.save_every (save_steps) "
             "a smaller number, a multiple of that of evaluations"
+        )
+
+
+def require_right_gradients(args: TrainingArguments) -> None:
+    """Raises ValueError for reentrant checkpointing in several processes: the gradients of what
+    several layers share would be wrong, without an error.
+    """
+    options = args.gradient_checkpointing_kwargs
+    reentrant = isinstance(options, dict) and options.get("use_reentrant")
+    if args.gradient_checkpointing and reentrant and args.world_size > 1:
+        raise ValueError(
+            "gradient checkpointing with use_reentrant=True gives wrong gradients, in several "
+            "processes, for what layers share: pass use_reentrant=False in "
+            "gradient_checkpointing_kwargs"
         )
 
 

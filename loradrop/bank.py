@@ -289,7 +289,8 @@ class AdapterBank(nn.Module):
                 "they are there first, with loradrop.share, loradrop.load(model, folder) or, of a "
                 "PeftModel, PeftModel.from_pretrained(base, folder, is_trainable=True), and make "
                 "the optimiser afterwards. A Trainer that resumes a run of "
-                "LoraDropCallback takes model=, not model_init="
+                "LoraDropCallback takes model=, not model_init=, and the callback when it is made: "
+                "callbacks=[loradrop.LoraDropCallback()], not add_callback"
             )
         if self.adopts:
             self._take_forms(tensors)

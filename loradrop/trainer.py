@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import Trainer, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from loradrop import checkpoints, native
+from loradrop.arguments import require_right_gradients
 from loradrop.batches import small_batches
 from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import read_json
@@ -51,8 +52,9 @@ class LoRATrainer(Trainer):
     head_rate   the learning rate of what is trained whole; None is that of the arguments
 
     The data may be DataLoaders; everything else is `transformers.Trainer`. Raises ValueError at the
-    first loss that is not finite, and for reentrant checkpointing under DDP without a static graph,
-    whose gradients of a shared adapter would be wrong.
+    first loss that is not finite, for rows of different lengths that nothing pads, and for
+    reentrant checkpointing in several processes, whose gradients of a shared adapter would be
+    wrong.
     """
 
     def __init__(
@@ -65,13 +67,7 @@ class LoRATrainer(Trainer):
         head_rate: float | None = None,
         **kwargs: Any,
     ) -> None:
-        options = args.gradient_checkpointing_kwargs
-        reentrant = isinstance(options, dict) and options.get("use_reentrant")
-        if args.gradient_checkpointing and reentrant and args.world_size > 1:
-            raise ValueError(
-                "gradient checkpointing with use_reentrant=True gives wrong gradients for a shared "
-                "adapter under DDP: pass use_reentrant=False"
-            )
+        require_right_gradients(args)
         if args.n_gpu > 1:
             _log.warning(
                 "using one of %d GPUs: nn.DataParallel cannot collect statistics. Start with "
@@ -83,6 +79,8 @@ class LoRATrainer(Trainer):
                 model=model, args=args, callbacks=[events, *kwargs.pop("callbacks", [])], **kwargs
             )
         self.events, self.part, self.head_rate = events, part, head_rate
+        if self.data_collator is default_data_collator:
+            self.data_collator = _of_one_length
         if getattr(model, "loss_type", None) != "ForCausalLM":
             # Other models take **kwargs and ignore num_items_in_batch: the Trainer would sum their
             # means over an accumulation instead of averaging them.
@@ -137,14 +135,20 @@ class LoRATrainer(Trainer):
         return small_batches(rows, collate, self.args.seed)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """A DataLoader is taken as it is, also one of several by name."""
+        """A DataLoader is taken as it is, also one of several by name. dataloader_drop_last is of
+        training alone: here every row counts.
+        """
         given: Any = self.eval_dataset
         data = given if eval_dataset is None else eval_dataset
         if isinstance(data, str):
             data = given[data]
         if isinstance(data, DataLoader):
             return self.accelerator.prepare(data)  # type: ignore[no-any-return]
-        return super().get_eval_dataloader(eval_dataset)
+        dropped, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = dropped
 
     def go_on(self, checkpoint: Path | None) -> None:
         """Train from `checkpoint` (None: the start), or only load it if its run was at its end."""
@@ -223,6 +227,32 @@ class LoRATrainer(Trainer):
 
     def _load_best_model(self) -> None:
         fill(self.events.model, read(str(self.state.best_model_checkpoint)))
+
+
+def _of_one_length(rows: list[Any]) -> Any:
+    """The batch that transformers makes without a tokenizer.
+
+    Raises ValueError for rows of different lengths, which it does not pad.
+    """
+    try:
+        return default_data_collator(rows)
+    except (ValueError, RuntimeError) as error:
+        fields = [row if isinstance(row, Mapping) else vars(row) for row in rows]
+        for name in fields[0]:
+            lengths = {_length(row.get(name)) for row in fields}
+            if len(lengths) > 1:
+                raise ValueError(
+                    f"the rows of a batch differ in the length of {name!r} "
+                    f"({', '.join(map(str, lengths))}), and nothing pads them: give "
+                    "processing_class=tokenizer, or collate="
+                ) from error
+        raise
+
+
+def _length(value: Any) -> int | None:
+    """Of a list, or of a tensor or array that has axes."""
+    long = isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0
+    return len(value) if long else None
 
 
 def _stopped_early(state: TrainerState) -> bool:

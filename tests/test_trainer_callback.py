@@ -4,6 +4,7 @@ import logging
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import models
@@ -17,6 +18,7 @@ from transformers import (
     EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
 )
@@ -59,6 +61,35 @@ def test_two_callbacks_are_one_too_many(tmp_path: Path) -> None:
     callbacks = [loradrop.LoraDropCallback(), loradrop.LoraDropCallback()]
     with pytest.raises(ValueError, match="the Trainer has two LoraDropCallbacks: give it one"):
         trainer(tmp_path, injected(), callbacks).train()
+
+
+def test_reentrant_checkpointing_in_several_processes_is_refused() -> None:
+    """Also where all is decided: DDP would give what layers share wrong gradients."""
+    model = injected()
+    loradrop.share(model, [])
+    kind: Any = {"gradient_checkpointing_kwargs": {"use_reentrant": True}, "world_size": 2}
+    args: Any = SimpleNamespace(gradient_checkpointing=True, fsdp=None, deepspeed=None, **kind)
+    with pytest.raises(ValueError, match=r"wrong gradients.*pass use_reentrant=False"):
+        loradrop.LoraDropCallback().on_train_begin(args, TrainerState(), None, model=model)
+
+
+def test_a_callback_that_comes_late_says_how_to_resume(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A Trainer tells only those that it is made with that it is there."""
+    trainer(tmp_path / "early", injected(), [loradrop.LoraDropCallback()], max_steps=5).train()
+    assert "callbacks=[" not in caplog.text
+    run = trainer(tmp_path, injected(), max_steps=8)
+    run.add_callback(loradrop.LoraDropCallback())
+    run.train()
+    assert "with model= and callbacks=[loradrop.LoraDropCallback()]" in caplog.text
+    model = injected()
+    run = trainer(tmp_path, model)
+    run.add_callback(loradrop.LoraDropCallback())
+    with pytest.raises(RuntimeError, match=r"other layers share.*callbacks=\[.*not add_callback"):
+        run.train(resume_from_checkpoint=True)
+    trainer(tmp_path, model, [loradrop.LoraDropCallback()]).train(resume_from_checkpoint=True)
+    assert model.lora_bank.assignment.shares
 
 
 class Note(TrainerCallback):
