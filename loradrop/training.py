@@ -75,7 +75,7 @@ def fit(
     model: nn.Module,
     train: Any,
     dev: Any,
-    config: LoRAConfig,
+    config: LoRAConfig | None,
     *,
     args: TrainConfig | TrainingArguments | None = None,
     metric: Metric | None = None,
@@ -92,6 +92,7 @@ def fit(
 
     model         a PreTrainedModel, injected or not; it returns a loss when the batch has labels
     train, dev    a Dataset of torch or datasets, a DataLoader, or a list of dicts; dev may be None
+    config        the adapters to inject; None is those that the model carries, as after `load`
     args          how to train; transformers' TrainingArguments mean what they say there
     metric        EvalPrediction -> name: value, as Trainer's compute_metrics
     collate       rows -> batch; None is the Trainer's default, which pads where `processing_class`
@@ -108,6 +109,7 @@ def fit(
     is not finite, a warm-up too short to measure, and a resume with other options; TypeError for a
     configuration of PEFT.
     """
+    config = _carried(model) if config is None else config
     require_config(config)
     with tempfile.TemporaryDirectory() as scratch, forward_kept(model):
         folder, arguments = _settled(args, output_dir, mask)
@@ -137,7 +139,7 @@ def _settled(
 def warm_up(
     model: nn.Module,
     train: Any,
-    config: LoRAConfig,
+    config: LoRAConfig | None,
     *,
     args: TrainConfig | TrainingArguments | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
@@ -152,6 +154,7 @@ def warm_up(
 
     The arguments are those of `fit`. Raises ValueError for a method without a warm-up.
     """
+    config = _carried(model) if config is None else config
     folder, arguments = _settled(args, output_dir, mask)
     assert folder is not None
     run = _Run(
@@ -277,9 +280,10 @@ class _Run:
             inject(self.model, self.config)
         elif not (self.resume and resumable(self.folder)):
             _require_usable(self.model)
-        if injection_of(self.model).config != self.config:
+        if _in_order(injection_of(self.model).config) != _in_order(self.config):
             raise ValueError(
-                "the model was injected with another configuration: pass the same one, or call "
+                "the model was injected with another configuration: pass the same one, or "
+                "config=None, which takes the adapters that it carries, or call "
                 "loradrop.remove(model) first"
             )
         decided = bank_of(self.model).assignment.decided
@@ -385,6 +389,24 @@ class _Run:
         finally:
             events.detach()
         return trainer, events
+
+
+def _carried(model: nn.Module) -> LoRAConfig:
+    """The configuration of the adapters that the model has."""
+    if not has_bank(inner(model)):
+        raise ValueError(
+            "config=None takes the adapters that the model carries, and it carries none: give "
+            "loradrop.LoRAConfig(...) or loradrop.LoraDropConfig(...)"
+        )
+    return injection_of(model).config
+
+
+def _in_order(config: LoRAConfig) -> LoRAConfig:
+    """With the names of its targets sorted: PEFT's files have them in any order."""
+    names = config.target_modules
+    if names is None or isinstance(names, str):
+        return config
+    return replace(config, target_modules=sorted(names))
 
 
 def _require_usable(model: nn.Module) -> None:

@@ -188,6 +188,50 @@ def test_the_last_rows_of_a_pass_can_be_dropped(tmp_path: Path) -> None:
         run(tmp_path / "none", args=replace(args, batch_size=45))
 
 
+NAME = "dataloader_drop_last"
+
+
+def test_no_row_is_dropped_where_nothing_is_trained(tmp_path: Path) -> None:
+    """Dev has 16 rows and the offline probe 44; a batch of either has up to 48."""
+    args = replace(tiny.ARGS, batch_size=24, steps=12)
+    found = [
+        run(tmp_path / str(dropped), tiny.OFFLINE, replace(args, extra={NAME: dropped})).plan.scores
+        for dropped in (False, True)
+    ]
+    assert found[0] is not None and found[1] is not None
+    assert found[0]["tokens"] == found[1]["tokens"]
+    dropping = replace(args, extra={NAME: True})
+    assert "accuracy" in run(tmp_path / "dev", tiny.PLAIN, dropping).metrics
+
+
+@pytest.mark.parametrize("form", [list, torch.tensor])
+def test_rows_of_different_lengths_need_a_tokenizer(form: Any) -> None:
+    rows = [
+        {"input_ids": form([2] * n), "attention_mask": form([1] * n), "labels": 0}
+        for n in (5, 10) * 8
+    ]
+    for train, dev in ((rows, None), (rows[1::2], rows)):
+        with pytest.raises(ValueError, match=r"length of 'input_ids' .*processing_class=tokenizer"):
+            fit(make_model(), train, dev, tiny.PLAIN, args=replace(tiny.ARGS, steps=2))
+    collate = pad_sequences
+    fit(make_model(), rows, None, tiny.PLAIN, args=replace(tiny.ARGS, steps=2), collate=collate)
+
+
+def pad_sequences(rows: Any) -> dict[str, torch.Tensor]:
+    found = {"labels": torch.tensor([row["labels"] for row in rows])}
+    for name in ("input_ids", "attention_mask"):
+        parts = [torch.as_tensor(row[name]) for row in rows]
+        found[name] = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+    return found
+
+
+@pytest.mark.parametrize("every", [3, 0.2, None])
+def test_the_best_model_is_measured_at_every_checkpoint(every: float | None) -> None:
+    args = replace(tiny.ARGS, eval_every=every, extra={"load_best_model_at_end": True})
+    with pytest.raises(ValueError, match=r"train\.save_every=4 .*multiple of train\.eval_every="):
+        fit(make_model(), make_rows(), make_rows(16, 1), tiny.PLAIN, args=args)
+
+
 def test_dev_can_be_several_loaders(tmp_path: Path) -> None:
     loaders = {name: DataLoader(make_rows(16, i), batch_size=8) for i, name in enumerate("ab")}
     metrics = run(tmp_path, tiny.PLAIN, dev=loaders).metrics

@@ -193,9 +193,26 @@ def test_a_loaded_model_keeps_what_was_measured(whole: Path, tmp_path: Path) -> 
 def test_an_injected_model_keeps_its_configuration(tmp_path: Path) -> None:
     model = make_model()
     loradrop.inject(model, tiny.PLAIN)
-    with pytest.raises(ValueError, match="injected with another configuration"):
+    with pytest.raises(ValueError, match=r"another configuration: .*config=None"):
         run(tmp_path, model=model)
-    assert run(tmp_path, tiny.PLAIN, model=model).steps == tiny.TOTAL
+    assert run(tmp_path, replace(tiny.PLAIN, target_modules=["value", "query"]), model=model).steps
+
+
+@pytest.mark.parametrize("kind", ["native", "peft"])
+def test_what_was_loaded_is_trained_on_without_a_configuration(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"config=None takes .*give loradrop\.LoRAConfig"):
+        run(tmp_path / "none", config=None)
+    run(tmp_path / "first", tiny.PLAIN)
+    adapter, model = tmp_path / "first" / "adapter", make_model()
+    if kind == "peft":
+        loradrop.load(model, adapter)
+        loradrop.export(model, adapter := tmp_path / "peft")
+        model = make_model()
+    loradrop.load(model, adapter)
+    before = [p.detach().clone() for p in model.lora_bank.parameters()]
+    assert run(tmp_path / "more", None, model=model).steps == tiny.TOTAL
+    now = list(model.lora_bank.parameters())
+    assert len(now) == len(before) and not any(map(torch.equal, now, before))
 
 
 def test_a_warmup_that_cannot_measure_is_refused(tmp_path: Path) -> None:

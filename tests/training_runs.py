@@ -82,7 +82,7 @@ def falling() -> Callable[[Any], dict[str, float]]:
 
 
 def run(
-    folder: Path, config: LoRAConfig = DROP, args: TrainConfig = ARGS, **options: Any
+    folder: Path, config: LoRAConfig | None = DROP, args: TrainConfig = ARGS, **options: Any
 ) -> Result:
     model = options.pop("model", None) or make_model()
     train, dev = options.pop("train", None) or make_rows(), options.pop("dev", make_rows(16, 1))
