@@ -31,7 +31,7 @@ Settings = Annotated[
 ]
 Resume = Annotated[bool, Option("--resume", help="Continue what the output folder holds.")]
 Measured = Annotated[Path | None, Option(help="Measure this trained adapter, without training.")]
-Batches = Annotated[int | None, Option(help="With --adapter: use only this many batches.")]
+Batches = Annotated[int | None, Option(min=1, help="With --adapter: use only so many batches.")]
 Split = Annotated[Literal["train", "dev"] | None, Option(help="With --adapter: train by default.")]
 Action = Annotated[
     Literal["show", "plot", "sweep"], Argument(help="Print it, draw it, or compare other choices.")
@@ -144,8 +144,6 @@ def probe(
         if is_first_rank():
             print(plan_table(made))
         return _wrote(Path(config.output) / "plan.json")
-    if batches is not None and batches < 0:
-        raise ValueError(f"--batches {batches}: give a number of batches, or leave it out for all")
     split, file = split or "train", Path(config.output) / "scores.json"
     model_id = config.model.id if "model.id" in _named(settings) else None
     found, scores = measure(config, adapter, model_id=model_id, split=split, batches=batches)

@@ -171,7 +171,7 @@ class TrainConfig:
                     float32
     save_every      steps between checkpoints; log_every, eval_every likewise; below 1 each is a
                     part of the main run's steps. eval_every=None is dev only at the end, for the
-                    command five times
+                    command five times, or at each checkpoint with load_best_model_at_end
     mask            the model's input that marks real tokens, for the statistics; None counts all
 
     Raises ValueError naming the field, its value and the remedy.

@@ -231,10 +231,10 @@ def _check_coverage(
         return
     table = "\n".join([*rows, f"Linear layers there are: {kinds_of(linear)}"])
     if nothing:
+        some = ", or pass strict=False (of a run: lora.strict=false) to take what matches"
         raise ValueError(
-            f"target_modules entry {nothing[0]}. What matched:\n{table}. "
-            "Correct the entry, or pass strict=False (the command: lora.strict=false) to take what "
-            "matches"
+            f"target_modules entry {nothing[0]}. What matched:\n{table}. Correct the entry"
+            f"{some * any(names.values())}"
         )
     _log.warning("target_modules entry %s. What matched:\n%s", gaps[0], table)
 
@@ -256,7 +256,7 @@ def _require_used(
     if unused:
         raise ValueError(
             f"{'; '.join(unused)}. The targets: {kinds_of(chosen)}. Correct it, or pass "
-            "strict=False (the command: lora.strict=false) to leave what matches nothing without "
+            "strict=False (of a run: lora.strict=false) to leave what matches nothing without "
             "effect"
         )
 

@@ -98,7 +98,9 @@ def _prepare(
     model, tokenizer, missing = build(config, task)
     if lora.modules_to_save is None and missing:
         lora = replace(lora, modules_to_save=tuple(missing))
-    every = config.train.eval_every or 0.2  # five points, for a curve in the report
+    best = config.train.extra.get("load_best_model_at_end")  # of the checkpoints, measured on dev
+    every = config.train.save_every if best else 0.2  # five points, for a curve in the report
+    every = config.train.eval_every or every
     rows = rows_of(task, model, tokenizer, config.data.max_length)
     return model, lora, rows, replace(config.train, eval_every=every)
 

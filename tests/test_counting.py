@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_cases import Capsys, fails, works
+from cli_cases import Capsys, command, fails, works
 from torch import nn
 from transformers import AutoConfig
 
@@ -95,11 +95,18 @@ def test_a_class_that_transformers_lacks(tmp_path: Path, capsys: Capsys) -> None
     fails(capsys, of + "give layer sizes instead, such as 4096x4096", "tune", tmp_path)
 
 
+def test_where_nothing_matches_strict_is_no_remedy(bert: str, capsys: Capsys) -> None:
+    """It would take what matches."""
+    _, _, error = command(capsys, "methods", bert, "--targets", "qwery")
+    assert error.strip().endswith("Correct the entry")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--rank", 4], "--rank and --targets need a model"),
         (["BERT", "--targets", "qwery"], "'qwery' matches nothing"),
+        (["BERT", "--targets", "query,qwery"], "strict=False (of a run: lora.strict=false)"),
         (["nowhere/at-all"], "the model 'nowhere/at-all' cannot be loaded"),
         (["no.yaml"], "no.yaml is not a file"),
     ],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cli_cases import Capsys, fails, works
+from cli_cases import Capsys, command, fails, works
 from run_cases import turn, write_model, write_table, write_tokenizer
 from transformers import (
     AutoConfig,
@@ -278,8 +278,10 @@ def test_a_tilde_that_the_shell_left_alone(
         fails(capsys, f"{tmp_path}/x.json is not there", *arguments)
 
 
-def test_batches_that_are_no_number_of_batches(capsys: Capsys) -> None:
-    fails(capsys, "--batches -1: give a number", "probe", "--adapter", "x", "--batches", -1)
+@pytest.mark.parametrize("count", [-1, 0])
+def test_batches_that_are_no_number_of_batches(count: int, capsys: Capsys) -> None:
+    status, _, error = command(capsys, "probe", "--adapter", "x", "--batches", count)
+    assert status == 2 and "Invalid value for '--batches'" in error
 
 
 def test_quiet_data_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

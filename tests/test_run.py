@@ -310,6 +310,14 @@ def test_warm_up_alone_and_then_the_run(
     assert two.plan == read(adapter_of(trained)).plan == plan
 
 
+def test_the_best_model_of_the_command(bert: str, table: str, tmp_path: Path) -> None:
+    """dev is measured where a checkpoint is made."""
+    more = ("train.save_every=2", "train.extra.load_best_model_at_end=true", "lora.method=lora")
+    results = run(configured(bert, table, tmp_path, "train.steps=6", "name=LoRA", *more))
+    measured = {entry["step"] for entry in results["LoRA"].history if "eval_loss" in entry}
+    assert measured == {2, 4, 6}
+
+
 def test_measure_is_an_offline_probe(trained: RunConfig) -> None:
     config, adapter = trained, adapter_of(trained)
     model, _ = load_base(adapter)
