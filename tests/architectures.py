@@ -35,6 +35,11 @@ WAVES = {
 }  # fmt: skip
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 SHARED = EXPERTS | {"shared_expert_intermediate_size": 16}
+ROUTED = EXPERTS | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+LATENT = GROUPED | ROUTED | {
+    "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4, "v_head_dim": 8, "first_k_dense_replace": 1,
+}  # fmt: skip
 IMAGES = {"image_size": 32, "patch_size": 8}
 TWO = {
     "text_config": WIDE | {"max_position_embeddings": 16, "eos_token_id": 2},
@@ -49,6 +54,18 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Qwen2": ("Qwen2ForCausalLM", "Qwen2Config", GROUPED),
     "Qwen2-MoE": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", GROUPED | SHARED),
     "Qwen3": ("Qwen3ForCausalLM", "Qwen3Config", HEADED),
+    "Qwen3-Next": (
+        "Qwen3NextForCausalLM", "Qwen3NextConfig",
+        HEADED | SHARED | {
+            "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+        },
+    ),
+    "DeepSeek-V3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", LATENT),
+    "GLM-4-MoE": (
+        "Glm4MoeForCausalLM", "Glm4MoeConfig",
+        HEADED | ROUTED | {"n_shared_experts": 1, "first_k_dense_replace": 1},
+    ),
     "Gemma": ("GemmaForCausalLM", "GemmaConfig", HEADED),
     "Gemma2": ("Gemma2ForCausalLM", "Gemma2Config", HEADED),
     "Gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", HEADED),

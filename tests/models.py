@@ -49,6 +49,15 @@ def llama(cls: str = "ForCausalLM", **options: Any) -> Any:
     return build(f"Llama{cls}", "LlamaConfig", **sizes | LM | options)
 
 
+def deepseek() -> Any:
+    """A first layer without experts, a second one with some that are shared."""
+    sizes = dict(intermediate_size=48, num_key_value_heads=4, moe_intermediate_size=16)
+    heads = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4)
+    routing = dict(n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1)
+    sizes |= dict(v_head_dim=8, first_k_dense_replace=1, max_position_embeddings=32)
+    return build("DeepseekV3ForCausalLM", "DeepseekV3Config", **sizes | heads | routing | LM)
+
+
 def gpt2() -> Any:
     return build("GPT2LMHeadModel", "GPT2Config", n_positions=32, **LM)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import torch
 from models import (
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 import loradrop
 from loradrop import export, verify
 from loradrop.formats.engines import ENGINES, refusal, scale
+from loradrop.formats.peft import require_exportable
 from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS, PeftFile
 
 pytestmark = pytest.mark.numbers
@@ -301,6 +303,47 @@ def lora_file(
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_plain_file_is_taken(engine: str) -> None:
     assert refusal(engine, lora_file()).ok
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def laguna() -> Any:
+    sizes = {"head_dim": 8, "num_key_value_heads": 2, "shared_expert_intermediate_size": 16}
+    return models.build("LagunaForCausalLM", "LagunaConfig", **sizes, **EXPERTS, **models.LM)
+
+
+@pytest.mark.parametrize(
+    ("make", "targets", "reason"),
+    [
+        (models.deepseek, "all-linear", "takes model.layers.0.mlp.gate_proj for a parameter of"),
+        (models.deepseek, ["shared_experts.down_proj"], "takes .*shared_experts.down_proj for a"),
+        (models.deepseek, ["q_b_proj", "up_proj"], "without also targeting gate_proj"),
+        (laguna, ["shared_experts.down_proj"], "for model.layers.1.mlp.shared.*under another name"),
+    ],
+)
+def test_what_peft_would_leave_out_is_refused(
+    make: Make, targets: Any, reason: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    model = adapt(make(), r=2, target_modules=targets)
+    with pytest.raises(ValueError, match=rf"peft cannot take .*{reason}.*format='merged'"):
+        export(model, tmp_path)
+    with pytest.raises(ValueError, match=reason):
+        require_exportable(model, "merge it")
+    assert not list(tmp_path.iterdir())
+    verdicts = export(model, tmp_path, engines=["vllm"])  # which reads it without PEFT
+    assert re.search(reason, verdicts[0].reason) and not verdicts[0].ok and verdicts[1].ok
+    report = verify(model, tmp_path, BATCHES, engines=["vllm"])
+    assert report.ok and report.loader == "replay" and not report.rows[0].ok
+
+
+def test_peft_takes_the_attention_beside_experts(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model = adapt(models.deepseek(), r=2, target_modules=["q_b_proj", "o_proj"])
+    assert export(model, tmp_path)[0].ok
+    report = verify(model, tmp_path, BATCHES)
+    assert report.ok and report.loader == "peft"
 
 
 def rename(*kinds: str) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from loradrop.bank import bank_of
 from loradrop.batches import call, evaluating, require_several
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal, scale
 from loradrop.formats.merged import holds_weights
+from loradrop.formats.peft_conversion import lost
 from loradrop.formats.peft_file import CONFIG, PeftFile, configuration_of, read
 from loradrop.injection import injected
 from loradrop.quantised import keep_unpacked
@@ -93,9 +94,9 @@ def verify(
     tolerance  of the logits over their standard deviation; None is 1e-4 in float32 and
                16 eps of a narrower dtype of the model or the file
 
-    The file is loaded into a copy of the base model, by PEFT where it is installed and by its rule
-    where not. The model is as before afterwards. Raises ValueError for no batches and for a file
-    that is damaged or of another model, FileNotFoundError for a missing one.
+    The file is loaded into a copy of the base model, by PEFT where it is installed and finds every
+    adapter, and by its rule where not. The model is as before afterwards. Raises ValueError for no
+    batches and for a file that is damaged or of another model, FileNotFoundError for a missing one.
     """
     bank_of(model)
     with injected(model) as own:
@@ -116,7 +117,8 @@ def _verify(
     engines: Sequence[str] | None, tolerance: float | None,
 ) -> Report:  # fmt: skip
     """`verify` of an injected model."""
-    adapters, file = adapters_of(model), read(path)._replace(base=configuration_of(model))
+    adapters = adapters_of(model)
+    file = read(path)._replace(base=configuration_of(model), model=model)
     engines = [engines] if isinstance(engines, str) else engines
     required = tuple(refusal(engine, file).engine for engine in engines or ENGINES[:1])
     eps = [torch.finfo(t.dtype).eps for t in file.tensors.values() if t.is_floating_point()]
@@ -178,6 +180,8 @@ def _loaded(
     try:
         from peft import PeftModel
     except ImportError:
+        return _replay(base, file), "replay"
+    if lost(file) is not None:  # an engine that does not load by PEFT may take it
         return _replay(base, file), "replay"
     try:
         with torch.random.fork_rng():  # PEFT draws initial values before it reads the file's

@@ -122,11 +122,11 @@ def export(
 
 def require_exportable(model: nn.Module, instead: str) -> None:
     """Raises ValueError where PEFT's format cannot hold the adapters of `model`, with what to do
-    `instead`.
+    `instead`, and where PEFT would not load them.
     """
     how: dict[str, Any] = {"dtype": None, "base_id": None, "padded": False, "instead": instead}
     with injected(model) as own:
-        peft_file_of(own, adapters_of(own), **how)
+        verdicts_on(peft_file_of(own, adapters_of(own), **how), None)
 
 
 def _require_not_base(model: nn.Module, folder: Path) -> None:
@@ -228,4 +228,4 @@ def peft_file_of(
     }
     if not one:
         config |= {"rank_pattern": held, "alpha_pattern": held}
-    return PeftFile(config, tensors, configuration_of(model))
+    return PeftFile(config, tensors, configuration_of(model), model)

@@ -48,6 +48,7 @@ class PeftFile(NamedTuple):
     """A PEFT adapter as it lies on disk: its configuration, and its tensors by their full keys.
 
     base   the base model's own configuration, where it is known
+    model  the model that has the adapters, where it is there
 
     `others` are in the order of the names, weights first: a file that is read has the order of the
     disk, and a reason for a refusal shall name the same tensor before and after.
@@ -56,6 +57,7 @@ class PeftFile(NamedTuple):
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     base: Mapping[str, Any] = MappingProxyType({})
+    model: nn.Module | None = None
 
     @property
     def modules(self) -> dict[str, tuple[Tensor, Tensor]]:
