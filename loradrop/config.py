@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -231,7 +232,12 @@ def _hint(key: str, known: Sequence[str]) -> str:
 
 def pattern_matches(key: str, name: str) -> bool:
     """Whether a key of `rank_pattern` or `alpha_pattern`, a regex, matches the end of the name."""
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return _compiled(key).match(name) is not None
+
+
+@functools.cache  # unlike re's own cache, of all keys: there may be one for each of many targets
+def _compiled(key: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({key})$")
 
 
 def first_match(pattern: Mapping[str, float], name: str, default: float) -> float:

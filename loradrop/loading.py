@@ -67,6 +67,8 @@ def _read(path: str | os.PathLike[str], model: nn.Module) -> NativeFile:
 
 def _differences(here: LoRAConfig, there: LoRAConfig, names: list[str]) -> str:
     """Which options of two configurations give adapters that cannot stand for each other."""
+    if here == there:
+        return ""
     found = []
     if here.method.name != there.method.name:
         found.append(f"another method ({there.method.name}, not {here.method.name})")

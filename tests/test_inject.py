@@ -1,5 +1,6 @@
 """Injection: nothing changes, and only adapters and the head train."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,16 @@ def test_rank_and_scaling_patterns() -> None:
         alpha = 9 if target.name == "layers.1.query" else 6
         assert s == alpha / target.r
     assert loradrop.inject(Net(), config(lora_alpha=6, use_rslora=True)).scaling[0] == 6 / R**0.5
+
+
+def test_a_pattern_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are: `re` itself forgets some where there is one for each target."""
+    compiled, compile = [], re.compile
+    monkeypatch.setattr(re, "compile", lambda key: compiled.append(key) or compile(key))
+    patterns = {f"once{i}": 2 for i in range(600)}
+    found = config(rank_pattern=patterns)
+    assert [found.rank(f"x.{name}") for name in [*patterns, "other"] * 2] == [*[2] * 600, R] * 2
+    assert len(compiled) == len(patterns)
 
 
 def test_a_module_reached_twice_is_adapted_once() -> None:

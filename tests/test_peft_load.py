@@ -399,3 +399,22 @@ def test_training_goes_on(tmp_path: Path) -> None:
     assert {name for name in names if not name.startswith("lora_bank.")} == {
         "classifier.weight", "classifier.bias",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [{}, {"value": 2}])
+def test_no_target_makes_a_configuration_of_its_own(
+    ranks: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each loses the zeros of a padded file; with hundreds of targets that would take minutes."""
+    made: list[LoRAConfig] = []
+    check = LoRAConfig.__post_init__
+    monkeypatch.setattr(LoRAConfig, "__post_init__", lambda self: made.append(self) or check(self))
+    counts = []
+    for layers in (2, 4):
+        loradrop.export(models.adapt(bert(layers), r=4, rank_pattern=ranks), tmp_path)
+        made.clear()
+        bank = loradrop.load(model := bert(layers), tmp_path)
+        assert [t.r for t in bank.targets] == [4, ranks.get("value", 4)] * layers
+        assert bool(plan_of(model).config.rank_pattern) == bool(ranks)
+        counts.append(len(made))
+    assert counts[0] == counts[1]

@@ -107,9 +107,10 @@ def translate(file: PeftFile, model: nn.Module) -> NativeFile:
                 f"{name} has a pair, and its weight is trained whole too: take it out of "
                 "modules_to_save, and train the adapter again"
             )
-        config, pairs[name] = _fitting(name, config, pairs[name])
-    config = spelled(_uniform(config, names), options, model, names)
-    targets = tuple(_target(name, config.rank(name), *pairs[name]) for name in names)
+        pairs[name] = _fitting(name, config.rank(name), pairs[name])
+    ranks = {name: len(pairs[name][0]) or config.rank(name) for name in names}
+    config = spelled(_of_ranks(config, ranks), options, model, names)
+    targets = tuple(_target(name, ranks[name], *pairs[name]) for name in names)
     own = [name for name in names if len(pairs[name][0])]
     slots = tuple(own.index(name) if name in own else None for name in names)
     assignment = Assignment(targets, slots)
@@ -256,15 +257,15 @@ def _parents(key: str) -> Iterator[str]:
 
 
 @torch.no_grad()
-def _fitting(name: str, config: LoRAConfig, pair: Pair) -> tuple[LoRAConfig, Pair]:
+def _fitting(name: str, r: int, pair: Pair) -> Pair:
     """The pair of target `name` without the zeros of a padded file and with at most min(K, N)
-    ranks, and the configuration that says so.
+    ranks.
 
     All others add nothing: of a rank whose A and B are zero no gradient ever comes, and what PEFT
     trained beyond min(K, N) has the same product B·A as a pair that fits, made in float64 and
-    rounded once. Raises ValueError where the rank is not the configuration's.
+    rounded once. Raises ValueError where the rank is not r, the configuration's.
     """
-    (A, B), r, s = pair, config.rank(name), config.scaling(name)
+    A, B = pair
     if A.shape[0] != r:
         raise ValueError(
             f"{name} has rank {A.shape[0]} in {TENSORS} and rank {r} by r and rank_pattern in "
@@ -276,26 +277,29 @@ def _fitting(name: str, config: LoRAConfig, pair: Pair) -> tuple[LoRAConfig, Pai
     if len(A) > most:
         U, S, V = torch.linalg.svd(B.double() @ A.double(), full_matrices=False)
         A, B = (S.sqrt()[:, None] * V).to(A), (U * S.sqrt()).to(B)
-    rank = len(A)
-    if rank and rank != r:
-        exact = f"^{re.escape(name)}"
-        alpha = s * (math.sqrt(rank) if config.use_rslora else rank)
-        config = replace(
-            config,
-            rank_pattern={exact: rank, **config.rank_pattern},
-            alpha_pattern={exact: alpha, **config.alpha_pattern},
-        )
-    return config, (A.contiguous(), B.contiguous())
+    return A.contiguous(), B.contiguous()
 
 
-def _uniform(config: LoRAConfig, names: list[str]) -> LoRAConfig:
-    """The configuration without patterns where all have one rank and one scale."""
-    ranks, scales = {*map(config.rank, names)}, {*map(config.scaling, names)}
-    if len(ranks) > 1 or len(scales) > 1:
-        return config
-    (r,), (s,) = ranks, scales
-    alpha = s * (math.sqrt(r) if config.use_rslora else r)
-    return replace(config, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
+def _of_ranks(config: LoRAConfig, ranks: Mapping[str, int]) -> LoRAConfig:
+    """The configuration with these ranks at its own scales: without patterns where all are equal,
+    and with one for each target whose rank is another than it says.
+    """
+
+    def alpha(s: float, rank: int) -> float:
+        return s * (math.sqrt(rank) if config.use_rslora else rank)
+
+    scales = {name: config.scaling(name) for name in ranks}
+    if len({*ranks.values()}) == len({*scales.values()}) == 1:
+        (r,), (s,) = {*ranks.values()}, {*scales.values()}
+        return replace(config, r=r, lora_alpha=alpha(s, r), rank_pattern={}, alpha_pattern={})
+    changed = {name: rank for name, rank in ranks.items() if rank != config.rank(name)}
+    exact = {name: f"^{re.escape(name)}" for name in changed}
+    alphas = {exact[name]: alpha(scales[name], rank) for name, rank in changed.items()}
+    return replace(
+        config,
+        rank_pattern={**{exact[n]: rank for n, rank in changed.items()}, **config.rank_pattern},
+        alpha_pattern={**alphas, **config.alpha_pattern},
+    )
 
 
 def _said(options: Mapping[str, Any], **names: str) -> dict[str, str]:
