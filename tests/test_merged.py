@@ -50,6 +50,16 @@ class TestMerged:
         assert not [key for key in load_file(tmp_path / "model.safetensors") if "lora" in key]
         assert torch.equal(outputs(model), native)
 
+    def test_of_weights_that_are_fused_in_the_file(self, tmp_path: Path) -> None:
+        """As transformers saves what it splits when it loads: no tensor there is the weight."""
+        sizes = {"intermediate_size": 48, "max_position_embeddings": 32}
+        model = models.build("NomicBertModel", "NomicBertConfig", **sizes)
+        reload_merged(adapt(model, r=2, target_modules="all-linear"), tmp_path)
+        names = {target.name for target in model.lora_bank.targets}
+        assert (
+            not {f"{n}.weight" for n in names} <= load_file(tmp_path / "model.safetensors").keys()
+        )
+
     def test_of_a_class_with_a_save_of_its_own(self, tmp_path: Path) -> None:
         """It takes no state dict: its own one is of the merged model, and then as before."""
         hub = pytest.importorskip("huggingface_hub")
@@ -112,6 +122,18 @@ class TestMerged:
             export(model, tmp_path, "merged")
         assert not list(tmp_path.iterdir())
         assert_same(model, before)
+
+    def test_what_was_fused_is_read_back(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A model of transformers whose file has the base's weights is refused as well."""
+        model = adapt(bert())
+        base = bert()
+        save = type(base).save_pretrained
+        monkeypatch.setattr(type(base), "save_pretrained", lambda _, folder: save(base, folder))
+        with pytest.raises(ValueError, match="BertForSequenceClassification does not write"):
+            export(model, tmp_path, "merged")
+        assert not list(tmp_path.iterdir())
 
     def test_rounds_once(self, tmp_path: Path) -> None:
         model = adapt(llama().to(torch.bfloat16))

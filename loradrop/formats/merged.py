@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from loradrop.bank import bank_of
 from loradrop.files import replacing
-from loradrop.formats.peft_file import CONFIG, base_state
+from loradrop.formats.peft_file import CONFIG, base_state, configuration_of
 from loradrop.injection import injection_of
 from loradrop.merging import changes, tell
 from loradrop.native import TENSORS
@@ -54,7 +54,7 @@ def save_merged(model: nn.Module, folder: Path) -> None:
         save_pretrained(model, draft)
         state = base_state(model)
         weights = {key: state[key] for key in targets}
-        _require_written(Path(draft), weights, type(model).__name__)
+        _require_written(Path(draft), weights, model)
         files = [file for file in Path(draft).rglob("*") if file.is_file()]
         new = {file: folder / file.relative_to(draft) for file in files}
         wholes, places = set(map(_whole, new.values())), {place.parent for place in new.values()}
@@ -99,16 +99,36 @@ def _parts(weight: Any) -> list[Tensor]:
     return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
 
 
-def _require_written(folder: Path, weights: Mapping[str, Tensor], model: str) -> None:
+def _require_written(folder: Path, weights: Mapping[str, Tensor], model: nn.Module) -> None:
     """Reads back what was saved. Raises ValueError unless each of the weights is in it."""
     files = map(load_file, folder.rglob("*.safetensors"))
     written = [pair for file in files for pair in file.items()]
-    for key, weight in weights.items():
+
+    def holds(key: str, weight: Tensor) -> bool:
         # A class may rename tensors as it saves them.
         places = [t for name, t in written if name == key] or [t for _, t in written]
-        if not all(any(torch.equal(part, t) for t in places) for part in _parts(weight.cpu())):
-            raise ValueError(
-                f"the save_pretrained of {model} does not write the weights it is given, so the "
-                "file would be the base model without its adapters: call loradrop.merge(model), "
-                "and save the model that this leaves"
-            )
+        return all(any(torch.equal(part, t) for t in places) for part in _parts(weight.cpu()))
+
+    held = all(holds(key, weight) for key, weight in weights.items())
+    if not held and not _loads_back(folder, weights, model):
+        raise ValueError(
+            f"the save_pretrained of {type(model).__name__} does not write the weights it is "
+            "given, so the file would be the base model without its adapters: call "
+            "loradrop.merge(model), and save the model that this leaves"
+        )
+
+
+def _loads_back(folder: Path, weights: Mapping[str, Tensor], model: Any) -> bool:
+    """Whether transformers loads these weights: it may fuse some as it saves, and split them again.
+
+    A second model, so it is asked only where a weight is not in the file itself.
+    """
+    if not configuration_of(model) or not hasattr(type(model), "from_pretrained"):
+        return False
+    with torch.random.fork_rng():
+        found = base_state(type(model).from_pretrained(folder, dtype="auto"))
+    there = {key: found[key] for key in weights if key in found}
+    return there.keys() == weights.keys() and all(
+        t.dtype == weights[key].dtype and torch.equal(t, weights[key].cpu())
+        for key, t in there.items()
+    )
