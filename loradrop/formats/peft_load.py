@@ -20,6 +20,7 @@ from loradrop.bank import STATE, Pair
 from loradrop.config import LoRAConfig
 from loradrop.files import read_json
 from loradrop.formats import peft_file
+from loradrop.formats.peft_conversion import renamed
 from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS, PeftFile, base_state
 from loradrop.formats.peft_options import config_of, require_plain, spelled
 from loradrop.injection import require_loaded
@@ -93,12 +94,17 @@ def translate(file: PeftFile, model: nn.Module) -> NativeFile:
     """
     options = file.config
     require_plain(options)
+    here = modules_of(model)
     pairs, others = _parts(file.tensors)
+    if not pairs.keys() <= here.keys():  # an adapter from before the model's modules were renamed
+        later, beside = _parts(renamed(file.tensors, model))
+        if later.keys() <= here.keys():
+            pairs, others = later, beside
     state = base_state(model)
     trained = _trained(options, model, others, pairs)
     require_untied(state, trained, options)
     saved = _saved_modules(state, trained)
-    names = [name for name in modules_of(model) if name in pairs]
+    names = [name for name in here if name in pairs]
     names += [name for name in pairs if name not in names]
     config = config_of(options, names, saved)
     for name in names:
