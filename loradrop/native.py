@@ -88,7 +88,7 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
         if not file.exists():
             raise FileNotFoundError(
                 f"{missing} is not there: give the folder loradrop.save wrote, or one of PEFT"
-                f"{adapters_below(path)}"
+                f"{adapters_below(path, '*/adapter_config.json')}"
             )
     _refuse_pickle(file)
     try:
@@ -128,10 +128,13 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
     return NativeFile(plan, _part(tensors, _BANK), _part(tensors, _TRAINED))
 
 
-def adapters_below(path: str | os.PathLike[str]) -> str:
-    """How to go on to the adapters in the folder of a run, or of its arm; nothing if none."""
-    files = [f for ways in ("adapter", "*/adapter") for f in Path(path).glob(f"{ways}/{TENSORS}")]
-    return f", which is {' or '.join(sorted(str(f.parent) for f in files))}" * bool(files)
+def adapters_below(path: str | os.PathLike[str], *more: str) -> str:
+    """How to go on to the adapters in the folder of a run, or of its arm, and to those that have a
+    file as one of `more` says; nothing if none.
+    """
+    ways = (f"adapter/{TENSORS}", f"*/adapter/{TENSORS}", *more)
+    found = {str(file.parent) for way in ways for file in Path(path).glob(way)}
+    return f", which is {' or '.join(sorted(found))}" * bool(found)
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -190,3 +190,12 @@ def test_a_damaged_or_missing_file(name: str, tmp_path: Path) -> None:
     (tmp_path / name).unlink()
     with pytest.raises(FileNotFoundError, match=name):
         loradrop.load(bert(), tmp_path)
+
+
+def test_adapters_in_folders_of_their_names(tmp_path: Path) -> None:
+    """As PEFT saves all but the one that is called default."""
+    model = trained(bert(), "mine", **QV)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"which is {tmp_path / 'mine'}$"):
+        loradrop.load(bert(), tmp_path)
+    agree(tmp_path / "mine")
