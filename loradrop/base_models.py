@@ -171,9 +171,10 @@ def load_base(
     revision = revision or (None if model_id else base.get("revision"))
     remedy = f"{adapter} names it. Where it lies elsewhere, give its folder or id with {option}. "
     naming = functools.partial(_naming, where, "" if model_id else remedy)
-    if where and base.get("class") is None:
+    if where and (base.get("class") is None or hasattr(cls, "_model_mapping")):
         with naming():
-            cls = _architecture(transformers.AutoConfig.from_pretrained(where, revision=revision))
+            found = transformers.AutoConfig.from_pretrained(where, revision=revision)
+        cls = cls if cls and type(found) in cls._model_mapping else _architecture(found)
     if cls is None or not where:
         raise ValueError(
             f"{adapter} does not name a model to load (class {base.get('class')}, id "

@@ -62,9 +62,19 @@ def gpt2() -> Any:
     return build("GPT2LMHeadModel", "GPT2Config", n_positions=32, **LM)
 
 
-def t5() -> Any:
+def t5(cls: str = "T5ForConditionalGeneration") -> Any:
     sizes = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    return build("T5ForConditionalGeneration", "T5Config", **sizes)
+    return build(cls, "T5Config", **sizes)
+
+
+def llava() -> Any:
+    """A language model beside one that reads pictures."""
+    text = dict(model_type="llama", vocab_size=50, hidden_size=32, num_attention_heads=4)
+    sizes = dict(intermediate_size=48, num_hidden_layers=2, initializer_range=0.2)
+    vision = dict(model_type="clip_vision_model", hidden_size=32, num_attention_heads=4)
+    configs = dict(text_config=text | sizes, vision_config=vision | sizes | dict(image_size=16))
+    configs["vision_config"]["patch_size"] = 8
+    return build("LlavaForConditionalGeneration", "LlavaConfig", image_token_id=1, **configs)
 
 
 def words(count: int = 50) -> Any:

@@ -262,6 +262,13 @@ def tied() -> nn.Module:
     return adapt(llama(tie_word_embeddings=True), modules_to_save=["lm_head"])
 
 
+def with_biases() -> nn.Module:
+    model = adapt(bert())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad or name.endswith("bias"))
+    return model
+
+
 def lm() -> nn.Module:
     return adapt(llama())
 
@@ -269,6 +276,7 @@ def lm() -> nn.Module:
 MERGED = {"format": "merged"}
 REFUSED: list[tuple[Make, Options, str]] = [
     (saved_whole, {}, r"peft.*saves whole.*classifier.*pre_classifier"),
+    (with_biases, {}, r"query\.bias is trained too.* all of .*query alone.*format='merged'"),
     (lambda: loradrop.LoRALinear(16, 16), {}, "LoRALinear: it is the model itself"),
     (twice, {}, "lin: it has several names"),
     (tied, {}, r"lm_head.weight apart from model.embed_tokens"),

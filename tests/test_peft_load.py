@@ -9,6 +9,7 @@ from typing import Any
 import models
 import pytest
 import torch
+import transformers
 from models import IDS, Make, Options, bert, llama, outputs, share, snapshot
 from peft_folders import (
     KEY,
@@ -418,3 +419,59 @@ def test_no_target_makes_a_configuration_of_its_own(
         assert bool(plan_of(model).config.rank_pattern) == bool(ranks)
         counts.append(len(made))
     assert counts[0] == counts[1]
+
+
+def _marian() -> Any:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "decoder_start_token_id": 1}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48}
+    sizes |= {"decoder_ffn_dim": 48, "pad_token_id": 0}
+    return models.build("MarianMTModel", "MarianConfig", **sizes, **heads)
+
+
+def _encoder_decoder() -> Any:
+    bert_of = transformers.BertConfig(vocab_size=50, hidden_size=32, num_attention_heads=4)
+    bert_of.num_hidden_layers, bert_of.intermediate_size = 1, 48
+    both = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+        bert_of, copy.deepcopy(bert_of)
+    )
+    return transformers.EncoderDecoderModel(both)
+
+
+@pytest.mark.parametrize(
+    ("make", "task", "said"),
+    [
+        (lambda: bert(cls="Model"), "FEATURE_EXTRACTION", "FEATURE_EXTRACTION"),
+        (_marian, "SEQ_2_SEQ_LM", "SEQ_2_SEQ_LM"),
+        # AutoModel loads others for the configurations of these.
+        (lambda: models.t5("T5EncoderModel"), None, None),
+        (_encoder_decoder, None, None),
+        # Others say this task, whose class does not know the model.
+        (models.llava, None, "CAUSAL_LM"),
+    ],
+)
+def test_the_base_of_an_adapter_is_of_its_class(
+    make: Make, task: str | None, said: str | None, tmp_path: Path
+) -> None:
+    make().save_pretrained(tmp_path / "base")
+    model = models.adapt(type(make()).from_pretrained(tmp_path / "base"))
+    folder = tmp_path / "adapter"
+    loradrop.export(model, folder)
+    assert peft.PeftConfig.from_pretrained(folder).task_type == task
+    found, _ = load_base(rewrite(folder, task_type=said))
+    assert type(found) is type(model)
+    bank = loradrop.load(found, folder)
+    assert [t.name for t in bank.targets] == [t.name for t in model.lora_bank.targets]
+
+
+def test_names_from_before_transformers_5(tmp_path: Path) -> None:
+    """PEFT finds today's, and so does `load`."""
+    saved(tmp_path, models.llava, target_modules=r".*language_model.*\.[qv]_proj")
+    now, before = (f"{PREFIX}{name}." for name in ("model.language_model", "language_model.model"))
+
+    def rename(tensors: dict[str, Tensor]) -> None:
+        for key in list(tensors):
+            tensors[key.replace(now, before)] = tensors.pop(key)
+
+    retensor(tmp_path, rename)
+    assert all(key.startswith(before) for key in load_file(tmp_path / TENSORS))
+    agree(tmp_path, models.llava)

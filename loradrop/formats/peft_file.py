@@ -37,7 +37,8 @@ _TASKS = {  # ending of the model's class -> task_type, and the class that AutoP
     "ForCausalLM": ("CAUSAL_LM", "AutoModelForCausalLM"),
     "LMHeadModel": ("CAUSAL_LM", "AutoModelForCausalLM"),
     "ForConditionalGeneration": ("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"),
-    "Model": ("FEATURE_EXTRACTION", "AutoModel"),
+    "MTModel": ("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"),
+    "Model": ("FEATURE_EXTRACTION", "AutoModel"),  # where AutoModel loads just this class
 }
 _TEXT = ("input_ids", "inputs_embeds")  # what PeftModelFor... passes to the model by name
 _INPUTS = {"SEQ_2_SEQ_LM": (*_TEXT, "decoder_input_ids", "decoder_inputs_embeds")}
@@ -180,8 +181,14 @@ def layout_of(
         spelled = _spelling(once, targets, wanted)
         within = [t for t in targets if any(inside(t, w) for w in wrapped)]
         if within or spelled is None:
-            whole = ", ".join(wanted)
-            reasons.append(f"it saves whole what ends in {whole}, {(within or targets)[0]} too")
+            target, whole = (within or targets)[0], ", ".join(wanted)
+            also = [key for key in trained if inside(key, target)]  # as its bias
+            reasons.append(
+                f"{also[0]} is trained too, and it saves that with all of {target} alone"
+                if also
+                else f"it saves whole what ends in {whole}, {target} too"
+            )
+            continue
             continue
         tensors = [key for key in state if any(inside(key, w) for w in wrapped)]
         for key, value in state.items():
@@ -228,10 +235,14 @@ def loader_of(task: str | None) -> str | None:
 
 def task_of(model: nn.Module) -> tuple[str | None, str]:
     """(task_type, the class of transformers that loads the base model), by the model's class."""
-    names = [cls.__name__ for cls in type(model).__mro__]
-    for name in names[: names.index("PreTrainedModel") if "PreTrainedModel" in names else 0]:
+    classes = type(model).__mro__
+    names = [cls.__name__ for cls in classes]
+    for cls in classes[: names.index("PreTrainedModel") if "PreTrainedModel" in names else 0]:
+        name = cls.__name__
         for ending, (task, loader) in _TASKS.items():
             if not name.endswith(ending) or name.endswith(("PreTrainedModel", "HeadsModel")):
+                continue
+            if loader == "AutoModel" and not _is_auto_model(cls, model):
                 continue
             if task == "SEQ_2_SEQ_LM" and not getattr(model.config, "is_encoder_decoder", False):
                 continue
@@ -241,3 +252,10 @@ def task_of(model: nn.Module) -> tuple[str | None, str]:
                 continue  # PeftModelFor... passes text, and this model takes no text
             return task, loader
     return None, type(model).__name__
+
+
+def _is_auto_model(cls: type, model: Any) -> bool:
+    from transformers import MODEL_MAPPING  # here: a model of it is there
+
+    found = MODEL_MAPPING.get(type(model.config), None)
+    return cls in (found if isinstance(found, tuple) else (found,))
