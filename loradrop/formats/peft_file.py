@@ -189,7 +189,6 @@ def layout_of(
                 else f"it saves whole what ends in {whole}, {target} too"
             )
             continue
-            continue
         tensors = [key for key in state if any(inside(key, w) for w in wrapped)]
         for key, value in state.items():
             twin = next((k for k in trained if state[k] is value and key not in tensors), None)
