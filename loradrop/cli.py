@@ -254,7 +254,8 @@ def export(
     private: Private = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write an adapter as a PEFT folder, and to the Hub."""
-    from loradrop.base_models import load_base, pad_with, tokenizer_for
+    from loradrop.adapter_bases import load_base, tokenizer_for
+    from loradrop.base_models import pad_with
     from loradrop.formats.peft import export
 
     _quiet()
@@ -288,7 +289,8 @@ def merge(
 @app.command()
 def verify(adapter: Native, exported: Exported, model: Base = None, debug: Debug = False) -> None:
     """Compare an export with the adapter it came from."""
-    from loradrop.base_models import load_base, tokenizer_of
+    from loradrop.adapter_bases import load_base
+    from loradrop.base_models import tokenizer_of
     from loradrop.formats.check import verify
     from loradrop.formats.peft_file import CONFIG, TENSORS
     from loradrop.text.samples import batches_for

@@ -13,7 +13,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from loradrop.base_models import load_base, to_accelerator
+from loradrop.adapter_bases import load_base
+from loradrop.base_models import to_accelerator
 from loradrop.batches import MEASURED, small_batches
 from loradrop.config import DTYPES, TrainConfig
 from loradrop.files import draft_of, write_json

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch.utils.data import DataLoader
 
-from loradrop.base_models import build, config_of, load_base, to_accelerator
+from loradrop.adapter_bases import load_base
+from loradrop.base_models import build, config_of, to_accelerator
 from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.files import write_json, write_text
 from loradrop.injection import plan_of

@@ -12,7 +12,7 @@ from run_cases import write_model
 from safetensors.torch import load_file, save_file
 
 import loradrop
-from loradrop.base_models import load_base
+from loradrop.adapter_bases import load_base
 from loradrop.cli import Dtype
 from loradrop.config import DTYPES
 

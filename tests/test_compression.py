@@ -16,7 +16,7 @@ from training_runs import At, StopError, counting, stop
 
 import loradrop
 from loradrop import compression, native, training
-from loradrop.base_models import load_base
+from loradrop.adapter_bases import load_base
 from loradrop.cli import main
 from loradrop.compression import HEALING, PAGE, SPECTRUM
 from loradrop.formats.hub import CARD

@@ -18,7 +18,8 @@ from transformers import (
 )
 
 import loradrop
-from loradrop.base_models import build, load_base
+from loradrop.adapter_bases import load_base
+from loradrop.base_models import build
 from loradrop.cli import main
 from loradrop.methods import available
 from loradrop.native import read

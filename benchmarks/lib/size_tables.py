@@ -23,6 +23,8 @@ SUMMARY = {
 SUMMARY_ARMS = {  # and their sizes
     "LoRA r=8": "1",
     "LoRA-drop, 1/2": "1/2",
+    "spectral, 1/2": "1/2",
+    "spectral, 1/4": "1/4",
     "LoRA r=8, cut to 1/4": "1/4",
     "LoRA r=8, cut to 1/8": "1/8",
     "spectral, 1/8": "1/8",

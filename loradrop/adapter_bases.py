@@ -1,0 +1,138 @@
+"""The base model that an adapter, native or PEFT's, was trained on, and its tokenizer."""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from loradrop import native
+from loradrop.base_models import (
+    architecture,
+    naming,
+    on_meta,
+    require_free,
+    resolve_model,
+    tokenizer_of,
+)
+from loradrop.config import DTYPES
+from loradrop.formats import peft_file, peft_load
+from loradrop.wrapped import tensors_of
+
+
+def load_base(
+    adapter: str | Path,
+    model_id: str | None = None,
+    dtype: str = "float32",
+    *,
+    revision: str | None = None,
+    option: str = "model_id=",
+) -> tuple[Any, str]:
+    """(the base model that an adapter, native or PEFT's, was trained on; its id or path).
+
+    `model_id` and `revision` replace those that the adapter names; errors say `option` for where
+    to give the first. The head gets the size of the tensors that were saved, and the names of the
+    classes that the adapter was trained for. Raises ValueError where no model of transformers is
+    named, and for one that cannot be loaded, FileNotFoundError where there is no adapter.
+    """
+    base, saved = base_named_by(adapter)
+    where = resolve_model(model_id or base.get("id") or "")
+    cls = getattr(transformers, str(base.get("class")), None)
+    revision = revision or (None if model_id else base.get("revision"))
+    remedy = f"{adapter} names it. Where it lies elsewhere, give its folder or id with {option}. "
+    named = functools.partial(naming, where, "" if model_id else remedy)
+    if where and (base.get("class") is None or hasattr(cls, "_model_mapping")):
+        with named():
+            found = transformers.AutoConfig.from_pretrained(where, revision=revision)
+        cls = cls if cls and type(found) in cls._model_mapping else architecture(found)
+    if cls is None or not where:
+        raise ValueError(
+            f"{adapter} does not name a model to load (class {base.get('class')}, id "
+            f"{base.get('id')!r}): give the id or path of a model of transformers with {option}"
+        )
+    with named():
+        config = transformers.AutoConfig.from_pretrained(where, revision=revision)
+    sizes = [config.num_labels, *(len(tensor) for tensor in saved.values() if tensor.ndim)]
+    config.num_labels = next((n for n in sizes if _holds(cls, config, n, saved)), sizes[0])
+    labels = base.get("labels") or ()
+    if len(labels) == config.num_labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+    if base.get("problem_type"):
+        config.problem_type = base["problem_type"]
+    options = {"revision": revision, "dtype": DTYPES[dtype]}
+    with named():
+        model, info = cls.from_pretrained(
+            where, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    require_free(where, sorted(info["mismatched_keys"]), saved)
+    _add_tokens(model, saved)
+    _untie(model, saved, apart=bool(base.get("apart")))
+    model.config._name_or_path = model_id or base["id"]
+    return model.eval(), where
+
+
+def base_named_by(adapter: str | Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
+    """(id, revision and class of the base model as the adapter says them, its tensors trained
+    whole). The class is None where a PEFT folder leaves it open; `apart` is whether PEFT trained
+    one of two tied tensors as a copy.
+    """
+    if not peft_load.is_peft(adapter) or (Path(adapter) / native.TENSORS).exists():
+        file = native.read(adapter)
+        return file.plan.base, file.trained
+    found = peft_file.read(adapter)
+    said = {"id": "base_model_name_or_path", "revision": "revision"}
+    base = {name: found.config.get(key) for name, key in said.items()}
+    base["class"] = peft_file.loader_of(found.config.get("task_type"))
+    return base | {"apart": not found.config.get("ensure_weight_tying")}, found.others
+
+
+def tokenizer_for(adapter: str | Path, where: str, words: bool = False) -> Any:
+    """The tokenizer that an adapter was saved with, else that of its base model at `where`."""
+    own = (Path(adapter) / "tokenizer_config.json").is_file()
+    return (tokenizer_of(str(adapter), words) if own else None) or tokenizer_of(where, words)
+
+
+def _holds(cls: Any, config: Any, num_labels: int, saved: Mapping[str, Tensor]) -> bool:
+    """Whether a model with that many labels has the saved tensors in their shapes."""
+    config.num_labels = num_labels
+    shapes = {key: value.shape for key, value in on_meta(cls, config).state_dict().items()}
+    return all(shapes.get(key) == value.shape for key, value in saved.items())
+
+
+def _add_tokens(model: Any, saved: Mapping[str, Tensor]) -> None:
+    """As many tokens as the saved embedding has: some were added before the adapter was trained."""
+    embedding = _embedding_of(model)
+    if embedding is None:
+        return
+    name = next((name for name, module in model.named_modules() if module is embedding), None)
+    table = saved.get(f"{name}.weight")
+    if table is not None and table.shape[1:] == embedding.weight.shape[1:]:
+        model.resize_token_embeddings(len(table), mean_resizing=False)
+
+
+def _untie(model: Any, saved: Mapping[str, Tensor], apart: bool) -> None:
+    """The embedding and the head that is tied to it are two where two values of them were saved,
+    or one where PEFT trained it `apart`, as a copy.
+    """
+    table = getattr(_embedding_of(model), "weight", None)
+    names = [name for name, t in tensors_of(model, keep_vars=True).items() if t is table]
+    values = [saved[name] for name in names if name in saved]
+    differ = any(not torch.equal(value, values[0]) for value in values)
+    if table is None or not (differ or (apart and 0 < len(values) < len(names))):
+        return
+    for name in names[1:]:
+        parent, _, attribute = name.rpartition(".")
+        copy = torch.nn.Parameter(table.detach().clone(), requires_grad=table.requires_grad)
+        setattr(model.get_submodule(parent), attribute, copy)
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+
+
+def _embedding_of(model: Any) -> Any:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
