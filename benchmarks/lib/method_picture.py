@@ -83,10 +83,9 @@ def _over_parameters(axes: Any, cells: dict[Key, list[Cell]], handles: dict[str,
                 sizes, losses, yerr=halves, color=color, linestyle=line, marker="o", markersize=4,
                 capsize=2, linewidth=1.4,
             )  # fmt: skip
-    for point in best:
-        axes.annotate(
-            point.name, point[:2], xytext=(6, -9), textcoords="offset points", fontsize=8, color=INK
-        )
+    for i, point in enumerate(best):  # names on three levels: some points are close
+        place = {"xytext": (6, -9 - 10 * (i % 3)), "textcoords": "offset points"}
+        axes.annotate(point.name, point[:2], **place, fontsize=8, color=INK)
     axes.set_xscale("log", base=2)
     sizes = sorted({round(point.parameters, -3) for point in lora or points})
     axes.set_xticks(sizes, [f"{size / 1000:.0f}k" for size in sizes])
