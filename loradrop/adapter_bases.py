@@ -44,17 +44,17 @@ def load_base(
     revision = revision or (None if model_id else base.get("revision"))
     remedy = f"{adapter} names it. Where it lies elsewhere, give its folder or id with {option}. "
     named = functools.partial(naming, where, "" if model_id else remedy)
-    if where and (base.get("class") is None or hasattr(cls, "_model_mapping")):
+    config: Any = None
+    if where and (cls is not None or base.get("class") is None):
         with named():
-            found = transformers.AutoConfig.from_pretrained(where, revision=revision)
-        cls = cls if cls and type(found) in cls._model_mapping else architecture(found)
+            config = transformers.AutoConfig.from_pretrained(where, revision=revision)
+        if cls is None or type(config) not in getattr(cls, "_model_mapping", (type(config),)):
+            cls = architecture(config)
     if cls is None or not where:
         raise ValueError(
             f"{adapter} does not name a model to load (class {base.get('class')}, id "
             f"{base.get('id')!r}): give the id or path of a model of transformers with {option}"
         )
-    with named():
-        config = transformers.AutoConfig.from_pretrained(where, revision=revision)
     sizes = [config.num_labels, *(len(tensor) for tensor in saved.values() if tensor.ndim)]
     config.num_labels = next((n for n in sizes if _holds(cls, config, n, saved)), sizes[0])
     labels = base.get("labels") or ()
