@@ -69,6 +69,7 @@ def training_arguments(
         "eval_steps": args.eval_every,
         "report_to": list(args.report_to),
         "disable_tqdm": True,
+        "log_level_replica": "passive",  # else each Trainer makes other ranks say more than it was
         "restore_callback_states_from_checkpoint": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }

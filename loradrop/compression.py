@@ -196,7 +196,7 @@ def _evaluated(model: Any, rows: Rows) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as scratch:
         args = TrainingArguments(
             scratch, per_device_eval_batch_size=32, report_to=[], disable_tqdm=True,
-            use_cpu=not torch.accelerator.is_available(),
+            log_level_replica="passive", use_cpu=not torch.accelerator.is_available(),
         )  # fmt: skip
         trainer = Trainer(
             model, args, eval_dataset=rows.dev, data_collator=rows.collate,

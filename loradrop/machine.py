@@ -57,9 +57,16 @@ def native_bf16() -> bool:
     return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def in_group() -> bool:
+    """Whether torch.distributed has begun in this process, which nobody loads to find out."""
+    distributed = sys.modules.get("torch.distributed")
+    return bool(
+        distributed is not None and distributed.is_available() and distributed.is_initialized()
+    )
+
+
 def is_first_rank() -> bool:
     """Whether this process prints and writes: the only one of its run, or the one of rank 0."""
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        return bool(distributed.get_rank() == 0)
+    if in_group():
+        return bool(sys.modules["torch.distributed"].get_rank() == 0)
     return os.environ.get("RANK", "0") == "0"  # as torchrun says it

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import training_runs as tiny
+from torchrun import leave
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import loradrop
@@ -91,5 +92,4 @@ def by_callback(model: Any, config: Any, folder: Path, batch: int, mode: str) ->
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()

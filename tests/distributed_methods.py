@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from every_method import EVERY, X, by_sgd, net
 from torch.nn.parallel import DistributedDataParallel
+from torchrun import leave
 
 
 def main(folder: str) -> None:
@@ -17,8 +18,8 @@ def main(folder: str) -> None:
         name: by_sgd(net(method), rows, DistributedDataParallel) for name, method in EVERY.items()
     }
     torch.save(found, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

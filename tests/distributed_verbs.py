@@ -11,6 +11,7 @@ import torch
 import training_runs as tiny
 from models import IDS, llama
 from torch.nn.parallel import DistributedDataParallel
+from torchrun import leave
 
 import loradrop
 from loradrop import LoraDropConfig
@@ -88,8 +89,8 @@ def main(folder: str) -> None:
         )
     )
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave()

@@ -22,6 +22,7 @@ import torch
 import training_runs as tiny
 from accelerate.state import AcceleratorState
 from torch.distributed.checkpoint.api import CheckpointException
+from torchrun import leave
 from transformers import Trainer, TrainingArguments
 
 import loradrop
@@ -155,5 +156,4 @@ def main(folder: str, batch: str, *modes: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from sharded_checkpoint import gone_on
 from torch import distributed
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torchrun import leave
 
 import loradrop
 from loradrop.methods import Method
@@ -180,9 +181,9 @@ def main(folder: str) -> None:
         with open(f"{folder}/found.json", "w") as file:
             json.dump(found, file)
     distributed.barrier()
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
     assert os.environ["WORLD_SIZE"] == "2"
+    leave()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_distributed import torchrun
+from torchrun import torchrun
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 

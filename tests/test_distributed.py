@@ -2,27 +2,18 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from run_cases import write_model, write_table
+from torchrun import torchrun
 from training_runs import ARGS, PLAIN, make_model, make_rows
 
 from loradrop import fit
 
 SCRIPT = Path(__file__).with_name("distributed_fit.py")
 CALLBACKS = ["callback", *["peft callback"] * bool(importlib.util.find_spec("peft"))]
-
-
-def torchrun(*arguments: Any, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launch if processes > 1 else []), *map(str, arguments)]
-    paths = [str(SCRIPT.parent.parent), str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
 
 
 def found(folder: Path, mode: str, rank: int = 0) -> dict[str, Any]:
@@ -96,6 +87,22 @@ def test_the_callback_in_two_ranks(mode: str, alone: Path, together: Path) -> No
         assert other["kept"] == one["kept"] and len(one["kept"]) == 1
         for mine, theirs in zip(one["adapters"], other["adapters"], strict=True):
             assert mine == pytest.approx(theirs, abs=1e-6)
+
+
+def test_the_command_in_two_processes(tmp_path: Path) -> None:
+    """It says everything once, writes one run, and leaves no group to Python's own end."""
+    model, table = write_model(tmp_path / "base"), write_table(tmp_path / "films.csv")
+    settings = (
+        *(f"model={model}", f"data.source={table}", "data.max_length=16", f"output={tmp_path}/run"),
+        *("lora.r=4", "lora.method.probe_steps=2", "train.steps=4", "train.batch_size=3"),
+        *("arms={LoRA: {method: lora}}",),
+    )
+    done = torchrun("command_in_ranks.py", "train", *settings)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1 and "LoRA-drop" in done.stdout
+    assert "LOAD REPORT" not in done.stderr  # of transformers, about the head
+    arms = [tmp_path / "run" / arm / "result.json" for arm in ("lora", "lora-drop")]
+    assert [json.loads(arm.read_text())["steps"] for arm in arms] == [4, 4]
 
 
 def test_the_verbs_in_two_processes(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_distributed import SCRIPT, found, torchrun
+from test_distributed import SCRIPT, found
+from torchrun import torchrun
 
 import loradrop
 

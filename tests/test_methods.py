@@ -29,9 +29,9 @@ from every_method import (
     values,
 )
 from method_cases import equal
-from test_distributed import torchrun
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torchrun import torchrun
 
 import loradrop
 from loradrop import LoRAConfig, LoRADrop, layers, methods, native

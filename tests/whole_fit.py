@@ -12,6 +12,7 @@ import torch
 import training_runs as tiny
 from sharded_fit import batch, shard
 from torch import distributed, nn
+from torchrun import leave
 
 import loradrop
 from loradrop.ranks import is_sharded
@@ -128,8 +129,8 @@ def main(folder: str) -> None:
     with open(f"{folder}/{rank}.json", "w") as file:
         json.dump(found, file)
     distributed.barrier()
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave()

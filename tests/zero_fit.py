@@ -14,6 +14,7 @@ import deepspeed.comm.torch
 import torch
 from sharded_fit import batch, made, train
 from torch import distributed
+from torchrun import leave
 
 import loradrop
 
@@ -55,8 +56,8 @@ def main(folder: str) -> None:
         facts = {"off": off, "stage": engine.zero_optimization_stage()}
         with open(f"{folder}/{stage}.{distributed.get_rank()}.json", "w") as file:
             json.dump(facts, file)
-    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave()

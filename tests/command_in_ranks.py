@@ -1,0 +1,12 @@
+"""`loradrop` for torchrun, as `python -m loradrop`: ARGUMENTS. It leaves no group behind."""
+
+
+from torchrun import leave
+
+from loradrop.cli import main
+from loradrop.machine import in_group
+
+if __name__ == "__main__":
+    status = main()
+    assert status == 0 and not in_group(), (status, in_group())
+    leave()
