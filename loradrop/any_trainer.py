@@ -94,6 +94,7 @@ class LoraDropCallback(TrainerCallback):
         method, decided = injection.config.method, bank.assignment.decided
         self.warmup = None if decided else method.warmup(state.max_steps)
         if self.warmup is not None:
+            method.check(bank.targets)
             _require_one_run(self.warmup, method, args, model)
             if not bank.adopts and _fsdp(args) is None:
                 _log.warning(_LATE)

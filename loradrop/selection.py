@@ -151,15 +151,20 @@ def _check(scores: Scores, given: Mapping[str, Any]) -> None:
     check_one(given)
     for name in ("threshold", "keep_ratio", "budget"):
         check_part(name, given[name])
-    keep = given["keep"]
-    if keep is not None and (not isinstance(keep, int) or not 0 <= keep <= len(scores)):
-        raise ValueError(f"keep={keep}: choose a whole number from 0 to the {len(scores)} targets")
+    if given["keep"] is not None:
+        check_keep(given["keep"], len(scores))
     for target, value in zip(scores.targets, scores.values_by_target, strict=True):
         if not math.isfinite(value):
             raise ValueError(
                 f"the score of {target.name} is {value}: its LoRA output overflowed or met NaN. "
                 "Lower the learning rate, or train in float32"
             )
+
+
+def check_keep(keep: int, targets: int) -> None:
+    """Raises ValueError unless so many of the targets can be kept."""
+    if not isinstance(keep, int) or not 0 <= keep <= targets:
+        raise ValueError(f"keep={keep}: choose a whole number from 0 to the {targets} targets")
 
 
 def check_interval(interval: int) -> None:

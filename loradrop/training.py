@@ -315,6 +315,7 @@ class _Run:
     def _warm_up(self, stage: Warmup) -> Boundary:
         """Stage one: train LoRA on every target, measure, decide, share."""
         rows, method = self.train, self.config.method
+        method.check(bank_of(self.model).targets)
         tell_in_vain(self.model)
         if stage.sample_ratio < 1.0:
             rows = sample_of(rows, stage.sample_ratio, self.args.seed)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import training_runs as tiny
 from models import llama, words
+from test_trainer_callback import trainer
 from torch import nn
 from torch.utils.data import DataLoader
 from training_runs import At, falling, make_model, make_rows, run
@@ -19,7 +20,9 @@ import loradrop
 from loradrop import LoRAConfig, LoraDropConfig, fit
 from loradrop.arguments import train_config, training_arguments
 from loradrop.callbacks import MethodCallback
+from loradrop.injection import injection_of
 from loradrop.native import read
+from loradrop.scores import Scores
 from loradrop.trainer import LoRATrainer
 
 CONFIGS = {"lora": tiny.PLAIN, "lora_drop": tiny.DROP, "prilora": tiny.CONFIGS["prilora"]}
@@ -104,9 +107,37 @@ def test_a_decision_that_saves_nothing_is_said(
     run(tmp_path / "all", LoraDropConfig(**tiny.LORA, keep=4, probe_steps=4))
     assert "nothing is saved: all 4 targets keep an adapter of their own" in caplog.text
     caplog.clear()
-    plan = run(tmp_path / "tight", LoraDropConfig(**tiny.LORA, budget=0.1, probe_steps=4)).plan
-    assert plan.kept == () and plan.parameters * 2 == plan.full_parameters
-    assert "budget=0.1 is out of reach: one adapter per group takes 0.5 of" in caplog.text
+    one = tiny.LORA | {"target_modules": ["1.attention.self.query"]}
+    plan = run(tmp_path / "one", LoraDropConfig(**one, probe_steps=4)).plan
+    assert plan.kept == () and plan.parameters == plan.full_parameters
+    assert "budget=0.5 is out of reach: one adapter per group takes 1 of LoRA's" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 0.1}, r"budget=0\.1 is out of reach: one adapter per group takes 0\.5 of"),
+        ({"budget": 0.7, "share": "interval", "interval": 1}, "budget=0.7 .* takes 1 of"),
+        ({"keep": 5}, "keep=5: choose a whole number from 0 to the 4 targets"),
+    ],
+)
+def test_what_no_decision_could_meet_is_refused_before_the_warmup(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Also of the Trainer's callback, and of scores that are at hand."""
+    config = LoraDropConfig(**tiny.LORA, **options, probe_steps=4)
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, config)
+    assert not any(tmp_path.rglob("checkpoint-*"))
+    model = make_model()
+    bank = loradrop.inject(model, config)
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, model, [loradrop.LoraDropCallback()]).train()
+    scores = Scores(bank.targets, torch.ones(1, 4, dtype=torch.float64), 8, "offline")
+    injection_of(model).scores = scores
+    with pytest.raises(ValueError, match=message):
+        loradrop.share(model)
+    assert bank.slots == (0, 1, 2, 3)
 
 
 def test_a_model_that_shares_already_needs_no_warmup(tmp_path: Path) -> None:

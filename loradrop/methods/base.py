@@ -107,6 +107,11 @@ class Method:
         """
         return None
 
+    def check(self, targets: Sequence[Target]) -> None:
+        """Raises ValueError for options that no decision over these targets can meet. Called before
+        the warm-up.
+        """
+
     def warmup(self, total: int) -> Warmup | None:
         """The stage before `update`, of `total` steps in all; None for a method of one stage."""
         return None

@@ -13,6 +13,7 @@ the scope, the length of the warm-up, what follows it.
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,18 +21,20 @@ from loradrop.bank import AdapterBank
 from loradrop.methods.base import Method, Warmup
 from loradrop.options import check_choice, check_part, check_steps_or_part, check_whole
 from loradrop.pairs import AFTER, INITS, LoRABank, Update
-from loradrop.scores import Scores
+from loradrop.scores import Scores, Target
 from loradrop.selection import (
     CHOICES,
     INTERVAL,
     assign,
     check_interval,
+    check_keep,
     keep_frequency,
     reselect,
     select,
 )
 
 _log = logging.getLogger(__name__)
+HALF = 0.5  # of LoRA's parameters, where no rule is given
 _CHOICES = CHOICES | {"share_init": INITS, "after_select": AFTER, "source": ("online", "offline")}
 
 
@@ -41,7 +44,8 @@ class LoRADrop(Method):
 
     threshold, keep, keep_ratio, budget    at most one; none is budget=0.5, half of LoRA's
                      parameters; threshold is the paper's rule, with 0.9 as an example. A budget
-                     below what sharing everything takes is raised to that, with a warning
+                     below what sharing everything takes is refused before the warm-up; half is
+                     raised to it, with a warning, in a model of few layers
     scope, importance                      of `select`
     selection, selection_seed              of `reselect`, for ablations: "importance" is the method
     share, interval, share_init, after_select   of `share`; with share="none" as many targets are
@@ -87,7 +91,7 @@ class LoRADrop(Method):
         names = ("threshold", "keep", "keep_ratio", "budget")
         given = [name for name in names if getattr(self, name) is not None]
         if not given:
-            object.__setattr__(self, "budget", 0.5)
+            object.__setattr__(self, "budget", HALF)
         elif len(given) > 1:
             raise ValueError(f"give one of {' and '.join(given)}, not both")
         for name in ("threshold", "keep_ratio", "budget"):
@@ -101,6 +105,17 @@ class LoRADrop(Method):
         if margin is not None and not 0.0 <= margin < 0.5:
             raise ValueError(f"settle_margin={margin}: choose a number in [0, 0.5), or None")
         check_whole("settle_every", self.settle_every, 1)
+
+    def check(self, targets: Sequence[Target]) -> None:
+        """Raises ValueError for a `keep` or a budget that these targets cannot have."""
+        if self.keep is not None:
+            check_keep(self.keep, len(targets))
+        if self.budget not in (None, HALF) and self.budget < self._least(targets):
+            raise ValueError(
+                f"{self._out_of_reach(targets)}. Choose a larger budget "
+                "(lora.method.budget), adapt more layers, or share among more of them "
+                f"(share={self.share!r})"
+            )
 
     def warmup(self, total: int) -> Warmup:
         """Raises ValueError where it could not measure or would leave no step for the main run."""
@@ -135,7 +150,7 @@ class LoRADrop(Method):
 
     def decide(self, scores: Scores) -> list[str]:
         keep, budget = self.keep, self.budget
-        if budget is not None and budget < self._least(scores):
+        if budget is not None and budget < self._least(scores.targets):
             keep, budget = 0, None
         kept = select(
             scores, self.threshold, keep=keep, keep_ratio=self.keep_ratio, budget=budget,
@@ -152,6 +167,7 @@ class LoRADrop(Method):
                 "or pass kept"
             )
         assert isinstance(bank, LoRABank)
+        self.check(scores.targets)
         kept = self.decide(scores)
         if not kept and (why := self._why_none(scores)) is not None:
             _log.warning("%s, so no target keeps its own: raise it", why)
@@ -166,17 +182,20 @@ class LoRADrop(Method):
             return f"keep_ratio={self.keep_ratio:g} of {len(scores)} targets rounds to none"
         if self.budget is None:
             return None
-        least = self._least(scores)
+        least = self._least(scores.targets)
         if self.budget < least:
-            takes = f"one adapter per group takes {least:.3g} of LoRA's parameters"
-            return f"budget={self.budget:g} is out of reach: {takes}"
+            return self._out_of_reach(scores.targets)
         return (
             f"budget={self.budget:g}: beside one adapter per group, {least:.3g} of LoRA's "
             "parameters, there is no room for another"
         )
 
-    def _least(self, scores: Scores) -> float:
+    def _out_of_reach(self, targets: Sequence[Target]) -> str:
+        takes = f"one adapter per group takes {self._least(targets):.3g} of LoRA's parameters"
+        return f"budget={self.budget:g} is out of reach: {takes}"
+
+    def _least(self, targets: Sequence[Target]) -> float:
         """The part of LoRA's parameters that is left where nothing is kept."""
-        full = sum(target.parameters for target in scores.targets)
+        full = sum(target.parameters for target in targets)
         share = "group" if self.share == "none" else self.share
-        return assign(scores.targets, [], share, self.interval).parameters / full
+        return assign(targets, [], share, self.interval).parameters / full
