@@ -1,19 +1,21 @@
-"""The squared norm of the LoRA output, from Gram matrices that are r x r.
+"""The Gram matrix of h, r x r, and the squared norm of the LoRA output, which follows from it.
 
-    Σ_t w_t ‖s·B·h_t‖² = s²·⟨G, C⟩          G = Σ_t w_t h_t h_tᵀ      C = Σ_n B_n B_nᵀ
+    G = Σ_t w_t h_t h_tᵀ      C = Σ_n B_n B_nᵀ      Σ_t w_t ‖s·B·h_t‖² = s²·⟨G, C⟩
 
 G comes in blocks of rows from the pass that makes h (`shrink`), C beside it. Products of two half-
 precision numbers are exact in float32, sums over a block are float32, everything after is float64
 in a fixed order.
 
-Two launches: `_dot` adds the blocks, every program a slice of the matrices, and `_sqnorm` adds what
-the slices give.
+At most two launches: `_add_blocks` adds the blocks, every program a slice of the matrices, and
+`_sqnorm` adds what the slices give.
 
 The inner product cancels where h lies in directions that B maps to almost nothing. Float32 sums
 then lack digits. `_sqnorm` sees it from ⟨|G|, |C|⟩ and sums the squared products themselves
 instead, tile by tile, in one program: some milliseconds, but exact. Trained adapters do not come
 near it, and a launch of many programs for it would cost every other call two microseconds.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,7 +28,14 @@ from loradrop.kernels.tiles import cdiv, rank_tile, triton_dtype
 
 _CANCELS = 16  # ⟨G, C⟩ of less than a sixteenth of ⟨|G|, |C|⟩
 _ROWS = 256  # rows of h or B in one program of `_gram`
-_SLICES = 512  # the most programs of `_dot`, whose results one program adds
+_SLICES = 512  # the most programs of `_add_blocks`, whose results one program adds
+
+
+class Grams(NamedTuple):
+    """Gram matrices in blocks, (blocks, R, R) float32 with R = rank_tile(r)."""
+
+    of_h: Tensor  # of rows of h, weighted
+    of_b: Tensor | None  # of rows of B, for the norm
 
 
 @triton.jit
@@ -87,7 +96,7 @@ def store_gram(GRAM, total, block, R: tl.constexpr):
 @kernel(do_not_specialize=["M", "N", "blocks"])
 def _gram(H, B, WEIGHTS, GRAM, GRAM_B, M, N, blocks, r, shm, sbn, sbr,
           R: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SIDE: tl.constexpr,
-          WEIGHTED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+          WEIGHTED: tl.constexpr, NORM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """One SIDE x SIDE piece of the Gram matrix of ROWS rows of h, or of B: for wide ranks."""
     block, piece = tl.program_id(0), tl.program_id(1)
     i = (piece // (R // SIDE) * SIDE + tl.arange(0, SIDE)).to(tl.int64)
@@ -99,7 +108,7 @@ def _gram(H, B, WEIGHTS, GRAM, GRAM_B, M, N, blocks, r, shm, sbn, sbr,
     for start in range(block * ROWS, min((block + 1) * ROWS, count), TILE):
         rows = start + tl.arange(0, TILE)
         there, at = (rows < count)[:, None], rows.to(tl.int64)[:, None]
-        if of_b:
+        if NORM and of_b:
             b_i = tl.load(B + at * sbn + i[None, :] * sbr, there & (i < r)[None, :], 0.0)
             b_j = tl.load(B + at * sbn + j[None, :] * sbr, there & (j < r)[None, :], 0.0)
             total += tl.dot(tl.trans(b_i.to(DTYPE)), b_j.to(DTYPE))
@@ -111,28 +120,36 @@ def _gram(H, B, WEIGHTS, GRAM, GRAM_B, M, N, blocks, r, shm, sbn, sbr,
                 weights = tl.load(WEIGHTS + rows, mask=rows < M, other=0.0)
             total += outer_sum(left, right, weights, WEIGHTED)
     place = block.to(tl.int64) * (R * R) + i[:, None] * R + j[None, :]
-    if of_b:
+    if NORM and of_b:
         tl.store(GRAM_B + place, total)
     else:
         tl.store(GRAM + place, total)
 
 
-@kernel(do_not_specialize=["blocks", "b_blocks"])
-def _dot(GRAM, GRAM_B, PARTS, blocks, b_blocks,
-         SIZE: tl.constexpr, SLICE: tl.constexpr, TOGETHER: tl.constexpr):  # fmt: skip
-    """One slice of ⟨G, C⟩ and of ⟨|G|, |C|⟩, into PARTS (slices, 2); TOGETHER blocks at a time."""
+@kernel(do_not_specialize=["blocks", "b_blocks", "r"])
+def _add_blocks(GRAM, GRAM_B, PARTS, SUM, blocks, b_blocks, r,
+                R: tl.constexpr, SLICE: tl.constexpr, TOGETHER: tl.constexpr,
+                NORM: tl.constexpr, KEPT: tl.constexpr):  # fmt: skip
+    """One slice of G, into SUM (r, r) if KEPT, and for the NORM of ⟨G, C⟩ and of ⟨|G|, |C|⟩, into
+    PARTS (slices, 2); TOGETHER blocks at a time.
+    """
     at = tl.program_id(0) * SLICE + tl.arange(0, SLICE)
     g, c = tl.zeros((SLICE,), tl.float64), tl.zeros((SLICE,), tl.float64)
     for start in range(0, max(blocks, b_blocks), TOGETHER):
         planes = start + tl.arange(0, TOGETHER)
-        place = planes.to(tl.int64)[:, None] * SIZE + at[None, :]
+        place = planes.to(tl.int64)[:, None] * (R * R) + at[None, :]
         of_h = tl.load(GRAM + place, mask=(planes < blocks)[:, None], other=0.0)
-        of_b = tl.load(GRAM_B + place, mask=(planes < b_blocks)[:, None], other=0.0)
         g += tl.sum(of_h.to(tl.float64), 0)
-        c += tl.sum(of_b.to(tl.float64), 0)
-    parts = PARTS + 2 * tl.program_id(0)
-    tl.store(parts, tl.sum(g * c, 0))
-    tl.store(parts + 1, tl.sum(tl.abs(g * c), 0))
+        if NORM:
+            of_b = tl.load(GRAM_B + place, mask=(planes < b_blocks)[:, None], other=0.0)
+            c += tl.sum(of_b.to(tl.float64), 0)
+    if KEPT:
+        i, j = at // R, at % R
+        tl.store(SUM + i * r + j, g, mask=(i < r) & (j < r))
+    if NORM:
+        parts = PARTS + 2 * tl.program_id(0)
+        tl.store(parts, tl.sum(g * c, 0))
+        tl.store(parts + 1, tl.sum(tl.abs(g * c), 0))
 
 
 @kernel(do_not_specialize=["M", "N", "slices"])
@@ -170,51 +187,66 @@ def _total(PARTS, OUT, count, scale, BLOCK: tl.constexpr):
     tl.store(OUT, tl.sum(total, 0) * scale * scale)
 
 
-def wide_grams(h: Tensor, B: Tensor, token_weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The Gram matrices of h and of B, (blocks, R, R): of an h that `shrink` has not made, or that
-    is too wide for it.
+def new_grams(like: Tensor, r: int, blocks: int, b_blocks: int) -> Grams:
+    """Memory for so many blocks; none of B if there are no blocks of it."""
+    tile = rank_tile(r)
+    of_h = like.new_empty((blocks, tile, tile), dtype=torch.float32)
+    return Grams(of_h, of_h.new_empty((b_blocks, tile, tile)) if b_blocks else None)
+
+
+def wide_grams(h: Tensor, B: Tensor | None, token_weights: Tensor | None) -> Grams:
+    """The Gram matrices of an h that `shrink` has not made, or that is too wide for it, and of B
+    where there is one.
+
+    h (M, r) rows contiguous   B (N, r)   token_weights (M,) float32
     """
-    (m, r), n = h.shape, B.shape[0]
+    (m, r), n = h.shape, 0 if B is None else B.shape[0]
     tile, side = rank_tile(r), min(32, rank_tile(r))
     blocks, b_blocks = cdiv(m, _ROWS), cdiv(n, _ROWS)
-    grams = [h.new_empty((count, tile, tile), dtype=torch.float32) for count in (blocks, b_blocks)]
+    grams = new_grams(h, r, blocks, b_blocks)
     _gram(
         (blocks + b_blocks, (tile // side) ** 2), (h, B, token_weights, *grams), (m, n, blocks),
-        (r, h.stride(0), *B.stride()), 4, 2,
+        (r, h.stride(0), *((0, 0) if B is None else B.stride())), 4, 2,
         R=tile, ROWS=_ROWS, TILE=64, SIDE=side, WEIGHTED=token_weights is not None,
-        DTYPE=triton_dtype(h.dtype),
+        NORM=B is not None, DTYPE=triton_dtype(h.dtype),
     )  # fmt: skip
-    return grams[0], grams[1]
+    return grams
 
 
-def sqnorm(
-    grams: tuple[Tensor, Tensor],
+def sums(
+    grams: Grams,
     h: Tensor,
     B: Tensor,
     scale: float,
     token_weights: Tensor | None,
-) -> Tensor:
-    """scale²·Σ_t w_t ‖B·h_t‖², 0-dim float64.
+    *,
+    gram: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """scale²·Σ_t w_t ‖B·h_t‖², 0-dim, where `grams` has B's, and with `gram` Σ_t w_t h_t h_tᵀ,
+    (r, r): both float64.
 
-    grams (blocks, R, R) of h, weighted, and of B   h (M, r) rows contiguous   B (N, r)
-    token_weights (M,) float32
+    h (M, r) rows contiguous   B (N, r)   token_weights (M,) float32
     """
-    (m, r), n, size = h.shape, B.shape[0], grams[0][0].numel()
+    (m, r), n, size = h.shape, B.shape[0], grams.of_h[0].numel()
     width = max(32, size // _SLICES)  # 32: a line of memory of each block
-    slices, tile = size // width, rank_tile(r)
-    parts = h.new_empty((slices, 2), dtype=torch.float64)
-    out = h.new_empty((), dtype=torch.float64)
-    _dot(
-        (slices,), (*grams, parts), (len(grams[0]), len(grams[1])), (), 8,
-        SIZE=size, SLICE=width, TOGETHER=4096 // width,
+    slices, tile, norm = size // width, rank_tile(r), grams.of_b is not None
+    parts = h.new_empty((slices, 2), dtype=torch.float64) if norm else None
+    out = h.new_empty((), dtype=torch.float64) if norm else None
+    kept = h.new_empty((r, r), dtype=torch.float64) if gram else None
+    b_blocks = 0 if grams.of_b is None else len(grams.of_b)
+    _add_blocks(
+        (slices,), (*grams, parts, kept), (len(grams.of_h), b_blocks, r), (), 8,
+        R=tile, SLICE=width, TOGETHER=4096 // width, NORM=norm, KEPT=gram,
     )  # fmt: skip
+    if not norm:
+        return None, kept
     _sqnorm(
         (1,), (parts, h, B, token_weights, out), (m, n, slices, float(scale)),
         (r, h.stride(0), *B.stride()), 4, 2,
         R=tile, SLICES=_SLICES, WEIGHTED=token_weights is not None, DTYPE=triton_dtype(h.dtype),
         CANCELS=_CANCELS, BM=64, BN=64 if tile <= 128 else 32,
     )  # fmt: skip
-    return out
+    return out, kept
 
 
 def total(parts: Tensor, scale: float) -> Tensor:

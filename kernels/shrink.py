@@ -1,5 +1,5 @@
-"""The thin product of LoRA: one read of x gives h, the mask of dropout, and the Gram matrices of
-the squared output norm.
+"""The thin product of LoRA: one read of x gives h, the mask of dropout, and the Gram matrices of h
+and of the squared output norm.
 
     h = scale·(mask∘x)Aᵀ                    x (M, K)   A (r, K)   h (M, r)
     gram[b] = Σ_t w_t h_t h_tᵀ              over the rows t of block b, of the rounded h
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from loradrop.kernels.gemm_ext import in_eights
-from loradrop.kernels.gram import gram, gram_of_b, store_gram, wide_grams
+from loradrop.kernels.gram import Grams, gram, gram_of_b, new_grams, store_gram, wide_grams
 from loradrop.kernels.launch import kernel
 from loradrop.kernels.philox import draw_words, where_kept
 from loradrop.kernels.tiles import ShrinkTiles, cdiv, dot_precision, rank_tile, row_bytes
@@ -31,7 +31,7 @@ class Shrunk(NamedTuple):
 
     h: Tensor  # (M, r) in x's dtype
     mask: Tensor | None  # (M, row_bytes(K)) uint8, with dropout
-    grams: tuple[Tensor, Tensor] | None  # (blocks, R, R) of h and of B, float32, R = rank_tile(r)
+    grams: Grams | None
 
 
 @triton.jit
@@ -53,11 +53,11 @@ def _emit(acc, H, WEIGHTS, GRAM, block, rows, M, r, shm, scale,
 def _shrink(X, A, H, MASK, SEED, WEIGHTS, GRAM, B, GRAM_B, PLANES,
             M, N, steps, blocks, threshold, scale, K, r, sxm, sxk, sar, sak, shm, smask, sbn, sbr,
             BM: tl.constexpr, BK: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr,
-            DROPOUT: tl.constexpr, GRAMS: tl.constexpr, WEIGHTED: tl.constexpr,
+            DROPOUT: tl.constexpr, GRAMS: tl.constexpr, NORM: tl.constexpr, WEIGHTED: tl.constexpr,
             PRECISION: tl.constexpr, B_ROWS: tl.constexpr, EIGHTS: tl.constexpr):  # fmt: skip
     r, sak = in_eights(r, EIGHTS), in_eights(sak, EIGHTS)
     block, part = tl.program_id(0), tl.program_id(1)
-    if GRAMS and block >= blocks:
+    if NORM and block >= blocks:
         gram_of_b(B, GRAM_B, block - blocks, N, r, sbn, sbr, H.dtype.element_ty, R, B_ROWS, BM)
     else:
         rows = block * BM + tl.arange(0, BM)
@@ -93,11 +93,11 @@ def _shrink(X, A, H, MASK, SEED, WEIGHTS, GRAM, B, GRAM_B, PLANES,
 
 @kernel(do_not_specialize=["M", "N", "blocks", "parts"])
 def _finish(PLANES, H, WEIGHTS, GRAM, B, GRAM_B, M, N, blocks, parts, scale, r, shm, sbn, sbr,
-            BM: tl.constexpr, R: tl.constexpr, GRAMS: tl.constexpr,
+            BM: tl.constexpr, R: tl.constexpr, GRAMS: tl.constexpr, NORM: tl.constexpr,
             WEIGHTED: tl.constexpr, B_ROWS: tl.constexpr):  # fmt: skip
     """Adds the planes of a split K, in their order."""
     block = tl.program_id(0)
-    if GRAMS and block >= blocks:
+    if NORM and block >= blocks:
         gram_of_b(B, GRAM_B, block - blocks, N, r, sbn, sbr, H.dtype.element_ty, R, B_ROWS, BM)
     else:
         rows, ranks = block * BM + tl.arange(0, BM), tl.arange(0, R)
@@ -116,18 +116,20 @@ def shrink(
     *,
     dropout: float = 0.0,
     seed: Tensor | None = None,
+    gram: bool = False,
     B: Tensor | None = None,
     token_weights: Tensor | None = None,
 ) -> Shrunk:
     """h = scale·(mask∘x)Aᵀ, rounded to x's dtype, and what else the one read of x gives.
 
     x (M, K) of any strides   A (r, K) of any strides and float dtype   dropout quantised
-    seed 0-dim int64   B (N, r): then the Gram matrices of h, weighted by token_weights (M,)
-    float32, and of B come too; for an x of half precision only
+    seed 0-dim int64   gram: the Gram matrices of h come too, weighted by token_weights (M,) float32
+    B (N, r): they come, and those of B; both for an x of half precision only
     """
     (m, k), r, n = x.shape, A.shape[0], 0 if B is None else B.shape[0]
     ranks, masked = rank_tile(r), dropout > 0.0
-    in_pass = B is not None and ranks <= tiles.gram
+    gram = gram or B is not None
+    in_pass = gram and ranks <= tiles.gram
     blocks, b_blocks = cdiv(m, tiles.BM), cdiv(n, tiles.B_ROWS) if in_pass else 0
     steps = cdiv(cdiv(k, tiles.split), tiles.BK)
     split = cdiv(k, steps * tiles.BK)
@@ -136,10 +138,10 @@ def shrink(
     words = None if mask is None else mask.view(torch.int32)
     grams = planes = None
     if in_pass:
-        grams = (new_planes(x, blocks, ranks, ranks), new_planes(x, b_blocks, ranks, ranks))
+        grams = new_grams(x, r, blocks, b_blocks)
     if split > 1:
         planes = new_planes(x, split, m, ranks)
-    gram_h, gram_b = grams or (None, None)
+    gram_h, gram_b = grams if grams is not None else (None, None)
     weights = token_weights if in_pass else None
     b_strides = (0, 0) if B is None else B.stride()
     a_row, a_column = A.stride()
@@ -151,7 +153,8 @@ def shrink(
          *b_strides),
         tiles.warps, tiles.stages,
         BM=tiles.BM, BK=tiles.BK, R=ranks, SPLIT=split > 1, DROPOUT=masked,
-        GRAMS=in_pass and split == 1, WEIGHTED=weights is not None,
+        GRAMS=in_pass and split == 1, NORM=b_blocks > 0 and split == 1,
+        WEIGHTED=weights is not None,
         PRECISION=dot_precision(x.dtype), B_ROWS=tiles.B_ROWS,
         EIGHTS=r % 8 == a_column % 8 == 0,
     )  # fmt: skip
@@ -159,10 +162,10 @@ def shrink(
         _finish(
             (blocks + b_blocks,), (planes, h, weights, gram_h, B, gram_b),
             (m, n, blocks, split, float(scale)), (r, r, *b_strides), tiles.warps,
-            BM=tiles.BM, R=ranks, GRAMS=in_pass, WEIGHTED=weights is not None,
-            B_ROWS=tiles.B_ROWS,
+            BM=tiles.BM, R=ranks, GRAMS=in_pass, NORM=b_blocks > 0,
+            WEIGHTED=weights is not None, B_ROWS=tiles.B_ROWS,
         )  # fmt: skip
-    if B is not None and not in_pass:
+    if gram and not in_pass:
         grams = wide_grams(h, B, token_weights)
     return Shrunk(h, mask, grams)
 
@@ -174,7 +177,7 @@ def add_parts(planes: Tensor, h: Tensor, scale: float) -> None:
     _finish(
         (blocks,), (planes, h, None, None, None, None), (m, 0, blocks, count, float(scale)),
         (r, r, 0, 0), 4,
-        BM=rows, R=ranks, GRAMS=False, WEIGHTED=False, B_ROWS=rows,
+        BM=rows, R=ranks, GRAMS=False, NORM=False, WEIGHTED=False, B_ROWS=rows,
     )  # fmt: skip
 
 

@@ -109,6 +109,7 @@ class Layer(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     dropout: float = 0.0
     norm: bool = False
+    gram: bool = False
     weighted: bool = False
     turned: bool = False  # the weight is stored (K, N)
     scaling: float = 2.0
@@ -133,7 +134,8 @@ def call(fused: Any, layer: Layer) -> None:
     y0, weight = (empty(m, n), None) if layer.added else (None, weight)
     weights = empty(m, dtype=torch.float32) if layer.weighted else None
     s, p = layer.scaling, layer.dropout
-    out = fused.forward(Call(x, weight, bias, y0, A, B, s, p, seed, weights, layer.norm))
+    wants = layer.norm, layer.gram
+    out = fused.forward(Call(x, weight, bias, y0, A, B, s, p, seed, weights, *wants))
     saved = Saved(x, weight, A, B, out.h, out.mask, seed, s, p, weights)
     fused.backward(saved, dy, Needs(True, True, True, layer.moment))
 
@@ -155,6 +157,11 @@ def layers() -> Iterator[Layer]:
         yield _llama(r, norm=True)
         yield _llama(r, dropout=0.1)
         yield _llama(r, dropout=0.1, **_MOMENT)
+    for more in (_GRAM, {"gram": True, "norm": True}):
+        yield _llama(16, **more)
+    yield _llama(256, gram=True)
+    yield _FEW._replace(gram=True)
+    yield _DECODE._replace(**_GRAM)
     yield _llama(16, moment=True)
     yield Layer(40, 768, 768, 16, bias=True)
     for p in (0.0, 0.1):
@@ -243,7 +250,7 @@ def _llama(r: int, **more: Any) -> Layer:
     return Layer(8192, 4096, 4096, r, **more)
 
 
-_NORM, _MOMENT = {"norm": True, "weighted": True}, {"moment": True, "weighted": True}
+_NORM, _GRAM, _MOMENT = ({n: True, "weighted": True} for n in ("norm", "gram", "moment"))
 _DROPPED = _llama(64, dropout=0.1)
 _FEW, _DECODE = Layer(1, 4096, 4096, 64), Layer(8, 4096, 4096, 16)
 _FLOAT32 = Layer(2048, 768, 768, 8, torch.float32)
@@ -291,8 +298,19 @@ NAMED = {
         "finish of a split K with weighted Gram matrices r64": Pick(
             _FEW._replace(**_NORM), "_finish", {"GRAMS": True}
         ),
+        "shrink with the weighted Gram matrix of h alone r64": Pick(
+            _llama(64, **_GRAM), "_shrink", {"GRAMS": True, "NORM": False}
+        ),
+        "finish of a split K with the Gram matrix of h alone r64": Pick(
+            _FEW._replace(gram=True), "_finish", {"GRAMS": True, "NORM": False}
+        ),
         "weighted Gram matrices r256": Pick(_llama(256, **_NORM), "_gram"),
-        "inner product of Gram matrices r256": Pick(_llama(256, norm=True), "_dot"),
+        "weighted Gram matrix of h alone r256": Pick(_llama(256, **_GRAM), "_gram"),
+        "Gram matrix added r64": Pick(_llama(64, **_GRAM), "_add_blocks"),
+        "Gram matrix added, and for the norm r64": Pick(
+            _llama(64, norm=True, gram=True), "_add_blocks"
+        ),
+        "Gram matrices added, for the norm r256": Pick(_llama(256, norm=True), "_add_blocks"),
         "squared norm r128, weighted": Pick(_llama(128, **_NORM), "_sqnorm"),
         "gemm_ext forward TMA 128x256 r16": Pick(_llama(16), "_gemm_ext", _TURNED),
         "gemm_ext forward TMA 128x256 r64 with bias": Pick(
@@ -324,7 +342,8 @@ NAMED = {
     100: {
         "shrink with weighted Gram matrices r32": Pick(_llama(32, **_NORM), "_shrink", _FORWARD),
         "Gram matrices r128": Pick(_llama(128, norm=True), "_gram"),
-        "inner product of Gram matrices r16": Pick(_llama(16, norm=True), "_dot"),
+        "Gram matrices added, for the norm r16": Pick(_llama(16, norm=True), "_add_blocks"),
+        "Gram matrix added r32": Pick(_llama(32, gram=True), "_add_blocks"),
         "squared norm r16": Pick(_llama(16, norm=True), "_sqnorm"),
         "gemm_ext forward TMA 128x256 r16": Pick(_llama(16), "_gemm_ext", _TURNED),
         "gemm_ext backward TMA 128x256 masked r64": Pick(_DROPPED, "_gemm_ext", _MASKED),

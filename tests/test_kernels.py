@@ -110,9 +110,9 @@ def test_shrink(shape: Shape, dtype: torch.dtype, p: float, split: int, BM: int)
 def assert_norm(case: Case, weights: Tensor | None, tiles: ShrinkTiles = GRAMS) -> shrink.Shrunk:
     """The norm by Gram matrices is that of the h beside them."""
     found = case.shrink(tiles, B=case.B, token_weights=weights)
-    ours = float(gram.sqnorm(found.grams, found.h, case.B, S, weights))
+    ours, none = gram.sums(found.grams, found.h, case.B, S, weights)
     exact = float(reference.sqnorm(found.h, case.B, S, weights))
-    assert ours == pytest.approx(exact, rel=1e-5)
+    assert float(ours) == pytest.approx(exact, rel=1e-5) and none is None
     return found
 
 
@@ -129,11 +129,34 @@ def test_norm_from_gram_matrices(shape: Shape, split: int, weighted: bool) -> No
 
 @pytest.mark.parametrize(("r", "blocks", "b_blocks"), [(8, 300, 5), (8, 2, 129), (256, 40, 33)])
 def test_norm_of_many_blocks(r: int, blocks: int, b_blocks: int) -> None:
-    """More than `_dot` loads at once, of h, of B, and of both."""
+    """More than `_add_blocks` loads at once, of h, of B, and of both."""
     case, ranks, generator = Case(Shape(5, 8, 6, r), torch.float16), max(16, r), torch.Generator()
     g, c = (torch.rand(n, ranks, ranks, generator=generator) for n in (blocks, b_blocks))
     exact = S * S * float((g.double().sum(0) * c.double().sum(0)).sum())
-    assert float(gram.sqnorm((g, c), case.h, case.B, S, None)) == pytest.approx(exact, rel=1e-12)
+    norm, kept = gram.sums(gram.Grams(g, c), case.h, case.B, S, None, gram=True)
+    assert float(norm) == pytest.approx(exact, rel=1e-12)
+    norm, alone = gram.sums(gram.Grams(g, None), case.h, case.B, S, None, gram=True)
+    assert norm is None and torch.equal(alone, kept) and kept.shape == (r, r)
+    torch.testing.assert_close(kept, g.double().sum(0)[:r, :r], rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.product
+@pytest.mark.parametrize("r", [1, 12, 64, 100])
+@pytest.mark.parametrize("split", [1, 2])
+@each_weighting
+def test_gram_matrix_of_the_pass_that_makes_h(r: int, split: int, weighted: bool) -> None:
+    """The same bits whether the norm is asked for, too, and of h that were not asked for it."""
+    case = Case(Shape(150, 96, 40, r), torch.float16)
+    weights, tiles = case.weights if weighted else None, GRAMS._replace(split=split)
+    alone = case.shrink(tiles, gram=True, token_weights=weights)
+    assert alone.grams.of_b is None and torch.equal(alone.h, case.shrink(tiles).h)
+    norm, found = gram.sums(alone.grams, alone.h, case.B, S, weights, gram=True)
+    exact = reference.gram(alone.h, weights)
+    assert norm is None and found.shape == (r, r) and found.dtype == torch.float64
+    torch.testing.assert_close(found, exact, rtol=0.0, atol=1e-6 * float(exact.trace()))
+    both = case.shrink(tiles, gram=True, B=case.B, token_weights=weights)
+    norm, again = gram.sums(both.grams, both.h, case.B, S, weights, gram=True)
+    assert norm is not None and torch.equal(found, again)
 
 
 @pytest.mark.parametrize("r", [1, 16, 24, 64, 100])

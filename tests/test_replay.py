@@ -184,18 +184,19 @@ def hidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("rows", [4, 96], ids=["few", "many"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("p", [0.0, 0.25])
-@pytest.mark.parametrize("norm", [False, True], ids=["", "norm"])
+@pytest.mark.parametrize("measured", ["", "norm", "gram"])
 @pytest.mark.usefixtures("hidden")
-def test_passes_of_triton(rows: int, bias: bool, p: float, norm: bool) -> None:
+def test_passes_of_triton(rows: int, bias: bool, p: float, measured: str) -> None:
     from loradrop.op import fused
 
     passes = Passes()
     played = fused.Fused(fused.by_triton, fused.small_m_triton, passes=passes)
+    norm, gram = measured == "norm", measured == "gram"
     needs = Needs(True, True, True, moment=norm)
     for seed in range(4):
         t = draw((rows, 64, 48, 8), torch.float16, seed)
-        weights = torch.arange(rows, dtype=torch.float32) if norm else None
-        call = call_of(t, p)._replace(sqnorm=norm, token_weights=weights)
+        weights = torch.arange(rows, dtype=torch.float32) if measured else None
+        call = call_of(t, p)._replace(sqnorm=norm, gram=gram, token_weights=weights)
         call = call if bias else call._replace(bias=None)
         out, wanted = played.forward(call), fused.TRITON._forward(call)
         torch.testing.assert_close(out, wanted, rtol=0.0, atol=0.0)
@@ -206,4 +207,5 @@ def test_passes_of_triton(rows: int, bias: bool, p: float, norm: bool) -> None:
         exact = fused.TRITON._backward(saved, t["dy"], needs)
         torch.testing.assert_close(grads, exact, rtol=0.0, atol=0.0)
         assert all(bool(one.any()) for one in grads[: 3 + norm])
+        assert not gram or bool(out.gram.any())
     assert [type(known) for known in passes._known.values()] == [Pass, Pass]

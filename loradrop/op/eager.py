@@ -52,9 +52,16 @@ def forward(call: Call) -> Output:
     else:
         assert weight is not None
         y = added(linear(x, weight, bias), h, b.t(), s)
+    return Output(y, h, mask, *statistics(h, b, call))
+
+
+def statistics(h: Tensor, b: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
+    """The squared norm and the Gram matrix of h (M, r), each where `call` asks for it. b (N, r) is
+    B in h's dtype.
+    """
     of_h = gram(h, call.token_weights) if call.sqnorm or call.gram else None
-    norm = sqnorm_of(of_h, b, s) if of_h is not None and call.sqnorm else None
-    return Output(y, h, mask, norm, of_h if call.gram else None)
+    norm = sqnorm_of(of_h, b, call.scaling) if of_h is not None and call.sqnorm else None
+    return norm, of_h if call.gram else None
 
 
 def added(y: Tensor, h: Tensor, l: Tensor, scale: float) -> Tensor:
@@ -140,11 +147,6 @@ def _outer(p: Tensor, q: Tensor, scale: float, like: Tensor) -> Tensor:
         block = slice(rows, rows + _ROWS_PER_BLOCK)
         total.addmm_(p[block].float().t(), q[block].float(), alpha=scale)
     return total.to(like.dtype)
-
-
-def sqnorm(h: Tensor, B: Tensor, scaling: float, token_weights: Tensor | None) -> Tensor:
-    """As `reference.sqnorm`, by the Gram identity."""
-    return sqnorm_of(gram(h, token_weights), B.to(h.dtype), scaling)
 
 
 def sqnorm_of(of_h: Tensor, b: Tensor, scaling: float) -> Tensor:

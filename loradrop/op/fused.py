@@ -1,6 +1,6 @@
 """The backends of fused kernels: three thin products by Triton around one wide product.
 
-    forward    h = shrink(x, A)      y  = xWᵀ + b + s·hBᵀ     the norm from r x r Gram matrices
+    forward    h = shrink(x, A)      y  = xWᵀ + b + s·hBᵀ     G = Σ w h hᵀ, and the norm from it
     backward   t = shrink(dy, Bᵀ)    dx = dy W + mask∘(tA)    dA = tᵀ(mask∘x)    dB = s·dyᵀh
 
 with t = s·dyB/(1 − p). `thin` leaves the wide product to cuBLAS and adds the LoRA product in place;
@@ -19,8 +19,7 @@ from loradrop.kernels import tiles
 from loradrop.kernels.backward import t_and_db
 from loradrop.kernels.expand import expand
 from loradrop.kernels.gemm_ext import gemm_ext
-from loradrop.kernels.gram import sqnorm as sqnorm_of_grams
-from loradrop.kernels.gram import total, wide_grams
+from loradrop.kernels.gram import Grams, sums, total, wide_grams
 from loradrop.kernels.outer import outer
 from loradrop.kernels.shrink import shrink
 from loradrop.kernels.single_pass import single_pass
@@ -28,7 +27,6 @@ from loradrop.kernels.tiles import as_stored, rows_aligned
 from loradrop.op import cuda, eager, rounded
 from loradrop.op.call import Call, Grads, Needs, Output, Saved
 from loradrop.op.philox import gain
-from loradrop.op.reference import gram
 from loradrop.op.replay import Passes
 from loradrop.op.warn import warn_once
 
@@ -125,6 +123,24 @@ def with_h_by_cuda(
     return cuda.gemm_lora(p, q, bias, a, l, scale, h_scale)
 
 
+def _measured(
+    out: Output, call: Call, weights: Tensor | None, grams: Grams | None = None
+) -> Output:
+    """`out` with the statistics that are asked for and that it lacks, from `grams` of the pass that
+    made h, or from one more read of h. `weights` of the tokens, float32.
+    """
+    h, missing = out.h, call.sqnorm and out.sqnorm is None
+    if not (missing or call.gram):
+        return out
+    if h.dtype == torch.float32:  # the digits of its products need float64
+        b = call.B.to(h.dtype)
+        sqnorm, gram = eager.statistics(h, b, call._replace(sqnorm=missing))
+    else:
+        grams = grams or wide_grams(h, call.B if missing else None, weights)
+        sqnorm, gram = sums(grams, h, call.B, call.scaling, weights, gram=call.gram)
+    return out._replace(sqnorm=sqnorm if missing else out.sqnorm, gram=gram)
+
+
 def small_m_triton(call: Call, weights: Tensor | None) -> Output | None:
     """Few rows in one pass; None for more, and for wide ranks. `weights` of the tokens, float32."""
     x, weight = call.x, call.weight
@@ -182,11 +198,11 @@ class Fused:
         if x.numel() == 0 or B.shape[0] == 0:  # nothing for a kernel to do
             return eager.forward(call)
         machine = tiles.machine_of(x.device)
-        weights = _as_read(call.token_weights) if call.sqnorm else None
+        weights = _as_read(call.token_weights) if call.sqnorm or call.gram else None
         if self.few is not None and dropout == 0.0:
             done = self.few(call, weights)
             if done is not None:
-                return self._with_gram(done, call)
+                return _measured(done, call, weights)
         l, scale = B, scaling
         if self.rounds and weight is not None:
             near = rounded.of(A, B, x.dtype)
@@ -195,19 +211,15 @@ class Fused:
         if self.with_h is not None and dropout == 0.0 and weight is not None:
             both = self.with_h(x, weight.T, bias, A.T, l.T, scale, 1.0)
             if both is not None:
-                sqnorm = None
-                if call.sqnorm:
-                    grams = wide_grams(both[1], B, weights)
-                    sqnorm = sqnorm_of_grams(grams, both[1], B, scaling, weights)
-                return self._with_gram(Output(*both, None, sqnorm), call)
+                return _measured(Output(*both, None, None), call, weights)
         if dropout == 0.0:  # products of a masked x with a rounded A, too, ptxas serialises
             A, B = _rounded(A, B, x)
             l = l if self.rounds else B
         cut = tiles.shrink(machine, x.dtype, x.shape[0], x.shape[1], A.shape[0])
-        in_pass = call.sqnorm and x.dtype != torch.float32
+        half = x.dtype != torch.float32
         thin = shrink(
-            x, A, gain(dropout), cut, dropout=dropout, seed=call.seed,
-            B=B if in_pass else None, token_weights=weights,
+            x, A, gain(dropout), cut, dropout=dropout, seed=call.seed, gram=call.gram and half,
+            B=B if call.sqnorm and half else None, token_weights=weights,
         )  # fmt: skip
         h = thin.h
         if weight is None:
@@ -215,16 +227,7 @@ class Fused:
             y = expand(y0, h, B.T, scaling, tiles.expand(machine, x.dtype))
         else:
             y = self.extend(x, weight.T, bias, h, l.T, scale)
-        sqnorm = None
-        if thin.grams is not None:
-            sqnorm = sqnorm_of_grams(thin.grams, h, B, scaling, weights)
-        elif call.sqnorm:  # float32: the digits of its products need float64
-            sqnorm = eager.sqnorm(h, B, scaling, call.token_weights)
-        return self._with_gram(Output(y, h, thin.mask, sqnorm), call)
-
-    def _with_gram(self, out: Output, call: Call) -> Output:
-        """With the Gram matrix of h where it is asked for: one more pass, over h alone."""
-        return out._replace(gram=gram(out.h, call.token_weights)) if call.gram else out
+        return _measured(Output(y, h, thin.mask, None), call, weights, thin.grams)
 
     def backward(self, saved: Saved, dy: Tensor, needs: Needs) -> Grads:
         """As `reference.backward`, with the mask that `forward` kept."""
