@@ -14,6 +14,7 @@ from loradrop.scores import Target
 
 MaskFn = Callable[[str, Tensor, Tensor | None], Tensor | None]
 MASK = "attention_mask"
+_IGNORED = -100  # the label that losses leave out
 _log = logging.getLogger(__name__)
 
 
@@ -21,8 +22,9 @@ class Masking(NamedTuple):
     """Which tokens count.
 
     mask      the name of the model's input that marks real tokens, or None to count every token;
-              the decoder of an encoder–decoder has its own, as decoder_attention_mask. A target
-              whose rows are not its tokens, as a pooler's, counts whole
+              the decoder of an encoder–decoder has its own, as decoder_attention_mask, or else
+              counts what has a label or is no padding. A target whose rows are not its tokens,
+              as a pooler's, counts whole
     mask_fn   (target name, x, that input) -> weights of the shape of x without its last axis, or
               None for all
     """
@@ -55,6 +57,7 @@ class TokenMasks:
         self._names = list(taken)
         in_decoders = zip(targets, in_decoder(model, targets), strict=True)
         self.of_targets = [TargetMask(self, target, inside) for target, inside in in_decoders]
+        self._padding = getattr(getattr(model, "config", None), "pad_token_id", None)
         self._handle: RemovableHandle | None = None
         if (decoder := _part(model, "get_decoder")) is not None:
             hook = self._enter_decoder
@@ -69,9 +72,30 @@ class TokenMasks:
         if self.mask is not None:
             self.current = _tensor(given, self.mask)
             self._weights = _as_numbers(self.current)
-            self._of_decoder = _as_numbers(_tensor(given, f"decoder_{self.mask}"))
+            self._of_decoder = _as_numbers(self._decoder_mask(given))
         self.cached = given.get("past_key_values") is not None
         return given
+
+    def _decoder_mask(self, given: Mapping[str, Any]) -> Tensor | None:
+        """Which tokens of the decoder are real. Collators make no mask of them: they are those up
+        to the last one with a label, or that are no padding, or the encoder's own, one later.
+        """
+        mask = _tensor(given, f"decoder_{self.mask}")
+        if mask is not None or self._handle is None:
+            return mask
+        labels, ids = given.get("labels"), given.get("decoder_input_ids")
+        if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
+            return (labels != _IGNORED).flip(1).cumsum(1).flip(1) > 0
+        if isinstance(ids, Tensor):
+            if self._padding is None:
+                return None
+            real = ids != self._padding
+            real[:, 0] = True  # T5's decoder begins with padding
+            return real
+        mask = self._weights
+        if given.get("decoder_inputs_embeds") is not None or mask is None or mask.ndim != 2:
+            return None
+        return torch.cat([torch.ones_like(mask[:, :1]), mask[:, :-1]], 1)
 
     def _enter_decoder(self, _: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         encoded = kwargs.get("encoder_hidden_states")

@@ -41,8 +41,9 @@ def probe(
 
     batches   mappings of keyword arguments, tuples of positional ones, or single tensors
     mask      the input that marks real tokens; a batch without it, and mask=None, count every
-              token. Decoders have their own (decoder_attention_mask), and targets whose rows are
-              not its tokens, as a pooler's, count whole
+              token. The decoder of an encoder–decoder has its own (decoder_attention_mask, else
+              what has a label or is no padding), and targets whose rows are not its tokens, as a
+              pooler's, count whole
     mask_fn   (target name, x, that input) -> weights of x's shape without its last axis, or None
     gram      also the Gram matrices that `spectrum` and `truncate` need, by a backward pass
     labels    of that pass's loss: "sampled", drawn from the model's own logits; "data", the loss

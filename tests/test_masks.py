@@ -108,6 +108,34 @@ def test_the_decoder_has_tokens_of_its_own(make: Any) -> None:
     assert crossed == 4
 
 
+WAYS = [(bart, "labels"), (bart, "ids"), (bart, "nothing"), (t5, "labels"), (t5, "ids")]
+
+
+@pytest.mark.parametrize(("make", "given"), WAYS)
+def test_a_decoder_without_a_mask_leaves_out_its_padding(make: Any, given: str) -> None:
+    """As collators leave it: with labels, of which one in between does not count, or with what the
+    decoder reads, where labels are smoothed; and some decoders read the encoder's tokens.
+    """
+    model = make().double()
+    names = ["q", "k", "v"] if make is t5 else ["q_proj", "k_proj", "v_proj"]
+    for B in loradrop.inject(model, loradrop.LoRAConfig(r=4, target_modules=names)).B:
+        torch.nn.init.normal_(B)
+    real = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 0, 0, 0, 0]])
+    labels = torch.where(real > 0, LABELS, -100)
+    labels[0, 2] = -100
+    start, pad = model.config.decoder_start_token_id, model.config.pad_token_id
+    ids = torch.where(real > 0, torch.cat([torch.full((2, 1), start), LABELS[:, :-1]], 1), pad)
+    batch: dict[str, Tensor] = {"input_ids": IDS, "attention_mask": REAL}
+    batch |= {"labels": {"labels": labels}, "ids": {"decoder_input_ids": ids}}.get(given, {})
+    if given == "nothing":
+        real = torch.cat([torch.ones(2, 1), REAL[:, :-1]], 1)
+    found = loradrop.probe(model, [batch])
+    wanted = loradrop.probe(model, [batch | {"decoder_attention_mask": real}])
+    assert dict(found) == pytest.approx(dict(wanted), rel=1e-9)
+    every = loradrop.probe(model, [batch | {"decoder_attention_mask": torch.ones(2, 6)}])
+    assert max(every[name] / found[name] for name in found) > 1.2
+
+
 def test_a_pooler_counts_whole_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     sizes = dict(intermediate_size=48, max_position_embeddings=32)
     model = build("BertModel", "BertConfig", **sizes)
