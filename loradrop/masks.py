@@ -85,7 +85,7 @@ class TokenMasks:
             return mask
         labels, ids = given.get("labels"), given.get("decoder_input_ids")
         if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
-            return (labels != _IGNORED).flip(1).cumsum(1).flip(1) > 0
+            return torch.gt((labels != _IGNORED).flip(1).cumsum(1).flip(1), 0)
         if isinstance(ids, Tensor):
             if self._padding is None:
                 return None

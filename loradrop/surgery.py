@@ -2,12 +2,13 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from loradrop import methods
 from loradrop.bank import AdapterBank, bank_of, execution_device, has_bank
@@ -77,6 +78,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
         adapt(module, bank, i)
         injection.attributes += [(target, *changed) for changed in keep_unpacked(module)]
     injection.attributes += _avoid_fused_paths(model, bank)
+    injection.attributes += _hold_statistics(model, trained)
     injection.start = sum_of(bank) if config.method.acts else None
     model.lora_bank, model._lora_injection = bank, injection  # type: ignore[assignment]
     if hasattr(model, "save_pretrained"):
@@ -150,6 +152,27 @@ def _avoid_fused_paths(model: nn.Module, bank: AdapterBank) -> list[tuple[str, s
             if isinstance(module, kind) and within and hasattr(module, attribute):
                 changed.append((name, attribute, getattr(module, attribute)))
                 setattr(module, attribute, value)
+    return changed
+
+
+def _hold_statistics(model: nn.Module, trained: Sequence[str]) -> list[tuple[str, str, Any]]:
+    """Keep the running means of frozen BatchNorms as they are: no file of adapters would hold what
+    training makes of them. One warning, since training still normalises by its batches.
+
+    Returns (module, attribute, value before) of what was changed.
+    """
+    changed: list[tuple[str, str, Any]] = []
+    for name, module in model.named_modules():
+        moves = isinstance(module, _BatchNorm) and module.track_running_stats
+        if moves and not any(inside(name, part) for part in trained):
+            changed.append((name, "track_running_stats", True))
+            module.track_running_stats = False  # in training; eval goes by the means that are there
+    if changed:
+        _log.warning(
+            "the running means of %s stay as they are, as the base is frozen: to train and save "
+            "them, name these modules in modules_to_save",
+            ", ".join(own_name(name) for name, *_ in changed[:3]) + ", ..." * (len(changed) > 3),
+        )
     return changed
 
 

@@ -57,6 +57,33 @@ def test_remove_restores_buffers_that_training_moved() -> None:
     assert_same(model, before)
 
 
+def test_running_means_of_the_frozen_base_do_not_move(caplog: pytest.LogCaptureFixture) -> None:
+    """So what is saved computes what was trained, and `disabled` the base; those of what is trained
+    whole move, and a model without adapters again moves all.
+    """
+
+    def made() -> Any:
+        torch.manual_seed(0)
+        layers = nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH)
+        return nn.Sequential(*layers)
+
+    model, x = made(), torch.randn(6, WIDTH) + 3.0
+    loradrop.inject(model, config("1", modules_to_save=["2"]))
+    wake(model, 0.25).train()(x)
+    model(x / 0.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the running means of 0 stay as they are, as the base is frozen: to train and save them, "
+        "name these modules in modules_to_save"
+    ]
+    assert torch.equal(model[0].running_mean, made()[0].running_mean)
+    assert not torch.equal(model[2].running_mean, made()[2].running_mean)
+    with loradrop.disabled(model):
+        assert torch.equal(model.eval()(x), made().eval()(x))
+    loradrop.remove(model)
+    model.train()(x)
+    assert not torch.equal(model[0].running_mean, made()[0].running_mean)
+
+
 @each_model
 def test_merge_computes_what_the_adapters_did(make: Make, targets: list[str]) -> None:
     model = make()
