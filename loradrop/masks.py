@@ -85,11 +85,12 @@ class TokenMasks:
             return mask
         labels, ids = given.get("labels"), given.get("decoder_input_ids")
         if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
-            return torch.gt((labels != _IGNORED).flip(1).cumsum(1).flip(1), 0)
+            has_label: Tensor = labels != _IGNORED
+            return has_label.flip(1).cumsum(1).flip(1) > 0
         if isinstance(ids, Tensor):
             if self._padding is None:
                 return None
-            real = ids != self._padding
+            real: Tensor = ids != self._padding
             real[:, 0] = True  # T5's decoder begins with padding
             return real
         mask = self._weights
