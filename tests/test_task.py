@@ -167,6 +167,14 @@ def turns(*contents: str) -> list[dict[str, str]]:
 SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
 
 
+def parts(*texts: str) -> list[dict[str, str | None]]:
+    """Content as the hub's data sets hold it, with a place for what other parts have."""
+    return [{"type": "text", "text": text, "image_url": None} for text in texts]
+
+
+PARTED = [{"role": "user", "content": parts("a")}, {"role": "assistant", "content": parts("", "b")}]
+
+
 @pytest.mark.parametrize(
     ("row", "text", "pair"),
     [
@@ -179,6 +187,7 @@ SHARED = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
         ({"messages": turns("a", "b")}, tuple(turns("a", "b")), None),
         ({"prompt": turns("a", "b")[:1], "completion": turns("a", "b")[1:]}, None, None),
         ({"conversations": SHARED}, None, None),
+        ({"messages": PARTED}, None, None),
     ],
 )
 def test_rows_to_learn_to_write(tmp_path, caplog, row, text, pair):
@@ -269,6 +278,10 @@ def test_the_hub_out_of_reach_is_said_plainly(monkeypatch):
         load_task(DataConfig(source="glue/foo"))
 
 
+COUNTS, SEES = (
+    json.dumps({"messages": [*turns("a"), {"role": "assistant", "content": content}]})
+    for content in (3, [{"type": "image"}])
+)
 MIXED_CHAT = '{"prompt": [{"role": "user", "content": "a"}], "completion": "b"}'
 HALF, WORD = "text,label\na,1\nb,.5\n", "text,label\na,1\nb,x\n"
 
@@ -328,6 +341,8 @@ HALF, WORD = "text,label\na,1\nb,.5\n", "text,label\na,1\nb,x\n"
         ("e.csv", "text,label\n,1\n ,2\n", {}, "every 'text' of train is empty"),
         ("c.jsonl", '{"messages": [{"rol": "user"}]}', {}, "not a list of messages with role and"),
         ("c.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', {}, "no assistant's turn"),
+        ("c.jsonl", COUNTS, {}, r"content as text \(see {'role': 'assistant', 'content': 3}\)"),
+        ("c.jsonl", SEES, {}, r"content as text \(see .*\[{'type': 'image'}\]}\): fill it or"),
         ("c.jsonl", MIXED_CHAT, {}, "only one of prompt and completion is a list"),
         ("t.jsonl", '{"text": 3, "label": 1}', {}, "t.jsonl:1: 'text' is 3, not text"),
         ("s.csv", "text,label\na,1\nb,2\n", {}, "2 rows are too few to hold out"),

@@ -151,6 +151,9 @@ def test_conversations_that_cannot_be_tokens_are_refused(decoder):
     decoder.chat_template = "{{ raise_exception('roles alternate') }}"
     with pytest.raises(ValueError, match=r"template refuses .*\(roles alternate\): repair"):
         tokenize(made, decoder)
+    decoder.chat_template = "{{ 1 + messages[0].content }}"  # no error of the template's own
+    with pytest.raises(ValueError, match=r"template refuses .*unsupported operand .*: repair"):
+        tokenize(made, decoder)
     decoder.chat_template = PLAIN
     with pytest.raises(ValueError, match="1 of 1 rows have nothing to learn"):
         tokenize(made, decoder, 8)

@@ -46,7 +46,7 @@ def rendered(rows: Sequence[Example], tokenizer: Any) -> list[tuple[list[int], l
                 before = render(messages[:asked], add_generation_prompt=True)["input_ids"]
                 start = _common(ids, before)
                 learned[:start] = [False] * start
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise ValueError(
                 f"the tokenizer's chat template refuses {row.text!r:.200} ({error}): repair the row"
             ) from error

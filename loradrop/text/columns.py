@@ -230,10 +230,13 @@ def _cell(kind: str, row: Mapping[str, Any], place: str, column: str) -> str | t
             return tuple(cell)
         wanted = "not a list of words"
     elif kind == "causal_lm" and (_is_chat(cell) or column.lower() in CHATS):
-        messages = list(map(_message, cell)) if isinstance(cell, list) else []
+        given = cell if isinstance(cell, list) else []
+        messages = list(map(_message, given))
         if messages and all(messages):
             return tuple(messages)
-        wanted = "not a list of messages with role and content"
+        wanted = "not a list of messages with role and content as text"
+        if messages:
+            wanted += f" (see {given[messages.index(None)]!r:.200})"
     elif isinstance(cell, str):
         if _is_unicode(cell):
             return cell
@@ -249,15 +252,23 @@ def _is_unicode(text: str) -> bool:
 
 
 def _message(given: Any) -> dict[str, Any] | None:
-    """One with a role and its content, or None."""
+    """One with a role and its content, whose parts are joined where all are text, or None."""
     if not isinstance(given, Mapping):
         return None
     made = {key: value for key, value in given.items() if value is not None}
     if "role" not in made and {"from", "value"} <= {*made}:
         role, content = made.pop("from"), made.pop("value")
         made = {"role": _ROLES.get(role, role), "content": content, **made}
-    whole = isinstance(made.get("role"), str) and {"content", "tool_calls"} & {*made}
-    return made if whole else None
+    content = made.get("content", "")
+    if isinstance(content, list) and all(map(_is_text, content)):
+        made["content"] = content = "".join(part["text"] for part in content)
+    told = isinstance(made.get("role"), str) and isinstance(content, str)
+    return made if told and {"content", "tool_calls"} & {*made} else None
+
+
+def _is_text(part: Any) -> bool:
+    known = isinstance(part, Mapping) and part.get("type") == "text"
+    return known and isinstance(part.get("text"), str)
 
 
 def _check_labels(
