@@ -160,6 +160,22 @@ def test_words_with_tags(tmp_path):
     assert made.train == (Example(("a", "b"), None, (0, 1)),)
 
 
+@pytest.mark.parametrize("ignored", [-100, -100.0])
+def test_words_that_do_not_count_have_no_class(tmp_path, ignored):
+    rows = [{"tokens": ["a", "b"], "ner_tags": [ignored, i % 2]} for i in range(2)]
+    rows.append({"tokens": ["c"], "ner_tags": [ignored]})
+    path = dump(tmp_path / "w.jsonl", rows)
+    made = load_task(DataConfig(source=path, dev=path))
+    assert made.labels == ("0", "1") and repr(made.dev[1].label) == "(-100, 1)"
+    assert made.dev[2].label == (-100,)
+    one = dump(tmp_path / "o.jsonl", rows[:1])
+    with pytest.raises(ValueError, match=r"every row of train has the label .* nothing to learn"):
+        load_task(DataConfig(source=one, dev=one))
+    rows = [{"text": "a", "labels": [-100, i]} for i in range(2)]  # of a text it is a class
+    path = dump(tmp_path / "m.jsonl", rows)
+    assert load_task(DataConfig(source=path, dev=path)).labels == ("-100", "0", "1")
+
+
 def turns(*contents: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
 
@@ -248,12 +264,12 @@ def test_lists_of_a_hub_data_set_have_its_class_names(monkeypatch):
     several = datasets.Sequence(datasets.ClassLabel(names=["O", "X"]))
     for text, column, label, expected in (
         ("string", "text", "labels", ("multi_label_classification", (1,))),
-        (datasets.Value("string"), "tokens", "ner_tags", ("token_classification", (1, 1))),
+        (datasets.Value("string"), "tokens", "ner_tags", ("token_classification", (1, -100))),
     ):
         kind = datasets.Value(text) if isinstance(text, str) else datasets.Sequence(text)
         cells = ["a b", "c"] if isinstance(text, str) else [["a", "b"], ["c"]]
         features = datasets.Features({column: kind, label: several})
-        labels = [[1, 1], [0]]
+        labels = [[1, 1 if text == "string" else -100], [0]]
         made = datasets.Dataset.from_dict({column: cells, label: labels}, features=features)
         sets = {"train": made, "validation": made}
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, sets=sets: sets)

@@ -172,6 +172,16 @@ def test_a_word_has_its_label_at_its_first_token(encoder):
     assert batch["labels"][1].tolist() == [-100, 0] + [-100] * 6
 
 
+def test_rows_in_which_no_word_counts_are_left_out(encoder, caplog):
+    """A batch of them would have a loss of NaN."""
+    rows = [(("a", "b"), None, (-100, 1)), (("a",), None, (-100,)), (("d",) * 8, None, (0,) * 8)]
+    train, _ = tokenize(task("token_classification", rows), encoder, 8)
+    assert [row["labels"] for row in train] == [[-100, -100, 1, -100], [-100, *[0] * 6, -100]]
+    assert "1 of 3 rows have no token to learn" in caplog.text
+    with pytest.raises(ValueError, match="no row has a token to learn"):
+        tokenize(task("token_classification", rows[1:2]), encoder, 8)
+
+
 def test_classes_that_apply_become_a_vector(encoder):
     rows = [("a", None, (1,)), ("b c", None, ()), ("c", None, (0, 1))]
     train, _ = tokenize(task("multi_label_classification", rows), encoder)

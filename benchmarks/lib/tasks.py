@@ -18,8 +18,9 @@ from loradrop.files import write_json
 from loradrop.machine import versions
 from loradrop.run_config import MINILM, ModelConfig, RunConfig
 from loradrop.text.examples import TextTask
+from loradrop.text.labels import IGNORED
 from loradrop.text.task import DataConfig, load_task
-from loradrop.text.tokens import IGNORED, TokenizedDataset, collator, tokenize
+from loradrop.text.tokens import TokenizedDataset, collator, tokenize
 
 HELD_OUT = 400  # rows of train, by which learning rates are chosen
 

@@ -8,7 +8,7 @@ from itertools import chain, product
 from typing import Any, NamedTuple
 
 from loradrop.text.examples import ASKED, Example
-from loradrop.text.labels import read_labels
+from loradrop.text.labels import IGNORED, read_labels
 from loradrop.text.tables import Table
 
 # The columns where the configuration names none, in any case of their letters: the first label
@@ -82,7 +82,8 @@ def read_examples(
         kind, names, labels = read_labels(kind, cells, places, n_train, declared)
         _check_labels(kind, texts, labels, cells, places)
         seen = labels[:n_train]
-        if len({*(chain(*seen) if kind == "token_classification" else seen)}) < 2:
+        found = {*chain(*seen)} - {IGNORED} if kind == "token_classification" else {*seen}
+        if len(found) < 2:
             raise ValueError(
                 f"every row of train has the label {cells[0]} ({_listed(train)}): there is "
                 "nothing to learn; check data.label"

@@ -16,7 +16,7 @@ class Example(NamedTuple):
     text    a string; the words of a row of token_classification, and the messages (role, content,
             `ASKED`) of a conversation, as a tuple
     label   a class index; a float; class indices (multi-label: those that apply; tokens: one for
-            each word); None for causal_lm
+            each word, or `IGNORED`); None for causal_lm
     """
 
     text: str | tuple[Any, ...]

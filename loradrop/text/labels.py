@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 LISTS = ("multi_label_classification", "token_classification")  # the labels of a row are a list
+IGNORED = -100  # the label that losses and metrics leave out
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _WHOLE = re.compile(r"[+-]?(0|[1-9]\d*)(\.0*)?", re.ASCII)  # not 01 and not 1E5, which are codes
 
@@ -15,10 +16,11 @@ def read_labels(
     """(kind, names of the classes, labels) of cells, of which the first `n_train` are of train.
 
     A label is a class index (classification), a float (regression), or a tuple of class indices
-    (the kinds of `LISTS`: lists of classes, also as a vector of 0 and 1 for each class). Where
-    every cell is a number and one has a fraction, "auto" is a regression. Else the cells are
-    classes: 1, "1" and "1.0" are one, and "01" or "1E5" are text. `declared` names the classes of
-    indices. Raises ValueError naming the row of a label that does not fit.
+    (the kinds of `LISTS`: lists of classes, also as a vector of 0 and 1 for each class; the number
+    -100 as the label of a word is no class, and stays). Where every cell is a number and one has a
+    fraction, "auto" is a regression. Else the cells are classes: 1, "1" and "1.0" are one, and "01"
+    or "1E5" are text. `declared` names the classes of indices. Raises ValueError naming the row of
+    a label that does not fit.
     """
     if kind in LISTS:
         return kind, *_lists(kind, cells, places, n_train, declared)
@@ -84,7 +86,7 @@ def _classes(
 def _lists(
     kind: str, cells: Sequence[Any], places: Sequence[str], n_train: int, declared: tuple[str, ...]
 ) -> tuple[tuple[str, ...], list[tuple[int, ...]]]:
-    """The names of the classes, and the indices in each row's list."""
+    """The names of the classes, and the indices in each row's list, with `IGNORED` among words'."""
     for cell, place in zip(cells, places, strict=True):
         if not isinstance(cell, (list, tuple)):
             raise ValueError(f"{place}: the label {cell!r} is not a list, which {kind} needs")
@@ -94,10 +96,11 @@ def _lists(
     if not tags and vectors and any(cell.count(v) > 1 for cell in cells for v in (0, 1)):
         names = declared or tuple(map(str, range(width)))
         return names, [tuple(i for i, value in enumerate(cell) if value) for cell in cells]
-    items = [item for cell in cells for item in cell]
-    where = [place for cell, place in zip(cells, places, strict=True) for _ in cell]
+    counted = [[v for v in cell if not (tags and v == IGNORED)] for cell in cells]
+    items = [item for cell in counted for item in cell]
+    where = [place for cell, place in zip(counted, places, strict=True) for _ in cell]
     _, values = _values("classification", items, where)
-    names, flat = _classes(values, sum(map(len, cells[:n_train])), where, declared)
+    names, flat = _classes(values, sum(map(len, counted[:n_train])), where, declared)
     each = iter(flat)
-    rows = [tuple(next(each) for _ in cell) for cell in cells]
+    rows = [tuple(IGNORED if tags and v == IGNORED else next(each) for v in cell) for cell in cells]
     return names, rows if tags else [tuple(sorted(set(row))) for row in rows]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from loradrop.text.examples import TextTask
-from loradrop.text.tokens import IGNORED
+from loradrop.text.labels import IGNORED
 
 if TYPE_CHECKING:
     from transformers import EvalPrediction

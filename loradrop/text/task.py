@@ -36,7 +36,7 @@ class DataConfig:
     text_pair    column of the second sentence or, for causal_lm, of the completion
     label        column; None is label, labels, ner_tags, sentiment, category, class, target or
                  tags. Lists of classes make a multi-label task; with lists of words, each word has
-                 a label
+                 a label, or -100 where it does not count
     dev          file (or split of a hub data set); None is the dev or validation file beside a
                  train file, and a part held out of train where there is none
     dev_ratio    that part, by class

@@ -5,19 +5,20 @@ import itertools
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from loradrop.text import chats
 from loradrop.text.examples import KINDS, Example, TextTask
+from loradrop.text.labels import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-IGNORED = -100  # the label that losses leave out
 _log = logging.getLogger(__name__)
+Row = TypeVar("Row")
 
 
 class TokenizedDataset(Dataset[dict[str, Any]]):
@@ -69,7 +70,7 @@ def _warn_cut(cut: int, rows: int, longest: int, limit: int) -> None:
 def _encode_words(
     task: TextTask, rows: Sequence[Example], tokenizer: Any, limit: int
 ) -> list[dict[str, Any]]:
-    """Words, with the label of each at the first of its tokens."""
+    """Words, with the label of each at the first of its tokens, of the rows where one counts."""
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
         raise ValueError(f"token_classification needs a fast tokenizer, which {kind} is not")
@@ -81,7 +82,18 @@ def _encode_words(
         pieces = zip([None, *words], words, strict=False)
         labels = [tags[w] if w is not None and w != last else IGNORED for last, w in pieces]
         encoded.append({key: column[i] for key, column in tokens.items()} | {"labels": labels})
-    return encoded
+    return _that_teach(encoded, [row["labels"] for row in encoded])
+
+
+def _that_teach(rows: Sequence[Row], labels: Sequence[Sequence[int]]) -> list[Row]:
+    """The rows that have a label which counts. Raises ValueError where there is none."""
+    kept = [row for row, own in zip(rows, labels, strict=True) if {*own} - {IGNORED}]
+    if not kept:
+        raise ValueError("no row has a token to learn: look at the columns of the data")
+    if len(kept) < len(rows):
+        what = "%d of %d rows have no token to learn, as blank ones: they are left out"
+        _log.warning(what, len(rows) - len(kept), len(rows))
+    return kept
 
 
 def _prompt(row: Example) -> str:
@@ -117,13 +129,7 @@ def _cut_causal(rows: Sequence[tuple[list[int], list[int]]], limit: int) -> list
 
     Raises ValueError where the limit leaves no label in a row, or no row says anything.
     """
-    every = len(rows)
-    rows = [(ids, v) for ids, v in rows if any(label != IGNORED for label in v[1:])]
-    if not rows:
-        raise ValueError("no row has a token to learn: look at the columns of the data")
-    if every > len(rows):
-        what = "%d of %d rows have no token to learn, as blank ones: they are left out"
-        _log.warning(what, every - len(rows), every)
+    rows = _that_teach(rows, [v[1:] for _, v in rows])
     learned = [next(i for i, v in enumerate(v) if i and v != IGNORED) for _, v in rows]
     if too_long := [at for at in learned if at >= limit]:
         raise ValueError(
