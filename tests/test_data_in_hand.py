@@ -181,7 +181,7 @@ def test_special_tokens_of_ones_own_stay(llama: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("write", [str, json.dumps])
 def test_lists_in_csv(write: Any, tmp_path: Path) -> None:
-    def table(name: str, header: str, rows: list[tuple[Any, Any]]) -> str:
+    def table(name: str, header: str, rows: list[tuple[Any, ...]]) -> str:
         cells = ('","'.join(str(c if isinstance(c, str) else write(c)).replace('"', '""')
                             for c in row) for row in rows)  # fmt: skip
         (tmp_path / name).write_text(header + "\n" + "".join(f'"{line}"\n' for line in cells))
@@ -190,9 +190,12 @@ def test_lists_in_csv(write: Any, tmp_path: Path) -> None:
     many = table("m.csv", "text,labels", [("x", ["a", "c"]), ("y", ["b"]), ("z", ["c"])] * 4)
     task = load_task(DataConfig(source=many))
     assert (task.kind, task.labels) == ("multi_label_classification", ("a", "b", "c"))
-    words = table("w.csv", "tokens,ner_tags", [(["a", "b"], [0, 1]), (["c"], [1])] * 4)
-    task = load_task(DataConfig(source=words))
-    assert task.kind == "token_classification" and task.train[0].text in (("a", "b"), ("c",))
+    words = [("a b", ["a", "b"], [0, 1]), ("c", ["c"], [1])] * 4
+    for first in (0, 1):  # the text that the words are of may stand beside them
+        header = ",".join(("text", "tokens", "ner_tags")[first:])
+        source = table("w.csv", header, [row[first:] for row in words])
+        task = load_task(DataConfig(source=source))
+        assert task.kind == "token_classification" and task.train[0].text in (("a", "b"), ("c",))
 
 
 def test_a_run_keeps_its_report(tmp_path: Path, bert: str, capsys: Capsys) -> None:

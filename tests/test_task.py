@@ -160,6 +160,13 @@ def test_words_with_tags(tmp_path):
     assert made.train == (Example(("a", "b"), None, (0, 1)),)
 
 
+def test_tags_of_a_whole_text_where_the_task_says_so(tmp_path):
+    rows = [{"text": "a", "tags": tags} for tags in (["x", "y"], ["y"])]
+    path = dump(tmp_path / "t.jsonl", rows)
+    made = load_task(DataConfig(source=path, dev=path, task="multi_label_classification"))
+    assert made.labels == ("x", "y") and [row.label for row in made.train] == [(0, 1), (1,)]
+
+
 @pytest.mark.parametrize("ignored", [-100, -100.0])
 def test_words_that_do_not_count_have_no_class(tmp_path, ignored):
     rows = [{"tokens": ["a", "b"], "ner_tags": [ignored, i % 2]} for i in range(2)]
@@ -354,6 +361,8 @@ HALF, WORD = "text,label\na,1\nb,.5\n", "text,label\na,1\nb,x\n"
         ("l.jsonl", '{"text": "a", "label": [null]}', {}, "l.jsonl:1: the label None is not a num"),
         ("k.jsonl", '{"tokens": ["a"], "tags": ["O", "X"]}', {}, "k.jsonl:1 has 1 words and 2 la"),
         ("k.jsonl", '{"tokens": [], "ner_tags": []}', {}, "'tokens' is .*not a list of words"),
+        ("k.jsonl", '{"text": "a b", "Tags": ["X"]}', {}, "k.jsonl:1: 'text' is 'a b', not a list"),
+        ("k.csv", 'text,ner_tags\na b,"[0, 1]"', {}, "'a b', not .*=multi_label_classification"),
         ("e.csv", "text,label\n,1\n ,2\n", {}, "every 'text' of train is empty"),
         ("c.jsonl", '{"messages": [{"rol": "user"}]}', {}, "not a list of messages with role and"),
         ("c.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', {}, "no assistant's turn"),

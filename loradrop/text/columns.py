@@ -16,6 +16,7 @@ from loradrop.text.tables import Table
 # those before MORE_LABELS.
 LABELS = ("label", "labels", "ner_tags")
 MORE_LABELS = ("sentiment", "category", "class", "target", "tags", "pos_tags")
+TAGS = ("ner_tags", "tags", "pos_tags")  # of words, where they are lists
 TEXTS = (
     *(("text", None), ("sentence1", "sentence2"), ("premise", "hypothesis")),
     *(("question1", "question2"), ("question", "sentence"), ("sentence", None), ("review", None)),
@@ -55,7 +56,8 @@ def read_examples(
     cells, and from the labels (`read_labels`). Columns that are not used are named in the log.
 
     Raises ValueError with the columns of the table for a column that is missing, and naming the row
-    for text or labels that are missing, not finite, of another kind, or not among train's classes.
+    for text or labels that are missing, not finite, of another kind, or not among train's classes;
+    for "auto" also where a column of `TAGS` has lists beside text that is not a list of words.
     """
     kind, roles = _roles(train, kind, text, pair, label)
     tables = [train] if dev is None else [train, dev]
@@ -69,6 +71,12 @@ def read_examples(
     places = [place for table in tables for place in table.places]
     if kind == "auto" and isinstance(rows[0].get(roles.label or ""), list):
         words = isinstance(rows[0].get(roles.text), list)
+        if not words and (roles.label or "").lower() in TAGS:
+            raise ValueError(
+                f"{places[0]}: {roles.text!r} is {rows[0].get(roles.text)!r:.200}, not a list of "
+                f"words, which {roles.label!r} would be the tags of: name the column of words with "
+                "data.text, or set data.task=multi_label_classification for labels of the sentence"
+            )
         kind = "token_classification" if words else "multi_label_classification"
     texts, pairs = _texts(kind, rows, places, roles)
     n_train = len(train.rows)
@@ -136,6 +144,7 @@ def _roles(
         raise ValueError(f"data.label={label!r}: causal_lm has no label; use data.text_pair")
     causal, named = kind == "causal_lm", not text is pair is label is None
     columns = {column.lower(): column for column in reversed(table.columns)}
+    row = {column: _list_in(cell) for column, cell in table.rows[0].items()}
     free = {low: column for low, column in columns.items() if column not in (text, pair, label)}
 
     def first(known: Sequence[str]) -> str | None:
@@ -161,8 +170,8 @@ def _roles(
         )
     free = {low: column for low, column in free.items() if column != label}
     known = PROMPTS if causal else TEXTS
-    lists = {low for low, column in free.items() if isinstance(table.rows[0].get(column), list)}
-    if label is not None and isinstance(table.rows[0].get(label), list):
+    lists = {low for low, column in free.items() if isinstance(row.get(column), list)}
+    if label is not None and isinstance(row.get(label), list):
         known = tuple(sorted(TEXTS, key=lambda names: names[0] not in lists))  # words go first
     context = None
     if text is pair is None:
