@@ -1,5 +1,6 @@
 """Data and base models as people have them: what is learned, what is left out, and what is said."""
 
+import csv
 import json
 import logging
 from pathlib import Path
@@ -179,14 +180,20 @@ def test_special_tokens_of_ones_own_stay(llama: str, tmp_path: Path) -> None:
         assert found == {f"{first}afilm[SEP]good[SEP]", f"{first}afilmgood[SEP]"}
 
 
-@pytest.mark.parametrize("write", [str, json.dumps])
-def test_lists_in_csv(write: Any, tmp_path: Path) -> None:
-    def table(name: str, header: str, rows: list[tuple[Any, ...]]) -> str:
-        cells = ('","'.join(str(c if isinstance(c, str) else write(c)).replace('"', '""')
-                            for c in row) for row in rows)  # fmt: skip
-        (tmp_path / name).write_text(header + "\n" + "".join(f'"{line}"\n' for line in cells))
+@pytest.fixture(params=[str, json.dumps])
+def table(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """Writes rows into a CSV file: lists as Python, or JSON, writes them."""
+
+    def written(name: str, header: str, rows: list[tuple[Any, ...]]) -> str:
+        cells = [[c if isinstance(c, str) else request.param(c) for c in row] for row in rows]
+        with (tmp_path / name).open("w", newline="") as file:
+            csv.writer(file).writerows([header.split(","), *cells])
         return str(tmp_path / name)
 
+    return written
+
+
+def test_lists_in_csv(table: Any) -> None:
     many = table("m.csv", "text,labels", [("x", ["a", "c"]), ("y", ["b"]), ("z", ["c"])] * 4)
     task = load_task(DataConfig(source=many))
     assert (task.kind, task.labels) == ("multi_label_classification", ("a", "b", "c"))
@@ -196,6 +203,35 @@ def test_lists_in_csv(write: Any, tmp_path: Path) -> None:
         source = table("w.csv", header, [row[first:] for row in words])
         task = load_task(DataConfig(source=source))
         assert task.kind == "token_classification" and task.train[0].text in (("a", "b"), ("c",))
+
+
+@pytest.mark.parametrize("options", [{}, {"task": "causal_lm"}])
+def test_conversations_in_csv(options: Any, table: Any) -> None:
+    asked, said = [turn("user", "It's a"), turn("user", "b")], [turn("assistant", "c")]
+    for header, row in (
+        ("Messages", ([*asked, *said],)),
+        ("prompt,completion", (asked, said)),
+        ("id,talk", ("1", [*asked, *said])),
+    ):
+        text = {"text": "talk"} if "talk" in header else {}
+        path = table("c.csv", header, [row] * 4)
+        made = load_task(DataConfig(source=path, **text, **options))
+        assert made.kind == "causal_lm" and made.train[0] == ((*asked, *said), None, None)
+    path = table("b.csv", "messages", [([*asked, *said],), ("[a]",)])
+    with pytest.raises(ValueError, match=r"b\.csv:3: 'messages' is '\[a\]', not a list of mes"):
+        load_task(DataConfig(source=path, **options))
+
+
+@pytest.mark.parametrize(
+    "text", ["[sic]", "[{[]: 1}]", '[{"name": "f", "arguments": {}}]', "[" * 9999 + "]"]
+)
+def test_text_that_looks_like_a_list_is_text(text: str, table: Any) -> None:
+    """Of a call that a model learns to write, too."""
+    talk = [turn("user", "a"), turn("assistant", "b")]
+    for cells in ([text] * 4, [talk, talk, talk, text]):
+        path = table("t.csv", "prompt,completion", [("a", cell) for cell in cells])
+        made = load_task(DataConfig(source=path, dev=path))
+        assert made.train[3].pair == text and isinstance(made.train[0].pair, str)
 
 
 def test_a_run_keeps_its_report(tmp_path: Path, bert: str, capsys: Capsys) -> None:

@@ -3,7 +3,7 @@
 import ast
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, product
 from typing import Any, NamedTuple
 
@@ -66,7 +66,7 @@ def read_examples(
         for option, column in options.items():
             if column is not None and column not in table.columns:
                 raise ValueError(f"data.{option}={column!r} is not a column: {_listed(table)}")
-    tables = _parsed(tables, roles)
+    tables = _parsed(tables, kind, roles)
     rows = [row for table in tables for row in table.rows]
     places = [place for table in tables for place in table.places]
     if kind == "auto" and isinstance(rows[0].get(roles.label or ""), list):
@@ -104,17 +104,25 @@ def read_examples(
     return kind, names, examples[:n_train], None if dev is None else examples[n_train:]
 
 
-def _parsed(tables: list[Table], roles: Roles) -> list[Table]:
-    """The tables with lists in place of their text, as CSV has them, where all labels are."""
-    labels = [_list_in(row.get(roles.label or "")) for table in tables for row in table.rows]
-    if roles.label is None or not all(isinstance(found, list) for found in labels):
+def _parsed(tables: list[Table], kind: str, roles: Roles) -> list[Table]:
+    """The tables with lists in place of their text, as CSV has them: in columns of conversations,
+    or where all labels are lists, and then in a column of text where all cells are such lists.
+    """
+
+    def every(column: str, fits: Callable[[Any], bool]) -> bool:
+        return all(fits(_list_in(row.get(column))) for table in tables for row in table.rows)
+
+    columns = []
+    if kind == "causal_lm":
+        sides = [column for column in (roles.text, roles.pair) if column is not None]
+        columns = [c for c in sides if c.lower() in CHATS or every(c, _is_whole_chat)]
+    elif roles.label is not None and every(roles.label, _is_list):
+        columns = [roles.label] + [roles.text] * every(roles.text, _is_list)
+    if not columns:
         return tables
-    columns = [roles.label]
-    if all(isinstance(_list_in(row.get(roles.text)), list) for t in tables for row in t.rows):
-        columns.append(roles.text)
     return [
         table._replace(
-            rows=[{**row, **{c: _list_in(row[c]) for c in columns}} for row in table.rows]
+            rows=[{**row, **{c: _list_in(row.get(c)) for c in columns}} for row in table.rows]
         )
         for table in tables
     ]
@@ -127,8 +135,8 @@ def _list_in(cell: Any) -> Any:
     for read in (json.loads, ast.literal_eval):
         try:
             return read(cell)
-        except (ValueError, SyntaxError):
-            continue
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            continue  # what Python's documentation names
     return cell
 
 
@@ -158,7 +166,7 @@ def _roles(
     if not causal and label is None:
         label = first(LABELS)
     if kind == "auto" and label is None:
-        chat = _is_chat(table.rows[0].get(text or first(CHATS) or ""))
+        chat = _is_chat(row.get(text or first(CHATS) or ""))
         alone = {*free} - {*ASIDE} == {"text"}
         causal = chat or (not named and (find(PAIRS) != (None, None) or alone))
     if not causal and label is None:
@@ -188,8 +196,16 @@ def _roles(
     return "causal_lm" if causal else kind, Roles(text, pair, label, context)
 
 
+def _is_list(cell: Any) -> bool:
+    return isinstance(cell, list)
+
+
 def _is_chat(cell: Any) -> bool:
     return isinstance(cell, list) and bool(cell) and all(isinstance(m, Mapping) for m in cell)
+
+
+def _is_whole_chat(cell: Any) -> bool:
+    return _is_chat(cell) and all(map(_message, cell))
 
 
 def _has_content(text: Any) -> bool:

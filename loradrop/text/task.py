@@ -36,8 +36,8 @@ class DataConfig:
     text_pair    column of the second sentence or, for causal_lm, of the completion
     label        column; None is label, labels, ner_tags, sentiment, category, class, target or
                  tags. Lists of classes make a multi-label task; with lists of words, each word has
-                 a label, or -100 where it does not count. In CSV a list is written as JSON or as
-                 Python writes it; lists of tags need lists of words, unless `task` says otherwise
+                 a label, or -100 where it does not count. Lists of tags need lists of words,
+                 unless `task` says otherwise
     dev          file (or split of a hub data set); None is the dev or validation file beside a
                  train file, and a part held out of train where there is none
     dev_ratio    that part, by class
@@ -46,8 +46,9 @@ class DataConfig:
     max_train, max_dev   at most that many rows, drawn by class
     seed         of the held-out part and the draws; the training's seed does not touch them
 
-    Of a prompt with its completion only the completion is learned, of a conversation the turns of
-    the assistant. A row is one example: rows are not packed.
+    In a cell of CSV, lists and conversations are written as JSON or as Python writes them. Of a
+    prompt with its completion only the completion is learned, of a conversation the turns of the
+    assistant. A row is one example: rows are not packed.
 
     Raises ValueError naming the field, its value and the remedy.
     """
