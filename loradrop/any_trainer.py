@@ -1,5 +1,6 @@
 """LoRA-drop in one run of any Trainer: the callback, and what it does to a running optimiser."""
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -147,9 +148,11 @@ class LoraDropCallback(TrainerCallback):
         self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any
     ) -> None:
         if self.events is not None:
-            folder = _of_step(args, state) / FOLDER
-            self.events.save(folder, args.should_save)
-            if args.should_save:
+            # A trial's folder is found by what is in it, once the first rank has written that.
+            found = _written(args, state) if args.should_save else None
+            folder = (found or _of_step(args, state)) / FOLDER
+            self.events.save(folder, found is not None)
+            if found is not None:
                 if bank_of(model).changed is not None:  # FSDP2 may write the checkpoint in parts
                     _save_whole(model, folder)
                 if not (folder / TENSORS).exists():  # PEFT writes the adapters
@@ -178,8 +181,21 @@ def _require_held(bank: AdapterBank, optimizer: Any) -> None:
 
 
 def _of_step(args: Any, state: TrainerState) -> Path:
-    """The checkpoint that the run writes now."""
+    """The run's checkpoint of this step."""
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def _written(args: Any, state: TrainerState) -> Path | None:
+    """The checkpoint that the run has just written. A trial of a search has a folder of its own,
+    whose name a Trainer tells nobody: it is the last one that logged what the run did; None where
+    there is none in output_dir.
+    """
+    here = _of_step(args, state)
+    if not state.is_hyper_param_search:
+        return here
+    files = Path(args.output_dir).rglob(f"{here.name}/{TRAINER_STATE_NAME}")
+    logged = [(file.stat().st_mtime_ns, file) for file in files if _logged(file, state)]
+    return max(logged)[1].parent if logged else None
 
 
 def _resumed(args: Any, state: TrainerState) -> Path:
@@ -189,8 +205,7 @@ def _resumed(args: Any, state: TrainerState) -> Path:
     given = args.resume_from_checkpoint
     named = [Path(given)] if isinstance(given, str) else []
     for folder in (*named, _of_step(args, state)):
-        file = folder / TRAINER_STATE_NAME
-        if file.exists() and _history(TrainerState.load_from_json(str(file))) == _history(state):
+        if _logged(folder / TRAINER_STATE_NAME, state):
             return folder
     raise ValueError(
         f"LoraDropCallback: the checkpoint that the run resumes from, of step {state.global_step}, "
@@ -199,8 +214,17 @@ def _resumed(args: Any, state: TrainerState) -> Path:
     )
 
 
-def _history(state: TrainerState) -> tuple[Any, ...]:
-    return state.global_step, state.total_flos, state.log_history
+def _logged(file: Path, state: TrainerState) -> bool:
+    """Whether the file is the state of a run that logged the same up to the same step."""
+    try:
+        return _history(TrainerState.load_from_json(str(file))) == _history(state)
+    except (OSError, ValueError):  # not there, or of a run beside this one that is writing it
+        return False
+
+
+def _history(state: TrainerState) -> str:
+    """As text, in which NaN is equal to itself."""
+    return json.dumps([state.global_step, state.total_flos, state.log_history], sort_keys=True)
 
 
 def _fsdp(args: Any) -> Any:

@@ -69,7 +69,10 @@ class MethodCallback(TrainerCallback):
         return {"steps": steps, "planned": self.warmup.steps, "settled": self.settled}
 
     def begin(self) -> None:
-        """Start to collect, from the state that `load` took where there is one."""
+        """Start to collect, from the state that `load` took where there is one. A try before this
+        one, which the Trainer gave up, collects no more.
+        """
+        self.detach()
         self._started = time.monotonic()
         names = self.statistics or ("sqnorm",)
         masking = self.masking if self.statistics else EVERY_TOKEN

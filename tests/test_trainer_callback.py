@@ -3,6 +3,7 @@
 import logging
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +23,11 @@ from transformers import (
     TrainingArguments,
     default_data_collator,
 )
+from transformers.trainer_utils import HPSearchBackend
 
 import loradrop
 from loradrop import LoRAConfig, LoraDropConfig
+from loradrop.callbacks import MethodCallback
 from loradrop.injection import plan_of
 from loradrop.methods import LoRADrop, Spectral
 from loradrop.methods.prilora import PRILoRA
@@ -181,6 +184,49 @@ def test_resumed_from_a_checkpoint_elsewhere(
     trainer(here, model, [loradrop.LoraDropCallback()], **named).train(there)
     assert equal(tensors(model), tensors(whole[1]))
     assert plan_of(model).scores == plan_of(whole[1]).scores
+
+
+@pytest.mark.parametrize("name", ["run-{}", "grid/{}", "{elsewhere}/{}"])
+def test_each_trial_of_a_search_has_its_own_files(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where two log the same, and NaN; one outside of output_dir is not found: it has none."""
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: {})
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    args = trainer(out, injected(), max_steps=6, save_steps=3).args
+    callbacks = [loradrop.LoraDropCallback(), LogsNan()]
+    init = partial(injected, DROP)  # a function of one argument is given the trial
+    run = Trainer(model_init=init, args=args, train_dataset=make_rows(), callbacks=callbacks)
+    run.hp_search_backend, run.hp_space = HPSearchBackend.OPTUNA, lambda trial: {}
+    run.hp_name = lambda trial: name.format(trial.number, elsewhere=elsewhere)
+    for number in range(2):
+        run.train(trial=SimpleNamespace(number=number, params={}))
+    found = {str(file.parents[1].relative_to(out)) for file in out.rglob("events.json")}
+    trials = [] if "elsewhere" in name else [name.format(number) for number in range(2)]
+    assert found == {f"{trial}/checkpoint-{step}" for trial in trials for step in (3, 6)}
+    assert not any(out.glob("checkpoint-*"))
+
+
+class LogsNan(TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        state.log_history.append({"q": float("nan"), "step": state.global_step})
+
+
+@pytest.mark.parametrize("kind", [MethodCallback, loradrop.LoraDropCallback])
+def test_a_try_that_was_given_up_collects_no_more(kind: Any, tmp_path: Path) -> None:
+    model, tries = injected(tiny.PLAIN), iter([True])
+
+    def full() -> None:
+        if next(tries, False):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+    own = kind(model, statistics=["sqnorm"]) if kind is MethodCallback else kind()
+    callbacks = [own, At(tmp_path.name, 3, full)]
+    run = trainer(tmp_path, model, callbacks, max_steps=5, auto_find_batch_size=True)
+    assert run.train().global_step == 5
+    assert run.state.train_batch_size < 8
+    assert not model._forward_pre_hooks and not model._forward_hooks
+    assert model.lora_bank.collector is None
 
 
 def test_a_stream_cannot_be_measured_offline(tmp_path: Path) -> None:
