@@ -19,7 +19,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # see `draft_of`
+    draft = _draft(path)
     try:
         yield draft
         with open(draft, "r+b") as file:  # Windows flushes no file that is open to read alone
@@ -39,6 +39,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         draft.unlink(missing_ok=True)
 
 
+def _draft(path: Path) -> Path:
+    """A new name beside `path`, from which `draft_of` finds it."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 def draft_of(path: Path) -> str | None:
     """The name of the file that `path` was to become; None where it is not a draft."""
     found = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp", path.name)
@@ -54,6 +59,25 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], data: Any) -> None:
     """Replaces the file with `data` as JSON, atomically."""
     write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def create_json(path: str | os.PathLike[str], data: Any) -> None:
+    """Makes the file with `data` as JSON, atomically; of several that try, one does.
+
+    Raises FileExistsError where it is there.
+    """
+    path = Path(path)
+    draft = _draft(path)
+    write_json(draft, data)
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without links: for a moment the file is empty
+        open(path, "x").close()
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -4,7 +4,6 @@ A resume goes on from there once `start/`, which is written last, holds the adap
 """
 
 import io
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loradrop.files import read_json, replacing, write_json
+from loradrop.files import create_json, read_json, replacing, write_json
 from loradrop.loading import fill
 from loradrop.machine import is_first_rank
 from loradrop.native import read, save
@@ -56,12 +55,13 @@ def resumable(folder: Path) -> bool:
 
 def _take(folder: Path, options: Options, resume: bool) -> None:
     """Writes the options; of two runs that start together, one finds the file there."""
+    file = folder / OPTIONS
     if resume:
-        return write_json(folder / OPTIONS, options)
-    folder.mkdir(parents=True, exist_ok=True)
+        return write_json(file, options)
+    if _left_over(folder):
+        file.unlink(missing_ok=True)
     try:
-        with open(folder / OPTIONS, "x", encoding="utf-8") as opened:
-            json.dump(options, opened, indent=2)
+        create_json(file, options)
     except FileExistsError as error:
         raise ValueError(held_by_a_run(folder)) from error
 
@@ -72,7 +72,7 @@ def held_by_a_run(folder: Path) -> str:
 
 
 def _require_same_run(folder: Path, options: Options, resume: bool) -> None:
-    if not (folder / OPTIONS).exists():
+    if not (folder / OPTIONS).exists() or _left_over(folder):
         return
     if not resume:
         raise ValueError(held_by_a_run(folder))
@@ -85,6 +85,19 @@ def _require_same_run(folder: Path, options: Options, resume: bool) -> None:
                 f"{folder} was begun with other options ({section}: {', '.join(changed)}): resume "
                 "with the same, or choose another output"
             )
+
+
+def _left_over(folder: Path) -> bool:
+    """Whether the file of the options is damaged where there is nothing to resume, as a full disk
+    can leave it: it is nobody's.
+    """
+    try:
+        read_json(folder / OPTIONS)
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return not resumable(folder)
+    return False
 
 
 def _equal(before: Any, now: Any) -> bool:

@@ -1,5 +1,6 @@
 """Files are whole or not there, whatever the disk, the system or another program does meanwhile."""
 
+import errno
 import os
 import stat
 import subprocess
@@ -16,7 +17,7 @@ from torch import nn
 
 import loradrop
 from loradrop import tensor_file
-from loradrop.files import read_json, write_json
+from loradrop.files import create_json, read_json, write_json
 from loradrop.native import TENSORS, read
 
 __all__ = ["model", "path"]  # fixtures
@@ -118,6 +119,27 @@ def test_folders_are_flushed_where_they_can_be_opened(
         with pytest.raises(PermissionError):
             write_json(tmp_path / "a.json", {"a": 1})
         assert opened == [str(tmp_path)]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_is_made_once_and_whole(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a file system without links."""
+
+    def link(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", link)
+    file = tmp_path / "folder" / "a.json"
+    create_json(file, {"a": 1})
+    with pytest.raises(FileExistsError):
+        create_json(file, {"a": 2})
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space")))
+        create_json(file.with_name("b.json"), {})
+    assert [(f.name, read_json(f)) for f in file.parent.iterdir()] == [("a.json", {"a": 1})]
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux for its open files")

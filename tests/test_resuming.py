@@ -147,11 +147,26 @@ def test_what_is_damaged_is_named_and_made_again(
     assert outcome(tmp_path) == outcome(whole)
 
 
-def test_damaged_options_are_named(stopped: Any, tmp_path: Path) -> None:
-    stopped("warmup", 1, tmp_path)
-    (tmp_path / "options.json").write_text("{")
+@pytest.mark.parametrize("left", ["", "{"])
+def test_damaged_options_are_named(left: str, stopped: Any, tmp_path: Path) -> None:
+    stopped("warmup", 5, tmp_path)
+    (tmp_path / OPTIONS).write_text(left)
     with pytest.raises(ValueError, match=r"options.json is damaged or half-written"):
         run(tmp_path, resume=True)
+    with pytest.raises(ValueError, match="holds a run already"):
+        run(tmp_path)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("left", ["", "{"])
+def test_damaged_options_of_nothing_are_nobodys(left: str, resume: bool, tmp_path: Path) -> None:
+    (tmp_path / OPTIONS).write_text(left)
+    options = {"train": {"seed": 1}}
+    with run_folder.begun(tmp_path, options, resume):
+        assert read_json(tmp_path / OPTIONS) == options
+        with pytest.raises(ValueError, match="holds a run already"):
+            run_folder.begun(tmp_path, options, False).__enter__()
+    assert [file.name for file in tmp_path.iterdir()] == [OPTIONS]
 
 
 def test_resume_of_a_finished_run_trains_no_more(whole: Path, tmp_path: Path) -> None:
