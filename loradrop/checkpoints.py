@@ -1,6 +1,7 @@
 """Whether a checkpoint of a run is whole."""
 
 import logging
+import re
 import shutil
 from hashlib import sha256
 from pathlib import Path
@@ -12,8 +13,11 @@ _log = logging.getLogger(__name__)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint. Half-written and damaged ones are named and removed."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    """The newest whole checkpoint. Half-written and damaged ones are named and removed; what has a
+    longer name, as a copy, is none.
+    """
+    named = (p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name))
+    found = sorted(named, key=lambda p: int(p.name.rpartition("-")[2]))
     for checkpoint in reversed(found):
         reason = _damage(checkpoint)
         if reason is None:

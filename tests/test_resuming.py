@@ -169,6 +169,17 @@ def test_damaged_options_of_nothing_are_nobodys(left: str, resume: bool, tmp_pat
     assert [file.name for file in tmp_path.iterdir()] == [OPTIONS]
 
 
+def test_copies_beside_the_checkpoints_are_none(stopped: Any, tmp_path: Path) -> None:
+    stopped("main", 9, tmp_path)
+    newest = tmp_path / "main" / "checkpoint-8"
+    copies = [newest.with_name(name) for name in ("checkpoint-9-backup", "checkpoint-old-9")]
+    for copy in copies:
+        shutil.copytree(newest, copy)
+        (copy / checkpoints.COMPLETE).unlink()
+    assert checkpoints.last_checkpoint(tmp_path / "main") == newest
+    assert all(copy.is_dir() for copy in copies)
+
+
 def test_resume_of_a_finished_run_trains_no_more(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     steps: list[int] = []
