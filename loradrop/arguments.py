@@ -54,7 +54,7 @@ def training_arguments(
         "weight_decay": args.weight_decay,
         "warmup_steps": math.ceil(rising) if rising >= 1 else 0,  # the first of them has rate 0
         "lr_scheduler_type": "linear",
-        "max_grad_norm": args.max_grad_norm,
+        "max_grad_norm": args.max_grad_norm or 0.0,  # the Trainer takes no None
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         _CHECKPOINTING: args.gradient_checkpointing,
@@ -146,7 +146,7 @@ _SAME = {  # what both call by another name
 
 def _require_ours(extra: Mapping[str, Any], *, warm_up: bool, has_dev: bool) -> None:
     """Raises ValueError for options in `extra` that `TrainConfig` has by a name of its own, and for
-    those with which a run could not be evaluated, or resumed.
+    those with which a run could not be counted, evaluated, or resumed.
     """
     ours = _SAME | {"max_steps": "steps", "bf16": "precision", "fp16": "precision"}
     for name in extra:
@@ -158,6 +158,17 @@ def _require_ours(extra: Mapping[str, Any], *, warm_up: bool, has_dev: bool) -> 
         raise ValueError(
             "save_only_model=True keeps no optimiser, so that a run could not be resumed to the "
             "same end: leave it out"
+        )
+    if extra.get("auto_find_batch_size"):
+        raise ValueError(
+            "auto_find_batch_size=True changes the batch size within a run, whose steps fit counts "
+            "before: leave it out, and give a smaller train.batch_size with a larger "
+            "train.gradient_accumulation, whose product is the batch of a step"
+        )
+    if extra.get("resume_from_checkpoint"):
+        raise ValueError(
+            "resume_from_checkpoint names a Trainer's checkpoint: leave it out, and give fit "
+            "resume=True with the output_dir= of the run"
         )
     given = extra.get("eval_strategy", "no")
     strategy = getattr(given, "value", given)

@@ -168,6 +168,7 @@ class TrainConfig:
     head_learning_rate   of what is trained whole beside the adapters, as a new head; None is
                     learning_rate. In `fit` and the command
     warmup_ratio    part of all steps over which the learning rate rises; then it falls linearly
+    max_grad_norm   the gradients' norm is clipped to it; None or 0 clips nothing
     precision       "float32", "bf16" or "fp16" (autocast); bf16 on a CPU that has none computes in
                     float32
     save_every      steps between checkpoints; log_every, eval_every likewise; below 1 each is a

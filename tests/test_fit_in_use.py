@@ -189,6 +189,8 @@ def test_a_class_of_a_callback_does() -> None:
         ({"bf16": True}, "give train.precision"),
         ({"output_dir": "x"}, "train.extra has output_dir: give fit output_dir="),
         ({"save_only_model": True}, "save_only_model=True keeps no optimiser"),
+        ({"auto_find_batch_size": True}, r"steps fit counts.*train\.gradient_accumulation"),
+        ({"resume_from_checkpoint": "x"}, "give fit resume=True with the output_dir="),
         ({"eval_strategy": "epoch"}, "eval_strategy='epoch' needs rows to evaluate on: give dev="),
     ],
 )
@@ -198,6 +200,15 @@ def test_extra_options_that_fit_has_itself(
     with pytest.raises(ValueError, match=message):
         run(tmp_path / "run", args=replace(tiny.ARGS, extra=extra), dev=None)
     assert not (tmp_path / "run" / "warmup").exists()  # before anything was trained
+
+
+def test_no_norm_clips_nothing() -> None:
+    def losses(norm: float | None) -> list[float]:
+        args = replace(tiny.ARGS, steps=4, log_every=1, max_grad_norm=norm)
+        history = fit(make_model(), make_rows(), None, tiny.PLAIN, args=args).history
+        return [entry["loss"] for entry in history]
+
+    assert losses(None) == losses(0.0) == losses(1e9) != losses(1e-9)
 
 
 def test_the_best_model_needs_a_checkpoint(tmp_path: Path) -> None:
