@@ -44,7 +44,7 @@ from loradrop.sharing import conclude
 from loradrop.step_time import tell_in_vain
 from loradrop.surgery import inject
 from loradrop.trainer import LoRATrainer, Part, dev_metrics, forward_kept
-from loradrop.wrapped import inner
+from loradrop.wrapped import inner, parameters_of
 
 _log = logging.getLogger(__name__)
 Metric = Callable[[Any], dict[str, float]]
@@ -97,7 +97,8 @@ def fit(
     metric        EvalPrediction -> name: value, as Trainer's compute_metrics
     collate       rows -> batch; None is the Trainer's default, which pads where `processing_class`
                   is a tokenizer
-    output_dir    checkpoints, the plan, the adapters; None keeps nothing and cannot resume
+    output_dir    checkpoints, the plan, the adapters; None, and trainer_output, the default of
+                  TrainingArguments, keep nothing and cannot resume
     resume        go on from what is in output_dir, with the model, data and options it was begun
                   with, to the same end as an uninterrupted run
     data          fingerprints of the rows, for the plan
@@ -106,13 +107,18 @@ def fit(
 
     A model for which `share` or `load` has decided already has no warm-up. Under torchrun every
     rank calls `fit`, and the first writes the files. Raises ValueError for empty data, a loss that
-    is not finite, a warm-up too short to measure, and a resume with other options; TypeError for a
-    configuration of PEFT.
+    is not finite, a warm-up too short to measure, and a resume with other options, or without a
+    folder; TypeError for a configuration of PEFT.
     """
     config = _carried(model) if config is None else config
     require_config(config)
     with tempfile.TemporaryDirectory() as scratch, forward_kept(model):
         folder, arguments = _settled(args, output_dir, mask)
+        if resume and folder is None:
+            raise ValueError(
+                "resume=True has no folder to go on from: give output_dir= of the run "
+                "(trainer_output, the default of TrainingArguments, does not count)"
+            )
         run = _Run(
             model=model, train=train, config=config, args=arguments, collate=collate,
             folder=folder or Path(scratch), resume=resume, data=dict(data or {}), mask_fn=mask_fn,
@@ -305,7 +311,16 @@ class _Run:
         train["processes"] = world_size()
         train["extra"] = {k: v for k, v in train["extra"].items() if not k.endswith("_token")}
         data = {"model": base_of(self.model), "data": self.data, "lora": lora, "train": train}
+        # In sections of their own: a run that was begun before there were any has none of them.
+        count, cut = len(self.train), getattr(self.train, "max_length", None)
+        data |= {"rows": {"count": count, "max_length": cut}, "parameters": {"dtype": self._dtypes}}
         return json.loads(json.dumps(data, default=str))  # type: ignore[no-any-return]
+
+    @property
+    def _dtypes(self) -> list[str]:
+        """Those of the model's own parameters."""
+        found = parameters_of(self.model).items()
+        return sorted({str(p.dtype) for name, p in found if not name.startswith("lora_bank.")})
 
     def _record(self) -> None:
         """The plan as it is now, with what the run knows of it."""
@@ -428,8 +443,17 @@ def _require_usable(model: nn.Module) -> None:
 
 
 def _require_numbers(rows: Any) -> None:
-    """Raises ValueError for labels that are text, by the first row."""
-    row = {} if isinstance(rows, DataLoader) else rows[0]
+    """Raises ValueError for rows that have no numbers, and for labels that are text, by the first
+    row.
+    """
+    try:
+        row = {} if isinstance(rows, DataLoader) else rows[0]
+    except (KeyError, NotImplementedError, TypeError) as error:
+        what = f"train is a {type(rows).__name__}, whose first row is not train[0]"
+        raise ValueError(
+            f"{what} ({type(error).__name__}: {error}): give a Dataset with __getitem__, a list of "
+            "its rows, or a DataLoader of it"
+        ) from error
     for name in ("label", "labels"):
         if isinstance(row, Mapping) and isinstance(row.get(name), str):
             raise ValueError(

@@ -12,7 +12,7 @@ import training_runs as tiny
 from models import llama, words
 from test_trainer_callback import trainer
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from training_runs import At, falling, make_model, make_rows, run
 from transformers import EarlyStoppingCallback, Seq2SeqTrainingArguments, TrainingArguments
 
@@ -377,6 +377,27 @@ def test_labels_that_count_nowhere_are_named() -> None:
     config = LoRAConfig(r=4, target_modules=["q_proj"])
     with pytest.raises(ValueError, match=r"no label counts in the batch of step 1.*-100"):
         fit(llama(), rows, None, config, args=tiny.ARGS)
+
+
+class Stream(IterableDataset[Any]):
+    """Rows one after another, with a length."""
+
+    def __len__(self) -> int:
+        return tiny.ROWS
+
+    def __iter__(self) -> Any:
+        return iter(make_rows())
+
+
+@pytest.mark.parametrize("train", [Stream(), set(range(8)), {"a": make_rows()}.values()])
+def test_train_that_has_no_first_row(train: Any) -> None:
+    kind = type(train).__name__
+    with pytest.raises(ValueError, match=rf"train is a {kind}, .* not train\[0\] .*DataLoader of"):
+        fit(make_model(), train, None, tiny.PLAIN, args=tiny.ARGS)
+
+
+def test_a_loader_of_a_stream(tmp_path: Path) -> None:
+    run(tmp_path, args=replace(tiny.ARGS, steps=10), train=DataLoader(Stream(), batch_size=8))
 
 
 def test_labels_that_are_text_are_named() -> None:

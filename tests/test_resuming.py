@@ -16,10 +16,12 @@ import pytest
 import torch
 import training_runs as tiny
 from training_runs import At, interrupted, make_model, make_rows, outcome, run, stop
+from transformers import TrainingArguments
 
-from loradrop import checkpoints, native, run_folder, trainer, training
+from loradrop import checkpoints, fit, native, run_folder, trainer, training
 from loradrop.files import read_json, write_json
 from loradrop.run_folder import OPTIONS
+from loradrop.text.tokens import TokenizedDataset
 
 # --- killed at any moment ---------------------------------------------------------------------
 
@@ -180,6 +182,12 @@ def test_copies_beside_the_checkpoints_are_none(stopped: Any, tmp_path: Path) ->
     assert all(copy.is_dir() for copy in copies)
 
 
+@pytest.mark.parametrize("args", [tiny.ARGS, TrainingArguments(use_cpu=True, report_to="none")])
+def test_resume_needs_a_folder(args: Any) -> None:
+    with pytest.raises(ValueError, match=r"resume=True has no folder .*give output_dir="):
+        fit(make_model(), make_rows(), None, tiny.DROP, args=args, resume=True)
+
+
 def test_resume_of_a_finished_run_trains_no_more(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     steps: list[int] = []
@@ -206,6 +214,9 @@ OTHER: dict[str, dict[str, Any]] = {
     r"lora: r\)": {"config": replace(tiny.DROP, r=2)},
     r"lora: method": {"config": tiny.PLAIN},
     r"model: fingerprint": {"model": make_model(labels=4)},
+    r"rows: count": {"train": make_rows(88)},
+    r"rows: max_length": {"train": TokenizedDataset(make_rows(), max_length=8)},
+    r"parameters: dtype": {"model": make_model().to(torch.bfloat16)},
 }
 
 
@@ -224,6 +235,15 @@ def test_the_order_of_target_modules_may_differ(whole: Path, tmp_path: Path) -> 
     assert len(options["lora"]["target_modules"]) > 1
     write_json(tmp_path / "run" / OPTIONS, options)
     run(tmp_path / "run", resume=True)
+
+
+def test_options_that_an_older_version_wrote(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    options = read_json(tmp_path / "run" / OPTIONS)
+    del options["rows"], options["parameters"]
+    write_json(tmp_path / "run" / OPTIONS, options)
+    run(tmp_path / "run", resume=True)
+    assert read_json(tmp_path / "run" / OPTIONS)["rows"]["count"] == tiny.ROWS
 
 
 def test_used_output_is_refused(whole: Path) -> None:

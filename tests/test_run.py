@@ -311,6 +311,19 @@ def test_warm_up_alone_and_then_the_run(
     assert two.plan == read(adapter_of(trained)).plan == plan
 
 
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [("data.max_length=8", "rows: max_length"), ("model.dtype=bfloat16", "parameters: dtype")],
+)
+def test_a_resume_reads_the_data_and_the_model_alike(
+    option: str, named: str, bert: str, table: str, tmp_path: Path
+) -> None:
+    plan = warm_up_run(configured(bert, table, tmp_path))
+    assert not {"max_length", "dtype"} & plan.data.keys()
+    with pytest.raises(ValueError, match=rf"begun with other options \({named}\)"):
+        run(configured(bert, table, tmp_path, option), resume=True)
+
+
 def test_the_best_model_of_the_command(bert: str, table: str, tmp_path: Path) -> None:
     """dev is measured where a checkpoint is made."""
     more = ("train.save_every=2", "train.extra.load_best_model_at_end=true", "lora.method=lora")

@@ -22,10 +22,13 @@ Row = TypeVar("Row")
 
 
 class TokenizedDataset(Dataset[dict[str, Any]]):
-    """Rows of token ids, unpadded lists: input_ids, attention_mask, [token_type_ids,] labels."""
+    """Rows of token ids, unpadded lists: input_ids, attention_mask, [token_type_ids,] labels.
 
-    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.rows = rows
+    max_length   in tokens, at which longer rows were cut; None where that is not known
+    """
+
+    def __init__(self, rows: Sequence[dict[str, Any]], max_length: int | None = None) -> None:
+        self.rows, self.max_length = rows, max_length
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -226,7 +229,7 @@ def tokenize(
     train, dev = (encode(task, r, tokenizer, at) if r else [] for r in (task.train, task.dev))
     if model is not None:
         _check_vocabulary([*train, *dev], tokenizer, model)
-    return TokenizedDataset(train), TokenizedDataset(dev)
+    return TokenizedDataset(train, at), TokenizedDataset(dev, at)
 
 
 def collator(
