@@ -9,6 +9,7 @@ from pathlib import Path
 from loradrop.files import read_json, write_json
 
 COMPLETE = "complete.json"
+WRITING = "checkpoint-is-incomplete.txt"  # of transformers, which takes it away after `seal`
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +34,8 @@ def seal(folder: Path) -> None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != COMPLETE]
+    beside = COMPLETE, WRITING
+    files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name not in beside]
     return {str(f.relative_to(folder)): sha256(f.read_bytes()).hexdigest() for f in files}
 
 
