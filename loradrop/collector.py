@@ -59,6 +59,7 @@ class Collector:
         self.inputs: Mapping[str, Any] = {}  # of the last forward pass, by name
         self.called = [False] * len(bank.targets)
         self._tokens = torch.zeros((), dtype=torch.int64)
+        self._open = torch.zeros((), dtype=torch.int64)  # tokens of the open row
         self.loss_scale = 1.0  # of the losses whose gradients come now, as a loss scaler sets it
         self._samples = torch.zeros((), dtype=torch.float64)  # of the open row
         self._keeps = self.source == "offline" and "core" in statistics
@@ -105,6 +106,8 @@ class Collector:
         }
         for values in closed.values():
             self.called = [c or v is not None for c, v in zip(self.called, values, strict=True)]
+        self._tokens = self._tokens.to(self._open.device) + self._open
+        self._open = torch.zeros_like(self._open)
         if "sqnorm" in closed:
             self.rows.append(_row(closed["sqnorm"]))
         if self._sums is not None:
@@ -213,12 +216,12 @@ class Collector:
     def _count(self, given: Mapping[str, Any]) -> None:
         if (mask := self.masks.current) is not None:
             count = (mask > 0).sum()
-            self._tokens = self._tokens.to(count.device) + count
+            self._open = self._open.to(count.device) + count
             return
         first = next((v for v in given.values() if isinstance(v, Tensor)), None)
         if first is not None:  # ids (B, S), or embeddings (B, S, K)
             shape = first.shape[:-1] if first.is_floating_point() else first.shape
-            self._tokens = self._tokens + shape.numel()
+            self._open = self._open + shape.numel()
 
     def require_same_pass(self, target: Target) -> None:
         """A layer runs. Raises RuntimeError where it may be of another forward pass than the mask
