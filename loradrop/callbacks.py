@@ -1,4 +1,4 @@
-"""Callbacks for transformers' Trainer: the events of a method, and a progress bar."""
+"""Callbacks for transformers' Trainer: a method's events, a stop's checkpoint, a progress bar."""
 
 import logging
 import time
@@ -12,8 +12,10 @@ from torch import nn
 from torch.amp.grad_scaler import OptState
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import SaveStrategy
 
 from loradrop.bank import bank_of
+from loradrop.checkpoints import COMPLETE
 from loradrop.collector import Collector
 from loradrop.files import read_json, write_json
 from loradrop.injection import injection_of
@@ -166,6 +168,22 @@ def _unscale(scaler: Any, optimizer: Any) -> None:
     """Divides the gradients by the loss scale, unless clipping has done it already."""
     if scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.READY:
         scaler.unscale_(optimizer)
+
+
+class LastStep(TrainerCallback):
+    """A run of ours that is stopped before its end leaves a checkpoint of the step that it came to,
+    unless it makes none.
+
+    It is the last of the callbacks, for each of them may be the one that stops the run.
+    """
+
+    def on_epoch_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        saves = args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH)
+        if saves and control.should_training_stop and state.global_step < state.max_steps:
+            there = Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE
+            control.should_save |= not there.exists()
 
 
 class Progress(TrainerCallback):

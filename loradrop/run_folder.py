@@ -24,6 +24,7 @@ from loradrop.ranks import is_needed
 
 OPTIONS = "options.json"
 ADAPTERS, RECORD, KNOWN = "start", "warmup.json", "optimizer.pt"
+RESULT = "result.json"  # of a run that came to its end, or was stopped in its second part
 Options = Mapping[str, Mapping[str, Any]]
 _log = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ def begun(folder: Path, options: Options, resume: bool) -> Iterator[None]:
 
 def resumable(folder: Path) -> bool:
     """Whether there is something to go on from."""
-    return any(folder.glob("*/checkpoint-*")) or (folder / ADAPTERS).exists()
+    left = folder / ADAPTERS, folder / RESULT
+    return any(folder.glob("*/checkpoint-*")) or any(path.exists() for path in left)
 
 
 def _take(folder: Path, options: Options, resume: bool) -> None:

@@ -10,9 +10,16 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import rotate_checkpoints
 
 from loradrop import checkpoints, native
 from loradrop.arguments import require_right_gradients
@@ -78,6 +85,9 @@ class LoRATrainer(Trainer):
             super().__init__(
                 model=model, args=args, callbacks=[events, *kwargs.pop("callbacks", [])], **kwargs
             )
+        # Before transformers' own one for SIGTERM, which saves at once what a step came to.
+        callbacks = self.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop(callbacks.index(events)))
         self.events, self.part, self.head_rate = events, part, head_rate
         if self.data_collator is default_data_collator:
             self.data_collator = _of_one_length
@@ -172,6 +182,17 @@ class LoRATrainer(Trainer):
         self.events.begin()
         self.events.detach()
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to train: all steps are made, or early stopping ended the run."""
+        found = self.callback_handler.callbacks
+        early = [c for c in found if isinstance(c, EarlyStoppingCallback)]
+        return (
+            self.state.global_step >= self.args.max_steps
+            or _stopped_early(self.state)
+            or any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in early)
+        )
+
     def history(self, stage: str, offset: int = 0) -> list[dict[str, Any]]:
         """What was logged at each step, without summaries and timings; `offset` steps before."""
         return [
@@ -212,12 +233,18 @@ class LoRATrainer(Trainer):
             native.checkpoint(self.events.model, output_dir or self.args.output_dir or ".")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # every rank has written its part
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         self.events.save(folder, self.args.should_save)
         if self.args.should_save:
             checkpoints.seal(folder)
+            best = self.state.best_model_checkpoint  # the others go once this one is whole
+            rotate_checkpoints(str(folder.parent), limit, best, use_mtime=True)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

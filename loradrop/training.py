@@ -24,21 +24,22 @@ from transformers.trainer_callback import PrinterCallback
 from loradrop.any_trainer import LoraDropCallback
 from loradrop.arguments import train_config, training_arguments
 from loradrop.bank import bank_of, has_bank
-from loradrop.callbacks import MethodCallback, Progress
+from loradrop.callbacks import LastStep, MethodCallback, Progress
 from loradrop.checkpoints import last_checkpoint
 from loradrop.config import LoRAConfig, TrainConfig, require_config
-from loradrop.files import write_json
+from loradrop.files import read_json, write_json
 from loradrop.injection import injection_of, plan_of, sum_of
+from loradrop.loading import fill
 from loradrop.machine import is_first_rank
 from loradrop.masks import MASK, MaskFn, Masking
 from loradrop.methods.base import Warmup
-from loradrop.native import save
+from loradrop.native import read, save
 from loradrop.optimizers import by_name, kept_state
 from loradrop.origin import base_of
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.ranks import is_needed, wait, world_size
-from loradrop.run_folder import Boundary, begun, resumable, taken
+from loradrop.run_folder import RESULT, Boundary, begun, resumable, taken
 from loradrop.sampling import sample_of
 from loradrop.sharing import conclude
 from loradrop.step_time import tell_in_vain
@@ -108,7 +109,8 @@ def fit(
     A model for which `share` or `load` has decided already has no warm-up. Under torchrun every
     rank calls `fit`, and the first writes the files. Raises ValueError for empty data, a loss that
     is not finite, a warm-up too short to measure, and a resume with other options, or without a
-    folder; TypeError for a configuration of PEFT.
+    folder; RuntimeError where a signal or a callback stopped the warm-up; TypeError for a
+    configuration of PEFT.
     """
     config = _carried(model) if config is None else config
     require_config(config)
@@ -123,6 +125,7 @@ def fit(
             model=model, train=train, config=config, args=arguments, collate=collate,
             folder=folder or Path(scratch), resume=resume, data=dict(data or {}), mask_fn=mask_fn,
             processing_class=processing_class, dev=dev, metric=metric, callbacks=callbacks,
+            kept=folder is not None,
         )  # fmt: skip
         with run.held():
             return run.whole()
@@ -158,7 +161,8 @@ def warm_up(
 ) -> Plan:
     """The first stage of `fit` alone, up to the decision; `fit(..., resume=True)` goes on from it.
 
-    The arguments are those of `fit`. Raises ValueError for a method without a warm-up.
+    The arguments are those of `fit`. Raises ValueError for a method without a warm-up, RuntimeError
+    where it was stopped.
     """
     config = _carried(model) if config is None else config
     folder, arguments = _settled(args, output_dir, mask)
@@ -170,13 +174,14 @@ def warm_up(
     if config.method.warmup(run.total) is None:
         raise ValueError(f"the method {config.method.name!r} measures nothing: try lora_drop")
     with forward_kept(model), run.held():
+        run.prepare()
         run.first_stage()
     return plan_of(model)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Run:
-    """One `fit`; its fields are the arguments of `fit`."""
+    """One `fit`; its fields are the arguments of `fit`, and whether its folder is kept."""
 
     model: nn.Module
     train: Any
@@ -191,6 +196,7 @@ class _Run:
     dev: Any = None
     metric: Metric | None = None
     callbacks: Sequence[Any] = ()
+    kept: bool = True
 
     def __post_init__(self) -> None:
         if inner(self.model) is not self.model:
@@ -252,7 +258,10 @@ class _Run:
         return passes * len(self.train) + min(rest * step, len(self.train))
 
     def whole(self) -> Result:
-        """Both stages."""
+        """Both stages, or what they came to where the run is complete."""
+        self.prepare()
+        if self.resume and (found := self._found()) is not None:
+            return found
         before = self.first_stage()
         done, decided = before.steps, bank_of(self.model).assignment.decided
         method = self.config.method
@@ -275,12 +284,28 @@ class _Run:
         )  # fmt: skip
         if is_first_rank():
             write_json(self.folder / "plan.json", plan.to_dict())
-            write_json(self.folder / "result.json", result.to_dict())
+            ended = {"complete": trainer.complete}  # else a resume trains on
+            write_json(self.folder / RESULT, result.to_dict() | ended)
         wait()
         return result
 
-    def first_stage(self) -> Boundary:
-        """Inject, and the warm-up of a method that has one."""
+    def _found(self) -> Result | None:
+        """The result of a complete run, its adapters in the model; None where something is left."""
+        try:
+            record = read_json(self.folder / RESULT)
+            if not record.pop("complete", False) or not (record["metrics"] or self.dev is None):
+                return None
+            adapters = read(self.folder / "adapter")
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            _log.warning("%s. Going on from the run's last checkpoint", error)
+            return None
+        fill(self.model, adapters)
+        return Result(**record, plan=plan_of(self.model))
+
+    def prepare(self) -> None:
+        """Inject, unless the model carries adapters of this configuration."""
         set_seed(self.args.seed)
         if not has_bank(self.model):
             inject(self.model, self.config)
@@ -292,6 +317,9 @@ class _Run:
                 "config=None, which takes the adapters that it carries, or call "
                 "loradrop.remove(model) first"
             )
+
+    def first_stage(self) -> Boundary:
+        """The warm-up of a method that has one, and what it decides."""
         decided = bank_of(self.model).assignment.decided
         stage = None if decided else self.config.method.warmup(self.total)
         # Refused before the warm-up, not after it.
@@ -299,6 +327,12 @@ class _Run:
         if self.resume and (before := taken(self.model, self.folder)) is not None:
             return before
         if stage is None:
+            if self.resume and decided and any(self.folder.glob("warmup/checkpoint-*")):
+                raise ValueError(
+                    f"the model has decided, and what {self.folder} should hold of its warm-up was "
+                    "not written to the end: resume with a new model, or call "
+                    "loradrop.remove(model) first"
+                )
             self._record()
             return Boundary()
         before = self._warm_up(stage)
@@ -339,6 +373,14 @@ class _Run:
         part = Part(self.total)
         trainer, events = self._stage("warmup", stage.steps, rows, collected, stage, part)
         steps = trainer.state.global_step
+        if steps < stage.steps and not events.settled:
+            on = "without output_dir nothing of it is kept"
+            if self.kept:
+                on = "the same call with resume=True (the command: --resume) goes on from there"
+            raise RuntimeError(
+                f"the run was stopped at step {steps} of the {stage.steps} of its warm-up, and has "
+                f"decided nothing: {on}"
+            )
         set_seed(self.args.seed)
         if stage.source == "offline" or events.collector is None:
             gram = "gram_in" in method.statistics
@@ -397,7 +439,7 @@ class _Run:
             data_collator=self.collate or own,
             processing_class=self.processing_class,
             compute_metrics=self.metric,
-            callbacks=[Progress(name), *callbacks],
+            callbacks=[Progress(name), *callbacks, LastStep()],
         )
         trainer.remove_callback(PrinterCallback)
         try:

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 import training_runs as tiny
-from training_runs import At, interrupted, make_model, make_rows, outcome, run, stop
-from transformers import TrainingArguments
+from safetensors.torch import load_file
+from training_runs import At, counting, interrupted, make_model, make_rows, outcome, run, stop
+from transformers import EarlyStoppingCallback, TrainingArguments
 
+import loradrop
 from loradrop import checkpoints, fit, native, run_folder, trainer, training
 from loradrop.files import read_json, write_json
 from loradrop.run_folder import OPTIONS
@@ -191,8 +193,131 @@ def test_resume_needs_a_folder(args: Any) -> None:
 def test_resume_of_a_finished_run_trains_no_more(whole: Path, tmp_path: Path) -> None:
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     steps: list[int] = []
-    run(tmp_path, resume=True, callbacks=tiny.counting(steps))
+    run(tmp_path, resume=True, callbacks=counting(steps))
     assert outcome(tmp_path) == outcome(whole) and not steps
+
+
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+ENDED: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "without checkpoints": ({"save_strategy": "no"}, []),
+    "with the best one alone": (BEST | {"save_total_limit": 1}, []),
+    "by early stopping": (BEST | {"save_total_limit": 1}, [EarlyStoppingCallback(1)]),
+}
+
+
+@pytest.mark.parametrize("how", ENDED)
+def test_a_finished_run_is_not_trained_again(how: str, tmp_path: Path) -> None:
+    """Whichever checkpoints it left; and a try with another model does not free its folder."""
+    extra, callbacks = ENDED[how]
+    args = replace(tiny.ARGS, eval_every=4, extra=extra)
+    first, steps = run(tmp_path, args=args, callbacks=callbacks), list[int]()
+    assert not (tmp_path / f"main/checkpoint-{first.steps - tiny.WARMUP}").exists()
+    before, wrong, model = outcome(tmp_path), make_model(), make_model()
+    loradrop.inject(wrong, tiny.PLAIN)
+    with pytest.raises(ValueError, match="injected with another configuration"):
+        run(tmp_path, args=args, resume=True, model=wrong)
+    again = run(
+        tmp_path, args=args, resume=True, model=model, callbacks=[*callbacks, *counting(steps)]
+    )
+    assert not steps and outcome(tmp_path) == before and again.to_dict() == first.to_dict()
+    loradrop.save(model, tmp_path / "again")
+    files = [tmp_path / name / "adapter.safetensors" for name in ("adapter", "again")]
+    assert tiny.equal(*map(load_file, files))
+
+
+@pytest.mark.parametrize("name", ["adapter/adapter.safetensors", "result.json"])
+def test_a_result_that_is_damaged_is_made_again(
+    name: str, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
+    run(tmp_path, resume=True)
+    assert f"{tmp_path / name} is damaged" in caplog.text
+    assert "Going on from the run's last checkpoint" in caplog.text
+    assert outcome(tmp_path) == outcome(whole)
+
+
+def test_rows_to_measure_on_can_come_later(tmp_path: Path) -> None:
+    assert run(tmp_path, dev=None).metrics == {}
+    steps: list[int] = []
+    assert run(tmp_path, resume=True, callbacks=counting(steps)).metrics["loss"] and not steps
+
+
+# The event at which a run is stopped, after which step, and whether by a signal. transformers
+# saves at its next event: before a step's weights change, after, before a step, after an epoch.
+STOPS = [
+    ("on_step_begin", 5, True),
+    ("on_optimizer_step", 5, True),
+    ("on_step_end", 5, True),
+    ("on_step_end", 6, True),
+    ("on_step_end", 6, False),
+]
+
+
+@pytest.mark.parametrize("stage", ["warmup", "main"])
+@pytest.mark.parametrize(("event", "step", "by_signal"), STOPS)
+def test_stopped_gently_and_resumed(
+    stage: str, event: str, step: int, by_signal: bool, whole: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """It ends after step 6, decides nothing in its warm-up, and no step is made again."""
+    tiny.take_signals_at_once(monkeypatch)
+    args = replace(tiny.ARGS, save_every=50, extra={"enable_jit_checkpoint": by_signal})
+    stopping, steps = tiny.Stops(stage, event, step, by_signal), list[int]()
+    if stage == "warmup":
+        says = r"stopped at step 6 of the 8 of its warm-up, and has decided nothing: .*resume=True"
+        with pytest.raises(RuntimeError, match=says):
+            run(tmp_path, args=args, callbacks=[stopping])
+    else:
+        assert run(tmp_path, args=args, callbacks=[stopping]).steps == tiny.WARMUP + 6
+    run(tmp_path, args=args, resume=True, callbacks=counting(steps))
+    before, expected = (stage == "main") * tiny.WARMUP, outcome(whole)
+    if event == "on_optimizer_step":  # transformers saves before it logs
+        history = expected["result"]["history"]
+        history[:] = [entry for entry in history if entry["step"] != before + 6]
+    assert outcome(tmp_path) == expected
+    assert len(steps) == tiny.TOTAL - before - 6
+
+
+def test_a_warm_up_that_is_stopped_without_a_folder() -> None:
+    stopping = [tiny.Stops("warmup", "on_step_end", 3, by_signal=False)]
+    with pytest.raises(RuntimeError, match=r"step 3 of the 8.*without output_dir nothing of it is"):
+        fit(make_model(), make_rows(), None, tiny.DROP, args=tiny.ARGS, callbacks=stopping)
+
+
+def test_the_only_checkpoint_stays_until_the_next_is_whole(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, seal = replace(tiny.ARGS, extra={"save_total_limit": 1}), checkpoints.seal
+
+    def fail(folder: Path) -> None:
+        if folder.parent.name == "main" and folder.name == "checkpoint-12":
+            stop()
+        seal(folder)
+
+    with monkeypatch.context() as patch, pytest.raises(tiny.StopError):
+        patch.setattr(checkpoints, "seal", fail)
+        run(tmp_path, args=args)
+    steps: list[int] = []
+    run(tmp_path, args=args, resume=True, callbacks=counting(steps))
+    assert steps == list(range(9, tiny.TOTAL - tiny.WARMUP + 1))
+    assert outcome(tmp_path) == outcome(whole)
+    assert [folder.name for folder in (tmp_path / "main").iterdir()] == ["checkpoint-14"]
+
+
+def test_a_model_that_decided_what_was_not_written(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the disk is full between warm-up and main run."""
+    model = make_model()
+    with monkeypatch.context() as patch, pytest.raises(tiny.StopError):
+        patch.setattr(run_folder, "save", lambda *_: stop())
+        run(tmp_path, model=model)
+    with pytest.raises(ValueError, match=r"a new model, or call loradrop\.remove\(model\) first"):
+        run(tmp_path, model=model, resume=True)
+    loradrop.remove(model)
+    run(tmp_path, model=model, resume=True)
+    assert outcome(tmp_path) == outcome(whole)
 
 
 def test_resume_without_anything_to_resume_starts(whole: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from loradrop import LoRAConfig, LoraDropConfig, TrainConfig, fit
 from loradrop.methods import Spectral
@@ -115,6 +117,30 @@ class At(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if Path(args.output_dir).name == self.stage and state.global_step == self.step:
             self.what()
+
+
+class Stops(TrainerCallback):
+    """Ends a run gently at an event after a step of a stage: by itself, or by the signal that a
+    cluster sends, which transformers' enable_jit_checkpoint takes.
+    """
+
+    def __init__(self, stage: str, event: str, step: int, by_signal: bool = True) -> None:
+        self.stage, self.step, self.by_signal = stage, step, by_signal
+        setattr(self, event, self._stop)
+
+    def _stop(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if Path(args.output_dir).name == self.stage and state.global_step == self.step:
+            if self.by_signal:
+                handler: Any = signal.getsignal(signal.SIGTERM)
+                handler(signal.SIGTERM, None)
+            else:
+                control.should_training_stop = True
+
+
+def take_signals_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers waits three seconds for a signal that kills."""
+    manager = CheckpointManager
+    monkeypatch.setattr(manager, "_sigterm_handler", lambda self, *_: self._enable_checkpoint())
 
 
 def counting(steps: list[int]) -> list[At]:
