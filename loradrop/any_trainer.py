@@ -62,6 +62,7 @@ class LoraDropCallback(TrainerCallback):
         self.masking = Masking(mask, mask_fn)
         self.events: MethodCallback | None = None
         self.warmup: Warmup | None = None
+        self._bank: AdapterBank | None = None  # of the model that the Trainer was made with
 
     def on_init_end(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,
@@ -69,7 +70,7 @@ class LoraDropCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         method, plugin = injection_of(model).config.method, _fsdp(args)
         # A resume brings the adapters before there is an optimiser; under FSDP there is one then.
-        bank = bank_of(model)
+        self._bank = bank = bank_of(model)
         bank.adopts = plugin is None
         if optimizer is not None and plugin is None:  # one of the user's own is there, too
             groups = groups_of(model, optimizer)
@@ -83,11 +84,13 @@ class LoraDropCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         require_right_gradients(args)
         bank, injection = bank_of(model), injection_of(model)
+        late = not (bank.adopts or bank is self._bank)
         if getattr(state, _OF_RUN, self) is not self:
             raise ValueError("the Trainer has two LoraDropCallbacks: give it one")
         setattr(state, _OF_RUN, self)
         if _fsdp(args) is None:
-            bank.changed = None  # from here on the optimiser follows a decision
+            bank.changed = None  # from here on the optimiser follows a decision, and holds the rest
+            bank.adopts = False
             if not args.deepspeed:
                 _require_held(bank, optimizer)
         if self.events is not None:  # a run before this one, which may have ended with an error
@@ -97,7 +100,7 @@ class LoraDropCallback(TrainerCallback):
         if self.warmup is not None:
             method.check(bank.targets)
             _require_one_run(self.warmup, method, args, model)
-            if not bank.adopts and _fsdp(args) is None:
+            if late and _fsdp(args) is None:
                 _log.warning(_LATE)
         statistics = () if decided and method.warms_up else method.statistics
         self.events = MethodCallback(
@@ -106,14 +109,28 @@ class LoraDropCallback(TrainerCallback):
         self.events.require_measurable(train_dataloader)
         if state.global_step:
             folder = _resumed(args, state) / FOLDER
-            if not (folder / EVENTS).exists():
-                _log.warning("%s is not there: the statistics count from here on", folder / EVENTS)
-            else:
+            if (folder / EVENTS).exists():
                 self.events.load(folder)
+            else:
+                _log.warning("%s is not there: the statistics count from here on", folder / EVENTS)
+            if (folder / PLAN).exists():
                 injection.plan = plan_at(folder)
         self.events.begin()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
+    def on_step_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        self._complete(args, state, control, model)
+
+    def on_epoch_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        self._complete(args, state, control, model)
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **objects: Any
+    ) -> None:
+        self._complete(args, state, control, model)
         if self.events is not None:
             self.events.on_pre_optimizer_step(args, state, control, **objects)
 
@@ -122,6 +139,7 @@ class LoraDropCallback(TrainerCallback):
     ) -> None:
         assert self.events is not None
         self.events.on_step_end(args, state, TrainerControl(), **o)
+        self._complete(args, state, control, model)  # what it has is of before a decision
         step, collector = state.global_step, self.events.collector
         if self.warmup is None or not (self.events.settled or step >= self.warmup.steps):
             return
@@ -157,6 +175,18 @@ class LoraDropCallback(TrainerCallback):
                     _save_whole(model, folder)
                 if not (folder / TENSORS).exists():  # PEFT writes the adapters
                     write_json(folder / PLAN, plan_of(model).to_dict())
+
+    def _complete(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any
+    ) -> None:
+        """The rest of a checkpoint that transformers' enable_jit_checkpoint has just written: it
+        tells no callback. Of several processes each one stops where it is, which nobody can join.
+        """
+        if control.should_training_stop and world_size() == 1:
+            folder = _of_step(args, state)
+            there = _logged(folder / TRAINER_STATE_NAME, state)
+            if there and not (folder / FOLDER / EVENTS).exists():
+                self.on_save(args, state, control, model)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if self.events is not None:

@@ -285,12 +285,13 @@ class AdapterBank(nn.Module):
         if not (same or self.adopts or (slots == self.slots and not cut)):
             what = "adapters have other ranks" if cut else "other layers share"
             raise RuntimeError(
-                f"{what} in the state dict than in this model, so it does not fit. Take them as "
-                "they are there first, with loradrop.share, loradrop.load(model, folder) or, of a "
-                "PeftModel, PeftModel.from_pretrained(base, folder, is_trainable=True), and make "
-                "the optimiser afterwards. A Trainer that resumes a run of "
-                "LoraDropCallback takes model=, not model_init=, and the callback when it is made: "
-                "callbacks=[loradrop.LoraDropCallback()], not add_callback"
+                f"{what} in the state dict than in this model, so it does not fit. To resume a run "
+                "of LoraDropCallback make a new Trainer with this model, and resume with that: "
+                "Trainer(model, ..., callbacks=[loradrop.LoraDropCallback()]), not model_init= and "
+                "not add_callback. Elsewhere take them as they are there first, with "
+                "loradrop.share, loradrop.load(model, folder) or, of a PeftModel, "
+                "PeftModel.from_pretrained(base, folder, is_trainable=True), and make the "
+                "optimiser afterwards"
             )
         if self.adopts:
             self._take_forms(tensors)

@@ -2,6 +2,7 @@
 
 import logging
 import random
+import shutil
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -161,6 +162,66 @@ def test_resumed_to_the_same_end(step: int, whole: tuple[Path, Any], tmp_path: P
     assert run.state.global_step == STEPS
     assert equal(tensors(model), tensors(whole[1]))
     assert plan_of(model).scores == plan_of(whole[1]).scores
+
+
+# transformers saves before step 3's weights change, after, before step 4, after an epoch, and
+# before the decision after step 4, which the resumed run makes a step later.
+STOPS = [
+    ("on_step_begin", 2, WARM),
+    ("on_optimizer_step", 2, WARM),
+    ("on_step_end", 3, WARM),
+    ("on_step_end", 6, WARM),
+    ("on_optimizer_step", 3, WARM + 1),
+]
+
+
+@pytest.mark.parametrize(("event", "step", "decides"), STOPS)
+def test_stopped_by_a_signal_and_resumed(
+    event: str, step: int, decides: int, whole: tuple[Path, Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Nothing that was measured is lost, and the plan is there after the decision, too."""
+    tiny.take_signals_at_once(monkeypatch)
+    options = {"save_steps": 50, "enable_jit_checkpoint": True}
+    stopping = tiny.Stops(tmp_path.name, event, step)
+    trainer(tmp_path, injected(), [loradrop.LoraDropCallback(), stopping], **options).train()
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1
+    caplog.clear()
+    model, loras = injected(), [loradrop.LoraDropCallback()]
+    trainer(tmp_path, model, loras, **options).train(resume_from_checkpoint=True)
+    assert "events.json" not in caplog.text
+    found, expected = plan_of(model), plan_of(whole[1])
+    assert found.warmup["steps"] == found.scores["rows"] == decides
+    if decides == WARM:
+        assert found.scores["tokens"] == expected.scores["tokens"]
+        # What dropout draws goes on from where the step was that transformers makes again.
+        assert equal(tensors(model), tensors(whole[1])) == (event != "on_step_begin")
+
+
+def test_the_plan_is_there_where_the_statistics_are_not(
+    whole: tuple[Path, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(whole[0] / "checkpoint-8", tmp_path / "checkpoint-8")
+    (tmp_path / "checkpoint-8" / "loradrop_adapter" / "events.json").unlink()
+    model = injected()
+    trainer(tmp_path, model, [loradrop.LoraDropCallback()]).train(resume_from_checkpoint=True)
+    assert "events.json is not there: the statistics count from here on" in caplog.text
+    assert plan_of(model).scores == plan_of(whole[1]).scores
+
+
+def test_a_trainer_that_has_decided_does_not_go_back(
+    whole: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """As in a notebook, after an interruption before there is a checkpoint of the decision."""
+    model, stopping = injected(), At(tmp_path.name, 5, stop)
+    run = trainer(tmp_path, model, [loradrop.LoraDropCallback(), stopping], save_steps=3)
+    with pytest.raises(StopError):
+        run.train()
+    assert model.lora_bank.assignment.decided
+    with pytest.raises(RuntimeError, match="make a new Trainer with this model, and resume with"):
+        run.train(resume_from_checkpoint=True)
+    trainer(tmp_path, model, [loradrop.LoraDropCallback()]).train(resume_from_checkpoint=True)
+    assert equal(tensors(model), tensors(whole[1]))
 
 
 @pytest.mark.parametrize("beside", ["nothing", "another run"])
