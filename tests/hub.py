@@ -12,8 +12,8 @@ from typing import Any
 class Hub:
     """url; files: name -> bytes; made: bodies of create; commits, and the tokens that were sent."""
 
-    def __init__(self, files: dict[str, bytes], refuses: bool) -> None:
-        self.files, self.refuses = dict(files), refuses
+    def __init__(self, files: dict[str, bytes], refuses: bool, fails: int | None) -> None:
+        self.files, self.refuses, self.fails = dict(files), refuses, fails
         self.made: list[dict[str, Any]] = []
         self.commits: list[list[str]] = []
         self.tokens: set[str | None] = set()
@@ -64,6 +64,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        if self.hub.fails is not None:
+            return self.answer(self.hub.fails)
         name = self.path.rpartition("/resolve/main/")[2] or self.path.rpartition("/")[2]
         found = self.hub.files.get(name)
         if found is None:
@@ -72,9 +74,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(files: dict[str, bytes] | None = None, *, refuses: bool = False) -> Iterator[Hub]:
-    """A hub whose repository someone/adapter has these files; `refuses` every commit."""
-    hub = Hub(files or {}, refuses)
+def serving(
+    files: dict[str, bytes] | None = None, *, refuses: bool = False, fails: int | None = None
+) -> Iterator[Hub]:
+    """A hub whose repository someone/adapter has these files; `refuses` every commit, and answers
+    with the status `fails` who asks for a file.
+    """
+    hub = Hub(files or {}, refuses, fails)
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Of", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -168,6 +168,18 @@ def test_the_card_of_the_repository_is_extended(adapted: Any, point: Any, tmp_pa
     assert len(hub.commits) == 2 and "My model" not in (tmp_path / CARD).read_text()
 
 
+@pytest.mark.parametrize("status", [403, 429, 500, 503])
+def test_a_card_that_the_hub_does_not_give_is_not_replaced(
+    status: int, adapted: Any, point: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)  # before huggingface_hub asks again
+    with serving({CARD: THEIRS.encode()}, fails=status) as hub:
+        point(hub)
+        with pytest.raises(OSError):
+            loradrop.export(adapted, tmp_path, push_to_hub="someone/adapter", token="hf_secret")
+    assert not hub.commits and hub.files == {CARD: THEIRS.encode()}
+
+
 def test_what_the_hub_refuses(adapted: Any, point: Any, tmp_path: Path) -> None:
     with serving(refuses=True) as hub:
         point(hub)

@@ -20,7 +20,7 @@ def push(
 
     The repository is made where there is none, private if `private`. A card that it has keeps its
     text and metadata, and gets our part. `token` is None for that of `hf auth login`. Raises
-    huggingface_hub's errors for what the Hub refuses: nothing is changed then.
+    huggingface_hub's errors for what the Hub refuses or does not answer: no file is changed then.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -37,10 +37,11 @@ def push(
 
 
 def _card_of(api: "HfApi", repo: str) -> str | None:
-    from huggingface_hub.errors import EntryNotFoundError
+    """The repository's card, None where the Hub says that there is none."""
+    from huggingface_hub.errors import RemoteEntryNotFoundError
 
     with tempfile.TemporaryDirectory() as folder:
         try:
             return Path(api.hf_hub_download(repo, CARD, local_dir=folder)).read_text("utf-8")
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:  # its parent is also what a Hub that fails comes to
             return None
