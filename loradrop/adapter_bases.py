@@ -1,5 +1,6 @@
 """The base model that an adapter, native or PEFT's, was trained on, and its tokenizer."""
 
+import copy
 import functools
 from collections.abc import Mapping
 from pathlib import Path
@@ -97,9 +98,14 @@ def tokenizer_for(adapter: str | Path, where: str, words: bool = False) -> Any:
 
 
 def _holds(cls: Any, config: Any, num_labels: int, saved: Mapping[str, Tensor]) -> bool:
-    """Whether a model with that many labels has the saved tensors in their shapes."""
+    """Whether a model with that many labels, and as many tokens as were saved, has the saved
+    tensors in their shapes.
+    """
+    config = copy.deepcopy(config)  # another number of labels forgets their names, tokens its own
     config.num_labels = num_labels
-    shapes = {key: value.shape for key, value in on_meta(cls, config).state_dict().items()}
+    model = on_meta(cls, config)
+    _add_tokens(model, saved)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
     return all(shapes.get(key) == value.shape for key, value in saved.items())
 
 

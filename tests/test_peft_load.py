@@ -239,6 +239,30 @@ def test_new_tokens(tmp_path: Path) -> None:
     torch.testing.assert_close(ours(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("how", ["peft", "native"])
+def test_new_tokens_and_a_head(how: str, classes: int, tmp_path: Path) -> None:
+    """The head is found beside the larger vocabulary, and one of the base's size has its names."""
+    names = {0: "bad", 1: "good"}
+    base = llama("ForSequenceClassification", id2label=names)
+    base.save_pretrained(tmp_path / "base")
+    larger = type(base).from_pretrained(
+        tmp_path / "base", num_labels=classes, ignore_mismatched_sizes=True
+    )
+    larger.resize_token_embeddings(53, mean_resizing=False)
+    options = {"target_modules": ["v_proj"], "modules_to_save": ["score", "embed_tokens"]}
+    if how == "peft":
+        trained(larger, **options, task_type="SEQ_CLS").save_pretrained(tmp_path / "adapter")
+    else:
+        loradrop.save(models.adapt(larger, **options), tmp_path / "adapter")
+    found, _ = load_base(tmp_path / "adapter")
+    assert found.config.num_labels == classes and found.config.vocab_size == 53
+    assert classes != 2 or found.config.id2label == names
+    loradrop.load(found, tmp_path / "adapter")
+    ids = torch.tensor([[3, 50, 52]])
+    torch.testing.assert_close(found(input_ids=ids).logits, larger.eval()(input_ids=ids).logits)
+
+
 def test_an_adapter_of_another_name(tmp_path: Path) -> None:
     trained(bert(), "mine", **QV).save_pretrained(tmp_path)
     agree(tmp_path / "mine")
