@@ -2,7 +2,7 @@
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +71,15 @@ def load_base(
         )
     require_free(where, sorted(info["mismatched_keys"]), saved)
     _add_tokens(model, saved)
-    _untie(model, saved, apart=bool(base.get("apart")))
+    _untie(model, saved, base.get("apart") or ())
     model.config._name_or_path = model_id or base["id"]
     return model.eval(), where
 
 
 def base_named_by(adapter: str | Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     """(id, revision and class of the base model as the adapter says them, its tensors trained
-    whole). The class is None where a PEFT folder leaves it open; `apart` is whether PEFT trained
-    one of two tied tensors as a copy.
+    whole). The class is None where a PEFT folder leaves it open; `apart` names those tensors of
+    which PEFT trained a copy, apart from what is tied to them.
     """
     if not peft_load.is_peft(adapter) or (Path(adapter) / native.TENSORS).exists():
         file = native.read(adapter)
@@ -88,7 +88,8 @@ def base_named_by(adapter: str | Path) -> tuple[Mapping[str, Any], Mapping[str, 
     said = {"id": "base_model_name_or_path", "revision": "revision"}
     base = {name: found.config.get(key) for name, key in said.items()}
     base["class"] = peft_file.loader_of(found.config.get("task_type"))
-    return base | {"apart": not found.config.get("ensure_weight_tying")}, found.others
+    apart = [key for key in found.others if peft_load.is_apart(key, found.config)]
+    return base | {"apart": apart}, found.others
 
 
 def tokenizer_for(adapter: str | Path, where: str, words: bool = False) -> Any:
@@ -101,39 +102,50 @@ def _holds(cls: Any, config: Any, num_labels: int, saved: Mapping[str, Tensor]) 
     """Whether a model with that many labels, and as many tokens as were saved, has the saved
     tensors in their shapes.
     """
-    config = copy.deepcopy(config)  # another number of labels forgets their names, tokens its own
+    config = copy.deepcopy(config)  # another number of labels forgets their names
     config.num_labels = num_labels
     model = on_meta(cls, config)
-    _add_tokens(model, saved)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
+    if (table := _saved_table(model, saved)) is not None:  # then what has a row for each token
+        rows = len(_embedding_of(model).weight)
+        for key in [key for key, shape in shapes.items() if key in saved and shape[:1] == (rows,)]:
+            if len(saved[key]) == len(table):
+                shapes[key] = torch.Size((len(table), *shapes[key][1:]))
     return all(shapes.get(key) == value.shape for key, value in saved.items())
 
 
 def _add_tokens(model: Any, saved: Mapping[str, Tensor]) -> None:
     """As many tokens as the saved embedding has: some were added before the adapter was trained."""
-    embedding = _embedding_of(model)
-    if embedding is None:
-        return
-    name = next((name for name, module in model.named_modules() if module is embedding), None)
-    table = saved.get(f"{name}.weight")
-    if table is not None and table.shape[1:] == embedding.weight.shape[1:]:
+    table = _saved_table(model, saved)
+    if table is not None and len(table) != len(_embedding_of(model).weight):
         model.resize_token_embeddings(len(table), mean_resizing=False)
 
 
-def _untie(model: Any, saved: Mapping[str, Tensor], apart: bool) -> None:
-    """The embedding and the head that is tied to it are two where two values of them were saved,
-    or one where PEFT trained it `apart`, as a copy.
+def _saved_table(model: Any, saved: Mapping[str, Tensor]) -> Tensor | None:
+    """The input embedding that was saved, by one of its names in the model; None where none was."""
+    weight: Any = getattr(_embedding_of(model), "weight", None)
+    names = [name for name, t in tensors_of(model, keep_vars=True).items() if t is weight]
+    table = next((saved[name] for name in names if name in saved), None)
+    return table if table is not None and table.shape[1:] == weight.shape[1:] else None
+
+
+def _untie(model: Any, saved: Mapping[str, Tensor], apart: Collection[str]) -> None:
+    """The embedding and what is tied to it are several where several values of them were saved, or
+    where PEFT trained one `apart`, as a copy. They stay one where the file also has what the others
+    were then, and not by all their names: `load` refuses that.
     """
     table = getattr(_embedding_of(model), "weight", None)
     names = [name for name, t in tensors_of(model, keep_vars=True).items() if t is table]
     values = [saved[name] for name in names if name in saved]
+    copied = [name for name in names if name in saved and name in apart]
     differ = any(not torch.equal(value, values[0]) for value in values)
-    if table is None or not (differ or (apart and 0 < len(values) < len(names))):
+    lacks = bool(copied) and len(values) < len(names)
+    if table is None or not (len(copied) == len(values) if lacks else differ):
         return
     for name in names[1:]:
         parent, _, attribute = name.rpartition(".")
-        copy = torch.nn.Parameter(table.detach().clone(), requires_grad=table.requires_grad)
-        setattr(model.get_submodule(parent), attribute, copy)
+        own = torch.nn.Parameter(table.detach().clone(), requires_grad=table.requires_grad)
+        setattr(model.get_submodule(parent), attribute, own)
     model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 

@@ -11,6 +11,7 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -225,12 +226,10 @@ def _holds(name: str, here: Tensor, value: Tensor) -> bool:
 def require_untied(
     state: Mapping[str, Tensor],
     trained: Mapping[str, Tensor],
-    of_peft: Mapping[str, Any] | None = None,
+    of_peft: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Raises ValueError for a tensor that the model has under two names, and the file with two
-    values or, where it is `of_peft`, by its options, under one name.
-
-    PEFT trains a copy of it, apart from its twin, unless ensure_weight_tying is set.
+    values or, where PEFT trained it apart by the options `of_peft`, under one name.
     """
     names: dict[int, list[str]] = {}
     for name, tensor in state.items():
@@ -238,15 +237,24 @@ def require_untied(
     for name, value in trained.items():
         for twin in names[id(state[name])] if name in state else ():
             other = trained.get(twin)
-            alone = of_peft is not None and not of_peft.get("ensure_weight_tying")
-            apart = other is None and alone
-            if apart or (other is not None and not torch.equal(other, value)):
+            alone = other is None and is_apart(name, of_peft)
+            if alone or (other is not None and not torch.equal(other, value)):
+                one, two = (twin, name) if is_apart(twin, of_peft) else (name, twin)
+                place = one.rpartition(".")[0]
                 raise ValueError(
-                    f"{name} is the same tensor as {twin} in this model, and PEFT trained it "
-                    f"apart: untie them first (model.{twin} = torch.nn.Parameter("
-                    f"model.{twin}.detach().clone()), and of a model of transformers "
-                    "model.config.tie_word_embeddings = False)"
+                    f"{one} is the same tensor as {two} in this model, and PEFT trained it "
+                    f"apart: untie them first (model.{place} = copy.deepcopy(model.{place}), and "
+                    "of a model of transformers model.config.tie_word_embeddings = False)"
                 )
+
+
+def is_apart(key: str, options: Mapping[str, Any]) -> bool:
+    """Whether PEFT trains a copy of the base's tensor `key`, apart from what is tied to it, by the
+    `options` of its configuration: in modules_to_save, unless ensure_weight_tying is set.
+    """
+    ends = tuple(options.get("modules_to_save") or ())
+    wrapped = any(module.endswith(ends) for module in _parents(key))
+    return wrapped and not options.get("ensure_weight_tying")
 
 
 def _saved_modules(state: Mapping[str, Tensor], trained: Iterable[str]) -> list[str]:
