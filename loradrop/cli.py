@@ -44,6 +44,7 @@ Native = Annotated[Path, Argument(help="An adapter: a native or PEFT folder, or 
 Out = Annotated[Path, Argument(help="The folder to write.")]
 Format = Annotated[Literal["peft", "merged"], Option(help="What to write.")]
 Engine = Annotated[list[str] | None, Option(help="An engine that must take it; repeatable.")]
+Asked = Annotated[list[str] | None, Option("--engine", help="An engine that counts; repeatable.")]
 Push = Annotated[str | None, Option(help="Also push it to this repository of the Hub: user/name.")]
 Private = Annotated[bool, Option("--private", help="Make that repository private.")]
 Base = Annotated[str | None, Option(help="The base model, instead of the one in the plan.")]
@@ -287,7 +288,10 @@ def merge(
 
 
 @app.command()
-def verify(adapter: Native, exported: Exported, model: Base = None, debug: Debug = False) -> None:
+def verify(
+    adapter: Native, exported: Exported, engine: Asked = None, model: Base = None,
+    debug: Debug = False,
+) -> None:  # fmt: skip
     """Compare an export with the adapter it came from."""
     from loradrop.adapter_bases import load_base
     from loradrop.base_models import tokenizer_of
@@ -307,7 +311,7 @@ def verify(adapter: Native, exported: Exported, model: Base = None, debug: Debug
     batches = batches_for(base, tokenizer := tokenizer_of(where))
     if tokenizer is None:
         print("cannot load its tokenizer: comparing on arbitrary tokens")
-    report = verify(base, exported, batches)
+    report = verify(base, exported, batches, engines=engine)
     print(report.table())
     raise typer.Exit(0 if report.ok else 1)
 

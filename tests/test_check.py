@@ -508,6 +508,40 @@ def test_an_adapter_that_changes_nothing_is_told(
     assert ("changes no logit of the first batch" in caplog.text) == (scale == 0.0)
 
 
+def test_where_engines_are_named_only_they_count(tmp_path: Path) -> None:
+    """A file with several ranks: llama.cpp, which nobody asked, computes something else from it."""
+    ranks = {"r": 8, "rank_pattern": {"v_proj": 4}, "target_modules": ["q_proj", "v_proj"]}
+    model = adapt(llama(), **ranks)
+    export(model, tmp_path, padded=False, engines=["vllm"])
+    taken = {
+        named: verify(model, tmp_path, BATCHES, engines=named and named.split()).ok
+        for named in (None, "vllm", "peft vllm", "llama.cpp", "vllm llama.cpp", "sglang")
+    }
+    assert taken == dict.fromkeys(taken, False) | {"vllm": True, "peft vllm": True}
+    assert "WRONG" in verify(model, tmp_path, BATCHES, engines="vllm").table()
+    rewrite(tmp_path, lambda config, _: config.update(lora_alpha=3, alpha_pattern={}))
+    assert not verify(model, tmp_path, BATCHES, engines=["vllm"]).ok
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_base_that_is_offloaded(head: bool, tmp_path: Path) -> None:
+    """PEFT makes adapters on the meta device there, and its logits would be the base's."""
+    accelerate = pytest.importorskip("accelerate")
+    whole = {"modules_to_save": ["lm_head"]} if head else {}
+    exported(llama, tmp_path, target_modules=["q_proj"], **whole)
+    model = llama()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    adapt(model, target_modules=["q_proj"])
+    if head:
+        with pytest.raises(ValueError, match=r"lm_head\.weight is offloaded.*remove_hook"):
+            verify(model, tmp_path, BATCHES)
+        return
+    report = verify(model, tmp_path, BATCHES)
+    assert report.ok and report.loader == "replay"
+    rewrite(tmp_path, lambda _, tensors: [t.mul_(1.1) for t in tensors.values()])
+    assert verify(model, tmp_path, BATCHES).relative > 0.01
+
+
 def test_one_engine_as_a_string_and_one_name_for_a_reason(tmp_path: Path) -> None:
     """What stands in the way is named alike before the file is written and after."""
     model = adapt(bert())

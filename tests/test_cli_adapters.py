@@ -80,6 +80,9 @@ def test_export_and_verify(adapter: Path, tmp_path: Path, capsys: Capsys) -> Non
     assert f"wrote {out}" in printed and "peft       takes it" in printed
     assert (out / "adapter_config.json").exists() and (out / "adapter_model.safetensors").exists()
     assert "logits (peft): ok" in works(capsys, "verify", adapter, out)
+    works(capsys, "verify", adapter, out, "--engine", "peft", "--engine", "vllm")
+    status, printed, _ = command(capsys, "verify", adapter, out, "--engine", "sglang")
+    assert status == 1 and "sglang     refused" in printed and "logits (peft): ok" in printed
     file = out / "adapter_model.safetensors"
     tensors = load_file(file)
     key = next(key for key in tensors if "lora_B" in key)

@@ -19,7 +19,7 @@ from loradrop.formats.engines import ENGINES, EngineVerdict, refusal, scale
 from loradrop.formats.merged import holds_weights
 from loradrop.formats.peft_conversion import lost
 from loradrop.formats.peft_file import CONFIG, PeftFile, configuration_of, read
-from loradrop.injection import injected
+from loradrop.injection import injected, require_loaded
 from loradrop.quantised import keep_unpacked
 from loradrop.surgery import remove
 from loradrop.wrapped import bare, modules_of, of_inner, tensors_of
@@ -34,11 +34,12 @@ class Report:
     logits           max|logits_export − logits_native| over all batches
     relative         the same over the standard deviation of the native logits
     tolerance        of `relative`
-    loader           what computed the export's logits: "peft", "replay" where it is not installed,
-                     or "merged"
+    loader           what computed the export's logits: "peft", "replay" where it is not installed
+                     or would not load the file, or "merged"
     rows             one verdict per engine; none for a merged model
     delta_tolerance  of every row's `error`
     required         the engines that have to take the file
+    named            whether `verify` was given them: then no other engine counts
     """
 
     logits: float
@@ -48,15 +49,18 @@ class Report:
     rows: tuple[EngineVerdict, ...] = ()
     delta_tolerance: float = 0.0
     required: tuple[str, ...] = ()
+    named: bool = False
 
     @property
     def ok(self) -> bool:
-        """Equal logits, the required engines take the file, and none computes other deltas from it.
+        """Equal logits, the required engines take the file, and none computes other deltas from it;
+        where engines were named, none of these.
 
         An engine that refuses a file says so when it loads it; one that scales it wrongly does not.
         """
         taken = all(row.ok for row in self.rows if row.engine in self.required)
-        return self.relative <= self.tolerance and taken and not any(map(self._wrong, self.rows))
+        wrong = not self.named and any(map(self._wrong, self.rows))
+        return self.relative <= self.tolerance and taken and not wrong
 
     def _wrong(self, row: EngineVerdict) -> bool:
         return row.error is not None and not row.error <= self.delta_tolerance  # also for NaN
@@ -90,13 +94,15 @@ def verify(
     model in `path` likewise.
 
     batches    as for `probe`: the logits of both are compared on them
-    engines    those that have to take the file for `Report.ok`, None for PEFT; all are reported
+    engines    those that have to take the file for `Report.ok`, and the only ones that count for
+               it; None is PEFT, and that no engine scales it wrongly. All are reported
     tolerance  of the logits over their standard deviation; None is 1e-4 in float32 and
                16 eps of a narrower dtype of the model or the file
 
     The file is loaded into a copy of the base model, by PEFT where it is installed and finds every
-    adapter, and by its rule where not. The model is as before afterwards. Raises ValueError for no
-    batches and for a file that is damaged or of another model, FileNotFoundError for a missing one.
+    adapter, and by its rule where not, or where the weights are offloaded without a device map. The
+    model is as before afterwards. Raises ValueError for no batches and for a file that is damaged
+    or of another model, or saves whole what is offloaded, FileNotFoundError for a missing one.
     """
     bank_of(model)
     with injected(model) as own:
@@ -131,7 +137,7 @@ def _verify(
         tolerance = 1e-4 if max(eps) < 1e-6 else min(16 * max(eps), 0.25)
     return Report(
         logits=logits, relative=relative, tolerance=tolerance, loader=loader,
-        rows=rows, delta_tolerance=delta_tolerance, required=required,
+        rows=rows, delta_tolerance=delta_tolerance, required=required, named=bool(engines),
     )  # fmt: skip
 
 
@@ -181,6 +187,10 @@ def _loaded(
         from peft import PeftModel
     except ImportError:
         return _replay(base, file), "replay"
+    layers = map(base.get_submodule, file.modules)
+    offloaded = any(weight.is_meta for layer in layers for weight in layer.parameters())
+    if offloaded and not getattr(base, "hf_device_map", None):  # PEFT would fill adapters on meta
+        return _replay(base, file), "replay"
     if lost(file) is not None:  # an engine that does not load by PEFT may take it
         return _replay(base, file), "replay"
     try:
@@ -208,6 +218,7 @@ def _replay(base: nn.Module, file: PeftFile) -> nn.Module:
     tensors = tensors_of(base, keep_vars=True)
     for name, tensor in file.others.items():
         if name in tensors:  # PEFT ignores one that is not
+            require_loaded({name: tensors[name]})
             tensors[name].copy_(tensor)
     return base
 
