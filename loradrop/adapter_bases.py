@@ -94,8 +94,13 @@ def base_named_by(adapter: str | Path) -> tuple[Mapping[str, Any], Mapping[str, 
 
 def tokenizer_for(adapter: str | Path, where: str, words: bool = False) -> Any:
     """The tokenizer that an adapter was saved with, else that of its base model at `where`."""
-    own = (Path(adapter) / "tokenizer_config.json").is_file()
-    return (tokenizer_of(str(adapter), words) if own else None) or tokenizer_of(where, words)
+    return own_tokenizer(adapter, words) or tokenizer_of(where, words)
+
+
+def own_tokenizer(adapter: str | Path, words: bool = False) -> Any:
+    """The tokenizer that lies beside an adapter; None where none does."""
+    there = (Path(adapter) / "tokenizer_config.json").is_file()
+    return tokenizer_of(str(adapter), words) if there else None
 
 
 def _holds(cls: Any, config: Any, num_labels: int, saved: Mapping[str, Tensor]) -> bool:

@@ -255,7 +255,7 @@ def export(
     private: Private = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write an adapter as a PEFT folder, and to the Hub."""
-    from loradrop.adapter_bases import load_base, tokenizer_for
+    from loradrop.adapter_bases import load_base, own_tokenizer, tokenizer_for
     from loradrop.base_models import pad_with
     from loradrop.formats.peft import export
 
@@ -266,8 +266,8 @@ def export(
     of_base, of_file = (dtype or "float32", None) if merged else ("float32", dtype)
     base, where = load_base(adapter, model, of_base, option="--model")
     loradrop.load(base, adapter)
-    tokenizer = tokenizer_for(adapter, where) if merged else None
-    if tokenizer is not None and "Classification" in type(base).__name__:
+    tokenizer = tokenizer_for(adapter, where) if merged else own_tokenizer(adapter)
+    if merged and tokenizer is not None and "Classification" in type(base).__name__:
         pad_with(base, tokenizer)  # as in training: without, some take one text at a time
     hub: dict[str, Any] = {"push_to_hub": push, "private": True if private else None}
     how: dict[str, Any] = {"dtype": of_file, "padded": not unpadded, "engines": engine}

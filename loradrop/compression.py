@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from loradrop.adapter_bases import load_base
+from loradrop.adapter_bases import load_base, own_tokenizer
 from loradrop.base_models import to_accelerator
 from loradrop.batches import MEASURED, small_batches
 from loradrop.config import DTYPES, TrainConfig
@@ -115,9 +115,10 @@ def compress(
               several. What is trained whole gets no wider than it was there
     resume    go on where an interrupted call with the same arguments ended, healing or writing
 
-    Beside the adapter it writes the plan, the dev metrics, a picture of the spectra and a page that
-    shows all of it. Returns the plan, and the dev metrics "before" and "after" where there is
-    data. Raises ValueError for healing without data.
+    Beside the adapter it writes the plan, the dev metrics, a picture of the spectra, a page that
+    shows all of it, and the tokenizer that lies beside the adapter that was cut. Returns the plan,
+    and the dev metrics "before" and "after" where there is data. Raises ValueError for healing
+    without data.
     """
     model, rows, folder = opened.model, opened.rows, Path(out)
     if heal and rows is None:
@@ -149,6 +150,8 @@ def compress(
     title = f"{opened.source}, cut from {full:,} to {plan.parameters:,} parameters"
     write_report(folder / PAGE, _arms(plan, full, metrics, healed), title=title, facts=facts)
     if is_first_rank():
+        if (tokenizer := own_tokenizer(opened.source)) is not None:
+            tokenizer.save_pretrained(folder)
         for draft in _drafts(folder):
             draft.unlink()
         shutil.rmtree(folder / HEALING, ignore_errors=True)

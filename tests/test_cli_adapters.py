@@ -12,7 +12,7 @@ from run_cases import write_model
 from safetensors.torch import load_file, save_file
 
 import loradrop
-from loradrop.adapter_bases import load_base
+from loradrop.adapter_bases import load_base, tokenizer_for
 from loradrop.cli import Dtype
 from loradrop.config import DTYPES
 
@@ -89,6 +89,24 @@ def test_export_and_verify(adapter: Path, tmp_path: Path, capsys: Capsys) -> Non
     save_file(tensors | {key: tensors[key] * 2}, file, {"format": "pt"})
     status, printed, _ = command(capsys, "verify", adapter, out)
     assert status == 1 and "WRONG" in printed
+
+
+def test_a_tokenizer_beside_the_adapter_goes_along(
+    work: Path, adapter: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    """To an export, and from there to a cut, which read the data with it; the base's does not."""
+    works(capsys, "export", adapter, tmp_path / "bare")
+    assert not (tmp_path / "bare" / "tokenizer_config.json").exists()
+    own = tmp_path / "own"
+    shutil.copytree(adapter, own)
+    tokenizer = tokenizer_for(adapter, str(work / "base"))
+    tokenizer.add_tokens(["marvellous"])
+    tokenizer.save_pretrained(own)
+    works(capsys, "export", own, tmp_path / "peft")
+    works(capsys, "compress", tmp_path / "peft", "--out", tmp_path / "small")
+    for folder in ("peft", "small"):
+        found = tokenizer_for(tmp_path / folder, str(work / "base"))
+        assert found.get_vocab() == tokenizer.get_vocab() and "marvellous" in found.get_vocab()
 
 
 def test_export_options(work: Path, adapter: Path, tmp_path: Path, capsys: Capsys) -> None:

@@ -1,5 +1,6 @@
 """Model cards that are extended, and adapters pushed to a stand-in for the Hub."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,26 @@ def test_transformers_loads_it_as_the_card_says(adapted: Any, tmp_path: Path) ->
     base = llama()
     base.load_adapter(str(tmp_path))
     assert outputs(base).allclose(outputs(adapted), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("here", [True, False])
+@pytest.mark.parametrize("more", [0, 2])
+def test_the_card_says_how_many_tokens_the_base_gets(more: int, here: bool, tmp_path: Path) -> None:
+    """Where it has other ones, or lies elsewhere; its code runs."""
+    peft = pytest.importorskip("peft")
+    llama().save_pretrained(tmp_path / "base")
+    model = type(llama()).from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(50 + more, mean_resizing=False)
+    whole = ["embed_tokens", "lm_head"]
+    adapt(model, r=3, target_modules=["q_proj", "v_proj"], modules_to_save=whole)
+    loradrop.export(model, tmp_path / "a", base_id=str(tmp_path / "base") if here else "some/base")
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "a" / CARD).read_text(), re.S)
+    resized = f"base.resize_token_embeddings({50 + more})"
+    assert (resized in code) == (more > 0 or not here)
+    code = re.sub("path/to/the/base/model|some/base", str(tmp_path / "base"), code)
+    exec(code.replace("path/to/this/folder", str(tmp_path / "a")), found := dict[str, Any]())
+    assert isinstance(found["model"], peft.PeftModel)
+    assert outputs(found["model"].eval()).allclose(outputs(model), rtol=1e-5, atol=1e-5)
 
 
 # The Hub

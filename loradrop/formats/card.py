@@ -15,6 +15,7 @@ from loradrop.formats.peft_file import PeftFile, task_of
 from loradrop.origin import classes_of
 from loradrop.plan import Plan
 from loradrop.report.look import spread
+from loradrop.wrapped import tensors_of
 
 START = "<!-- loradrop: every export renews what is between these marks; write before or after -->"
 END = "<!-- /loradrop -->"
@@ -53,6 +54,7 @@ def card_of(model: nn.Module, plan: Plan, file: PeftFile, verdicts: list[EngineV
         own=[target.name for target, state in states if state == "own"],
         loader=loader,
         arguments=f"{public or 'path/to/the/base/model'!r}{extra}",
+        tokens=_tokens_in(model, file),
         model=public or "path/to/the/base/model",
         folder=FOLDER,
         in_transformers="peft" in taken and loader.startswith("Auto") and not file.others,
@@ -66,6 +68,28 @@ def card_of(model: nn.Module, plan: Plan, file: PeftFile, verdicts: list[EngineV
         start=START,
         end=END,
     )
+
+
+def _tokens_in(model: nn.Module, file: PeftFile) -> int | None:
+    """How many tokens the embedding in the file has; None where there is none, or where what is
+    known of the base model here says that it has as many.
+    """
+    try:
+        table = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
+    except NotImplementedError:
+        return None
+    names = [name for name, t in tensors_of(model, keep_vars=True).items() if t is table]
+    saved = next((file.others[name] for name in names if name in file.others), None)
+    if saved is None:
+        return None
+    from transformers import AutoConfig  # loads slowly
+
+    try:
+        name = file.config["base_model_name_or_path"]
+        base = AutoConfig.from_pretrained(name, local_files_only=True)
+    except Exception:  # not here: the line that the card then has is right for any base
+        return len(saved)
+    return None if base.get_text_config().vocab_size == len(saved) else len(saved)
 
 
 def _of_cut(plan: Plan) -> dict[str, Any] | None:
