@@ -30,11 +30,11 @@ def write_tensors(
 
 def _holds(file: Path, tensors: Mapping[str, Tensor]) -> bool:
     written = load_file(file)
-    same = written.keys() == tensors.keys()
-    return same and all(_equal(written[name], tensor) for name, tensor in tensors.items())
+    complete = written.keys() == tensors.keys()
+    return complete and all(same(written[name], tensor) for name, tensor in tensors.items())
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def same(one: Tensor, other: Tensor) -> bool:
     """Bit for bit, so that NaN equals itself."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False

@@ -261,10 +261,10 @@ def _torchao() -> Any:
 
 # On a CPU with bfloat16 instructions bitsandbytes packs four-bit weights by 32 rows.
 WHOLE = {"hidden_size": 64, "intermediate_size": 64}
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
 LOADED: dict[str, Callable[[], Any]] = {
-    "nf4": lambda: _bitsandbytes(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    ),
+    "nf4": lambda: _bitsandbytes(**NF4),
+    "nf4 in bfloat16": lambda: _bitsandbytes(**NF4, bnb_4bit_quant_storage=torch.bfloat16),
     "int8": lambda: _bitsandbytes(load_in_8bit=True),
     "torchao": _torchao,
 }
@@ -311,6 +311,26 @@ def test_a_model_of_transformers(kind: str, tmp_path: Path) -> None:
     expected = answer(merged)
     assert torch.equal(answer(loaded), expected)
     assert not torch.equal(expected, logits)
+
+
+@pytest.mark.parametrize("kind", LOADED)
+def test_a_base_that_is_quantised_on_disk(kind: str, tmp_path: Path) -> None:
+    """Its merged model is one, too, and loads to the same logits."""
+    from transformers import AutoModelForCausalLM
+
+    llama(**WHOLE).save_pretrained(tmp_path / "plain")
+    options = {"quantization_config": LOADED[kind](), "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", **options)
+    model.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map="cpu")
+    base = answer(model)
+    loradrop.inject(model, LoRAConfig(r=R, lora_alpha=64, target_modules=["q_proj", "v_proj"]))
+    wake(model, 0.1)
+    loradrop.export(model, tmp_path / "merged", format="merged")
+    loradrop.merge(model)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", device_map="cpu")
+    assert torch.equal(answer(loaded), answer(model))
+    assert not torch.equal(answer(model), base)
 
 
 def test_a_trainer_of_ones_own(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from loradrop.merging import changes, tell
 from loradrop.native import TENSORS
 from loradrop.quantised import kept, put
 from loradrop.save_pretrained import without_bank
+from loradrop.tensor_file import same
 from loradrop.wrapped import bare
 
 
@@ -51,7 +52,13 @@ def save_merged(model: nn.Module, folder: Path) -> None:
         without_bank(model),
         bare(model),
     ):
-        save_pretrained(model, draft)
+        try:
+            save_pretrained(model, draft)
+        except NotImplementedError:
+            if getattr(model, "_weight_conversions", None) is None:
+                raise
+            # transformers cannot undo what it did as it read a checkpoint that was quantised.
+            save_pretrained(model, draft, save_original_format=False)
         state = base_state(model)
         weights = {key: state[key] for key in targets}
         _require_written(Path(draft), weights, model)
@@ -105,9 +112,10 @@ def _require_written(folder: Path, weights: Mapping[str, Tensor], model: nn.Modu
     written = [pair for file in files for pair in file.items()]
 
     def holds(key: str, weight: Tensor) -> bool:
-        # A class may rename tensors as it saves them.
+        # A class may rename tensors as it saves them, and packed weights may read as NaN.
         places = [t for name, t in written if name == key] or [t for _, t in written]
-        return all(any(torch.equal(part, t) for t in places) for part in _parts(weight.cpu()))
+        parts = _parts(weight.cpu())
+        return all(any(torch.equal(part, t) or same(part, t) for t in places) for part in parts)
 
     held = all(holds(key, weight) for key, weight in weights.items())
     if not held and not _loads_back(folder, weights, model):
@@ -129,6 +137,5 @@ def _loads_back(folder: Path, weights: Mapping[str, Tensor], model: Any) -> bool
         found = base_state(type(model).from_pretrained(folder, dtype="auto"))
     there = {key: found[key] for key in weights if key in found}
     return there.keys() == weights.keys() and all(
-        t.dtype == weights[key].dtype and torch.equal(t, weights[key].cpu())
-        for key, t in there.items()
+        same(t, weights[key].cpu()) for key, t in there.items()
     )
