@@ -18,7 +18,7 @@ from loradrop.layers import shape_of
 from loradrop.native import FOLDER, TENSORS, NativeFile, read
 from loradrop.origin import base_of, classes_of, tell_base
 from loradrop.ranks import sharded_like
-from loradrop.surgery import inject
+from loradrop.surgery import inject, require_trainable
 from loradrop.wrapped import modules_of, of_inner, tensors_of
 
 _log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
     """
     file = _read(path, model)
     plan = file.plan
+    require_trainable(model, file.trained)
     _require_fit(model, file, path)
     peft_load.require_untied(tensors_of(model, keep_vars=True), file.trained)
     if not has_bank(model):  # the targets themselves are compared below

@@ -5,13 +5,14 @@ use. What is not here trains as any base does (`layers.LoRAOver`), but cannot be
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from loradrop.layers import base_class, is_plain
+from loradrop.layers import base_class, is_plain, shape_of
+from loradrop.wrapped import modules_of
 
 Stored = Tensor | Mapping[str, Any]
 _FOUR_BITS, _EIGHT_BITS = ("Linear4bit", "LinearNF4", "LinearFP4"), ("Linear8bitLt",)
@@ -148,6 +149,31 @@ def _mapping(old: Any) -> Any:
 
     shifted = old.zero_point is not None and bool(old.zero_point.any())
     return MappingType.ASYMMETRIC if shifted else MappingType.SYMMETRIC
+
+
+def packed(model: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor: the quantised weights of the model, of whatever library, which cannot train:
+    whole numbers, float8, tensors of a type of their own and bitsandbytes' four bits, whose
+    storage may have any dtype.
+    """
+    return {
+        f"{name}.{key}".removeprefix("."): tensor
+        for name, module in modules_of(model).items()
+        for key, tensor in _packed(module)
+    }
+
+
+def _packed(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    own: dict[str, Tensor] = {k: p for k, p in module._parameters.items() if p is not None}
+    if shape_of(module) is not None and all(p.ndim < 2 for p in own.values()):
+        # GPTQ and AWQ keep the weight of a layer in buffers.
+        own |= {k: b for k, b in module._buffers.items() if b is not None and b.ndim == 2}
+    four_bits = _of_bitsandbytes(module, _FOUR_BITS)
+    for key, tensor in own.items():
+        number = tensor.is_floating_point() or tensor.is_complex()
+        typed = hasattr(tensor, "__tensor_flatten__")
+        if typed or not number or tensor.itemsize == 1 or (four_bits and key == "weight"):
+            yield key, tensor
 
 
 def put(module: Any, stored: Stored) -> None:

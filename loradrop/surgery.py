@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ from loradrop.injection import (
 )
 from loradrop.layers import adapt, build_bank, freeze, is_extended, is_patched, restore
 from loradrop.matching import find_targets, inside, kinds_of, saved_modules
-from loradrop.quantised import keep_unpacked, put
+from loradrop.quantised import keep_unpacked, packed, put
 from loradrop.ranks import ZERO_3, is_partitioned, is_sharded
 from loradrop.save_pretrained import SavePart, SavePretrained
 from loradrop.wrapped import modules_of, of_inner, own_name, parameters_of, tensors_of
@@ -38,8 +38,8 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
 
     The model computes what it did before, since B starts at zero. Modules of `modules_to_save` stay
     trainable. Raises ValueError for targets that cannot be adapted (a table of what matched), ranks
-    beyond min(in_features, out_features), and models that already carry adapters; TypeError for a
-    configuration of PEFT.
+    beyond min(in_features, out_features), quantised weights in modules that are to be trained
+    whole, and models that already carry adapters; TypeError for a configuration of PEFT.
     """
     require_config(config)
     methods.require_own_name(config.method)
@@ -63,6 +63,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     _require_no_saver(model)
     found = find_targets(model, config)
     trained = saved_modules(model, config)
+    require_trainable(model, trained)
     if execution_device(*modules) is not None:
         whole = (n for n, _ in model.named_parameters() if any(inside(n, part) for part in trained))
         require_loaded({name: model.get_parameter(name) for name in whole})
@@ -89,6 +90,21 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     kinds = kinds_of(target.name for target in bank.targets)
     _log.info("adapted %s; trained whole: %s", kinds, ", ".join(trained) or "nothing")
     return bank
+
+
+def require_trainable(model: nn.Module, whole: Collection[str]) -> None:
+    """Raises ValueError where `whole`, names of modules and tensors, has a quantised weight."""
+    weights = packed(model)
+    found = [part for part in whole if any(inside(name, part) for name in weights)]
+    if found:
+        name = next(name for name in weights if inside(name, found[0]))
+        modules = sorted({part.rpartition(".")[0] if part in weights else part for part in found})
+        raise ValueError(
+            f"{name} is quantised ({type(weights[name]).__name__} of {weights[name].dtype}), and "
+            f"cannot be trained whole: quantise the base model without {modules} "
+            "(llm_int8_skip_modules of BitsAndBytesConfig, modules_to_not_convert of "
+            "TorchAoConfig), or train adapters alone, with modules_to_save=[]"
+        )
 
 
 def _savers(model: nn.Module, bank: AdapterBank) -> Iterator[tuple[str, nn.Module]]:

@@ -102,6 +102,28 @@ def test_a_head_that_is_offloaded_cannot_train() -> None:
     loradrop.inject(model, config(modules_to_save=[]))
 
 
+class InBuffers(nn.Module):
+    """As GPTQ's and AWQ's layers hold their weights."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = WIDTH, 2, nn.Parameter(torch.zeros(2))
+        self.register_buffer("qweight", tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("in_buffers", [False, True])
+def test_a_quantised_head_cannot_train(dtype: torch.dtype, in_buffers: bool) -> None:
+    model, weight = Net(), torch.zeros(2, WIDTH).to(dtype)
+    if in_buffers:
+        model.classifier[1] = InBuffers(weight)
+    else:
+        model.classifier[1].weight = nn.Parameter(weight, requires_grad=False)
+    name = r"classifier\.1\.q?weight is quantised"
+    refused(rf"{name} .*{dtype}.*without \['classifier'\].*modules_to_save=\[\]", model)
+    loradrop.inject(model, config(modules_to_save=[]))
+
+
 def stack(*kinds: str) -> nn.Module:
     """Layers of different kinds, as hybrid models have them."""
     model = nn.Module()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from loradrop.adapters import Adapters
 from loradrop.files import read_json
 from loradrop.matching import inside, saved_modules
+from loradrop.quantised import packed
 from loradrop.scores import Target
 from loradrop.wrapped import modules_of, tensors_of
 
@@ -174,7 +175,7 @@ def layout_of(
         raise ValueError(f"peft cannot save a tensor of the model itself: {instead}")
     every = {name: m for name, m in modules.items() if name and not inside(name, "lora_bank")}
     once = [name for name in modules_of(model) if name in every]  # as PEFT walks for targets
-    reasons = []
+    reasons, weights = [], packed(model)
     for task in dict.fromkeys((task_of(model)[0], None)):  # a task may save too much whole
         wanted = [*saved, *_HEADS.get(task or "", ())]
         wrapped = [name for name in every if name.endswith(tuple(wanted))]
@@ -190,6 +191,9 @@ def layout_of(
             )
             continue
         tensors = [key for key in state if any(inside(key, w) for w in wrapped)]
+        if quantised := next((key for key in tensors if key in weights), None):
+            reasons.append(f"it saves {quantised} whole, which is quantised")
+            continue
         for key, value in state.items():
             twin = next((k for k in trained if state[k] is value and key not in tensors), None)
             if twin is not None:
