@@ -36,7 +36,7 @@ from loradrop.rows import Rows, rows_for
 from loradrop.run_config import RunConfig
 from loradrop.spectra import Spectrum, spectrum, spectrum_of
 from loradrop.text.metrics import metric_fn
-from loradrop.trainer import dev_metrics
+from loradrop.trainer import dev_metrics, taken_as_adapted
 from loradrop.truncation import require_pairs, truncate
 
 if TYPE_CHECKING:
@@ -201,10 +201,11 @@ def _evaluated(model: Any, rows: Rows) -> dict[str, float]:
             scratch, per_device_eval_batch_size=32, report_to=[], disable_tqdm=True,
             log_level_replica="passive", use_cpu=not torch.accelerator.is_available(),
         )  # fmt: skip
-        trainer = Trainer(
-            model, args, eval_dataset=rows.dev, data_collator=rows.collate,
-            compute_metrics=metric_fn(rows.task),
-        )  # fmt: skip
+        with taken_as_adapted(model):
+            trainer = Trainer(
+                model, args, eval_dataset=rows.dev, data_collator=rows.collate,
+                compute_metrics=metric_fn(rows.task),
+            )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         return dev_metrics(trainer)
 

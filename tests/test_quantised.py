@@ -16,11 +16,15 @@ import peft
 import pytest
 import torch
 from models import IDS, bert, llama, wake
+from run_cases import WORDS, write_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import loradrop
 from loradrop import LoRAConfig, LoraDropConfig
+from loradrop.cli import main
+from loradrop.files import read_json
+from loradrop.plan_file import REPORT
 
 pytestmark = pytest.mark.quantised
 
@@ -384,6 +388,27 @@ def test_a_head_that_is_quantised(kind: str, tmp_path: Path) -> None:
     expected = model.train()(input_ids=IDS).logits
     for again in (ours, theirs):
         torch.testing.assert_close(again.train()(input_ids=IDS).logits, expected)
+
+
+def test_compressed_with_data(tmp_path: Path) -> None:
+    """`loradrop compress ... data=` measures on dev before and after the cut."""
+    from transformers import AutoModelForCausalLM
+
+    base, rows = tmp_path / "base", tmp_path / "rows.csv"
+    write_model(base, "llama")
+    how = {"quantization_config": LOADED["int8"](), "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(base, **how)
+    model.save_pretrained(base)
+    loradrop.inject(model, LoRAConfig(r=R, target_modules=["q_proj", "v_proj"]))
+    wake(model, 0.1)
+    loradrop.save(model, tmp_path / "adapter")
+    rows.write_text("text\n" + "".join(f"{a} {b}\n" for a in WORDS[:6] for b in WORDS[6:12]))
+    data = [f"model={base}", f"data={rows}"]
+    out = tmp_path / "small"
+    assert main(["compress", str(tmp_path / "adapter"), *data, "--out", str(out)]) == 0
+    metrics = read_json(out / REPORT)["metrics"]
+    before, after = metrics["before"]["loss"], metrics["after"]["loss"]
+    assert 0 < before < math.inf and 0 < after < math.inf and before != after
 
 
 def test_a_trainer_of_ones_own(tmp_path: Path) -> None:
