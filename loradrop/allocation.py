@@ -41,7 +41,7 @@ def allocate(
                layer, as a projection of its embeddings, go with that
 
     Ties go to the earlier target. Raises ValueError for options out of range, for a budget below
-    one step of the smallest target, and for a max_loss that leaves nothing.
+    one step of the smallest target, and for a max_loss or a budget_time that leaves nothing.
     """
     check_choice("scope", scope, SCOPES)
     given = {"budget": budget, "threshold": threshold, "max_loss": max_loss, "rank": rank}
@@ -209,15 +209,25 @@ def _names(spectrum: Spectrum, i: int) -> set[str]:
 
 def _lowest(spectrum: Spectrum, budget_time: float | None) -> set[str]:
     """The targets in the lowest layers and before them, which must go for this part of a step's
-    time.
+    time, and those that share an adapter with one of them.
+
+    Raises ValueError where every adapter would go.
     """
     names = list(spectrum)
-    cleared, _ = _divided(names, budget_time)
+    cleared, left = _divided(names, budget_time)
     if not cleared:
         return set()
     of_target = dict(zip(names, layers_of(names), strict=True))
     before = itertools.takewhile(lambda name: not of_target[name], names)
-    return {*before, *(name for name in names if of_target[name] in cleared)}
+    low = {*before, *(name for name in names if of_target[name] in cleared)}
+    used = [(i, _names(spectrum, i)) for i in spectrum.adapters]
+    low |= {name for _, users in used if low & users for name in users}
+    if spectrum.full and not any(spectrum.by_target[i] for i, users in used if not low & users):
+        raise ValueError(
+            f"budget_time={budget_time:g} leaves no adapter at all, as each is used in the lowest "
+            f"{len(cleared)} of {len(cleared + left)} layers: choose a larger one, or leave it out"
+        )
+    return low
 
 
 def _divided(targets: Sequence[str], budget_time: float | None) -> tuple[list[str], list[str]]:

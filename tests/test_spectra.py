@@ -252,6 +252,21 @@ def test_a_budget_of_time_clears_the_lowest_layers() -> None:
             allocate(found, budget=0.4, budget_time=wrong)
 
 
+AMOUNTS = [{"budget": 0.9}, {"threshold": 0.9}, {"rank": 1}, {"max_loss": 10.0}]
+
+
+@pytest.mark.parametrize("amount", AMOUNTS)
+def test_a_budget_of_time_where_adapters_are_shared(amount: dict[str, object]) -> None:
+    """One that a low layer uses goes from all of its members, and not all may go."""
+    found = of((9.0,), (8.0,), (9.0,), (2.0,), (1.0,))
+    ranks = ranks_of(replace(found, slots=(0, 1, 0, 2, 3)), budget_time=0.9, **amount)
+    assert not ranks[0] and not ranks[2] and any(ranks)
+    alike = replace(of(*5 * [(12.0,)]), slots=(0,) * 5)
+    with pytest.raises(ValueError, match=r"budget_time=0\.9 leaves no adapter.* lowest 1 of 5"):
+        ranks_of(alike, budget_time=0.9, **amount)
+    assert ranks_of(alike, budget_time=1.0, rank=1) == [1] * 5
+
+
 def test_without_layers_a_budget_of_time_has_nothing_to_clear() -> None:
     found = of((9.0,), (8.0,))
     heads = tuple(t._replace(name=f"head_{t.kind}") for t in found.targets)
