@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loradrop.layers import base_class, is_plain, shape_of
+from loradrop.ranks import is_sharded
 from loradrop.wrapped import modules_of
 
 Stored = Tensor | Mapping[str, Any]
@@ -171,7 +172,7 @@ def _packed(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     four_bits = _of_bitsandbytes(module, _FOUR_BITS)
     for key, tensor in own.items():
         number = tensor.is_floating_point() or tensor.is_complex()
-        typed = hasattr(tensor, "__tensor_flatten__")
+        typed = hasattr(tensor, "__tensor_flatten__") and not is_sharded(tensor)
         if typed or not number or tensor.itemsize == 1 or (four_bits and key == "weight"):
             yield key, tensor
 

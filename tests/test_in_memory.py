@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from models import IDS, adapt, bert, llama, outputs, share
@@ -115,3 +116,16 @@ def test_merged_adapters_are_refused() -> None:
     loradrop.merge(made, keep_original=True)
     with pytest.raises(ValueError, match=r"merged into the weights.*twice"):
         adapter_tensors(made)
+
+
+def test_a_head_that_is_offloaded_is_named(tmp_path: Path) -> None:
+    """PEFT wants the head of its task in the file, though nothing has trained it."""
+    base = llama("ForSequenceClassification")
+    head = base.score.weight.detach().clone()
+    accelerate.cpu_offload(base, execution_device=torch.device("cpu"))
+    made = adapt(base, LoRAConfig(r=3, target_modules=TARGETS, modules_to_save=[]))
+    for call in (adapter_tensors, lambda m: loradrop.export(m, tmp_path)):
+        with pytest.raises(ValueError, match=r"score\.weight is offloaded.*remove_hook_from"):
+            call(made)
+    accelerate.hooks.remove_hook_from_module(made, recurse=True)
+    assert torch.equal(adapter_tensors(made).tensors["base_model.model.score.weight"], head)

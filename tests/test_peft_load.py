@@ -304,7 +304,10 @@ def test_an_adapter_of_another_name(tmp_path: Path) -> None:
     agree(tmp_path / "mine")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+NARROW = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", NARROW)
 def test_a_narrow_file(dtype: torch.dtype, tmp_path: Path) -> None:
     """PEFT makes its adapters float32 too."""
 

@@ -34,7 +34,7 @@ from loradrop.formats.peft_file import (
     padded_rank,
     ranks_in_file,
 )
-from loradrop.injection import injected
+from loradrop.injection import injected, require_loaded
 from loradrop.layers import is_conv1d
 from loradrop.machine import is_first_rank
 from loradrop.origin import base_of
@@ -175,7 +175,7 @@ def peft_file_of(
     """The adapters as a PEFT file, its tensors new ones on `device`; the options of `export`.
 
     Of a model that FSDP2 shards, every rank has to call it. Raises ValueError for values that are
-    not finite, and for what the file cannot hold, with what to do `instead`.
+    not finite or offloaded, and for what the file cannot hold, with what to do `instead`.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -210,6 +210,7 @@ def peft_file_of(
                 )
             tensors[f"{PREFIX}{target.name}.lora_{name}.weight"] = factor
     base = tensors_of(model)
+    require_loaded({key: base[key] for key in layout.saved_tensors})
     for key in layout.saved_tensors:
         tensors[PREFIX + key] = full_tensor(base[key].detach()).to(device, copy=True).contiguous()
     config = {
@@ -228,4 +229,4 @@ def peft_file_of(
     }
     if not one:
         config |= {"rank_pattern": held, "alpha_pattern": held}
-    return PeftFile(config, tensors, configuration_of(model), model)
+    return PeftFile(config, tensors, configuration_of(model), model, instead)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loradrop.formats.peft_file import MERGED, PREFIX, PeftFile
+from loradrop.formats.peft_file import PREFIX, PeftFile
 
 _MATCHING = (
     *("r", "lora_alpha", "target_modules", "exclude_modules"),
@@ -35,7 +35,7 @@ def lost(file: PeftFile) -> str | None:
     model, options = file.model, {k: file.config[k] for k in _MATCHING if file.config.get(k)}
     if model is None or not options.get("target_modules"):
         return None
-    remedy = f"leave such modules out of target_modules, or {MERGED}"
+    remedy = f"leave such modules out of target_modules, or {file.instead}"
     try:
         from peft import LoraConfig
         from peft.tuners.tuners_utils import check_target_module_exists as finds

@@ -49,8 +49,9 @@ _MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # PEFT 
 class PeftFile(NamedTuple):
     """A PEFT adapter as it lies on disk: its configuration, and its tensors by their full keys.
 
-    base   the base model's own configuration, where it is known
-    model  the model that has the adapters, where it is there
+    base      the base model's own configuration, where it is known
+    model     the model that has the adapters, where it is there
+    instead   what to do about what PEFT cannot load
 
     `others` are in the order of the names, weights first: a file that is read has the order of the
     disk, and a reason for a refusal shall name the same tensor before and after.
@@ -60,6 +61,7 @@ class PeftFile(NamedTuple):
     tensors: Mapping[str, Tensor]
     base: Mapping[str, Any] = MappingProxyType({})
     model: nn.Module | None = None
+    instead: str = MERGED
 
     @property
     def modules(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -191,8 +193,8 @@ def layout_of(
             )
             continue
         tensors = [key for key in state if any(inside(key, w) for w in wrapped)]
-        if quantised := next((key for key in tensors if key in weights), None):
-            reasons.append(f"it saves {quantised} whole, which is quantised")
+        if kept := next((key for key in tensors if key in weights and key not in trained), None):
+            reasons.append(f"it saves {kept} whole, which is quantised")
             continue
         for key, value in state.items():
             twin = next((k for k in trained if state[k] is value and key not in tensors), None)

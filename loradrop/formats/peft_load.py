@@ -145,6 +145,8 @@ def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Pair], dict[str, Te
     others: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
+        if tensor.is_floating_point() and tensor.itemsize == 1:  # float8, in which nothing computes
+            tensor = tensor.float()
         if not tensor.isfinite().all():
             raise ValueError(f"{key} is not finite: its training diverged. Take another checkpoint")
         if pair := _PAIR.fullmatch(name):
