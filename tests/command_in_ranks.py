@@ -1,6 +1,5 @@
 """`loradrop` for torchrun, as `python -m loradrop`: ARGUMENTS. It leaves no group behind."""
 
-
 from torchrun import leave
 
 from loradrop.cli import main
