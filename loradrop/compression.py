@@ -40,7 +40,7 @@ from loradrop.trainer import dev_metrics, taken_as_adapted
 from loradrop.truncation import require_pairs, truncate
 
 if TYPE_CHECKING:
-    from loradrop.training import Result
+    from loradrop.stages import Result
 
 SPECTRUM, PAGE = "spectrum.png", "report.html"
 HEALING = "healing"  # in the output folder, until all else is written

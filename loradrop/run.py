@@ -35,7 +35,7 @@ from loradrop.text.metrics import metric_fn
 from loradrop.text.task import load_task
 
 if TYPE_CHECKING:
-    from loradrop.training import Result
+    from loradrop.stages import Result
 
 _log = logging.getLogger(__name__)
 

@@ -1,75 +1,23 @@
-"""Training: two runs of transformers' Trainer, warm-up and main, with `update` between them.
+"""Training in one call: `fit`, and `warm_up`, which ends with the decision."""
 
-    fit = inject -> warm-up (its own passes are the probe) -> select -> share -> main run
-
-What lies between them is written down, so that a resume goes on from there: see `run_folder`.
-"""
-
-import json
-import logging
-import math
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers import TrainingArguments
 
-from loradrop.any_trainer import LoraDropCallback
-from loradrop.arguments import train_config, training_arguments
-from loradrop.bank import bank_of, has_bank
-from loradrop.callbacks import LastStep, MethodCallback, Progress
-from loradrop.checkpoints import last_checkpoint
+from loradrop.arguments import train_config
+from loradrop.bank import has_bank
 from loradrop.config import LoRAConfig, TrainConfig, require_config
-from loradrop.files import read_json, write_json
-from loradrop.injection import injection_of, plan_of, sum_of
-from loradrop.loading import fill
-from loradrop.machine import is_first_rank
-from loradrop.masks import MASK, MaskFn, Masking
-from loradrop.methods.base import Warmup
-from loradrop.native import read, save
-from loradrop.optimizers import by_name, kept_state
-from loradrop.origin import base_of
+from loradrop.injection import injection_of, plan_of
+from loradrop.masks import MASK, MaskFn
 from loradrop.plan import Plan
-from loradrop.probing import probe
-from loradrop.ranks import is_needed, wait, world_size
-from loradrop.run_folder import RESULT, Boundary, begun, resumable, taken
-from loradrop.sampling import sample_of
-from loradrop.sharing import conclude
-from loradrop.step_time import tell_in_vain
-from loradrop.surgery import inject
-from loradrop.trainer import LoRATrainer, Part, dev_metrics, forward_kept
-from loradrop.wrapped import inner, parameters_of
-
-_log = logging.getLogger(__name__)
-Metric = Callable[[Any], dict[str, float]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """What a `fit` came to.
-
-    steps     optimiser steps that were made, fewer than planned after an early stop
-    history   dicts with stage, step and what the Trainer logged at it
-    """
-
-    metrics: Mapping[str, float]
-    parameters: int
-    steps: int
-    seconds: float
-    history: Sequence[Mapping[str, Any]]
-    plan: Plan
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for result.json; the plan has a file of its own."""
-        names = ("metrics", "parameters", "steps", "seconds", "history")
-        return {name: getattr(self, name) for name in names}
+from loradrop.stages import Metric, Result, Run
+from loradrop.trainer import forward_kept
+from loradrop.wrapped import inner
 
 
 def fit(
@@ -121,7 +69,7 @@ def fit(
                 "resume=True has no folder to go on from: give output_dir= of the run "
                 "(trainer_output, the default of TrainingArguments, does not count)"
             )
-        run = _Run(
+        run = Run(
             model=model, train=train, config=config, args=arguments, collate=collate,
             folder=folder or Path(scratch), resume=resume, data=dict(data or {}), mask_fn=mask_fn,
             processing_class=processing_class, dev=dev, metric=metric, callbacks=callbacks,
@@ -167,7 +115,7 @@ def warm_up(
     config = _carried(model) if config is None else config
     folder, arguments = _settled(args, output_dir, mask)
     assert folder is not None
-    run = _Run(
+    run = Run(
         model=model, train=train, config=config, args=arguments, collate=collate, folder=folder,
         resume=resume, data=dict(data or {}), mask_fn=mask_fn, processing_class=processing_class,
     )  # fmt: skip
@@ -179,276 +127,6 @@ def warm_up(
     return plan_of(model)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """One `fit`; its fields are the arguments of `fit`, and whether its folder is kept."""
-
-    model: nn.Module
-    train: Any
-    config: LoRAConfig
-    args: TrainConfig
-    collate: Callable[[list[Any]], Any] | None
-    folder: Path
-    resume: bool
-    data: dict[str, str]
-    mask_fn: MaskFn | None = None
-    processing_class: Any = None
-    dev: Any = None
-    metric: Metric | None = None
-    callbacks: Sequence[Any] = ()
-    kept: bool = True
-
-    def __post_init__(self) -> None:
-        if inner(self.model) is not self.model:
-            raise ValueError(
-                f"model is a {type(self.model).__name__}: give fit the model inside. It compiles "
-                'with train.extra={"torch_compile": True}, and runs DDP under torchrun'
-            )
-        if isinstance(self.train, Mapping):
-            raise ValueError(
-                f"train is a {type(self.train).__name__} of {', '.join(map(str, self.train))}: "
-                "give one of them, as train['train']"
-            )
-        try:
-            count = len(self.train)
-        except TypeError as error:
-            kind = type(getattr(self.train, "dataset", self.train)).__name__
-            what = f"train is a {kind} without a length: give a sized Dataset or a list"
-            raise ValueError(what) from error
-        if count == 0:
-            raise ValueError("train is empty: give at least one example")
-        parts = self.dev if isinstance(self.dev, Mapping) else {"dev": self.dev}
-        for name, rows in parts.items():
-            if hasattr(rows, "__len__") and len(rows) == 0:
-                raise ValueError(f"{name} is empty: give rows to measure on, or dev=None")
-        if self._per_epoch == 0:
-            raise ValueError(
-                f"train has {count} rows, and dataloader_drop_last leaves no batch of them: choose "
-                f"a batch_size below {self.args.batch_size}"
-            )
-        _require_numbers(self.train)
-        owns = (LoraDropCallback, MethodCallback)
-        for callback in self.callbacks:
-            of = callback if isinstance(callback, type) else type(callback)
-            if issubclass(of, owns):
-                raise ValueError(f"callbacks has a {of.__name__}, which fit has itself: drop it")
-
-    def held(self) -> AbstractContextManager[None]:
-        """Takes the folder for this run."""
-        return begun(self.folder, self._options(), self.resume)
-
-    @property
-    def total(self) -> int:
-        """Optimiser steps of both stages; the ranks share each pass over the data."""
-        return self.args.steps or max(1, math.ceil(self.args.epochs * self._per_epoch))
-
-    @property
-    def _per_epoch(self) -> int:
-        """Optimiser steps of a pass over the data."""
-        loader = isinstance(self.train, DataLoader)
-        batch = 1 if loader else self.args.batch_size
-        dropped = not loader and self.args.extra.get("dataloader_drop_last", False)
-        batches = (math.floor if dropped else math.ceil)(len(self.train) / (batch * world_size()))
-        return math.ceil(batches / self.args.gradient_accumulation)
-
-    def _rows(self, steps: int) -> int:
-        """Rows that so many steps take, from one pass over the data after the other."""
-        passes, rest = divmod(steps, self._per_epoch)
-        step = self.args.batch_size * self.args.gradient_accumulation * world_size()
-        return passes * len(self.train) + min(rest * step, len(self.train))
-
-    def whole(self) -> Result:
-        """Both stages, or what they came to where the run is complete."""
-        self.prepare()
-        if self.resume and (found := self._found()) is not None:
-            return found
-        before = self.first_stage()
-        done, decided = before.steps, bank_of(self.model).assignment.decided
-        method = self.config.method
-        statistics = () if method.warms_up and (done or decided) else method.statistics
-        stage = method.warmup(self.total) if done else None
-        part = None
-        if stage is not None:
-            row = self._rows(done) if stage.sample_ratio == 1.0 else 0
-            part = Part(self.total, done, row, before.known)
-        trainer, events = self._stage("main", self.total - done, self.train, statistics, part=part)
-        metrics = {} if self.dev is None else dev_metrics(trainer)
-        if is_needed(self.model):
-            save(self.model, self.folder / "adapter")
-        plan = plan_of(self.model)
-        history = [*before.history, *trainer.history("main", done)]
-        seconds = before.seconds + events.seconds_before
-        result = Result(
-            metrics=metrics, parameters=plan.parameters, steps=done + trainer.state.global_step,
-            seconds=seconds, history=history, plan=plan,
-        )  # fmt: skip
-        if is_first_rank():
-            write_json(self.folder / "plan.json", plan.to_dict())
-            ended = {"complete": trainer.complete}  # else a resume trains on
-            write_json(self.folder / RESULT, result.to_dict() | ended)
-        wait()
-        return result
-
-    def _found(self) -> Result | None:
-        """The result of a complete run, its adapters in the model; None where something is left."""
-        try:
-            record = read_json(self.folder / RESULT)
-            if not record.pop("complete", False) or not (record["metrics"] or self.dev is None):
-                return None
-            adapters = read(self.folder / "adapter")
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            _log.warning("%s. Going on from the run's last checkpoint", error)
-            return None
-        fill(self.model, adapters)
-        return Result(**record, plan=plan_of(self.model))
-
-    def prepare(self) -> None:
-        """Inject, unless the model carries adapters of this configuration."""
-        set_seed(self.args.seed)
-        if not has_bank(self.model):
-            inject(self.model, self.config)
-        elif not (self.resume and resumable(self.folder)):
-            _require_usable(self.model)
-        if _in_order(injection_of(self.model).config) != _in_order(self.config):
-            raise ValueError(
-                "the model was injected with another configuration: pass the same one, or "
-                "config=None, which takes the adapters that it carries, or call "
-                "loradrop.remove(model) first"
-            )
-
-    def first_stage(self) -> Boundary:
-        """The warm-up of a method that has one, and what it decides."""
-        decided = bank_of(self.model).assignment.decided
-        stage = None if decided else self.config.method.warmup(self.total)
-        # Refused before the warm-up, not after it.
-        self._arguments("main", self.total - (stage.steps if stage else 0))
-        if self.resume and (before := taken(self.model, self.folder)) is not None:
-            return before
-        if stage is None:
-            if self.resume and decided and any(self.folder.glob("warmup/checkpoint-*")):
-                raise ValueError(
-                    f"the model has decided, and what {self.folder} should hold of its warm-up was "
-                    "not written to the end: resume with a new model, or call "
-                    "loradrop.remove(model) first"
-                )
-            self._record()
-            return Boundary()
-        before = self._warm_up(stage)
-        before.write(self.model, self.folder)
-        return before
-
-    def _options(self) -> dict[str, dict[str, Any]]:
-        """What a resume must agree with, as the file beside the checkpoints holds it."""
-        lora, train = self.config.to_dict(), asdict(self.args)
-        train["processes"] = world_size()
-        train["extra"] = {k: v for k, v in train["extra"].items() if not k.endswith("_token")}
-        data = {"model": base_of(self.model), "data": self.data, "lora": lora, "train": train}
-        # In sections of their own: a run that was begun before there were any has none of them.
-        count, cut = len(self.train), getattr(self.train, "max_length", None)
-        data |= {"rows": {"count": count, "max_length": cut}, "parameters": {"dtype": self._dtypes}}
-        return json.loads(json.dumps(data, default=str))  # type: ignore[no-any-return]
-
-    @property
-    def _dtypes(self) -> list[str]:
-        """Those of the model's own parameters."""
-        found = parameters_of(self.model).items()
-        return sorted({str(p.dtype) for name, p in found if not name.startswith("lora_bank.")})
-
-    def _record(self) -> None:
-        """The plan as it is now, with what the run knows of it."""
-        plan, seeds = plan_of(self.model), {"train": self.args.seed}
-        injection_of(self.model).plan = replace(plan, data=self.data, seeds=seeds)
-
-    def _warm_up(self, stage: Warmup) -> Boundary:
-        """Stage one: train LoRA on every target, measure, decide, share."""
-        rows, method = self.train, self.config.method
-        method.check(bank_of(self.model).targets)
-        tell_in_vain(self.model)
-        if stage.sample_ratio < 1.0:
-            rows = sample_of(rows, stage.sample_ratio, self.args.seed)
-        online = stage.source == "online" or stage.settle_every
-        collected = method.statistics if online else ()
-        part = Part(self.total)
-        trainer, events = self._stage("warmup", stage.steps, rows, collected, stage, part)
-        steps = trainer.state.global_step
-        if steps < stage.steps and not events.settled:
-            on = "without output_dir nothing of it is kept"
-            if self.kept:
-                on = "the same call with resume=True (the command: --resume) goes on from there"
-            raise RuntimeError(
-                f"the run was stopped at step {steps} of the {stage.steps} of its warm-up, and has "
-                f"decided nothing: {on}"
-            )
-        set_seed(self.args.seed)
-        if stage.source == "offline" or events.collector is None:
-            gram = "gram_in" in method.statistics
-            batches = trainer.some_batches(rows) if gram else trainer.get_eval_dataloader(rows)
-            masking = self._masking._asdict()
-            scores = probe(self.model, batches, gram=gram, **masking)
-        else:
-            scores = events.collector.scores()
-        try:
-            update = conclude(self.model, scores, events.record(steps))
-        except ValueError:
-            if is_first_rank():  # nothing that another try could go on from
-                shutil.rmtree(self.folder / "warmup", ignore_errors=True)
-            raise
-        self._record()
-        known = by_name(self.model, kept_state(trainer.optimizer, update))
-        return Boundary(steps, events.seconds_before, trainer.history("warmup"), known)
-
-    @property
-    def _masking(self) -> Masking:
-        return Masking(self.args.mask, self.mask_fn)
-
-    def _arguments(self, stage: str, steps: int, part: Part | None = None) -> TrainingArguments:
-        return training_arguments(
-            self.args, self.folder / stage, steps, warm_up=stage == "warmup",
-            has_dev=self.dev is not None, total=None if part is None else part.steps,
-        )  # fmt: skip
-
-    def _stage(
-        self,
-        name: str,
-        steps: int,
-        rows: Any,
-        statistics: Sequence[str],
-        warmup: Warmup | None = None,
-        part: Part | None = None,
-    ) -> tuple[LoRATrainer, MethodCallback]:
-        """One run of the Trainer on `rows`, from its last whole checkpoint where there is one."""
-        checkpoint = last_checkpoint(self.folder / name) if self.resume else None
-        events = MethodCallback(
-            self.model, statistics=statistics, masking=self._masking, warmup=warmup
-        )
-        callbacks = self.callbacks
-        if name == "warmup":  # it is not evaluated
-            kind = EarlyStoppingCallback
-            callbacks = [c for c in callbacks if not isinstance(c, kind) and c is not kind]
-        own = rows.collate_fn if isinstance(rows, DataLoader) else None
-        trainer = LoRATrainer(
-            self.model,
-            self._arguments(name, steps, part),
-            events=events,
-            part=part,
-            head_rate=self.args.head_learning_rate,
-            train_dataset=rows,
-            eval_dataset=self.dev,
-            data_collator=self.collate or own,
-            processing_class=self.processing_class,
-            compute_metrics=self.metric,
-            callbacks=[Progress(name), *callbacks, LastStep()],
-        )
-        trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.go_on(checkpoint)
-        finally:
-            events.detach()
-        return trainer, events
-
-
 def _carried(model: nn.Module) -> LoRAConfig:
     """The configuration of the adapters that the model has."""
     if not has_bank(inner(model)):
@@ -457,48 +135,3 @@ def _carried(model: nn.Module) -> LoRAConfig:
             "loradrop.LoRAConfig(...) or loradrop.LoraDropConfig(...)"
         )
     return injection_of(model).config
-
-
-def _in_order(config: LoRAConfig) -> LoRAConfig:
-    """With the names of its targets sorted: PEFT's files have them in any order."""
-    names = config.target_modules
-    if names is None or isinstance(names, str):
-        return config
-    return replace(config, target_modules=sorted(names))
-
-
-def _require_usable(model: nn.Module) -> None:
-    """Raises ValueError for adapters that a run before this one left broken; says that it goes on
-    from them where they are not.
-    """
-    injection, total = injection_of(model), sum_of(bank_of(model))
-    if total is not None and not math.isfinite(total):
-        raise ValueError(
-            "the model's adapters are not finite, as a run before this one left them: call "
-            "loradrop.remove(model) first, or load a checkpoint"
-        )
-    if injection.stepped:
-        _log.warning(
-            "going on from the adapters that a run before this one trained: loradrop.remove(model) "
-            "takes them away"
-        )
-
-
-def _require_numbers(rows: Any) -> None:
-    """Raises ValueError for rows that have no numbers, and for labels that are text, by the first
-    row.
-    """
-    try:
-        row = {} if isinstance(rows, DataLoader) else rows[0]
-    except (KeyError, NotImplementedError, TypeError) as error:
-        what = f"train is a {type(rows).__name__}, whose first row is not train[0]"
-        raise ValueError(
-            f"{what} ({type(error).__name__}: {error}): give a Dataset with __getitem__, a list of "
-            "its rows, or a DataLoader of it"
-        ) from error
-    for name in ("label", "labels"):
-        if isinstance(row, Mapping) and isinstance(row.get(name), str):
-            raise ValueError(
-                f"the column {name!r} holds text ({row[name]!r}): give class indices, as "
-                "datasets' class_encode_column makes them"
-            )

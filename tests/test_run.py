@@ -25,9 +25,9 @@ from loradrop.methods import available
 from loradrop.native import read
 from loradrop.run import measure, run, warm_up_run
 from loradrop.run_config import RunConfig, folder_of, read_config
+from loradrop.stages import Result
 from loradrop.text.task import load_task
 from loradrop.text.tokens import collator, tokenize
-from loradrop.training import Result
 
 
 @pytest.fixture(scope="session")
