@@ -132,12 +132,18 @@ def test_nothing_measured_is_no_table(tmp_path: Path) -> None:
 
 
 def test_settings_count_and_not_their_runs(tmp_path: Path) -> None:
-    """A task with two runs weighs as much as one with a single run."""
+    """A task with two runs weighs as much as one with a single run; and a way to cut that one task
+    lacks is in no table over all of them.
+    """
     cells = cut_cells()
     other = [c | {"task": "u"} for c in cells if c["seed"] == 0]
     for cell in other:
         if cell["arm"] != "uncut":
             cell["accuracy"] -= 0.03
-    every = size_tables.cut_all(write(tmp_path, "bench_cut", [*cells, *other]))
+    rare = [cell | {"arm": "rare"} for cell in cells if cell["arm"] == "loss"]
+    results = write(tmp_path, "bench_cut", [*cells, *other, *rare])
+    every, foretold = size_tables.cut_all(results), size_tables.foretold(results)
     assert every is not None and every.startswith("| 2 settings, 3 runs |")
+    assert foretold is not None and "| rare |" not in every + foretold
+    assert "| rare |" in str(size_tables.cut(results))
     assert "−2.5 (−4.0 to −1.0)" in every

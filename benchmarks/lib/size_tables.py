@@ -124,9 +124,19 @@ def _span(values: Sequence[float], unit: str = "") -> str:
     return f"{mean:+.1f} ({least:+.1f} to {most:+.1f}){unit}".replace("-", "−")
 
 
+def _of_every_setting(cells: Sequence[Cell]) -> list[str]:
+    """The ways to cut that every setting has."""
+    settings: dict[str, set[str]] = {}
+    for cell in cells:
+        settings.setdefault(cell["arm"], set()).add(cell["task"])
+    every = set().union(*settings.values())
+    return [arm for arm, tasks in settings.items() if tasks == every]
+
+
 def cut_all(results: Path) -> str | None:
     """Over the settings, each the mean of its runs: the divergence as a part of the rival's, and
-    what is lost. Runs of one setting are alike, so they are not counted as if they were settings.
+    what is lost, of the ways to cut that every setting has. Runs of one setting are alike, so they
+    are not counted as if they were settings.
     """
     cells = _cells(results, "bench_cut")
     rival = {(c["task"], c["seed"], c["budget"]): c["kl"] for c in cells if c["arm"] == RIVAL}
@@ -149,11 +159,15 @@ def cut_all(results: Path) -> str | None:
     if not tasks:
         return None
     head, body, n = _by_arm(results, tasks, entry)
+    everywhere = _of_every_setting(cells)
+    body = [row for row in body if row[0] in everywhere]
     return markdown((f"{len(tasks)} settings, {n} runs", *head), body)
 
 
 def foretold(results: Path) -> str | None:
-    """The divergence that came, as a part of the rise of the loss that was predicted."""
+    """The divergence that came, as a part of the rise of the loss that was predicted, of the ways
+    to cut that every setting has.
+    """
     cells = [c for c in _cells(results, "bench_cut") if c.get("predicted")]
 
     def entry(some: list[Cell]) -> str:
@@ -161,7 +175,7 @@ def foretold(results: Path) -> str | None:
         return f"{statistics.median(parts):.1f} ({min(parts):.1f} to {max(parts):.1f})"
 
     budgets, body = _distinct(cells, "budget"), []
-    for arm in _distinct(cells, "arm"):
+    for arm in _of_every_setting(cells):
         body.append([arm, *_row([c for c in cells if c["arm"] == arm], budgets, entry)])
     runs = len({(cell["task"], cell["seed"]) for cell in cells})
     head = (f"n={runs}", *(f"{part:g} left" for part in budgets))
