@@ -132,6 +132,7 @@ def compress(
         if heal:
             train = replace(train or TrainConfig(), steps=heal)
             healed = _heal(model, rows, train, ranks, folder / HEALING, resume)
+            healed.require_complete("the healing")
         metrics["after"] = _evaluated(model, rows)
         if not heal:
             _compare(plan_of(model), metrics)

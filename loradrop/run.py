@@ -6,7 +6,7 @@
 import itertools
 import logging
 import shlex
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,8 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, "Result"]:
     """Train `config.lora` and every arm, each into its own folder. Name -> result.
 
     The output folder gets config.yaml, plan.json, the pictures and the report. Raises ValueError
-    for a folder that holds a run already, unless `resume` continues that very run.
+    for a folder that holds a run already, unless `resume` continues that very run; RuntimeError
+    where a signal stopped an arm.
     """
     folder = Path(config.output)
     if not resume and (folder / CONFIG).exists():
@@ -61,9 +62,13 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, "Result"]:
         # Not before: the folder may belong to a run with other options.
         if len(results) == 1 and is_first_rank():
             write_text(folder / CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False))
+        results[name].require_complete(name)
     if not is_first_rank():
         return results
-    arms = [Arm(name=name, **vars(result)) for name, result in results.items()]
+    arms = [
+        Arm(name=name, **{field.name: getattr(result, field.name) for field in fields(Arm)[1:]})
+        for name, result in results.items()
+    ]
     main = results[config.name].plan
     write_json(folder / "plan.json", main.to_dict())
     if main.scores is not None:

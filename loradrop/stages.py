@@ -56,6 +56,7 @@ class Result:
 
     steps     optimiser steps that were made, fewer than planned after an early stop
     history   dicts with stage, step and what the Trainer logged at it
+    complete  whether nothing is left to train; False where a signal or a callback stopped it
     """
 
     metrics: Mapping[str, float]
@@ -64,11 +65,20 @@ class Result:
     seconds: float
     history: Sequence[Mapping[str, Any]]
     plan: Plan
+    complete: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for result.json; the plan has a file of its own."""
-        names = ("metrics", "parameters", "steps", "seconds", "history")
+        names = ("metrics", "parameters", "steps", "seconds", "history", "complete")
         return {name: getattr(self, name) for name in names}
+
+    def require_complete(self, name: str) -> None:
+        """Raises RuntimeError where the run was stopped: what follows it has to wait."""
+        if not self.complete:
+            raise RuntimeError(
+                f"{name} was stopped at step {self.steps}: resume=True, of the command --resume, "
+                "goes on from there"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,12 +182,11 @@ class Run:
         seconds = before.seconds + events.seconds_before
         result = Result(
             metrics=metrics, parameters=plan.parameters, steps=done + trainer.state.global_step,
-            seconds=seconds, history=history, plan=plan,
+            seconds=seconds, history=history, plan=plan, complete=trainer.complete,
         )  # fmt: skip
         if is_first_rank():
             write_json(self.folder / "plan.json", plan.to_dict())
-            ended = {"complete": trainer.complete}  # else a resume trains on
-            write_json(self.folder / RESULT, result.to_dict() | ended)
+            write_json(self.folder / RESULT, result.to_dict())
         wait()
         return result
 
@@ -185,7 +194,7 @@ class Run:
         """The result of a complete run, its adapters in the model; None where something is left."""
         try:
             record = read_json(self.folder / RESULT)
-            if not record.pop("complete", False) or not (record["metrics"] or self.dev is None):
+            if not record.get("complete") or not (record["metrics"] or self.dev is None):
                 return None
             adapters = read(self.folder / "adapter")
         except FileNotFoundError:

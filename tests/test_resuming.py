@@ -20,7 +20,7 @@ from training_runs import At, counting, interrupted, make_model, make_rows, outc
 from transformers import EarlyStoppingCallback, TrainingArguments
 
 import loradrop
-from loradrop import checkpoints, fit, native, run_folder, trainer, training
+from loradrop import checkpoints, fit, native, run_folder, stages, trainer, training
 from loradrop.files import read_json, write_json
 from loradrop.run_folder import OPTIONS
 from loradrop.text.tokens import TokenizedDataset
@@ -39,7 +39,7 @@ MOMENTS: dict[str, Moment] = {  # after a step of a stage, or at a call with a p
     "replacing a file of main": (os, "replace", "checkpoint-8/adapter.safetensors", 2),
     "in the main run": ("main", 11),
     "after the last step": ("main", tiny.TOTAL - tiny.WARMUP),
-    "before the result": (training, "save", "adapter"),
+    "before the result": (stages, "save", "adapter"),
 }
 
 
@@ -396,7 +396,7 @@ def test_warm_up_alone_and_then_the_rest(whole: Path, tmp_path: Path) -> None:
 
 def test_killed_once_settled(runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch, pytest.raises(tiny.StopError):
-        patch.setattr(training, "save", lambda *_: stop())
+        patch.setattr(stages, "save", lambda *_: stop())
         run(tmp_path, tiny.SETTLING)
     run(tmp_path, tiny.SETTLING, resume=True)
     assert outcome(tmp_path) == outcome(runs["settling"][0])

@@ -9,6 +9,7 @@ import torch
 from run_cases import BERT, write_model, write_table
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
+from training_runs import Stops
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -288,6 +289,21 @@ def test_other_ranks_than_the_first_write_nothing_of_the_run(
     assert run(config, resume=True)["LoRA-drop"].steps == 6
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["lora-drop"]
     assert not capsys.readouterr().out
+
+
+def test_an_arm_that_is_stopped_ends_the_run(
+    bert: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one does not begin, and a resume goes on to the end of both."""
+    config = configured(bert, table, tmp_path, "arms.LoRA.method=lora")
+    with monkeypatch.context() as patch:
+        stops = Stops("main", "on_step_end", 3, by_signal=False)
+        patch.setattr("loradrop.stages.Progress", lambda _: stops)
+        with pytest.raises(RuntimeError, match=r"^LoRA was stopped at step 3: .*--resume, goes"):
+            run(config)
+    assert not (tmp_path / "lora-drop").exists() and not (tmp_path / "plan.json").exists()
+    results = run(config, resume=True)
+    assert {result.steps for result in results.values()} == {config.train.steps}
 
 
 def test_plain_lora_alone_has_no_heat_map(bert: str, table: str, tmp_path: Path) -> None:
