@@ -21,7 +21,7 @@ from loradrop.base_models import (
 )
 from loradrop.config import DTYPES
 from loradrop.formats import peft_file, peft_load
-from loradrop.wrapped import tensors_of
+from loradrop.wrapped import embedding_names, embedding_of
 
 
 def load_base(
@@ -112,7 +112,7 @@ def _holds(cls: Any, config: Any, num_labels: int, saved: Mapping[str, Tensor]) 
     model = on_meta(cls, config)
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     if (table := _saved_table(model, saved)) is not None:  # then what has a row for each token
-        rows = len(_embedding_of(model).weight)
+        rows = len(model.get_input_embeddings().weight)
         for key in [key for key, shape in shapes.items() if key in saved and shape[:1] == (rows,)]:
             if len(saved[key]) == len(table):
                 shapes[key] = torch.Size((len(table), *shapes[key][1:]))
@@ -122,16 +122,16 @@ def _holds(cls: Any, config: Any, num_labels: int, saved: Mapping[str, Tensor]) 
 def _add_tokens(model: Any, saved: Mapping[str, Tensor]) -> None:
     """As many tokens as the saved embedding has: some were added before the adapter was trained."""
     table = _saved_table(model, saved)
-    if table is not None and len(table) != len(_embedding_of(model).weight):
+    if table is not None and len(table) != len(model.get_input_embeddings().weight):
         model.resize_token_embeddings(len(table), mean_resizing=False)
 
 
 def _saved_table(model: Any, saved: Mapping[str, Tensor]) -> Tensor | None:
     """The input embedding that was saved, by one of its names in the model; None where none was."""
-    weight: Any = getattr(_embedding_of(model), "weight", None)
-    names = [name for name, t in tensors_of(model, keep_vars=True).items() if t is weight]
-    table = next((saved[name] for name in names if name in saved), None)
-    return table if table is not None and table.shape[1:] == weight.shape[1:] else None
+    table = next((saved[name] for name in embedding_names(model) if name in saved), None)
+    if table is None or table.shape[1:] != model.get_input_embeddings().weight.shape[1:]:
+        return None
+    return table
 
 
 def _untie(model: Any, saved: Mapping[str, Tensor], apart: Collection[str]) -> None:
@@ -139,8 +139,7 @@ def _untie(model: Any, saved: Mapping[str, Tensor], apart: Collection[str]) -> N
     where PEFT trained one `apart`, as a copy. They stay one where the file also has what the others
     were then, and not by all their names: `load` refuses that.
     """
-    table = getattr(_embedding_of(model), "weight", None)
-    names = [name for name, t in tensors_of(model, keep_vars=True).items() if t is table]
+    table, names = getattr(embedding_of(model), "weight", None), embedding_names(model)
     values = [saved[name] for name in names if name in saved]
     copied = [name for name in names if name in saved and name in apart]
     differ = any(not torch.equal(value, values[0]) for value in values)
@@ -152,10 +151,3 @@ def _untie(model: Any, saved: Mapping[str, Tensor], apart: Collection[str]) -> N
         own = torch.nn.Parameter(table.detach().clone(), requires_grad=table.requires_grad)
         setattr(model.get_submodule(parent), attribute, own)
     model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
-
-
-def _embedding_of(model: Any) -> Any:
-    try:
-        return model.get_input_embeddings()
-    except NotImplementedError:
-        return None

@@ -96,6 +96,21 @@ def tensors_of(model: nn.Module, *, keep_vars: bool = False) -> dict[str, Tensor
     return {own_name(name): tensor for name, tensor in state.items()}
 
 
+def embedding_of(model: nn.Module) -> nn.Module | None:
+    """The embedding of the input's tokens; None where transformers knows of none."""
+    try:
+        found: nn.Module | None = getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
+    return found
+
+
+def embedding_names(model: nn.Module) -> list[str]:
+    """The names of its weight, also those of what is tied to it."""
+    weight = getattr(embedding_of(model), "weight", None)
+    return [name for name, t in tensors_of(model, keep_vars=True).items() if t is weight]
+
+
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter."""
     return {own_name(name): parameter for name, parameter in model.named_parameters()}

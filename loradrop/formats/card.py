@@ -15,7 +15,7 @@ from loradrop.formats.peft_file import PeftFile, task_of
 from loradrop.origin import classes_of
 from loradrop.plan import Plan
 from loradrop.report.look import spread
-from loradrop.wrapped import tensors_of
+from loradrop.wrapped import embedding_names
 
 START = "<!-- loradrop: every export renews what is between these marks; write before or after -->"
 END = "<!-- /loradrop -->"
@@ -74,11 +74,7 @@ def _tokens_in(model: nn.Module, file: PeftFile) -> int | None:
     """How many tokens the embedding in the file has; None where there is none, or where what is
     known of the base model here says that it has as many.
     """
-    try:
-        table = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "weight", None)
-    except NotImplementedError:
-        return None
-    names = [name for name, t in tensors_of(model, keep_vars=True).items() if t is table]
+    names = embedding_names(model)
     saved = next((file.others[name] for name in names if name in file.others), None)
     if saved is None:
         return None
