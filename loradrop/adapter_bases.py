@@ -87,7 +87,10 @@ def base_named_by(adapter: str | Path) -> tuple[Mapping[str, Any], Mapping[str, 
     found = peft_file.read(adapter)
     said = {"id": "base_model_name_or_path", "revision": "revision"}
     base = {name: found.config.get(key) for name, key in said.items()}
-    base["class"] = peft_file.loader_of(found.config.get("task_type"))
+    task, mapping = found.config.get("task_type"), found.config.get("auto_mapping") or {}
+    base["class"] = peft_file.loader_of(task)
+    if task is None and hasattr(transformers, str(mapping.get("base_model_class"))):
+        base["class"] = mapping["base_model_class"]  # where PEFT wrapped it without a task
     apart = [key for key in found.others if peft_load.is_apart(key, found.config)]
     return base | {"apart": apart}, found.others
 

@@ -61,7 +61,7 @@ def allocate(
     else:
         ranks = _within(spectrum, pools, max_loss, multiple)
     if budget is not None and spectrum.full and not any(ranks.values()):
-        raise ValueError(below_one(budget, _least(spectrum, pools, multiple)))
+        raise ValueError(below_one(budget, _least(spectrum, pools, multiple), scope))
     if max_loss is not None and spectrum.full and not spectrum.total:
         raise ValueError(
             f"max_loss={max_loss:g}: the adapter does nothing, as every direction is worth 0 (B is "
@@ -87,13 +87,11 @@ def least_budget(
     return _least(spectrum, _allowed(spectrum, scope, _lowest(spectrum, budget_time)), multiple)
 
 
-def below_one(budget: float, least: float) -> str:
-    """The error for a budget that leaves nothing."""
+def below_one(budget: float, least: float, scope: str) -> str:
+    """The error for a budget that leaves nothing in pools of this `scope`."""
     rounded = math.ceil(least * 1e4) / 1e4
-    return (
-        f"budget={budget:g} is below one direction: choose at least {rounded:g}, or a scope that "
-        "pools more targets"
-    )
+    wider = "" if scope == SCOPES[0] else ", or a scope that pools more targets"
+    return f"budget={budget:g} is below one direction: choose at least {rounded:g}{wider}"
 
 
 # All of a pool's adapters, and those that may keep some directions.

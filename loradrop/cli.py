@@ -92,6 +92,8 @@ Limit = Annotated[float, Option(help="Seconds for a backend at a layer, compilin
 Points = Annotated[Path | None, Option(help="The user's cache by default, where loradrop looks.")]
 Version = Annotated[bool, Option("--version", help="Show the version.", is_eager=True)]
 
+_MEASURES = ("train.batch_size", "train.mask")  # what an adapter is measured with
+
 app = typer.Typer(
     help="LoRA-drop: keep LoRA where its output matters, share one LoRA elsewhere.",
     epilog="loradrop COMMAND --help lists the options of a command.",
@@ -145,6 +147,15 @@ def probe(
         if is_first_rank():
             print(plan_table(made))
         return _wrote(Path(config.output) / "plan.json")
+    if resume:
+        raise ValueError("--resume goes on with a warm-up, and --adapter asks for none")
+    for override in _parts(settings)[1]:
+        name = override.partition("=")[0]
+        if name not in _MEASURES and name.partition(".")[0] not in ("model", "data", "output"):
+            raise ValueError(
+                f"{override!r}: with --adapter only options of model and data, output, "
+                f"{' and '.join(_MEASURES)} have a meaning: nothing is trained"
+            )
     split, file = split or "train", Path(config.output) / "scores.json"
     model_id = config.model.id if "model.id" in _named(settings) else None
     found, scores = measure(config, adapter, model_id=model_id, split=split, batches=batches)
@@ -459,7 +470,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.modules["torch.distributed"].destroy_process_group()
     if status == 130:
         again = shlex.join(["loradrop", *argv, *(["--resume"] if "--resume" not in argv else [])])
-        goes_on = argv[0] in ("train", "probe") or any(a.startswith("--heal") for a in argv)
+        measures = any(a.startswith("--adapter") for a in argv)
+        trains = argv[0] == "train" or (argv[0] == "probe" and not measures)
+        goes_on = trains or any(a.startswith("--heal") for a in argv)
         hint = f": {again} continues from the last checkpoint" * goes_on
         print(f"loradrop: interrupted{hint}", file=sys.stderr)
     return status

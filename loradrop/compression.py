@@ -17,7 +17,7 @@ from loradrop.adapter_bases import load_base, own_tokenizer
 from loradrop.base_models import to_accelerator
 from loradrop.batches import MEASURED, small_batches
 from loradrop.config import DTYPES, TrainConfig
-from loradrop.files import draft_of, write_json
+from loradrop.files import clear_drafts, draft_of, write_json
 from loradrop.formats.dtypes import FileDtypes, dtypes_in, no_wider
 from loradrop.formats.hub import CARD
 from loradrop.formats.peft import export, require_exportable
@@ -153,8 +153,7 @@ def compress(
     if is_first_rank():
         if (tokenizer := own_tokenizer(opened.source)) is not None:
             tokenizer.save_pretrained(folder)
-        for draft in _drafts(folder):
-            draft.unlink()
+        clear_drafts(folder, WRITTEN)
         shutil.rmtree(folder / HEALING, ignore_errors=True)
     return plan, metrics
 
@@ -171,17 +170,13 @@ def require_apart(out: str | Path, adapter: str | Path, resume: bool = False) ->
         held_up = f"{out} holds a healing that was interrupted"
         raise ValueError(f"{held_up}: go on with --resume, or choose another output")
     if HEALING in held:
-        held -= {HEALING, *WRITTEN, *(draft.name for draft in _drafts(folder))}
+        held -= {HEALING, *WRITTEN}
+        held = {name for name in held if draft_of(folder / name) not in WRITTEN}
         if held:
             others = ", ".join(sorted(held))
             raise ValueError(f"{out} holds {others} beside the healing: move that elsewhere")
     if held:
         raise ValueError(f"{out} is not empty: choose another output")
-
-
-def _drafts(folder: Path) -> list[Path]:
-    """What a call that was killed left of the files that it was writing."""
-    return [file for file in folder.iterdir() if draft_of(file) in WRITTEN]
 
 
 def _compare(plan: Plan, metrics: Mapping[str, Mapping[str, float]]) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
@@ -48,6 +48,13 @@ def draft_of(path: Path) -> str | None:
     """The name of the file that `path` was to become; None where it is not a draft."""
     found = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp", path.name)
     return found and found[1]
+
+
+def clear_drafts(folder: Path, names: Container[str]) -> None:
+    """Removes what a process that was killed left of the files of these names in `folder`."""
+    for file in folder.iterdir():
+        if draft_of(file) in names:
+            file.unlink()
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -96,6 +96,9 @@ def fill(model: nn.Module, file: NativeFile) -> None:
         before, now = injection.originals[name], base.get(name)
         if now is not None and now.shape == before.shape and not (now.is_meta or before.is_meta):
             now.copy_(sharded_like(before, now))
+            if injection.plan is not None:  # it was trained whole for that adapter alone
+                del injection.originals[name]
+                now.requires_grad_(False)
     for name, value in file.trained.items():
         injection.originals.setdefault(name, base[name].detach().clone())
         base[name].copy_(sharded_like(value, base[name]))

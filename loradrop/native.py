@@ -128,6 +128,18 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
     return NativeFile(plan, _part(tensors, _BANK), _part(tensors, _TRAINED))
 
 
+def holds_other(folder: Path, adapters: Adapters) -> bool:
+    """Whether the folder has a native adapter with other tensors than these."""
+    if not (folder / TENSORS).exists():
+        return False
+    file = read(folder)
+    held = [(file.bank, adapters.state), (file.trained, adapters.trained)]
+    return any(
+        there.keys() != here.keys() or any(not there[key].equal(here[key].cpu()) for key in there)
+        for there, here in held
+    )
+
+
 def adapters_below(path: str | os.PathLike[str], *more: str) -> str:
     """How to go on to the adapters in the folder of a run, or of its arm, and to those that have a
     file as one of `more` says; nothing if none.

@@ -41,6 +41,8 @@ def tell_base(what: Any, there: Mapping[str, Any], model: nn.Module) -> None:
         differ = "whose tensors are not all those of this model; its targets fit"
         _log.warning("%s was trained on %s, %s", what, name, differ)
     elif name and here["id"] and Path(str(name)).name != Path(str(here["id"])).name:
+        if _lies_in(what, here["id"]):  # saved with the base, under its new name
+            return
         _log.warning(
             "%s was trained on %s, and this model is %s: its tensors have the same shapes, but an "
             "adapter of another model is noise", what, name, here["id"],
@@ -50,6 +52,11 @@ def tell_base(what: Any, there: Mapping[str, Any], model: nn.Module) -> None:
             "%s was trained on %s at revision %s, and this model is of revision %s: "
             "from_pretrained takes revision=", what, name, before, now,
         )  # fmt: skip
+
+
+def _lies_in(path: Any, folder: str) -> bool:
+    at = Path(str(path)).absolute()
+    return at.exists() and Path(folder).absolute() in (at, *at.parents)
 
 
 def base_of(model: nn.Module) -> dict[str, Any]:

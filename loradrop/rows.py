@@ -40,6 +40,13 @@ def rows_for(model: Any, where: str, data: DataConfig, adapter: str | Path) -> R
     task = load_task(data)
     _require_fit(model, task, adapter)
     task = by_name(task, model.config, adapter)
+    if _are_names(task.labels) and not _are_names(names_in(model.config)):
+        _log.warning(
+            "neither %s nor its base model names its classes: they are taken for those of the data "
+            "by alphabet (%s). Where that is not their order, write the labels as numbers, 0 for "
+            "the first output of the head: else the dev metrics are wrong, and so is --heal",
+            adapter, ", ".join(f"{i}: {label}" for i, label in enumerate(task.labels)),
+        )  # fmt: skip
     if (tokenizer := tokenizer_for(adapter, where, task.kind == "token_classification")) is None:
         raise ValueError(f"{where} has no tokenizer, which reading the data needs: give model=")
     pad_with(model, tokenizer)
@@ -67,10 +74,8 @@ def by_name(task: TextTask, config: Any, of: str | Path) -> TextTask:
     """The task with its classes in the order in which the `config` of a model has them; names may
     differ in the case of their letters.
     """
-    there = getattr(config, "id2label", None) or {}
-    names = [str(there[i]) for i in range(len(there)) if i in there]
-    same = len(names) == len(there) == len(task.labels)
-    if not same or not names or list(task.labels) == names or not _are_names(names):
+    names = names_in(config)
+    if len(names) != len(task.labels) or list(task.labels) == names or not _are_names(names):
         return task
     own = {label.casefold(): label for label in task.labels}
     if len(own) == len(names) and own.keys() == {name.casefold() for name in names}:
@@ -81,6 +86,13 @@ def by_name(task: TextTask, config: Any, of: str | Path) -> TextTask:
             ", ".join(task.labels), of, ", ".join(names),
         )  # fmt: skip
     return task
+
+
+def names_in(config: Any) -> list[str]:
+    """The names of a model's classes in the order of its head; empty where it has none."""
+    there = getattr(config, "id2label", None) or {}
+    names = [str(there[i]) for i in range(len(there)) if i in there]
+    return names if len(names) == len(there) else []
 
 
 def _are_names(labels: Sequence[str]) -> bool:

@@ -152,7 +152,8 @@ def measure(
               those of `config.model`
     batches   use only that many, the first ones; None is all
 
-    Raises ValueError for data that the adapter's head was not made for.
+    The tokens that count are those of `config.train.mask`. Raises ValueError for data that the
+    adapter's head was not made for.
     """
     named = config.model
     base, where = load_base(
@@ -163,5 +164,5 @@ def measure(
     rows = rows_for(base, where, config.data, adapter)
     chosen = rows.train if split == "train" else rows.dev
     loader = DataLoader(chosen, batch_size=config.train.batch_size, collate_fn=rows.collate)
-    scores = probe(base, itertools.islice(loader, batches))
+    scores = probe(base, itertools.islice(loader, batches), mask=config.train.mask)
     return replace(plan_of(base), scores=scores.to_dict()), scores

@@ -258,8 +258,9 @@ def of_another(path: Path) -> None:
 
 GONE, DAMAGED = FileNotFoundError, r"adapter_config\.json is damaged"
 DAMAGE: list[tuple[Callable[[Path], Any], type[Exception], str]] = [
-    (lambda path: (path / TENSORS).unlink(), GONE, r"adapter_model\.safetensors is not there$"),
-    (only_a_pickle, GONE, "a pickle that can run any code"),
+    (lambda path: (path / TENSORS).unlink(), GONE, r"adapter_model\.safetensors is not there: "),
+    (lambda path: (path / CONFIG).unlink(), GONE, r"adapter_config\.json is not there: PEFT's"),
+    (only_a_pickle, ValueError, "is a pickle, which can run any code.*Load it with PEFT"),
     (truncate, ValueError, r"adapter_model\.safetensors is damaged"),
     (lambda path: (path / CONFIG).write_text('{"r": '), ValueError, DAMAGED),
     (narrow, ValueError, r"q_proj is \(32, 5\) .* export of another model"),
@@ -493,6 +494,20 @@ def test_a_merged_model_is_compared_as_well(tmp_path: Path) -> None:
         verify(model, tmp_path, BATCHES, engines=["vllm"])
     wake(model)
     assert not verify(model, tmp_path, BATCHES).ok
+
+
+def test_a_merged_model_of_a_narrow_dtype_without_the_adapter(tmp_path: Path) -> None:
+    """Its logits are rounded by more than this adapter moves them, and its weights tell."""
+    model = adapt(llama().bfloat16(), r=2, target_modules=["q_proj", "v_proj"])
+    with torch.no_grad():
+        for B in model.lora_bank.B:
+            B.mul_(1e-3)
+    loradrop.export(model, tmp_path / "merged", format="merged")
+    llama().bfloat16().save_pretrained(tmp_path / "base")
+    merged, base = (verify(model, tmp_path / name, BATCHES) for name in ("merged", "base"))
+    assert merged.ok and not merged.differing
+    assert base.relative < base.tolerance and not base.ok and len(base.differing) == 4
+    assert "weights: DIFFER from W + s·B·A in " in base.table() and "and 1 more" in base.table()
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])

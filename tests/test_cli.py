@@ -89,6 +89,9 @@ def test_interrupted_says_how_to_go_on(capsys: Capsys, monkeypatch: pytest.Monke
     assert status == 130 and err.endswith("--out no --resume continues from the last checkpoint\n")
     status, _, err = command(capsys, "compress", "a", "--out", "no")
     assert (status, err.splitlines()[-1]) == (130, "loradrop: interrupted")
+    monkeypatch.setattr("loradrop.run.measure", interrupt)
+    status, _, err = command(capsys, "probe", "data=stdlib", "--adapter", "a")
+    assert (status, err.splitlines()[-1]) == (130, "loradrop: interrupted")
     monkeypatch.setattr("loradrop.env.format_report", interrupt)
     assert command(capsys, "env") == (130, "", "loradrop: interrupted\n")
 
@@ -140,8 +143,24 @@ def test_probe_takes_the_base_of_the_adapter(
     assert "budget" in works(capsys, "compress", adapter, *options)
 
 
+def test_probe_measures_the_tokens_that_the_mask_says(
+    work: Path, adapter: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    start = ("probe", work / "config.yaml", f"output={tmp_path}", "--adapter", adapter)
+    tokens = []
+    for more in ((), ("train.mask=null",)):
+        works(capsys, *start[:3], *more, *start[3:])
+        tokens.append(json.loads((tmp_path / "scores.json").read_text())["tokens"])
+    assert 0 < tokens[0] < tokens[1]
+
+
 def test_probe_errors(work: Path, adapter: Path, tmp_path: Path, capsys: Capsys) -> None:
     start = ("probe", work / "config.yaml", f"output={tmp_path}")
+    for option in ("lora.r=2", "train.steps=3", "method=vera"):
+        said = f"{option!r}: with --adapter only options of model and data, output, train."
+        fails(capsys, said, *start, option, "--adapter", adapter)
+    said = "--resume goes on with a warm-up, and --adapter asks for none"
+    fails(capsys, said, *start, "--adapter", adapter, "--resume")
     fails(capsys, "--batches and --split need --adapter", *start, "--batches", 1)
     fails(capsys, "the method 'lora' measures nothing", *start, "lora.method=lora")
     fails(capsys, "is not there", *start, "--adapter", tmp_path / "none")

@@ -155,6 +155,20 @@ def test_merge_and_verify(line: str, adapter: Path, tmp_path: Path, capsys: Caps
     assert status == 1 and "DIFFER" in printed
 
 
+def test_a_merge_goes_on_after_one_that_was_killed(
+    adapter: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    """And leaves no half of it, which is as large as the model."""
+    works(capsys, "merge", adapter, tmp_path / "whole")
+    out = tmp_path / "merged"
+    (out / ".merged-abc").mkdir(parents=True)
+    for name in (".merged-abc/model.safetensors", ".model.safetensors.0123abcd.tmp"):
+        (out / name).write_bytes(b"half")
+    works(capsys, "merge", adapter, out)
+    names = [sorted(file.name for file in folder.iterdir()) for folder in (tmp_path / "whole", out)]
+    assert names[0] == names[1]
+
+
 def test_pickle_is_refused(tmp_path: Path, capsys: Capsys) -> None:
     torch.save({"A": torch.zeros(1)}, tmp_path / "adapter.safetensors")
     for arguments in (("export", tmp_path, tmp_path / "out"), ("plan", "show", tmp_path)):

@@ -43,6 +43,17 @@ def data(work: Path) -> tuple[str, str]:
     return f"data={work / 'films.csv'}", "data.max_length=16"
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_classes_that_only_the_data_names_are_told(
+    named: bool, work: Path, adapter: Path, trained: Path, capsys: Capsys
+) -> None:
+    """A native adapter knows them, and PEFT's format does not."""
+    source = adapter if named else trained
+    _, _, said = command(capsys, "compress", source, *data(work), "--dry-run")
+    order = "by alphabet (0: bad, 1: good). Where that is not their order, write the labels as"
+    assert (order in said) == (not named)
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {str(f): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 

@@ -150,6 +150,20 @@ def test_modules_to_save(name: str, tmp_path: Path) -> None:
     assert same(loaded(tmp_path, found), model)
 
 
+def test_what_only_an_adapter_before_trained_whole(tmp_path: Path) -> None:
+    """The next one that is loaded leaves no trace of it."""
+    loradrop.save(adapt(bert(), LoRAConfig(r=4, modules_to_save=["classifier"])), tmp_path / "a")
+    loradrop.save(adapt(bert(), LoRAConfig(r=4, modules_to_save=[])), tmp_path / "b")
+    found, fresh = bert(), bert()
+    for name in ("a", "b"):
+        loradrop.load(found, tmp_path / name)
+    loradrop.load(fresh, tmp_path / "b")
+    trained = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (found, fresh)]
+    assert trained[0] == trained[1] and same(found, fresh)
+    loradrop.save(found, tmp_path / "c")
+    assert not [key for key in load_file(tmp_path / "c" / TENSORS) if key.startswith("saved.")]
+
+
 class TestDamage:
     @pytest.mark.parametrize("part", [0.0, 0.001, 0.3, 0.9, 0.9999])
     def test_truncated(self, part: float, path: Path) -> None:
@@ -236,6 +250,18 @@ def test_another_base_of_the_same_shapes(
         caplog.clear()
         loradrop.load(other, path)
         assert ("was trained on org/a-bert, and this model is" in caplog.text) == said
+
+
+def test_a_base_that_was_saved_beside_its_adapter(
+    model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a Trainer's `save_model` does: it has the name of the folder then."""
+    model.config._name_or_path = "org/a-bert"
+    loradrop.save(model, tmp_path / FOLDER)
+    found = bert()
+    found.config._name_or_path = str(tmp_path)
+    loradrop.load(found, tmp_path)
+    assert "was trained on" not in caplog.text
 
 
 def test_another_revision_of_the_base(

@@ -387,6 +387,18 @@ def test_ours_goes_before_peft_in_one_folder(tmp_path: Path) -> None:
     assert loaded(tmp_path).lora_bank.slots == model.lora_bank.slots
 
 
+def test_an_export_beside_another_native_adapter(tmp_path: Path) -> None:
+    """That one would be read instead."""
+    model = share(injected(), [0])
+    loradrop.save(model, tmp_path)
+    loradrop.export(model, tmp_path)  # the same
+    models.wake(model)
+    with pytest.raises(ValueError, match=r"holds another adapter in loradrop's own format"):
+        loradrop.export(model, tmp_path)
+    loradrop.save(model, tmp_path)
+    loradrop.export(model, tmp_path)
+
+
 @pytest.mark.parametrize("how", ["own", "group", "none"])
 @pytest.mark.parametrize("make", [bert, llama, models.gpt2])
 def test_our_export_comes_back(make: Make, how: str, tmp_path: Path) -> None:
@@ -525,6 +537,19 @@ def test_the_base_of_an_adapter_is_of_its_class(
     assert type(found) is type(model)
     bank = loradrop.load(found, folder)
     assert [t.name for t in bank.targets] == [t.name for t in model.lora_bank.targets]
+
+
+@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForSequenceClassification"])
+def test_the_base_of_an_adapter_without_a_task(auto: str, tmp_path: Path) -> None:
+    """PEFT says which class it wrapped; the configuration of the base names another."""
+    bert(cls="ForMaskedLM").save_pretrained(tmp_path / "base")
+    base = getattr(transformers, auto).from_pretrained(tmp_path / "base")
+    whole = {} if auto == "AutoModel" else {"modules_to_save": ["classifier"]}
+    options = {"r": 4, "target_modules": ["query"], **whole}
+    peft.get_peft_model(base, peft.LoraConfig(**options)).save_pretrained(tmp_path / "adapter")
+    found, _ = load_base(tmp_path / "adapter")
+    assert type(found) is type(base)
+    assert len(loradrop.load(found, tmp_path / "adapter").targets) == 3
 
 
 def test_names_from_before_transformers_5(tmp_path: Path) -> None:

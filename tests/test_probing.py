@@ -14,7 +14,7 @@ from probe_cases import EXACT, Batch, batches, collecting, online, probed, step
 from torch import Tensor, nn
 
 import loradrop
-from loradrop.injection import injection_of
+from loradrop.injection import injection_of, plan_of
 
 pytestmark = pytest.mark.numbers
 
@@ -191,6 +191,17 @@ def test_a_target_that_no_input_reaches_is_worth_nothing_where_that_is_allowed(
     loradrop.truncate(model, loradrop.allocate(found, budget=0.5))
     assert model.lora_bank.targets[-1].name == "layers.1.value"
     assert model.lora_bank.factors(len(model.lora_bank.targets) - 1) is None
+
+
+def test_a_target_that_no_input_reaches_stops_no_adapter_that_is_trained(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its configuration cannot be changed any more."""
+    model = net()
+    model.__class__ = Partly
+    injection_of(model).plan = plan_of(model)
+    assert dict(loradrop.probe(model, batches()))["layers.1.value"] == 0.0
+    assert "the forward of layers.1.value was never called so far" in caplog.text
 
 
 def test_a_target_that_is_called_now_and_then_counts_zero_where_it_is_not() -> None:

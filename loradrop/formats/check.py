@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from loradrop.formats.merged import holds_weights
 from loradrop.formats.peft_conversion import lost
 from loradrop.formats.peft_file import CONFIG, PeftFile, configuration_of, read
 from loradrop.injection import injected, require_loaded
+from loradrop.layers import is_conv1d
 from loradrop.quantised import keep_unpacked
 from loradrop.surgery import remove
 from loradrop.wrapped import bare, modules_of, of_inner, tensors_of
@@ -38,6 +39,7 @@ class Report:
                      or would not load the file, or "merged"
     rows             one verdict per engine; none for a merged model
     delta_tolerance  of every row's `error`
+    differing        the targets of a merged model whose weight is not W + s·B·A, rounded
     required         the engines that have to take the file
     named            whether `verify` was given them: then no other engine counts
     """
@@ -48,19 +50,20 @@ class Report:
     loader: str
     rows: tuple[EngineVerdict, ...] = ()
     delta_tolerance: float = 0.0
+    differing: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
     named: bool = False
 
     @property
     def ok(self) -> bool:
-        """Equal logits, the required engines take the file, and none computes other deltas from it;
-        where engines were named, none of these.
+        """Equal logits and weights, the required engines take the file, and none computes other
+        deltas from it; where engines were named, none of these.
 
         An engine that refuses a file says so when it loads it; one that scales it wrongly does not.
         """
         taken = all(row.ok for row in self.rows if row.engine in self.required)
         wrong = not self.named and any(map(self._wrong, self.rows))
-        return self.relative <= self.tolerance and taken and not wrong
+        return self.relative <= self.tolerance and taken and not wrong and not self.differing
 
     def _wrong(self, row: EngineVerdict) -> bool:
         return row.error is not None and not row.error <= self.delta_tolerance  # also for NaN
@@ -77,6 +80,10 @@ class Report:
             f"logits ({self.loader}): {verdict}, at most {self.logits:.1e} apart, "
             f"{self.relative:.1e} of their standard deviation"
         )
+        if self.differing:
+            more = f" and {len(self.differing) - 3} more" * (len(self.differing) > 3)
+            some = ", ".join(self.differing[:3])
+            lines.append(f"weights: DIFFER from W + s·B·A in {some}{more}")
         return "\n".join(lines)
 
 
@@ -284,7 +291,9 @@ def _logits(output: Any) -> Tensor:
 @of_inner
 @torch.no_grad()
 def verify_merged(model: Any, path: str | os.PathLike[str], batches: Iterable[Any]) -> Report:
-    """Load the merged model of transformers in `path`, and compare its logits with `model`'s.
+    """Load the merged model of transformers in `path`, and compare its logits with `model`'s, and
+    its targets' weights with W + s·B·A: narrow dtypes round logits by more than many an adapter
+    moves them.
 
     `model` is of transformers, with the native adapter, and as before afterwards. Raises ValueError
     for no batches, OSError where `path` holds no model.
@@ -293,4 +302,29 @@ def verify_merged(model: Any, path: str | os.PathLike[str], batches: Iterable[An
     _read_alike(merged, model)
     logits, relative = _difference(model, merged, batches)
     tolerance = max(1e-4, 16 * torch.finfo(merged.dtype).eps)
-    return Report(logits=logits, relative=relative, tolerance=tolerance, loader="merged")
+    return Report(
+        logits=logits, relative=relative, tolerance=tolerance, loader="merged",
+        differing=tuple(_differing(model, merged)),
+    )  # fmt: skip
+
+
+def _differing(model: nn.Module, merged: nn.Module) -> Iterator[str]:
+    """The targets with plain weights in both models whose merged one is not W + s·B·A."""
+    bank, here, there = bank_of(model), modules_of(model), modules_of(merged)
+    for i, target in enumerate(bank.targets):
+        name = target.name
+        old, new = (getattr(of.get(name), "weight", None) for of in (here, there))
+        if not isinstance(old, Tensor) or not isinstance(new, Tensor):
+            continue
+        plain = all(type(w) is nn.Parameter and w.is_floating_point() for w in (old, new))
+        if not plain or old.is_meta or old.shape != new.shape or old.dtype.itemsize == 1:
+            continue
+        base, delta = old.double().cpu(), bank.delta(i)
+        change = torch.zeros_like(base)
+        if delta is not None and bank.enabled:  # else the weight holds it, merged for now
+            change = (delta.T if is_conv1d(here[name]) else delta).double().cpu()
+        wanted, info, single = base + change, torch.finfo(new.dtype), torch.finfo(torch.float32)
+        bound = info.eps * (base.abs() + wanted.abs()) + info.tiny  # the base was rounded, too
+        bound += 16 * single.eps * change.abs().max()
+        if ((new.double().cpu() - wanted).abs() > bound).any():
+            yield name

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loradrop.bank import bank_of
-from loradrop.files import replacing
+from loradrop.files import clear_drafts, replacing
 from loradrop.formats.peft_file import CONFIG, base_state, configuration_of
 from loradrop.injection import injection_of
 from loradrop.merging import changes, tell
@@ -22,6 +23,8 @@ from loradrop.quantised import kept, put
 from loradrop.save_pretrained import without_bank
 from loradrop.tensor_file import same
 from loradrop.wrapped import bare
+
+_DRAFT = ".merged-"  # how the name of the folder begins that becomes the model
 
 
 def holds_weights(folder: Path) -> bool:
@@ -46,8 +49,10 @@ def save_merged(model: nn.Module, folder: Path) -> None:
         raise ValueError(f"{folder} holds an adapter, which would be loaded on top: choose another")
     targets = [f"{target.name}.weight" for target in bank_of(model).targets]
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(f"{_DRAFT}*"):  # a whole model, of a merge that was killed
+        shutil.rmtree(left)
     with (
-        tempfile.TemporaryDirectory(prefix=".merged-", dir=folder) as draft,
+        tempfile.TemporaryDirectory(prefix=_DRAFT, dir=folder) as draft,
         _merged_for_now(model),
         without_bank(model),
         bare(model),
@@ -71,6 +76,8 @@ def save_merged(model: nn.Module, folder: Path) -> None:
         for file in sorted(files, key=lambda file: file.name == "config.json"):
             with replacing(new[file]) as place:
                 os.replace(file, place)
+        for place in places:
+            clear_drafts(place, {file.name for file in new.values()})
 
 
 def _whole(file: Path) -> Path:

@@ -37,6 +37,7 @@ from loradrop.formats.peft_file import (
 from loradrop.injection import injected, require_loaded
 from loradrop.layers import is_conv1d
 from loradrop.machine import is_first_rank
+from loradrop.native import holds_other
 from loradrop.origin import base_of
 from loradrop.ranks import full_tensor, writes
 from loradrop.tensor_file import write_tensors
@@ -105,6 +106,12 @@ def export(
         if holds_weights(folder):
             raise ValueError(
                 f"{folder} holds a model, on which the adapter would be loaded: choose another"
+            )
+        if holds_other(folder, adapters):
+            raise ValueError(
+                f"{folder} holds another adapter in loradrop's own format, which loradrop.load "
+                "would read instead of this one: choose another folder, or save this one there "
+                "first with loradrop.save"
             )
         tell_untrained(own)
         file = peft_file_of(own, adapters, dtype=dtype, base_id=base_id, padded=padded)

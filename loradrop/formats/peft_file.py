@@ -23,6 +23,7 @@ from loradrop.scores import Target
 from loradrop.wrapped import modules_of, tensors_of
 
 TENSORS, CONFIG, PREFIX = "adapter_model.safetensors", "adapter_config.json", "base_model.model."
+PICKLE = "adapter_model.bin"
 OURS, BANK = "LORADROP", "base_model.lora_banks."  # of loradrop.integrations.peft
 MERGED = "export with format='merged'"  # what to do about what the format cannot hold
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -86,13 +87,20 @@ class PeftFile(NamedTuple):
 def read(path: str | os.PathLike[str]) -> PeftFile:
     """The adapter in the folder `path`.
 
-    Raises FileNotFoundError for a missing file, ValueError for a damaged one; never reads a pickle.
+    Raises FileNotFoundError for a missing file, ValueError for a damaged one and for a pickle.
     """
-    file = Path(path) / TENSORS
-    if not file.exists():
-        pickled = (Path(path) / "adapter_model.bin").exists()
-        hint = ". There is an adapter_model.bin, a pickle that can run any code: it is not read"
-        raise FileNotFoundError(f"{file} is not there{hint * pickled}")
+    file, pickle = Path(path) / TENSORS, Path(path) / PICKLE
+    if pickle.exists() and not file.exists():
+        raise ValueError(
+            f"{pickle} is a pickle, which can run any code when it is loaded: refused. Load it "
+            "with PEFT where you trust it, and save_pretrained writes a safetensors file"
+        )
+    for needed in (file, file.with_name(CONFIG)):
+        if not needed.exists():
+            raise FileNotFoundError(
+                f"{needed} is not there: PEFT's save_pretrained writes {TENSORS} and {CONFIG} into "
+                "one folder"
+            )
     config = read_json(Path(path) / CONFIG)
     try:
         with safetensors.safe_open(file, framework="pt") as opened:

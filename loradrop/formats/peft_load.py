@@ -22,7 +22,7 @@ from loradrop.config import LoRAConfig
 from loradrop.files import read_json
 from loradrop.formats import peft_file
 from loradrop.formats.peft_conversion import renamed
-from loradrop.formats.peft_file import CONFIG, PREFIX, TENSORS, PeftFile, base_state
+from loradrop.formats.peft_file import CONFIG, PICKLE, PREFIX, TENSORS, PeftFile, base_state
 from loradrop.formats.peft_options import config_of, require_plain, spelled
 from loradrop.injection import require_loaded
 from loradrop.matching import inside
@@ -33,7 +33,6 @@ from loradrop.ranks import full_tensor
 from loradrop.scores import Assignment, Target
 from loradrop.wrapped import modules_of
 
-PICKLE = "adapter_model.bin"
 _log = logging.getLogger(__name__)
 _PAIR = re.compile(r"(.+)\.lora_([AB])\.weight")
 _OF_PEFT = re.compile(r"(^|\.)(lora_\w+|token_adapter|modules_to_save|original_module)(\.|$)")
@@ -50,14 +49,8 @@ def read(path: str | os.PathLike[str], model: nn.Module) -> NativeFile:
     Its targets are in the order of `model`. Raises FileNotFoundError for a missing file, and
     ValueError for a damaged one, a pickle, and what plain pairs cannot express.
     """
-    folder = Path(path)
-    if (folder / PICKLE).exists() and not (folder / TENSORS).exists():
-        raise ValueError(
-            f"{folder / PICKLE} is a pickle, which can run any code when it is loaded: refused. "
-            "Load it with PEFT where you trust it, and save_pretrained writes a safetensors file"
-        )
     try:
-        file = peft_file.read(folder)
+        file = peft_file.read(path)
         own = file.config.get("peft_type") == peft_file.OURS
         if not own:
             return translate(file, model)
@@ -65,7 +58,7 @@ def read(path: str | os.PathLike[str], model: nn.Module) -> NativeFile:
         require_untied(base_state(model), made.trained, file.config)
         return made
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 def plan_in(path: str | os.PathLike[str]) -> Plan | None:
