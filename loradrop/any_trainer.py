@@ -15,7 +15,8 @@ from loradrop.batches import small_batches
 from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import write_json
 from loradrop.formats.peft_file import CONFIG
-from loradrop.injection import injection_of, plan_of
+from loradrop.injection import injection_of, plan_of, require_unmerged
+from loradrop.loading import differences
 from loradrop.masks import MASK, MaskFn, Masking
 from loradrop.methods.base import Method, Warmup
 from loradrop.native import FOLDER, PLAN, TENSORS, checkpoint
@@ -83,6 +84,7 @@ class LoraDropCallback(TrainerCallback):
         optimizer: Any = None, train_dataloader: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         require_right_gradients(args)
+        require_unmerged(model)
         bank, injection = bank_of(model), injection_of(model)
         late = not (bank.adopts or bank is self._bank)
         if getattr(state, _OF_RUN, self) is not self:
@@ -114,7 +116,13 @@ class LoraDropCallback(TrainerCallback):
             else:
                 _log.warning("%s is not there: the statistics count from here on", folder / EVENTS)
             if (folder / PLAN).exists():
-                injection.plan = plan_at(folder)
+                plan, names = plan_at(folder), [target.name for target in bank.targets]
+                if differing := differences(injection.config, plan.config, names):
+                    raise ValueError(
+                        f"{folder} was trained with {differing} than the model was injected with: "
+                        "resume with a model that is injected as it was then"
+                    )
+                injection.plan = plan
         self.events.begin()
 
     def on_step_begin(

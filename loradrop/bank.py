@@ -327,6 +327,12 @@ def delta_of(factors: Pair | None, scaling: float) -> Tensor | None:
     return scaling * (B @ A)
 
 
+def parts_with_banks(model: nn.Module) -> list[str]:
+    """The names of the modules in `model` that were injected, or are layers with their own bank."""
+    banks = (name for name, m in model.named_modules() if isinstance(m, AdapterBank))
+    return [name.rpartition(".")[0] for name in banks]
+
+
 def bank_of(model: nn.Module) -> AdapterBank:
     """The bank of an injected model.
 
@@ -346,6 +352,8 @@ def bank_of(model: nn.Module) -> AdapterBank:
                 "give get_peft_model a loradrop.integrations.peft.LoraDropConfig, or save the "
                 "adapter and loradrop.load the folder into the base model"
             )
+        elif parts := parts_with_banks(model):
+            how = f"its part {parts[0]!r} has them: give that one"
         raise ValueError(f"{type(model).__name__} has no loradrop adapters: {how}")
     if any(map(is_partitioned, bank.parameters())):
         raise ValueError(ZERO_3)

@@ -33,8 +33,9 @@ class MethodCallback(TrainerCallback):
     """Carries the events of the model's method into any training loop of transformers.
 
     statistics    what to collect over the whole run (`collector.scores()`) and hand to the method
-                  after each step. Where it is empty the first steps are watched, so that a target
-                  whose forward is never called is an error, not an adapter without effect
+                  after each step; None is what a method without a warm-up asks for. Where it is
+                  empty the first steps are watched, so that a target whose forward is never called
+                  is an error, not an adapter without effect
     masking       which tokens the statistics count
     warmup        the run is this stage of the method's: it ends early once the method calls its
                   scores settled, and what it collected before `measured_from` is forgotten
@@ -44,13 +45,15 @@ class MethodCallback(TrainerCallback):
         self,
         model: nn.Module,
         *,
-        statistics: Sequence[str] = (),
+        statistics: Sequence[str] | None = None,
         masking: Masking = MASKED,
         warmup: Warmup | None = None,
     ) -> None:
         self.model, self.bank = model, bank_of(model)
         self.method = injection_of(model).config.method
         self._changes_gradients = type(self.method).before_step is not Method.before_step
+        if statistics is None:
+            statistics = () if self.method.warms_up else self.method.statistics
         self.statistics = tuple(statistics)
         self.masking, self.warmup = masking, warmup
         self._steps, self._watched = 0, False  # all are called, or given up

@@ -116,7 +116,9 @@ def require_unmerged(model: nn.Module) -> None:
     with injected(model) as own:
         if injection_of(own).merged is not None:
             raise ValueError(
-                "the adapters are merged into the weights: call loradrop.remove(model)"
+                "the adapters are merged into the weights, and loradrop.remove(model) takes them "
+                "out of these and away: to go on with them, loradrop.save them first, and "
+                "loradrop.load them afterwards"
             )
 
 

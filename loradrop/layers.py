@@ -99,7 +99,8 @@ class LoRALinear(LoRAMixin, nn.Linear):
     """y = xWᵀ + b + s·(x Aᵀ)Bᵀ in place of `nn.Linear`; `inject` makes them.
 
     `LoRALinear(in_features, out_features, r=8, ...)` is one on its own, with a bank of its own: the
-    arguments of `nn.Linear`, then those of `LoRAConfig`.
+    arguments of `nn.Linear`, then those of `LoRAConfig`. Use `inject` where a module reads the
+    weight itself, as nn.TransformerEncoderLayer does in eval mode: it switches that off.
     """
 
     def __init__(

@@ -49,7 +49,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
             f"{path} adapts other targets than the model ({', '.join(sorted(here ^ there)[:5])} "
             "differ): call loradrop.remove(model) first"
         )
-    if differing := _differences(injection.config, plan.config, sorted(here)):
+    if differing := differences(injection.config, plan.config, sorted(here)):
         raise ValueError(
             f"{path} was trained with {differing} than the model was injected with: "
             "call loradrop.remove(model) first"
@@ -66,7 +66,7 @@ def _read(path: str | os.PathLike[str], model: nn.Module) -> NativeFile:
     return peft_load.read(path, model) if not ours and peft_load.is_peft(path) else read(path)
 
 
-def _differences(here: LoRAConfig, there: LoRAConfig, names: list[str]) -> str:
+def differences(here: LoRAConfig, there: LoRAConfig, names: list[str]) -> str:
     """Which options of two configurations give adapters that cannot stand for each other."""
     if here == there:
         return ""

@@ -39,7 +39,7 @@ def tell_base(what: Any, there: Mapping[str, Any], model: nn.Module) -> None:
     before, now = there.get("revision"), here["revision"]
     if there.get("fingerprint") not in (None, here["fingerprint"]):
         differ = "whose tensors are not all those of this model; its targets fit"
-        _log.warning("%s was trained on %s, %s", what, name, differ)
+        _log.warning("%s was trained on %s, %s", what, name or "a base model", differ)
     elif name and here["id"] and Path(str(name)).name != Path(str(here["id"])).name:
         if _lies_in(what, here["id"]):  # saved with the base, under its new name
             return

@@ -90,6 +90,8 @@ def _probe(
     """`probe` of an injected model."""
     bank, injection = bank_of(model), injection_of(model)
     require_unmerged(model)
+    if not bank.enabled:
+        raise ValueError("inside of loradrop.disabled no adapter computes: probe outside of it")
     grams = GRAMS if labels is not None else GRAMS[:1]
     statistics = ("sqnorm", *grams) if gram else ("sqnorm",)
     rank, ranks = place()  # each rank draws labels of its own

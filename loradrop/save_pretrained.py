@@ -43,8 +43,8 @@ class SavePretrained:
         state = given or model.state_dict()
         if injection_of(model).merged is not None:
             raise ValueError(
-                "the adapters are merged for now: call loradrop.remove(model), "
-                "or loradrop.export(model, path, format='merged')"
+                "the adapters are merged for now: loradrop.save(model, path) writes them, and "
+                "loradrop.export(model, path, format='merged') the merged model"
             )
         if re.fullmatch(r"checkpoint-\d+", folder.name) and _is_of_transformers(model):
             if kwargs.get("is_main_process", True):

@@ -27,7 +27,7 @@ from loradrop.callbacks import LastStep, MethodCallback, Progress
 from loradrop.checkpoints import last_checkpoint
 from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.files import read_json, write_json
-from loradrop.injection import injection_of, plan_of, sum_of
+from loradrop.injection import injection_of, plan_of, require_own, require_unmerged, sum_of
 from loradrop.loading import fill
 from loradrop.machine import is_first_rank
 from loradrop.masks import MaskFn, Masking
@@ -207,11 +207,13 @@ class Run:
 
     def prepare(self) -> None:
         """Inject, unless the model carries adapters of this configuration."""
+        require_own(self.model, "give it to a Trainer with callbacks=[loradrop.LoraDropCallback()]")
         set_seed(self.args.seed)
         if not has_bank(self.model):
             inject(self.model, self.config)
         elif not (self.resume and resumable(self.folder)):
             _require_usable(self.model)
+        require_unmerged(self.model)
         if _in_order(injection_of(self.model).config) != _in_order(self.config):
             raise ValueError(
                 "the model was injected with another configuration: pass the same one, or "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from loradrop import methods
-from loradrop.bank import AdapterBank, bank_of, execution_device, has_bank
+from loradrop.bank import AdapterBank, bank_of, execution_device, has_bank, parts_with_banks
 from loradrop.config import LoRAConfig, require_config
 from loradrop.injection import (
     Injection,
@@ -51,8 +51,10 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
             "PEFT's do not mix; loradrop.integrations.peft has both for PEFT's, LoraDropConfig and "
             "accelerate_peft"
         )
-    if any(isinstance(module, AdapterBank) for module in modules):
-        raise ValueError(f"{name} is injected already: call loradrop.remove(model) first")
+    if parts := parts_with_banks(model):
+        where = f"{name}'s part {parts[0]!r}" if parts[0] else name
+        of = f"model.{parts[0]}" if parts[0] else "model"
+        raise ValueError(f"{where} is injected already: call loradrop.remove({of}) first")
     if any(map(is_sharded, model.parameters())):
         raise ValueError(
             f"{name} is sharded (its parameters are DTensors), and the adapters would not be: "

@@ -342,6 +342,10 @@ def test_a_model_without_adapters() -> None:
     for call in (*calls, lambda model: loradrop.probe(model, [IDS])):
         with pytest.raises(ValueError, match=r"Net.*inject"):
             call(Net())
+        with pytest.raises(ValueError, match=r"Sequential has no .*: its part '1' has them: give"):
+            call(nn.Sequential(Net(), injected()))
+    with pytest.raises(ValueError, match=r"part '1' is injected already.*remove\(model\.1\)"):
+        loradrop.inject(nn.Sequential(Net(), injected()), config())
 
 
 def test_injection_says_what_it_adapted(caplog: pytest.LogCaptureFixture) -> None:

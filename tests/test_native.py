@@ -371,7 +371,7 @@ class TestSavePretrained:
 
     def test_not_while_merged(self, model: Any, tmp_path: Path) -> None:
         loradrop.merge(model, keep_original=True)
-        with pytest.raises(ValueError, match=r"merged for now: call loradrop\.remove"):
+        with pytest.raises(ValueError, match=r"merged for now: loradrop\.save"):
             model.save_pretrained(tmp_path)
         assert not list(tmp_path.iterdir())
 

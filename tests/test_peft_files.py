@@ -257,6 +257,49 @@ def test_configurations_convert() -> None:
         from_peft(peft.LoraConfig(use_dora=True))
     with pytest.raises(ValueError, match=r"layers_to_transform=\[1\] is not an option"):
         from_peft(LoraDropConfig(target_modules=["q_proj"], layers_to_transform=[1]))
+    for option in ({"bias": "all"}, {"init_lora_weights": False}, {"plan": ["a"]}):
+        with pytest.raises(ValueError, match=rf"{next(iter(option))}=.* is not an option of"):
+            from_peft(LoraDropConfig(target_modules=["q_proj"], **option))
+
+
+@pytest.mark.parametrize("kind", [peft.LoraConfig, LoraDropConfig])
+def test_a_head_that_peft_trains_is_trained(kind: Any) -> None:
+    """By `inject`, too; also of a configuration in which PEFT has named heads of every spelling."""
+    theirs = kind(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    for _ in range(2):
+        model = models.bert()
+        loradrop.inject(model, from_peft(theirs))
+        assert model.classifier.weight.requires_grad
+        peft.get_peft_model(models.bert(), theirs)
+    assert set(theirs.modules_to_save) == {"classifier", "score"}
+    assert from_peft(kind(r=2, target_modules=["query"])).modules_to_save == ()
+    named = kind(r=2, target_modules=["query"], task_type="SEQ_CLS", modules_to_save=["pooler"])
+    assert from_peft(named).modules_to_save == ("pooler",)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_peft_trained_come_into_a_plain_model(bias: str, tmp_path: Path) -> None:
+    options = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS", "bias": bias}
+    model = peft.get_peft_model(models.bert(), LoraDropConfig(**options))
+    loradrop.share(model, [])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * parameter.requires_grad)
+    model.save_pretrained(tmp_path)
+    found = models.bert()
+    loradrop.load(found, tmp_path)
+    assert torch.equal(models.outputs(found), models.outputs(model))
+
+
+def test_a_plan_of_a_folder(tmp_path: Path) -> None:
+    """The path of what holds one does, and a name where a list belongs is told."""
+    model = made()
+    loradrop.share(model, [model.lora_bank.targets[0].name])
+    model.save_pretrained(tmp_path)
+    again = peft.get_peft_model(models.llama(), LoraDropConfig(**LLAMA, plan=str(tmp_path)))
+    assert again.lora_bank.slots == model.lora_bank.slots
+    with pytest.raises(FileNotFoundError, match=r"q_proj is not there: give a plan\.json"):
+        peft.get_peft_model(models.llama(), LoraDropConfig(**LLAMA, plan="q_proj"))
 
 
 def test_a_configuration_that_was_saved_decides_nothing_elsewhere(tmp_path: Path) -> None:

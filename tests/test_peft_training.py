@@ -3,6 +3,7 @@
 `test_distributed.py` has it in two processes.
 """
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,25 @@ def test_a_reference_adapter_copies_the_sharing() -> None:
             model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
     model.set_adapter("ref")
     assert torch.equal(model(**ids).logits, expected)
+
+
+def test_a_second_adapter_with_the_same_configuration_is_told_what_it_takes_over(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = peft.get_peft_model(models.llama(), LoraDropConfig(**LLAMA))
+    model.add_adapter("early", model.peft_config["default"])
+    loradrop.share(model, [])
+    model.add_adapter("copy", copy.copy(model.peft_config["default"]))
+    assert "shares as" not in caplog.text and not model.injections["copy"].plan
+    model.add_adapter("same", model.peft_config["default"])
+    assert "the adapter 'same' shares as 'default' does, whose configuration it has" in caplog.text
+
+
+def test_fit_says_who_trains_it(tmp_path: Path) -> None:
+    model = peft.get_peft_model(tiny.make_model(), LoraDropConfig(**DROP, task_type="SEQ_CLS"))
+    for config in (None, loradrop.LoraDropConfig(**DROP)):
+        with pytest.raises(ValueError, match=r"PEFT's layers: give it to a Trainer with callbacks"):
+            loradrop.fit(model, tiny.make_rows(), None, config, output_dir=tmp_path)
 
 
 def test_dpo_compares_with_the_base_model(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ PICKLE = "adapter_model.bin"
 OURS, BANK = "LORADROP", "base_model.lora_banks."  # of loradrop.integrations.peft
 MERGED = "export with format='merged'"  # what to do about what the format cannot hold
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-_HEADS = {  # what PeftModelFor... wraps, and demands in the file, by itself
+HEADS = {  # what PeftModelFor... wraps, and demands in the file, by itself
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
@@ -187,7 +187,7 @@ def layout_of(
     once = [name for name in modules_of(model) if name in every]  # as PEFT walks for targets
     reasons, weights = [], packed(model)
     for task in dict.fromkeys((task_of(model)[0], None)):  # a task may save too much whole
-        wanted = [*saved, *_HEADS.get(task or "", ())]
+        wanted = [*saved, *HEADS.get(task or "", ())]
         wrapped = [name for name in every if name.endswith(tuple(wanted))]
         spelled = _spelling(once, targets, wanted)
         within = [t for t in targets if any(inside(t, w) for w in wrapped)]

@@ -34,6 +34,7 @@ from loradrop.scores import Assignment, Target
 from loradrop.wrapped import modules_of
 
 _log = logging.getLogger(__name__)
+_BASE = ".base_layer."  # in the name of what PEFT trains of a layer that it adapts, as its bias
 _PAIR = re.compile(r"(.+)\.lora_([AB])\.weight")
 _OF_PEFT = re.compile(r"(^|\.)(lora_\w+|token_adapter|modules_to_save|original_module)(\.|$)")
 
@@ -76,7 +77,8 @@ def _of_face(file: PeftFile) -> NativeFile:
     banks = {k: v for k, v in file.tensors.items() if k.startswith(peft_file.BANK)}
     bank = {key.removeprefix(peft_file.BANK): value for key, value in banks.items()}
     bank.pop(STATE, None)  # the plan says it
-    trained = {k.removeprefix(PREFIX): v for k, v in file.tensors.items() if k not in banks}
+    others = {k.removeprefix(PREFIX): v for k, v in file.tensors.items() if k not in banks}
+    trained = {name.replace(_BASE, "."): tensor for name, tensor in others.items()}
     return NativeFile(Plan.from_dict(plan), bank, trained)
 
 
@@ -145,7 +147,7 @@ def _parts(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Pair], dict[str, Te
         if pair := _PAIR.fullmatch(name):
             factors.setdefault(pair[1], {})[pair[2]] = tensor
             continue
-        name = name.replace(".base_layer.", ".")
+        name = name.replace(_BASE, ".")
         if _OF_PEFT.search(name):
             raise ValueError(
                 f"{key} is neither lora_A.weight nor lora_B.weight of a linear layer, so it "

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from loradrop.config import LoRAConfig
 from loradrop.files import write_text
 from loradrop.formats.card import END, START, with_part
-from loradrop.formats.peft_file import OURS
+from loradrop.formats.peft_file import HEADS, OURS
 from loradrop.formats.peft_options import require_plain
 from loradrop.methods import LoRA, LoRADrop
 from loradrop.peft_names import CHANGES
@@ -22,6 +22,12 @@ from loradrop.selection import INTERVAL
 _UNSERVED = CHANGES | {
     "ensure_weight_tying": "it ties the adapters of tied embeddings, which are not adapted here",
     "megatron_config": "layers of Megatron are not adapted here",
+}
+_ONLY_OF_PEFT = {  # name -> what it is where it asks for nothing, and what to do
+    "bias": ("none", "it trains no biases of the base"),
+    "layers_to_transform": (None, "give target_modules that name these layers, such as a regex"),
+    "init_lora_weights": (True, "adapters start as LoRA's own there, with B at zero"),
+    "plan": (None, "loradrop.share(model, kept) makes what was decided elsewhere"),
 }
 _COMMON = ("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules")
 _PATTERNS = ("rank_pattern", "alpha_pattern", "use_rslora")
@@ -53,9 +59,9 @@ class AdapterType(StrEnum):
 class LoraDropConfig(LoraConfig):
     """`peft.LoraConfig` with the options of LoRA-drop, which mean the same as in `LoRADrop`.
 
-    plan    what was decided elsewhere, and then no warm-up follows: the path of a plan.json (or its
-            contents), or the names of the targets that keep an adapter of their own. A saved
-            adapter has its plan here
+    plan    what was decided elsewhere, and then no warm-up follows: the path of a plan.json, or of
+            a folder that has one, or its contents; or the names of the targets that keep an adapter
+            of their own, in a list. A saved adapter has its plan here
 
     Raises ValueError for an option of PEFT by which the adapter would not be s·B·A over the base's
     weight, naming it, and for options of LoRA-drop out of range.
@@ -174,27 +180,29 @@ def to_peft(config: LoRAConfig, **options: Any) -> LoraConfig:
 def from_peft(config: LoraConfig, targets: Sequence[str] | None = None) -> LoRAConfig:
     """PEFT's configuration of LoRA, or a `LoraDropConfig`, as loradrop's.
 
-    targets   the names of the modules that PEFT adapted, where they are known
+    targets   the names of the modules that PEFT adapted, where it did: what else the configuration
+              asks for is done, too
 
-    Raises ValueError for an option that loradrop has not, naming it.
+    The head that PEFT trains whole for a `task_type` is the model's: modules_to_save=None. Raises
+    ValueError for an option that loradrop has not, naming it.
     """
     ours = isinstance(config, LoraDropConfig)
     if not ours:
         require_plain(config.to_dict())  # type: ignore[no-untyped-call]
-    if config.bias != "none" and not ours:
-        raise ValueError(f"bias={config.bias!r}: loradrop.inject trains no biases of the base")
-    if targets is None and config.layers_to_transform is not None:
-        raise ValueError(
-            f"layers_to_transform={config.layers_to_transform!r} is not an option of loradrop: "
-            "give target_modules that name these layers, such as a regex"
-        )
+    for name, (plain, why) in _ONLY_OF_PEFT.items() if targets is None else ():
+        value = getattr(config, name, plain)
+        if value != plain and not isinstance(value, Mapping):  # as a saved adapter has its plan
+            raise ValueError(f"{name}={value!r} is not an option of loradrop.inject: {why}")
     given: dict[str, Any] = {name: getattr(config, name) for name in (*_COMMON, *_PATTERNS)}
     for name in ("target_modules", "exclude_modules"):
         if isinstance(given[name], set):
             given[name] = sorted(given[name])
     if targets is not None:
         given |= {"target_modules": tuple(targets), "exclude_modules": None}
-    saved = tuple(config.modules_to_save or ())
+    saved: Any = tuple(config.modules_to_save or ())
+    spelled = HEADS.get(str(config.task_type))  # PEFT names a head in every way
+    if spelled is not None and set(saved) <= set(spelled) and len(saved) in (0, len(spelled)):
+        saved = None
     return LoRAConfig(
         method=config.method if isinstance(config, LoraDropConfig) else LoRA(),
         modules_to_save=saved, **given,

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from peft.tuners.lora import LoraModel
 from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank
-from loradrop.files import read_json
 from loradrop.formats.peft_file import BANK
 from loradrop.injection import Injection, plan_of
 from loradrop.integrations.peft_config import LoraDropConfig, from_peft
@@ -29,6 +29,7 @@ from loradrop.matching import heads, inside
 from loradrop.origin import tell_base
 from loradrop.pairs import LoRABank, fresh
 from loradrop.plan import Plan
+from loradrop.plan_file import plan_at
 from loradrop.scores import Assignment
 from loradrop.untouched import unmeasured
 from loradrop.wrapped import modules_of
@@ -91,8 +92,8 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
                 ", ".join(of_head),
             )
         ours = from_peft(config, [key for key, _ in layers])
-        names = [f".{key}" for key in modules_of(self.model)]
-        saved = [m for m in ours.modules_to_save or () if any(n.endswith(f".{m}") for n in names)]
+        names, whole = [f".{key}" for key in modules_of(self.model)], config.modules_to_save or ()
+        saved = [m for m in whole if any(name.endswith(f".{m}") for name in names)]
         ours = replace(ours, modules_to_save=saved)  # PEFT asks for heads of every spelling
         bank = build_bank(ours, layers, self.model)
         _start(bank, config.init_lora_weights)
@@ -101,6 +102,11 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
         plan = self._plan(twins[0]) if twins else config.plan  # TRL copies one as its reference
         if plan is not None:
             _decide(bank, config, plan)
+        if twins and bank.assignment.decided:
+            _log.warning(
+                "the adapter %r shares as %r does, whose configuration it has: give it a copy "
+                "(copy.copy), and a warm-up decides anew", name, twins[0],
+            )  # fmt: skip
         for (_, layer), link in zip(layers, bank.links, strict=True):
             layer.link(name, link)
         bank.requires_grad_(name in self.active_adapters and not config.inference_mode)
@@ -290,7 +296,7 @@ def _decide(bank: AdapterBank, config: LoraDropConfig, given: Any) -> None:
         how: dict[str, Any] = {"share": config.share, "interval": config.interval}
         bank.share(list(given), None, init="fresh", after_select="reinit", **how)
         return
-    plan = Plan.from_dict(given if isinstance(given, Mapping) else read_json(given))
+    plan = Plan.from_dict(given) if isinstance(given, Mapping) else plan_at(Path(given))
     here, there = ({target.name: target[2:] for target in x.targets} for x in (bank, plan))
     if here != there:
         differ = sorted(name for name in {*here, *there} if here.get(name) != there.get(name))
