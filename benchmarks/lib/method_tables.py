@@ -56,25 +56,32 @@ def methods(results: Path) -> str | None:
 
 
 def methods_all(results: Path) -> str | None:
-    """For every method and budget: its loss against LoRA's of that size, as the mean over tasks."""
+    """For every method and budget: its loss against LoRA's of that size, as the mean over tasks;
+    the numbers of seeds and tasks where they are not those of most entries.
+    """
     found = by_method(results)
-    budgets, body = _budgets(found), []
+    budgets = _budgets(found)
+    rows: dict[str, list[tuple[list[float], int]]] = {}
     for method in dict.fromkeys(name for of_task in found.values() for name, _ in of_task):
-        if method == RIVAL:
-            continue
-        row = []
-        for budget in budgets:
+        for budget in budgets if method != RIVAL else ():
             each = (
                 against(of_task.get((method, budget), []), of_task.get((RIVAL, budget), []))
                 for of_task in found.values()
             )
             of_task = [pairs for pairs in each if pairs]
-            means = over_tasks(of_task)
-            n = f"(n={len(means)}, tasks: {len(of_task)})"
-            row.append(f"{shown(means, 1, ' %', '+')} {n}" if means else "–")
-        body.append([method, *row])
-    head = [f"size of LoRA r={budget}" for budget in budgets]
-    return markdown(("dev loss against LoRA's, paired", *head), body) if body else None
+            rows.setdefault(method, []).append((over_tasks(of_task), len(of_task)))
+    counts = [(len(means), tasks) for row in rows.values() for means, tasks in row if means]
+    if not counts:
+        return None
+    most = statistics.mode(counts)
+
+    def entry(means: list[float], tasks: int) -> str:
+        n = f" (n={len(means)}, tasks: {tasks})" if (len(means), tasks) != most else ""
+        return shown(means, 1, " %", "+") + n if means else "–"
+
+    head = f"dev loss against LoRA's, paired (n={most[0]}, tasks: {most[1]})"
+    body = [[method, *(entry(*cell) for cell in row)] for method, row in rows.items()]
+    return markdown((head, *(f"size of LoRA r={budget}" for budget in budgets)), body)
 
 
 METHOD_TABLES: dict[str, Callable[[Path], str | None]] = {
