@@ -116,7 +116,7 @@ def test_the_summary_has_the_arms_and_tasks_of_the_readme(tmp_path: Path) -> Non
     cells = [cell | {"task": "stdlib, same modules"} for cell in size_cells()]
     found = size_tables.sizes_summary(write(tmp_path, "bench_sizes", cells))
     assert found is not None
-    assert "| dev loss (n=2) | size | stdlib, all linear layers |" in found
+    assert "| dev loss | size | stdlib, all linear layers (n=2) |" in found
     assert "| LoRA r=8 | 1 | 0.900 ± 0.000 |" in found
     assert "| spectral, 1/8 | 1/8 | – |" in found
 

@@ -254,21 +254,18 @@ def sizes(results: Path) -> str | None:
 
 
 def sizes_summary(results: Path) -> str | None:
-    """The README's: the size and the loss on dev of a few arms; n where it is not that of all."""
+    """The README's: the size and the loss on dev of a few arms; n where it is not its task's."""
     final = final_cells(results)
-    tasks = [task for task in SUMMARY if (task, SMALL) in final]
-    n = max((len(final[task, SMALL]) for task in tasks), default=0)
+    n = {task: len(final[task, SMALL]) for task in SUMMARY if (task, SMALL) in final}
 
-    def entry(cells: list[Cell]) -> str:
-        fewer = f" (n={len(cells)})" if len(cells) != n else ""
-        return shown([cell["loss"] for cell in cells], 3) + fewer if cells else "–"
+    def entry(task: str, arm: str) -> str:
+        losses = [cell["loss"] for cell in final.get((task, arm), [])]
+        other = f" (n={len(losses)})" if len(losses) != n[task] else ""
+        return shown(losses, 3) + other if losses else "–"
 
-    body = [
-        [arm, size, *(entry(final.get((task, arm), [])) for task in tasks)]
-        for arm, size in SUMMARY_ARMS.items()
-    ]
-    head = (f"dev loss (n={n})", "size", *(SUMMARY[task] for task in tasks))
-    return markdown(head, body) if tasks else None
+    body = [[arm, size, *(entry(task, arm) for task in n)] for arm, size in SUMMARY_ARMS.items()]
+    head = ("dev loss", "size", *(f"{SUMMARY[task]} (n={of})" for task, of in n.items()))
+    return markdown(head, body) if n else None
 
 
 def ablations(results: Path) -> str | None:
