@@ -27,7 +27,8 @@ def allocate(
 
     Exactly one of
       budget      in (0, 1]: at most that part of the elements of the adapters as they are
-      threshold   in (0, 1]: the fewest elements that keep that part of the sum of the values
+      threshold   in (0, 1]: that part of the sum of the values, or more, in as few elements as
+                  taking directions by worth per element comes to
       max_loss    a predicted rise of the loss of at most this; as few elements as a search over
                   thresholds finds
       rank        this rank for every target, where it has as many directions

@@ -64,7 +64,7 @@ class Collector:
         self._samples = torch.zeros((), dtype=torch.float64)  # of the open row
         self._keeps = self.source == "offline" and "core" in statistics
         self._sums = GramSums(bank, self._keeps) if set(GRAMS) & set(statistics) else None
-        self._inside = self._recomputed = False
+        self._inside = self._recomputed = self._traced = False
         self._pending = 0  # forward passes whose backward may still come
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -199,7 +199,8 @@ class Collector:
                 "statistics: start one process per GPU with torchrun instead"
             )
         given = self.masks.enter(args, kwargs)
-        if not torch.compiler.is_compiling():
+        self._traced = torch.compiler.is_compiling()
+        if not self._traced:
             self._inside, self._pending = True, 1 if self._recomputed else self._pending + 1
             self._recomputed = False
         self._count(given)
@@ -219,15 +220,24 @@ class Collector:
             self._open = self._open.to(count.device) + count
             return
         first = next((v for v in given.values() if isinstance(v, Tensor)), None)
-        if first is not None:  # ids (B, S), or embeddings (B, S, K)
-            shape = first.shape[:-1] if first.is_floating_point() else first.shape
-            self._open = self._open + shape.numel()
+        if first is not None:  # ids (B, S), embeddings (B, S, K); else, as of images, samples
+            rows = 2 if first.ndim == 2 + first.is_floating_point() else 1
+            self._open = self._open + first.shape[:rows].numel()
 
     def require_same_pass(self, target: Target) -> None:
         """A layer runs. Raises RuntimeError where it may be of another forward pass than the mask
-        that is at hand.
+        that is at hand, as it is recomputed; in one that did not begin at the model no mask counts.
         """
-        if self.masks.current is None or self._inside:
+        masks = self.masks
+        if masks.mask is None or self._inside or self._traced:  # a graph's own eager parts, too
+            masks.known = True
+        elif torch._C._current_graph_task_id() == -1:  # no backward pass that recomputes it
+            masks.leave(target)
+            self._pending += self.online
+            return
+        else:
+            masks.known = True
+        if masks.current is None or self._inside:
             return
         if self._pending > 1:
             raise RuntimeError(

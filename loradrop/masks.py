@@ -50,7 +50,8 @@ class TokenMasks:
         self._of_decoder: Tensor | None = None
         self._encoded: Tensor | None = None  # what the decoder of an encoder–decoder attends to
         self.cached = False
-        self._said = set[str]()
+        self.known = True  # whether the layers that run now are of that forward pass
+        self._said = set[str | None]()  # kinds of targets, and None
         taken = inspect.signature(model.forward).parameters
         if any(p.kind is p.VAR_POSITIONAL for p in taken.values()):  # a PeftModel of no task
             taken = inspect.signature(_base(model).forward).parameters
@@ -114,7 +115,7 @@ class TokenMasks:
     def by_function(self, name: str, x: Tensor) -> Tensor | None:
         """What `mask_fn` says. Raises ValueError where it has another shape than x's rows."""
         assert self.mask_fn is not None
-        weights = self.mask_fn(name, x, self.current)
+        weights = self.mask_fn(name, x, self.current if self.known else None)
         if weights is not None and weights.shape != x.shape[:-1]:
             raise ValueError(
                 f"what mask_fn returned for {name} is {tuple(weights.shape)}, but its input is "
@@ -124,7 +125,20 @@ class TokenMasks:
 
     def mask_at(self, x: Tensor, in_decoder: bool) -> Tensor | None:
         """The mask of the tokens of x."""
+        if not self.known:
+            return None
         return self._of_decoder if in_decoder and not _same(x, self._encoded) else self._weights
+
+    def leave(self, target: Target) -> None:
+        """A layer runs in a forward pass that did not begin at the model: all its rows count."""
+        self.known = False
+        if self.mask_fn is None and None not in self._said:
+            self._said.add(None)
+            _log.warning(
+                "%s ran outside of the model's own forward, as in model.bert(...), so it is not "
+                "known which of its tokens are padding, and all count: call the model itself, or "
+                "weigh them by mask_fn=", target.name,
+            )  # fmt: skip
 
     def say_once(self, target: Target, x: Tensor, mask: Tensor) -> None:
         """The mask does not fit the rows of a target of this kind."""
@@ -217,7 +231,8 @@ def _tensor(given: Mapping[str, Any], name: str) -> Tensor | None:
 
 
 def _as_numbers(mask: Tensor | None) -> Tensor | None:
-    return mask if mask is None or mask.is_floating_point() else mask.float()
+    """As weights: 0 and 1 of integers, which may number the sequences that a row packs."""
+    return mask if mask is None or mask.is_floating_point() else (mask > 0).float()
 
 
 def _same(x: Tensor, other: Tensor | None) -> bool:

@@ -89,7 +89,7 @@ class Scores(Mapping[str, float]):
 
     rows    (batches or steps, targets) float64 on the CPU: the score is the sum of its column
     source  "offline": fixed weights in eval mode; "online": the passes of training itself
-    tokens  rows of x counted, per target
+    tokens  real tokens of the model's input; where that is neither text nor embeddings, samples
     grams   of the directions, where they were collected
     """
 

@@ -1,5 +1,6 @@
 """Which targets keep their own adapter, and which share: pure functions on plain data."""
 
+import functools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -44,8 +45,9 @@ def select(
                    group
     importance     "sqnorm": the score; "root": its square root
     share, interval   of `assign`, by which a budget counts; "none" counts as "group"
-    Ties go to the earlier target. Raises ValueError for options out of range, for NaN or infinite
-    scores and, where the decision depends on them, for scores that are all zero.
+    Ties go to the earlier target, and so it is in a group that no input has reached. Raises
+    ValueError for options out of range, for NaN or infinite scores and, where the decision depends
+    on them, for scores that are all zero.
     """
     check_choice("scope", scope, CHOICES["scope"])
     check_choice("importance", importance, CHOICES["importance"])
@@ -56,22 +58,24 @@ def select(
         values = [math.sqrt(value) for value in values]
     groups = _groups(scores.targets, scope)
     if threshold is not None:
-        prefixes = [_prefix(scores.targets, values, members, threshold) for members in groups]
-        picked = {i for prefix in prefixes for i in prefix}
-    else:
-        n = len(scores)
-        if keep is None and keep_ratio is not None:
+        prefixes = [_prefix(values, members, threshold) for members in groups]
+        return _names(scores, {i for prefix in prefixes for i in prefix})
+    n = len(scores)
+    ranked = functools.cache(lambda g: _ranking(values, groups[g]))
+    if budget is None:
+        if keep is None:
+            assert keep_ratio is not None
             keep = math.floor(keep_ratio * n + 0.5 + 1e-9)  # 0.29 · 50 is a little below 14.5
-        full = sum(target.parameters for target in scores.targets)
-        how = "group" if share == "none" else share
-        for count in range(n, -1, -1) if keep is None else [keep]:
-            picked = _quota(scores.targets, values, groups, count)
-            size = assign(scores.targets, _names(scores, picked), how, interval).parameters
-            if budget is None or size <= budget * full:
-                break
-        else:
-            raise ValueError(f"budget={budget}: one shared adapter per group takes more; raise it")
-    return _names(scores, picked)
+        return _names(scores, _quota(groups, ranked, keep))
+    sizes = [target.parameters for target in scores.targets]
+    keys = _shared_keys(scores.targets, "group" if share == "none" else share, interval)
+    for count in range(n, -1, -1):
+        picked = _quota(groups, ranked, count)
+        shared = {key: sizes[i] for i, key in enumerate(keys) if i not in picked}
+        size = sum(sizes[i] for i in picked) + sum(shared.values())
+        if size <= budget * sum(sizes) * (1 + 1e-12):  # 0.29 · 100 is a little below 29
+            return _names(scores, picked)
+    raise ValueError(f"budget={budget}: one shared adapter per group takes more; raise it")
 
 
 def reselect(scores: Scores, kept: Sequence[str], selection: str, seed: int = 0) -> list[str]:
@@ -108,42 +112,42 @@ def _groups(targets: Sequence[Target], scope: str) -> list[list[int]]:
     return list(groups.values())
 
 
-def _ranking(targets: Sequence[Target], values: Sequence[float], members: list[int]) -> list[int]:
-    if all(values[i] == 0.0 for i in members):
-        names = ", ".join(targets[i].name for i in members[:3]) + ", ..." * (len(members) > 3)
+def _ranking(values: Sequence[float], members: list[int]) -> list[int]:
+    """By falling score. A group that no input has reached is in order, and all of them are not."""
+    if not any(values):
         raise ValueError(
-            f"the scores of {names} are all zero: B is still zero, so the LoRA outputs say nothing "
-            "yet. Train before probing"
+            "the scores are all zero: B is still zero, so the LoRA outputs say nothing yet. Train "
+            "before probing"
         )
     return sorted(members, key=lambda i: -values[i])
 
 
-def _prefix(
-    targets: Sequence[Target], values: Sequence[float], members: list[int], threshold: float
-) -> list[int]:
+def _prefix(values: Sequence[float], members: list[int], threshold: float) -> list[int]:
     if threshold in (0.0, 1.0):
         return members if threshold == 1.0 else []
-    order, total, mass = _ranking(targets, values, members), sum(values[i] for i in members), 0.0
-    for count, i in enumerate(order, 1):
-        mass += values[i]
+    order, total, mass = _ranking(values, members), sum(values[i] for i in members), 0.0
+    for count, i in enumerate(order):
         if mass >= threshold * total * (1 - 1e-12):
             return order[:count]
+        mass += values[i]
     return order
 
 
 def _quota(
-    targets: Sequence[Target], values: Sequence[float], groups: list[list[int]], keep: int
+    groups: list[list[int]], ranked: Callable[[int], list[int]], keep: int
 ) -> set[int]:
-    n = len(targets)
+    """`keep` targets, split over the groups by the largest remainder of their size; of each the
+    first by `ranked`, where that matters.
+    """
+    n = sum(map(len, groups))
     counts = [keep * len(members) // n for members in groups]
     by_remainder = sorted(range(len(groups)), key=lambda g: -(keep * len(groups[g]) % n))
     for g in by_remainder[: keep - sum(counts)]:
         counts[g] += 1
     picked: set[int] = set()
-    for members, count in zip(groups, counts, strict=True):
-        all_or_none = count in (0, len(members))
-        order = members if all_or_none else _ranking(targets, values, members)
-        picked.update(order[:count])
+    for g, count in enumerate(counts):
+        all_or_none = count in (0, len(groups[g]))
+        picked.update((groups[g] if all_or_none else ranked(g))[:count])
     return picked
 
 
@@ -192,22 +196,28 @@ def assign(
         if name not in names:
             known = ", ".join(sorted(names))
             raise ValueError(f"kept has {name!r}, which is not a target; the targets are {known}")
-    of_target = layers_of(names)
-    layers = list(dict.fromkeys(filter(None, of_target)))
     chosen, numbers = set(kept), dict[Any, int]()
     slots: list[int | None] = []
-    for target, layer in zip(targets, of_target, strict=True):
-        own = target.name in chosen
-        if not own and share == "none":
-            slots.append(None)
-            continue
-        key: Any = target.name if own else target.group
-        if not own and share == "shape":
-            key = target.group[1:]
-        elif not own and share == "interval" and layer:
-            key = (*target.group, layers.index(layer) // interval)
-        slots.append(numbers.setdefault(key, len(numbers)))
+    for name, shared in zip(names, _shared_keys(targets, share, interval), strict=True):
+        key = name if name in chosen else shared
+        slots.append(None if key is None else numbers.setdefault(key, len(numbers)))
     return Assignment(tuple(targets), tuple(slots), tuple(n for n in names if n in chosen))
+
+
+def _shared_keys(targets: Sequence[Target], share: str, interval: int) -> list[Any]:
+    """With whom each target shares where it has no adapter of its own; None with "none"."""
+    if share == "none":
+        return [None] * len(targets)
+    if share == "shape":
+        return [target.group[1:] for target in targets]
+    if share == "group":
+        return [target.group for target in targets]
+    of_target = layers_of([target.name for target in targets])
+    layers = {layer: i for i, layer in enumerate(dict.fromkeys(filter(None, of_target)))}
+    return [
+        (*target.group, layers[layer] // interval) if layer else target.group
+        for target, layer in zip(targets, of_target, strict=True)
+    ]
 
 
 def keep_frequency(

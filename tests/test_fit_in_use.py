@@ -118,6 +118,7 @@ def test_a_decision_that_saves_nothing_is_said(
     [
         ({"budget": 0.1}, r"budget=0\.1 is out of reach: one adapter per group takes 0\.5 of"),
         ({"budget": 0.7, "share": "interval", "interval": 1}, "budget=0.7 .* takes 1 of"),
+        ({"budget": 0.1}, r"Choose at least that as the budget"),
         ({"keep": 5}, "keep=5: choose a whole number from 0 to the 4 targets"),
     ],
 )

@@ -361,10 +361,12 @@ def test_rounding_is_all_that_differs_from_the_equations(
     assert float(norm) == pytest.approx(want, rel=1e-5)
 
 
+@pytest.mark.parametrize("mean", [0.0, 10.0])
 @pytest.mark.parametrize("scaling", [2.0, 0.25, 1.7, -0.5])
-def test_a_bias_on_many_half_precision_rows(scaling: float) -> None:
-    """Where the bias travels as a column of the thin product, y is no worse than PyTorch's."""
+def test_a_bias_on_many_half_precision_rows(scaling: float, mean: float) -> None:
+    """Added by oneDNN; y is no worse than PyTorch's, also where the bias takes away the mean."""
     x, weight, bias, A, B, _ = draw(Shape(640, 48, 40, 8), torch.bfloat16).values()
+    x, bias = x + mean, bias - mean * weight.sum(1)
     y = lora_linear(x, weight, bias, A, B, scaling, backend="eager")
     a, b = A.bfloat16(), B.bfloat16()
     h = (x.double() @ a.double().T).bfloat16()

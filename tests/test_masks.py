@@ -1,14 +1,17 @@
 """Masks of tokens: which rows of a target's input they are."""
 
 import logging
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from models import build, t5
+from models import build, t5, wake
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import loradrop
+from loradrop.collector import Collector
 from loradrop.masks import Masking, TokenMasks, fitted
 from loradrop.scores import Target
 
@@ -58,6 +61,82 @@ def test_a_mask_is_made_numbers_once_a_pass(given: Tensor) -> None:
     found = [target.weights(torch.zeros(2, 3, 4)) for target in masks.of_targets]
     assert masks.current is given and len({one.data_ptr() for one in found}) == 1
     assert found[0].dtype == torch.float32 and torch.equal(found[0], given.float())
+
+
+def test_a_mask_that_numbers_packed_sequences() -> None:
+    """Each token counts once, whatever the number of its sequence is."""
+    model = t5("T5EncoderModel")
+    loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["q"]))
+    wake(model)
+    packed = torch.tensor([[1, 1, 2, 2, 3, 0], [1, 2, 3, 4, 5, 6]])
+    model.forward = partial(masked_by_ones, model, type(model).forward)
+    found = [
+        loradrop.probe(model, [{"input_ids": IDS, "attention_mask": mask}])
+        for mask in (packed, (packed > 0).long())
+    ]
+    assert dict(found[0]) == dict(found[1]) and found[0].tokens == found[1].tokens == 11
+
+
+def masked_by_ones(model: Any, forward: Any, input_ids: Tensor, attention_mask: Tensor) -> Any:
+    """As a model does that keeps packed sequences apart: the mask's numbers do not add up."""
+    return forward(model, input_ids, attention_mask=(attention_mask > 0).long())
+
+
+class Below(torch.nn.Module):
+    """Has its body called by others, as a loss of one's own calls `model.bert`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        y: Tensor = self.body(x)
+        return y
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_forward_pass_that_does_not_begin_at_the_model(
+    checkpointed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has no mask, neither none without a word nor that of the pass before it."""
+    model = Below()
+    loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules="all-linear"))
+    wake(model)
+    x, mask = torch.ones(2, 3, 4), torch.tensor([[1, 0, 0], [0, 0, 0]])
+
+    def score(*, whole: bool, body: bool) -> float:
+        collector = Collector(model, model.lora_bank, online=True)
+        y = model(x, mask) if whole else x
+        if body:
+            again = partial(checkpoint, use_reentrant=False) if checkpointed else lambda f, x: f(x)
+            y = again(model.body, x)
+        y.sum().backward()
+        collector.close_row()
+        collector.detach()
+        return collector.scores()["body.0"]
+
+    every = score(whole=False, body=True)
+    assert every == pytest.approx(6 * score(whole=True, body=False))
+    if checkpointed:  # whose recomputation it is nobody knows
+        with pytest.raises(RuntimeError, match="recomputed after several forward passes"):
+            score(whole=True, body=True)
+    else:
+        assert score(whole=True, body=True) == every
+    said = "body.0 ran outside of the model's own forward, as in model.bert(...), so it is not"
+    assert caplog.text.count(said) == 2
+
+
+def test_a_mask_function_knows_forward_passes_that_do_not_begin_at_the_model(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, seen = Below(), []
+    loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules="all-linear"))
+    own = Masking(mask_fn=lambda name, x, mask: seen.append(mask))
+    collector = Collector(model, model.lora_bank, online=True, masking=own)
+    model(torch.ones(2, 3, 4), torch.ones(2, 3))
+    model.body(torch.ones(2, 3, 4))
+    collector.detach()
+    assert [mask is None for mask in seen] == [False] * 2 + [True] * 2 and not caplog.text
 
 
 def test_a_mask_of_pairs_is_not_one_of_tokens() -> None:
@@ -178,7 +257,5 @@ def test_replicas_in_threads_are_refused() -> None:
     replica = model._replicate_for_data_parallel()
     replica.__dict__["_modules"] = model._modules
     with pytest.raises(RuntimeError, match=r"DataParallel.*torchrun"):
-        from loradrop.collector import Collector
-
         Collector(replica, model.lora_bank, online=False)
         replica(torch.ones(2, 4))

@@ -302,6 +302,24 @@ def test_in_the_dtype_of_the_base(method: Method) -> None:
     assert all(p.isfinite().all() for p in bank.parameters())
 
 
+@pytest.mark.parametrize("name", methods.available())
+def test_the_default_dtype_of_torch_is_not_that_of_a_bank(name: str) -> None:
+    found, method = [], EVERY[name]
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        torch.manual_seed(0)
+        model = Net()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            config = LoRAConfig(r=R, lora_alpha=5, target_modules=TARGETS, method=method)
+            found.append(loradrop.inject(model, config).state_dict())
+        finally:
+            torch.set_default_dtype(before)
+    for other in found[1:]:
+        for key, tensor in other.items():
+            assert tensor.dtype == found[0][key].dtype and tensor.equal(found[0][key]), key
+
+
 COMMON = [VeRA(), TiedLoRA(), RaSA(), MoS(), LoRTA(), ShareLoRA(), ShareLoRA(share="B")]
 
 

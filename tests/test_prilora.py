@@ -333,6 +333,13 @@ def test_a_rank_that_grows_beyond_a_layer() -> None:
     assert bank.targets[1].r == WIDTH
 
 
+@pytest.mark.parametrize(("ratio", "n", "count"), [(0.29, 100, 29), (0.5, 5, 2), (0.57, 100, 57)])
+def test_ratios_in_decimals(ratio: float, n: int, count: int) -> None:
+    """Rounded down, but 0.29 · 100 is a little below 29."""
+    (mask,) = smallest([torch.arange(n).float().unsqueeze(0)], ratio, "row")
+    assert int(mask.sum()) == count
+
+
 def test_a_rank_pattern_without_an_effect() -> None:
     ends: dict[str, Any] = {"r": R, "target_modules": ["0", "2"], "rank_pattern": {"2": 6}}
     message = r"0 the rank 4 and 2 the rank 6, and r_start=2 with r_end=5 .*or leave out r_start"

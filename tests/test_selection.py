@@ -230,6 +230,12 @@ def test_keep_ratio_rounds_half_up(ratio: float, n: int, expected: int) -> None:
 # Budgets
 
 
+@pytest.mark.parametrize(("budget", "n", "expected"), [(0.29, 100, 28), (0.58, 50, 28)])
+def test_a_budget_in_decimals(budget: float, n: int, expected: int) -> None:
+    """Of n equal targets, one is the shared adapter; 0.29 · 100 is a little below 29."""
+    assert len(kept(scores_of(range(1, n + 1)), budget=budget)) == expected
+
+
 @pytest.mark.parametrize("scope", ["per_module", "joint"])
 @pytest.mark.parametrize("budget", [0.25, 0.5, 0.75, 1.0])
 def test_budget_is_the_largest_count_that_fits(budget: float, scope: str) -> None:
@@ -353,8 +359,16 @@ def test_a_score_that_is_no_number_names_its_target(value: float, threshold: flo
 def test_scores_that_are_all_zero_say_that_b_is_zero(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="B is still zero"):
         select(scores_of([0, 0, 0]), **options)
-    with pytest.raises(ValueError, match=r"layers\.0\.b.*B is still zero"):
-        select(grouped([1, 2], [0, 0]), **options)
+
+
+def test_a_group_that_no_input_has_reached_is_in_order() -> None:
+    """As the layers of images are, in steps that have none: the others say enough."""
+    scores = grouped([1, 2, 4], [0, 0, 0])
+    assert kept(scores, 0.5) == [2] and kept(scores, keep=4) == [1, 2, 3, 4]
+    rows = torch.tensor([[1.0, 2.0, 0.0, 0.0], [2.0, 1.0, 0.0, 3.0]], dtype=torch.float64)
+    some = Scores(grouped([1, 2], [0, 0]).targets, rows, 10, "online")
+    found = keep_frequency(some, lambda drawn: select(drawn, keep=2))
+    assert found["layers.1.b"] > 0.5 and sum(found.values()) == pytest.approx(2)
 
 
 # Slots

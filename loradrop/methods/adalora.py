@@ -159,7 +159,8 @@ class AdaLoRABank(AdapterBank):
                 zeros = torch.zeros_like(getattr(self, side)[i], dtype=torch.float32)
                 self.register_buffer(f"sensitivity_{side}_{i}", zeros.detach())
                 self.register_buffer(f"uncertainty_{side}_{i}", zeros.detach().clone())
-            self.register_buffer(f"mask_{i}", torch.ones(target.r, device=like.device))
+            ones = torch.ones(target.r, device=like.device, dtype=torch.float32)
+            self.register_buffer(f"mask_{i}", ones)
 
     def factors(self, i: int) -> Pair:
         """(diag(λ)·Q (r, K), P (N, r))."""

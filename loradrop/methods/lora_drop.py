@@ -13,6 +13,7 @@ the scope, the length of the warm-up, what follows it.
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -112,7 +113,7 @@ class LoRADrop(Method):
             check_keep(self.keep, len(targets))
         if self.budget not in (None, HALF) and self.budget < self._least(targets):
             raise ValueError(
-                f"{self._out_of_reach(targets)}. Choose a larger budget "
+                f"{self._out_of_reach(targets)}. Choose at least that as the budget "
                 "(lora.method.budget), adapt more layers, or share among more of them "
                 f"(share={self.share!r})"
             )
@@ -191,7 +192,8 @@ class LoRADrop(Method):
         )
 
     def _out_of_reach(self, targets: Sequence[Target]) -> str:
-        takes = f"one adapter per group takes {self._least(targets):.3g} of LoRA's parameters"
+        least = math.ceil(self._least(targets) * 1e4) / 1e4
+        takes = f"one adapter per group takes {least:g} of LoRA's parameters"
         return f"budget={self.budget:g} is out of reach: {takes}"
 
     def _least(self, targets: Sequence[Target]) -> float:

@@ -75,5 +75,5 @@ class FrozenABank(AdapterBank):
 
 def orthonormal(target: Target, like: Tensor) -> Tensor:
     """A random A (r, K) with A Aᵀ = I, made in float32."""
-    A = torch.empty(target.r, target.in_features, device=like.device)
+    A = torch.empty(target.r, target.in_features, device=like.device, dtype=torch.float32)
     return nn.init.orthogonal_(A).to(like.dtype)

@@ -80,8 +80,9 @@ class NBLoRABank(AdapterBank):
         self, targets: Sequence[Target], likes: Sequence[Tensor], s: float | tuple[float, ...]
     ) -> None:
         super().__init__(targets, [2.0] * len(targets))
-        bounds = torch.empty(max(target.r for target in targets), device=likes[0].device)
-        self.register_buffer("s", bounds.copy_(torch.tensor(s)))
+        most, device = max(target.r for target in targets), likes[0].device
+        bounds = torch.tensor(s, dtype=torch.float32).expand(most)
+        self.register_buffer("s", bounds.to(device, copy=True))
         pairs = [fresh(target, like) for target, like in zip(targets, likes, strict=True)]
         self.A, self.B = (nn.ParameterList(side) for side in zip(*pairs, strict=True))
 

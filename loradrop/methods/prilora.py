@@ -162,7 +162,7 @@ def smallest(scores: Sequence[Tensor], ratio: float, scope: str) -> list[Tensor]
 
 def _smallest(scores: Tensor, ratio: float) -> Tensor:
     """A mask of the smallest `ratio` of each row."""
-    count = int(ratio * scores.shape[1])
+    count = int(ratio * scores.shape[1] + 1e-9)  # 0.29 · 100 is a little below 29
     found = scores.topk(count, dim=1, largest=False).indices
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, found, True)
 
@@ -181,7 +181,7 @@ class PRILoRABank(LoRABank):
     ) -> None:
         super().__init__(targets, scaling, likes)
         for i, (target, like) in enumerate(zip(targets, likes, strict=True)):
-            average = torch.zeros(target.in_features, device=like.device)
+            average = torch.zeros(target.in_features, device=like.device, dtype=torch.float32)
             self.register_buffer(f"input_norm_{i}", average)
             mask = torch.zeros(target.r, target.in_features, dtype=torch.bool, device=like.device)
             self.register_buffer(f"pruned_{i}", mask)

@@ -70,7 +70,7 @@ class VeRABank(AdapterBank):
         k = max(target.in_features for target in targets)
         n = max(target.out_features for target in targets)
         for name, shape in (("A", (r, k)), ("B", (n, r))):
-            drawn = torch.empty(shape)
+            drawn = torch.empty(shape, dtype=torch.float32)
             nn.init.kaiming_uniform_(drawn, generator=random)
             self.register_buffer(name, drawn.to(likes[0]))
         self.d = nn.ParameterList(

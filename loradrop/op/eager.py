@@ -11,12 +11,12 @@ and nothing is converted that has its dtype already. On a large one a CPU's BLAS
 of a thin product along its vectors: the other way round dB takes up to ten times as long.
 """
 
-import math
+import functools
 
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
 from loradrop.op import reference, rounded
 from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved
@@ -44,14 +44,9 @@ def forward(call: Call) -> Output:
         h = linear(kept, a) * gain(call.dropout)  # not in place: see `added`
     if call.y0 is not None:
         y = torch.addmm(call.y0, h, b.t(), alpha=s)
-    elif bias is not None and _bias_costs_a_pass(x) and math.frexp(s)[0] in (0.5, -0.5):
-        assert weight is not None
-        h1 = pad(h, (0, 1), value=1.0 / s)  # (M, r + 1); exact for a power of two
-        b1 = torch.cat((b, bias.unsqueeze(1)), 1)  # (N, r + 1)
-        y = added(linear(x, weight), h1, b1.t(), s)
     else:
         assert weight is not None
-        y = added(linear(x, weight, bias), h, b.t(), s)
+        y = added(frozen(x, weight, bias), h, b.t(), s)
     return Output(y, h, mask, *statistics(h, b, call))
 
 
@@ -73,12 +68,31 @@ def added(y: Tensor, h: Tensor, l: Tensor, scale: float) -> Tensor:
     return y.addmm_(h, l, alpha=scale)
 
 
-def _bias_costs_a_pass(x: Tensor) -> bool:
-    """Whether `linear` copies the bias into y and reads it back, at up to a tenth of its time.
+def frozen(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """xWᵀ + b, rounded once.
 
-    So it does for bfloat16 on a CPU. As one more column of the thin product the bias is free.
+    `linear` copies a bfloat16 bias into y on a CPU and reads it back, for up to a tenth of its
+    time; oneDNN adds it before it writes y, as Inductor has it.
     """
-    return x.dtype == torch.bfloat16 and x.is_cpu and x.shape[0] >= _MANY_ROWS
+    many = x.dtype == torch.bfloat16 and x.is_cpu and x.shape[0] >= _MANY_ROWS
+    if bias is None or not many or _len_torch_dispatch_stack() or not _has_onednn():
+        return linear(x, weight, bias)
+    if not (x.is_contiguous() and weight.is_contiguous() and bias.is_contiguous()):
+        return linear(x, weight, bias)
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+def _has_onednn() -> bool:
+    """Whether oneDNN multiplies bfloat16 here, and is not switched off."""
+    return torch._C._get_mkldnn_enabled() and _onednn_knows_bfloat16()
+
+
+@functools.cache
+def _onednn_knows_bfloat16() -> bool:
+    ops = torch.ops.mkldnn
+    known = getattr(ops, "_is_mkldnn_bf16_supported", None)
+    return known is not None and hasattr(ops, "_linear_pointwise") and bool(known())
 
 
 def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:

@@ -147,10 +147,10 @@ def _run(call: Call, sinks: Sinks, backend: str | None) -> Any:
 
 def _by_rows(call: Call) -> Call:
     """With x (M, K) and what goes with its rows."""
-    y0, weights = call.y0, call.token_weights
+    y0, weights, m = call.y0, call.token_weights, call.x.shape[:-1].numel()
     return call._replace(
-        x=call.x.reshape(-1, call.x.shape[-1]),
-        y0=None if y0 is None else y0.reshape(-1, y0.shape[-1]),
+        x=call.x.reshape(m, call.x.shape[-1]),
+        y0=None if y0 is None else y0.reshape(m, y0.shape[-1]),
         token_weights=None if weights is None else weights.reshape(-1),
     )
 

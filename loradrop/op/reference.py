@@ -98,11 +98,11 @@ def sqnorm(h: Tensor, B: Tensor, scaling: float, token_weights: Tensor | None) -
 
 
 def core(saved: Saved, dy: Tensor | None, dB: Tensor | None) -> Tensor:
-    """Σ_t u_t h_tᵀ of u = dy B: (r, r) float64, from dB where there is one."""
+    """Σ_t u_t h_tᵀ of u = dy B: (r, r) float64, from dB = s·dyᵀh where that tells it."""
     b = saved.B.to(saved.h.dtype)
     if dy is None:
         return saved.h.new_zeros((b.shape[1], b.shape[1]), dtype=torch.float64)
-    if dB is not None:
+    if dB is not None and saved.scaling:
         return b.double().T @ dB.double() / saved.scaling
     return (dy @ b).double().T @ saved.h.double()
 
