@@ -104,13 +104,24 @@ class AdapterBank(nn.Module):
         return tuple(link.scaling for link in self.links)
 
     def bring_back(self) -> None:
-        """Undo an offload by accelerate: it loads tensors for a forward, and nobody calls ours."""
+        """Undo an offload by accelerate: it loads tensors for a forward, and nobody calls ours.
+
+        Parameters stay the objects that an optimiser may hold.
+        """
         device = execution_device(*self.modules())
         if device is not None and any(p.is_meta for p in self.parameters()):
             from accelerate.hooks import remove_hook_from_module
 
+            owners = [m for m in self.modules() if m._parameters]
+            before = [(owner, dict(owner._parameters)) for owner in owners]
             remove_hook_from_module(self, recurse=True)
             self.to(device)
+            for owner, parameters in before:
+                for name, old in parameters.items():
+                    new = owner._parameters[name]
+                    if old is not None and new is not None and new is not old:
+                        torch.utils.swap_tensors(old, new)  # type: ignore[no-untyped-call]
+                        owner._parameters[name] = old
 
     @property
     def trainable(self) -> int:

@@ -140,8 +140,10 @@ def require_loaded(tensors: Mapping[str, Tensor]) -> None:
         if tensor.is_meta:
             raise ValueError(
                 f"{name} is offloaded (on the meta device), so its values can be neither read nor "
-                "set: do this before the model is dispatched, or take the hooks off first "
-                "(accelerate.hooks.remove_hook_from_module(model, recurse=True))"
+                "set: save the adapters (loradrop.save), load the base model without an offload, "
+                "loradrop.load them there, and do this then. (Of a model that was in memory before "
+                "accelerate offloaded it, accelerate.hooks.remove_hook_from_module(model, "
+                "recurse=True) brings the values back)"
             )
 
 

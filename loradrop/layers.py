@@ -84,13 +84,14 @@ class LoRAMixin(nn.Module):
         A, B = factors
         if not x.device == A.device == B.device:  # a model spread over devices
             bank.bring_back()
+            A, B = link.factors() or factors
             if A.is_meta or B.is_meta:
                 raise ValueError(
                     "the adapters are on the meta device, without values: after model.to_empty "
                     "call reset_parameters() of every module in model.lora_bank that has it, or "
                     "inject once the model has its weights"
                 )
-            A, B = (factor.to(x.device) for factor in link.factors() or factors)
+            A, B = A.to(x.device), B.to(x.device)
         dropout = bank.dropout if self.training else 0.0
         return adapted_output(x, weight, bias, y0, A, B, link.scaling, dropout, link.observer)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from loradrop.bank import AdapterBank, bank_of, has_bank
+from loradrop.bank import AdapterBank, bank_of, execution_device, has_bank
 from loradrop.config import LoRAConfig
 from loradrop.formats import peft_load
 from loradrop.injection import injection_of, require_loaded, require_unmerged, sum_of
@@ -32,6 +32,11 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
     pair. Returns the bank. Raises ValueError for a file that is damaged, newer, a pickle, or of
     another model (which tensors differ), and for an adapter of PEFT that is not plain LoRA.
     """
+    if execution_device(*model.modules()) is None and any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} is on the meta device, where no adapter can have values: give "
+            "it memory and its own weights first (to_empty, load_state_dict), and load then"
+        )
     file = _read(path, model)
     plan = file.plan
     require_trainable(model, file.trained)

@@ -19,6 +19,7 @@ _AROUND_ALL = {  # class -> what it calls the model inside
     "DistributedDataParallel": "module",
     "DataParallel": "module",
 }
+_FSDP1 = "FullyShardedDataParallel"
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
@@ -32,12 +33,20 @@ def inner(model: nn.Module) -> nn.Module:
 def of_inner(verb: Verb) -> Verb:
     """Decorates a function of a model: it gets the model inside of torch.compile, DDP and the like.
 
-    It raises ValueError, once it is done, where DDP does not know what it made.
+    It raises ValueError for a model under FSDP1, and, once it is done, where DDP does not know what
+    it made.
     """
 
     @functools.wraps(verb)
     def of_model(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         own = inner(model)
+        if any(type(part).__name__ == _FSDP1 for part in (model, *own.modules())):
+            raise ValueError(
+                f"{verb.__name__}: the model is under FSDP1 (FullyShardedDataParallel), whose flat "
+                "parameters hold the adapters. Do this before it is wrapped; to save what was "
+                "trained, load its full state dict (FSDP.state_dict_type) into a model that is "
+                "injected likewise. FSDP2 (fully_shard) is served"
+            )
         before = _trained(own) if _in_ddp(model) else None
         result = verb(own, *args, **kwargs)
         if before is not None and not _trained(own) <= before:

@@ -69,6 +69,11 @@ def composed(method: Method, folder: str) -> float:
         train(each)
     loradrop.save(model, f"{folder}/{method.name}")
     loradrop.export(model, f"{folder}/{method.name}-peft")
+    try:
+        loradrop.export(model, f"{folder}/{method.name}-merged", "merged")
+        raise AssertionError("a rank that has no whole weights has merged")
+    except ValueError as error:  # on every rank, or another would wait for this one
+        assert "the weights are sharded" in str(error)
     distributed.barrier()
     again = made(False, method)
     loradrop.load(again, f"{folder}/{method.name}")

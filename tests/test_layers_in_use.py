@@ -91,6 +91,24 @@ def test_hooks_of_accelerate(hook: Callable[[nn.Module], None], first: bool, tmp
     assert torch.equal(model(x), Net()(x))
 
 
+@pytest.mark.parametrize("hook", OFFLOADS)
+def test_an_optimiser_of_adapters_that_are_offloaded(hook: Callable[[nn.Module], None]) -> None:
+    """They come back with the first forward pass, and are what it holds."""
+    x, plain, model = torch.randn(3, K), Net(), Net()
+    for each in (plain, model):
+        inject(each, "query", "value", lora_alpha=6)
+    model.load_state_dict(wake(plain).state_dict())
+    hook(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    before = model(x)
+    assert torch.equal(before, plain(x))
+    held = {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert {id(p) for p in loradrop.bank.bank_of(model).parameters()} <= held
+    before.sum().backward()
+    optimizer.step()
+    assert not torch.equal(model(x), before)
+
+
 # Language models
 
 

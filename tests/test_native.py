@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import loradrop
 from loradrop import LoRAConfig, Plan
+from loradrop.bank import has_bank
 from loradrop.files import read_json, write_json
 from loradrop.injection import injection_of, plan_of
 from loradrop.native import FOLDER, PLAN, TENSORS, read
@@ -148,6 +149,14 @@ def test_modules_to_save(name: str, tmp_path: Path) -> None:
     found = bert()
     assert not torch.equal(found.get_submodule(name).weight, model.get_submodule(name).weight)
     assert same(loaded(tmp_path, found), model)
+
+
+def test_a_model_without_values(path: Path) -> None:
+    """On the meta device what is read would be lost."""
+    found = bert().to("meta")
+    with pytest.raises(ValueError, match="is on the meta device, where no adapter can have values"):
+        loradrop.load(found, path)
+    assert not has_bank(found)
 
 
 def test_what_only_an_adapter_before_trained_whole(tmp_path: Path) -> None:

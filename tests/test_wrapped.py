@@ -123,3 +123,33 @@ def test_compiled_code_follows_an_injection() -> None:
 def test_fit_takes_the_model_inside() -> None:
     with pytest.raises(ValueError, match=r"model is a OptimizedModule: .*torch_compile"):
         loradrop.fit(compiled(llama()), make_rows(), None, CONFIG)
+
+
+class FullyShardedDataParallel(nn.Module):
+    """Named as FSDP1's, by which it is known."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._fsdp_wrapped_module(*args, **kwargs)
+
+
+@pytest.mark.parametrize("around", [FullyShardedDataParallel, parts(FullyShardedDataParallel)])
+def test_fsdp1_holds_the_adapters(around: Callable[[Any], Any], tmp_path: Path) -> None:
+    """They train, and what would read or change them says why not."""
+    model = llama()
+    loradrop.inject(model, CONFIG)
+    wrapped = around(model)
+    wrapped(input_ids=IDS).logits.sum().backward()
+    assert all(B.grad is not None for B in model.lora_bank.B)
+    batches = [{"input_ids": IDS}]
+    for verb in (
+        lambda: loradrop.save(wrapped, tmp_path),
+        lambda: loradrop.export(wrapped, tmp_path),
+        lambda: loradrop.probe(wrapped, batches),
+        lambda: loradrop.share(wrapped, []),
+    ):
+        with pytest.raises(ValueError, match=r"the model is under FSDP1 .*FSDP2 .* is served"):
+            verb()

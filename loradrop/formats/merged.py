@@ -90,16 +90,19 @@ def _whole(file: Path) -> Path:
 def _merged_for_now(model: nn.Module) -> Iterator[None]:
     """Inside, the weights have the deltas added; afterwards they are as before, bit for bit.
 
-    In place, since many a `save_pretrained` takes no state dict, or takes and ignores it.
+    In place, since many a `save_pretrained` takes no state dict, or takes and ignores it. What the
+    weights were is on the CPU meanwhile.
     """
-    merged = [] if injection_of(model).merged is not None else list(changes(model))
-    tell({change.name: change.error for change in merged if change.error is not None})
-    before = []
+    before, errors = [], {}
     try:
-        while merged:
-            change = merged.pop()  # so that no third copy of a weight is held
-            before.append((change.module, kept(change.stored)))
+        for change in changes(model) if injection_of(model).merged is None else ():
+            stored = change.stored
+            stored = stored.to("cpu", copy=True) if isinstance(stored, Tensor) else kept(stored)
+            before.append((change.module, stored))
             put(change.module, change.new)
+            if change.error is not None:
+                errors[change.name] = change.error
+        tell(errors)
         yield
     finally:
         for module, stored in before:

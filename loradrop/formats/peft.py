@@ -39,7 +39,7 @@ from loradrop.layers import is_conv1d
 from loradrop.machine import is_first_rank
 from loradrop.native import holds_other
 from loradrop.origin import base_of
-from loradrop.ranks import full_tensor, writes
+from loradrop.ranks import full_tensor, is_sharded, writes
 from loradrop.tensor_file import write_tensors
 from loradrop.untouched import tell_untouched, tell_untrained
 from loradrop.wrapped import of_inner, tensors_of
@@ -100,6 +100,12 @@ def export(
         tell_untouched(own)
         adapters = adapters_of(own)
         if format == "merged":
+            if any(map(is_sharded, own.parameters())):  # on every rank
+                raise ValueError(
+                    "the weights are sharded (DTensors), so no rank has them whole to merge: "
+                    "export as PEFT, or loradrop.save the adapters, loradrop.load them into a "
+                    "model that is not sharded, and merge there"
+                )
             if is_first_rank():  # elsewhere save_pretrained writes nothing
                 save_merged(own, folder)
             return []
