@@ -41,7 +41,10 @@ def draw(results: Path, path: Path) -> None:
                 )  # fmt: skip
         axes.set_xscale("log", base=2)
         here = [cells for (of, arm), cells in final.items() if of == task and drawn.fullmatch(arm)]
-        sizes = sorted({round(c["parameters"], -3) for cells in here for c in cells})
+        sizes: list[float] = []
+        for size in sorted({round(c["parameters"], -3) for cells in here for c in cells}):
+            if not sizes or size > 1.2 * sizes[-1]:  # nearer ones would be written over each other
+                sizes.append(size)
         axes.set_xticks(sizes, [f"{size / 1000:.0f}k" for size in sizes], rotation=45)
         axes.minorticks_off()
         axes.set_title(SUMMARY.get(task, task), color=INK, fontsize=11)
