@@ -221,8 +221,9 @@ class Collector:
             return
         first = next((v for v in given.values() if isinstance(v, Tensor)), None)
         if first is not None:  # ids (B, S), embeddings (B, S, K); else, as of images, samples
-            rows = 2 if first.ndim == 2 + first.is_floating_point() else 1
-            self._open = self._open + first.shape[:rows].numel()
+            rows = 2 if first.ndim == 3 else 1
+            shape = first.shape[:rows] if first.is_floating_point() else first.shape
+            self._open = self._open + shape.numel()
 
     def require_same_pass(self, target: Target) -> None:
         """A layer runs. Raises RuntimeError where it may be of another forward pass than the mask

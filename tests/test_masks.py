@@ -251,6 +251,26 @@ def test_a_batch_that_is_one_input() -> None:
     assert scores["lin"] == pytest.approx(loradrop.probe(model, [(flat,)])["lin"], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        (torch.zeros(2, 3, 5, dtype=torch.int64), 30),  # ids of several choices
+        (torch.zeros(2, 3, 4), 6),  # embeddings
+        (torch.zeros(2, 4), 2),
+        (torch.zeros(2, 3, 5, 4), 2),  # images
+    ],
+)
+def test_tokens_without_a_mask(given: Tensor, tokens: int) -> None:
+    model = Below()
+    loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules="all-linear"))
+    collector = Collector(model, model.lora_bank, online=False, masking=Masking(None))
+    model.forward = lambda x: x
+    model(given)
+    collector.close_row()
+    collector.detach()
+    assert collector.scores().tokens == tokens
+
+
 def test_replicas_in_threads_are_refused() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["0"], strict=False))
