@@ -265,7 +265,7 @@ def test_configurations_convert() -> None:
 @pytest.mark.parametrize("kind", [peft.LoraConfig, LoraDropConfig])
 def test_a_head_that_peft_trains_is_trained(kind: Any) -> None:
     """By `inject`, too; also of a configuration in which PEFT has named heads of every spelling."""
-    theirs = kind(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    theirs = kind(r=2, target_modules=["query"], task_type=peft.TaskType.SEQ_CLS)
     for _ in range(2):
         model = models.bert()
         loradrop.inject(model, from_peft(theirs))

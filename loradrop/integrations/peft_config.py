@@ -200,7 +200,7 @@ def from_peft(config: LoraConfig, targets: Sequence[str] | None = None) -> LoRAC
     if targets is not None:
         given |= {"target_modules": tuple(targets), "exclude_modules": None}
     saved: Any = tuple(config.modules_to_save or ())
-    spelled = HEADS.get(str(config.task_type))  # PEFT names a head in every way
+    spelled = HEADS.get(config.task_type or "")  # PEFT names a head in every way
     if spelled is not None and set(saved) <= set(spelled) and len(saved) in (0, len(spelled)):
         saved = None
     return LoRAConfig(
