@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loradrop.options import check_choice, check_one, check_whole
+from loradrop.options import at_least, check_choice, check_one, check_whole
 from loradrop.scores import layer_of, layers_of, stem_of
 from loradrop.spectra import Spectrum
 
@@ -90,9 +90,8 @@ def least_budget(
 
 def below_one(budget: float, least: float, scope: str) -> str:
     """The error for a budget that leaves nothing in pools of this `scope`."""
-    rounded = math.ceil(least * 1e4) / 1e4
     wider = "" if scope == SCOPES[0] else ", or a scope that pools more targets"
-    return f"budget={budget:g} is below one direction: choose at least {rounded:g}{wider}"
+    return f"budget={budget:g} is below one direction: choose at least {at_least(least)}{wider}"
 
 
 # All of a pool's adapters, and those that may keep some directions.

@@ -230,14 +230,12 @@ class Collector:
         that is at hand, as it is recomputed; in one that did not begin at the model no mask counts.
         """
         masks = self.masks
-        if masks.mask is None or self._inside or self._traced:  # a graph's own eager parts, too
-            masks.known = True
-        elif torch._C._current_graph_task_id() == -1:  # no backward pass that recomputes it
-            masks.leave(target)
+        of_model = masks.mask is None or self._inside or self._traced  # or an eager part of a graph
+        masks.known = of_model or torch._C._current_graph_task_id() != -1  # or recomputed
+        if not masks.known:
+            masks.say_unknown(target)
             self._pending += self.online
             return
-        else:
-            masks.known = True
         if masks.current is None or self._inside:
             return
         if self._pending > 1:

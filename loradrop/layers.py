@@ -201,6 +201,11 @@ def _is_conv1d(base: type) -> bool:
     )
 
 
+def as_weight(module: nn.Module, delta: Tensor) -> Tensor:
+    """A delta (N, K) as the module stores its weight."""
+    return delta.T if is_conv1d(module) else delta
+
+
 def base_class(module: nn.Module) -> Any:
     """The class that an adapted module had before `adapt`; that of any other module."""
     return module._base if isinstance(module, LoRAMixin) else type(module)

@@ -129,9 +129,8 @@ class TokenMasks:
             return None
         return self._of_decoder if in_decoder and not _same(x, self._encoded) else self._weights
 
-    def leave(self, target: Target) -> None:
+    def say_unknown(self, target: Target) -> None:
         """A layer runs in a forward pass that did not begin at the model: all its rows count."""
-        self.known = False
         if self.mask_fn is None and None not in self._said:
             self._said.add(None)
             _log.warning(

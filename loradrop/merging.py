@@ -15,7 +15,7 @@ from loradrop.injection import (
     require_own,
     require_trained,
 )
-from loradrop.layers import is_conv1d, is_plain
+from loradrop.layers import as_weight, is_plain
 from loradrop.quantised import Format, Stored, format_of, kept, put
 from loradrop.scores import Target
 from loradrop.surgery import require_undoable, strip
@@ -113,7 +113,7 @@ def changes(model: nn.Module) -> Iterator[Change]:
         if delta is None:
             continue
         if isinstance(weight, Tensor):
-            delta = (delta.T if is_conv1d(module) else delta).to(weight.device)
+            delta = as_weight(module, delta).to(weight.device)
             wide = torch.promote_types(weight.dtype, delta.dtype)
             new = (weight.to(wide) + delta).to(weight.dtype)
             _require_finite(new, target.name, weight.dtype)

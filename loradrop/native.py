@@ -22,7 +22,7 @@ from loradrop.files import read_json, write_json
 from loradrop.injection import injected
 from loradrop.plan import Plan
 from loradrop.ranks import writes
-from loradrop.tensor_file import write_tensors
+from loradrop.tensor_file import same, write_tensors
 from loradrop.untouched import tell_untouched
 from loradrop.wrapped import of_inner
 
@@ -135,7 +135,7 @@ def holds_other(folder: Path, adapters: Adapters) -> bool:
     file = read(folder)
     held = [(file.bank, adapters.state), (file.trained, adapters.trained)]
     return any(
-        there.keys() != here.keys() or any(not there[key].equal(here[key].cpu()) for key in there)
+        there.keys() != here.keys() or not all(same(there[key], here[key].cpu()) for key in there)
         for there, here in held
     )
 

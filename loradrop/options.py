@@ -26,6 +26,11 @@ def check_one(given: Mapping[str, Any]) -> None:
         raise ValueError(f"give exactly one of {', '.join(given)}; got {got}")
 
 
+def at_least(part: float) -> str:
+    """A part in words, rounded up, so that who gives just that gives enough."""
+    return f"{math.ceil(part * 1e4) / 1e4:g}"
+
+
 def check_part(name: str, value: float | None) -> None:
     """Raises ValueError unless the option is None or in [0, 1]."""
     if value is not None and not 0.0 <= value <= 1.0:

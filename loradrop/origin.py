@@ -40,9 +40,7 @@ def tell_base(what: Any, there: Mapping[str, Any], model: nn.Module) -> None:
     if there.get("fingerprint") not in (None, here["fingerprint"]):
         differ = "whose tensors are not all those of this model; its targets fit"
         _log.warning("%s was trained on %s, %s", what, name or "a base model", differ)
-    elif name and here["id"] and Path(str(name)).name != Path(str(here["id"])).name:
-        if _lies_in(what, here["id"]):  # saved with the base, under its new name
-            return
+    elif name and here["id"] and _is_another(str(name), str(here["id"]), what):
         _log.warning(
             "%s was trained on %s, and this model is %s: its tensors have the same shapes, but an "
             "adapter of another model is noise", what, name, here["id"],
@@ -54,9 +52,13 @@ def tell_base(what: Any, there: Mapping[str, Any], model: nn.Module) -> None:
         )  # fmt: skip
 
 
-def _lies_in(path: Any, folder: str) -> bool:
-    at = Path(str(path)).absolute()
-    return at.exists() and Path(folder).absolute() in (at, *at.parents)
+def _is_another(there: str, here: str, adapter: Any) -> bool:
+    """Whether two names of a base are of two models, unless the adapter lies in the folder of the
+    second: there it was saved with the first.
+    """
+    at = Path(str(adapter)).absolute()
+    beside = at.exists() and Path(here).absolute() in (at, *at.parents)
+    return Path(there).name != Path(here).name and not beside
 
 
 def base_of(model: nn.Module) -> dict[str, Any]:

@@ -186,9 +186,13 @@ def put(module: Any, stored: Stored) -> None:
         setattr(module, name, value)
 
 
-def kept(stored: Stored) -> Stored:
-    """What `put` brings back later; the attributes of a quantised weight never change."""
-    return stored.detach().clone() if isinstance(stored, Tensor) else stored
+def kept(stored: Stored, device: str | None = None) -> Stored:
+    """What `put` brings back later, a plain weight on this `device` (None: its own); the attributes
+    of a quantised one never change.
+    """
+    if not isinstance(stored, Tensor):
+        return stored
+    return stored.detach().to(device or stored.device, copy=True)
 
 
 # bitsandbytes' 4-bit layers repack their weight for an evaluation on some CPUs, which their own

@@ -508,6 +508,11 @@ def test_a_merged_model_of_a_narrow_dtype_without_the_adapter(tmp_path: Path) ->
     assert merged.ok and not merged.differing
     assert base.relative < base.tolerance and not base.ok and len(base.differing) == 4
     assert "weights: DIFFER from W + s·B·A in " in base.table() and "and 1 more" in base.table()
+    file = tmp_path / "merged" / "model.safetensors"
+    name = "model.layers.0.self_attn.v_proj"
+    spoilt = load_file(file) | {f"{name}.weight": torch.full((16, 32), torch.nan).bfloat16()}
+    save_file(spoilt, file, {"format": "pt"})
+    assert verify(model, tmp_path / "merged", BATCHES).differing == (name,)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])

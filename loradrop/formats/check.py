@@ -20,7 +20,7 @@ from loradrop.formats.merged import holds_weights
 from loradrop.formats.peft_conversion import lost
 from loradrop.formats.peft_file import CONFIG, PeftFile, configuration_of, read
 from loradrop.injection import injected, require_loaded
-from loradrop.layers import is_conv1d
+from loradrop.layers import as_weight
 from loradrop.quantised import keep_unpacked
 from loradrop.surgery import remove
 from loradrop.wrapped import bare, modules_of, of_inner, tensors_of
@@ -322,9 +322,9 @@ def _differing(model: nn.Module, merged: nn.Module) -> Iterator[str]:
         base, delta = old.double().cpu(), bank.delta(i)
         change = torch.zeros_like(base)
         if delta is not None and bank.enabled:  # else the weight holds it, merged for now
-            change = (delta.T if is_conv1d(here[name]) else delta).double().cpu()
+            change = as_weight(here[name], delta).double().cpu()
         wanted, info, single = base + change, torch.finfo(new.dtype), torch.finfo(torch.float32)
         bound = info.eps * (base.abs() + wanted.abs()) + info.tiny  # the base was rounded, too
         bound += 16 * single.eps * change.abs().max()
-        if ((new.double().cpu() - wanted).abs() > bound).any():
+        if not ((new.double().cpu() - wanted).abs() <= bound).all():  # also for NaN
             yield name

@@ -96,9 +96,7 @@ def _merged_for_now(model: nn.Module) -> Iterator[None]:
     before, errors = [], {}
     try:
         for change in changes(model) if injection_of(model).merged is None else ():
-            stored = change.stored
-            stored = stored.to("cpu", copy=True) if isinstance(stored, Tensor) else kept(stored)
-            before.append((change.module, stored))
+            before.append((change.module, kept(change.stored, "cpu")))
             put(change.module, change.new)
             if change.error is not None:
                 errors[change.name] = change.error

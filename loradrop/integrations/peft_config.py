@@ -201,7 +201,7 @@ def from_peft(config: LoraConfig, targets: Sequence[str] | None = None) -> LoRAC
         given |= {"target_modules": tuple(targets), "exclude_modules": None}
     saved: Any = tuple(config.modules_to_save or ())
     spelled = HEADS.get(config.task_type or "")  # PEFT names a head in every way
-    if spelled is not None and set(saved) <= set(spelled) and len(saved) in (0, len(spelled)):
+    if spelled is not None and set(saved) in (set(), set(spelled)):
         saved = None
     return LoRAConfig(
         method=config.method if isinstance(config, LoraDropConfig) else LoRA(),

@@ -13,14 +13,13 @@ the scope, the length of the warm-up, what follows it.
 """
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from loradrop.bank import AdapterBank
 from loradrop.methods.base import Method, Warmup
-from loradrop.options import check_choice, check_part, check_steps_or_part, check_whole
+from loradrop.options import at_least, check_choice, check_part, check_steps_or_part, check_whole
 from loradrop.pairs import AFTER, INITS, LoRABank, Update
 from loradrop.scores import Scores, Target
 from loradrop.selection import (
@@ -192,8 +191,7 @@ class LoRADrop(Method):
         )
 
     def _out_of_reach(self, targets: Sequence[Target]) -> str:
-        least = math.ceil(self._least(targets) * 1e4) / 1e4
-        takes = f"one adapter per group takes {least:g} of LoRA's parameters"
+        takes = f"one adapter per group takes {at_least(self._least(targets))} of LoRA's parameters"
         return f"budget={self.budget:g} is out of reach: {takes}"
 
     def _least(self, targets: Sequence[Target]) -> float:
