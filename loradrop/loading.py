@@ -30,7 +30,8 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
 
     `save` wrote them, or PEFT, or our `export` in PEFT's format: then every target has its own
     pair. Returns the bank. Raises ValueError for a file that is damaged, newer, a pickle, or of
-    another model (which tensors differ), and for an adapter of PEFT that is not plain LoRA.
+    another model (which tensors differ), for an adapter of PEFT that is not plain LoRA, and for a
+    model on the meta device.
     """
     if execution_device(*model.modules()) is None and any(p.is_meta for p in model.parameters()):
         raise ValueError(

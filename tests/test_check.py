@@ -22,7 +22,6 @@ from models import (
     llama,
     share,
     snapshot,
-    wake,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -482,37 +481,6 @@ def test_scale_rules() -> None:
     config["use_rslora"] = False
     assert [scale(engine, config, v, 4) for engine in ENGINES] == [1.5, 1.5, 2, 8]
     assert scale("llama.cpp", {"r": 16, "lora_alpha": 0}, v, 4) == 1
-
-
-def test_a_merged_model_is_compared_as_well(tmp_path: Path) -> None:
-    """By the one function; what is of PEFT's files is refused for it."""
-    model = adapt(bert())
-    loradrop.export(model, tmp_path, format="merged")
-    report = verify(model, tmp_path, BATCHES)
-    assert report.ok and report.loader == "merged" and not report.rows
-    with pytest.raises(ValueError, match="is a merged model: engines and tolerance"):
-        verify(model, tmp_path, BATCHES, engines=["vllm"])
-    wake(model)
-    assert not verify(model, tmp_path, BATCHES).ok
-
-
-def test_a_merged_model_of_a_narrow_dtype_without_the_adapter(tmp_path: Path) -> None:
-    """Its logits are rounded by more than this adapter moves them, and its weights tell."""
-    model = adapt(llama().bfloat16(), r=2, target_modules=["q_proj", "v_proj"])
-    with torch.no_grad():
-        for B in model.lora_bank.B:
-            B.mul_(1e-3)
-    loradrop.export(model, tmp_path / "merged", format="merged")
-    llama().bfloat16().save_pretrained(tmp_path / "base")
-    merged, base = (verify(model, tmp_path / name, BATCHES) for name in ("merged", "base"))
-    assert merged.ok and not merged.differing
-    assert base.relative < base.tolerance and not base.ok and len(base.differing) == 4
-    assert "weights: DIFFER from W + s·B·A in " in base.table() and "and 1 more" in base.table()
-    file = tmp_path / "merged" / "model.safetensors"
-    name = "model.layers.0.self_attn.v_proj"
-    spoilt = load_file(file) | {f"{name}.weight": torch.full((16, 32), torch.nan).bfloat16()}
-    save_file(spoilt, file, {"format": "pt"})
-    assert verify(model, tmp_path / "merged", BATCHES).differing == (name,)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0])

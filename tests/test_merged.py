@@ -6,15 +6,17 @@ from typing import Any
 import models
 import pytest
 import torch
-from models import Make, adapt, assert_same, bert, llama, outputs, snapshot
+from models import IDS, Make, adapt, assert_same, bert, llama, outputs, snapshot, wake
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import loradrop
-from loradrop import export
+from loradrop import export, verify
 
 pytestmark = pytest.mark.numbers
+
+BATCHES = [{"input_ids": IDS[:1]}, {"input_ids": IDS[1:], "attention_mask": IDS[1:] > 20}]
 
 
 def reload_merged(model: nn.Module, path: Path) -> None:
@@ -189,3 +191,37 @@ class TestMerged:
         for folder in (tmp_path, tmp_path / "native"):
             with pytest.raises(ValueError, match="holds an adapter"):
                 export(model, folder, "merged")
+
+
+# What `verify` makes of them
+
+
+def test_a_merged_model_is_compared_as_well(tmp_path: Path) -> None:
+    """By the one function; what is of PEFT's files is refused for it."""
+    model = adapt(bert())
+    loradrop.export(model, tmp_path, format="merged")
+    report = verify(model, tmp_path, BATCHES)
+    assert report.ok and report.loader == "merged" and not report.rows
+    with pytest.raises(ValueError, match="is a merged model: engines and tolerance"):
+        verify(model, tmp_path, BATCHES, engines=["vllm"])
+    wake(model)
+    assert not verify(model, tmp_path, BATCHES).ok
+
+
+def test_a_merged_model_of_a_narrow_dtype_without_the_adapter(tmp_path: Path) -> None:
+    """Its logits are rounded by more than this adapter moves them, and its weights tell."""
+    model = adapt(llama().bfloat16(), r=2, target_modules=["q_proj", "v_proj"])
+    with torch.no_grad():
+        for B in model.lora_bank.B:
+            B.mul_(1e-4)
+    loradrop.export(model, tmp_path / "merged", format="merged")
+    llama().bfloat16().save_pretrained(tmp_path / "base")
+    merged, base = (verify(model, tmp_path / name, BATCHES) for name in ("merged", "base"))
+    assert merged.ok and not merged.differing
+    assert base.relative < base.tolerance and not base.ok and len(base.differing) == 4
+    assert "weights: DIFFER from W + s·B·A in " in base.table() and "and 1 more" in base.table()
+    file = tmp_path / "merged" / "model.safetensors"
+    name = "model.layers.0.self_attn.v_proj"
+    spoilt = load_file(file) | {f"{name}.weight": torch.full((16, 32), torch.nan).bfloat16()}
+    save_file(spoilt, file, {"format": "pt"})
+    assert verify(model, tmp_path / "merged", BATCHES).differing == (name,)
