@@ -34,9 +34,10 @@ def load_base(
 ) -> tuple[Any, str]:
     """(the base model that an adapter, native or PEFT's, was trained on; its id or path).
 
-    `model_id` and `revision` replace those that the adapter names; errors say `option` for where
-    to give the first. The head gets the size of the tensors that were saved, and the names of the
-    classes that the adapter was trained for. Raises ValueError where no model of transformers is
+    `dtype` is one of `DTYPES`, or "auto", the one that the base is stored in. `model_id` and
+    `revision` replace those that the adapter names; errors say `option` for where to give the
+    first. The head gets the size of the tensors that were saved, and the names of the classes that
+    the adapter was trained for. Raises ValueError where no model of transformers is
     named, and for one that cannot be loaded, FileNotFoundError where there is no adapter.
     """
     base, saved = base_named_by(adapter)
@@ -64,7 +65,7 @@ def load_base(
         config.label2id = {label: i for i, label in enumerate(labels)}
     if base.get("problem_type"):
         config.problem_type = base["problem_type"]
-    options = {"revision": revision, "dtype": DTYPES[dtype]}
+    options = {"revision": revision, "dtype": DTYPES.get(dtype, dtype)}
     with named():
         model, info = cls.from_pretrained(
             where, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options

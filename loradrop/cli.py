@@ -66,9 +66,10 @@ Unpadded = Annotated[
 ]
 DtypeOfFile = Annotated[Dtype | None, Option(help="Of A and B; as in the adapter by default.")]
 DtypeOfExport = Annotated[
-    Dtype | None, Option(help="Of A and B, or of the merged model; float32 by default.")
+    Dtype | None,
+    Option(help="Of A and B, float32 by default; of a merged model, by default its base's."),
 ]
-DtypeOfModel = Annotated[Dtype | None, Option(help="Of the model; float32 by default.")]
+DtypeOfModel = Annotated[Dtype | None, Option(help="Of the model; its base's by default.")]
 DryRun = Annotated[bool, Option("--dry-run", help="Only print the table.")]
 Layer = Annotated[str | None, Option(metavar="MxKxN", help="Explain the backend chosen for it.")]
 OfLayer = Annotated[int | None, Option("--rank", help="Of its adapter; 16 by default.")]
@@ -266,7 +267,7 @@ def export(
     private: Private = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write an adapter as a PEFT folder, and to the Hub."""
-    from loradrop.adapter_bases import load_base, own_tokenizer, tokenizer_for
+    from loradrop.adapter_bases import base_named_by, load_base, own_tokenizer, tokenizer_for
     from loradrop.base_models import pad_with
     from loradrop.formats.peft import export
 
@@ -274,7 +275,9 @@ def export(
     if private and push is None:
         raise ValueError("--private is of --push user/name")
     merged = format == "merged"
-    of_base, of_file = (dtype or "float32", None) if merged else ("float32", dtype)
+    of_base, of_file = (dtype or "auto", None) if merged else ("auto", dtype)
+    if not merged and base_named_by(adapter)[1]:  # tensors trained whole keep their digits
+        of_base = "float32"
     base, where = load_base(adapter, model, of_base, option="--model")
     loradrop.load(base, adapter)
     tokenizer = tokenizer_for(adapter, where) if merged else own_tokenizer(adapter)

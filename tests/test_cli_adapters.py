@@ -10,6 +10,7 @@ import torch
 from cli_cases import Capsys, adapter, command, fails, work, works
 from run_cases import write_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel
 
 import loradrop
 from loradrop.adapter_bases import load_base, tokenizer_for
@@ -153,6 +154,28 @@ def test_merge_and_verify(line: str, adapter: Path, tmp_path: Path, capsys: Caps
     model.save_pretrained(out)
     status, printed, _ = command(capsys, "verify", adapter, out)
     assert status == 1 and "DIFFER" in printed
+
+
+def test_a_base_stored_in_bfloat16_is_merged_as_it_is(
+    work: Path, adapter: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    narrow = tmp_path / "narrow"
+    AutoModel.from_pretrained(work / "base", dtype=torch.bfloat16).save_pretrained(narrow)
+    base = ("--model", narrow)
+    works(capsys, "merge", adapter, tmp_path / "merged", *base)
+    merged = load_file(tmp_path / "merged" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in merged} == {torch.bfloat16}
+    assert "ok" in works(capsys, "verify", adapter, tmp_path / "merged", *base)
+    works(capsys, "merge", adapter, tmp_path / "wide", *base, "--dtype", "float32")
+    wide = load_file(tmp_path / "wide" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in wide} == {torch.float32}
+    # The head in an adapter's file has its own digits
+    works(capsys, "export", adapter, tmp_path / "peft", *base)
+    works(capsys, "export", adapter, tmp_path / "from-float32")
+    files = (tmp_path / name / "adapter_model.safetensors" for name in ("peft", "from-float32"))
+    one, other = map(load_file, files)
+    assert any("classifier" in name for name in one) and one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_merge_goes_on_after_one_that_was_killed(
