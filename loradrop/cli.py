@@ -269,12 +269,18 @@ def export(
     """Write an adapter as a PEFT folder, and to the Hub."""
     from loradrop.adapter_bases import base_named_by, load_base, own_tokenizer, tokenizer_for
     from loradrop.base_models import pad_with
+    from loradrop.formats import hub
     from loradrop.formats.peft import export
 
     _quiet()
+    merged = format == "merged"
     if private and push is None:
         raise ValueError("--private is of --push user/name")
-    merged = format == "merged"
+    if merged and push is not None:
+        raise ValueError(
+            "--push is of the PEFT format: write the merged model into a folder, and upload that "
+            "(hf upload user/name folder)"
+        )
     of_base, of_file = (dtype or "auto", None) if merged else ("auto", dtype)
     if not merged and base_named_by(adapter)[1]:  # tensors trained whole keep their digits
         of_base = "float32"
@@ -283,14 +289,14 @@ def export(
     tokenizer = tokenizer_for(adapter, where) if merged else own_tokenizer(adapter)
     if merged and tokenizer is not None and "Classification" in type(base).__name__:
         pad_with(base, tokenizer)  # as in training: without, some take one text at a time
-    hub: dict[str, Any] = {"push_to_hub": push, "private": True if private else None}
-    how: dict[str, Any] = {"dtype": of_file, "padded": not unpadded, "engines": engine}
-    for verdict in export(base, out, format, **how, **hub):
+    for verdict in export(base, out, format, dtype=of_file, padded=not unpadded, engines=engine):
         answer = "takes it" if verdict.ok else "refuses it"
         print(f"{verdict.engine:<10} {answer}{': ' * bool(verdict.reason)}{verdict.reason}")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
+    own = [] if tokenizer is None else tokenizer.save_pretrained(out)
     _wrote(out)
+    if push is not None:
+        names = [str(Path(file).relative_to(out)) for file in own if Path(file).exists()]
+        print(f"pushed to {hub.push(out, push, private=private or None, also=names)}")
 
 
 @app.command()

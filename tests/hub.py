@@ -10,11 +10,15 @@ from typing import Any
 
 
 class Hub:
-    """url; files: name -> bytes; made: bodies of create; commits, and the tokens that were sent."""
+    """url; files: name -> bytes; made: bodies of create; commits, and the tokens that were sent.
+
+    Repositories are public by default, and one that is there stays what it is, as on the Hub.
+    """
 
     def __init__(self, files: dict[str, bytes], refuses: bool, fails: int | None) -> None:
         self.files, self.refuses, self.fails = dict(files), refuses, fails
         self.made: list[dict[str, Any]] = []
+        self.private: bool | None = None  # of the repository; None before there is one
         self.commits: list[list[str]] = []
         self.tokens: set[str | None] = set()
         self.url = ""
@@ -39,7 +43,9 @@ class _Handler(BaseHTTPRequestHandler):
         hub.tokens.add(self.headers.get("Authorization"))
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if self.path == "/api/repos/create":
-            hub.made.append(json.loads(body))
+            hub.made.append(asked := json.loads(body))
+            if hub.private is None:
+                hub.private = asked.get("private", asked.get("visibility") == "private")
             self.json({"url": f"{hub.url}/someone/adapter"})
         elif self.path.endswith("/validate-yaml"):
             self.json({"errors": [], "warnings": []})
@@ -66,6 +72,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.hub.fails is not None:
             return self.answer(self.hub.fails)
+        if self.path == "/api/models/someone/adapter":
+            return self.json({"id": "someone/adapter", "private": bool(self.hub.private)})
         name = self.path.rpartition("/resolve/main/")[2] or self.path.rpartition("/")[2]
         found = self.hub.files.get(name)
         if found is None:

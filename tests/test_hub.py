@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hub import Hub, serving
 from models import adapt, bert, llama, outputs, share
+from run_cases import write_tokenizer
 from safetensors.torch import load
 from typer.testing import CliRunner
 
@@ -201,6 +202,20 @@ def test_a_card_that_the_hub_does_not_give_is_not_replaced(
     assert not hub.commits and hub.files == {CARD: THEIRS.encode()}
 
 
+def test_a_public_repository_is_not_taken_for_a_private_one(
+    adapted: Any, point: Any, tmp_path: Path
+) -> None:
+    with serving() as hub:
+        point(hub)
+        hub.private = False
+        to: dict[str, Any] = {"push_to_hub": "someone/adapter", "token": "hf_secret"}
+        with pytest.raises(ValueError, match=r"is there and public.*hf repos settings"):
+            loradrop.export(adapted, tmp_path, private=True, **to)
+        assert not hub.commits
+        loradrop.export(adapted, tmp_path, **to)
+    assert len(hub.commits) == 1
+
+
 def test_what_the_hub_refuses(adapted: Any, point: Any, tmp_path: Path) -> None:
     with serving(refuses=True) as hub:
         point(hub)
@@ -218,12 +233,19 @@ def test_the_command_pushes(adapted: Any, point: Any, tmp_path: Path) -> None:
     base = llama()
     base.save_pretrained(tmp_path / "base")
     loradrop.save(adapted, tmp_path / "native")
+    write_tokenizer(tmp_path / "native")
     given = ["export", str(tmp_path / "native"), str(tmp_path / "peft")]
     given += ["--model", str(tmp_path / "base")]
     with serving() as hub:
         point(hub)
         done = CliRunner().invoke(app, [*given, "--push", "someone/adapter"])
         assert done.exit_code == 0, done.output
-    assert hub.commits == [[CARD, CONFIG, TENSORS]]
+        assert "pushed to http" in done.output
+    (files,) = hub.commits
+    assert {CARD, CONFIG, TENSORS, "tokenizer.json", "tokenizer_config.json"} <= set(files)
+    assert hub.files["tokenizer.json"] == (tmp_path / "native" / "tokenizer.json").read_bytes()
     done = CliRunner().invoke(app, [*given, "--private"])
     assert done.exit_code != 0 and "--private is of --push" in str(done.exception) + done.output
+    to = ("--push", "someone/adapter", "--format", "merged")
+    done = CliRunner().invoke(app, [*given, *to])
+    assert done.exit_code != 0 and "upload that (hf upload" in str(done.exception) + done.output
