@@ -205,20 +205,19 @@ int gemm_streams(int m, int n, int k, int r, bool a_is_k_major, int device) {
   return planned(m, n, k, r, 0, 0, a_is_k_major, device).streams;
 }
 
-// What makes h: a (k, r), the scale, and one flag for 128 rows.
-using Maker = std::tuple<Numbers, double, std::uintptr_t>;
-
+// Where a (k, r) is given, h = h_scale·p·a is made meanwhile, with one flag of `ready` for 128 rows.
 void gemm_ext(const std::string& dtype, const Numbers& out_, const Numbers& p_, const Numbers& q_,
               std::uintptr_t bias, const std::optional<Numbers>& h_,
-              const std::optional<Numbers>& l_, double scaling, const std::optional<Maker>& maker,
-              bool overlap, int device, std::uintptr_t stream, int tile_n, int cluster) {
+              const std::optional<Numbers>& l_, double scaling, const std::optional<Numbers>& a_,
+              double h_scale, std::uintptr_t ready, bool overlap, int device,
+              std::uintptr_t stream, int tile_n, int cluster) {
   demand(why_not_gemm(dtype, p_, q_, h_, l_));
   if (h_) demand(why_not_scaling(scaling));
   const Matrix out(out_), p(p_), q(q_);
   demand(first(why_not_rows("out", out), differ("out's and p's rows", out.rows, p.rows),
                differ("out's and q's columns", out.columns, q.columns)));
-  if (maker) {
-    const Matrix a(std::get<0>(*maker));
+  if (a_) {
+    const Matrix a(*a_);
     demand(first(why_not_right("a", a), differ("p's columns and a's rows", p.columns, a.rows),
                  differ("a's and h's columns", a.columns, h_ ? (*h_)[2] : 0)));
   }
@@ -231,9 +230,9 @@ void gemm_ext(const std::string& dtype, const Numbers& out_, const Numbers& p_, 
   const int m = static_cast<int>(p.rows), n = static_cast<int>(q.columns);
   GemmArguments args = {};
   const int k = static_cast<int>(p.columns), r = h_ ? static_cast<int>((*h_)[2]) : 0;
-  args.a_is_k_major = maker && major_of(Matrix(std::get<0>(*maker))) == Major::kK;
+  args.a_is_k_major = a_ && major_of(Matrix(*a_)) == Major::kK;
   args.shape = planned(m, n, k, r, tile_n, cluster, args.a_is_k_major != 0, device);
-  if (!maker) args.shape.streams = 0;
+  if (!a_) args.shape.streams = 0;
   const int columns = share(args.shape, 0).count;
   args.p = map_of(p, kTileM, type);
   args.q = map_of_right(q, columns, type);
@@ -244,16 +243,15 @@ void gemm_ext(const std::string& dtype, const Numbers& out_, const Numbers& p_, 
     args.l = map_of_right(l, columns, type);
     args.l_is_k_major = major_of(l) == Major::kK;
   }
-  if (maker) {
-    const auto& [a_, scale, ready] = *maker;
-    const Matrix a(a_), h(*h_);
+  if (a_) {
+    const Matrix a(*a_), h(*h_);
     if (args.shape.streams == 0 || ready == 0 || h.stride() < (r + 7) / 8 * 8) {
       throw std::invalid_argument("h cannot be made beside this product: ask gemm_streams first");
     }
     args.a = map_of_right(a, stream_ranks(r), type);
     args.h_made = reinterpret_cast<void*>(h.pointer);
     args.h_stride = h.stride();
-    args.h_scale = static_cast<float>(scale);
+    args.h_scale = static_cast<float>(h_scale);
     args.ready = reinterpret_cast<std::uint32_t*>(ready);
   }
   args.bias = reinterpret_cast<const void*>(bias);
@@ -354,9 +352,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("why_not_gemm", &why_not_gemm, py::arg("dtype"), py::arg("p"), py::arg("q"), py::arg("h"),
         py::arg("l"));
   m.def("gemm_ext", &gemm_ext, py::arg("dtype"), py::arg("out"), py::arg("p"), py::arg("q"),
-        py::arg("bias"), py::arg("h"), py::arg("l"), py::arg("scaling"), py::arg("maker"),
-        py::arg("overlap"), py::arg("device"), py::arg("stream"), py::arg("tile_n"),
-        py::arg("cluster"));
+        py::arg("bias"), py::arg("h"), py::arg("l"), py::arg("scaling"), py::arg("a"),
+        py::arg("h_scale"), py::arg("ready"), py::arg("overlap"), py::arg("device"),
+        py::arg("stream"), py::arg("tile_n"), py::arg("cluster"));
   m.def("gemm_streams", &gemm_streams, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"),
         py::arg("a_is_k_major"), py::arg("device"));
   m.def("why_not_decode", &why_not_decode, py::arg("dtype"), py::arg("x"), py::arg("w"),

@@ -3,12 +3,10 @@
 Triton finds the binary of a call by looking at every argument and option, for tens of microseconds.
 What can change it is a short list: the types of the tensors, whether each begins at whole 16 bytes,
 and the numbers that it specialises. A `Kernel` keeps the binary by that list, and hands it to
-Triton's launcher. `op/replay.py` keeps whole passes of launches, which it sees by `watch`.
+Triton's launcher. `op/replay.py` keeps whole passes of launches, which it sees by `watch.py`.
 """
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -17,32 +15,10 @@ import triton
 from torch import Tensor
 from triton import knobs
 
+from loradrop.kernels.watch import Again, tell
+
 _MOST = 4096  # binaries kept, for layers of so many shapes
 _NARROW = 2**31  # numbers from here on are 64 bits wide
-
-Again = Callable[..., object]  # a launch, of its tensors
-Watcher = Callable[[tuple[Any, ...], Again | None], None]
-
-
-class _Here(threading.local):
-    """Of a thread: a backward pass on a device has one of its own."""
-
-    watcher: Watcher | None = None
-
-
-_HERE = _Here()
-
-
-@contextmanager
-def watch(watcher: Watcher) -> Iterator[None]:
-    """Inside, `watcher` is told the tensors of each launch of this thread, and how it is made with
-    others: None where another call may need another binary.
-    """
-    before, _HERE.watcher = _HERE.watcher, watcher
-    try:
-        yield
-    finally:
-        _HERE.watcher = before
 
 
 class Kernel:
@@ -95,8 +71,7 @@ class Kernel:
             elif plain:
                 again = partial(_run, compiled, device, grid, (*free, *numbers, *given))
                 self._keep(key, compiled, constants)
-        if (watcher := _HERE.watcher) is not None:
-            watcher(tensors, again if plain else None)
+        tell(tensors, again if plain else None)
 
     def _keep(self, key: tuple[Any, ...], compiled: Any, constants: dict[str, Any]) -> None:
         assert list(constants) == self.function.arg_names[-len(constants) :]

@@ -279,9 +279,9 @@ def test_a_plan_takes_what_has_room(kernels: ModuleType) -> None:
 def test_a_launch_without_a_device_is_refused(kernels: ModuleType) -> None:
     launch = {"device": 0, "stream": 0, "bias": 0, "scaling": 2.0}
     gemm = GEMM | launch | {"out": (ALIGNED, 100, 40, 40, 1), "overlap": False}
-    gemm |= {"tile_n": 0, "cluster": 0, "maker": None}
+    gemm |= {"tile_n": 0, "cluster": 0, "a": None, "h_scale": 1.0, "ready": 0}
     wide = {"out": (ALIGNED, 100, 48, 48, 1)}
-    maker = {"maker": ((ALIGNED, 64, 4, 1, 64), 1.0, ALIGNED)}
+    maker = {"a": (ALIGNED, 64, 4, 1, 64), "ready": ALIGNED}
     decode = DECODE | launch | {"y": ALIGNED, "h": ALIGNED, "rows": 16}
     decode |= {"weights": 0, "planes": 0, "sqnorm": 0}
     for kernel, change, error, words in (

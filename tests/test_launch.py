@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 
 from triton import knobs
 
-from loradrop.kernels.launch import Kernel, descriptor, watch
+from loradrop.kernels.launch import Kernel, descriptor
+from loradrop.kernels.watch import watch
 
 
 class Compiled:

@@ -1,10 +1,14 @@
 """Passes that are played again: the same results as the pass itself, and nothing else is played."""
 
+import ctypes
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from op_cases import INTERPRETED, S, call_of, draw
@@ -16,6 +20,7 @@ pytest.importorskip("triton")
 from loradrop.kernels.launch import Kernel, descriptor
 from loradrop.op.call import Needs, Saved
 from loradrop.op.replay import Pass, Passes
+from loradrop.testing import error
 
 # ---- Which passes are played, with kernels in NumPy --------------------------------------------
 
@@ -189,8 +194,8 @@ def hidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_passes_of_triton(rows: int, bias: bool, p: float, measured: str) -> None:
     from loradrop.op import fused
 
-    passes = Passes()
-    played = fused.Fused(fused.by_triton, fused.small_m_triton, passes=passes)
+    passes, plain = Passes(), fused.Fused(fused.by_triton, fused.small_m_triton)
+    played = replace(plain, passes=passes)
     norm, gram = measured == "norm", measured == "gram"
     needs = Needs(True, True, True, moment=norm)
     for seed in range(4):
@@ -198,14 +203,102 @@ def test_passes_of_triton(rows: int, bias: bool, p: float, measured: str) -> Non
         weights = torch.arange(rows, dtype=torch.float32) if measured else None
         call = call_of(t, p)._replace(sqnorm=norm, gram=gram, token_weights=weights)
         call = call if bias else call._replace(bias=None)
-        out, wanted = played.forward(call), fused.TRITON._forward(call)
+        out, wanted = played.forward(call), plain.forward(call)
         torch.testing.assert_close(out, wanted, rtol=0.0, atol=0.0)
         saved = Saved(
             call.x, call.weight, call.A, call.B, out.h, out.mask, call.seed, S, p, weights
         )  # fmt: skip
         grads = played.backward(saved, t["dy"], needs)
-        exact = fused.TRITON._backward(saved, t["dy"], needs)
+        exact = plain.backward(saved, t["dy"], needs)
         torch.testing.assert_close(grads, exact, rtol=0.0, atol=0.0)
         assert all(bool(one.any()) for one in grads[: 3 + norm])
         assert not gram or bool(out.gram.any())
+    assert [type(known) for known in passes._known.values()] == [Pass, Pass]
+
+
+# ---- Those of `cuda` and `overlap`, whose kernels are told addresses ----------------------------
+
+
+def at(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
+    """The float16 numbers there, (rows, columns) or (n,)."""
+    size = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    raw = np.ctypeslib.as_array((ctypes.c_uint16 * size).from_address(pointer)).view(np.float16)
+    return np.lib.stride_tricks.as_strided(raw, shape, [2 * step for step in strides])
+
+
+def matrix(numbers: tuple[int, ...] | None) -> Any:
+    """That of (address, rows, columns, strides)."""
+    return None if numbers is None else at(numbers[0], numbers[1:3], numbers[3:])
+
+
+def wide(x: Any) -> Any:
+    return x.astype(np.float32)
+
+
+def gemm_ext(
+    out: Any, p: Any, q: Any, h: Any, l: Any, a: Any, bias: int, ready: int, scaling: float,
+    h_scale: float, **_: Any,
+) -> None:  # fmt: skip
+    """The extension's, in NumPy."""
+    y, p, q, h, l, a = map(matrix, (out, p, q, h, l, a))
+    found = wide(p) @ wide(q)
+    if bias:
+        found += at(bias, (y.shape[1],), (1,))
+    if a is not None:
+        assert ready
+        h[...] = h_scale * (wide(p) @ wide(a))
+    y[...] = found if h is None else found + scaling * (wide(h) @ wide(l))
+
+
+def decode(
+    x: Any, w: Any, a: Any, b: Any, y: int, h: int, bias: int, scaling: float, **_: Any
+) -> None:
+    x, w, a, b = map(matrix, (x, w, a, b))
+    low = at(h, (len(x), len(a)), (len(a), 1))
+    low[...] = wide(x) @ wide(a).T
+    found = wide(x) @ wide(w).T + scaling * (wide(low) @ wide(b).T)
+    at(y, found.shape, (len(w), 1))[...] = found + (at(bias, (len(w),), (1,)) if bias else 0.0)
+
+
+@pytest.fixture
+def extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    from loradrop.op import cuda
+
+    kernels = SimpleNamespace(gemm_ext=gemm_ext, decode=decode)
+    monkeypatch.setattr(cuda, "_extension", lambda: kernels)
+    for name in ("_why_not", "why_not_placed"):
+        monkeypatch.setattr(cuda, name, lambda *given: None)
+    monkeypatch.setattr(cuda, "streams", lambda *sizes: 4)
+    monkeypatch.setattr(cuda, "_plan", lambda *given: (16, 1, 4))
+
+
+@pytest.mark.interpreter
+@pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter has a process of its own")
+@pytest.mark.parametrize("backend", ["cuda", "overlap"])
+@pytest.mark.parametrize("rows", [4, 96], ids=["few", "many"])
+@pytest.mark.parametrize("s", [2.0, S], ids=["exact s", "s"])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("narrow", [True, False], ids=["narrow", "wide"])
+@pytest.mark.usefixtures("hidden", "extension")
+def test_passes_of_the_extension(backend: str, rows: int, s: float, p: float, narrow: bool) -> None:
+    """Adapters of x's dtype, which need no copies, and wider ones."""
+    from loradrop.op import fused, reference
+
+    passes, plain = Passes(), replace(getattr(fused, backend.upper()), passes=None)
+    played = replace(plain, passes=passes)
+    needs = Needs(True, True, True)
+    for seed in range(4):
+        t = draw((rows, 64, 48, 8), torch.float16, seed)
+        if narrow:
+            t |= {"A": t["A"].half(), "B": t["B"].half()}
+        call = call_of(t, p, s)
+        out, wanted = played.forward(call), plain.forward(call)
+        torch.testing.assert_close(out, wanted, rtol=0.0, atol=0.0)
+        assert error(out.y, reference.forward(call).y) < 2e-3
+        saved = Saved(call.x, call.weight, call.A, call.B, out.h, out.mask, call.seed, s, p)
+        grads = played.backward(saved, t["dy"], needs)
+        torch.testing.assert_close(grads, plain.backward(saved, t["dy"], needs), rtol=0.0, atol=0.0)
+        exact = reference.backward(saved, t["dy"], needs)
+        for one, other in zip(grads[:3], exact[:3], strict=True):
+            assert error(one, other) < 3e-3
     assert [type(known) for known in passes._known.values()] == [Pass, Pass]

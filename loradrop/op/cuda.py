@@ -11,10 +11,13 @@ Rows begin at multiples of 16 bytes: what does not is refused, never copied.
 import functools
 import importlib
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from loradrop.kernels.watch import tell
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -108,8 +111,13 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _form(matrix: Tensor | None) -> tuple[int, ...] | None:
+    return None if matrix is None else (*matrix.shape, *matrix.stride())
+
+
 def _numbers(matrix: Tensor | None) -> tuple[int, ...] | None:
-    return None if matrix is None else (matrix.data_ptr(), *matrix.shape, *matrix.stride())
+    form = _form(matrix)
+    return None if form is None else (_pointer(matrix), *form)
 
 
 def current_stream(device: int) -> int:
@@ -120,11 +128,30 @@ def current_stream(device: int) -> int:
     return 0 if device < 0 else int(torch._C._cuda_getCurrentRawStream(device))
 
 
-def _launch(kernel: str, on: Tensor, **arguments: Any) -> None:
-    """Launches a kernel of the extension on the device of `on`, on its current stream."""
-    device = on.get_device()
-    stream = current_stream(device)
-    getattr(_extension(), kernel)(device=device, stream=stream, **arguments)
+def _launch(
+    kernel: str,
+    matrices: Mapping[str, Tensor | None],
+    pointers: Mapping[str, Tensor | None],
+    **numbers: Any,
+) -> None:
+    """Launches a kernel of the extension on the device of the first matrix, on its current stream.
+
+    It takes `matrices` with their sizes and strides, and of the others only where they begin.
+    """
+    run, names = getattr(_extension(), kernel), (*matrices, *pointers)
+    tensors = *matrices.values(), *pointers.values()
+    forms = [_form(matrix) for matrix in matrices.values()]
+    device = next(tensor.get_device() for tensor in tensors if tensor is not None)
+
+    def again(*tensors: Tensor | None) -> None:
+        given: list[Any] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        for i, form in enumerate(forms):
+            given[i] = None if form is None else (given[i], *form)
+        operands = dict(zip(names, given, strict=True))
+        run(device=device, stream=current_stream(device), **operands, **numbers)
+
+    again(*tensors)
+    tell(tensors, again)
 
 
 def why_not_gemm(p: Tensor, q: Tensor, h: Tensor | None, l: Tensor | None) -> str | None:
@@ -165,8 +192,8 @@ def gemm_ext(
         h = l = None
     out = p.new_empty((p.shape[0], q.shape[1]))
     _launch(
-        "gemm_ext", p, dtype=_DTYPES[p.dtype], out=_numbers(out), p=_numbers(p), q=_numbers(q),
-        bias=_pointer(bias), h=_numbers(h), l=_numbers(l), scaling=float(scaling), maker=None,
+        "gemm_ext", {"out": out, "p": p, "q": q, "h": h, "l": l, "a": None},
+        {"bias": bias, "ready": None}, dtype=_DTYPES[p.dtype], scaling=float(scaling), h_scale=1.0,
         overlap=overlap, tile_n=tile_n, cluster=cluster,
     )  # fmt: skip
     return out
@@ -202,10 +229,9 @@ def gemm_lora(
     ready = p.new_empty(-(-m // 128), dtype=torch.int32)
     out = p.new_empty((m, q.shape[1]))
     _launch(
-        "gemm_ext", p, dtype=_DTYPES[p.dtype], out=_numbers(out), p=_numbers(p), q=_numbers(q),
-        bias=_pointer(bias), h=_numbers(h), l=_numbers(l), scaling=float(scaling),
-        maker=(_numbers(a), float(h_scale), ready.data_ptr()),
-        overlap=False, tile_n=0, cluster=0,
+        "gemm_ext", {"out": out, "p": p, "q": q, "h": h, "l": l, "a": a},
+        {"bias": bias, "ready": ready}, dtype=_DTYPES[p.dtype], scaling=float(scaling),
+        h_scale=float(h_scale), overlap=False, tile_n=0, cluster=0,
     )  # fmt: skip
     return out, h
 
@@ -269,10 +295,9 @@ def decode(
     y, h = x.new_empty((m, n)), x.new_empty((m, A.shape[0]))
     if norm:
         planes, sqnorm = (x.new_empty(shape, dtype=torch.float32) for shape in ((ctas,), ()))
+    vectors = {"bias": bias, "weights": token_weights, "planes": planes, "sqnorm": sqnorm}
     _launch(
-        "decode", x, dtype=_DTYPES[x.dtype], y=_pointer(y), h=_pointer(h), x=_numbers(x),
-        w=_numbers(weight), bias=_pointer(bias), a=_numbers(A), b=_numbers(B),
-        scaling=float(scaling), weights=_pointer(token_weights), planes=_pointer(planes),
-        sqnorm=_pointer(sqnorm), rows=rows, cluster=cluster,
+        "decode", {"x": x, "w": weight, "a": A, "b": B}, {"y": y, "h": h, **vectors},
+        dtype=_DTYPES[x.dtype], scaling=float(scaling), rows=rows, cluster=cluster,
     )  # fmt: skip
     return y, h, sqnorm

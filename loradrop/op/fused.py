@@ -10,6 +10,7 @@ dropout is drawn once, by the first `shrink`, and kept as one bit an element.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,15 +42,14 @@ DECODE_ROWS, DECODE_RANK = 32, 128  # what the CUDA kernel for decoding takes
 Extend = Callable[..., Tensor]
 
 
-def _rounded(A: Tensor, B: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B, in x's dtype where they are read so often that halving their bytes pays.
-
-    Every 64 rows read them again, from L2: in float32, from rank 64 on, more bytes than their x.
+class Near(NamedTuple):
+    """The adapters as the kernels of a pass read them: copies in x's dtype, or None for themselves,
+    as a pass is given no tensor twice. They are made before it, so that it does nothing but launch.
     """
-    if x.shape[0] < ROUNDED_ROWS or A.shape[0] not in ROUNDED_RANKS:
-        return A, B
-    near = rounded.of(A, B, x.dtype)
-    return near.a, near.b
+
+    a: Tensor | None  # (r, K)
+    b: Tensor | None  # (N, r), times s where that is exact
+    scale: float  # what is left of s
 
 
 def _as_read(token_weights: Tensor | None) -> Tensor | None:
@@ -154,13 +154,18 @@ def small_m_triton(call: Call, weights: Tensor | None) -> Output | None:
     return Output(y, h, None, None if parts is None else total(parts, call.scaling))
 
 
+def _decodes(call: Call) -> bool:
+    return call.x.shape[0] <= DECODE_ROWS and call.A.shape[0] <= DECODE_RANK and not call.dropout
+
+
 def small_m_cuda(call: Call, weights: Tensor | None) -> Output | None:
-    """As `small_m_triton`, by csrc/; None for what its kernel cannot read, or has no room for."""
+    """As `small_m_triton`, by csrc/, of adapters in x's dtype; None for what its kernel cannot
+    read, or has no room for.
+    """
     x, weight = call.x, call.weight
-    if weight is None or x.shape[0] > DECODE_ROWS or call.A.shape[0] > DECODE_RANK:
+    if weight is None or not _decodes(call):
         return None
-    near = rounded.of(call.A, call.B, x.dtype)
-    A, B = near.a, near.b
+    A, B = call.A, call.B
     if not all(map(rows_aligned, (x, weight, A, B))):
         return None
     if reason := cuda.why_not_placed(x.device.index):
@@ -176,7 +181,7 @@ class Fused:
 
     `few`: few rows without dropout in one pass. `with_h`: the wide product, and h beside it.
     `rounds`: all of that reads adapters in x's dtype, B times the scale where that is exact.
-    `passes`: where those are nothing but Triton's launches, they are played again.
+    `passes`: where those are nothing but launches, they are played again.
     """
 
     extend: Extend
@@ -187,34 +192,48 @@ class Fused:
 
     def forward(self, call: Call) -> Output:
         """As `reference.forward`; the mask of dropout is kept."""
+        near = self._near(call, call.x, few=_decodes(call), masked=call.dropout > 0.0)
         if self.passes is None:
-            return self._forward(call)
-        given = (*call[:6], call.seed, call.token_weights)
+            return self._forward(call, near)
+        given = (*call[:6], call.seed, call.token_weights, near.a, near.b)
         options = ("forward", call.scaling, call.dropout, call.sqnorm, call.gram)
-        return self.passes(given, options, lambda: self._forward(call))
+        return self.passes(given, options, lambda: self._forward(call, near))
 
-    def _forward(self, call: Call) -> Output:
-        x, weight, bias, y0, A, B, scaling, dropout = call[:8]
+    def _near(
+        self, of: Call | Saved, rows: Tensor, *, few: bool = False, masked: bool = False
+    ) -> Near:
+        """The adapters for these rows (M, ...): copied where the kernels take no others, and where
+        they are read so often that halving their bytes pays. Every 64 rows read them again, from
+        L2: in float32, from rank 64 on, more bytes than their x.
+
+        few      the kernel for few rows takes s by itself
+        masked   x is; its products with a rounded A ptxas serialises
+        """
+        A, B, s = of.A, of.B, of.scaling
+        must = self.rounds and of.weight is not None
+        pays = rows.shape[0] >= ROUNDED_ROWS and A.shape[0] in ROUNDED_RANKS and not masked
+        if not (must or pays):
+            return Near(None, None, s)
+        copies = rounded.of(A, B, rows.dtype)
+        b, scale = copies.scaled(s) if must and not few else (copies.b, s)
+        a = None if masked else copies.a
+        return Near(None if a is A else a, None if b is B else b, scale)
+
+    def _forward(self, call: Call, near: Near) -> Output:
+        x, weight, bias, y0, A, B, _, dropout = call[:8]
         if x.numel() == 0 or B.shape[0] == 0:  # nothing for a kernel to do
             return eager.forward(call)
         machine = tiles.machine_of(x.device)
         weights = _as_read(call.token_weights) if call.sqnorm or call.gram else None
+        A, l, scale = A if near.a is None else near.a, B if near.b is None else near.b, near.scale
         if self.few is not None and dropout == 0.0:
-            done = self.few(call, weights)
+            done = self.few(call._replace(A=A, B=l), weights)
             if done is not None:
                 return _measured(done, call, weights)
-        l, scale = B, scaling
-        if self.rounds and weight is not None:
-            near = rounded.of(A, B, x.dtype)
-            l, scale = near.scaled(scaling)
-            A = near.a if dropout == 0.0 else A
         if self.with_h is not None and dropout == 0.0 and weight is not None:
             both = self.with_h(x, weight.T, bias, A.T, l.T, scale, 1.0)
             if both is not None:
                 return _measured(Output(*both, None, None), call, weights)
-        if dropout == 0.0:  # products of a masked x with a rounded A, too, ptxas serialises
-            A, B = _rounded(A, B, x)
-            l = l if self.rounds else B
         cut = tiles.shrink(machine, x.dtype, x.shape[0], x.shape[1], A.shape[0])
         half = x.dtype != torch.float32
         thin = shrink(
@@ -224,20 +243,22 @@ class Fused:
         h = thin.h
         if weight is None:
             assert y0 is not None
-            y = expand(y0, h, B.T, scaling, tiles.expand(machine, x.dtype))
+            y = expand(y0, h, l.T, scale, tiles.expand(machine, x.dtype))
         else:
             y = self.extend(x, weight.T, bias, h, l.T, scale)
         return _measured(Output(y, h, thin.mask, None), call, weights, thin.grams)
 
     def backward(self, saved: Saved, dy: Tensor, needs: Needs) -> Grads:
         """As `reference.backward`, with the mask that `forward` kept."""
+        reads = needs.x or needs.A
+        near = self._near(saved, saved.h) if reads else Near(None, None, saved.scaling)
         if self.passes is None:
-            return self._backward(saved, dy, needs)
-        given = dy, *saved[:7], saved.token_weights
+            return self._backward(saved, dy, needs, near)
+        given = dy, *saved[:7], saved.token_weights, near.a, near.b
         options = "backward", saved.scaling, saved.dropout, needs
-        return self.passes(given, options, lambda: self._backward(saved, dy, needs))
+        return self.passes(given, options, lambda: self._backward(saved, dy, needs, near))
 
-    def _backward(self, saved: Saved, dy: Tensor, needs: Needs) -> Grads:
+    def _backward(self, saved: Saved, dy: Tensor, needs: Needs, near: Near) -> Grads:
         x, weight, A, B, h, mask, _, scaling, dropout = saved[:9]
         if A.numel() == 0 or dy.numel() == 0:
             return eager.backward(saved, dy, needs)
@@ -246,11 +267,8 @@ class Fused:
         machine, m, k, (n, r) = tiles.machine_of(h.device), h.shape[0], A.shape[1], B.shape
         dx = dA = dB = t = both = squares = None
         dtype_A, dtype_B = A.dtype, B.dtype
-        scale, rest = scaling * gain(dropout), 1.0
-        if self.rounds and weight is not None and (needs.x or needs.A):
-            near = rounded.of(A, B, h.dtype)
-            A, (B, left) = near.a, near.scaled(scaling)
-            scale = left * gain(dropout)
+        A, B = A if near.a is None else near.a, B if near.b is None else near.b
+        scale, rest = near.scale * gain(dropout), 1.0
         if h.dtype == torch.float16 and abs(scale) > 1.0:  # t must not overflow for its scale
             scale, rest = 1.0, scale
         if needs.x and self.with_h is not None and mask is None and weight is not None:
@@ -258,7 +276,6 @@ class Fused:
         if both is not None:
             dx, t = both
         elif needs.x or needs.A:
-            A, B = _rounded(A, B, h)
             at_once = tiles.backward(machine, dy.dtype, m, n, r) if ONE_READ_OF_DY else None
             if needs.B and at_once is not None:
                 t, dB = t_and_db(dy, B, h, scale, scaling, dtype_B, at_once)
@@ -285,5 +302,5 @@ class Fused:
 
 THIN = Fused(by_cublas)
 TRITON = Fused(by_triton, small_m_triton, passes=Passes())
-CUDA = Fused(by_cuda, small_m_cuda, rounds=True)
-OVERLAP = Fused(by_cuda, small_m_cuda, with_h_by_cuda, rounds=True)
+CUDA = Fused(by_cuda, small_m_cuda, rounds=True, passes=Passes())
+OVERLAP = Fused(by_cuda, small_m_cuda, with_h_by_cuda, rounds=True, passes=Passes())

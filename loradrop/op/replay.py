@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loradrop.kernels import launch
-from loradrop.kernels.launch import Again, described
+from loradrop.kernels.launch import described
+from loradrop.kernels.watch import Again, watch
 
 _MOST = 4096  # passes kept, for layers of so many shapes and numbers of tokens
 _NEW, _ONCE = object(), object()  # in the place of a pass that never ran, and of one that did once
@@ -90,7 +90,7 @@ class _Watched(TorchDispatchMode):
         return result
 
     def launched(self, arguments: Sequence[Any], again: Again | None) -> None:
-        """As `launch.watch` tells it."""
+        """As `watch` tells it."""
         places, views = [], []
         for i, argument in enumerate(arguments):
             boxed = argument is not None and not isinstance(argument, Tensor)
@@ -162,7 +162,7 @@ class Passes:
             self._known[key] = _ONCE
             return run()
         watched = _Watched(given)
-        with watched, launch.watch(watched.launched):
+        with watched, watch(watched.launched):
             result = run()
         self._known[key] = watched.seen(result)
         return result
