@@ -3,6 +3,7 @@
 And the package's own: texts and Jinja2 templates in `assets/`.
 """
 
+import errno
 import json
 import os
 import re
@@ -32,11 +33,25 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                 "another folder"
             ) from error
         if os.name == "posix":  # elsewhere a folder cannot be opened
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+            _sync_folder(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def _sync_folder(path: Path) -> None:
+    """Have the names in a folder on the disk, where its file system can do that: many that are
+    mounted from elsewhere cannot.
+    """
+    cannot = (errno.EINVAL, errno.EBADF, errno.EACCES, errno.ENOSYS, errno.ENOTSUP)
+    try:
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno not in cannot:
+            raise
 
 
 def _draft(path: Path) -> Path:

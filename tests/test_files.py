@@ -121,6 +121,31 @@ def test_folders_are_flushed_where_they_can_be_opened(
         assert opened == [str(tmp_path)]
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_flushes_no_folder(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some that are mounted from elsewhere; that a disk fails is told."""
+    fsync, flushed = os.fsync, []
+
+    def refuse(file: int) -> None:
+        if not stat.S_ISDIR(os.fstat(file).st_mode):
+            return fsync(file)
+        flushed.append(file)
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            write_json(tmp_path / "a.json", {"a": 1})
+    else:
+        write_json(tmp_path / "a.json", {"a": 1})
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    for folder in flushed:  # it is closed in any case
+        with pytest.raises(OSError):
+            os.fstat(folder)
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_a_file_is_made_once_and_whole(
     links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
