@@ -57,6 +57,12 @@ def load_base(
             f"{adapter} does not name a model to load (class {base.get('class')}, id "
             f"{base.get('id')!r}): give the id or path of a model of transformers with {option}"
         )
+    wanted = getattr(cls, "config_class", None)
+    if wanted is not None and not isinstance(config, wanted):
+        raise ValueError(
+            f"{adapter} was trained on a {cls.__name__}, and {where} is a {config.model_type} "
+            f"({type(config).__name__}): give the model that it was trained on with {option}"
+        )
     sizes = [config.num_labels, *(len(tensor) for tensor in saved.values() if tensor.ndim)]
     config.num_labels = next((n for n in sizes if _holds(cls, config, n, saved)), sizes[0])
     labels = base.get("labels") or ()

@@ -39,7 +39,7 @@ def training_arguments(
     The warm-up has no evaluation and no best model. Raises ValueError for an option in `extra` that
     TrainingArguments lacks, or refuses.
     """
-    precision = _supported(args.precision)
+    precision = "float32" if _why_not(args.precision) else args.precision
     known = [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
     check_keys(args.extra, known, "train.extra")
     _require_ours(args.extra, warm_up=warm_up, has_dev=has_dev)
@@ -205,8 +205,15 @@ def train_config(args: TrainingArguments) -> TrainConfig:
     )
 
 
-def _supported(precision: str) -> str:
+def _why_not(precision: str) -> str | None:
     if precision == "bf16" and not torch.cuda.is_available() and not native_bf16():
-        _log.warning("this CPU has no native bfloat16 and would be slow: computing in float32")
-        return "float32"
-    return precision
+        return "this CPU has no native bfloat16 and would be slow"
+    if precision == "fp16" and not torch.accelerator.is_available():
+        return "fp16 is for accelerators (bf16 is for CPUs, too)"
+    return None
+
+
+def tell_precision(precision: str) -> None:
+    """Say why it is not computed in."""
+    if (reason := _why_not(precision)) is not None:
+        _log.warning("%s: computing in float32", reason)

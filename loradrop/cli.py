@@ -208,7 +208,8 @@ def compress(
     amount: dict[str, Any] = {"budget": part, "max_loss": max_loss}
     check_amounts(amount)
     check_steps(multiple, budget_time)
-    for option, needs in (("--heal", heal or None), ("--max-loss", max_loss)):
+    needing = {"--heal": heal or None, "--max-loss": max_loss, "--measured": measured}
+    for option, needs in needing.items():
         if needs is not None and data is None:
             raise ValueError(f"{option} {needs:g} needs data: give data=SOURCE")
     if not dry_run:
@@ -248,6 +249,8 @@ def plan(
     asked = parts("--thresholds", thresholds), parts("--budgets", budgets)
     if action != "sweep" and any(asked):
         raise ValueError("--thresholds and --budgets are of loradrop plan sweep")
+    if action != "plot" and out is not None:
+        raise ValueError("--out is of loradrop plan plot: the others print")
     found = plan_at(path)
     if action == "sweep":
         return print(sweep_table(found, *asked))
@@ -269,8 +272,9 @@ def export(
     """Write an adapter as a PEFT folder, and to the Hub."""
     from loradrop.adapter_bases import base_named_by, load_base, own_tokenizer, tokenizer_for
     from loradrop.base_models import pad_with
+    from loradrop.files import require_writable
     from loradrop.formats import hub
-    from loradrop.formats.peft import export
+    from loradrop.formats.peft import write
 
     _quiet()
     merged = format == "merged"
@@ -281,6 +285,7 @@ def export(
             "--push is of the PEFT format: write the merged model into a folder, and upload that "
             "(hf upload user/name folder)"
         )
+    require_writable(out, "choose another folder")
     of_base, of_file = (dtype or "auto", None) if merged else ("auto", dtype)
     if not merged and base_named_by(adapter)[1]:  # tensors trained whole keep their digits
         of_base = "float32"
@@ -289,7 +294,7 @@ def export(
     tokenizer = tokenizer_for(adapter, where) if merged else own_tokenizer(adapter)
     if merged and tokenizer is not None and "Classification" in type(base).__name__:
         pad_with(base, tokenizer)  # as in training: without, some take one text at a time
-    for verdict in export(base, out, format, dtype=of_file, padded=not unpadded, engines=engine):
+    for verdict in write(base, out, format, dtype=of_file, padded=not unpadded, engines=engine):
         answer = "takes it" if verdict.ok else "refuses it"
         print(f"{verdict.engine:<10} {answer}{': ' * bool(verdict.reason)}{verdict.reason}")
     own = [] if tokenizer is None else tokenizer.save_pretrained(out)
@@ -441,9 +446,9 @@ def _wrote(*paths: Path) -> None:
 
 
 def _at_home(argument: str) -> str:
-    """The argument, or option=value, with a ~ that the shell has left alone."""
+    """The argument, or option=value, with a ~ that the shell has left alone; alone it is null."""
     option, equals, value = argument.rpartition("=")
-    return option + equals + os.path.expanduser(value)
+    return argument if equals and value == "~" else option + equals + os.path.expanduser(value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ from loradrop.adapter_bases import load_base, own_tokenizer
 from loradrop.base_models import to_accelerator
 from loradrop.batches import MEASURED, small_batches
 from loradrop.config import DTYPES, TrainConfig
-from loradrop.files import clear_drafts, draft_of, write_json
+from loradrop.files import clear_drafts, draft_of, require_writable, write_json
 from loradrop.formats.dtypes import FileDtypes, dtypes_in, no_wider
 from loradrop.formats.hub import CARD
 from loradrop.formats.peft import export, require_exportable
@@ -160,11 +160,13 @@ def compress(
 
 def require_apart(out: str | Path, adapter: str | Path, resume: bool = False) -> None:
     """Raises ValueError for an output that lies in the adapter's folder, or holds something: where
-    the call is to `resume`, something else than an interrupted call with a healing leaves.
+    the call is to `resume`, something else than an interrupted call with a healing leaves. OSError
+    for one that cannot be written.
     """
     folder, source = (Path(p).expanduser().resolve() for p in (out, adapter))
     if source in (folder, *folder.parents):
         raise ValueError(f"{out} is in {adapter}, which is only read: choose another output")
+    require_writable(folder, "choose another output")
     held = {file.name for file in folder.iterdir()} if folder.exists() else set()
     if HEALING in held and not resume:
         held_up = f"{out} holds a healing that was interrupted"

@@ -5,7 +5,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,6 +70,9 @@ class LoRAConfig:
     method: Method = field(default_factory=LoRA)
 
     def __post_init__(self) -> None:
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(given := getattr(self, name), Mapping):
+                raise ValueError(f"{name}={given!r}: give a mapping of names, as {{'query': 4}}")
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
                 raise ValueError(f"{name}={rank!r}: the rank is a whole number of at least 1")
@@ -86,8 +89,17 @@ class LoRAConfig:
             raise ValueError(f'adapter_dtype={self.adapter_dtype!r}: choose "float32" or "base"')
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
+            if isinstance(value, str) or value is None:
+                continue
+            if not isinstance(value, Iterable) or not all(isinstance(of, str) for of in value):
+                raise ValueError(f'{name}={value!r}: give names as text, as ["0", "2"]')
+            object.__setattr__(self, name, tuple(value))
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(value := getattr(self, name), str):
+                _check_regex(name, value, re.compile)
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, name):
+                _check_regex(f"a key of {name}", key, _compiled)
         if isinstance(self.modules_to_save, str):
             raise ValueError(f"modules_to_save={self.modules_to_save!r}: give a list of names")
         if not isinstance(self.method, Method):
@@ -127,6 +139,13 @@ class LoRAConfig:
         check_keys(data, [f.name for f in dataclasses.fields(cls)], "LoRAConfig")
         check_keys(given, [f.name for f in dataclasses.fields(method_class)], method_class.__name__)
         return cls(method=method_class(**given), **data)
+
+
+def _check_regex(name: str, given: str, compile: Callable[[str], object]) -> None:
+    try:
+        compile(given)
+    except re.error as error:
+        raise ValueError(f"{name}={given!r} is no regular expression: {error}") from error
 
 
 def _data(value: Any) -> Any:
@@ -205,8 +224,22 @@ class TrainConfig:
             *("head_learning_rate", "log_every", "save_every", "eval_every"),
         ):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}={value!r}: choose a positive number")
+            if name.endswith("_every") and value is not None and value > 1 and value % 1:
+                raise ValueError(
+                    f"{name}={value!r}: choose a whole number of steps, or a part of them below 1"
+                )
+        for name in ("weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{name}={value!r}: choose a number from 0 up")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(
+                f"warmup_ratio={self.warmup_ratio!r}: choose a part of all steps in [0, 1]"
+            )
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed={self.seed!r}: choose a whole number in [0, 2**32)")
         if isinstance(self.report_to, str):
             object.__setattr__(self, "report_to", (self.report_to,))
         if self.precision not in ("float32", "bf16", "fp16"):

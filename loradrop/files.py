@@ -8,8 +8,9 @@ import json
 import os
 import re
 import secrets
+import tempfile
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = _draft(path)
+    draft.touch()
+    mode = draft.stat().st_mode
     try:
         yield draft
+        if draft.stat().st_mode != mode:  # safetensors lets no other user read what it writes
+            with suppress(OSError):
+                draft.chmod(mode)
         with open(draft, "r+b") as file:  # Windows flushes no file that is open to read alone
             os.fsync(file.fileno())
         try:
@@ -63,6 +69,17 @@ def draft_of(path: Path) -> str | None:
     """The name of the file that `path` was to become; None where it is not a draft."""
     found = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp", path.name)
     return found and found[1]
+
+
+def require_writable(folder: Path, remedy: str, path: Path | None = None) -> None:
+    """Raises OSError, with the remedy, where nothing can be written into the folder, or it cannot
+    be made. It names `path`, if not the folder.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise OSError(f"{path or folder} cannot be written ({error}): {remedy}") from error
 
 
 def clear_drafts(folder: Path, names: Container[str]) -> None:

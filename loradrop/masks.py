@@ -1,5 +1,6 @@
 """Which rows of a target's input are real tokens: the model's masks, fitted to what targets see."""
 
+import difflib
 import inspect
 import logging
 import math
@@ -71,6 +72,13 @@ class TokenMasks:
             if isinstance(value, Mapping):
                 given = {**value, **given}
         if self.mask is not None:
+            if self.mask not in (MASK, *self._names, *given):
+                known = difflib.get_close_matches(self.mask, {MASK, *self._names, *given}, 3, 0.5)
+                near = f", but {', '.join(known)}" if known else ""
+                raise ValueError(
+                    f"mask={self.mask!r}: the model has no input of that name{near}. Choose one of "
+                    "its inputs, or None (null) to count every token"
+                )
             self.current = _tensor(given, self.mask)
             self._weights = _as_numbers(self.current)
             self._of_decoder = _as_numbers(self._decoder_mask(given))

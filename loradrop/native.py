@@ -98,6 +98,10 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
             # Copied: a tensor in the mapped file would keep it from being replaced on Windows.
             tensors = {key: opened.get_tensor(key).clone() for key in names}
     except safetensors.SafetensorError as error:
+        if file.suffix != ".safetensors":
+            raise ValueError(
+                f"{file} is no adapter: give the folder that loradrop.save wrote, or one of PEFT"
+            ) from error
         raise ValueError(
             f"{file} is damaged or half-written ({error}; {file.stat().st_size} bytes): "
             "restore it from a copy or an earlier checkpoint"

@@ -197,10 +197,13 @@ def _value(key: str, value: str, text: str) -> Any:
     """YAML; but where text is asked for, the value as it stands (a path with #, a column named 1).
 
     There, too, quotes are YAML's, `null` and nothing are null where that is allowed, and braces are
-    a section. A list may be written a,b, and 1,2 of a method; a name of a module is a list of one.
+    a section. A list may be written a,b, and 1,2 of a method; a name of a module is a list of one,
+    and a pattern stays as it is.
     """
     value, (section, _, option) = value.strip(), key.partition(".")
     whole = section in ("model", "data") and not option
+    if section == "arms":
+        section, option = "lora", option.rpartition(".")[2]
     hints = hints_of(_SECTIONS[section]) if section in _SECTIONS else {}
     hint = str | None if whole else hints.get(option, str if key in ("name", "output") else None)
     kinds = {*kinds_in(hint)}
@@ -209,14 +212,14 @@ def _value(key: str, value: str, text: str) -> Any:
     yaml_text |= whole and value.startswith("{") and value.endswith("}")
     if str in kinds <= {str, types.NoneType} and not yaml_text:
         return value
+    if kinds >= {str, Sequence} and value and not yaml_text and value[0] + value[-1] != "[]":
+        return names_in(value)
     parsed = _parse(value, text)
     named = "," in value or section != "train" or Sequence in kinds
     if parsed == value and named:  # text that is not in quotes
         if "method" in key.split(".") and re.fullmatch(r"[-+.\deE]+(, *[-+.\deE]+)+", value):
             return _parse(f"[{value}]", text)
-        of_lora = {"lora": option, "arms": option.rpartition(".")[2]}.get(section, "")
-        hint = hints_of(LoRAConfig).get(of_lora, hint)
-        return names_in(value) if Sequence in kinds_in(hint) else parsed
+        return names_in(value) if Sequence in kinds else parsed
     return parsed
 
 

@@ -102,8 +102,8 @@ def _frequency(method: Method, scores: Scores) -> dict[str, float] | None:
 def _say(model: nn.Module) -> None:
     """What the decision saves; loudly where that is nothing."""
     plan = plan_of(model)
-    if plan.parameters < plan.full_parameters:
-        part = f"{plan.parameters:,} of {plan.full_parameters:,} parameters"
+    if plan.parameters < plan.lora_parameters:
+        part = f"{plan.parameters:,} of LoRA's {plan.lora_parameters:,} parameters"
         _log.info(
             "%d adapters for %d targets: %s", plan.assignment.adapters, len(plan.targets), part
         )

@@ -21,7 +21,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from loradrop.any_trainer import LoraDropCallback
-from loradrop.arguments import training_arguments
+from loradrop.arguments import tell_precision, training_arguments
 from loradrop.bank import bank_of, has_bank
 from loradrop.callbacks import LastStep, MethodCallback, Progress
 from loradrop.checkpoints import last_checkpoint
@@ -209,6 +209,7 @@ class Run:
         """Inject, unless the model carries adapters of this configuration."""
         require_own(self.model, "give it to a Trainer with callbacks=[loradrop.LoraDropCallback()]")
         set_seed(self.args.seed)
+        tell_precision(self.args.precision)
         if not has_bank(self.model):
             inject(self.model, self.config)
         elif not (self.resume and resumable(self.folder)):

@@ -7,7 +7,6 @@ hangs there is named and left out of the next try, and never serves such a layer
 import math
 import re
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -18,6 +17,7 @@ import torch
 
 import loradrop
 from loradrop.config import LoRAConfig
+from loradrop.files import require_writable
 from loradrop.kernels.tiles import machine_of
 from loradrop.measuring import workers
 from loradrop.measuring.child import PEFT, Measured
@@ -222,6 +222,7 @@ def destination(device: str, out: Path | None = None) -> Path:
     OSError for a path that cannot be written.
     """
     path = out or tuned.path_of(_name(device))
+    remedy = "name another file by --out"
     try:
         if path.is_dir():
             raise ValueError(f"{path} is a folder: name a file, such as {path / 'tuned.json'}")
@@ -229,10 +230,9 @@ def destination(device: str, out: Path | None = None) -> Path:
             raise ValueError(
                 f"--out {path} is not a file that loradrop tune wrote: name another, or delete it"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise OSError(f"{path} cannot be written ({error}): name another file by --out") from error
+        raise OSError(f"{path} cannot be written ({error}): {remedy}") from error
+    require_writable(path.parent, remedy, path)
     return path
 
 

@@ -192,7 +192,11 @@ def test_plan_errors(work: Path, tmp_path: Path, capsys: Capsys) -> None:
     fails(capsys, "none.json", "plan", "show", tmp_path / "none.json")
     fails(capsys, "the plan has schema 99", "plan", "show", newer)
     fails(capsys, f"{damaged} is damaged or half-written", "plan", "show", damaged)
-    fails(capsys, "is damaged", "plan", "show", work / "films.csv")
+    fails(capsys, "films.csv is no adapter: give the folder", "plan", "show", work / "films.csv")
+    fails(capsys, "--out is of loradrop plan plot", "plan", "show", work / "run", "--out", "x.png")
+    svg = ("plan", "plot", work / "run", "--out", tmp_path / "x.svg")
+    fails(capsys, "pictures are PNG files, so name one that ends in .png", *svg)
+    assert not (tmp_path / "x.svg").exists()
     status, _, err = command(capsys, "plan", "shwo", work)
     assert status == 2 and "'shwo' is not one of 'show', 'plot', 'sweep'" in err
 

@@ -156,6 +156,17 @@ def test_merge_and_verify(line: str, adapter: Path, tmp_path: Path, capsys: Caps
     assert status == 1 and "DIFFER" in printed
 
 
+def test_a_base_of_another_architecture_is_named(
+    adapter: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    other = write_model(tmp_path / "llama", "llama")
+    said = f"{adapter} was trained on a BertForSequenceClassification, and {other} is a llama"
+    for line in (("export", adapter, tmp_path / "a"), ("merge", adapter, tmp_path / "a")):
+        fails(capsys, said, *line, "--model", other)
+    fails(capsys, said, "compress", adapter, f"model={other}", "--dry-run")
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_base_stored_in_bfloat16_is_merged_as_it_is(
     work: Path, adapter: Path, tmp_path: Path, capsys: Capsys
 ) -> None:

@@ -302,10 +302,15 @@ def test_bad_input_is_refused(
     full.mkdir()
     (full / "note.txt").write_text("mine")
     fails(capsys, "is not empty", "compress", trained, "--out", full)
+    with monkeypatch.context() as patch:  # before anything is measured
+        patch.setattr(compression, "open_adapter", None)
+        below = full / "note.txt" / "small"
+        fails(capsys, f"{below} cannot be written (", "compress", trained, "--out", below)
     other = ("compress", trained, "--out", tmp_path / "small")
     fails(capsys, "--heal 3 needs data", *other, "--heal", 3)
     fails(capsys, "below one direction", *other, "--budget", 0.001)
     fails(capsys, "--max-loss 0.1 needs data", *other, "--max-loss", 0.1)
+    fails(capsys, "--measured 5 needs data", *other, "--measured", 5)
     with monkeypatch.context() as patch:  # before the adapter is opened
         patch.setattr(compression, "open_adapter", None)
         fails(capsys, "budget=25: choose a number in (0, 1]", *other, "--budget", 25)

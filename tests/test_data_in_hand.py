@@ -193,6 +193,12 @@ def table(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     return written
 
 
+def test_blanks_around_the_names_of_columns(table: Any) -> None:
+    path = table("a.csv", "text , label", [("x", "good"), ("y", "bad")] * 4)
+    task = load_task(DataConfig(source=path))
+    assert task.labels == ("bad", "good") and task.train[0].text == "x"
+
+
 def test_lists_in_csv(table: Any) -> None:
     many = table("m.csv", "text,labels", [("x", ["a", "c"]), ("y", ["b"]), ("z", ["c"])] * 4)
     task = load_task(DataConfig(source=many))

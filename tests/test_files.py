@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from models import bert, fill
+from models import bert, fill, llama
 from native_cases import adapt, loaded, model, path, same
 from safetensors import SafetensorError
 from torch import nn
@@ -119,6 +119,19 @@ def test_folders_are_flushed_where_they_can_be_opened(
         with pytest.raises(PermissionError):
             write_json(tmp_path / "a.json", {"a": 1})
         assert opened == [str(tmp_path)]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such modes")
+def test_files_can_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
+    """An adapter is trained by one user and served by another."""
+    before = os.umask(0o022)
+    try:
+        loradrop.save(model := adapt(llama()), tmp_path / "native")
+        loradrop.export(model, tmp_path / "peft")
+    finally:
+        os.umask(before)
+    files = [*(tmp_path / "native").iterdir(), *(tmp_path / "peft").iterdir()]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o644}
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])

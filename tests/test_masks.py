@@ -63,6 +63,15 @@ def test_a_mask_is_made_numbers_once_a_pass(given: Tensor) -> None:
     assert found[0].dtype == torch.float32 and torch.equal(found[0], given.float())
 
 
+def test_a_mask_of_no_input_is_named() -> None:
+    model = t5("T5EncoderModel")
+    loradrop.inject(model, loradrop.LoRAConfig(r=2, target_modules=["q"]))
+    batch = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    with pytest.raises(ValueError, match=r"mask='attention_msk'.*name, but attention_mask\."):
+        loradrop.probe(model, [batch], mask="attention_msk")
+    assert loradrop.probe(model, [batch], mask=None).tokens == IDS.numel()
+
+
 def test_a_mask_that_numbers_packed_sequences() -> None:
     """Each token counts once, whatever the number of its sequence is."""
     model = t5("T5EncoderModel")

@@ -107,6 +107,16 @@ def test_overrides_go_into_short_forms(tmp_path: Path) -> None:
     assert read_config(empty) == read_config(None)
 
 
+@pytest.mark.parametrize(
+    "pattern", ["[qk].*", "[a-z.0-9]*query", "&query", ".*query # value", "(?i).*QUERY"]
+)
+@pytest.mark.parametrize("section", ["lora", "arms.LoRA"])
+def test_a_pattern_is_taken_as_it_stands(pattern: str, section: str) -> None:
+    found = read_config(None, [f"{section}.target_modules={pattern}"])
+    config = found.lora if section == "lora" else found.arms["LoRA"]
+    assert config.target_modules == pattern
+
+
 def test_configuration_goes_through_yaml(tmp_path: Path) -> None:
     overrides = ["lora.target_modules=[query]", "arms.plain.method=lora", "train.report_to=[]"]
     config = read_config(None, overrides)
@@ -135,7 +145,10 @@ def test_configuration_goes_through_yaml(tmp_path: Path) -> None:
         (["train.gradient_checkpointing=1"], r"gradient_checkpointing=1: give true or false"),
         (["train.extra=3"], r"train\.extra=3: give a section"),
         (["train.seed="], r"train\.seed=None: give a whole number"),
-        (["lora.target_modules=3"], r"target_modules=3: give text or a list or null"),
+        (["lora.target_modules=[3]"], r'target_modules=\[3\]: give names as text, as \["0", "2"\]'),
+        (["lora.target_modules=.*(query|value"], r"value' is no regular expression: missing \)"),
+        (["arms.LoRA.target_modules=*query"], r"'\*query' is no regular expression: nothing to"),
+        (["lora.rank_pattern={'(': 4}"], r"a key of rank_pattern='\(' is no regular expression"),
         (["lora.method.threshold='a'"], r"lora\.method\.threshold='a': give a number or null"),
         (["method=nb_lora", "method.s=[1,a]"], r"s=\[1, 'a'\]: give a number or a list of num"),
         (["method=nb_lora", "method.s=1,a"], r"s='1,a': give a number or a list of numbers"),
@@ -153,7 +166,13 @@ def test_configuration_goes_through_yaml(tmp_path: Path) -> None:
         (["arms.?.r=2"], r"'\?' gives none of its own: rename it"),
         (["step"], r"'step' is not an override: write section\.key=value \(train\.steps=200\)"),
         (["=3"], r"'=3' is not an override"),
-        (["lora.target_modules=[query"], r"lora\.target_modules=\[query is not YAML"),
+        (["lora.target_modules=[query"], r"target_modules='\[query' is no regular expression"),
+        (["lora.modules_to_save=[query"], r"lora\.modules_to_save=\[query is not YAML"),
+        (["train.warmup_ratio=10"], r"warmup_ratio=10: choose a part of all steps in \[0, 1\]"),
+        (["train.weight_decay=-1"], r"weight_decay=-1: choose a number from 0 up"),
+        (["train.seed=-1"], r"seed=-1: choose a whole number in \[0, 2\*\*32\)"),
+        (["train.save_every=1.5"], r"save_every=1\.5: choose a whole number of steps, or a part"),
+        (["train.epochs=.inf"], r"epochs=inf: choose a positive number"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else "",
 )

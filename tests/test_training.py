@@ -395,6 +395,17 @@ def test_bf16(
     assert len(pickle.dumps(model)) > 0  # mixed precision leaves no wrapper behind
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="it computes in float16")
+def test_fp16_on_a_cpu(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seen: set[torch.dtype] = set()
+    model = make_model()
+    query = model.bert.encoder.layer[0].attention.self.query
+    query.register_forward_hook(lambda module, args, y: seen.add(y.dtype))
+    run(tmp_path, args=replace(tiny.ARGS, precision="fp16"), model=model)
+    said = [record for record in caplog.records if "fp16 is for accelerators" in record.message]
+    assert seen == {torch.float32} and len(said) == 1
+
+
 def test_evaluates_while_it_trains(tmp_path: Path) -> None:
     result = run(tmp_path, args=replace(tiny.ARGS, eval_every=7))
     evaluated = [entry for entry in result.history if "eval_accuracy" in entry]

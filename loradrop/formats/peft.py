@@ -83,16 +83,41 @@ def export(
     with the engine's name and reason for what a named engine refuses.
     """
     bank_of(model)
+    if private and push_to_hub is None:
+        raise ValueError("private is of push_to_hub, which names the repository")
+    if format == "merged" and push_to_hub is not None:
+        raise ValueError(
+            "push_to_hub is of the PEFT format: export the merged model into a folder, and "
+            "upload that (hf upload user/name folder)"
+        )
+    verdicts = write(
+        model, path, format, base_id=base_id, dtype=dtype, padded=padded, engines=engines
+    )
+    refusals = [f"{v.engine} cannot take it ({v.reason})" for v in verdicts if not v.ok]
+    if refusals and writes(model):
+        _log.warning("%s: %s", path, "; ".join(refusals))
+    if push_to_hub is not None and writes(model):
+        sent = push(Path(path), push_to_hub, private=private, token=token)
+        _log.info("pushed to %s", sent)
+    return verdicts
+
+
+def write(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    format: str = "peft",
+    *,
+    base_id: str | None = None,
+    dtype: str | None = None,
+    padded: bool = True,
+    engines: Sequence[str] | None = None,
+) -> list[EngineVerdict]:
+    """The folder of `export`, which tells about it; the same arguments and errors."""
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: choose one of {', '.join(FORMATS)}")
     if format == "merged" and (dtype is not None or engines is not None or not padded):
         raise ValueError(
             "dtype, engines and padded are of the PEFT format: a merged model is plain"
-        )
-    if format == "merged" and push_to_hub is not None:
-        raise ValueError(
-            "push_to_hub is of the PEFT format: export the merged model into a folder, and "
-            "upload that (hf upload user/name folder)"
         )
     folder = Path(path)
     _require_not_base(model, folder)
@@ -125,11 +150,6 @@ def export(
         if not writes(own):
             return verdicts
         _write(folder, file, card_of(own, adapters.plan, file, verdicts))
-    refusals = [f"{v.engine} cannot take it ({v.reason})" for v in verdicts if not v.ok]
-    if refusals:
-        _log.warning("%s: %s", folder, "; ".join(refusals))
-    if push_to_hub is not None:
-        _log.info("pushed to %s", push(folder, push_to_hub, private=private, token=token))
     return verdicts
 
 

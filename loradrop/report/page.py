@@ -55,7 +55,7 @@ def file_size(plan: Plan, folder: str | os.PathLike[str]) -> str:
     """The bytes of the native adapter in `folder`, and of LoRA's own on all targets."""
     size = os.path.getsize(os.path.join(folder, TENSORS))
     bank = sum(tensor.nbytes for tensor in read(folder).bank.values())
-    all_targets = size + bank * (plan.full_parameters / (plan.parameters or 1) - 1)
+    all_targets = size + bank * (plan.lora_parameters / (plan.parameters or 1) - 1)
     return f"{size:,} bytes; LoRA on all targets: about {all_targets:,.0f}"
 
 

@@ -43,6 +43,9 @@ def _legend(figure: "Figure", side: str, handles: Mapping[str, Any], title: str 
 
 
 def _save(figure: "Figure", path: str | os.PathLike[str]) -> None:
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in ("", ".png"):
+        raise ValueError(f"{path}: pictures are PNG files, so name one that ends in .png")
     with replacing(path) as draft:
         figure.savefig(draft, format="png", dpi=150, backend="agg")
 

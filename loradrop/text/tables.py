@@ -67,7 +67,7 @@ def _tsv_records(text: str) -> Iterator[tuple[int, list[str]]]:
 
 def _rows(path: Path, records: Iterator[tuple[int, list[str]]]) -> Iterator[Record]:
     """The records below the header as rows."""
-    _, header = next(records, (0, []))
+    header = [name.strip() for name in next(records, (0, []))[1]]
     other = [mark for mark in (";", "\t", ",", "|") if len(header) == 1 and mark in header[0]]
     if other:
         raise ValueError(
