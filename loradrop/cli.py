@@ -294,7 +294,8 @@ def export(
     tokenizer = tokenizer_for(adapter, where) if merged else own_tokenizer(adapter)
     if merged and tokenizer is not None and "Classification" in type(base).__name__:
         pad_with(base, tokenizer)  # as in training: without, some take one text at a time
-    for verdict in write(base, out, format, dtype=of_file, padded=not unpadded, engines=engine):
+    how: dict[str, Any] = {"dtype": of_file, "padded": not unpadded, "engines": engine}
+    for verdict in write(base, out, format, **how, restore=False):
         answer = "takes it" if verdict.ok else "refuses it"
         print(f"{verdict.engine:<10} {answer}{': ' * bool(verdict.reason)}{verdict.reason}")
     own = [] if tokenizer is None else tokenizer.save_pretrained(out)

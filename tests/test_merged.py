@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import loradrop
 from loradrop import export, verify
+from loradrop.formats import peft
 
 pytestmark = pytest.mark.numbers
 
@@ -51,6 +52,18 @@ class TestMerged:
         reload_merged(model, tmp_path)
         assert not [key for key in load_file(tmp_path / "model.safetensors") if "lora" in key]
         assert torch.equal(outputs(model), native)
+
+    def test_without_a_copy_of_what_the_weights_were(self, tmp_path: Path) -> None:
+        """As the command does, which has no use for the model afterwards."""
+        model = adapt(llama(), lora_alpha=3)
+        export(model, tmp_path / "copied", "merged")
+        assert peft.write(model, tmp_path / "in-place", "merged", restore=False) == []
+        one, other = (
+            load_file(tmp_path / name / "model.safetensors") for name in ("copied", "in-place")
+        )
+        assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+        name = "model.layers.0.self_attn.q_proj.weight"
+        assert torch.equal(model.get_parameter(name), other[name])
 
     def test_of_weights_that_are_fused_in_the_file(self, tmp_path: Path) -> None:
         """As transformers saves what it splits when it loads: no tensor there is the weight."""

@@ -33,8 +33,9 @@ def holds_weights(folder: Path) -> bool:
 
 
 @torch.no_grad()
-def save_merged(model: nn.Module, folder: Path) -> None:
-    """Write the model with its deltas added into `folder`; it stays as it is, bit for bit.
+def save_merged(model: nn.Module, folder: Path, restore: bool = True) -> None:
+    """Write the model with its deltas added into `folder`; it stays as it is, bit for bit. Without
+    `restore` its weights are merged afterwards, and no second copy of them is held meanwhile.
 
     Raises ValueError for a model without `save_pretrained`, or whose one writes other weights, and
     for a folder that holds an adapter.
@@ -53,7 +54,7 @@ def save_merged(model: nn.Module, folder: Path) -> None:
         shutil.rmtree(left)
     with (
         tempfile.TemporaryDirectory(prefix=_DRAFT, dir=folder) as draft,
-        _merged_for_now(model),
+        _merged_for_now(model, restore),
         without_bank(model),
         bare(model),
     ):
@@ -87,8 +88,9 @@ def _whole(file: Path) -> Path:
 
 
 @contextmanager
-def _merged_for_now(model: nn.Module) -> Iterator[None]:
-    """Inside, the weights have the deltas added; afterwards they are as before, bit for bit.
+def _merged_for_now(model: nn.Module, restore: bool) -> Iterator[None]:
+    """Inside, the weights have the deltas added; afterwards they are as before, bit for bit, but
+    without `restore`.
 
     In place, since many a `save_pretrained` takes no state dict, or takes and ignores it. What the
     weights were is on the CPU meanwhile.
@@ -96,7 +98,8 @@ def _merged_for_now(model: nn.Module) -> Iterator[None]:
     before, errors = [], {}
     try:
         for change in changes(model) if injection_of(model).merged is None else ():
-            before.append((change.module, kept(change.stored, "cpu")))
+            if restore:
+                before.append((change.module, kept(change.stored, "cpu")))
             put(change.module, change.new)
             if change.error is not None:
                 errors[change.name] = change.error

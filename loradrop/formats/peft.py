@@ -111,8 +111,13 @@ def write(
     dtype: str | None = None,
     padded: bool = True,
     engines: Sequence[str] | None = None,
+    restore: bool = True,
 ) -> list[EngineVerdict]:
-    """The folder of `export`, which tells about it; the same arguments and errors."""
+    """The folder of `export`, which tells about it; the same arguments and errors.
+
+    restore   False leaves a model that is written as "merged" with merged weights: no second copy
+              of them is held
+    """
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: choose one of {', '.join(FORMATS)}")
     if format == "merged" and (dtype is not None or engines is not None or not padded):
@@ -132,7 +137,7 @@ def write(
                     "model that is not sharded, and merge there"
                 )
             if is_first_rank():  # elsewhere save_pretrained writes nothing
-                save_merged(own, folder)
+                save_merged(own, folder, restore)
             return []
         if holds_weights(folder):
             raise ValueError(
