@@ -85,12 +85,13 @@ def load_base(
 
 def base_named_by(adapter: str | Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor]]:
     """(id, revision and class of the base model as the adapter says them, its tensors trained
-    whole). The class is None where a PEFT folder leaves it open; `apart` names those tensors of
-    which PEFT trained a copy, apart from what is tied to them.
+    whole). The class is None where a PEFT folder leaves it open; `apart` names those tensors that
+    were tied to nothing, as of those of which PEFT trained a copy.
     """
     if not peft_load.is_peft(adapter) or (Path(adapter) / native.TENSORS).exists():
         file = native.read(adapter)
-        return file.plan.base, file.trained
+        alone = [] if file.tied is None else [k for k in file.trained if k not in file.tied]
+        return {**file.plan.base, "apart": alone}, file.trained
     found = peft_file.read(adapter)
     said = {"id": "base_model_name_or_path", "revision": "revision"}
     base = {name: found.config.get(key) for name, key in said.items()}

@@ -1,7 +1,7 @@
 """A snapshot of the adapters of a model, for files and exports."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,8 @@ class Adapters:
     state     the bank's own tensors by their names in a file
     trained   the base tensors that are trained whole, by their names in the model: those of
               modules_to_save, and what was made trainable or added since `inject`
+    tied      name of one of these -> the other names that its tensor has in the model, where it has
+              any; None where nobody knows
     """
 
     plan: Plan
@@ -40,6 +42,7 @@ class Adapters:
     scaling: tuple[float, ...]
     state: Mapping[str, Tensor]
     trained: Mapping[str, Tensor]
+    tied: Mapping[str, Sequence[str]] | None = None
 
     def delta(self, i: int) -> Tensor | None:
         """s·B·A (N, K) of target i, as `bank.delta_of`."""
@@ -73,7 +76,22 @@ def adapters_of(model: nn.Module) -> Adapters:
         scaling=tuple(bank.scaling),
         state=bank.in_file(state),
         trained={k: full_tensor(v) for k, v in trained.items()},
+        tied=tied_in(model, trained),
     )
+
+
+def tied_in(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]] | None:
+    """Name -> the other names of the same tensor in the model, for those of `names` that have any.
+    None where some are offloaded, which does not tell.
+    """
+    state = tensors_of(model, keep_vars=True)
+    if any(tensor.is_meta for tensor in state.values()):
+        return None
+    by_tensor: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        by_tensor.setdefault(id(tensor), []).append(name)
+    found = {name: by_tensor[id(state[name])] for name in names if name in state}
+    return {name: [o for o in all if o != name] for name, all in found.items() if len(all) > 1}
 
 
 def _left_behind(injection: Injection, base: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -153,9 +153,9 @@ class Collector:
             raise RuntimeError(
                 f"the forward of {', '.join(silent)} was never called: its module reads the weight "
                 "directly (as nn.MultiheadAttention does with out_proj, and fused inference paths "
-                "do), or no input so far reached it. Name it in exclude_modules, pass strict=False "
-                "(the command: lora.strict=false) if it is reached later, or give rows that reach "
-                "it"
+                "do), no input so far reached it, or no gradient came back from it, as where the "
+                "loss does not depend on it. Name it in exclude_modules, pass strict=False (the "
+                "command: lora.strict=false) if it is reached later, or give rows that reach it"
             )
         _log.warning("the forward of %s was never called so far", ", ".join(silent))
 

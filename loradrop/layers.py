@@ -11,7 +11,7 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -152,12 +152,14 @@ class LoRAOver(LoRAMixin):
         """x (..., K), the first argument of the base  ->  (..., N); all arguments go to the base"""
         y0: Tensor = super().forward(*args, **kwargs)
         base = self._base
-        if not isinstance(y0, Tensor):
-            raise TypeError(
-                f"{base.__name__} returned a {type(y0).__name__}, to which no adapter can be "
-                "added: leave it out of target_modules"
-            )
         x = args[0] if args else kwargs[_first_argument(base)]
+        if not isinstance(y0, Tensor) or y0.shape[:-1] != x.shape[:-1]:
+            target, is_tensor = self._lora.bank.targets[self._lora.index], isinstance(y0, Tensor)
+            raise TypeError(
+                f"{target.name}, a {base.__name__}, made {tuple(y0.shape) if is_tensor else 'a '}"
+                f"{'' if is_tensor else type(y0).__name__} of {tuple(x.shape)}, to which no "
+                f"adapter can be added: exclude_modules=[{target.kind!r}] leaves it out"
+            )
         check_base_gradient(x, y0, f"{base.__name__} under an adapter")
         y = self._adapted(x, None, None, y0)
         return y0 if y is None else y
@@ -220,11 +222,9 @@ def is_plain(module: nn.Module) -> bool:
     if is_conv1d(module) or getattr(base, "forward", None) is nn.Linear.forward:
         return True
     random = torch.Generator().manual_seed(0)
-    twin = object.__new__(base)
     own = {k: v for k, v in module._parameters.items() if v is not None}
     made = {k: torch.randn(v.shape, generator=random, dtype=torch.float64) for k, v in own.items()}
-    parameters = module._parameters | {k: nn.Parameter(v, False) for k, v in made.items()}
-    twin.__dict__ = module.__dict__ | {"_parameters": parameters}
+    twin = _twin(module, made, {k: b.clone() for k, b in module._buffers.items() if b is not None})
     x = torch.randn(3, made["weight"].shape[1], generator=random, dtype=torch.float64)
     x *= torch.tensor([[0.01], [1.0], [100.0]])
     try:
@@ -233,6 +233,36 @@ def is_plain(module: nn.Module) -> bool:
         return found.shape == expected.shape and torch.allclose(found, expected)
     except Exception:  # whatever a forward that is not a linear map raises
         return False
+
+
+def keeps_rows(module: nn.Module) -> bool:
+    """Whether (..., K) -> (..., N) is what a subclass of `nn.Linear` with a forward of its own
+    computes, by trying it without values. One that cannot be tried so counts as if it did.
+    """
+    base, weight = base_class(module), module._parameters.get("weight")
+    own = isinstance(module, nn.Linear) and base.forward is not nn.Linear.forward
+    if not own or type(weight) is not nn.Parameter or not weight.is_floating_point():
+        return True
+    kinds = module._parameters, module._buffers
+    empty = [{k: t.to("meta") for k, t in of.items() if t is not None} for of in kinds]
+    x = torch.empty(2, 3, weight.shape[1], dtype=weight.dtype, device="meta")
+    try:
+        found = base.forward(_twin(module, *empty), x)
+    except Exception:  # whatever it asks for
+        return True
+    return isinstance(found, Tensor) and found.shape == (2, 3, weight.shape[0])
+
+
+def _twin(module: nn.Module, parameters: Mapping[str, Tensor], buffers: Mapping[str, Any]) -> Any:
+    """An instance of the class before `adapt`, with these tensors in place of the module's own."""
+    twin = object.__new__(base_class(module))
+    own = {name: nn.Parameter(tensor, False) for name, tensor in parameters.items()}
+    parts = {
+        "_parameters": {**module._parameters, **own},
+        "_buffers": {**module._buffers, **buffers},
+    }
+    twin.__dict__ = module.__dict__ | parts
+    return twin
 
 
 def shape_of(module: nn.Module) -> tuple[int, int] | None:

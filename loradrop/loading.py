@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loradrop.adapters import tied_in
 from loradrop.bank import AdapterBank, bank_of, execution_device, has_bank
 from loradrop.config import LoRAConfig
 from loradrop.formats import peft_load
@@ -43,6 +44,7 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
     require_trainable(model, file.trained)
     _require_fit(model, file, path)
     peft_load.require_untied(tensors_of(model, keep_vars=True), file.trained)
+    _require_tied_alike(model, file, path)
     if not has_bank(model):  # the targets themselves are compared below
         exact = "|".join(re.escape(target.name) for target in plan.targets)
         inject(model, replace(plan.config, strict=False, target_modules=exact))
@@ -113,6 +115,28 @@ def fill(model: nn.Module, file: NativeFile) -> None:
     injection.plan, injection.stepped = file.plan, False
     injection.scores = None  # of the adapters that were there
     injection.start = sum_of(bank) if injection.config.method.acts else None
+
+
+def _require_tied_alike(model: nn.Module, file: NativeFile, path: Any) -> None:
+    """Raises ValueError for a tensor trained whole that is tied to others than as it was saved."""
+    here = tied_in(model, file.trained)
+    if file.tied is None or here is None:
+        return
+    for name in file.trained:
+        now, then = set(here.get(name, ())), set(file.tied.get(name, ()))
+        place = name.rpartition(".")[0]
+        if more := sorted(now - then):
+            raise ValueError(
+                f"{more[0]} is the same tensor as {name} in this model, and was apart where {path} "
+                f"was saved: untie them first (model.{place} = copy.deepcopy(model.{place}), and "
+                "of a model of transformers model.config.tie_word_embeddings = False)"
+            )
+        if less := sorted(then - now):
+            raise ValueError(
+                f"{less[0]} was the same tensor as {name} where {path} was saved, and is apart in "
+                "this model, so it would stay as it is: tie them as they were, "
+                f"model.{less[0]} = model.{name}"
+            )
 
 
 def _require_fit(model: nn.Module, file: NativeFile, path: Any) -> None:

@@ -1,6 +1,7 @@
 """Which rows of a target's input are real tokens: the model's masks, fitted to what targets see."""
 
 import difflib
+import functools
 import inspect
 import logging
 import math
@@ -49,7 +50,9 @@ class TokenMasks:
         self.current: Tensor | None = None
         self._weights: Tensor | None = None  # the same as the op reads it: once, not in each layer
         self._of_decoder: Tensor | None = None
-        self._encoded: Tensor | None = None  # what the decoder of an encoder–decoder attends to
+        # What the decoder of an encoder–decoder attends to, and what the encoder gave.
+        self._encoded: Tensor | None = None
+        self._encoder_gave: Tensor | None = None
         self.cached = False
         self.known = True  # whether the layers that run now are of that forward pass
         self._said = set[str | None]()  # kinds of targets, and None
@@ -57,13 +60,15 @@ class TokenMasks:
         if any(p.kind is p.VAR_POSITIONAL for p in taken.values()):  # a PeftModel of no task
             taken = inspect.signature(_base(model).forward).parameters
         self._names = list(taken)
-        in_decoders = zip(targets, in_decoder(model, targets), strict=True)
-        self.of_targets = [TargetMask(self, target, inside) for target, inside in in_decoders]
+        parts = zip(targets, in_decoder(model, targets), in_tower(model, targets), strict=True)
+        self.of_targets = [TargetMask(self, *part) for part in parts]
         self._padding = getattr(getattr(model, "config", None), "pad_token_id", None)
-        self._handle: RemovableHandle | None = None
+        self._handles: list[RemovableHandle] = []
         if (decoder := _part(model, "get_decoder")) is not None:
             hook = self._enter_decoder
-            self._handle = decoder.register_forward_pre_hook(hook, with_kwargs=True)
+            self._handles.append(decoder.register_forward_pre_hook(hook, with_kwargs=True))
+            if (encoder := _part(model, "get_encoder")) is not None:
+                self._handles.append(encoder.register_forward_hook(self._leave_encoder))
 
     def enter(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """A forward pass of the model begins. Returns its inputs by name."""
@@ -90,7 +95,7 @@ class TokenMasks:
         to the last one with a label, or that are no padding, or the encoder's own, one later.
         """
         mask = _tensor(given, f"decoder_{self.mask}")
-        if mask is not None or self._handle is None:
+        if mask is not None or not self._handles:
             return mask
         labels, ids = given.get("labels"), given.get("decoder_input_ids")
         if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
@@ -111,14 +116,18 @@ class TokenMasks:
         encoded = kwargs.get("encoder_hidden_states")
         self._encoded = encoded if isinstance(encoded, Tensor) else None
 
+    def _leave_encoder(self, _: nn.Module, __: Any, output: Any) -> None:
+        states = output[0] if isinstance(output, Sequence | Mapping) and len(output) else output
+        self._encoder_gave = states if isinstance(states, Tensor) else None
+
     def forget(self) -> None:
         """Let go of what the last forward pass computed."""
-        self._encoded = None
+        self._encoded = self._encoder_gave = None
 
     def detach(self) -> None:
         """Stop watching the model."""
-        if self._handle is not None:
-            self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def by_function(self, name: str, x: Tensor) -> Tensor | None:
         """What `mask_fn` says. Raises ValueError where it has another shape than x's rows."""
@@ -135,7 +144,8 @@ class TokenMasks:
         """The mask of the tokens of x."""
         if not self.known:
             return None
-        return self._of_decoder if in_decoder and not _same(x, self._encoded) else self._weights
+        encoded = _same(x, self._encoded) or _same(x, self._encoder_gave)
+        return self._of_decoder if in_decoder and not encoded else self._weights
 
     def say_unknown(self, target: Target) -> None:
         """A layer runs in a forward pass that did not begin at the model: all its rows count."""
@@ -151,7 +161,8 @@ class TokenMasks:
         """The mask does not fit the rows of a target of this kind."""
         if target.kind not in self._said:
             self._said.add(target.kind)
-            given, shape = f"{self.mask!r} is {tuple(mask.shape)}", tuple(x.shape)
+            name = self.mask if mask is self._weights else f"decoder_{self.mask}"
+            given, shape = f"{name!r} is {tuple(mask.shape)}", tuple(x.shape)
             why = "the rows are not those tokens, so all of them count. mask_fn= weighs them"
             _log.warning("%s, the input of %s %s: %s", given, target.name, shape, why)
 
@@ -161,8 +172,9 @@ class TargetMask:
     equal layers, so one graph serves them all.
     """
 
-    def __init__(self, masks: TokenMasks, target: Target, in_decoder: bool) -> None:
-        self.masks, self.target, self.in_decoder = masks, target, in_decoder
+    def __init__(self, masks: TokenMasks, target: Target, in_decoder: bool, in_tower: bool) -> None:
+        self.masks, self.target = masks, target
+        self.in_decoder, self.in_tower = in_decoder, in_tower
         self.transposed = False  # a mask (B, S) was seen to go with rows (S, B)
 
     def weights(self, x: Tensor) -> Tensor | None:
@@ -174,7 +186,7 @@ class TargetMask:
         if masks.mask_fn is not None:
             weights = masks.by_function(self.target.name, x)
         else:
-            mask = masks.mask_at(x, self.in_decoder)
+            mask = None if self.in_tower else masks.mask_at(x, self.in_decoder)
             if mask is None:
                 return None
             weights = fitted(mask, rows, transposed=self.transposed, cached=masks.cached)
@@ -193,13 +205,15 @@ def fitted(
 
     A mask (B, S) fits rows (B, S) and (S, B), its tokens in another grouping such as (B·S,) and,
     where keys and values of earlier tokens are `cached`, its last tokens alone. `transposed`
-    decides where B = S. None where the rows are not the tokens of the mask (pooled, of relative
-    positions, of another input), and for a mask of pairs of tokens (4-D).
+    decides where B = S. None where the rows are not the tokens of the mask (pooled, of another
+    input, or (1, B·S) beside a batch, as DeBERTa's relative positions), and for a mask of pairs of
+    tokens (4-D).
     """
     rows, shape = tuple(rows), tuple(mask.shape)
     if mask.ndim == 2 and rows == shape[::-1] and (transposed or rows != shape):
         return mask.T
-    if mask.ndim < 4 and math.prod(rows) == mask.numel():
+    beside = len(rows) == len(shape) == 2 and rows[0] == 1 < shape[0]
+    if mask.ndim < 4 and math.prod(rows) == mask.numel() and not beside:
         return mask.reshape(rows)
     if cached and mask.ndim == len(rows) == 2 and rows[0] == shape[0] and rows[1] < shape[1]:
         return mask[:, -rows[1] :]
@@ -213,6 +227,25 @@ def in_decoder(model: nn.Module, targets: Sequence[Target]) -> list[bool]:
     inside = set(encoder.modules())
     base = _base(model)
     return [base.get_submodule(target.name) not in inside for target in targets]
+
+
+def in_tower(model: nn.Module, targets: Sequence[Target]) -> list[bool]:
+    """Which targets are in a part that takes images or sound and no mask: its rows are patches or
+    frames, however many tokens there are.
+    """
+    base, inside = _base(model), set[nn.Module]()
+    for module in base.modules():
+        kind: Any = type(module)
+        if module is not base and _is_tower(kind):
+            inside.update(module.modules())
+    return [base.get_submodule(target.name) in inside for target in targets]
+
+
+@functools.cache
+def _is_tower(kind: Any) -> bool:
+    taken = inspect.signature(kind.forward).parameters
+    senses = {"pixel_values", "pixel_values_videos", "input_features", "input_values"}
+    return bool(senses & taken.keys()) and not {"input_ids", MASK} & taken.keys()
 
 
 def _base(model: nn.Module) -> nn.Module:
@@ -243,7 +276,10 @@ def _as_numbers(mask: Tensor | None) -> Tensor | None:
 
 
 def _same(x: Tensor, other: Tensor | None) -> bool:
-    """Whether both are the same values in memory, also where one was detached from the other."""
+    """Whether both are the same values in memory, also where one was detached from the other, or
+    is (S, B, K) of (B, S, K).
+    """
     if x is other or other is None or torch.compiler.is_compiling():
         return x is other
-    return x.shape == other.shape and x.data_ptr() == other.data_ptr() != 0
+    turned = x.ndim == other.ndim == 3 and x.shape == other.transpose(0, 1).shape
+    return (turned or x.shape == other.shape) and x.data_ptr() == other.data_ptr() != 0

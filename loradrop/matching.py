@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from loradrop.config import LoRAConfig, pattern_matches
-from loradrop.layers import is_extensible, is_patched, shape_of
+from loradrop.layers import is_extensible, is_patched, keeps_rows, shape_of
 from loradrop.scores import layer_of, stem_of
 from loradrop.wrapped import modules_of
 
@@ -89,6 +89,8 @@ def _adaptable(
         why = _obstacle(model, name, module, owners)
         if why is None and config.rank(name) > min(k, n):
             why = f"is narrower than r={config.rank(name)}"
+        if why is None and not keeps_rows(module):
+            why = "does not return (..., N), as a router"
         if why is None and _in_mamba(model, name) and not name.endswith("in_proj"):
             why = "is read by Mamba's kernels, which would pass its adapter by"
         if why is None or is_patched(module):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,11 +37,13 @@ class NativeFile(NamedTuple):
 
     bank      the bank's tensors by their names in its state dict, those of pairs as "A.0"
     trained   the base tensors trained whole, by their names in the model
+    tied      as `Adapters` has it
     """
 
     plan: Plan
     bank: dict[str, Tensor]
     trained: dict[str, Tensor]
+    tied: Mapping[str, Sequence[str]] | None = None
 
 
 @of_inner
@@ -71,6 +74,8 @@ def write(adapters: Adapters, path: str | os.PathLike[str]) -> None:
     text, schema = json.dumps(plan), str(plan["schema"])
     metadata = {"format": "pt", "loradrop_schema": schema, "plan": text}
     metadata["sha256"] = _checksum(tensors, text)
+    if adapters.tied is not None:
+        metadata["tied"] = json.dumps(adapters.tied)
     write_tensors(Path(path) / TENSORS, tensors, metadata)
     write_json(Path(path) / PLAN, plan)
 
@@ -129,7 +134,8 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
         if not agrees:
             why = "(an interrupted save, or edited); the header counts"
             _log.warning("%s is not the plan in the header of %s %s", beside, file, why)
-    return NativeFile(plan, _part(tensors, _BANK), _part(tensors, _TRAINED))
+    tied = json.loads(metadata["tied"]) if "tied" in metadata else None
+    return NativeFile(plan, _part(tensors, _BANK), _part(tensors, _TRAINED), tied)
 
 
 def holds_other(folder: Path, adapters: Adapters) -> bool:

@@ -205,6 +205,44 @@ def test_all_linear_names_the_experts_that_it_leaves_out(caplog: pytest.LogCaptu
     assert "layers.1.mlp.experts.down_proj (each is one parameter of all experts" in caplog.text
 
 
+class Router(nn.Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        return super().forward(x).softmax(-1).topk(1)
+
+
+class Scaled(nn.Linear):
+    """A linear map, which counts its calls."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return 2 * super().forward(x)
+
+
+class Picky(nn.Linear):
+    def forward(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+        return scale * super().forward(x)
+
+
+def test_all_linear_leaves_out_what_makes_no_rows(caplog: pytest.LogCaptureFixture) -> None:
+    """By trying it without values: what cannot be tried stays."""
+    model = nn.Module()
+    model.router, model.scaled = Router(WIDTH, WIDTH), Scaled(WIDTH, WIDTH)
+    model.picky = Picky(WIDTH, WIDTH)
+    bank = loradrop.inject(model, config(target_modules="all-linear"))
+    assert names(bank) == ["scaled", "picky"] and float(model.scaled.calls) == 0
+    assert "router (each does not return (..., N), as a router)" in caplog.text
+    model = nn.Sequential(Router(WIDTH, WIDTH))
+    loradrop.inject(model, config(target_modules=["0"]))
+    with pytest.raises(
+        TypeError, match=r"^0, a Router, made a topk of .*exclude_modules=\['0'\]"
+    ):
+        model(torch.randn(2, WIDTH))
+
+
 def test_a_sharded_model(tmp_path: Path) -> None:
     """Its adapters would not be sharded, nor their gradients summed."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)

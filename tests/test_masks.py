@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import build, t5, wake
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -27,7 +28,7 @@ LABELS = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(3)
         ((2, 3), MASK),
         ((3, 2), MASK.T),
         ((6,), MASK.flatten()),
-        ((1, 6), MASK.reshape(1, 6)),
+        ((1, 6), None),  # DeBERTa's relative positions
         ((2, 2), None),
         ((2,), None),
         ((4, 3), None),
@@ -161,6 +162,11 @@ def bart() -> Any:
     return build("BartForConditionalGeneration", "BartConfig", **sizes)
 
 
+def wake_all(model: Any, names: list[str]) -> None:
+    for B in loradrop.inject(model, loradrop.LoRAConfig(r=4, lora_alpha=4, target_modules=names)).B:
+        torch.nn.init.normal_(B)
+
+
 def probed(model: Any, **inputs: Tensor) -> loradrop.Scores:
     return loradrop.probe(model, [{"input_ids": IDS, "labels": LABELS, **inputs}])
 
@@ -223,6 +229,64 @@ def test_a_decoder_without_a_mask_leaves_out_its_padding(make: Any, given: str) 
     assert dict(found) == pytest.approx(dict(wanted), rel=1e-9)
     every = loradrop.probe(model, [batch | {"decoder_attention_mask": torch.ones(2, 6)}])
     assert max(every[name] / found[name] for name in found) > 1.2
+
+
+def test_a_part_for_images_has_no_mask_of_the_text() -> None:
+    """Also where the image has as many patches as the text has tokens."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes["intermediate_size"] = 48
+    image = {**sizes, "image_size": 24, "patch_size": 8}  # 9 patches, and the class
+    text = {**sizes, "vocab_size": 50, "max_position_embeddings": 32, "eos_token_id": 2}
+    model = build("CLIPModel", "CLIPConfig", text_config=text, vision_config=image)
+    wake_all(model, ["q_proj", "v_proj"])
+    pixels = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+
+    def found(tokens: int) -> loradrop.Scores:
+        ids = torch.nn.functional.pad(IDS, (0, tokens - 6))
+        mask = torch.nn.functional.pad(REAL, (0, tokens - 6))
+        batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+        return loradrop.probe(model, [batch])
+
+    assert dict(found(10)) == pytest.approx(dict(found(12)), rel=1e-4)
+
+
+def test_relative_positions_are_no_tokens() -> None:
+    """DeBERTa's (1, 2·span) of them, also where a batch has as many tokens."""
+    sizes = {"intermediate_size": 48, "max_position_embeddings": 32, "type_vocab_size": 0}
+    sizes |= {"position_buckets": 6, "relative_attention": True, "share_att_key": True}
+    sizes |= {"pos_att_type": "p2c|c2p", "position_biased_input": False}
+    model = build("DebertaV2Model", "DebertaV2Config", **sizes)
+    wake_all(model, ["query_proj", "key_proj"])
+    seen = set[tuple[int, ...]]()
+    key = model.encoder.layer[0].attention.self.key_proj
+    key.register_forward_pre_hook(lambda _, args: seen.add(tuple(args[0].shape[:-1])))
+    short = loradrop.probe(model, [{"input_ids": IDS, "attention_mask": REAL}])
+    assert seen == {(2, 6), (1, 12)}
+    longer = [torch.nn.functional.pad(of, (0, 1)) for of in (IDS, REAL)]
+    long = loradrop.probe(model, [{"input_ids": longer[0], "attention_mask": longer[1]}])
+    assert dict(short) == pytest.approx(dict(long), rel=1e-4)
+
+
+def test_between_encoder_and_decoder_are_the_encoder_s_tokens() -> None:
+    sizes = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes["intermediate_size"] = 48
+    encoder = transformers.BertConfig(hidden_size=32, **sizes)
+    decoder = transformers.BertConfig(
+        hidden_size=16, is_decoder=True, add_cross_attention=True, **sizes
+    )
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
+    config.decoder_start_token_id, config.pad_token_id = 1, 0
+    torch.manual_seed(0)
+    model = transformers.EncoderDecoderModel(config).eval()
+    wake_all(model, ["enc_to_dec_proj"])
+    masks = {"attention_mask": REAL, "decoder_attention_mask": torch.ones_like(REAL)}
+    found = probed(model, **masks)["enc_to_dec_proj"]
+    rows: list[Tensor] = []
+    model.enc_to_dec_proj.register_forward_hook(lambda _, args, y: rows.append(args[0]))
+    probed(model, **masks)
+    (A,), (B,) = model.lora_bank.A, model.lora_bank.B
+    norms = (rows[0] @ A.T @ B.T).square().sum(-1)
+    assert found == pytest.approx(float((norms * REAL).sum()), rel=1e-4)
 
 
 def test_a_pooler_counts_whole_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

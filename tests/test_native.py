@@ -1,7 +1,9 @@
 """Native files: every tensor once, bit for bit, and damage has a name."""
 
+import copy
 import json
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 import loradrop
 from loradrop import LoRAConfig, Plan
+from loradrop.adapter_bases import load_base
 from loradrop.bank import has_bank
 from loradrop.files import read_json, write_json
 from loradrop.injection import injection_of, plan_of
@@ -51,6 +54,39 @@ def test_a_pattern_without_effect_does_not_stop_a_load(tmp_path: Path) -> None:
     loradrop.save(model, tmp_path)
     found = loaded(tmp_path)
     assert same(found, model) and injection_of(found).config == injection_of(model).config
+
+
+@pytest.mark.parametrize("ties", [True, False], ids=["saved tied", "saved apart"])
+def test_what_is_tied_otherwise_than_as_it_was_saved(ties: bool, tmp_path: Path) -> None:
+    """One value would go into both, or only into one of them."""
+
+    def base(tied: bool) -> Any:
+        model = llama(tie_word_embeddings=True)
+        if not tied:
+            model.model.embed_tokens = copy.deepcopy(model.model.embed_tokens)
+        return model
+
+    model = models.adapt(base(ties), modules_to_save=["embed_tokens"])
+    loradrop.save(model, tmp_path)
+    assert same(loaded(tmp_path, base(ties)), model)
+    name = r"lm_head\.weight {} the same tensor as model\.embed_tokens\.weight"
+    refused(name.format("was" if ties else "is"), tmp_path, found := base(not ties))
+    remedy = "tie them as they were, (.*)" if ties else r"first \((.*), and of"
+    with pytest.raises(ValueError) as refusal:
+        loradrop.load(found, tmp_path)
+    told = re.search(remedy, str(refusal.value))
+    assert told is not None
+    exec(told[1], {"model": found, "copy": copy})
+    torch.testing.assert_close(outputs(loaded(tmp_path, found)), outputs(model))
+
+
+def test_a_base_is_untied_for_an_adapter_that_was_saved_apart(tmp_path: Path) -> None:
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    model = type(llama()).from_pretrained(tmp_path / "base").eval()
+    model.model.embed_tokens = copy.deepcopy(model.model.embed_tokens)
+    loradrop.save(models.adapt(model, modules_to_save=["embed_tokens"]), tmp_path / "adapter")
+    found, _ = load_base(tmp_path / "adapter")
+    torch.testing.assert_close(outputs(loaded(tmp_path / "adapter", found)), outputs(model))
 
 
 class TestRoundTrip:
@@ -112,7 +148,7 @@ class TestRoundTrip:
         again, found = tmp_path / "again", loaded(tmp_path)
         assert plan_of(found) == plan
         loradrop.save(found, again)
-        (plan, bank, saved), (same_plan, same_bank, same_saved) = read(tmp_path), read(again)
+        (plan, bank, saved, _), (same_plan, same_bank, same_saved, _) = read(tmp_path), read(again)
         tensors, same_tensors = bank | saved, same_bank | same_saved
         assert plan == same_plan and tensors.keys() == same_tensors.keys()
         assert all(torch.equal(tensors[key], same_tensors[key]) for key in tensors)

@@ -10,7 +10,19 @@ from typing import Any, ClassVar
 import models
 import pytest
 import torch
-from models import Make, Options, adapt, assert_same, bert, fill, llama, outputs, share, snapshot
+from models import (
+    IDS,
+    Make,
+    Options,
+    adapt,
+    assert_same,
+    bert,
+    fill,
+    llama,
+    outputs,
+    share,
+    snapshot,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -46,6 +58,25 @@ def reload(model: nn.Module, path: Path, **options: Any) -> nn.Module:
     found = peft.PeftModel.from_pretrained(base, str(path)).eval()
     torch.testing.assert_close(outputs(found), outputs(model), **RIGHT)
     return found
+
+
+def test_parts_of_a_head_that_peft_saves_whole(tmp_path: Path) -> None:
+    """As `loradrop train` names them, where a checkpoint has no head; PEFT would wrap both."""
+    parts = ["classifier.dense", "classifier.out_proj"]
+    reload(adapt(models.roberta(), modules_to_save=parts), tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["modules_to_save"] is None
+
+
+def test_a_head_around_one_that_peft_saves_whole(tmp_path: Path) -> None:
+    """BigBird's `qa_classifier` has `qa_outputs` in it, which the task would wrap again."""
+    sizes = {"intermediate_size": 48, "max_position_embeddings": 32}
+    sizes["attention_type"] = "original_full"
+    model = adapt(models.build("BigBirdForQuestionAnswering", "BigBirdConfig", **sizes), r=2)
+    export(model, tmp_path)
+    told = json.loads((tmp_path / CONFIG).read_text())
+    assert (told["task_type"], told["modules_to_save"]) == (None, ["qa_classifier"])
+    report = loradrop.verify(model, tmp_path, [{"input_ids": IDS}])
+    assert report.ok, report.table()
 
 
 @pytest.mark.parametrize("make", [bert, llama, models.gpt2], ids=["bert", "llama", "gpt2"])

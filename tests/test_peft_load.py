@@ -161,6 +161,15 @@ def test_tied_tensors_that_peft_kept_tied(tmp_path: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_tied_tensors_that_peft_could_not_keep_tied(tmp_path: Path) -> None:
+    """Asked to, it warns of a GPT-2 and trains a copy of one."""
+    options = {"target_modules": ["c_attn"], "modules_to_save": ["wte"]}
+    with pytest.warns(UserWarning, match="no tied modules"):
+        saved(tmp_path, models.gpt2, **options, ensure_weight_tying=True)
+    with pytest.raises(ValueError, match="untie them first"):
+        loradrop.load(models.gpt2(), tmp_path)
+
+
 def load_as_told(model: Any, adapter: Path) -> None:
     """`load`, which refuses a tied model, once what the refusal says is done."""
     with pytest.raises(ValueError, match="untie them first") as refusal:

@@ -210,6 +210,7 @@ def test_the_length_is_that_of_the_data_within_what_the_model_takes(encoder, cap
     (message,) = [text for text in caplog.messages if "cut" not in text]
     assert message == "data.max_length=20 is beyond the 16 positions that the model was made for"
     assert lengths(None, limits(20, 1)) == [4, 11, 18]
+    assert lengths(None, limits(known=-1)) == [4, 11, 22]  # XLNet's: no limit
     assert lengths(None, limits(known=10)) == [4, 10, 10]
     assert caplog.messages[-1] == "2 of 3 rows are cut at 10 tokens (the longest has 22)"
     for max_length, model, taken in ((20, limits(20, 1), 18), (33, limits(), 32), (33, None, 32)):

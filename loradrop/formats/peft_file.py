@@ -187,17 +187,23 @@ def layout_of(
     once = [name for name in modules_of(model) if name in every]  # as PEFT walks for targets
     reasons, weights = [], packed(model)
     for task in dict.fromkeys((task_of(model)[0], None)):  # a task may save too much whole
-        wanted = [*saved, *HEADS.get(task or "", ())]
+        of_task = HEADS.get(task or "", ())
+        whole = [name for name in every if name.endswith(tuple(of_task))]
+        own = [m for m in saved if not any(m != w and inside(m, w) for w in whole)]
+        wanted = [*own, *of_task]
         wrapped = [name for name in every if name.endswith(tuple(wanted))]
+        if nested := [n for n in wrapped if any(n != w and inside(n, w) for w in wrapped)]:
+            reasons.append(f"it saves {nested[0]} whole, and what that is in, too")
+            continue
         spelled = _spelling(once, targets, wanted)
         within = [t for t in targets if any(inside(t, w) for w in wrapped)]
         if within or spelled is None:
-            target, whole = (within or targets)[0], ", ".join(wanted)
+            target = (within or targets)[0]
             also = [key for key in trained if inside(key, target)]  # as its bias
             reasons.append(
                 f"{also[0]} is trained too, and it saves that with all of {target} alone"
                 if also
-                else f"it saves whole what ends in {whole}, {target} too"
+                else f"it saves whole what ends in {', '.join(wanted)}, {target} too"
             )
             continue
         tensors = [key for key in state if any(inside(key, w) for w in wrapped)]
@@ -211,7 +217,7 @@ def layout_of(
                     f"peft cannot save {twin} apart from {key}, which is the same tensor: name the "
                     f"modules of both in modules_to_save, or {instead}"
                 )
-        return Layout(task, spelled, saved, tensors)
+        return Layout(task, spelled, own, tensors)
     raise ValueError(f"peft cannot adapt these targets: {reasons[-1]}. Instead, {instead}")
 
 

@@ -246,12 +246,12 @@ def require_untied(
 
 
 def is_apart(key: str, options: Mapping[str, Any]) -> bool:
-    """Whether PEFT trains a copy of the base's tensor `key`, apart from what is tied to it, by the
-    `options` of its configuration: in modules_to_save, unless ensure_weight_tying is set.
+    """Whether PEFT trains a copy of the base's tensor `key`, by the `options` of its configuration:
+    in modules_to_save. It is apart from what is tied to it, unless the file has that too, as where
+    PEFT does what ensure_weight_tying asks; it cannot in every model.
     """
     ends = tuple(options.get("modules_to_save") or ())
-    wrapped = any(module.endswith(ends) for module in _parents(key))
-    return wrapped and not options.get("ensure_weight_tying")
+    return any(module.endswith(ends) for module in _parents(key))
 
 
 def _saved_modules(state: Mapping[str, Tensor], trained: Iterable[str]) -> list[str]:

@@ -176,7 +176,7 @@ def _positions(model: Any) -> float:
 
 def _trained_positions(model: Any) -> float:
     known = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return float("inf") if known is None else known
+    return float("inf") if known is None or known <= 0 else known  # -1 is XLNet's: no limit
 
 
 def _check_vocabulary(rows: Sequence[Mapping[str, Any]], tokenizer: Any, model: Any) -> None:
