@@ -1,5 +1,6 @@
 """Merged exports: plain models with the same logits, read back; the adapted model stays."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,17 @@ class TestMerged:
         assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
         name = "model.layers.0.self_attn.q_proj.weight"
         assert torch.equal(model.get_parameter(name), other[name])
+
+    def test_of_an_embedding_that_would_be_tied_again(self, tmp_path: Path) -> None:
+        model = models.t5()
+        model.shared = copy.deepcopy(model.shared)
+        model.config.tie_word_embeddings = False
+        adapt(model, target_modules=["q"], modules_to_save=["shared"])
+        with torch.no_grad():
+            model.shared.weight.add_(1.0)
+        with pytest.raises(ValueError, match=r"leaves out \w+\.embed_tokens\.weight, which"):
+            export(model, tmp_path, "merged")
+        assert not [*tmp_path.iterdir()]
 
     def test_of_weights_that_are_fused_in_the_file(self, tmp_path: Path) -> None:
         """As transformers saves what it splits when it loads: no tensor there is the weight."""

@@ -68,6 +68,7 @@ def save_merged(model: nn.Module, folder: Path, restore: bool = True) -> None:
         state = base_state(model)
         weights = {key: state[key] for key in targets}
         _require_written(Path(draft), weights, model)
+        _require_apart(Path(draft), state, model)
         files = [file for file in Path(draft).rglob("*") if file.is_file()]
         new = {file: folder / file.relative_to(draft) for file in files}
         wholes, places = set(map(_whole, new.values())), {place.parent for place in new.values()}
@@ -135,6 +136,23 @@ def _require_written(folder: Path, weights: Mapping[str, Tensor], model: nn.Modu
             "given, so the file would be the base model without its adapters: call "
             "loradrop.merge(model), and save the model that this leaves"
         )
+
+
+def _require_apart(folder: Path, state: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Raises ValueError where the file leaves out a tensor that `from_pretrained` ties to another
+    one, and here the two differ: one was trained apart.
+    """
+    ties: Any = getattr(model, "_tied_weights_keys", None)
+    written = {key for file in folder.rglob("*.safetensors") for key in load_file(file)}
+    for key, source in ties.items() if isinstance(ties, Mapping) else ():
+        if key in written or key not in state or source not in state:
+            continue
+        if not same(state[key], state[source]):
+            raise ValueError(
+                f"the save_pretrained of {type(model).__name__} leaves out {key}, which would be "
+                f"{source} when it is loaded, and they are trained apart here: loradrop.save the "
+                "adapters, or export them as PEFT"
+            )
 
 
 def _loads_back(folder: Path, weights: Mapping[str, Tensor], model: Any) -> bool:
