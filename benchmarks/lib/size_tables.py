@@ -29,6 +29,7 @@ SUMMARY_ARMS = {  # and their sizes
     "LoRA r=8, cut to 1/8": "1/8",
     "spectral, 1/8": "1/8",
     SMALL: "1/8",
+    "spectral, 1/16": "1/16",
 }
 DROP = "LoRA-drop, 1/2"  # what its ablations are compared with, and what those are called
 ABLATIONS = {
