@@ -117,8 +117,9 @@ class TokenMasks:
         self._encoded = encoded if isinstance(encoded, Tensor) else None
 
     def _leave_encoder(self, _: nn.Module, __: Any, output: Any) -> None:
-        states = output[0] if isinstance(output, Sequence | Mapping) and len(output) else output
-        self._encoder_gave = states if isinstance(states, Tensor) else None
+        parts = list(output.values()) if isinstance(output, Mapping) else output
+        first = parts[0] if isinstance(parts, tuple | list) and parts else parts
+        self._encoder_gave = first if isinstance(first, Tensor) else None
 
     def forget(self) -> None:
         """Let go of what the last forward pass computed."""
