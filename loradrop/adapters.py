@@ -19,7 +19,7 @@ from loradrop.injection import (
 )
 from loradrop.plan import Plan
 from loradrop.ranks import full_tensor, is_sharded
-from loradrop.wrapped import tensors_of
+from loradrop.wrapped import names_by_tensor, tensors_of
 
 _log = logging.getLogger(__name__)
 
@@ -87,9 +87,7 @@ def tied_in(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]] | No
     state = tensors_of(model, keep_vars=True)
     if any(tensor.is_meta for tensor in state.values()):
         return None
-    by_tensor: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        by_tensor.setdefault(id(tensor), []).append(name)
+    by_tensor = names_by_tensor(state)
     found = {name: by_tensor[id(state[name])] for name in names if name in state}
     return {name: [o for o in all if o != name] for name, all in found.items() if len(all) > 1}
 

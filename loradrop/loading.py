@@ -124,12 +124,10 @@ def _require_tied_alike(model: nn.Module, file: NativeFile, path: Any) -> None:
         return
     for name in file.trained:
         now, then = set(here.get(name, ())), set(file.tied.get(name, ()))
-        place = name.rpartition(".")[0]
         if more := sorted(now - then):
             raise ValueError(
                 f"{more[0]} is the same tensor as {name} in this model, and was apart where {path} "
-                f"was saved: untie them first (model.{place} = copy.deepcopy(model.{place}), and "
-                "of a model of transformers model.config.tie_word_embeddings = False)"
+                f"was saved: {peft_load.how_to_untie(name)}"
             )
         if less := sorted(then - now):
             raise ValueError(

@@ -6,7 +6,7 @@ of the model alone.
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -118,6 +118,14 @@ def embedding_names(model: nn.Module) -> list[str]:
     """The names of its weight, also those of what is tied to it."""
     weight = getattr(embedding_of(model), "weight", None)
     return [name for name, t in tensors_of(model, keep_vars=True).items() if t is weight]
+
+
+def names_by_tensor(state: Mapping[str, Tensor]) -> dict[int, list[str]]:
+    """The id of each tensor -> its names: several where it is tied."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return names
 
 
 def parameters_of(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,8 @@ def save_merged(model: nn.Module, folder: Path, restore: bool = True) -> None:
             save_pretrained(model, draft, save_original_format=False)
         state = base_state(model)
         weights = {key: state[key] for key in targets}
-        _require_written(Path(draft), weights, model)
-        _require_apart(Path(draft), state, model)
+        written = _require_written(Path(draft), weights, model)
+        _require_apart(written, state, model)
         files = [file for file in Path(draft).rglob("*") if file.is_file()]
         new = {file: folder / file.relative_to(draft) for file in files}
         wholes, places = set(map(_whole, new.values())), {place.parent for place in new.values()}
@@ -118,8 +118,8 @@ def _parts(weight: Any) -> list[Tensor]:
     return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
 
 
-def _require_written(folder: Path, weights: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Reads back what was saved. Raises ValueError unless each of the weights is in it."""
+def _require_written(folder: Path, weights: Mapping[str, Tensor], model: nn.Module) -> set[str]:
+    """The names of what was saved. Raises ValueError unless each of the weights reads back."""
     files = map(load_file, folder.rglob("*.safetensors"))
     written = [pair for file in files for pair in file.items()]
 
@@ -136,14 +136,14 @@ def _require_written(folder: Path, weights: Mapping[str, Tensor], model: nn.Modu
             "given, so the file would be the base model without its adapters: call "
             "loradrop.merge(model), and save the model that this leaves"
         )
+    return {name for name, _ in written}
 
 
-def _require_apart(folder: Path, state: Mapping[str, Tensor], model: nn.Module) -> None:
-    """Raises ValueError where the file leaves out a tensor that `from_pretrained` ties to another
-    one, and here the two differ: one was trained apart.
+def _require_apart(written: Set[str], state: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Raises ValueError where what is `written` leaves out a tensor that `from_pretrained` ties to
+    another one, and here the two differ: one was trained apart.
     """
     ties: Any = getattr(model, "_tied_weights_keys", None)
-    written = {key for file in folder.rglob("*.safetensors") for key in load_file(file)}
     for key, source in ties.items() if isinstance(ties, Mapping) else ():
         end = ".".join(key.split(".")[-2:])  # a class may rename what is around it as it saves
         if any(name.endswith(end) for name in written) or not {key, source} <= state.keys():

@@ -31,7 +31,7 @@ from loradrop.pairs import tensors_of
 from loradrop.plan import Plan
 from loradrop.ranks import full_tensor
 from loradrop.scores import Assignment, Target
-from loradrop.wrapped import modules_of
+from loradrop.wrapped import modules_of, names_by_tensor
 
 _log = logging.getLogger(__name__)
 _BASE = ".base_layer."  # in the name of what PEFT trains of a layer that it adapts, as its bias
@@ -228,21 +228,26 @@ def require_untied(
     """Raises ValueError for a tensor that the model has under two names, and the file with two
     values or, where PEFT trained it apart by the options `of_peft`, under one name.
     """
-    names: dict[int, list[str]] = {}
-    for name, tensor in state.items():
-        names.setdefault(id(tensor), []).append(name)
+    names = names_by_tensor(state)
     for name, value in trained.items():
         for twin in names[id(state[name])] if name in state else ():
             other = trained.get(twin)
             alone = other is None and is_apart(name, of_peft)
             if alone or (other is not None and not torch.equal(other, value)):
                 one, two = (twin, name) if is_apart(twin, of_peft) else (name, twin)
-                place = one.rpartition(".")[0]
                 raise ValueError(
                     f"{one} is the same tensor as {two} in this model, and PEFT trained it "
-                    f"apart: untie them first (model.{place} = copy.deepcopy(model.{place}), and "
-                    "of a model of transformers model.config.tie_word_embeddings = False)"
+                    f"apart: {how_to_untie(one)}"
                 )
+
+
+def how_to_untie(name: str) -> str:
+    """What to do so that the tensor is tied to nothing."""
+    place = name.rpartition(".")[0]
+    return (
+        f"untie them first (model.{place} = copy.deepcopy(model.{place}), and of a model of "
+        "transformers model.config.tie_word_embeddings = False)"
+    )
 
 
 def is_apart(key: str, options: Mapping[str, Any]) -> bool:

@@ -144,7 +144,7 @@ def _launch(
     device = next(tensor.get_device() for tensor in tensors if tensor is not None)
 
     def again(*tensors: Tensor | None) -> None:
-        given: list[Any] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        given: list[Any] = [*map(_pointer, tensors)]
         for i, form in enumerate(forms):
             given[i] = None if form is None else (given[i], *form)
         operands = dict(zip(names, given, strict=True))
