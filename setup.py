@@ -21,7 +21,10 @@ def read(name: str) -> str:
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-WINGS = ("op", "methods", "text", "formats", "report", "measuring", "integrations")
+WINGS = (
+    "op", "methods", "spectral", "training", "formats", "integrations", "command", "text", "report",
+    "measuring",
+)  # fmt: skip
 packages = ["loradrop", *(f"loradrop.{wing}" for wing in WINGS)]
 if any((ROOT / "loradrop" / "kernels").glob("*.py")):  # a link to ../kernels
     packages.append("loradrop.kernels")
@@ -65,6 +68,6 @@ setup(
             *("ninja", "pybind11", "pandas", *SITE, *NOTEBOOKS),
         ],
     },
-    entry_points={"console_scripts": ["loradrop = loradrop.cli:main"]},
+    entry_points={"console_scripts": ["loradrop = loradrop.command.cli:main"]},
     **extension,
 )

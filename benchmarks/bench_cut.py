@@ -34,12 +34,12 @@ from lib.tasks import (
     write_cells,
 )
 from loradrop import fit, load, probe, save, truncate
-from loradrop.allocation import allocate
 from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.files import read_json
 from loradrop.injection import injection_of
 from loradrop.scores import Assignment
-from loradrop.spectra import spectrum
+from loradrop.spectral.allocation import allocate
+from loradrop.spectral.spectra import spectrum
 from loradrop.text.tokens import TokenizedDataset
 
 RESULT = RESULTS / "cpu" / "bench_cut.json"

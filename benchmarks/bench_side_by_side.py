@@ -29,9 +29,9 @@ from transformers import TrainerCallback, trainer
 
 from lib import RESULTS, ROOT
 from lib.environment import environment, facts
-from loradrop.base_models import resolve_model
+from loradrop.command.base_models import resolve_model
+from loradrop.command.run_config import MINILM
 from loradrop.files import read_json, write_json
-from loradrop.run_config import MINILM
 
 OUT = RESULTS / "cpu" / "bench_side_by_side.json"
 EXAMPLES, PEFT = ROOT / "examples", ROOT / "benchmarks" / "side_by_side"

@@ -23,13 +23,13 @@ from lib import RESULTS, ROOT
 from lib.size_picture import draw
 from lib.study import ALONE, ALPHA, OF_HEAD, Arm, Cell, Study
 from lib.tasks import SETTINGS, Prepared, Tasks
-from loradrop.allocation import allocate
 from loradrop.injection import injection_of
 from loradrop.loading import load
 from loradrop.methods import LoRA, LoRADrop, Spectral
 from loradrop.native import save
 from loradrop.probing import probe
-from loradrop.spectra import spectrum
+from loradrop.spectral.allocation import allocate
+from loradrop.spectral.spectra import spectrum
 from loradrop.text.tokens import TokenizedDataset
 from loradrop.truncation import truncate
 

@@ -67,7 +67,7 @@ def commands() -> str:
     """Every command with its arguments and options, as the command itself knows them."""
     import typer
 
-    from loradrop.cli import app
+    from loradrop.command.cli import app
 
     parts = []
     for name, command in typer.main.get_command(app).commands.items():

@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any
 from loradrop._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from loradrop.allocation import allocate as allocate
-    from loradrop.any_trainer import LoraDropCallback as LoraDropCallback
-    from loradrop.averaging import keep_whole as keep_whole
     from loradrop.bank import AdapterBank as AdapterBank
     from loradrop.config import LoRAConfig as LoRAConfig
     from loradrop.config import LoraDropConfig as LoraDropConfig
@@ -40,31 +37,31 @@ if TYPE_CHECKING:
     from loradrop.scores import Target as Target
     from loradrop.selection import select as select
     from loradrop.sharing import share as share
-    from loradrop.spectra import Spectrum as Spectrum
-    from loradrop.spectra import spectrum as spectrum
+    from loradrop.spectral.allocation import allocate as allocate
+    from loradrop.spectral.spectra import Spectrum as Spectrum
+    from loradrop.spectral.spectra import spectrum as spectrum
     from loradrop.surgery import disabled as disabled
     from loradrop.surgery import inject as inject
     from loradrop.surgery import remove as remove
     from loradrop.text.task import DataConfig as DataConfig
     from loradrop.text.task import load_task as load_task
-    from loradrop.training import fit as fit
+    from loradrop.training.any_trainer import LoraDropCallback as LoraDropCallback
+    from loradrop.training.averaging import keep_whole as keep_whole
+    from loradrop.training.fit import fit as fit
     from loradrop.truncation import truncate as truncate
 
 _NAMES = {
-    "allocation": "allocate",
-    "averaging": "keep_whole",
     "bank": "AdapterBank",
-    "any_trainer": "LoraDropCallback",
     "config": "LoRAConfig LoraDropConfig TrainConfig",
     "formats.check": "verify",
     "formats.in_memory": "AdapterTensors adapter_tensors",
-    "native": "save",
     "formats.peft": "export",
     "integrations.peft": "accelerate_peft restore_peft",
     "layers": "LoRALinear",
     "loading": "load",
     "merging": "merge",
     "methods": "LoRA LoRADrop Method Spectral",
+    "native": "save",
     "op.linear": "lora_add lora_linear",
     "optimizers": "parameter_groups",
     "plan": "Plan",
@@ -72,10 +69,13 @@ _NAMES = {
     "scores": "Scores Target",
     "selection": "select",
     "sharing": "share",
-    "spectra": "Spectrum spectrum",
+    "spectral.allocation": "allocate",
+    "spectral.spectra": "Spectrum spectrum",
     "surgery": "disabled inject remove",
     "text.task": "DataConfig load_task",
-    "training": "fit",
+    "training.any_trainer": "LoraDropCallback",
+    "training.averaging": "keep_whole",
+    "training.fit": "fit",
     "truncation": "truncate",
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names.split()}

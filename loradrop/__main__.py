@@ -2,7 +2,7 @@
 
 import sys
 
-from loradrop.cli import main
+from loradrop.command.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

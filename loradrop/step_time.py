@@ -4,10 +4,10 @@ import logging
 
 from torch import nn
 
-from loradrop.allocation import time_in_vain
 from loradrop.bank import bank_of
 from loradrop.injection import injection_of
 from loradrop.matching import inside
+from loradrop.spectral.allocation import time_in_vain
 from loradrop.wrapped import parameters_of
 
 _log = logging.getLogger(__name__)

@@ -7,12 +7,12 @@ from typing import Any
 from torch import nn
 
 from loradrop.bank import bank_of
-from loradrop.cuts import decide
 from loradrop.injection import injection_of, plan_of, require_adapted, require_own, require_unmerged
 from loradrop.optimizers import MOMENTS, follow, groups_of, plain, unprojectable
 from loradrop.options import check_choice
 from loradrop.pairs import LoRABank
-from loradrop.spectra import METRICS
+from loradrop.spectral.cuts import decide
+from loradrop.spectral.spectra import METRICS
 from loradrop.wrapped import of_inner
 
 _log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from run_cases import write_model, write_table
 
-from loradrop.cli import main
+from loradrop.command.cli import main
 
 Capsys = pytest.CaptureFixture[str]
 

@@ -2,7 +2,7 @@
 
 from torchrun import leave
 
-from loradrop.cli import main
+from loradrop.command.cli import main
 from loradrop.machine import in_group
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 from cli_cases import Capsys, adapter, command, fails, python, work, works
 from safetensors import SafetensorError
 
-from loradrop.cli import main
+from loradrop.command.cli import main
 from loradrop.methods import available
 
 __all__ = ["adapter", "work"]  # fixtures
@@ -84,15 +84,15 @@ def test_interrupted_says_how_to_go_on(capsys: Capsys, monkeypatch: pytest.Monke
     for arguments in (("train", "name=a b"), ("train", "name=a b", "--resume")):
         status, _, err = command(capsys, *arguments)
         assert (status, err.splitlines()[-1]) == (130, f"loradrop: interrupted: {again}")
-    monkeypatch.setattr("loradrop.compression.open_adapter", interrupt)
+    monkeypatch.setattr("loradrop.command.compression.open_adapter", interrupt)
     status, _, err = command(capsys, "compress", "a", "data=stdlib", "--heal", 3, "--out", "no")
     assert status == 130 and err.endswith("--out no --resume continues from the last checkpoint\n")
     status, _, err = command(capsys, "compress", "a", "--out", "no")
     assert (status, err.splitlines()[-1]) == (130, "loradrop: interrupted")
-    monkeypatch.setattr("loradrop.run.measure", interrupt)
+    monkeypatch.setattr("loradrop.command.run.measure", interrupt)
     status, _, err = command(capsys, "probe", "data=stdlib", "--adapter", "a")
     assert (status, err.splitlines()[-1]) == (130, "loradrop: interrupted")
-    monkeypatch.setattr("loradrop.env.format_report", interrupt)
+    monkeypatch.setattr("loradrop.command.env.format_report", interrupt)
     assert command(capsys, "env") == (130, "", "loradrop: interrupted\n")
 
 
@@ -213,9 +213,9 @@ def test_methods(capsys: Capsys) -> None:
 
 def test_a_missing_file_is_said_before_training_is_loaded() -> None:
     code = (
-        "import sys; from loradrop.cli import main\n"
+        "import sys; from loradrop.command.cli import main\n"
         "assert main(['train', 'data=none.csv']) == 2\n"
-        "assert 'loradrop.training' not in sys.modules"
+        "assert 'loradrop.training.fit' not in sys.modules"
     )
     status, _, err = python("-c", code)
     assert status == 0 and err.startswith("loradrop: error: data.source='none.csv' does not exist")
@@ -237,7 +237,7 @@ def test_the_first_rank_prints(
 def test_help_and_usage_errors_import_nothing_heavy(arguments: list[str]) -> None:
     code = f"""
 import sys
-from loradrop.cli import main
+from loradrop.command.cli import main
 status = main({arguments!r})
 heavy = {{"torch", "transformers", "yaml", "numpy", "matplotlib", "jinja2"}} & set(sys.modules)
 sys.exit(str(heavy) if heavy else status)

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import loradrop
-from loradrop.adapter_bases import load_base, tokenizer_for
-from loradrop.cli import Dtype
+from loradrop.command.adapter_bases import load_base, tokenizer_for
+from loradrop.command.cli import Dtype
 from loradrop.config import DTYPES
 
 __all__ = ["adapter", "work"]  # fixtures

@@ -11,13 +11,13 @@ from torch.testing import assert_close
 
 import loradrop
 from loradrop import kept_cores
-from loradrop.allocation import allocate
 from loradrop.collector import Collector
-from loradrop.compensation import RIDGES, compensate, rise
 from loradrop.injection import plan_of
 from loradrop.kept_cores import KeptCores
 from loradrop.scores import Grams, Scores, Target
-from loradrop.spectra import ENOUGH, Spectrum, spectrum
+from loradrop.spectral.allocation import allocate
+from loradrop.spectral.compensation import RIDGES, compensate, rise
+from loradrop.spectral.spectra import ENOUGH, Spectrum, spectrum
 
 RANKS = (2, 0, 4, 1)
 WORLD = 2

@@ -15,14 +15,16 @@ from torch.testing import assert_close
 from training_runs import At, StopError, counting, stop
 
 import loradrop
-from loradrop import compression, native, training
-from loradrop.adapter_bases import load_base
-from loradrop.cli import main
-from loradrop.compression import HEALING, PAGE, SPECTRUM
+from loradrop import native
+from loradrop.command import compression
+from loradrop.command.adapter_bases import load_base
+from loradrop.command.cli import main
+from loradrop.command.compression import HEALING, PAGE, SPECTRUM
 from loradrop.formats.hub import CARD
 from loradrop.formats.peft_file import CONFIG, TENSORS, read
 from loradrop.plan_file import REPORT
 from loradrop.report.look import spread
+from loradrop.training import fit as training
 
 __all__ = ["adapter", "work"]  # fixtures
 

@@ -11,8 +11,8 @@ from transformers import AutoConfig
 
 import loradrop
 from loradrop import LoRAConfig
-from loradrop.base_models import without_weights
-from loradrop.counting import count, parameters
+from loradrop.command.base_models import without_weights
+from loradrop.command.counting import count, parameters
 from loradrop.methods import available
 from loradrop.methods.rasa import RaSA
 

@@ -19,9 +19,9 @@ from transformers import (
     BartForConditionalGeneration,
 )
 
-from loradrop.base_models import _require_causal, build, pad_with
-from loradrop.run import run
-from loradrop.run_config import read_config
+from loradrop.command.base_models import _require_causal, build, pad_with
+from loradrop.command.run import run
+from loradrop.command.run_config import read_config
 from loradrop.text.task import DataConfig, load_task
 from loradrop.text.tokens import tokenize
 

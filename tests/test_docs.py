@@ -98,7 +98,7 @@ def test_the_reference_reads_without_the_site(page: str) -> None:
 def test_the_reference_has_every_command(site: Path) -> None:
     from typer.main import get_command
 
-    from loradrop.cli import app
+    from loradrop.command.cli import app
 
     text = html.unescape((site / "reference" / "command.html").read_text(encoding="utf-8"))
     for name, command in get_command(app).commands.items():

@@ -7,7 +7,7 @@ import torch
 from cli_cases import Capsys, python, works
 
 import loradrop
-from loradrop import env
+from loradrop.command import env
 from loradrop.op import cuda
 
 

@@ -18,12 +18,12 @@ from transformers import EarlyStoppingCallback, Seq2SeqTrainingArguments, Traini
 
 import loradrop
 from loradrop import LoRAConfig, LoraDropConfig, fit
-from loradrop.arguments import train_config, training_arguments
-from loradrop.callbacks import MethodCallback
 from loradrop.injection import injection_of
 from loradrop.native import read
 from loradrop.scores import Scores
-from loradrop.trainer import LoRATrainer
+from loradrop.training.arguments import train_config, training_arguments
+from loradrop.training.callbacks import MethodCallback
+from loradrop.training.trainer import LoRATrainer
 
 CONFIGS = {"lora": tiny.PLAIN, "lora_drop": tiny.DROP, "prilora": tiny.CONFIGS["prilora"]}
 

@@ -228,7 +228,7 @@ def test_what_the_hub_refuses(adapted: Any, point: Any, tmp_path: Path) -> None:
 
 
 def test_the_command_pushes(adapted: Any, point: Any, tmp_path: Path) -> None:
-    from loradrop.cli import app
+    from loradrop.command.cli import app
 
     base = llama()
     base.save_pretrained(tmp_path / "base")

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 import loradrop
 from loradrop import LoRAConfig, Plan
-from loradrop.adapter_bases import load_base
 from loradrop.bank import has_bank
+from loradrop.command.adapter_bases import load_base
 from loradrop.files import read_json, write_json
 from loradrop.injection import injection_of, plan_of
 from loradrop.native import FOLDER, PLAN, TENSORS, read

@@ -13,13 +13,13 @@ import torch
 from every_method import EVERY, net
 
 from loradrop import LoRAConfig, LoRADrop, TrainConfig
+from loradrop.command.run_config import _build
 from loradrop.methods import Method
 from loradrop.methods.mos import MoS
 from loradrop.methods.nb_lora import NBLoRA
 from loradrop.methods.prilora import PRILoRA
 from loradrop.methods.vera import VeRA
 from loradrop.options import kinds_in
-from loradrop.run_config import _build
 
 if TYPE_CHECKING:
     from nowhere import Thing

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, default_data_collator
 
 from loradrop import LoRAConfig, Spectral, TrainConfig
 from loradrop.methods import LoRA, Method
-from loradrop.order import Onward
+from loradrop.training.order import Onward
 
 
 def stream(start: int, passes: int, rows: int = 7, seed: int = 3) -> list[int]:

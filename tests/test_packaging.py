@@ -70,7 +70,7 @@ def test_wheel(source: Path, tmp_path: Path) -> None:
     assert bounds == {">="}, "upper bounds belong into constraints.txt"
     assert metadata["Requires-Python"] == ">=3.11"
     scripts = wheel(tmp_path).read(f"{info}/entry_points.txt").decode()
-    assert "loradrop = loradrop.cli:main" in scripts
+    assert "loradrop = loradrop.command.cli:main" in scripts
 
 
 @pytest.mark.parametrize("kernels", [[], ["a_kernel.py"]], ids=["no kernels", "a kernel"])

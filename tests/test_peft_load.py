@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM
 
 import loradrop
 from loradrop import LoRA, LoRAConfig, LoraDropConfig
-from loradrop.adapter_bases import load_base
+from loradrop.command.adapter_bases import load_base
 from loradrop.formats.peft_file import PREFIX, TENSORS
 from loradrop.injection import injection_of, plan_of
 

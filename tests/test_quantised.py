@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import loradrop
 from loradrop import LoRAConfig, LoraDropConfig
-from loradrop.cli import main
+from loradrop.command.cli import main
 from loradrop.files import read_json
 from loradrop.plan_file import REPORT
 
@@ -415,7 +415,7 @@ def test_a_trainer_of_ones_own(tmp_path: Path) -> None:
     """It takes the model once it is told of adapters, and its checkpoints hold them."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    from loradrop.trainer import taken_as_adapted
+    from loradrop.training.trainer import taken_as_adapted
 
     llama(**WHOLE).save_pretrained(tmp_path / "base")
     options = {"quantization_config": LOADED["nf4"](), "device_map": "cpu"}

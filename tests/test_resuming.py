@@ -20,10 +20,12 @@ from training_runs import At, counting, interrupted, make_model, make_rows, outc
 from transformers import EarlyStoppingCallback, TrainingArguments
 
 import loradrop
-from loradrop import checkpoints, fit, native, run_folder, stages, trainer, training
+from loradrop import fit, native
 from loradrop.files import read_json, write_json
-from loradrop.run_folder import OPTIONS
 from loradrop.text.tokens import TokenizedDataset
+from loradrop.training import checkpoints, run_folder, stages, trainer
+from loradrop.training import fit as training
+from loradrop.training.run_folder import OPTIONS
 
 # --- killed at any moment ---------------------------------------------------------------------
 
@@ -74,7 +76,7 @@ def doomed(folder: Path, moment: str, name: str) -> None:
 def killed_and_resumed(folder: Path, moment: str, name: str) -> dict[str, Any]:
     """What the run of this name comes to."""
     context = multiprocessing.get_context("forkserver")  # it imports once, and has run nothing
-    context.set_forkserver_preload(["loradrop.training", "datasets"])
+    context.set_forkserver_preload(["loradrop.training.fit", "datasets"])
     process = context.Process(target=doomed, args=(folder, moment, name))
     process.start()
     process.join()

@@ -9,7 +9,7 @@ import pytest
 from run_cases import turn, write_model, write_table
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from loradrop.rows import rows_for
+from loradrop.command.rows import rows_for
 from loradrop.text.examples import Example, TextTask, renumbered
 from loradrop.text.task import DataConfig
 

@@ -19,16 +19,16 @@ from transformers import (
 )
 
 import loradrop
-from loradrop.adapter_bases import load_base
-from loradrop.base_models import build
-from loradrop.cli import main
+from loradrop.command.adapter_bases import load_base
+from loradrop.command.base_models import build
+from loradrop.command.cli import main
+from loradrop.command.run import measure, run, warm_up_run
+from loradrop.command.run_config import RunConfig, folder_of, read_config
 from loradrop.methods import available
 from loradrop.native import read
-from loradrop.run import measure, run, warm_up_run
-from loradrop.run_config import RunConfig, folder_of, read_config
-from loradrop.stages import Result
 from loradrop.text.task import load_task
 from loradrop.text.tokens import collator, tokenize
+from loradrop.training.stages import Result
 
 
 @pytest.fixture(scope="session")
@@ -283,7 +283,7 @@ def test_other_ranks_than_the_first_write_nothing_of_the_run(
     bert: str, table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("loradrop.run.is_first_rank", lambda: False)
+    monkeypatch.setattr("loradrop.command.run.is_first_rank", lambda: False)
     config = configured(bert, table, tmp_path / "out", "train.steps=6")
     warm_up_run(config)
     assert run(config, resume=True)["LoRA-drop"].steps == 6
@@ -298,7 +298,7 @@ def test_an_arm_that_is_stopped_ends_the_run(
     config = configured(bert, table, tmp_path, "arms.LoRA.method=lora")
     with monkeypatch.context() as patch:
         stops = Stops("main", "on_step_end", 3, by_signal=False)
-        patch.setattr("loradrop.stages.Progress", lambda _: stops)
+        patch.setattr("loradrop.training.stages.Progress", lambda _: stops)
         with pytest.raises(RuntimeError, match=r"^LoRA was stopped at step 3: .*--resume, goes"):
             run(config)
     assert not (tmp_path / "lora-drop").exists() and not (tmp_path / "plan.json").exists()

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from loradrop import LoRA, LoRADrop, Spectral, methods
-from loradrop.base_models import resolve_model
+from loradrop.command.base_models import resolve_model
+from loradrop.command.run_config import MINILM, RunConfig, folder_of, read_config
 from loradrop.methods.nb_lora import NBLoRA
-from loradrop.run_config import MINILM, RunConfig, folder_of, read_config
 from loradrop.text.task import DataConfig
 
 

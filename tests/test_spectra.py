@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from loradrop.allocation import allocate
 from loradrop.scores import Grams, Scores, Target
-from loradrop.spectra import METRICS, Spectrum, best_cores, spectrum
+from loradrop.spectral.allocation import allocate
+from loradrop.spectral.spectra import METRICS, Spectrum, best_cores, spectrum
 
 pytestmark = pytest.mark.numbers
 

@@ -10,7 +10,7 @@ import torch
 
 import loradrop
 from loradrop import LoRAConfig, LoRADrop
-from loradrop.cli import main
+from loradrop.command.cli import main
 from loradrop.methods import LoRA, Spectral
 from loradrop.plan import Plan
 from loradrop.report.sweep import scores_of, sweep, sweep_table

@@ -28,11 +28,11 @@ from transformers.trainer_utils import HPSearchBackend
 
 import loradrop
 from loradrop import LoRAConfig, LoraDropConfig
-from loradrop.callbacks import MethodCallback
 from loradrop.injection import plan_of
 from loradrop.methods import LoRADrop, Spectral
 from loradrop.methods.prilora import PRILoRA
 from loradrop.probing import require_drawable
+from loradrop.training.callbacks import MethodCallback
 
 
 def test_a_method_that_acts_at_every_step_goes_on_after_a_cut(tmp_path: Path) -> None:

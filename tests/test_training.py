@@ -18,14 +18,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 
 import loradrop
 from loradrop import LoRAConfig, LoraDropConfig, TrainConfig, fit
-from loradrop import arguments as arguments_module
-from loradrop.callbacks import MethodCallback
-from loradrop.checkpoints import last_checkpoint
 from loradrop.collector import GRAMS
 from loradrop.injection import injection_of
 from loradrop.methods import Method
 from loradrop.methods.base import Warmup
-from loradrop.training import warm_up
+from loradrop.training import arguments as arguments_module
+from loradrop.training.callbacks import MethodCallback
+from loradrop.training.checkpoints import last_checkpoint
+from loradrop.training.fit import warm_up
 
 
 def test_loss_falls(tmp_path: Path) -> None:

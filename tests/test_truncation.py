@@ -15,7 +15,7 @@ from loradrop.config import LoRAConfig
 from loradrop.gram_sums import grams_of
 from loradrop.injection import injection_of, plan_of
 from loradrop.methods.vera import VeRA
-from loradrop.spectra import spectrum_of
+from loradrop.spectral.spectra import spectrum_of
 
 K, N, TOKENS = 12, 10, 40
 

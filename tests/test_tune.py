@@ -15,7 +15,8 @@ from op_cases import call_of, draw
 from run_cases import write_model
 from test_tuned import H200, POINT
 
-from loradrop import LoRAConfig, tuning
+from loradrop import LoRAConfig
+from loradrop.command import tuning
 from loradrop.files import read_json
 from loradrop.kernels.tiles import Machine
 from loradrop.measuring import child, correct, workers

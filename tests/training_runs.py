@@ -19,7 +19,7 @@ from loradrop import LoRAConfig, LoraDropConfig, TrainConfig, fit
 from loradrop.methods import Spectral
 from loradrop.methods.prilora import PRILoRA
 from loradrop.methods.vera import VeRA
-from loradrop.stages import Result
+from loradrop.training.stages import Result
 
 datasets = pytest.importorskip("datasets")
 

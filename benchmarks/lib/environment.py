@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lib import ROOT
-from loradrop.env import report
+from loradrop.command.env import report
 from loradrop.machine import processor
 
 

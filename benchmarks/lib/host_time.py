@@ -93,7 +93,7 @@ def write(
 ) -> None:
     """The result file, with the rows under `key`, and the rows themselves on stdout."""
     from lib.environment import device_name
-    from loradrop.env import report
+    from loradrop.command.env import report
 
     facts = {name: of for name, of in report().items() if name in ("python", "packages", "cpu")}
     facts["cpu"]["name"] = device_name("cpu")

@@ -21,7 +21,7 @@ from loradrop.injection import plan_of
 from loradrop.methods import LoRA, LoRADrop, Method
 from loradrop.pairs import LoRABank
 from loradrop.scores import Assignment
-from loradrop.training import fit
+from loradrop.training.fit import fit
 
 RATES = tuple(1e-3 * 2**k for k in range(-4, 11))
 ALPHA = 0.125  # LoRA's, at every rank: smaller ones came out better in bench_sizes.py

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from loradrop.base_models import build
+from loradrop.command.base_models import build
+from loradrop.command.run_config import MINILM, ModelConfig, RunConfig
 from loradrop.config import TrainConfig
 from loradrop.files import write_json
 from loradrop.machine import versions
-from loradrop.run_config import MINILM, ModelConfig, RunConfig
 from loradrop.text.examples import TextTask
 from loradrop.text.labels import IGNORED
 from loradrop.text.task import DataConfig, load_task

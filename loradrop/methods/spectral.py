@@ -26,7 +26,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from loradrop.allocation import (
+from loradrop.bank import AdapterBank
+from loradrop.methods.base import Method, Warmup
+from loradrop.options import check_choice, check_steps_or_part, check_whole
+from loradrop.pairs import LoRABank, Narrowed, Update
+from loradrop.scores import Assignment, Scores, Target, check_ranks
+from loradrop.spectral.allocation import (
     SCOPES,
     allocate,
     below_one,
@@ -34,13 +39,8 @@ from loradrop.allocation import (
     least_budget,
     time_in_vain,
 )
-from loradrop.bank import AdapterBank
-from loradrop.cuts import Cut, decide
-from loradrop.methods.base import Method, Warmup
-from loradrop.options import check_choice, check_steps_or_part, check_whole
-from loradrop.pairs import LoRABank, Narrowed, Update
-from loradrop.scores import Assignment, Scores, Target, check_ranks
-from loradrop.spectra import METRICS, Spectrum, spectrum
+from loradrop.spectral.cuts import Cut, decide
+from loradrop.spectral.spectra import METRICS, Spectrum, spectrum
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from loradrop.allocation import allocate
 from loradrop.config import DTYPES
 from loradrop.formats.peft_file import elements_of
 from loradrop.report.look import as_percent, spread
 from loradrop.report.terminal import aligned
-from loradrop.spectra import Spectrum
+from loradrop.spectral.allocation import allocate
+from loradrop.spectral.spectra import Spectrum
 
 BUDGETS = (1.0, 0.75, 0.5, 0.25, 0.125, 0.0625)
 

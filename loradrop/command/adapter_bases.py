@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 
 from loradrop import native
-from loradrop.base_models import (
+from loradrop.command.base_models import (
     architecture,
     naming,
     on_meta,

@@ -8,11 +8,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
-from loradrop.arguments import require_right_gradients
-from loradrop.averaging import keep_whole
 from loradrop.bank import AdapterBank, bank_of
 from loradrop.batches import small_batches
-from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import write_json
 from loradrop.formats.peft_file import CONFIG
 from loradrop.injection import injection_of, plan_of, require_unmerged
@@ -25,6 +22,9 @@ from loradrop.plan_file import plan_at
 from loradrop.probing import probe
 from loradrop.ranks import world_size
 from loradrop.sharing import conclude
+from loradrop.training.arguments import require_right_gradients
+from loradrop.training.averaging import keep_whole
+from loradrop.training.callbacks import EVENTS, MethodCallback
 
 _log = logging.getLogger(__name__)
 

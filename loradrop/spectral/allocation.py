@@ -7,7 +7,7 @@ from typing import Any
 
 from loradrop.options import at_least, check_choice, check_one, check_whole
 from loradrop.scores import layer_of, layers_of, stem_of
-from loradrop.spectra import Spectrum
+from loradrop.spectral.spectra import Spectrum
 
 SCOPES = ("joint", "per_module", "per_target")
 

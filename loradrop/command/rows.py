@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loradrop.adapter_bases import tokenizer_for
-from loradrop.base_models import pad_with
+from loradrop.command.adapter_bases import tokenizer_for
+from loradrop.command.base_models import pad_with
 from loradrop.text.examples import TextTask, renumbered
 from loradrop.text.task import DataConfig, load_task
 from loradrop.text.tokens import TokenizedDataset, collator, tokenize

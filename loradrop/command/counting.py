@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from loradrop.base_models import without_weights
+from loradrop.command.base_models import without_weights
 from loradrop.config import LoRAConfig
 from loradrop.layers import build_bank
 from loradrop.matching import find_targets

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from torch.utils.data import DataLoader
 
-from loradrop.adapter_bases import load_base
-from loradrop.base_models import build, config_of, to_accelerator
+from loradrop.command.adapter_bases import load_base
+from loradrop.command.base_models import build, config_of, to_accelerator
+from loradrop.command.rows import Rows, by_name, rows_for, rows_of
+from loradrop.command.run_config import CONFIG, RunConfig, folder_of
 from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.files import write_json, write_text
 from loradrop.injection import plan_of
@@ -26,16 +28,14 @@ from loradrop.report.grid import Arm
 from loradrop.report.page import file_size, how_to_load, write_report
 from loradrop.report.plots import plot_history, plot_importance
 from loradrop.report.terminal import arms_table, plan_table
-from loradrop.rows import Rows, by_name, rows_for, rows_of
-from loradrop.run_config import CONFIG, RunConfig, folder_of
-from loradrop.run_folder import OPTIONS, held_by_a_run
 from loradrop.scores import Scores
 from loradrop.text.examples import TextTask
 from loradrop.text.metrics import metric_fn
 from loradrop.text.task import load_task
+from loradrop.training.run_folder import OPTIONS, held_by_a_run
 
 if TYPE_CHECKING:
-    from loradrop.stages import Result
+    from loradrop.training.stages import Result
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def train_arm(
     config: RunConfig, task: TextTask, lora: LoRAConfig, folder: Path, resume: bool = False
 ) -> "Result":
     """One `fit` of `task` into `folder`."""
-    from loradrop.training import fit
+    from loradrop.training.fit import fit
 
     model, lora, rows, args = _prepare(config, task, lora)
     return fit(
@@ -127,7 +127,7 @@ def train_arm(
 def warm_up_run(config: RunConfig, *, resume: bool = False) -> Plan:
     """The warm-up of `config.lora` alone; `run(config, resume=True)` continues from it."""
     model, lora, rows, args = _prepare(config, load_task(config.data), config.lora)
-    from loradrop.training import warm_up
+    from loradrop.training.fit import warm_up
 
     plan = warm_up(
         model, rows.train, lora, args=args, collate=rows.collate, data=rows.task.fingerprint,

@@ -27,9 +27,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loradrop.compensation import Compensation, compensate, lost, rise
 from loradrop.options import check_choice
 from loradrop.scores import Grams, Scores, Target, members_of
+from loradrop.spectral.compensation import Compensation, compensate, lost, rise
 
 METRICS = ("loss", "output", "weight")
 ENOUGH = 64  # batches, for a prediction of the loss

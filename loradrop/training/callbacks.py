@@ -15,7 +15,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
 from loradrop.bank import bank_of
-from loradrop.checkpoints import COMPLETE
 from loradrop.collector import Collector
 from loradrop.files import read_json, write_json
 from loradrop.injection import injection_of
@@ -23,6 +22,7 @@ from loradrop.masks import EVERY_TOKEN, MASKED, Masking
 from loradrop.methods.base import Method, Warmup
 from loradrop.probing import require_drawable
 from loradrop.tensor_file import write_tensors
+from loradrop.training.checkpoints import COMPLETE
 
 STATISTICS, EVENTS = "statistics.safetensors", "events.json"
 WATCHED = 20  # steps after which a target that was never called is named

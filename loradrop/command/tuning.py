@@ -83,7 +83,7 @@ def layers_of_model(
 
     Raises ValueError for a model that cannot be had, and for targets as `inject` does.
     """
-    from loradrop.base_models import without_weights
+    from loradrop.command.base_models import without_weights
     from loradrop.layers import shape_of
     from loradrop.matching import find_targets
 
@@ -111,7 +111,7 @@ def layers_of(
         if targets is not None:
             raise ValueError(f"--targets {targets!r} needs a model, and {source!r} names layers")
         return written, 0.0
-    from loradrop.run_config import configured
+    from loradrop.command.run_config import configured
 
     model, config = configured(source, targets, LoRAConfig(r=RANK))
     configs = [replace(config, r=r) for r in ranks] if ranks else [config]

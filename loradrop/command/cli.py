@@ -18,7 +18,7 @@ import loradrop
 from loradrop.machine import in_group, is_first_rank
 
 if TYPE_CHECKING:
-    from loradrop.run_config import RunConfig
+    from loradrop.command.run_config import RunConfig
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Debug = Annotated[bool, Option("--debug", help="Show where an error comes from.")]
@@ -117,8 +117,8 @@ def _loradrop(context: typer.Context, version: Version = False) -> None:
 @app.command()
 def train(settings: Settings = None, resume: Resume = False, debug: Debug = False) -> None:
     """Run the whole pipeline, and any arms to compare with."""
-    from loradrop.run import run
-    from loradrop.run_config import folder_of
+    from loradrop.command.run import run
+    from loradrop.command.run_config import folder_of
 
     _quiet()
     config = _config(settings)
@@ -135,9 +135,9 @@ def probe(
     batches: Batches = None, split: Split = None, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Run only the warm-up and the decision, or measure an adapter."""
+    from loradrop.command.run import measure, warm_up_run
     from loradrop.files import write_json
     from loradrop.report.terminal import plan_table
-    from loradrop.run import measure, warm_up_run
 
     _quiet()
     config = _config(settings)
@@ -176,11 +176,11 @@ def compress(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Keep the directions of a trained adapter that matter."""
-    from loradrop.allocation import allocate, check_amounts, check_steps
-    from loradrop.compression import PAGE, SPECTRUM, compress, open_adapter, require_apart
+    from loradrop.command.compression import PAGE, SPECTRUM, compress, open_adapter, require_apart
     from loradrop.plan_file import REPORT
     from loradrop.report.budgets import BUDGETS, budget_table
     from loradrop.report.terminal import plan_table
+    from loradrop.spectral.allocation import allocate, check_amounts, check_steps
     from loradrop.step_time import tell_time_in_vain
 
     _quiet()
@@ -270,8 +270,13 @@ def export(
     private: Private = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write an adapter as a PEFT folder, and to the Hub."""
-    from loradrop.adapter_bases import base_named_by, load_base, own_tokenizer, tokenizer_for
-    from loradrop.base_models import pad_with
+    from loradrop.command.adapter_bases import (
+        base_named_by,
+        load_base,
+        own_tokenizer,
+        tokenizer_for,
+    )
+    from loradrop.command.base_models import pad_with
     from loradrop.files import require_writable
     from loradrop.formats import hub
     from loradrop.formats.peft import write
@@ -319,8 +324,8 @@ def verify(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Compare an export with the adapter it came from."""
-    from loradrop.adapter_bases import load_base
-    from loradrop.base_models import tokenizer_of
+    from loradrop.command.adapter_bases import load_base
+    from loradrop.command.base_models import tokenizer_of
     from loradrop.formats.check import verify
     from loradrop.formats.peft_file import CONFIG, TENSORS
     from loradrop.text.samples import batches_for
@@ -350,8 +355,8 @@ def methods(
     from loradrop.methods import available
 
     if model is not None:
-        from loradrop.counting import parameters, table
-        from loradrop.run_config import configured
+        from loradrop.command.counting import parameters, table
+        from loradrop.command.run_config import configured
 
         _quiet()
         base, config = configured(model, targets)
@@ -377,7 +382,7 @@ def tune(
     """Measure which backend is fastest for your layers here."""
     import torch
 
-    from loradrop import tuning
+    from loradrop.command import tuning
 
     _quiet()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -402,7 +407,7 @@ def env(
     dtype: DtypeOfLayer = None, chip: Chip = None, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Show versions, devices, and which backends run here."""
-    from loradrop.env import explain, format_report
+    from loradrop.command.env import explain, format_report
 
     options = {"rank": rank, "dropout": dropout, "dtype": dtype, "chip": chip}
     given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
@@ -414,14 +419,14 @@ def env(
 
 def _config(settings: Sequence[str] | None) -> "RunConfig":
     """From CONFIG.yaml, which is a file or has no `=`, and the overrides after it."""
-    from loradrop.run_config import read_config
+    from loradrop.command.run_config import read_config
 
     return read_config(*_parts(settings))
 
 
 def _named(settings: Sequence[str] | None) -> set[str]:
     """The options of model and data that the file or an override gives: the rest are defaults."""
-    from loradrop.run_config import options_named
+    from loradrop.command.run_config import options_named
 
     return options_named(*_parts(settings))
 

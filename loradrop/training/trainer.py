@@ -21,15 +21,16 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 
-from loradrop import checkpoints, native
-from loradrop.arguments import require_right_gradients
+from loradrop import native
 from loradrop.batches import small_batches
-from loradrop.callbacks import EVENTS, MethodCallback
 from loradrop.files import read_json
 from loradrop.loading import fill
 from loradrop.native import read
 from loradrop.optimizers import Known, learn, set_head_rate
-from loradrop.order import Onward
+from loradrop.training import checkpoints
+from loradrop.training.arguments import require_right_gradients
+from loradrop.training.callbacks import EVENTS, MethodCallback
+from loradrop.training.order import Onward
 
 _WRAPPED = ("forward", "_original_forward")  # what accelerate's mixed precision sets on a model
 _TIMINGS = ("_runtime", "_per_second", "_preparation_time")

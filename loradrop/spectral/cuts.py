@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from loradrop.scores import Grams, Target, members_of
-from loradrop.spectra import decompose, narrowed
+from loradrop.spectral.spectra import decompose, narrowed
 
 
 class Cut(NamedTuple):

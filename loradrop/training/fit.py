@@ -9,14 +9,14 @@ from typing import Any
 from torch import nn
 from transformers import TrainingArguments
 
-from loradrop.arguments import train_config
 from loradrop.bank import has_bank
 from loradrop.config import LoRAConfig, TrainConfig, require_config
 from loradrop.injection import injection_of, plan_of
 from loradrop.masks import MASK, MaskFn
 from loradrop.plan import Plan
-from loradrop.stages import Metric, Result, Run
-from loradrop.trainer import forward_kept
+from loradrop.training.arguments import train_config
+from loradrop.training.stages import Metric, Result, Run
+from loradrop.training.trainer import forward_kept
 from loradrop.wrapped import inner
 
 

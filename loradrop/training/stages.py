@@ -20,11 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from loradrop.any_trainer import LoraDropCallback
-from loradrop.arguments import tell_precision, training_arguments
 from loradrop.bank import bank_of, has_bank
-from loradrop.callbacks import LastStep, MethodCallback, Progress
-from loradrop.checkpoints import last_checkpoint
 from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.files import read_json, write_json
 from loradrop.injection import injection_of, plan_of, require_own, require_unmerged, sum_of
@@ -38,12 +34,16 @@ from loradrop.origin import base_of
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.ranks import is_needed, wait, world_size
-from loradrop.run_folder import RESULT, Boundary, begun, resumable, taken
 from loradrop.sampling import sample_of
 from loradrop.sharing import conclude
 from loradrop.step_time import tell_in_vain
 from loradrop.surgery import inject
-from loradrop.trainer import LoRATrainer, Part, dev_metrics
+from loradrop.training.any_trainer import LoraDropCallback
+from loradrop.training.arguments import tell_precision, training_arguments
+from loradrop.training.callbacks import LastStep, MethodCallback, Progress
+from loradrop.training.checkpoints import last_checkpoint
+from loradrop.training.run_folder import RESULT, Boundary, begun, resumable, taken
+from loradrop.training.trainer import LoRATrainer, Part, dev_metrics
 from loradrop.wrapped import inner, parameters_of
 
 _log = logging.getLogger(__name__)

@@ -13,9 +13,11 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from loradrop.adapter_bases import load_base, own_tokenizer
-from loradrop.base_models import to_accelerator
 from loradrop.batches import MEASURED, small_batches
+from loradrop.command.adapter_bases import load_base, own_tokenizer
+from loradrop.command.base_models import to_accelerator
+from loradrop.command.rows import Rows, rows_for
+from loradrop.command.run_config import RunConfig
 from loradrop.config import DTYPES, TrainConfig
 from loradrop.files import clear_drafts, draft_of, require_writable, write_json
 from loradrop.formats.dtypes import FileDtypes, dtypes_in, no_wider
@@ -32,15 +34,13 @@ from loradrop.probing import probe
 from loradrop.report.grid import Arm
 from loradrop.report.page import write_report
 from loradrop.report.plots import plot_spectra
-from loradrop.rows import Rows, rows_for
-from loradrop.run_config import RunConfig
-from loradrop.spectra import Spectrum, spectrum, spectrum_of
+from loradrop.spectral.spectra import Spectrum, spectrum, spectrum_of
 from loradrop.text.metrics import metric_fn
-from loradrop.trainer import dev_metrics, taken_as_adapted
+from loradrop.training.trainer import dev_metrics, taken_as_adapted
 from loradrop.truncation import require_pairs, truncate
 
 if TYPE_CHECKING:
-    from loradrop.stages import Result
+    from loradrop.training.stages import Result
 
 SPECTRUM, PAGE = "spectrum.png", "report.html"
 HEALING = "healing"  # in the output folder, until all else is written
@@ -246,7 +246,7 @@ def _heal(
     folder: Path,
     resume: bool,
 ) -> "Result":
-    from loradrop.training import fit  # it loads slowly
+    from loradrop.training.fit import fit  # it loads slowly
 
     config, data = injection_of(model).config, dict(rows.task.fingerprint)
     data["ranks"] = json.dumps(ranks)  # a resume with other ones is refused

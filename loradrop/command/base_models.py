@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import transformers
 
+from loradrop.command.run_config import MINILM, ModelConfig, RunConfig
 from loradrop.config import DTYPES, LoRAConfig
 from loradrop.matching import inside, saved_modules
-from loradrop.run_config import MINILM, ModelConfig, RunConfig
 from loradrop.text.examples import TextTask
 
 COUNTED_IN_PYTHON = "name one, or count in Python: loradrop.inject(model, config).trainable"
