@@ -22,8 +22,8 @@ def read(name: str) -> str:
 
 
 WINGS = (
-    "op", "methods", "spectral", "training", "formats", "integrations", "command", "text", "report",
-    "measuring",
+    "op", "statistics", "spectral", "methods", "training", "formats", "integrations", "command",
+    "text", "report", "measuring",
 )  # fmt: skip
 packages = ["loradrop", *(f"loradrop.{wing}" for wing in WINGS)]
 if any((ROOT / "loradrop" / "kernels").glob("*.py")):  # a link to ../kernels

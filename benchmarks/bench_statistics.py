@@ -20,12 +20,12 @@ import torch
 from lib import RESULTS
 from lib.environment import device_name
 from loradrop import inject
-from loradrop.collector import Collector
 from loradrop.command.base_models import build
 from loradrop.command.run_config import RunConfig
 from loradrop.config import LoRAConfig
 from loradrop.files import write_json
 from loradrop.machine import versions
+from loradrop.statistics.collector import Collector
 from loradrop.text.examples import TextTask
 
 RESULT = RESULTS / "cpu" / "bench_statistics.json"

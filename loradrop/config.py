@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from loradrop import methods
-from loradrop.masks import MASK
 from loradrop.methods import LoRA, LoRADrop, Method
 from loradrop.op.philox import quantize
 from loradrop.options import check_kinds
 from loradrop.peft_names import CHANGES, HARMLESS
+from loradrop.statistics.masks import MASK
 
 _OF_PEFT = ("base_model_name_or_path", "peft_type", "is_prompt_learning", "task_type")
 # What other libraries call an option

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from loradrop.bank import AdapterBank, Pair, empty, form, keep_width
-from loradrop.gram_sums import grams_of
 from loradrop.options import check_choice
 from loradrop.scores import Assignment, Grams, Scores, Target, members_of
 from loradrop.selection import INTERVAL, assign
 from loradrop.spectral.cuts import Cut
+from loradrop.statistics.gram_sums import grams_of
 
 INITS = ("fresh", "mean", "top")
 AFTER = ("reinit", "continue")

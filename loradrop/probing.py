@@ -8,7 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from loradrop.bank import bank_of
-from loradrop.batches import (
+from loradrop.injection import injected, injection_of, require_unmerged
+from loradrop.options import check_choice
+from loradrop.ranks import any_rank, place
+from loradrop.scores import Scores
+from loradrop.statistics.batches import (
     BATCH,
     call,
     evaluating,
@@ -16,13 +20,9 @@ from loradrop.batches import (
     require_several,
     small_batches,
 )
-from loradrop.collector import GRAMS, Collector
-from loradrop.injection import injected, injection_of, require_unmerged
-from loradrop.losses import LABELS, Labels, losses, undrawable
-from loradrop.masks import MASK, MaskFn, Masking
-from loradrop.options import check_choice
-from loradrop.ranks import any_rank, place
-from loradrop.scores import Scores
+from loradrop.statistics.collector import GRAMS, Collector
+from loradrop.statistics.losses import LABELS, Labels, losses, undrawable
+from loradrop.statistics.masks import MASK, MaskFn, Masking
 from loradrop.wrapped import of_inner
 
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 import loradrop
 from loradrop import LoRAConfig, methods
 from loradrop.bank import AdapterBank
-from loradrop.collector import Collector
 from loradrop.injection import injection_of
-from loradrop.masks import EVERY_TOKEN
 from loradrop.methods import LoRA, Method
 from loradrop.methods.adalora import AdaLoRA
 from loradrop.methods.prilora import PRILoRA
 from loradrop.scores import Scores, Target
+from loradrop.statistics.collector import Collector
+from loradrop.statistics.masks import EVERY_TOKEN
 
 WIDTH, R, DEPTH = 10, 3, 3
 TOTAL = 20  # steps, as a method is told them

@@ -10,8 +10,8 @@ from models import VOCABULARY
 from torch import Tensor, nn
 
 import loradrop
-from loradrop.collector import Collector
 from loradrop.scores import Scores
+from loradrop.statistics.collector import Collector
 
 RANKS = 2  # of a run of several processes
 Batch = dict[str, Tensor]

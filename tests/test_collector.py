@@ -22,9 +22,9 @@ from torch import Tensor, distributed, multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 import loradrop
-from loradrop.collector import Collector
-from loradrop.masks import EVERY_TOKEN, MASKED
 from loradrop.scores import Scores
+from loradrop.statistics.collector import Collector
+from loradrop.statistics.masks import EVERY_TOKEN, MASKED
 
 pytestmark = pytest.mark.numbers
 

@@ -10,14 +10,14 @@ from torch import Tensor, distributed, multiprocessing
 from torch.testing import assert_close
 
 import loradrop
-from loradrop import kept_cores
-from loradrop.collector import Collector
 from loradrop.injection import plan_of
-from loradrop.kept_cores import KeptCores
 from loradrop.scores import Grams, Scores, Target
 from loradrop.spectral.allocation import allocate
 from loradrop.spectral.compensation import RIDGES, compensate, rise
 from loradrop.spectral.spectra import ENOUGH, Spectrum, spectrum
+from loradrop.statistics import kept_cores
+from loradrop.statistics.collector import Collector
+from loradrop.statistics.kept_cores import KeptCores
 
 RANKS = (2, 0, 4, 1)
 WORLD = 2

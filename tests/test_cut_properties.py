@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import loradrop
 from loradrop import LoRAConfig
-from loradrop.gram_sums import grams_of
 from loradrop.spectral.allocation import SCOPES, least_budget
 from loradrop.spectral.spectra import METRICS, Spectrum, spectrum_of
+from loradrop.statistics.gram_sums import grams_of
 
 pytestmark = pytest.mark.numbers
 property_test = settings(max_examples=80, deadline=None, derandomize=True)

@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 import loradrop
-from loradrop import losses
-from loradrop.collector import GRAMS, Collector
 from loradrop.injection import injection_of
 from loradrop.scores import Grams, Scores
+from loradrop.statistics import losses
+from loradrop.statistics.collector import GRAMS, Collector
 
 pytestmark = pytest.mark.numbers
 

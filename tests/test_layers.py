@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import loradrop
-from loradrop.collector import Collector
 from loradrop.config import LoRAConfig
 from loradrop.layers import LoRALinear
+from loradrop.statistics.collector import Collector
 
 pytestmark = pytest.mark.numbers
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import loradrop
-from loradrop.collector import Collector
-from loradrop.masks import Masking, TokenMasks, fitted
 from loradrop.scores import Target
+from loradrop.statistics.collector import Collector
+from loradrop.statistics.masks import Masking, TokenMasks, fitted
 
 MASK = torch.tensor([[1, 1, 0], [1, 0, 0]])
 IDS = torch.randint(3, 50, (2, 6), generator=torch.Generator().manual_seed(2))

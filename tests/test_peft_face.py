@@ -12,11 +12,11 @@ from torch import Tensor
 
 import loradrop
 from loradrop import LoRAConfig
-from loradrop.collector import Collector
 from loradrop.command.cli import main
 from loradrop.integrations.peft import LoraDropConfig
 from loradrop.integrations.peft_layers import Banked
 from loradrop.integrations.peft_versions import require_peft
+from loradrop.statistics.collector import Collector
 
 MODELS: dict[str, Any] = {
     "llama": (models.llama, {}),

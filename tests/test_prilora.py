@@ -14,14 +14,14 @@ from torch import nn
 
 import loradrop
 from loradrop import LoRAConfig
-from loradrop.collector import Collector
 from loradrop.files import read_json
 from loradrop.injection import plan_of
-from loradrop.masks import EVERY_TOKEN
 from loradrop.methods.prilora import PRILoRA, smallest
 from loradrop.plan import Plan
 from loradrop.report.terminal import plan_table
 from loradrop.scores import Target
+from loradrop.statistics.collector import Collector
+from loradrop.statistics.masks import EVERY_TOKEN
 
 WIDTH, R = 12, 4
 

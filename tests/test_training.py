@@ -18,10 +18,10 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 
 import loradrop
 from loradrop import LoRAConfig, LoraDropConfig, TrainConfig, fit
-from loradrop.collector import GRAMS
 from loradrop.injection import injection_of
 from loradrop.methods import Method
 from loradrop.methods.base import Warmup
+from loradrop.statistics.collector import GRAMS
 from loradrop.training import arguments as arguments_module
 from loradrop.training.callbacks import MethodCallback
 from loradrop.training.checkpoints import last_checkpoint

@@ -12,10 +12,10 @@ from torch.testing import assert_close
 import loradrop
 from loradrop.adapters import adapters_of
 from loradrop.config import LoRAConfig
-from loradrop.gram_sums import grams_of
 from loradrop.injection import injection_of, plan_of
 from loradrop.methods.vera import VeRA
 from loradrop.spectral.spectra import spectrum_of
+from loradrop.statistics.gram_sums import grams_of
 
 K, N, TOKENS = 12, 10, 40
 

@@ -13,7 +13,6 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from loradrop.batches import MEASURED, small_batches
 from loradrop.command.adapter_bases import load_base, own_tokenizer
 from loradrop.command.base_models import to_accelerator
 from loradrop.command.rows import Rows, rows_for
@@ -24,7 +23,6 @@ from loradrop.formats.dtypes import FileDtypes, dtypes_in, no_wider
 from loradrop.formats.hub import CARD
 from loradrop.formats.peft import export, require_exportable
 from loradrop.formats.peft_file import CONFIG, TENSORS, elements_of
-from loradrop.gram_sums import grams_of
 from loradrop.injection import injection_of, plan_of
 from loradrop.loading import load
 from loradrop.machine import is_first_rank
@@ -35,6 +33,8 @@ from loradrop.report.grid import Arm
 from loradrop.report.page import write_report
 from loradrop.report.plots import plot_spectra
 from loradrop.spectral.spectra import Spectrum, spectrum, spectrum_of
+from loradrop.statistics.batches import MEASURED, small_batches
+from loradrop.statistics.gram_sums import grams_of
 from loradrop.text.metrics import metric_fn
 from loradrop.training.trainer import dev_metrics, taken_as_adapted
 from loradrop.truncation import require_pairs, truncate

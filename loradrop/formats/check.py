@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from loradrop.adapters import Adapters, adapters_of
 from loradrop.bank import bank_of
-from loradrop.batches import call, evaluating, require_several
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal, scale
 from loradrop.formats.merged import holds_weights
 from loradrop.formats.peft_conversion import lost
@@ -22,6 +21,7 @@ from loradrop.formats.peft_file import CONFIG, PeftFile, configuration_of, read
 from loradrop.injection import injected, require_loaded
 from loradrop.layers import as_weight
 from loradrop.quantised import keep_unpacked
+from loradrop.statistics.batches import call, evaluating, require_several
 from loradrop.surgery import remove
 from loradrop.wrapped import bare, modules_of, of_inner, tensors_of
 

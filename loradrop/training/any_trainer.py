@@ -9,12 +9,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from loradrop.bank import AdapterBank, bank_of
-from loradrop.batches import small_batches
 from loradrop.files import write_json
 from loradrop.formats.peft_file import CONFIG
 from loradrop.injection import injection_of, plan_of, require_unmerged
 from loradrop.loading import differences
-from loradrop.masks import MASK, MaskFn, Masking
 from loradrop.methods.base import Method, Warmup
 from loradrop.native import FOLDER, PLAN, TENSORS, checkpoint
 from loradrop.optimizers import follow, groups_of, regroup
@@ -22,6 +20,8 @@ from loradrop.plan_file import plan_at
 from loradrop.probing import probe
 from loradrop.ranks import world_size
 from loradrop.sharing import conclude
+from loradrop.statistics.batches import small_batches
+from loradrop.statistics.masks import MASK, MaskFn, Masking
 from loradrop.training.arguments import require_right_gradients
 from loradrop.training.averaging import keep_whole
 from loradrop.training.callbacks import EVENTS, MethodCallback

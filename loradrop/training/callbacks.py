@@ -15,12 +15,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import SaveStrategy
 
 from loradrop.bank import bank_of
-from loradrop.collector import Collector
 from loradrop.files import read_json, write_json
 from loradrop.injection import injection_of
-from loradrop.masks import EVERY_TOKEN, MASKED, Masking
 from loradrop.methods.base import Method, Warmup
 from loradrop.probing import require_drawable
+from loradrop.statistics.collector import Collector
+from loradrop.statistics.masks import EVERY_TOKEN, MASKED, Masking
 from loradrop.tensor_file import write_tensors
 from loradrop.training.checkpoints import COMPLETE
 

@@ -12,8 +12,8 @@ from transformers import TrainingArguments
 from loradrop.bank import has_bank
 from loradrop.config import LoRAConfig, TrainConfig, require_config
 from loradrop.injection import injection_of, plan_of
-from loradrop.masks import MASK, MaskFn
 from loradrop.plan import Plan
+from loradrop.statistics.masks import MASK, MaskFn
 from loradrop.training.arguments import train_config
 from loradrop.training.stages import Metric, Result, Run
 from loradrop.training.trainer import forward_kept

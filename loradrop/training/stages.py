@@ -26,7 +26,6 @@ from loradrop.files import read_json, write_json
 from loradrop.injection import injection_of, plan_of, require_own, require_unmerged, sum_of
 from loradrop.loading import fill
 from loradrop.machine import is_first_rank
-from loradrop.masks import MaskFn, Masking
 from loradrop.methods.base import Warmup
 from loradrop.native import read, save
 from loradrop.optimizers import by_name, kept_state
@@ -36,6 +35,7 @@ from loradrop.probing import probe
 from loradrop.ranks import is_needed, wait, world_size
 from loradrop.sampling import sample_of
 from loradrop.sharing import conclude
+from loradrop.statistics.masks import MaskFn, Masking
 from loradrop.step_time import tell_in_vain
 from loradrop.surgery import inject
 from loradrop.training.any_trainer import LoraDropCallback

@@ -22,11 +22,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import rotate_checkpoints
 
 from loradrop import native
-from loradrop.batches import small_batches
 from loradrop.files import read_json
 from loradrop.loading import fill
 from loradrop.native import read
 from loradrop.optimizers import Known, learn, set_head_rate
+from loradrop.statistics.batches import small_batches
 from loradrop.training import checkpoints
 from loradrop.training.arguments import require_right_gradients
 from loradrop.training.callbacks import EVENTS, MethodCallback

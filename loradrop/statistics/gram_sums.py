@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, distributed
 
 from loradrop.bank import AdapterBank
-from loradrop.kept_cores import KeptCores
 from loradrop.ranks import full_tensor, is_distributed, reduced
 from loradrop.scores import Grams, members_of
+from loradrop.statistics.kept_cores import KeptCores
 
 _KINDS = ("inputs", "left", "right")
 

@@ -18,13 +18,13 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from loradrop.bank import AdapterBank
-from loradrop.gram_sums import GramSums
-from loradrop.losses import samples_of
 from loradrop.machine import is_first_rank
-from loradrop.masks import MASKED, Masking, TokenMasks
 from loradrop.ranks import is_distributed, reduced
 from loradrop.scores import Scores, Target
-from loradrop.watched import SHAPES, Watched, start
+from loradrop.statistics.gram_sums import GramSums
+from loradrop.statistics.losses import samples_of
+from loradrop.statistics.masks import MASKED, Masking, TokenMasks
+from loradrop.statistics.watched import SHAPES, Watched, start
 
 GRAMS = ("gram_in", "core")
 _log = logging.getLogger(__name__)

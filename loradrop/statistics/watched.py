@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from loradrop.bank import Pair
-from loradrop.masks import TargetMask
 from loradrop.scores import Target
+from loradrop.statistics.masks import TargetMask
 
 SHAPES: dict[str, Callable[[Target], tuple[int, ...]]] = {
     "sqnorm": lambda target: (),
