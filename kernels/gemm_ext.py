@@ -20,7 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loradrop.kernels.launch import descriptor, kernel
+from loradrop.kernels.descriptors import descriptor
+from loradrop.kernels.launch import kernel
 from loradrop.kernels.philox import where_kept
 from loradrop.kernels.tiles import (
     GemmTiles,

@@ -3,10 +3,11 @@
 Triton finds the binary of a call by looking at every argument and option, for tens of microseconds.
 What can change it is a short list: the types of the tensors, whether each begins at whole 16 bytes,
 and the numbers that it specialises. A `Kernel` keeps the binary by that list, and hands it to
-Triton's launcher. `op/replay.py` keeps whole passes of launches, which it sees by `watch.py`.
+Triton's launcher. `op/replay.py` keeps whole passes of launches, which it sees by `watch.py`; one
+that is made again takes the tensors of its descriptors, and keeps their tensor maps, too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,8 @@ import triton
 from torch import Tensor
 from triton import knobs
 
-from loradrop.kernels.watch import Again, tell
+from loradrop.kernels.descriptors import Maps, bare, described, fields_of
+from loradrop.kernels.watch import Again, tell, watched
 
 _MOST = 4096  # binaries kept, for layers of so many shapes
 _NARROW = 2**31  # numbers from here on are 64 bits wide
@@ -57,10 +59,10 @@ class Kernel:
         key = (device, warps, stages, *types, *numbers, *given)
         plain = address % 16 == 0 and max(free) < _NARROW
         compiled = self._compiled.get(key) if plain else None
-        grid = (*grid, 1, 1)[:3]
+        grid, rest = (*grid, 1, 1)[:3], (*free, *numbers, *given)
         again: Again
         if compiled is not None:
-            again = partial(_run, compiled, device, grid, (*free, *numbers, *given))
+            again = partial(_run, compiled, device, grid, rest)
             again(*tensors)
         else:
             run = self.function[grid]
@@ -69,9 +71,14 @@ class Kernel:
             if not hasattr(compiled, "function"):  # the interpreter ran it
                 again = lambda *others: run(*others, *free, *numbers, **options)  # noqa: E731
             elif plain:
-                again = partial(_run, compiled, device, grid, (*free, *numbers, *given))
+                again = partial(_run, compiled, device, grid, rest)
                 self._keep(key, compiled, constants)
-        tell(tensors, again if plain else None)
+        if watched():
+            boxes = [None if _is_plain(tensor) else fields_of(tensor) for tensor in tensors]
+            if plain and any(boxes):
+                again = _of_bases(again, compiled, device, grid, rest, boxes)
+            bases = (tensor if _is_plain(tensor) else tensor.base for tensor in tensors)
+            tell(tuple(bases), again if plain else None)
 
     def _keep(self, key: tuple[Any, ...], compiled: Any, constants: dict[str, Any]) -> None:
         assert list(constants) == self.function.arg_names[-len(constants) :]
@@ -80,49 +87,70 @@ class Kernel:
         self._compiled[key] = compiled
 
 
+def _is_plain(argument: Any) -> bool:
+    return argument is None or isinstance(argument, Tensor)  # or a tensor descriptor
+
+
+def _profiled() -> bool:
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
 def _run(
     compiled: Any, device: int, grid: tuple[int, ...], rest: tuple[Any, ...], *tensors: Any
 ) -> None:
     """A binary, on the current stream; by Triton's own way where a profiler looks on."""
-    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+    if _profiled():
         compiled[grid](*tensors, *rest)
         return
+    _launch(compiled.run, compiled, device, grid, (*tensors, *rest))
+
+
+def _launch(
+    launcher: Any, compiled: Any, device: int, grid: tuple[int, ...], arguments: Sequence[Any]
+) -> None:
     stream = 0 if device < 0 else torch._C._cuda_getCurrentRawStream(device)
-    compiled.run(
-        *grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
-        *tensors, *rest,
-    )  # fmt: skip
+    launcher(
+        *grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
+    )
+
+
+def _of_bases(
+    again: Again,
+    compiled: Any,
+    device: int,
+    grid: tuple[int, ...],
+    rest: tuple[Any, ...],
+    boxes: Sequence[Mapping[str, Any] | None],
+) -> Again:
+    """`again`, of the tensors themselves where it takes descriptors, which have these fields."""
+
+    def plainly(*tensors: Tensor) -> None:
+        pairs = zip(tensors, boxes, strict=True)
+        again(*[one if fields is None else described(one, fields) for one, fields in pairs])
+
+    found = bare(compiled.run) if hasattr(compiled, "function") else None
+    if found is None:
+        return plainly
+    launcher, apart = found[0], iter(found[1])
+    maps = [None if fields is None else Maps(fields, next(apart)) for fields in boxes]
+
+    def quickly(*tensors: Tensor) -> None:
+        if _profiled():
+            plainly(*tensors)
+            return
+        arguments: list[Any] = []
+        for tensor, of in zip(tensors, maps, strict=True):
+            if of is None:
+                arguments.append(tensor)
+            else:
+                arguments += of(tensor)
+        _launch(launcher, compiled, device, grid, (*arguments, *rest))
+
+    return quickly
 
 
 def kernel(**options: Any) -> Any:
     """`triton.jit` of a function, as a `Kernel`."""
     jit = triton.jit(**options)
     return lambda function: Kernel(jit(function))
-
-
-_BLANK: dict[tuple[Any, ...], dict[str, Any]] = {}  # the fields of a descriptor but its tensor's
-
-
-def descriptor(tensor: Tensor, rows: int, columns: int) -> Any:
-    """Triton's descriptor for tiles of a matrix that is in `tiles.rows_aligned`, and not empty.
-
-    Triton checks both again whenever it makes one; here, once for each type and tile.
-    """
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    fields = _BLANK.get((tensor.dtype, rows, columns))
-    if fields is None:
-        made = TensorDescriptor.from_tensor(tensor, [rows, columns])
-        _BLANK[tensor.dtype, rows, columns] = vars(made) | {"base": None}
-        return made
-    return described(tensor, fields | {"shape": tensor.shape, "strides": tensor.stride()})
-
-
-def described(tensor: Tensor, fields: Mapping[str, Any]) -> Any:
-    """A descriptor of a tensor, with these fields beside it."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    made = object.__new__(TensorDescriptor)
-    vars(made).update(fields, base=tensor)
-    return made

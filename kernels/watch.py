@@ -30,6 +30,11 @@ def watch(watcher: Watcher) -> Iterator[None]:
         _HERE.watcher = before
 
 
+def watched() -> bool:
+    """Whether anybody is told."""
+    return _HERE.watcher is not None
+
+
 def tell(tensors: Sequence[Any], again: Again | None) -> None:
     """A launch of these tensors was made, as `again` makes it."""
     if (watcher := _HERE.watcher) is not None:

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from triton import knobs
 
-from loradrop.kernels.launch import Kernel, descriptor
+from loradrop.kernels.launch import Kernel
 from loradrop.kernels.watch import watch
 
 
@@ -145,13 +145,3 @@ def test_a_launch_of_descriptors_alone_is_of_their_device() -> None:
         boxed = SimpleNamespace(base=base, block_shape=[16, 16])
         kernel(**USUAL | {"tensors": (boxed, None)})
     assert [key[0] for key in kernel._compiled] == [0, 3]
-
-
-def test_a_descriptor_is_tritons() -> None:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    for rows in (64, 32):
-        matrix = torch.zeros(rows, 64, dtype=torch.bfloat16)
-        assert repr(descriptor(matrix, 16, 32)) == repr(
-            TensorDescriptor.from_tensor(matrix, [16, 32])
-        )

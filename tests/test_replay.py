@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 pytest.importorskip("triton")
 
-from loradrop.kernels.launch import Kernel, descriptor
+from loradrop.kernels.descriptors import descriptor
+from loradrop.kernels.launch import Kernel
 from loradrop.op.call import Needs, Saved
 from loradrop.op.replay import Pass, Passes
 from loradrop.testing import error

@@ -7,14 +7,13 @@ again how. A pass that does anything else is left as it is: one with an operatio
 a tensor that it was not given and did not make, or that does not begin at whole 16 bytes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loradrop.kernels.launch import described
 from loradrop.kernels.watch import Again, watch
 
 _MOST = 4096  # passes kept, for layers of so many shapes and numbers of tokens
@@ -27,13 +26,12 @@ class Launch(NamedTuple):
 
     again     makes it, of its arguments
     places    which tensors those are
-    views     (which argument is not the tensor itself, but the same memory as another dtype, or a
-              descriptor with these fields)
+    views     (which argument is not the tensor itself, but the same memory as another dtype)
     """
 
     again: Again
     places: Sequence[int]
-    views: Sequence[tuple[int, torch.dtype | Mapping[str, Any]]]
+    views: Sequence[tuple[int, torch.dtype]]
 
 
 class Pass(NamedTuple):
@@ -56,9 +54,8 @@ class Pass(NamedTuple):
             tensors.append(like.new_empty(shape, dtype=dtype))
         for again, places, views in self.launches:
             arguments: list[Any] = [tensors[i] for i in places]
-            for i, how in views:
-                of = arguments[i]
-                arguments[i] = described(of, how) if type(how) is dict else of.view(how)
+            for i, dtype in views:
+                arguments[i] = arguments[i].view(dtype)
             again(*arguments)
         return self.kind(*[tensors[i] for i in self.results])
 
@@ -89,16 +86,12 @@ class _Watched(TorchDispatchMode):
             self.strange |= not function.is_view
         return result
 
-    def launched(self, arguments: Sequence[Any], again: Again | None) -> None:
+    def launched(self, arguments: Sequence[Tensor | None], again: Again | None) -> None:
         """As `watch` tells it."""
         places, views = [], []
-        for i, argument in enumerate(arguments):
-            boxed = argument is not None and not isinstance(argument, Tensor)
-            tensor = argument.base if boxed else argument
+        for i, tensor in enumerate(arguments):
             places.append(self._place(tensor))
-            if boxed:
-                views.append((i, vars(argument) | {"base": None}))  # or it would live as long
-            elif tensor is not None and (known := self.tensors[places[-1]]) is not None:
+            if tensor is not None and (known := self.tensors[places[-1]]) is not None:
                 views += [(i, tensor.dtype)] * (known.dtype != tensor.dtype)
         if again is None:
             self.strange = True
