@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 from loradrop.wrapped import tensors_of
 
 _log = logging.getLogger(__name__)
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def classes_of(model: nn.Module) -> dict[str, Any]:
@@ -36,7 +38,7 @@ def tell_base(what: Any, there: Mapping[str, Any], model: nn.Module) -> None:
     tell models of one family apart.
     """
     here, name = base_of(model), there.get("id")
-    before, now = there.get("revision"), here["revision"]
+    before, now = (_commit(name, of) for of in (there.get("revision"), here["revision"]))
     if there.get("fingerprint") not in (None, here["fingerprint"]):
         differ = "whose tensors are not all those of this model; its targets fit"
         _log.warning("%s was trained on %s, %s", what, name or "a base model", differ)
@@ -59,6 +61,31 @@ def _is_another(there: str, here: str, adapter: Any) -> bool:
     at = Path(str(adapter)).absolute()
     beside = at.exists() and Path(here).absolute() in (at, *at.parents)
     return Path(there).name != Path(here).name and not beside
+
+
+def commit_of(model_id: str, revision: str | None) -> str | None:
+    """The commit that a revision of an id of the Hub was when it was last read here, `revision`
+    itself where that is not known: of a folder, or read into a cache of its own.
+    """
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(model_id).exists():
+        return revision
+    try:
+        found = try_to_load_from_cache(model_id, "config.json", revision=revision)
+    except (HFValidationError, OSError):
+        return revision
+    commit = Path(found).parent.name if isinstance(found, str) else ""
+    return commit if _COMMIT.fullmatch(commit) else revision
+
+
+def _commit(model_id: Any, revision: Any) -> str | None:
+    """The commit of a revision that may have a name; None where it cannot be known."""
+    if revision is None or not isinstance(model_id, str):
+        return None
+    found = commit_of(model_id, str(revision))
+    return found if found is not None and _COMMIT.fullmatch(found) else None
 
 
 def base_of(model: nn.Module) -> dict[str, Any]:

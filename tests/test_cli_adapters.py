@@ -100,13 +100,14 @@ def test_a_tokenizer_beside_the_adapter_goes_along(
     assert not (tmp_path / "bare" / "tokenizer_config.json").exists()
     own = tmp_path / "own"
     shutil.copytree(adapter, own)
-    tokenizer = tokenizer_for(adapter, str(work / "base"))
+    base, _ = load_base(adapter)
+    tokenizer = tokenizer_for(adapter, base)
     tokenizer.add_tokens(["marvellous"])
     tokenizer.save_pretrained(own)
     works(capsys, "export", own, tmp_path / "peft")
     works(capsys, "compress", tmp_path / "peft", "--out", tmp_path / "small")
     for folder in ("peft", "small"):
-        found = tokenizer_for(tmp_path / folder, str(work / "base"))
+        found = tokenizer_for(tmp_path / folder, base)
         assert found.get_vocab() == tokenizer.get_vocab() and "marvellous" in found.get_vocab()
 
 

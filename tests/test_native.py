@@ -312,14 +312,15 @@ def test_a_base_that_was_saved_beside_its_adapter(
 def test_another_revision_of_the_base(
     model: Any, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model.config._name_or_path, model.config._commit_hash = "org/a-bert", "1f"
+    first, other_one = "1f" * 20, "2e" * 20
+    model.config._name_or_path, model.config._commit_hash = "org/a-bert", first
     loradrop.save(model, path)
-    for revision, said in (("2e", True), ("1f", False), (None, False)):
+    for revision, said in ((other_one, True), (first, False), ("v1", False), (None, False)):
         other = bert()
         other.config._name_or_path, other.config._commit_hash = "org/a-bert", revision
         caplog.clear()
         loradrop.load(other, path)
-        told = "trained on org/a-bert at revision 1f, and this model is of revision 2e"
+        told = f"on org/a-bert at revision {first}, and this model is of revision {other_one}"
         assert (told in caplog.text) == said
 
 

@@ -23,7 +23,7 @@ def classifier(where: str, *names: str) -> Any:
 
 def read(where: str, model: Any, tmp_path: Path) -> Any:
     data = DataConfig(source=write_table(tmp_path / "films.csv"), max_length=16)
-    return rows_for(model, where, data, tmp_path)
+    return rows_for(model, data, tmp_path)
 
 
 def test_classes_are_those_of_the_model_by_name(tmp_path: Path) -> None:
@@ -68,6 +68,6 @@ def test_the_tokenizer_is_that_of_the_adapter(tmp_path: Path) -> None:
     chats.write_text("\n".join([json.dumps({"messages": talk})] * 24))
     model, data = AutoModelForCausalLM.from_pretrained(where), DataConfig(source=str(chats))
     with pytest.raises(ValueError, match="chat template"):
-        rows_for(model, where, data, adapter)
+        rows_for(model, data, adapter)
     tokenizer.save_pretrained(adapter)
-    assert len(rows_for(model, where, data, adapter).train) > 0
+    assert len(rows_for(model, data, adapter).train) > 0

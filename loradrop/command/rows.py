@@ -31,8 +31,8 @@ def rows_of(task: TextTask, model: Any, tokenizer: Any, max_length: int | None) 
     return Rows(task, train, dev, collator(task, tokenizer))
 
 
-def rows_for(model: Any, where: str, data: DataConfig, adapter: str | Path) -> Rows:
-    """The data for the model at `where`, the base of `adapter`.
+def rows_for(model: Any, data: DataConfig, adapter: str | Path) -> Rows:
+    """The data for the model that is the base of `adapter`.
 
     Raises ValueError for data that the model's head was not made for, and a model without a
     tokenizer.
@@ -47,8 +47,9 @@ def rows_for(model: Any, where: str, data: DataConfig, adapter: str | Path) -> R
             "the first output of the head: else the dev metrics are wrong, and so is --heal",
             adapter, ", ".join(f"{i}: {label}" for i, label in enumerate(task.labels)),
         )  # fmt: skip
-    if (tokenizer := tokenizer_for(adapter, where, task.kind == "token_classification")) is None:
-        raise ValueError(f"{where} has no tokenizer, which reading the data needs: give model=")
+    if (tokenizer := tokenizer_for(adapter, model, task.kind == "token_classification")) is None:
+        name = model.config._name_or_path
+        raise ValueError(f"{name} has no tokenizer, which reading the data needs: give model=")
     pad_with(model, tokenizer)
     return rows_of(task, model, tokenizer, data.max_length)
 

@@ -156,12 +156,12 @@ def measure(
     adapter's head was not made for.
     """
     named = config.model
-    base, where = load_base(
+    base, _ = load_base(
         adapter, model_id, named.dtype, revision=named.revision, option="model="
     )
     load(base, adapter)
     to_accelerator(base)
-    rows = rows_for(base, where, config.data, adapter)
+    rows = rows_for(base, config.data, adapter)
     chosen = rows.train if split == "train" else rows.dev
     loader = DataLoader(chosen, batch_size=config.train.batch_size, collate_fn=rows.collate)
     scores = probe(base, itertools.islice(loader, batches), mask=config.train.mask)

@@ -40,6 +40,8 @@ def card_of(model: nn.Module, plan: Plan, file: PeftFile, verdicts: list[EngineV
     labels = getattr(getattr(model, "config", None), "num_labels", None)
     names = classes_of(model).get("labels") or plan.base.get("labels")
     extra = of_head(labels, names) if labels and loader.endswith("Classification") else ""
+    revision = file.config.get("revision") if public else None
+    of_revision = "" if revision is None else f", revision={revision!r}"
     taken = [verdict.engine for verdict in verdicts if verdict.ok]
     writes_text = loader == "AutoModelForCausalLM"
     return rendered(
@@ -53,9 +55,10 @@ def card_of(model: nn.Module, plan: Plan, file: PeftFile, verdicts: list[EngineV
         cut=_of_cut(plan),
         own=[target.name for target, state in states if state == "own"],
         loader=loader,
-        arguments=f"{public or 'path/to/the/base/model'!r}{extra}",
+        arguments=f"{public or 'path/to/the/base/model'!r}{of_revision}{extra}",
         tokens=_tokens_in(model, file),
         model=public or "path/to/the/base/model",
+        at="" if revision is None else f" --revision {revision}",
         folder=FOLDER,
         in_transformers="peft" in taken and loader.startswith("Auto") and not file.others,
         servers=[engine for engine in taken if engine != "peft" and writes_text],

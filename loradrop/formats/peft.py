@@ -247,14 +247,18 @@ def peft_file_of(
                     "diverged, or the dtype is too narrow. Train again, or choose dtype='float32'"
                 )
             tensors[f"{PREFIX}{target.name}.lora_{name}.weight"] = factor
-    base = tensors_of(model)
-    require_loaded({key: base[key] for key in layout.saved_tensors})
+    own = tensors_of(model)
+    require_loaded({key: own[key] for key in layout.saved_tensors})
     for key in layout.saved_tensors:
-        tensors[PREFIX + key] = full_tensor(base[key].detach()).to(device, copy=True).contiguous()
+        tensors[PREFIX + key] = full_tensor(own[key].detach()).to(device, copy=True).contiguous()
+    bases = base_of(model), adapters.plan.base  # the second where the model itself does not say
+    named = base_id or bases[0]["id"] or None
+    revisions = [base.get("revision") for base in bases if base.get("id") == named]
+    revision = next((of for of in revisions if of is not None), None)
     config = {
         "peft_type": "LORA",
         "task_type": layout.task,
-        "base_model_name_or_path": base_id or base_of(model)["id"] or None,
+        "base_model_name_or_path": named,
         "inference_mode": True,
         "r": r,
         "lora_alpha": r,
@@ -267,4 +271,6 @@ def peft_file_of(
     }
     if not one:
         config |= {"rank_pattern": held, "alpha_pattern": held}
+    if revision is not None:
+        config["revision"] = revision
     return PeftFile(config, tensors, configuration_of(model), model, instead)

@@ -91,6 +91,9 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
                 'task_type, such as "SEQ_CLS", by which PEFT leaves it out and trains it',
                 ", ".join(of_head),
             )
+        own = getattr(self.model, "config", None)
+        if config.revision is not None and getattr(own, "_commit_hash", None) is None:
+            own._commit_hash = config.revision  # transformers does not say which one it loaded
         ours = from_peft(config, [key for key, _ in layers])
         names, whole = [f".{key}" for key in modules_of(self.model)], config.modules_to_save or ()
         saved = [m for m in whole if any(name.endswith(f".{m}") for name in names)]
