@@ -88,7 +88,7 @@ class AdapterBank(nn.Module):
         self.enabled = True
         self.merged = False
         self.adopts = False
-        self.collector: object | None = None  # what collects statistics, in all links
+        self.collector: Any = None  # what collects statistics, in all links, or None
         self.changed: Callable[[], None] | None = None  # called when who uses what has changed
 
     @property
@@ -102,6 +102,11 @@ class AdapterBank(nn.Module):
     @property
     def scaling(self) -> tuple[float, ...]:
         return tuple(link.scaling for link in self.links)
+
+    def stop_collecting(self) -> None:
+        """Detach what collects statistics, as of a run that was interrupted."""
+        while self.collector is not None:
+            self.collector.detach()
 
     def bring_back(self) -> None:
         """Undo an offload by accelerate: it loads tensors for a forward, and nobody calls ours.
@@ -260,8 +265,7 @@ class AdapterBank(nn.Module):
         tensors = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         state = tensors.pop(STATE, None)
         if state is not None:
-            # An average of equal ones may be a float.
-            state = full_tensor(state).cpu().round().long()
+            state = full_tensor(state).cpu()
             self._take_assignment(state, tensors)
             if (state[3] == ALONE).any():
                 missing.clear()  # the bank is the last of the model's modules
@@ -272,13 +276,14 @@ class AdapterBank(nn.Module):
 
     def _take_assignment(self, state: Tensor, tensors: Mapping[str, Tensor]) -> None:
         here = full_tensor(self.get_extra_state()).cpu()
-        if here.shape != state.shape or not torch.equal(here[2], state[2]):
+        if here.shape != state.shape or not _same_sums(here[2], state[2]):
             given = dict(self.composition)
             options = f", or with other options than {given}" * bool(given)
             raise RuntimeError(
                 f"the state dict adapts other targets than the {len(self.targets)} of this model"
                 f"{options}: inject it with the configuration that the state dict was made with"
             )
+        state = _whole(state)
         if (state[3] == MERGED).any() and not self.merged:
             raise RuntimeError(
                 "the state dict was taken while the adapters were merged, so its weights hold them "
@@ -324,6 +329,37 @@ class AdapterBank(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
+
+
+def _same_sums(here: Tensor, there: Tensor) -> bool:
+    """Whether checksums agree as far as `there` can say: an average or a cast of state dicts has
+    them as floats, and those of float16 are endless.
+    """
+    if not there.is_floating_point():
+        return torch.equal(here, there)
+    known = there.double().isfinite()
+    digits = max(4 * torch.finfo(there.dtype).eps, 1e-6)
+    close = torch.isclose(there.double(), here.double(), rtol=digits, atol=0.0)
+    return bool(close[known].all())
+
+
+def _whole(state: Tensor) -> Tensor:
+    """An extra state as integers. Raises RuntimeError for one that has become something else, as an
+    average of several assignments, or in a type that cannot count as far.
+    """
+    if not state.is_floating_point():
+        return state
+    rows = state[[0, 1, 3]].double()
+    far = float(rows.abs().max()) * torch.finfo(state.dtype).eps > 0.5
+    if far or (rows - rows.round()).abs().max() > 0.01:
+        raise RuntimeError(
+            f"lora_bank.{STATE} of the state dict, of {state.dtype}, does not say who shares which "
+            "adapter: it is an average of state dicts that share differently, or of a narrow type. "
+            "Average those alone that share alike, and leave this entry as one of them has it"
+        )
+    whole = torch.zeros_like(state, dtype=torch.int64)
+    whole[[0, 1, 3]] = rows.round().long()
+    return whole
 
 
 def _forms(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -399,7 +435,8 @@ def empty(saved: Tensor, device: torch.device) -> nn.Parameter:
 
 
 def keep_width(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-    """fn(tensor), but never of a narrower type."""
-    moved = fn(tensor)
-    narrower = moved.is_floating_point() and moved.element_size() < tensor.element_size()
-    return tensor.to(moved.device) if narrower else moved
+    """fn(tensor), but of no narrower type than it has, or float32 if that is narrower."""
+    moved, least = fn(tensor), min(tensor.element_size(), 4)
+    if not moved.is_floating_point() or moved.element_size() >= least:
+        return moved
+    return tensor.to(moved.device, min(tensor.dtype, torch.float32, key=lambda d: d.itemsize))

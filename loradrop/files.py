@@ -75,6 +75,8 @@ def require_writable(folder: Path, remedy: str, path: Path | None = None) -> Non
     """Raises OSError, with the remedy, where nothing can be written into the folder, or it cannot
     be made. It names `path`, if not the folder.
     """
+    if folder.is_symlink() and not folder.exists():
+        raise OSError(f"{path or folder} cannot be written (it is a link to nowhere): {remedy}")
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     try:
         tempfile.TemporaryFile(dir=there).close()

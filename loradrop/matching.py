@@ -8,6 +8,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from loradrop.config import LoRAConfig, pattern_matches
 from loradrop.layers import is_extensible, is_patched, keeps_rows, shape_of
@@ -284,6 +285,8 @@ def _obstacle(
             "name a linear layer"
         )
     kind: Any = type(module)
+    if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+        return f"is a {kind.__name__} without a size yet: call the model on one batch first"
     if not is_extensible(kind):
         return (
             f"is a {type(module).__name__}, a class that Python cannot extend in place, so that no "

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -93,7 +94,7 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
         if not file.exists():
             raise FileNotFoundError(
                 f"{missing} is not there: give the folder loradrop.save wrote, or one of PEFT"
-                f"{adapters_below(path, '*/adapter_config.json')}"
+                f"{adapters_below(path, '*/adapter_config.json')}{_elsewhere(path)}"
             )
     _refuse_pickle(file)
     try:
@@ -115,6 +116,7 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
         raise ValueError(
             f"{file} is not a native loradrop adapter (its header has no plan): "
             "load a PEFT file with its folder, loradrop.load(model, folder)"
+            f"{_of_a_checkpoint(file)}"
         )
     try:
         plan = Plan.from_dict(json.loads(metadata["plan"]))
@@ -157,6 +159,32 @@ def adapters_below(path: str | os.PathLike[str], *more: str) -> str:
     ways = (f"adapter/{TENSORS}", f"*/adapter/{TENSORS}", *more)
     found = {str(file.parent) for way in ways for file in Path(path).glob(way)}
     return f", which is {' or '.join(sorted(found))}" * bool(found)
+
+
+def _elsewhere(path: Path) -> str:
+    """What else a path without an adapter may be: a repository of the Hub, or a checkpoint."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", path.as_posix()) and not path.parent.exists():
+        return (
+            f". One of the Hub is downloaded first: huggingface_hub.snapshot_download({str(path)!r}"
+            f") returns its folder (in a shell: $(hf download {path}))"
+        )
+    return _of_a_checkpoint(path / "model.safetensors")
+
+
+def _of_a_checkpoint(file: Path) -> str:
+    """How to load what the Trainer saves of an injected model, if this is such a file: its tensors,
+    without a plan.
+    """
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            ours = any(key.startswith("lora_bank.") for key in opened.keys())  # noqa: SIM118
+    except (OSError, safetensors.SafetensorError):
+        return ""
+    load = f"model.load_state_dict(safetensors.torch.load_file({str(file)!r}), strict=False)"
+    return (
+        ". These are the tensors of an injected model: inject the model with the options of that "
+        f"run, and {load}"
+    ) * ours
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

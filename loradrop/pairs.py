@@ -63,9 +63,15 @@ class LoRAPair(nn.Module):
         nn.init.zeros_(self.B)
 
     def factors(self) -> Pair:
-        """The two Parameters themselves."""
+        """The two Parameters themselves, or what pruning or a parametrisation makes of them."""
         own = self._parameters  # microseconds faster than the attributes
-        return own["A"], own["B"]  # type: ignore[return-value]
+        A, B = own.get("A"), own.get("B")
+        return (A, B) if A is not None and B is not None else self._made()
+
+    def _made(self) -> Pair:
+        for hook in self._forward_pre_hooks.values():  # torch.nn.utils.prune; nobody calls forward
+            hook(self, ())
+        return self.A, self.B
 
 
 class NoPair:

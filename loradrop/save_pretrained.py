@@ -1,9 +1,11 @@
 """`model.save_pretrained` of an injected model and of its parts, as the Trainer calls it, too."""
 
+import inspect
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,23 +24,47 @@ CHECKPOINT = "model.safetensors"  # where the Trainer looks for what it saved
 _log = logging.getLogger(__name__)
 
 
-class SavePretrained:
+class _Bound:
+    """A method of one module that does not keep it alive, as an attribute of the module itself. Its
+    copies and pickles are of the module's.
+
+    more   what else it was made with
+    """
+
+    def __init__(self, module: nn.Module, *more: Any) -> None:
+        self._module, self.more = weakref.ref(module), more
+
+    @property
+    def module(self) -> nn.Module:
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the model that this would save is gone: keep a reference to it")
+        return module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Bound":
+        return type(self)(memo.get(id(self.module), self.module), *self.more)
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.module, *self.more)
+
+
+class SavePretrained(_Bound):
     """`save_pretrained` of an injected model: the base model, and its adapters in a folder.
 
     In a folder that is named as the Trainer's checkpoints are, checkpoint-<step>, it writes what is
-    trained alone: the frozen base is there already where a run resumes.
+    trained alone: the frozen base is there already where a run resumes. It is made with the
+    `save_pretrained` that the instance had of its own, if any, which writes the base then.
     """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
 
     def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
         """As `PreTrainedModel.save_pretrained`, with the adapters in `loradrop_adapter/`.
 
-        Raises ValueError while the adapters are merged and, once all is written, for a method that
-        wants a warm-up and trained without one.
+        With `push_to_hub` all of that is pushed, too. Raises ValueError while the adapters are
+        merged and, once all is written, for a method that wants a warm-up and trained without one.
         """
-        folder, model = Path(save_directory), self.model
+        folder, model = Path(save_directory), self.module
+        if kwargs.pop("push_to_hub", False):
+            return self._pushed(folder, kwargs)
         given = kwargs.pop("state_dict", None)
         state = given or model.state_dict()
         if injection_of(model).merged is not None:
@@ -54,9 +80,8 @@ class SavePretrained:
         if given is not None:
             own = {k: v for k, v in state.items() if not k.startswith("lora_bank.")}
             kwargs["state_dict"] = own
-        pretrained: Any = type(model)
         with without_bank(model):
-            result = pretrained.save_pretrained(model, folder, **kwargs)
+            result = self._save_base(folder, **kwargs)
         _save_given(model, folder / FOLDER, state)
         _log.warning(
             "%s holds the base model, and its adapters in %s: what from_pretrained loads from it "
@@ -65,22 +90,46 @@ class SavePretrained:
         _require_measured(model)
         return result
 
+    @property
+    def own(self) -> Callable[..., Any] | None:
+        """What the instance had of its own."""
+        return self.more[0] if self.more else None
 
-class SavePart:
-    """`save_pretrained` of a part of an injected model, which does not hold the adapters."""
+    def _save_base(self, folder: Path, **kwargs: Any) -> Any:
+        if self.own is not None:
+            return self.own(folder, **kwargs)
+        kind: Any = type(self.module)
+        return kind.save_pretrained(self.module, folder, **kwargs)
 
-    def __init__(self, part: nn.Module, name: str) -> None:
-        self.part, self.name = part, name
+    def _pushed(self, folder: Path, kwargs: dict[str, Any]) -> Any:
+        """Saves, and pushes by the model's own method, which saves once more by this one: that of
+        transformers would push what is there before the adapters are.
+        """
+        model: Any = self.module
+        takes = inspect.signature(model.push_to_hub).parameters.keys() - {"repo_id"}
+        of_hub = {name: kwargs.pop(name) for name in (*kwargs,) if name in takes}
+        shards = {name: of_hub[name] for name in ("max_shard_size",) if name in of_hub}
+        repository = kwargs.pop("repo_id", folder.name)
+        result = self(folder, **kwargs, **shards)
+        if kwargs.get("is_main_process", True):
+            model.push_to_hub(repository, **of_hub)
+        return result
+
+
+class SavePart(_Bound):
+    """`save_pretrained` of a part of an injected model, which does not hold the adapters; it is
+    made with its name.
+    """
 
     def __call__(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
         """As `PreTrainedModel.save_pretrained`, and says what it leaves out."""
         _log.warning(
             "%s holds the base weights of %s alone: the adapters are of the whole model. Call "
             "loradrop.save(model, folder), or loradrop.merge(model) first",
-            save_directory, self.name,
+            save_directory, self.more[0],
         )  # fmt: skip
-        kind: Any = type(self.part)
-        return kind.save_pretrained(self.part, save_directory, **kwargs)
+        kind: Any = type(self.module)
+        return kind.save_pretrained(self.module, save_directory, **kwargs)
 
 
 @contextmanager

@@ -85,7 +85,8 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     injection.start = sum_of(bank) if config.method.acts else None
     model.lora_bank, model._lora_injection = bank, injection  # type: ignore[assignment]
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained = SavePretrained(model)  # type: ignore[assignment]
+        own = model.__dict__.get("save_pretrained")
+        model.save_pretrained = SavePretrained(model, own)  # type: ignore[assignment]
     for name, part in _savers(model, bank):
         part.save_pretrained = SavePart(part, name)  # type: ignore[assignment]
     _tell_of_meta(bank)
@@ -281,12 +282,15 @@ def require_undoable(model: nn.Module) -> None:
 
 def strip(model: nn.Module) -> None:
     """Take the adapters out and leave the weights as they are."""
-    injection = injection_of(model)
-    for target in bank_of(model).targets:
+    injection, bank = injection_of(model), bank_of(model)
+    bank.stop_collecting()
+    for target in bank.targets:
         restore(model.get_submodule(target.name))
     for name, attribute, value in injection.attributes:
         setattr(model.get_submodule(name), attribute, value)
-    for _, part in _savers(model, bank_of(model)):
+    for _, part in _savers(model, bank):
         part.__dict__.pop("save_pretrained", None)
     del model.lora_bank, model._lora_injection
-    model.__dict__.pop("save_pretrained", None)
+    saver = model.__dict__.pop("save_pretrained", None)
+    if isinstance(saver, SavePretrained) and saver.own is not None:
+        model.save_pretrained = saver.own  # type: ignore[assignment]

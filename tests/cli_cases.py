@@ -52,10 +52,11 @@ def works(capsys: Capsys, *arguments: Any) -> str:
     return out
 
 
-def fails(capsys: Capsys, message: str, *arguments: Any) -> None:
-    """`loradrop` with these arguments is an error with this message."""
+def fails(capsys: Capsys, message: str, *arguments: Any) -> str:
+    """stderr of `loradrop` with these arguments, which is an error with this message."""
     status, out, err = command(capsys, *arguments)
     assert (status, out) == (2, "") and message in err.partition("loradrop: error: ")[2], err
+    return err
 
 
 def python(*arguments: Any) -> tuple[int, str, str]:

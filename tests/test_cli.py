@@ -201,6 +201,26 @@ def test_plan_errors(work: Path, tmp_path: Path, capsys: Capsys) -> None:
     assert status == 2 and "'shwo' is not one of 'show', 'plot', 'sweep'" in err
 
 
+def test_what_cannot_be_written_is_said_at_once(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
+) -> None:
+    """In a file's place no folder can be made, nor in a link to nowhere; no draft is named."""
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for folder in (tmp_path / "file" / "x", tmp_path / "link"):
+        for verb in ("train", "probe"):
+            line = (verb, work / "config.yaml", f"output={folder}")
+            message = fails(capsys, f"{folder} cannot be written (", *line)
+            assert "name another folder by output=" in message
+    picture = tmp_path / "file" / "x.png"
+    line = ("plan", "plot", work / "run", "--out", picture)
+    message = fails(capsys, f"{picture} cannot be written (", *line)
+    assert "name another file by --out" in message and ".tmp" not in message
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    message = fails(capsys, "cannot be written (", "tune", "16x16", "--device", "cpu")
+    assert "point XDG_CACHE_HOME to a folder" in message and "--out" not in message
+
+
 def test_methods(capsys: Capsys) -> None:
     out = works(capsys, "methods")
     assert "lora: LoRA (Hu et al., arXiv:2106.09685): every target has its own A and B.\n" in out

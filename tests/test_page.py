@@ -147,6 +147,9 @@ def test_plan_table_has_the_shares_and_marks_of_the_plan() -> None:
     assert "online, 12,345 tokens in 20 steps" in table
     assert "20 of 30 steps, settled" in table
     assert table.startswith("someone/encoder:")
+    plain = plan_table(make_plan(), encoding="ascii")
+    assert "# own adapter   o shared adapter   . no adapter" in plain
+    assert table.translate(str.maketrans("●○·░▒▓█", "#o..:+#")) == plain
 
 
 def test_dropped_targets_cost_nothing_joint_ones_are_parts_of_all_and_norms_are_roots() -> None:

@@ -243,6 +243,7 @@ def plan(
     budgets: Budgets = None, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Print or plot the importance of each layer, or what other thresholds would have kept."""
+    from loradrop.files import require_writable
     from loradrop.plan_file import plan_at
     from loradrop.report.sweep import parts, sweep_table
     from loradrop.report.terminal import plan_table
@@ -260,6 +261,7 @@ def plan(
     from loradrop.report.plots import plot_importance
 
     out = out or (path if path.is_dir() else path.parent) / "importance.png"
+    require_writable(out.parent, "name another file by --out", out)
     plot_importance(found, out)
     return _wrote(out)
 

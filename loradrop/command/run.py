@@ -18,7 +18,7 @@ from loradrop.command.base_models import build, config_of, to_accelerator
 from loradrop.command.rows import Rows, by_name, rows_for, rows_of
 from loradrop.command.run_config import CONFIG, RunConfig, folder_of
 from loradrop.config import LoRAConfig, TrainConfig
-from loradrop.files import write_json, write_text
+from loradrop.files import require_writable, write_json, write_text
 from loradrop.injection import plan_of
 from loradrop.loading import load
 from loradrop.machine import is_first_rank
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from loradrop.training.stages import Result
 
 _log = logging.getLogger(__name__)
+ELSEWHERE = "name another folder by output="
 
 
 def run(config: RunConfig, *, resume: bool = False) -> dict[str, "Result"]:
@@ -52,6 +53,7 @@ def run(config: RunConfig, *, resume: bool = False) -> dict[str, "Result"]:
         folders = (folder_of(config, name) for name in (*config.arms, config.name))
         held = next((arm for arm in folders if (arm / OPTIONS).exists()), folder)
         raise ValueError(held_by_a_run(held))
+    require_writable(folder, ELSEWHERE)
     task = load_task(config.data)
     data = f"{task.name}: {len(task.train)} training and {len(task.dev)} dev examples"
     _log.info("%s, %s", data, task.kind)
@@ -126,6 +128,7 @@ def train_arm(
 
 def warm_up_run(config: RunConfig, *, resume: bool = False) -> Plan:
     """The warm-up of `config.lora` alone; `run(config, resume=True)` continues from it."""
+    require_writable(Path(config.output), ELSEWHERE)
     model, lora, rows, args = _prepare(config, load_task(config.data), config.lora)
     from loradrop.training.fit import warm_up
 

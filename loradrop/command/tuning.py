@@ -223,6 +223,8 @@ def destination(device: str, out: Path | None = None) -> Path:
     """
     path = out or tuned.path_of(_name(device))
     remedy = "name another file by --out"
+    if out is None:
+        remedy = "point XDG_CACHE_HOME to a folder where loradrop may write, and looks afterwards"
     try:
         if path.is_dir():
             raise ValueError(f"{path} is a folder: name a file, such as {path / 'tuned.json'}")

@@ -91,7 +91,7 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
                 'task_type, such as "SEQ_CLS", by which PEFT leaves it out and trains it',
                 ", ".join(of_head),
             )
-        own = getattr(self.model, "config", None)
+        own: Any = getattr(self.model, "config", None)
         if config.revision is not None and getattr(own, "_commit_hash", None) is None:
             own._commit_hash = config.revision  # transformers does not say which one it loaded
         ours = from_peft(config, [key for key, _ in layers])

@@ -155,6 +155,8 @@ def run_transformed(
             "statistics cannot be collected under torch.func, forward-mode differentiation or "
             "torch.jit.trace: detach the collector first"
         )
+    if call.seed is not None and torch._C._is_tracing():
+        raise RuntimeError("torch.jit.trace does not know dropout's masks: trace in eval mode")
     try:
         y, _, _, sqnorm, _ = REFERENCE.forward(call)
     except RuntimeError as error:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 MARKS = {"own": "●", "shared": "○", "none": "·"}
+PLAIN_MARKS = {"own": "#", "shared": "o", "none": "."}  # where a stream cannot write those
 MEANINGS = {"own": "own adapter", "shared": "shared adapter", "none": "no adapter"}
 COMPOSED = {"own": "adapter, as the method makes it"}  # of banks without pairs; others may share it
 # The light scheme of assets/report.html. Importance is lightness: it reads with any colour vision.

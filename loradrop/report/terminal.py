@@ -1,11 +1,14 @@
 """The tables for a terminal."""
 
 import math
+import sys
 from collections.abc import Sequence
 
 from loradrop.plan import Plan
 from loradrop.report.grid import Arm, Grid, count, finite
-from loradrop.report.look import MARKS, as_percent, duration, layer_name
+from loradrop.report.look import MARKS, PLAIN_MARKS, as_percent, duration, layer_name
+
+_SHADES, _PLAIN_SHADES = " ░▒▓█", " .:+#"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -15,15 +18,20 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["   ".join(row).rstrip() for row in cells]
 
 
-def plan_table(plan: Plan) -> str:
-    """The plan for a terminal: a grid of layers and module types, its groups, and totals."""
+def plan_table(plan: Plan, encoding: str | None = None) -> str:
+    """The plan for a terminal: a grid of layers and module types, its groups, and totals.
+
+    encoding   of what it is written to, which may lack the marks; None is that of stdout
+    """
     grid = Grid(plan)
+    rich = _writes("".join(MARKS.values()) + _SHADES, encoding or sys.stdout.encoding)
+    marks, shades = (MARKS, _SHADES) if rich else (PLAIN_MARKS, _PLAIN_SHADES)
 
     def text(layer: int | None, column: str) -> str:
         if (cell := grid.cells.get((layer, column))) is None:
             return ""
-        shade = " ░▒▓█"[math.ceil(4 * grid.shade(cell))]
-        mark = f"r{cell.rank:<2}" if grid.cut else MARKS[cell.state]
+        shade = shades[math.ceil(4 * grid.shade(cell))]
+        mark = f"r{cell.rank:<2}" if grid.cut else marks[cell.state]
         return f"{2 * shade} {cell.percent:>4} {mark}"
 
     heads = [head.split("\n") for head in grid.heads("\n")]
@@ -31,18 +39,26 @@ def plan_table(plan: Plan) -> str:
     stacked = zip(*([""] * (tall - len(head)) + head for head in heads), strict=True)
     rows = [["layer" if i == tall - 1 else "", *line] for i, line in enumerate(stacked)]
     rows += [[layer_name(n), *(text(n, column) for column in grid.labels)] for n in grid.layers]
-    groups = [["group", *MARKS.values(), "score", "held by ●"]]
+    groups = [["group", *marks.values(), "score", f"held by {marks['own']}"]]
     for cells in [*grid.groups.values(), list(grid)]:
         name = "all" if len(groups) > len(grid.groups) else grid.name(cells)
         score, total = sum(finite(cell.score) for cell in cells), sum(c.weight for c in cells)
         held = as_percent(sum(c.weight for c in cells if c.state == "own") / (total or 1.0))
         scored = [f"{score:.4g}", f"{held} %"] if grid.scored else ["–", "–"]
-        groups.append([name, *(str(count(cells, state)) for state in MARKS), *scored])
+        groups.append([name, *(str(count(cells, state)) for state in marks), *scored])
     topic = f"importance in % of {grid.whole}" if grid.scored else "importance not measured"
     topic += ", and the rank that is left" if grid.cut else ""
     lines = [f"{grid.model_name}: {topic}", "", *aligned(rows), ""]
-    lines += ["   ".join(f"{MARKS[s]} {grid.meanings[s]}" for s in MARKS), "", *aligned(groups), ""]
+    lines += ["   ".join(f"{marks[s]} {grid.meanings[s]}" for s in marks), "", *aligned(groups), ""]
     return "\n".join([*lines, *(f"{key:<11} {value}" for key, value in grid.summary.items())])
+
+
+def _writes(text: str, encoding: str | None) -> bool:
+    try:
+        text.encode(encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
 
 
 def arms_table(arms: Sequence[Arm], metric: str) -> str:

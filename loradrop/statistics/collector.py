@@ -31,7 +31,8 @@ _log = logging.getLogger(__name__)
 
 
 class Collector:
-    """Statistics of one run; `bank.collector` while it is attached.
+    """Statistics of one run; `bank.collector` while it is attached. One that is attached before
+    another has ended, as for a probe in the middle of training, collects alone meanwhile.
 
     statistics  names of what is collected: "sqnorm", "moment", "gram_in", "core"
     online      True: of the backward passes; False: sqnorm alone, of the forward passes
@@ -70,6 +71,7 @@ class Collector:
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
         ]
+        self._before: Collector | None = bank.collector  # it goes on afterwards
         used = list(zip(bank.targets, map(bank.factors, range(len(bank.targets))), strict=True))
         self._watched = [
             Watched(self, mask, {name: start(name, *of, online) for name in statistics})
@@ -85,10 +87,12 @@ class Collector:
             handle.remove()
         self._handles.clear()
         self.masks.detach()
-        if self.bank.collector is self:
-            self.bank.collector = None
-            for link in self.bank.links:
-                link.observer = None
+        if self.bank.collector is not self:
+            return
+        before = self._before if self._before is not None and self._before._handles else None
+        self.bank.collector, self._before = before, None
+        for i, link in enumerate(self.bank.links):
+            link.observer = None if before is None else before._watched[i]
 
     def set_samples(self, count: int) -> None:
         """The gradients of this step are of the sum of `count` losses, not of their mean."""
@@ -191,7 +195,7 @@ class Collector:
         return rows, tokens
 
     def _enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self.online and not torch.is_grad_enabled():
+        if (self.online and not torch.is_grad_enabled()) or self.bank.collector is not self:
             return
         if getattr(model, "_is_replica", False):
             raise RuntimeError(

@@ -68,12 +68,12 @@ def training_arguments(
         "eval_strategy": "steps" if args.eval_every and has_dev else "no",
         "eval_steps": args.eval_every,
         "report_to": list(args.report_to),
-        "disable_tqdm": True,
         "log_level_replica": "passive",  # else each Trainer makes other ranks say more than it was
         "restore_callback_states_from_checkpoint": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     options |= args.extra
+    options["disable_tqdm"] = True  # fit has a bar of its own
     if warm_up:
         if options["lr_scheduler_type"] in _FOLLOWING:
             options["lr_scheduler_type"] = "constant_with_warmup"

@@ -78,6 +78,7 @@ class MethodCallback(TrainerCallback):
         one, which the Trainer gave up, collects no more.
         """
         self.detach()
+        self.bank.stop_collecting()  # of another run, which was interrupted
         self._started = time.monotonic()
         names = self.statistics or ("sqnorm",)
         masking = self.masking if self.statistics else EVERY_TOKEN

@@ -18,7 +18,8 @@ from typing import Any
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
+from transformers.utils.logging import is_progress_bar_enabled
 
 from loradrop.bank import bank_of, has_bank
 from loradrop.config import LoRAConfig, TrainConfig
@@ -313,6 +314,11 @@ class Run:
             has_dev=self.dev is not None, total=None if part is None else part.steps,
         )  # fmt: skip
 
+    def _progress(self, stage: str) -> list[TrainerCallback]:
+        """The bar of a stage, where the user has not switched bars off."""
+        off = self.args.extra.get("disable_tqdm") or not is_progress_bar_enabled()
+        return [] if off else [Progress(stage)]
+
     def _stage(
         self,
         name: str,
@@ -343,7 +349,7 @@ class Run:
             data_collator=self.collate or own,
             processing_class=self.processing_class,
             compute_metrics=self.metric,
-            callbacks=[Progress(name), *callbacks, LastStep()],
+            callbacks=[*self._progress(name), *callbacks, LastStep()],
         )
         trainer.remove_callback(PrinterCallback)
         try:
