@@ -30,7 +30,10 @@ if any((ROOT / "loradrop" / "kernels").glob("*.py")):  # a link to ../kernels
     packages.append("loradrop.kernels")
 
 extension = {}
-if os.environ.get("LORADROP_BUILD_CUDA") == "1":  # an error, never a silent pure-Python wheel
+asked = os.environ.get("LORADROP_BUILD_CUDA", "0")
+if asked not in ("0", "1", ""):
+    raise SystemExit(f"LORADROP_BUILD_CUDA={asked!r}: give 1, which builds the CUDA kernels, or 0")
+if asked == "1":  # an error, never a silent pure-Python wheel
     build = runpy.run_path(str(ROOT / "csrc" / "build.py"))
     extension = build["setup_arguments"]()
 

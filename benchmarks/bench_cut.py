@@ -157,11 +157,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     known = Tasks(args.data, args.models)
+    here = known.at_hand(args.tasks)
     cells = read_json(args.out)["cells"] if args.out.exists() else []
     done = {(cell["task"], cell["seed"], cell["arm"]) for cell in cells}
     deadline = time.monotonic() + 60 * args.minutes
     for seed in args.seeds:
-        for name in filter(known.has, args.tasks):
+        for name in here:
             arms = [arm for arm in ("uncut", *ARMS) if (name, seed, arm) not in done]
             if not arms or time.monotonic() > deadline:
                 continue

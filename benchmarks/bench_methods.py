@@ -94,8 +94,9 @@ def main() -> None:
     every = {budget: arms(budget, args.methods) for budget in BUDGETS}
     merged = {name: arm for found in every.values() for name, arm in found.items()}
     study = Study(tasks, args.out, args.minutes, merged, {"budgets": BUDGETS, "alpha": ALPHA})
+    here = tasks.at_hand(args.tasks)
     for found in (every[budget] for budget in BUDGETS if budget in args.budgets):
-        for task in filter(tasks.has, args.tasks):
+        for task in here:
             for arm in found:  # a method at a time: the table has whole rows, however long it ran
                 study.run([(task, arm)], args.seeds)
 

@@ -126,7 +126,8 @@ def main() -> None:
     torch.set_num_threads(1)
     tasks = Tasks(args.data, args.models)
     study = Study(tasks, args.out, args.minutes, ARMS, {"rank": RANK, "alpha": ALPHA}, cuts)
-    study.run([(t, arm) for arm in args.arms for t in args.tasks if tasks.has(t)], args.seeds)
+    here = tasks.at_hand(args.tasks)
+    study.run([(task, arm) for arm in args.arms for task in here], args.seeds)
 
 
 if __name__ == "__main__":

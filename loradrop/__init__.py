@@ -84,8 +84,20 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module 'loradrop' has no attribute {name!r}")
+        return _module(name)
     return getattr(importlib.import_module(f"loradrop.{_HOME[name]}"), name)
+
+
+def _module(name: str) -> Any:
+    """A module of the package by its name, which `import loradrop` has not loaded."""
+    whole = f"loradrop.{name}"
+    try:
+        if not name.startswith("_"):
+            return importlib.import_module(whole)
+    except ModuleNotFoundError as error:
+        if error.name != whole:
+            raise
+    raise AttributeError(f"module 'loradrop' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -129,6 +130,19 @@ class LoRAConfig:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         fields["method"] = {"name": self.method.name, **dataclasses.asdict(self.method)}
         return {name: _data(value) for name, value in fields.items()}
+
+    def require_plain(self) -> None:
+        """Raises ValueError for an option that no file could hold."""
+        for key, value in self.to_dict().items():
+            for name, one in value.items() if key == "method" else [(key, value)]:
+                try:
+                    json.dumps(one)
+                except TypeError as error:
+                    where = f"the method {self.method.name!r}" if key == "method" else "the config"
+                    raise ValueError(
+                        f"{name}={one!r} of {where} is a {type(one).__name__}, which no file of an "
+                        "adapter can hold: use a number, a text, a list or a dictionary of these"
+                    ) from error
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "LoRAConfig":

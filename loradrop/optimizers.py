@@ -23,7 +23,8 @@ class Groups(NamedTuple):
     """Where an optimiser holds the bank's parameters, before they change.
 
     of_user   (target, "A" or "B") -> the number of the group of that factor; None: not held
-    of_kind   the same for each kind of tensor in the bank, for what has no such user
+    of_kind   the same for each kind of tensor in the bank, for what has no such user; one of a new
+              kind goes to the first of these groups
     bank      the parameters themselves
     """
 
@@ -115,9 +116,10 @@ def regroup(model: nn.Module, optimizer: Any, groups: Groups) -> None:
 def _places_of_new(bank: AdapterBank, groups: Groups) -> dict[int, int | None]:
     """The id of each parameter of the bank -> the group of what it stands for."""
     users, found = _users(bank), dict[int, int | None]()
+    any_kind = min(groups.of_kind.values(), default=None)
     for name, parameter in bank.named_parameters():
         before = [user for user in users.get(id(parameter), ()) if user in groups.of_user]
-        kind = groups.of_kind.get(_kind(name))
+        kind = groups.of_kind.get(_kind(name), any_kind)
         found[id(parameter)] = groups.of_user[before[0]] if before else kind
     return found
 
@@ -128,8 +130,15 @@ def follow(model: nn.Module, optimizer: Any, groups: Groups, update: Update | No
     """
     state = {} if update is None else kept_state(optimizer, update)
     regroup(model, optimizer, groups)
-    held = _places(optimizer)
-    plain(optimizer).state.update({p: known for p, known in state.items() if id(p) in held})
+    held, inside = _places(optimizer), plain(optimizer)
+    if inside.state:  # computed, as of several optimisers in one: what is in it can be emptied
+        for known in (known for p, known in inside.state.items() if p not in state):
+            known.clear()
+        if update is not None and update.narrowed:
+            what = type(inside).__name__
+            _log.warning("the state of %s is computed, so that of cut adapters begins anew", what)
+        return
+    inside.state.update({p: known for p, known in state.items() if id(p) in held})
 
 
 def plain(optimizer: Any) -> Any:

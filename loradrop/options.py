@@ -9,6 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 _PLAIN: dict[Any, str] = {
     **{int: "a whole number", float: "a number", bool: "True or False", str: "text"},
     **{tuple[int, ...]: "a list of whole numbers", tuple[float, ...]: "a list of numbers"},
+    tuple[str, ...]: "a list of texts",
     types.NoneType: "None",
 }
 _OF_YAML: dict[Any, str] = {
@@ -70,7 +71,8 @@ def check_kinds(options: Any) -> None:
     """Raises ValueError for a field of a dataclass whose value is not of the kind that its
     annotation names, with what to give.
 
-    Looked at are fields that hold bool, int, float, str, None, tuples of numbers, or one of these.
+    Looked at are fields that hold bool, int, float, str, None, tuples of numbers or of texts, or
+    one of these.
     In them numbers of NumPy and torch become Python's, and lists become tuples.
     """
     for name, hint in hints_of(type(options)).items():
@@ -103,7 +105,7 @@ def missed(value: Any, hint: Any, names: Mapping[Any, str] = _OF_YAML) -> str | 
 
 
 def kinds_in(hint: Any) -> list[Any]:
-    """The types of a union, without their parameters but for tuples of numbers."""
+    """The types of a union, without their parameters but for tuples of numbers or texts."""
     union = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else [hint]
     return [kind if kind in _PLAIN else get_origin(kind) or kind for kind in union]
 

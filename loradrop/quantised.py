@@ -177,6 +177,50 @@ def _packed(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield key, tensor
 
 
+def require_gradients(model: nn.Module) -> None:
+    """Raises ValueError where `without_gradients` has a reason."""
+    if (reason := without_gradients(model)) is not None:
+        raise ValueError(reason)
+
+
+def without_gradients(model: nn.Module) -> str | None:
+    """Which quantised layer of the model, adapted or not, gives its input no gradient, so that what
+    comes before it would train on a wrong one; None where all do. One of each kind is tried.
+    """
+    tried = set()
+    for name, module in modules_of(model).items():
+        weight = next((tensor for _, tensor in _packed(module)), None)
+        if weight is None or shape_of(module) is None or weight.is_meta:
+            continue
+        inside = tuple(type(value) for value in vars(weight).values())
+        kind = base_class(module), type(weight), inside
+        if kind in tried:
+            continue
+        tried.add(kind)
+        if _stops_gradients(module, weight):
+            return (
+                f"{name}, a {kind[0].__name__} on a {kind[1].__name__}, gives its input no "
+                "gradient, so what comes before it would train on a wrong one: it is for inference "
+                "alone, as where activations are quantised too. Quantise weights only, or train on "
+                "the base model without quantisation"
+            )
+    return None
+
+
+def _stops_gradients(module: nn.Module, weight: Tensor) -> bool:
+    """Whether it does, by trying; False where it cannot be tried so."""
+    k, _ = shape_of(module) or (0, 0)
+    wide = weight.is_floating_point() and weight.itemsize > 1
+    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    x = torch.ones(1, k, dtype=weight.dtype if wide else own, device=weight.device)
+    try:
+        with torch.enable_grad():
+            y = base_class(module).forward(module, x.requires_grad_())
+    except Exception:  # whatever a kernel refuses
+        return False
+    return isinstance(y, Tensor) and not y.requires_grad
+
+
 def put(module: Any, stored: Stored) -> None:
     """Give a layer a weight: the values of a plain one, or the attributes of a quantised one."""
     if isinstance(stored, Tensor):

@@ -127,6 +127,15 @@ class Scores(Mapping[str, float]):
         }
 
 
+def require_scores(scores: Any) -> None:
+    """Raises TypeError for anything else than `Scores`."""
+    if not isinstance(scores, Scores):
+        raise TypeError(
+            f"scores is a {type(scores).__name__}: give the Scores that loradrop.probe returns, or "
+            "those that a plan was decided by (loradrop.report.sweep.scores_of(plan))"
+        )
+
+
 def check_ranks(
     targets: Iterable[Target], remedy: str = "Choose r <= {most}, or a rank_pattern"
 ) -> None:

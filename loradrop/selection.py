@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from loradrop.options import check_choice, check_one, check_part
-from loradrop.scores import Assignment, Scores, Target, layers_of
+from loradrop.scores import Assignment, Scores, Target, layers_of, require_scores
 
 CHOICES = {
     "scope": ("per_module", "joint"),
@@ -49,6 +49,7 @@ def select(
     ValueError for options out of range, for NaN or infinite scores and, where the decision depends
     on them, for scores that are all zero.
     """
+    require_scores(scores)
     check_choice("scope", scope, CHOICES["scope"])
     check_choice("importance", importance, CHOICES["importance"])
     given = {"threshold": threshold, "keep": keep, "keep_ratio": keep_ratio, "budget": budget}

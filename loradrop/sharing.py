@@ -73,13 +73,14 @@ def conclude(model: nn.Module, scores: Scores, warmup: Mapping[str, Any]) -> Upd
 
     Returns what that did. Raises ValueError for scores that are all zero.
     """
-    if not any(scores.values()):
+    method = injection_of(model).config.method
+    if "sqnorm" in (method.statistics or ("sqnorm",)) and not any(scores.values()):
         raise ValueError(
             f"the warm-up of {warmup['steps']} steps left B at zero, so nothing was measured: make "
             "it longer, by lora.method.probe_steps or, of spectral, lora.method.cut_at"
         )
     injection = injection_of(model)
-    method, injection.scores = injection.config.method, scores
+    injection.scores = scores
     injection.plan = None  # not what an earlier run recorded
     plan = plan_of(model)
     tell_in_vain(model)

@@ -24,7 +24,7 @@ from loradrop.injection import (
 )
 from loradrop.layers import adapt, build_bank, freeze, is_extended, is_patched, restore
 from loradrop.matching import find_targets, inside, kinds_of, saved_modules
-from loradrop.quantised import keep_unpacked, packed, put
+from loradrop.quantised import keep_unpacked, packed, put, without_gradients
 from loradrop.ranks import ZERO_3, is_partitioned, is_sharded
 from loradrop.save_pretrained import SavePart, SavePretrained
 from loradrop.wrapped import modules_of, of_inner, own_name, parameters_of, tensors_of
@@ -63,6 +63,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     if any(map(is_partitioned, model.parameters())):
         raise ValueError(ZERO_3)
     _require_no_saver(model)
+    config.require_plain()
     found = find_targets(model, config)
     trained = saved_modules(model, config)
     require_trainable(model, trained)
@@ -90,6 +91,8 @@ def inject(model: nn.Module, config: LoRAConfig) -> AdapterBank:
     for name, part in _savers(model, bank):
         part.save_pretrained = SavePart(part, name)  # type: ignore[assignment]
     _tell_of_meta(bank)
+    if (reason := without_gradients(model)) is not None:
+        _log.warning("%s", reason)
     kinds = kinds_of(target.name for target in bank.targets)
     _log.info("adapted %s; trained whole: %s", kinds, ", ".join(trained) or "nothing")
     return bank

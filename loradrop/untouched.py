@@ -45,6 +45,7 @@ def unmeasured(model: nn.Module) -> str | None:
     """
     bank, injection = bank_of(model), injection_of(model)
     begun = bank.collector is not None or injection.scores is not None or bank.assignment.decided
+    begun |= injection.plan is not None and bool(injection.plan.warmup)
     if begun or not injection.config.method.warms_up:
         return None
     pairs = [bank.factors(i) for i in range(len(bank.targets))]

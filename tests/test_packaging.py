@@ -150,3 +150,9 @@ def test_llama_imports_from_the_root_beside_the_real_kernels(tmp_path: Path) -> 
     if python(ROOT, "-m", "pip", "install", *options, needed)[0] != 0:
         pytest.skip(f"{needed} cannot be had here")
     assert import_llama(tmp_path) == f"True {tmp_path / 'kernels/__init__.py'}"
+
+
+@pytest.mark.parametrize("value", ["true", "yes", "2"])
+def test_an_unclear_wish_for_the_kernels_is_no_build_without_them(value: str) -> None:
+    status, _, err = python(ROOT, "setup.py", "--version", LORADROP_BUILD_CUDA=value)
+    assert status == 1 and f"LORADROP_BUILD_CUDA='{value}': give 1" in err

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import loradrop
-from loradrop import LoRAConfig, LoraDropConfig
+from loradrop import LoRAConfig, LoraDropConfig, TrainConfig
 from loradrop.command.cli import main
 from loradrop.files import read_json
 from loradrop.plan_file import REPORT
@@ -222,6 +222,27 @@ def test_a_base_without_a_gradient_is_refused() -> None:
         assert model(x).isfinite().all()
     with pytest.raises(ValueError, match=r"first is a Int8Tensor.*loradrop\.load"):
         loradrop.merge(model)
+
+
+@pytest.mark.parametrize("target", ["first", "second"])
+def test_a_layer_without_a_gradient_beside_the_adapted_ones_is_told(
+    target: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would swallow the gradient of what comes before it; weights alone let it through."""
+    rows = [{"x": torch.randn(K), "labels": 0}]
+    for name, stops in (
+        ("Int8DynamicActivationInt8WeightConfig", True), ("Int8WeightOnlyConfig", False),
+    ):  # fmt: skip
+        model, make = Two(), of_torchao(name)
+        other = {"first": "second", "second": "first"}[target]
+        setattr(model, other, make(getattr(model, other)))
+        caplog.clear()
+        loradrop.inject(model, LoRAConfig(r=R, target_modules=[target]))
+        told = f"{other}, a Linear on a Int8Tensor, gives its input no gradient" in caplog.text
+        assert told == stops
+        if stops:
+            with pytest.raises(ValueError, match=r"gives its input no gradient.*weights only"):
+                loradrop.fit(model, rows, None, None, args=TrainConfig(steps=1, batch_size=1))
 
 
 def test_a_delta_that_is_not_finite_changes_nothing() -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from lib import size_picture, size_tables
+from lib import ROOT, size_picture, size_tables
 
 
 def write(folder: Path, name: str, cells: list[dict[str, Any]]) -> Path:
@@ -147,3 +149,14 @@ def test_settings_count_and_not_their_runs(tmp_path: Path) -> None:
     assert foretold is not None and "| rare |" not in every + foretold
     assert "| rare |" in str(size_tables.cut(results))
     assert "−2.5 (−4.0 to −1.0)" in every
+
+
+@pytest.mark.parametrize("script", ["bench_sizes.py", "bench_methods.py", "bench_cut.py"])
+def test_a_task_whose_files_are_not_there_is_told(script: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--tasks", "sst2"]
+    done = subprocess.run(
+        [*command, "--data", str(tmp_path), "--out", str(tmp_path / "out.json")],
+        capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 1 and "no task is left" in done.stderr
+    assert f"skipped: sst2, whose files are not there ({tmp_path}/sst2)" in done.stdout

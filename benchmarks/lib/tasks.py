@@ -3,7 +3,7 @@
 import dataclasses
 import platform
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,23 @@ class Tasks:
         return (setting.data == "stdlib" or self._at(self.data, setting.data)) and (
             setting.model is None or self._at(self.models, setting.model)
         )
+
+    def at_hand(self, names: Iterable[str]) -> list[str]:
+        """Those of the tasks whose files there are; the others are told, with where they were
+        looked for. Raises SystemExit where none is left.
+        """
+        found = []
+        for name in names:
+            setting = SETTINGS[name]
+            if self.has(name):
+                found.append(name)
+                continue
+            data = f"{self.data}/{setting.data}" if self.data else "no --data given"
+            model = "" if setting.model is None else f", {self.models}/{setting.model}"
+            print(f"skipped: {name}, whose files are not there ({data}{model})", flush=True)
+        if not found:
+            raise SystemExit("no task is left")
+        return found
 
     @staticmethod
     def _at(folder: Path | None, name: str) -> bool:

@@ -94,6 +94,13 @@ Limit = Annotated[float, Option(help="Seconds for a backend at a layer, compilin
 Points = Annotated[Path | None, Option(help="The user's cache by default, where loradrop looks.")]
 Version = Annotated[bool, Option("--version", help="Show the version.", is_eager=True)]
 
+_SECTIONS = (
+    "model=ID, data=FILE.csv|FOLDER|HUB_ID and output=FOLDER come first; MiniLM, the standard "
+    "library's docstrings and runs/loradrop without them. Then section.key=value: model.revision, "
+    "model.dtype; data.text, data.label, data.max_length; lora.r, lora.lora_alpha, "
+    "lora.target_modules, method=NAME, method.OPTION (loradrop methods lists them); train.steps, "
+    "train.epochs, train.batch_size, train.learning_rate. docs/reference/command.md has all keys."
+)
 _MEASURES = ("train.batch_size", "train.mask")  # what an adapter is measured with
 
 app = typer.Typer(
@@ -115,7 +122,7 @@ def _loradrop(context: typer.Context, version: Version = False) -> None:
         context.fail("Missing command.")
 
 
-@app.command()
+@app.command(epilog=_SECTIONS)
 def train(settings: Settings = None, resume: Resume = False, debug: Debug = False) -> None:
     """Run the whole pipeline, and any arms to compare with."""
     from loradrop.command.run import run
@@ -130,7 +137,7 @@ def train(settings: Settings = None, resume: Resume = False, debug: Debug = Fals
     _wrote(*filter(Path.exists, files))
 
 
-@app.command()
+@app.command(epilog=_SECTIONS)
 def probe(
     settings: Settings = None, resume: Resume = False, adapter: Measured = None,
     batches: Batches = None, split: Split = None, debug: Debug = False,

@@ -182,6 +182,8 @@ def _override(raw: dict[str, Any], text: str) -> None:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ValueError(f"{text!r} is not an override: write section.key=value (train.steps=200)")
+    if key in ("model", "data", "output", "name") and not value.strip():
+        raise ValueError(f"{text!r} has no value: give one, or leave it out for the default")
     if key.partition(".")[0] == "method":
         key = f"lora.{key}"
     *path, last = key.split(".")

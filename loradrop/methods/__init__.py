@@ -3,14 +3,18 @@
 import functools
 import importlib
 import importlib.metadata
+import logging
 import pkgutil
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 from loradrop.methods.base import Method
 from loradrop.methods.lora import LoRA
 from loradrop.methods.lora_drop import LoRADrop
 from loradrop.methods.spectral import Spectral
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["LoRA", "LoRADrop", "Method", "Spectral", "available", "get"]
 
@@ -25,9 +29,27 @@ def available() -> Mapping[str, type[Method]]:
             if isinstance(member, type) and issubclass(member, Method) and member.name:
                 found[member.name] = member
     for entry in importlib.metadata.entry_points(group="loradrop.methods"):
-        method = entry.load()
-        found.setdefault(method.name, method)
+        if (method := _loaded(entry, found)) is not None:
+            found[method.name] = method
     return MappingProxyType(dict(sorted(found.items())))
+
+
+def _loaded(entry: Any, known: Mapping[str, type[Method]]) -> type[Method] | None:
+    """The method of an entry point; None, and a warning, for one that cannot be taken."""
+    try:
+        method = entry.load()
+    except Exception as error:  # whatever the module of another package raises
+        why = f"it cannot be loaded ({type(error).__name__}: {error})"
+    else:
+        if isinstance(method, type) and issubclass(method, Method) and method.name:
+            if known.get(method.name, method) is method:
+                return method
+            why = f"the name {method.name!r} is {known[method.name].__module__}'s"
+        else:
+            why = f"{method!r} is not a subclass of loradrop.Method with a name"
+    package = getattr(entry.dist, "name", "?")
+    _log.warning("the method %r of the package %s is left out: %s", entry.name, package, why)
+    return None
 
 
 def get(name: str) -> type[Method]:
@@ -46,20 +68,38 @@ def get(name: str) -> type[Method]:
 
 
 def _imported(name: str) -> type[Method] | None:
+    return next(reversed(_named(name)), None)
+
+
+def _named(name: str) -> list[type[Method]]:
+    """Every class with that name of its own, in the order in which they were made."""
     classes = [Method]
     for kind in classes:  # which grows
         classes += kind.__subclasses__()
-    return next((kind for kind in reversed(classes) if vars(kind).get("name") == name), None)
+    return [kind for kind in classes[1:] if vars(kind).get("name") == name]
 
 
 def require_own_name(method: Method) -> None:
-    """Raises ValueError where another class has its name: files name a method by that alone."""
+    """Raises ValueError where it has no name, or another class has it: files name a method by that
+    alone. A class that is defined again, as in a notebook, is the same one.
+    """
     kind = type(method)
     if kind.__module__.startswith(f"{__name__}."):
         return
+    if not kind.name:
+        raise ValueError(
+            f"{kind.__qualname__} has no name, and files name a method by it: give it one, as in "
+            f'name: ClassVar[str] = "{kind.__name__.lower()}"'
+        )
     known = available().get(kind.name)
+    others = (of for of in _named(kind.name) if _place(of) != _place(kind))
+    known = next(others, None) if known in (None, kind) else known
     if known not in (None, kind):
         raise ValueError(
             f"{kind.__qualname__}.name is {kind.name!r}, which {known.__module__} has: a saved "
             "adapter would be read as that one's. Give it another name"
         )
+
+
+def _place(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__

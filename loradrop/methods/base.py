@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from loradrop.bank import AdapterBank
-from loradrop.options import check_kinds, check_sizes
+from loradrop.options import check_choice, check_kinds, check_sizes, check_whole
 from loradrop.pairs import LoRABank, Update
 from loradrop.scores import Scores, Target
 
@@ -34,6 +34,16 @@ class Warmup:
     source: str = "online"
     settle_every: int = 0
     measured: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value that has no meaning."""
+        check_kinds(self)
+        check_whole("Warmup.steps", self.steps, 1)
+        check_whole("Warmup.settle_every", self.settle_every, 0)
+        check_choice("Warmup.source", self.source, ("online", "offline"))
+        for name in ("sample_ratio", "measured"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"Warmup.{name}={getattr(self, name)}: choose a number in (0, 1]")
 
     @property
     def measured_from(self) -> int:
@@ -71,6 +81,17 @@ class Method:
         """
         check_kinds(self)
         check_sizes(self)
+
+    def stage(self, total: int) -> Warmup | None:
+        """`warmup`. Raises ValueError for one that leaves no step of the `total` for what follows.
+        """
+        found = self.warmup(total)
+        if found is not None and found.steps >= total:
+            raise ValueError(
+                f"the warm-up of {self.name!r} takes {found.steps} steps, and the run has {total}: "
+                "train more steps, or let it warm up for fewer"
+            )
+        return found
 
     @property
     def warms_up(self) -> bool:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from loradrop.options import check_choice
-from loradrop.scores import Grams, Scores, Target, members_of
+from loradrop.scores import Grams, Scores, Target, members_of, require_scores
 from loradrop.spectral.compensation import Compensation, compensate, lost, rise
 
 METRICS = ("loss", "output", "weight")
@@ -138,6 +138,7 @@ def spectrum(scores: Scores, metric: str = "loss") -> Spectrum:
     It warns where the batches are too few to predict the loss. Raises ValueError for an unknown
     metric, for scores without what it needs, and for NaN.
     """
+    require_scores(scores)
     if scores.grams is None:
         raise ValueError(
             "the scores say nothing of directions: probe with loradrop.probe(model, batches, "

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -16,8 +17,10 @@ from loradrop.loading import differences
 from loradrop.methods.base import Method, Warmup
 from loradrop.native import FOLDER, PLAN, TENSORS, checkpoint
 from loradrop.optimizers import follow, groups_of, regroup
+from loradrop.plan import Plan
 from loradrop.plan_file import plan_at
 from loradrop.probing import probe
+from loradrop.quantised import require_gradients
 from loradrop.ranks import world_size
 from loradrop.sharing import conclude
 from loradrop.statistics.batches import small_batches
@@ -85,6 +88,7 @@ class LoraDropCallback(TrainerCallback):
     ) -> None:  # fmt: skip
         require_right_gradients(args)
         require_unmerged(model)
+        require_gradients(model)
         bank, injection = bank_of(model), injection_of(model)
         late = not (bank.adopts or bank is self._bank)
         if getattr(state, _OF_RUN, self) is not self:
@@ -97,8 +101,14 @@ class LoraDropCallback(TrainerCallback):
                 _require_held(bank, optimizer)
         if self.events is not None:  # a run before this one, which may have ended with an error
             self.events.detach()
-        method, decided = injection.config.method, bank.assignment.decided
-        self.warmup = None if decided else method.warmup(state.max_steps)
+        method, folder = injection.config.method, None
+        if state.global_step:
+            folder = _resumed(args, state) / FOLDER
+            injection.plan = self._plan_in(folder, model) or injection.plan
+        # A bank of somebody else's says nothing of a decision; the plan does.
+        after = folder is not None and injection.plan is not None and injection.plan.warmup
+        decided = bank.assignment.decided or bool(after)
+        self.warmup = None if decided else method.stage(state.max_steps)
         if self.warmup is not None:
             method.check(bank.targets)
             _require_one_run(self.warmup, method, args, model)
@@ -109,21 +119,27 @@ class LoraDropCallback(TrainerCallback):
             model, statistics=statistics, masking=self.masking, warmup=self.warmup
         )
         self.events.require_measurable(train_dataloader)
-        if state.global_step:
-            folder = _resumed(args, state) / FOLDER
+        if folder is not None:
             if (folder / EVENTS).exists():
                 self.events.load(folder)
             else:
                 _log.warning("%s is not there: the statistics count from here on", folder / EVENTS)
-            if (folder / PLAN).exists():
-                plan, names = plan_at(folder), [target.name for target in bank.targets]
-                if differing := differences(injection.config, plan.config, names):
-                    raise ValueError(
-                        f"{folder} was trained with {differing} than the model was injected with: "
-                        "resume with a model that is injected as it was then"
-                    )
-                injection.plan = plan
         self.events.begin()
+
+    @staticmethod
+    def _plan_in(folder: Path, model: nn.Module) -> Plan | None:
+        """The plan of the checkpoint that a run resumes from, None where it has none. Raises
+        ValueError for one of another configuration.
+        """
+        if not (folder / PLAN).exists():
+            return None
+        plan, names = plan_at(folder), [target.name for target in bank_of(model).targets]
+        if differing := differences(injection_of(model).config, plan.config, names):
+            raise ValueError(
+                f"{folder} was trained with {differing} than the model was injected with: resume "
+                "with a model that is injected as it was then"
+            )
+        return plan
 
     def on_step_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any

@@ -130,7 +130,15 @@ class MethodCallback(TrainerCallback):
                 if self._watched:
                     self.detach()
                     self.collector = None
+        before = [*self.bank.parameters()]
         self.method.on_step_end(self.bank, step, collected)
+        after = [*self.bank.parameters()]
+        if len(before) != len(after) or any(a is not b for a, b in zip(before, after, strict=True)):
+            raise RuntimeError(
+                f"on_step_end of the method {self.method.name!r} replaced parameters of the bank at"
+                f" step {step}, and no optimiser holds the new ones: change them in place, or let "
+                "the method warm up, and replace them in `update`"
+            )
         every = 0 if self.warmup is None else self.warmup.settle_every
         if every and collector is not None and step % every == 0:
             self.settled = self.method.settled(collector.scores())

@@ -60,6 +60,7 @@ def fit(
     folder; RuntimeError where a signal or a callback stopped the warm-up; TypeError for a
     configuration of PEFT.
     """
+    _require_model(model)
     config = _carried(model) if config is None else config
     require_config(config)
     with tempfile.TemporaryDirectory() as scratch, forward_kept(model):
@@ -77,6 +78,14 @@ def fit(
         )  # fmt: skip
         with run.held():
             return run.whole()
+
+
+def _require_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model={model!r} is a {type(model).__name__}: give the model itself, as "
+            "AutoModelForSequenceClassification.from_pretrained returns it"
+        )
 
 
 def _settled(
@@ -112,6 +121,7 @@ def warm_up(
     The arguments are those of `fit`. Raises ValueError for a method without a warm-up, RuntimeError
     where it was stopped.
     """
+    _require_model(model)
     config = _carried(model) if config is None else config
     folder, arguments = _settled(args, output_dir, mask)
     assert folder is not None

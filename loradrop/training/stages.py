@@ -33,6 +33,7 @@ from loradrop.optimizers import by_name, kept_state
 from loradrop.origin import base_of
 from loradrop.plan import Plan
 from loradrop.probing import probe
+from loradrop.quantised import require_gradients
 from loradrop.ranks import is_needed, wait, world_size
 from loradrop.sampling import sample_of
 from loradrop.sharing import conclude
@@ -44,7 +45,7 @@ from loradrop.training.arguments import tell_precision, training_arguments
 from loradrop.training.callbacks import LastStep, MethodCallback, Progress
 from loradrop.training.checkpoints import last_checkpoint
 from loradrop.training.run_folder import RESULT, Boundary, begun, resumable, taken
-from loradrop.training.trainer import LoRATrainer, Part, dev_metrics
+from loradrop.training.trainer import LoRATrainer, Part, checked, dev_metrics
 from loradrop.wrapped import inner, parameters_of
 
 _log = logging.getLogger(__name__)
@@ -102,6 +103,11 @@ class Run:
     kept: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.train, (str, Path)):
+            raise TypeError(
+                f"train={str(self.train)!r} is a path: give the rows, as of datasets.load_dataset, "
+                "or leave all of that to the command (loradrop train data=...)"
+            )
         if inner(self.model) is not self.model:
             raise ValueError(
                 f"model is a {type(self.model).__name__}: give fit the model inside. It compiles "
@@ -175,9 +181,9 @@ class Run:
             row = self._rows(done) if stage.sample_ratio == 1.0 else 0
             part = Part(self.total, done, row, before.known)
         trainer, events = self._stage("main", self.total - done, self.train, statistics, part=part)
-        metrics = {} if self.dev is None else dev_metrics(trainer)
         if is_needed(self.model):
             save(self.model, self.folder / "adapter")
+        metrics = {} if self.dev is None else dev_metrics(trainer)
         plan = plan_of(self.model)
         history = [*before.history, *trainer.history("main", done)]
         seconds = before.seconds + events.seconds_before
@@ -216,6 +222,7 @@ class Run:
         elif not (self.resume and resumable(self.folder)):
             _require_usable(self.model)
         require_unmerged(self.model)
+        require_gradients(self.model)
         if _in_order(injection_of(self.model).config) != _in_order(self.config):
             raise ValueError(
                 "the model was injected with another configuration: pass the same one, or "
@@ -226,7 +233,7 @@ class Run:
     def first_stage(self) -> Boundary:
         """The warm-up of a method that has one, and what it decides."""
         decided = bank_of(self.model).assignment.decided
-        stage = None if decided else self.config.method.warmup(self.total)
+        stage = None if decided else self.config.method.stage(self.total)
         # Refused before the warm-up, not after it.
         self._arguments("main", self.total - (stage.steps if stage else 0))
         if self.resume and (before := taken(self.model, self.folder)) is not None:
@@ -348,7 +355,7 @@ class Run:
             eval_dataset=self.dev,
             data_collator=self.collate or own,
             processing_class=self.processing_class,
-            compute_metrics=self.metric,
+            compute_metrics=None if self.metric is None else checked(self.metric),
             callbacks=[*self._progress(name), *callbacks, LastStep()],
         )
         trainer.remove_callback(PrinterCallback)

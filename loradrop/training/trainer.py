@@ -195,9 +195,11 @@ class LoRATrainer(Trainer):
         )
 
     def history(self, stage: str, offset: int = 0) -> list[dict[str, Any]]:
-        """What was logged at each step, without summaries and timings; `offset` steps before."""
+        """What was logged at each step, without summaries, timings and epochs, which begin anew in
+        each stage; `offset` steps before.
+        """
         return [
-            {k: v for k, v in entry.items() if not k.endswith(_TIMINGS)}
+            {k: v for k, v in entry.items() if k != "epoch" and not k.endswith(_TIMINGS)}
             | {"stage": stage, "step": int(entry["step"]) + offset}
             for entry in self.state.log_history
             if "train_runtime" not in entry
@@ -317,6 +319,24 @@ def dev_metrics(trainer: Trainer) -> dict[str, Any]:
     found = trainer.evaluate().items()
     kept = {k: v for k, v in found if k != "epoch" and not k.endswith(_TIMINGS)}
     return {key.removeprefix("eval_"): value for key, value in kept.items()}
+
+
+def checked(metric: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
+    """The metric, whose arrays become lists, as a file can hold them.
+
+    Raises TypeError where it returns anything but a dictionary.
+    """
+
+    def found(prediction: Any) -> dict[str, Any]:
+        given = metric(prediction)
+        if not isinstance(given, Mapping):
+            raise TypeError(
+                f"metric returned {given!r}, a {type(given).__name__}: return a dictionary, as "
+                "{'accuracy': 0.9}"
+            )
+        return {k: v.tolist() if hasattr(v, "tolist") else v for k, v in given.items()}
+
+    return found
 
 
 @contextmanager
