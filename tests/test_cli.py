@@ -79,7 +79,7 @@ def test_interrupted_says_how_to_go_on(capsys: Capsys, monkeypatch: pytest.Monke
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("loradrop.run.run", interrupt)
+    monkeypatch.setattr("loradrop.command.run.run", interrupt)
     again = "loradrop train 'name=a b' --resume continues from the last checkpoint"
     for arguments in (("train", "name=a b"), ("train", "name=a b", "--resume")):
         status, _, err = command(capsys, *arguments)
@@ -216,7 +216,7 @@ def test_what_cannot_be_written_is_said_at_once(
     line = ("plan", "plot", work / "run", "--out", picture)
     message = fails(capsys, f"{picture} cannot be written (", *line)
     assert "name another file by --out" in message and ".tmp" not in message
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("loradrop.op.tuned.folder", lambda: tmp_path / "file" / "loradrop")
     message = fails(capsys, "cannot be written (", "tune", "16x16", "--device", "cpu")
     assert "point XDG_CACHE_HOME to a folder" in message and "--out" not in message
 
@@ -346,7 +346,7 @@ def test_overrides_may_stand_after_options(
         seen.append((config.train.steps, config.train.seed, resume))
         return {}
 
-    monkeypatch.setattr("loradrop.run.run", spy)
+    monkeypatch.setattr("loradrop.command.run.run", spy)
     config = tmp_path / "lr=1.yaml"
     config.write_text("train: {steps: 3, seed: 5}")
     for arguments in (

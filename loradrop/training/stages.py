@@ -19,7 +19,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
-from transformers.utils.logging import is_progress_bar_enabled
 
 from loradrop.bank import bank_of, has_bank
 from loradrop.config import LoRAConfig, TrainConfig
@@ -323,8 +322,7 @@ class Run:
 
     def _progress(self, stage: str) -> list[TrainerCallback]:
         """The bar of a stage, where the user has not switched bars off."""
-        off = self.args.extra.get("disable_tqdm") or not is_progress_bar_enabled()
-        return [] if off else [Progress(stage)]
+        return [] if self.args.extra.get("disable_tqdm") else [Progress(stage)]
 
     def _stage(
         self,
