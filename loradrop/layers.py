@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor, nn
 
+from loradrop import methods
 from loradrop.bank import AdapterBank, Link, Observer, execution_device
 from loradrop.config import LoRAConfig
 from loradrop.injection import Injection
@@ -307,6 +308,7 @@ def build_bank(
         likes.append(torch.empty(0, dtype=dtype, device=_home(model, name, weight)))
     scaling = [config.scaling(target.name) for target in targets]
     bank = config.method.bank(targets, scaling, likes)
+    methods.require_bank(config.method, bank, targets)
     if config.method.rank_limited:
         check_ranks(bank.targets)
     bank.dropout, bank.composition = config.lora_dropout, config.method.composition

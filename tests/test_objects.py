@@ -154,6 +154,12 @@ def test_a_narrow_type_cannot_count_many_adapters() -> None:
     model.load_state_dict({key: value.float() for key, value in state.items()})
     with pytest.raises(RuntimeError, match="of a narrow type"):
         model.load_state_dict({key: value.bfloat16() for key, value in state.items()})
+    fewer = nn.ModuleDict(dict([*layers.items()][:250]))
+    loradrop.remove(model)
+    loradrop.inject(fewer, loradrop.LoRAConfig(r=1, target_modules="all-linear"))
+    state = fewer.state_dict()
+    fewer.load_state_dict({key: value.bfloat16() for key, value in state.items()})
+    assert fewer.lora_bank.slots == tuple(range(250))
 
 
 def test_a_model_that_was_double_for_a_while() -> None:

@@ -337,6 +337,37 @@ def test_an_option_that_no_file_can_hold_is_refused_at_once() -> None:
         loradrop.inject(make_model(), config(Typed()))
 
 
+def bank_of_two(targets: Any, scaling: Any, likes: Any) -> Any:
+    return LoRABank(targets[:2], scaling[:2], likes[:2])
+
+
+class Wide(LoRABank):
+    def factors(self, i: int) -> Any:
+        A, B = super().factors(i)
+        return A.repeat(2, 1), B.repeat(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda *_: None, "returned None: return a loradrop.AdapterBank"),
+        (bank_of_two, "make it for .*, in this order"),
+        (Wide, r"factors\(0\), of .*query, are \(\(8, 32\), \(32, 8\)\): make A \(4, 32\) and B"),
+    ],
+    ids=["nothing", "two", "wide"],
+)
+def test_a_bank_that_is_none_is_named(make: Any, message: str) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Odd(Method):
+        name: ClassVar[str] = "odd"
+
+        def bank(self, *given: Any) -> Any:
+            return make(*given)
+
+    with pytest.raises((TypeError, ValueError), match=message):
+        loradrop.inject(make_model(), config(Odd()))
+
+
 # ---- What goes into `fit` ----------------------------------------------------------------------
 
 

@@ -5,14 +5,16 @@ import importlib
 import importlib.metadata
 import logging
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+from loradrop.bank import AdapterBank
 from loradrop.methods.base import Method
 from loradrop.methods.lora import LoRA
 from loradrop.methods.lora_drop import LoRADrop
 from loradrop.methods.spectral import Spectral
+from loradrop.scores import Target
 
 _log = logging.getLogger(__name__)
 
@@ -99,6 +101,31 @@ def require_own_name(method: Method) -> None:
             f"{kind.__qualname__}.name is {kind.name!r}, which {known.__module__} has: a saved "
             "adapter would be read as that one's. Give it another name"
         )
+
+
+def require_bank(method: Method, bank: Any, targets: Sequence[Target]) -> None:
+    """Raises TypeError or ValueError for what a method of somebody else's made that is no bank for
+    these targets.
+    """
+    kind = type(method)
+    if kind.__module__.startswith(f"{__name__}."):
+        return
+    made = f"bank() of {kind.__qualname__} returned"
+    if not isinstance(bank, AdapterBank):
+        raise TypeError(f"{made} {bank!r}: return a loradrop.AdapterBank")
+    names, wanted = ([target.name for target in of] for of in (bank.targets, targets))
+    if names != wanted:
+        raise ValueError(f"{made} a bank for {names}: make it for {wanted}, in this order")
+    for i, target in enumerate(bank.targets):
+        factors = bank.factors(i)
+        shapes = None if factors is None else tuple(tuple(factor.shape) for factor in factors)
+        r = target.r
+        if shapes not in (None, ((r, target.in_features), (target.out_features, r))):
+            raise ValueError(
+                f"{made} a bank whose factors({i}), of {target.name}, are {shapes}: make A "
+                f"{(r, target.in_features)} and B {(target.out_features, r)}, or give its targets "
+                "the rank that they have"
+            )
 
 
 def _place(kind: type) -> tuple[str, str]:
