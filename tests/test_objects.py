@@ -205,6 +205,7 @@ def test_a_layer_without_a_size_is_named() -> None:
     loradrop.inject(model, config)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_dropout_is_not_traced() -> None:
     model = injected(loradrop.LoRAConfig(r=2, lora_dropout=0.1)).train()
     model.config.return_dict = False

@@ -229,7 +229,7 @@ def test_values_that_the_file_cannot_hold_are_refused(value: float, tmp_path: Pa
 class Composed(Method):
     """A method whose factors are not Parameters, and of another rank than its targets say."""
 
-    name: ClassVar[str] = ""
+    name: ClassVar[str] = "composed"
 
     def bank(self, *given: Any) -> LoRABank:
         return ComposedBank(*given)

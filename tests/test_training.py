@@ -491,6 +491,7 @@ def test_train_config_names_what_is_wrong(name: str, value: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Blind(Watching):
+    name: ClassVar[str] = "blind"
     statistics: ClassVar[tuple[str, ...]] = ()
 
 

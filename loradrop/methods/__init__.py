@@ -117,14 +117,14 @@ def require_bank(method: Method, bank: Any, targets: Sequence[Target]) -> None:
     if names != wanted:
         raise ValueError(f"{made} a bank for {names}: make it for {wanted}, in this order")
     for i, target in enumerate(bank.targets):
-        factors = bank.factors(i)
-        shapes = None if factors is None else tuple(tuple(factor.shape) for factor in factors)
-        r = target.r
-        if shapes not in (None, ((r, target.in_features), (target.out_features, r))):
+        if (factors := bank.factors(i)) is None:
+            continue
+        A, B = (tuple(factor.shape) for factor in factors)
+        r = A[0]
+        if ((r, target.in_features), (target.out_features, r)) != (A, B):
             raise ValueError(
-                f"{made} a bank whose factors({i}), of {target.name}, are {shapes}: make A "
-                f"{(r, target.in_features)} and B {(target.out_features, r)}, or give its targets "
-                "the rank that they have"
+                f"{made} a bank whose factors({i}), of {target.name}, are A {A} and B {B}: make A "
+                f"(r, {target.in_features}) and B ({target.out_features}, r)"
             )
 
 

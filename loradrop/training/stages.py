@@ -184,7 +184,8 @@ class Run:
             save(self.model, self.folder / "adapter")
         metrics = {} if self.dev is None else dev_metrics(trainer)
         plan = plan_of(self.model)
-        history = [*before.history, *trainer.history("main", done)]
+        epochs = done / self._per_epoch
+        history = [*before.history, *trainer.history("main", done, epochs)]
         seconds = before.seconds + events.seconds_before
         result = Result(
             metrics=metrics, parameters=plan.parameters, steps=done + trainer.state.global_step,

@@ -194,13 +194,14 @@ class LoRATrainer(Trainer):
             or any(c.early_stopping_patience_counter >= c.early_stopping_patience for c in early)
         )
 
-    def history(self, stage: str, offset: int = 0) -> list[dict[str, Any]]:
-        """What was logged at each step, without summaries, timings and epochs, which begin anew in
-        each stage; `offset` steps before.
+    def history(self, stage: str, steps: int = 0, epochs: float = 0.0) -> list[dict[str, Any]]:
+        """What was logged at each step, without summaries and timings; so many steps, and epochs,
+        of a stage before it count.
         """
         return [
-            {k: v for k, v in entry.items() if k != "epoch" and not k.endswith(_TIMINGS)}
-            | {"stage": stage, "step": int(entry["step"]) + offset}
+            {k: v for k, v in entry.items() if not k.endswith(_TIMINGS)}
+            | {"stage": stage, "step": int(entry["step"]) + steps}
+            | {k: v + epochs for k, v in entry.items() if k == "epoch"}
             for entry in self.state.log_history
             if "train_runtime" not in entry
         ]
