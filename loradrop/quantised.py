@@ -192,6 +192,8 @@ def without_gradients(model: nn.Module) -> str | None:
         weight = next((tensor for _, tensor in _packed(module)), None)
         if weight is None or shape_of(module) is None or weight.is_meta:
             continue
+        if _of_bitsandbytes(module, _FOUR_BITS + _EIGHT_BITS):  # they do, and trying may repack one
+            continue
         inside = tuple(type(value) for value in vars(weight).values())
         kind = base_class(module), type(weight), inside
         if kind in tried:

@@ -400,6 +400,17 @@ def test_a_metric_returns_names_and_numbers(tmp_path: Path) -> None:
     result = loradrop.fit(model, ROWS, ROWS, config(methods.LoRA()), args=args, metric=metric)
     assert result.metrics["confusion"] == [[0.0, 0.0], [0.0, 0.0]]
     assert result.metrics["right"] == 0.5
+    seen: list[bool] = []
+
+    def in_batches(prediction: Any, compute_result: bool) -> Any:
+        seen.append(compute_result)
+        return {"batches": np.int64(len(seen))} if compute_result else None
+
+    batchwise = replace(args, extra={"batch_eval_metrics": True})
+    result = loradrop.fit(
+        make_model(), ROWS, ROWS, config(methods.LoRA()), args=batchwise, metric=in_batches
+    )
+    assert seen.count(True) == 1 and result.metrics["batches"] == len(seen) > 1
     with pytest.raises(TypeError, match=r"metric returned 0\.5, a float: return a dictionary"):
         loradrop.fit(
             make_model(), ROWS, ROWS, config(methods.LoRA()), args=args, metric=lambda _: 0.5,

@@ -44,9 +44,10 @@ def load_base(
     is no adapter.
     """
     base, saved = base_named_by(adapter)
-    if revision is None and model_id in (None, base.get("id")):
+    name = model_id or base.get("id") or ""
+    where = resolve_model(name, revision)
+    if revision is None and name == where == base.get("id"):
         revision = base.get("revision")
-    where = resolve_model(model_id or base.get("id") or "", revision)
     cls = getattr(transformers, str(base.get("class")), None)
     remedy = f"{adapter} names it. Where it lies elsewhere, give its folder or id with {option}. "
     named = functools.partial(naming, where, revision, "" if model_id else remedy)
@@ -83,7 +84,7 @@ def load_base(
     require_free(where, sorted(info["mismatched_keys"]), saved)
     _add_tokens(model, saved)
     _untie(model, saved, base.get("apart") or ())
-    remember(model, model_id or base["id"], revision)
+    remember(model, name, revision)
     return model.eval(), where
 
 

@@ -1,5 +1,6 @@
 """transformers' Trainer with checkpoints of adapters."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -322,14 +323,17 @@ def dev_metrics(trainer: Trainer) -> dict[str, Any]:
     return {key.removeprefix("eval_"): value for key, value in kept.items()}
 
 
-def checked(metric: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
+def checked(metric: Callable[..., Any]) -> Callable[..., Any]:
     """The metric, whose arrays become lists, as a file can hold them.
 
     Raises TypeError where it returns anything but a dictionary.
     """
 
-    def found(prediction: Any) -> dict[str, Any]:
-        given = metric(prediction)
+    @functools.wraps(metric)  # the Trainer looks at its signature
+    def found(*args: Any, **kwargs: Any) -> Any:
+        given = metric(*args, **kwargs)
+        if kwargs.get("compute_result") is False:  # of one batch among others
+            return given
         if not isinstance(given, Mapping):
             raise TypeError(
                 f"metric returned {given!r}, a {type(given).__name__}: return a dictionary, as "
