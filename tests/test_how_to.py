@@ -8,6 +8,7 @@ import importlib.util
 import json
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As a user in that folder, on a CPU, without a C++ compiler's minutes."""
+def there(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As a user in a copy of that folder, since several pages write an adapter, on a CPU, without a
+    C++ compiler's minutes.
+    """
     datasets = pytest.importorskip("datasets")
-    monkeypatch.chdir(place)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "cache")
+    own = shutil.copytree(place, tmp_path / "user")
+    monkeypatch.chdir(own)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", own / "cache")
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     each = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: each(self, backend="eager"))
