@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-Again = Callable[..., object]  # a launch, of its tensors
+# A launch, of its stream and the addresses of its tensors, which are 0 for None.
+Again = Callable[[int, Sequence[int]], object]
 Watcher = Callable[[Sequence[Any], Again | None], None]
 
 
@@ -21,7 +22,7 @@ _HERE = _Here()
 @contextmanager
 def watch(watcher: Watcher) -> Iterator[None]:
     """Inside, `watcher` is told the tensors of each launch of this thread, and how it is made with
-    others: None where another call may need another binary.
+    others of their types and layouts: None where that is not known.
     """
     before, _HERE.watcher = _HERE.watcher, watcher
     try:

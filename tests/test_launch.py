@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from binaries import Binary, whole
 from triton import knobs
 
 from loradrop.kernels.launch import Kernel
@@ -43,10 +44,13 @@ class Function:
         self.ran: list[Any] = []
         self.by_triton: list[Any] = []
 
+    def compile(self) -> Any:
+        return Compiled(self.ran, self.by_triton)
+
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def run(*args: Any, **options: Any) -> Compiled:
+        def run(*args: Any, **options: Any) -> Any:
             self.compiled.append((grid, args, options))
-            return Compiled(self.ran, self.by_triton)
+            return self.compile()
 
         return run
 
@@ -116,7 +120,9 @@ def test_a_profiler_sees_every_launch(hook: str) -> None:
 
 
 def test_who_watches_can_launch_again() -> None:
-    function = Function()
+    told: list[Any] = []
+    function, binary = Function(), Binary(lambda *args: told.append(whole(args)))
+    function.compile = lambda: binary
     kernel, seen = Kernel(function), []
     for _ in range(2):  # compiled, and found again
         with watch(lambda *told: seen.append(told)):
@@ -125,11 +131,9 @@ def test_who_watches_can_launch_again() -> None:
     with watch(lambda *told: seen.append(told)):
         kernel(**USUAL | {"free": (2**31, 0.5)})
     assert [tensors for tensors, _ in seen] == [(X, None)] * 3
-    other = torch.ones_like(X)
     for _, again in seen[:2]:
-        again(other, None)
-        grid, (tensor, *rest) = function.ran[-1]
-        assert grid == (3, 2, 1) and tensor is other and rest == [None, 5, 0.5, 32, 16, True]
+        again(11, [64, 0])
+        assert told[-1][:4] == [3, 2, 1, 11] and told[-1][-7:] == [64, 0, 5, 0.5, 32, 16, True]
     assert seen[2][1] is None, "another call may need another binary"
 
 

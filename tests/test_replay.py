@@ -3,7 +3,7 @@
 import ctypes
 import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from binaries import Binary, whole
 from op_cases import INTERPRETED, S, call_of, draw
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 pytest.importorskip("triton")
 
-from loradrop.kernels.descriptors import descriptor
+from loradrop.kernels.descriptors import descriptor, is_plain
 from loradrop.kernels.launch import Kernel
+from loradrop.kernels.watch import tell, watch
 from loradrop.op.call import Needs, Saved
 from loradrop.op.replay import Pass, Passes
 from loradrop.testing import error
@@ -32,16 +34,25 @@ class Result(NamedTuple):
 
 
 class Twice:
-    """A kernel f(X, Y, factor, FLAG): Y = 2·factor·X, where PyTorch does not see it."""
+    """A kernel f(X, Y, factor, size, bytes, FLAG): Y = 2·factor·X, of floats of so many bytes."""
 
-    arg_names = ["X", "Y", "factor", "FLAG"]  # noqa: RUF012 - as Triton has it
+    arg_names = ["X", "Y", "factor", "size", "bytes", "FLAG"]  # noqa: RUF012 - as Triton has it
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def run(x: Tensor, y: Tensor, factor: float, **options: Any) -> object:
-            y.numpy()[...] = 2 * factor * getattr(x, "base", x).numpy()
-            return object()
+        def run(*arguments: Any, **options: Any) -> Binary:
+            twice_at(*arguments, True)
+            return Binary(twice_at)
 
         return run
+
+
+def twice_at(*told: Any) -> None:
+    """The last step of its launch, which PyTorch does not see."""
+    *tensors, factor, size, width, _ = whole(told)[-6:]
+    kind = {4: ctypes.c_float, 8: ctypes.c_double}[width]
+    addresses = [of if isinstance(of, int) else of.data_ptr() for of in tensors]
+    x, y = (np.ctypeslib.as_array((kind * size).from_address(of)) for of in addresses)
+    y[...] = 2 * factor * x
 
 
 twice = Kernel(Twice())
@@ -49,7 +60,7 @@ twice = Kernel(Twice())
 
 def doubled(x: Tensor, factor: float = 1.0) -> Tensor:
     y = x.new_empty(x.shape)
-    twice((1,), (x, y), (factor,), (), FLAG=True)
+    twice((1,), (x, y), (factor, x.numel()), (x.element_size(),), FLAG=True)
     return y
 
 
@@ -87,21 +98,14 @@ def test_the_third_pass_is_played() -> None:
     assert calls == 1 and z is None
 
 
-def boxed(x: Tensor, w: Tensor) -> Result:
-    """One launch of a descriptor."""
-    y = x.new_empty(x.shape)
-    twice((1,), (descriptor(x, 4, 4), y), (1.0,), (), FLAG=True)
-    return Result(y, doubled(w))
-
-
 def test_a_pass_holds_no_tensor() -> None:
     """Neither what it was given nor what it made, and so no graph of theirs."""
     passes, held = Passes(), []
     for i in range(4):
-        x, w = numbers(16, 16, seed=i), numbers(4, seed=9 + i)
-        (y, z), calls = runs(passes, boxed, x, w)
+        x, w = numbers(16, seed=i), numbers(4, seed=9 + i)
+        (y, z), calls = runs(passes, plain, x, w)
         assert calls == (1 if i < 2 else 0)
-        torch.testing.assert_close(y, 2 * x)
+        torch.testing.assert_close(y, 12 * x)
         held += map(weakref.ref, (x, w, y, z))
     del x, w, y, z
     gc.collect()
@@ -172,17 +176,36 @@ def test_other_layouts_numbers_and_odd_addresses_are_other_passes() -> None:
 
 @pytest.fixture
 def hidden(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The interpreter computes by PyTorch, too, where a GPU's launch is nothing to it."""
-    from triton.runtime.interpreter import GridExecutor
+    """The interpreter as a device is to PyTorch: launches do nothing that it sees, and are made
+    again of addresses.
+    """
+    launch = Kernel.__call__
 
-    run = GridExecutor.__call__
+    def out_of_sight(self: Kernel, grid: Any, tensors: Any, *numbers: Any, **options: Any) -> None:
+        with _disable_current_modes(), watch(lambda *told: None):
+            launch(self, grid, tensors, *numbers, **options)
+        bases = tuple(of if is_plain(of) else of.base for of in tensors)
 
-    def out_of_sight(*args: Any, **kwargs: Any) -> Any:
-        with _disable_current_modes():
-            return run(*args, **kwargs)
+        def again(stream: int, addresses: Sequence[int]) -> None:
+            others = [like(*pair) for pair in zip(tensors, addresses, strict=True)]
+            out_of_sight(self, grid, tuple(others), *numbers, **options)
 
-    monkeypatch.setattr(GridExecutor, "__call__", out_of_sight)
+        tell(bases, again)
+
+    monkeypatch.setattr(Kernel, "__call__", out_of_sight)
     yield
+
+
+def like(argument: Any, address: int) -> Any:
+    """A tensor or a descriptor as this one, at another address; None for None."""
+    if argument is None:
+        return None
+    if not is_plain(argument):
+        return descriptor(like(argument.base, address), *argument.block_shape)
+    of: Tensor = argument
+    steps = sum((n - 1) * step for n, step in zip(of.shape, of.stride(), strict=True))
+    raw = (ctypes.c_uint8 * (of.element_size() * (1 + steps))).from_address(address)
+    return torch.frombuffer(raw, dtype=of.dtype).as_strided(of.shape, of.stride())
 
 
 @pytest.mark.interpreter

@@ -130,6 +130,7 @@ class Backend:
 
     missing    () -> why it cannot run on this machine, or None
     why_not    (problem) -> why it cannot serve such a call, or None
+    copies     (call) -> whether its passes read A and B by way of `rounded.py`
     """
 
     name: str
@@ -137,6 +138,7 @@ class Backend:
     backward: Callable[[Saved, Tensor, Needs], Grads]
     missing: Callable[[], str | None] = lambda: None
     why_not: Callable[[Problem], str | None] = lambda _: None
+    copies: Callable[[Call], bool] = lambda _: False
 
     def refuses(self, call: Call) -> str | None:
         """Why it cannot serve this call here, or None."""

@@ -11,7 +11,7 @@ Rows begin at multiples of 16 bytes: what does not is refused, never copied.
 import functools
 import importlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -143,14 +143,14 @@ def _launch(
     forms = [_form(matrix) for matrix in matrices.values()]
     device = next(tensor.get_device() for tensor in tensors if tensor is not None)
 
-    def again(*tensors: Tensor | None) -> None:
-        given: list[Any] = [*map(_pointer, tensors)]
+    def again(stream: int, addresses: Sequence[int]) -> None:
+        given: list[Any] = [*addresses]
         for i, form in enumerate(forms):
             given[i] = None if form is None else (given[i], *form)
         operands = dict(zip(names, given, strict=True))
-        run(device=device, stream=current_stream(device), **operands, **numbers)
+        run(device=device, stream=stream, **operands, **numbers)
 
-    again(*tensors)
+    again(current_stream(device), [*map(_pointer, tensors)])
     tell(tensors, again)
 
 

@@ -79,23 +79,24 @@ def _fused(
 ) -> Backend:
     """A backend of fused.py, which imports Triton: only when it first runs."""
 
+    @functools.cache
+    def passes() -> Any:
+        from loradrop.op import fused
+
+        return getattr(fused, name.upper())
+
     def part(of: str) -> Callable[..., Any]:
-        @functools.cache
-        def method() -> Callable[..., Any]:
-            from loradrop.op import fused
-
-            return getattr(getattr(fused, name.upper()), of)  # type: ignore[no-any-return]
-
         def run(call: Call | Saved, *rest: Any) -> Any:
-            device = call.A.get_device()
+            device, method = call.A.get_device(), getattr(passes(), of)
             if device < 0 or device == torch.cuda.current_device():
-                return method()(call, *rest)
+                return method(call, *rest)
             with torch.cuda.device(device):  # where kernels are launched
-                return method()(call, *rest)
+                return method(call, *rest)
 
         return run
 
-    return Backend(name, part("forward"), part("backward"), missing, why_not)
+    parts = part("forward"), part("backward")
+    return Backend(name, *parts, missing, why_not, lambda call: passes().copies(call))
 
 
 BACKENDS = {

@@ -95,8 +95,8 @@ class LoRAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: Backend, call: Call, sinks: Sinks, *_: Tensor | None) -> Any:
         # Not a separate setup_context: torch would inspect the signature in every call, for 40 µs.
-        half = call.x.dtype in _HALF
-        ctx.rounded = rounded.hold(call.A, call.B, call.x.dtype) if half else None
+        copies = call.x.dtype in _HALF and backend.copies(call)
+        ctx.rounded = rounded.hold(call.A, call.B, call.x.dtype) if copies else None
         try:
             out = backend.forward(call)
         finally:
@@ -128,6 +128,10 @@ class LoRAFunction(torch.autograd.Function):
             through_h = up(saved, dh).to(dh.dtype)
             dx = through_h if dx is None else dx + through_h
         return None, None, None, dx, dy if y0 else None, grads.A, grads.B, *of_sinks
+
+
+# Below what torch.autograd.Function does in Python, in every call, for transforms of torch.func.
+_apply: Any = super(torch.autograd.Function, LoRAFunction).apply
 
 
 def transformed() -> bool:
@@ -174,7 +178,5 @@ def run(backend: Backend, call: Call, sinks: Sinks, grad: bool) -> tuple[Tensor,
         out = backend.forward(call)
         return out.y, out.sqnorm
     leaves = () if sinks is NO_SINKS else sinks
-    done = LoRAFunction.apply(  # type: ignore[no-untyped-call]
-        backend, call, sinks, call.x, call.y0, call.A, call.B, *leaves
-    )
+    done = _apply(backend, call, sinks, call.x, call.y0, call.A, call.B, *leaves)
     return done[:2] if type(done) is tuple else (done, None)

@@ -190,6 +190,17 @@ class Fused:
     rounds: bool = False
     passes: Passes | None = None
 
+    def copies(self, of: Call) -> bool:
+        """Whether a pass reads A and B as copies in x's dtype."""
+        return self._must(of) or self._pays(of.x, of.A)
+
+    def _must(self, of: Call | Saved) -> bool:
+        return self.rounds and of.weight is not None
+
+    @staticmethod
+    def _pays(rows: Tensor, A: Tensor) -> bool:
+        return rows.shape[0] >= ROUNDED_ROWS and A.shape[0] in ROUNDED_RANKS
+
     def forward(self, call: Call) -> Output:
         """As `reference.forward`; the mask of dropout is kept."""
         near = self._near(call, call.x, few=_decodes(call), masked=call.dropout > 0.0)
@@ -210,9 +221,8 @@ class Fused:
         masked   x is; its products with a rounded A ptxas serialises
         """
         A, B, s = of.A, of.B, of.scaling
-        must = self.rounds and of.weight is not None
-        pays = rows.shape[0] >= ROUNDED_ROWS and A.shape[0] in ROUNDED_RANKS and not masked
-        if not (must or pays):
+        must = self._must(of)
+        if not must and (masked or not self._pays(rows, A)):
             return Near(None, None, s)
         copies = rounded.of(A, B, rows.dtype)
         b, scale = copies.scaled(s) if must and not few else (copies.b, s)

@@ -14,49 +14,40 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from loradrop.kernels.launch import profiled
 from loradrop.kernels.watch import Again, watch
+from loradrop.op.cuda import current_stream
 
 _MOST = 4096  # passes kept, for layers of so many shapes and numbers of tokens
 _NEW, _ONCE = object(), object()  # in the place of a pass that never ran, and of one that did once
 Result = TypeVar("Result", bound=tuple[Any, ...])
 
 
-class Launch(NamedTuple):
-    """One launch of a pass.
-
-    again     makes it, of its arguments
-    places    which tensors those are
-    views     (which argument is not the tensor itself, but the same memory as another dtype)
-    """
-
-    again: Again
-    places: Sequence[int]
-    views: Sequence[tuple[int, torch.dtype]]
-
-
 class Pass(NamedTuple):
     """What a pass does with its tensors: those that it is given, None, and those that it makes.
 
-    made      (shape, dtype) of each of these
+    made      (shape, strides, dtype, device) of each of these
+    launches  how each is made, and which tensors it takes
     results   which tensors are the fields of the result, of that kind
     """
 
-    made: Sequence[tuple[torch.Size, torch.dtype]]
-    launches: Sequence[Launch]
+    made: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]]
+    launches: Sequence[tuple[Again, Sequence[int]]]
     results: Sequence[int]
     kind: Any
 
-    def play(self, given: Sequence[Tensor | None]) -> Any:
-        """The result for other tensors of the same dtypes and layouts."""
-        like: Any = given[0]
+    def play(self, given: Sequence[Tensor | None], addresses: list[int]) -> Any:
+        """The result for other tensors of the same dtypes and layouts, which lie there."""
         tensors = [*given, None]
-        for shape, dtype in self.made:
-            tensors.append(like.new_empty(shape, dtype=dtype))
-        for again, places, views in self.launches:
-            arguments: list[Any] = [tensors[i] for i in places]
-            for i, dtype in views:
-                arguments[i] = arguments[i].view(dtype)
-            again(*arguments)
+        addresses.append(0)
+        for shape, strides, dtype, device in self.made:
+            made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+            tensors.append(made)
+            addresses.append(made.data_ptr())
+        first: Any = given[0]
+        stream = current_stream(first.get_device())
+        for again, places in self.launches:
+            again(stream, [addresses[i] for i in places])
         return self.kind(*[tensors[i] for i in self.results])
 
 
@@ -69,8 +60,8 @@ class _Watched(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.given = len(given)
         self.tensors = [*given, None]  # held, so that no address comes twice
-        self.made: list[tuple[torch.Size, torch.dtype]] = []
-        self.launches: list[Launch] = []
+        self.made: list[Any] = []
+        self.launches: list[tuple[Again, Sequence[int]]] = []
         addresses = [tensor.data_ptr() for tensor in given if tensor is not None]
         self.strange = len({*addresses}) < len(addresses) or 0 in addresses
 
@@ -80,7 +71,8 @@ class _Watched(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         if function is torch.ops.aten.new_empty.default:
             self.tensors.append(result)
-            self.made.append((result.shape, result.dtype))
+            layout = tuple(result.shape), result.stride()
+            self.made.append((*layout, result.dtype, result.device))
             self.strange |= not result.is_contiguous() or result.numel() == 0
         else:
             self.strange |= not function.is_view
@@ -88,15 +80,11 @@ class _Watched(TorchDispatchMode):
 
     def launched(self, arguments: Sequence[Tensor | None], again: Again | None) -> None:
         """As `watch` tells it."""
-        places, views = [], []
-        for i, tensor in enumerate(arguments):
-            places.append(self._place(tensor))
-            if tensor is not None and (known := self.tensors[places[-1]]) is not None:
-                views += [(i, tensor.dtype)] * (known.dtype != tensor.dtype)
+        places = [self._place(tensor) for tensor in arguments]
         if again is None:
             self.strange = True
         else:
-            self.launches.append(Launch(again, places, views))
+            self.launches.append((again, places))
 
     def _place(self, tensor: Tensor | None) -> int:
         if tensor is None:
@@ -131,21 +119,25 @@ class Passes:
         """What `run` returns, a named tuple of tensors that it makes of those given, the first of
         which is there; `options` is all else that it depends on, and says which function it is.
         """
-        address, device = 0, -1
-        layouts: list[tuple[Any, ...] | None] = []
+        together = 0
+        first: Any = given[0]
+        addresses: list[int] = []
+        layouts: list[Any] = [first.get_device(), *options]
         for tensor in given:
             if tensor is None:
+                addresses.append(0)
                 layouts.append(None)
             else:
-                address |= tensor.data_ptr()
-                device = tensor.get_device()
-                layouts.append((tensor.dtype, tensor.shape, tensor.stride()))
-        if address % 16:
+                address = tensor.data_ptr()
+                together |= address
+                addresses.append(address)
+                layouts += tensor.dtype, tensor.shape, tensor.stride()
+        if together % 16 or profiled():
             return run()
-        key = device, *options, *layouts
+        key = tuple(layouts)
         known = self._known.get(key, _NEW)
         if type(known) is Pass:
-            played: Result = known.play(given)
+            played: Result = known.play(given, addresses)
             return played
         if known is None:
             return run()
