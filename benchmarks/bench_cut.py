@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, help="has mpnet/, smollm2/")
     tasks = [name for name in SETTINGS if name not in UNTOLD]
     parser.add_argument("--tasks", nargs="+", choices=SETTINGS, default=tasks)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which no run starts")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -163,7 +164,7 @@ def main() -> None:
     deadline = time.monotonic() + 60 * args.minutes
     for seed in args.seeds:
         for name in here:
-            arms = [arm for arm in ("uncut", *ARMS) if (name, seed, arm) not in done]
+            arms = [arm for arm in ("uncut", *args.arms) if (name, seed, arm) not in done]
             if not arms or time.monotonic() > deadline:
                 continue
             cells += list(run_cell(known, name, seed, arms))

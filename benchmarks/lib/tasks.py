@@ -22,7 +22,7 @@ from loradrop.text.labels import IGNORED
 from loradrop.text.task import DataConfig, load_task
 from loradrop.text.tokens import TokenizedDataset, collator, tokenize
 
-HELD_OUT = 400  # rows of train, by which learning rates are chosen
+HELD_OUT = 400  # rows of train that no run trains on: learning rates are chosen by them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class Setting:
     dev_of_train  rows of train that nothing else uses, which stand in for dev: rows of the same
               sources. 0: dev itself
     measured, measured_batch   training rows that are probed, and in batches of how many
+    judged    of the rows held out of train, how many choose the rate
     head_rate  learning rate of a new head; None is that of the adapters
     """
 
@@ -51,6 +52,7 @@ class Setting:
     dev_of_train: int = 0
     measured: int = 1024
     measured_batch: int = 2
+    judged: int = HELD_OUT
     head_rate: float | None = None
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -87,6 +89,16 @@ SETTINGS = {
     "e2e, SmolLM2": Setting(
         data="e2e", model="smollm2", steps=60, max_length=128, learning_rate=1e-3, batch_size=8,
         dev_rows=60, measured=256, measured_batch=1, columns=_E2E,
+    ),
+    "e2e, SmolLM2, query and value": Setting(
+        data="e2e", model="smollm2", steps=60, max_length=128, batch_size=4, max_dev=128,
+        judged=96, measured=64, measured_batch=1, target_modules=("q_proj", "v_proj"),
+        columns=_E2E,
+    ),
+    "gsm8k, SmolLM2": Setting(
+        data="gsm8k", model="smollm2", steps=40, max_length=256, learning_rate=1e-3, batch_size=4,
+        dev_rows=32, measured=96, measured_batch=1,
+        columns={"task": "causal_lm", "text": "question", "text_pair": "answer"},
     ),
 }  # fmt: skip
 
@@ -174,7 +186,7 @@ class Tasks:
         rows, dev = tokenize(task, tokenizer, setting.max_length)
         order = random.Random(0).sample(range(len(rows)), len(rows))
         shuffled = [rows.rows[i] for i in order]
-        choice, kept = shuffled[:HELD_OUT], shuffled[HELD_OUT:]
+        choice, kept = shuffled[: setting.judged], shuffled[HELD_OUT:]
         return Prepared(
             model, tuple(missing), task, TokenizedDataset(kept), TokenizedDataset(choice), dev,
             collator(task, tokenizer),
