@@ -307,6 +307,24 @@ def test_the_only_checkpoint_stays_until_the_next_is_whole(
     assert [folder.name for folder in (tmp_path / "main").iterdir()] == ["checkpoint-14"]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
+def test_a_full_disk_is_named(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the words of torch.save it is an "unexpected pos"."""
+    write = torch.save
+
+    def full(what: Any, path: Any, *more: Any) -> None:
+        write(what, "/dev/full" if "main/checkpoint-8/optimizer" in str(path) else path, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"checkpoint-8 cannot be written.*Is the disk full"):
+            run(tmp_path)
+    steps: list[int] = []
+    run(tmp_path, resume=True, callbacks=counting(steps))
+    assert steps == list(range(5, tiny.TOTAL - tiny.WARMUP + 1))
+    assert outcome(tmp_path) == outcome(whole)
+
+
 def test_a_model_that_decided_what_was_not_written(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,13 +238,20 @@ class LoRATrainer(Trainer):
             native.checkpoint(self.events.model, output_dir or self.args.output_dir or ".")
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
+        except RuntimeError as error:
+            if "inline_container" not in str(error):  # where torch.save writes
+                raise
+            raise OSError(
+                f"{folder} cannot be written: {error}. Is the disk full? Checkpoints before it are "
+                "whole: make room, and resume the run"
+            ) from error
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # every rank has written its part
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         self.events.save(folder, self.args.should_save)
         if self.args.should_save:
             checkpoints.seal(folder)
