@@ -1,4 +1,4 @@
-"""Sequence classification with transformers' Trainer: LoRA-drop by two more lines.
+"""Sequence classification with transformers' Trainer: LoRA-drop by two lines and an import.
 
     python examples/classification.py --model FacebookAI/roberta-base --data reviews.csv
     python examples/classification.py --tiny      on a CPU, in seconds

@@ -53,8 +53,8 @@ class LoRADrop(Method):
     probe_steps      length of the warm-up: optimiser steps, or below 1 a part of all steps, at
                      least 3
     sample_ratio     the part of the training set, drawn by class, that the warm-up trains on
-    source           "online": norms of the warm-up's own passes, at no cost; "offline": a pass in
-                     eval mode over that sample when the warm-up ends
+    source           "online": norms of the warm-up's own passes, at 2 % of a step; "offline": a
+                     pass in eval mode over that sample when the warm-up ends
     settle_margin    None, or end the warm-up early once a bootstrap over its steps keeps every
                      target in at most this part of the draws, or in all but it; checked every
                      `settle_every` steps

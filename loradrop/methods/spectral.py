@@ -56,7 +56,7 @@ class Spectral(Method):
     cut_at    when to cut: a part of all steps, or a number of steps
     source    "offline": at its end 1,024 rows of the training set are measured in eval mode, with
               labels drawn from the model, and what is left makes up for what goes; "online": its
-              own passes are, at no cost
+              own passes are, at 3 % of a step
     measured  of those: the part, at the end of the first stage, that counts
     metric    what a direction is worth: "loss", "output" or "weight", of `spectrum`
     scope, multiple, budget_time   of `allocate`

@@ -37,7 +37,7 @@ def _interpreted() -> bool:
 def triton_missing() -> str | None:
     """Why Triton's kernels cannot run on this machine, or None."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install 'loradrop[triton]'"
+        return "Triton is not installed: pip install triton"
     if _interpreted() or torch.cuda.is_available():
         return None
     return "PyTorch finds no CUDA device, and Triton's interpreter (TRITON_INTERPRET=1) is off"
