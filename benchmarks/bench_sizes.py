@@ -79,7 +79,7 @@ ARMS = {
     "spectral, step time 0.75, 1/8": spectral(8, budget_time=0.75),
     "spectral, s fixed, 1/8": Arm(RANK, Spectral(budget=0.125, scale="fixed"), s=ALPHA / RANK),
     "spectral by weights, 1/8": spectral(8, metric="weight"),
-    "spectral online, 1/8": spectral(8, source="online"),
+    "spectral online, 1/8": spectral(8, source="online")._replace(first=64e-3),
     "LoRA r=8, α=8": lora(8, 8, first=4e-3),
     "LoRA r=1, α=1": lora(1, 1, first=4e-3),
     "LoRA r=8, one rate": lora(8, own=False),

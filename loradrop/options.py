@@ -46,6 +46,7 @@ def check_choice(name: str, value: str, known: Sequence[str]) -> None:
 
 def check_whole(name: str, value: int | None, least: int, *, or_none: bool = False) -> None:
     """Raises ValueError unless the option is a whole number from `least` up, or None if it may."""
+    value = plain(value)
     if value is None and or_none:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -79,7 +80,7 @@ def check_kinds(options: Any) -> None:
         if not _PLAIN.keys() >= {*kinds_in(hint)}:
             continue
         given = getattr(options, name)
-        value = _plain(given)
+        value = plain(given)
         if (wanted := missed(value, hint, _PLAIN)) is not None:
             raise ValueError(f"{name}={given!r}: give {wanted}")
         object.__setattr__(options, name, value)
@@ -120,11 +121,11 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Python's own values for those of NumPy and torch, and tuples for lists."""
     if hasattr(value, "tolist"):
         value = value.tolist()
-    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
+    return tuple(map(plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def hints_of(cls: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from loradrop.bank import bank_of
-from loradrop.injection import injection_of, plan_of, require_unmerged
+from loradrop.injection import Injection, injection_of, plan_of, require_unmerged
 from loradrop.methods import Method
 from loradrop.pairs import LoRABank, Update
 from loradrop.ranks import as_on_the_first
@@ -32,22 +32,29 @@ def share(
 ) -> None:
     """Point all targets but `kept` to one adapter per (module type, K, N, r).
 
-    kept           one name or several, as from `select`; None selects by the last probe with the
-                   method's own options
+    kept           one name or several, as from `select`; None decides by the last probe with the
+                   method's own options, which the configuration has, all of them
     share          "group"; "shape": per (K, N, r), of whatever module type; "interval": also per
                    `interval` neighbouring layers; or "none": the others lose their adapter
     init           where a shared adapter starts: "fresh" (A Kaiming, B zero), "mean" of its
                    members, or "top", the member with the largest score
     after_select   "reinit": kept adapters start fresh; "continue": they keep what they learnt
 
-    The parameters change, so an optimiser made before this does not fit any more. In a distributed
-    run every rank calls it, and all get the first one's values. Raises ValueError for a name
-    that is not a target, for unknown options, for a bank without pairs, for merged adapters, and
-    where `kept` is None and nothing was probed.
+    The plan has the scores of the last probe then. The parameters change, so an optimiser made
+    before this does not fit any more. In a distributed run every rank calls it, and all get the
+    first one's values. Raises ValueError for a name that is not a target, for unknown options, for
+    a bank without pairs, for merged adapters, and where `kept` is None beside other options, or
+    where nothing was probed.
     """
     require_unmerged(model)
     bank, injection = bank_of(model), injection_of(model)
     if kept is None:
+        if (share, init, after_select, interval) != ("group", "fresh", "reinit", INTERVAL):
+            raise ValueError(
+                "kept=None decides and shares by the method's own options: give share_init= and "
+                "the like to LoRADrop in the configuration, or pass kept= here"
+            )
+        _record(injection)
         plan = plan_of(model)
         made = injection.config.method.update(bank, injection.scores)
         as_on_the_first(bank.parameters())
@@ -59,11 +66,19 @@ def share(
             f"the method {injection.config.method.name!r} has no pair (A, B) for each target, so "
             "its targets cannot be pointed to shared pairs: use the method lora or lora_drop"
         )
+    _record(injection)
     how: dict[str, Any] = {"share": share, "init": init, "after_select": after_select}
     kept = [kept] if isinstance(kept, str) else kept
     bank.share(kept, injection.scores, **how, interval=interval)
     as_on_the_first(bank.parameters())
     _say(model)
+
+
+def _record(injection: Injection) -> None:
+    """The scores of the last probe into the plan of an earlier decision, in place of its own."""
+    plan, scores = injection.plan, injection.scores
+    if plan is not None and scores is not None and scores.to_dict() != plan.scores:
+        injection.plan = replace(plan, scores=scores.to_dict(), warmup=None)
 
 
 def conclude(model: nn.Module, scores: Scores, warmup: Mapping[str, Any]) -> Update:

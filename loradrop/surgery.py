@@ -245,7 +245,8 @@ def remove(model: nn.Module) -> None:
         )
     injection = injection_of(model)
     require_undoable(model)
-    tensors = tensors_of(model, keep_vars=True)
+    tensors = {own_name(name): buffer for name, buffer in model.named_buffers()}
+    tensors |= tensors_of(model, keep_vars=True)
     before = injection.originals | injection.buffers
     merged = injection.merged or {}
     before |= {f"{n}.weight": weight for n, weight in merged.items() if isinstance(weight, Tensor)}

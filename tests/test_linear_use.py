@@ -43,6 +43,23 @@ pytestmark = pytest.mark.numbers
 # Autocast
 
 
+def test_a_trainable_weight_under_autocast() -> None:
+    """As a frozen one, and with its gradient."""
+    t = draw(Shape(6, 16, 8, 4), torch.float32, 0)
+    got = []
+    for trained in (False, True):
+        weight = t["weight"].detach().requires_grad_(trained)
+        bias = t["bias"].detach().requires_grad_(trained)
+        with torch.autocast(DEVICE, HALF):
+            y = lora_linear(t["x"].to(HALF), weight, bias, t["A"], t["B"], S)
+        assert y.dtype == HALF
+        got.append(y.detach().float())
+        if trained:
+            y.float().square().sum().backward()
+            assert weight.grad.any() and bias.grad.any()
+    assert_close(*got, rtol=2e-2, atol=2e-2)
+
+
 @each_backend
 @each_size
 @pytest.mark.parametrize("p", [0.0, 0.25])

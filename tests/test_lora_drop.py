@@ -12,6 +12,7 @@ from torch import Tensor
 import loradrop
 from loradrop import LoRAConfig, LoRADrop, LoraDropConfig
 from loradrop.formats.peft_file import read as read_peft
+from loradrop.injection import injection_of, plan_of
 from loradrop.pairs import AFTER, INITS
 from loradrop.scores import Scores
 from loradrop.selection import assign, reselect
@@ -110,6 +111,34 @@ def test_share_by_the_methods_own_options() -> None:
     assert [t.name for t, s in zip(bank.targets, bank.slots, strict=True) if s is not None] == kept
     i = bank.index(kept[0])
     assert torch.equal(bank.factors(i)[0], before[2 * i])
+
+
+@pytest.mark.parametrize(
+    "options", [{"share": "none"}, {"init": "mean"}, {"after_select": "continue"}, {"interval": 2}]
+)
+def test_the_methods_own_options_and_others(options: dict[str, Any]) -> None:
+    model = train(net(LoRADrop(keep=3)))
+    scores(model)
+    with pytest.raises(ValueError, match=r"kept=None decides .*own options"):
+        loradrop.share(model, **options)
+    assert model.lora_bank.slots == tuple(range(3 * DEPTH))
+
+
+@pytest.mark.parametrize("kept", [["layers.2.up"], None])
+def test_the_plan_has_the_scores_that_decided(kept: list[str] | None, tmp_path: Path) -> None:
+    """Also where an earlier decision was recorded, as after `load`."""
+    first = train(net(LoRADrop(keep=3)))
+    scores(first)
+    loradrop.save(first, tmp_path)
+    model = net(LoRADrop(keep=3))
+    loradrop.load(model, tmp_path)
+    now = Scores(model.lora_bank.targets, scores(model).rows.flip(1), tokens=2, source="offline")
+    injection_of(model).scores = now
+    assert plan_of(model).scores != now.to_dict()
+    loradrop.share(model, kept)
+    plan = plan_of(model)
+    assert plan.scores == now.to_dict() and plan.warmup is None and plan.kept
+    assert kept is None or list(plan.kept) == kept
 
 
 @pytest.mark.parametrize("init", INITS)

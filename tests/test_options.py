@@ -18,6 +18,8 @@ from loradrop.methods import Method
 from loradrop.methods.mos import MoS
 from loradrop.methods.nb_lora import NBLoRA
 from loradrop.methods.prilora import PRILoRA
+from loradrop.methods.prolora import PRoLoRA
+from loradrop.methods.rasa import RaSA
 from loradrop.methods.vera import VeRA
 from loradrop.options import kinds_in
 
@@ -95,6 +97,18 @@ def test_numbers_of_other_libraries_become_ours() -> None:
         TrainConfig(epochs=2.0, learning_rate=1e-3, steps=3)
     )
     assert type(LoRADrop(threshold=np.float32(0.5)).threshold) is float
+
+
+def test_whole_numbers_of_numpy_and_torch() -> None:
+    whole = np.int64(4)
+    config = LoRAConfig(r=whole, rank_pattern={"q": whole}, alpha_pattern={"q": np.float32(2)})
+    ours = LoRAConfig(r=4, rank_pattern={"q": 4}, alpha_pattern={"q": 2})
+    assert config.to_dict() == ours.to_dict()
+    json.dumps(config.to_dict())
+    drop = LoRADrop(keep=whole, share="interval", interval=torch.tensor(2))
+    assert drop == LoRADrop(keep=4, share="interval", interval=2) and type(drop.keep) is int
+    for made in (RaSA(k=whole), PRoLoRA(m=whole, n=whole, u=np.int32(1))):
+        assert all(type(value) is int for value in vars(made).values())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -293,6 +293,9 @@ def test_how_to_load_and_what_it_takes(tmp_path: Path) -> None:
     exec(code, found)
     assert torch.equal(models.outputs(found["model"].eval()), models.outputs(model))
     assert "<pre>import loradrop" in rendered_page(tmp_path, code)
+    named = replace(plan, base=dict(plan.base) | {"id": "org/m", "revision": "v1"})
+    assert "from_pretrained('org/m', revision='v1')" in how_to_load(named, "a")
+    assert "from_pretrained('org/m', revision='v1', num_labels=2" in how_to_load(named, "a", 2)
     says = file_size(plan, tmp_path / "shared")
     size, about = (int(n.replace(",", "")) for n in re.findall("[0-9,]{3,}", says))
     assert size == (tmp_path / "shared" / TENSORS).stat().st_size

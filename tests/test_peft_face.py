@@ -8,7 +8,7 @@ import models
 import pytest
 import torch
 from peft_models import BATCH, LLAMA, OPTIONS, Q0, Q1, V1, logits, made, peft, shared, twin
-from torch import Tensor
+from torch import Tensor, nn
 
 import loradrop
 from loradrop import LoRAConfig
@@ -63,6 +63,12 @@ def test_it_begins_as_the_base_model_and_trains_the_bank_alone() -> None:
     assert model.get_nb_trainable_parameters()[0] == model.lora_bank.trainable == 896
     loradrop.share(model, [Q0])
     assert model.get_nb_trainable_parameters()[0] == model.lora_bank.trainable == 704
+
+
+def test_a_base_without_a_configuration() -> None:
+    options = {"target_modules": ["0"], "r": 4, "revision": "main"}
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraDropConfig(**options))
+    assert model(torch.ones(2, 8)).shape == (2, 8) and model.lora_bank.trainable == 64
 
 
 def test_its_folder_has_a_plan_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from surgery_models import (
     output,
     train,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import loradrop
@@ -83,6 +83,28 @@ def test_running_means_of_the_frozen_base_do_not_move(caplog: pytest.LogCaptureF
     loradrop.remove(model)
     model.train()(x)
     assert not torch.equal(model[0].running_mean, made()[0].running_mean)
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_buffers_come_back(persistent: bool) -> None:
+    """Those that no state dict has, too."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(WIDTH, WIDTH)
+            self.register_buffer("seen", torch.zeros(()), persistent=persistent)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen += 1
+            return self.linear(x)
+
+    model = Counts()
+    loradrop.inject(model, config("linear"))
+    model(torch.randn(2, WIDTH))
+    assert float(model.seen) == 1.0
+    loradrop.remove(model)
+    assert float(model.seen) == 0.0
 
 
 @each_model

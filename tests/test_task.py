@@ -209,6 +209,7 @@ PARTED = [{"role": "user", "content": parts("a")}, {"role": "assistant", "conten
         ({"text": "a", "id": 3}, "a", None),
         ({"messages": turns("a", "b")}, tuple(turns("a", "b")), None),
         ({"prompt": turns("a", "b")[:1], "completion": turns("a", "b")[1:]}, None, None),
+        ({"prompt": turns("a", "b")[:1], "completion": turns("a", "b")[1:], "id": 1}, None, None),
         ({"conversations": SHARED}, None, None),
         ({"messages": PARTED}, None, None),
     ],
@@ -218,6 +219,19 @@ def test_rows_to_learn_to_write(tmp_path, caplog, row, text, pair):
     made = load_task(DataConfig(source=path, dev=path))
     assert made.kind == "causal_lm" and not caplog.messages
     assert made.train[0] == Example(tuple(turns("a", "b")) if text is None else text, pair, None)
+
+
+@pytest.mark.parametrize("name", ["context", "input"])
+def test_a_conversation_has_no_context(tmp_path, caplog, name):
+    """It has messages; a column beside it is named as one that is not used."""
+    row = {"prompt": turns("a", "b")[:1], "completion": turns("a", "b")[1:], name: "c"}
+    path = dump(tmp_path / "m.jsonl", [row])
+    made = load_task(DataConfig(source=path, dev=path))
+    assert made.train[0] == Example(tuple(turns("a", "b")), None, None)
+    assert any(f"not used: {name}" in said for said in caplog.messages)
+    wrong = dump(tmp_path / "w.jsonl", [row | {"completion": "b"}])
+    with pytest.raises(ValueError, match="only one of prompt and completion is a list"):
+        load_task(DataConfig(source=wrong, dev=wrong))
 
 
 def test_a_json_file_is_one_list(tmp_path):

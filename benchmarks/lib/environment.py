@@ -49,8 +49,16 @@ def facts(device: str, commit: str | None) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": report()["packages"]["triton"] or "",
         "driver": _output(*driver) if device == "cuda" else "",
-        "commit": commit or _output("git", "rev-parse", "--short", "HEAD"),
+        "commit": commit or commit_of(ROOT),
     }
+
+
+def commit_of(checkout: Path) -> str:
+    """Its short hash, marked where its code differs; empty without git."""
+    git = "git", "-C", str(checkout)
+    code = "--", ".", ":!benchmarks/results", ":!docs", ":!*.md"
+    marked = "-dirty" if _output(*git, "diff", "--name-only", "HEAD", *code) else ""
+    return _output(*git, "rev-parse", "--short", "HEAD") + marked
 
 
 def environment(device: str, about: dict[str, str]) -> dict[str, Any]:

@@ -221,7 +221,8 @@ def main(bench: Bench, args: argparse.Namespace) -> int:
         print(f"{len(rows)} rows are measured again, by another clock: {', then '.join(clocks)}")
         rows, kept = [], {}
     notes: Notes = {name: kept.get(name, {}) for name in ("errors", "left_out")}
-    given_up = {Cell(*of["cell"]) for of in kept.get("given_up", ()) if of["commit"] == args.commit}
+    lost_here = [of for of in kept.get("given_up", ()) if of["commit"] == args.commit]
+    given_up = {Cell(*of["cell"]) for of in lost_here if not args.fresh}
     failed, told = False, set()
     for process in range(processes):
         measured = {(results.cell_of(row), row["date"]) for row in rows if row["r"] != "0"}

@@ -82,22 +82,16 @@ def median(values: Any, digits: int) -> float:
     return round(statistics.median(values), digits)
 
 
-def _commit(checkout: Path) -> str:
-    """Its short hash, marked where files differ from it."""
-    git = "git", "describe", "--always", "--dirty", "--exclude=*"
-    return subprocess.run(git, cwd=checkout, capture_output=True, text=True).stdout.strip()
-
-
 def write(
     args: argparse.Namespace, protocol: Mapping[str, Any], key: str, rows: list[dict[str, Any]]
 ) -> None:
     """The result file, with the rows under `key`, and the rows themselves on stdout."""
-    from lib.environment import device_name
+    from lib.environment import commit_of, device_name
     from loradrop.command.env import report
 
     facts = {name: of for name, of in report().items() if name in ("python", "packages", "cpu")}
     facts["cpu"]["name"] = device_name("cpu")
-    commits = {which: _commit(path) for which, path in checkouts(args.before).items()}
+    commits = {which: commit_of(path) for which, path in checkouts(args.before).items()}
     how = {"clock": "process time", "processes": args.processes, **protocol}
     whole = {"environment": facts | {"commits": commits}, "protocol": how, key: rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)

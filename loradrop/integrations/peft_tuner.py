@@ -92,7 +92,8 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
                 ", ".join(of_head),
             )
         own: Any = getattr(self.model, "config", None)
-        if config.revision is not None and getattr(own, "_commit_hash", None) is None:
+        unsaid = own is not None and getattr(own, "_commit_hash", None) is None
+        if config.revision is not None and unsaid:
             own._commit_hash = config.revision  # transformers does not say which one it loaded
         ours = from_peft(config, [key for key, _ in layers])
         names, whole = [f".{key}" for key in modules_of(self.model)], config.modules_to_save or ()

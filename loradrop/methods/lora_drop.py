@@ -19,7 +19,14 @@ from typing import ClassVar
 
 from loradrop.bank import AdapterBank
 from loradrop.methods.base import Method, Warmup
-from loradrop.options import at_least, check_choice, check_part, check_steps_or_part, check_whole
+from loradrop.options import (
+    at_least,
+    check_choice,
+    check_part,
+    check_steps_or_part,
+    check_whole,
+    plain,
+)
 from loradrop.pairs import AFTER, INITS, LoRABank, Update
 from loradrop.scores import Scores, Target
 from loradrop.selection import (
@@ -84,9 +91,10 @@ class LoRADrop(Method):
     settle_every: int = 10
 
     def __post_init__(self) -> None:
-        if self.keep is not None and (not isinstance(self.keep, int) or self.keep < 0):
-            raise ValueError(f"keep={self.keep}: choose a whole number of at least 0")
-        check_interval(self.interval)
+        keep = plain(self.keep)
+        if keep is not None and (not isinstance(keep, int) or keep < 0):
+            raise ValueError(f"keep={keep}: choose a whole number of at least 0")
+        check_interval(plain(self.interval))
         super().__post_init__()
         names = ("threshold", "keep", "keep_ratio", "budget")
         given = [name for name in names if getattr(self, name) is not None]

@@ -69,7 +69,8 @@ def lora_linear(
     if own or weight.requires_grad or (bias is not None and bias.requires_grad):
         if own:
             check_whole(weight)
-        check_operands(call._replace(weight=None, bias=None) if own else call)
+        cast = own or autocasting("cpu" if x.is_cpu else x.device.type)  # `linear` does it
+        check_operands(call._replace(weight=None, bias=None) if cast else call)
         y0 = linear(x, weight, bias)
         check_base_gradient(x, y0, type(weight).__name__)
         call = call._replace(weight=None, bias=None, y0=y0)

@@ -47,6 +47,8 @@ def how_to_load(plan: Plan, folder: str | os.PathLike[str], num_labels: int | No
     lines = ["import loradrop", f"from transformers import {cls}", ""]
     head = "" if num_labels is None else of_head(num_labels, base.get("labels"))
     where = base.get("id") or "path/to/the/base/model"
+    if base.get("id") and base.get("revision"):
+        head = f", revision={base['revision']!r}{head}"
     lines += [f"model = {cls}.from_pretrained({where!r}{head})"]
     return "\n".join([*lines, f"loradrop.load(model, {os.fspath(folder)!r})"])
 

@@ -184,7 +184,7 @@ def _roles(
     context = None
     if text is pair is None:
         text, pair = find(known)
-        if causal and text and pair:
+        if causal and text and pair and not _is_chat(row.get(text)):
             others = {name: column for name, column in free.items() if column not in (text, pair)}
             context = next((others[name] for name in CONTEXTS if name in others), None)
     text = text or next((free[name] for name, _ in known if name in free), None)

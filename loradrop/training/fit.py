@@ -51,7 +51,8 @@ def fit(
     resume        go on from what is in output_dir, with the model, data and options it was begun
                   with, to the same end as an uninterrupted run
     data          fingerprints of the rows, for the plan
-    mask, mask_fn   of the statistics, as for `probe`; `mask` goes before that of `args`
+    mask, mask_fn   of the statistics, as for `probe`; another `mask` than the default goes before
+                  that of `args`
     callbacks     of both runs; transformers' EarlyStoppingCallback of the main run alone
 
     A model for which `share` or `load` has decided already has no warm-up. Under torchrun every
