@@ -149,6 +149,11 @@ def test_settings_count_and_not_their_runs(tmp_path: Path) -> None:
     assert foretold is not None and "| rare |" not in every + foretold
     assert "| rare |" in str(size_tables.cut(results))
     assert "−2.5 (−4.0 to −1.0)" in every
+    more = [c | {"task": f"{c['task']}{i}"} for i in range(5) for c in cells]
+    most = [c | {"arm": "rare"} for c in more if c["arm"] == "loss" and c["task"] != "t4"]
+    results = write(tmp_path, "bench_cut", [*more, *most])
+    for table in (size_tables.cut_all(results), size_tables.foretold(results)):
+        assert table is not None and "| loss |" in table and "| rare (4 settings) |" in table
 
 
 @pytest.mark.parametrize("script", ["bench_sizes.py", "bench_methods.py", "bench_cut.py"])

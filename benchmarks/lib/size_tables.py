@@ -127,18 +127,23 @@ def _span(values: Sequence[float], unit: str = "") -> str:
     return f"{mean:+.1f} ({least:+.1f} to {most:+.1f}){unit}".replace("-", "−")
 
 
-def _of_every_setting(cells: Sequence[Cell]) -> list[str]:
-    """The ways to cut that every setting has."""
+def _of_most_settings(cells: Sequence[Cell]) -> dict[str, str]:
+    """The ways to cut that every setting has, and how they are called. Of five settings or more one
+    may be missing, and then their number is said.
+    """
     settings: dict[str, set[str]] = {}
     for cell in cells:
         settings.setdefault(cell["arm"], set()).add(cell["task"])
-    every = set().union(*settings.values())
-    return [arm for arm, tasks in settings.items() if tasks == every]
+    every = len(set().union(*settings.values()))
+    counts = {arm: len(tasks) for arm, tasks in settings.items()}
+    least = every - 1 if every >= 5 else every
+    names = {arm: arm if n == every else f"{arm} ({n} settings)" for arm, n in counts.items()}
+    return {arm: name for arm, name in names.items() if counts[arm] >= least}
 
 
 def cut_all(results: Path) -> str | None:
     """Over the settings, each the mean of its runs: the divergence as a part of the rival's, and
-    what is lost, of the ways to cut that every setting has. Runs of one setting are alike, so they
+    what is lost, of the ways to cut that most settings have. Runs of one setting are alike, so they
     are not counted as if they were settings.
     """
     cells = _cells(results, "bench_cut")
@@ -162,14 +167,14 @@ def cut_all(results: Path) -> str | None:
     if not tasks:
         return None
     head, body, n = _by_arm(results, tasks, entry)
-    everywhere = _of_every_setting(cells)
-    body = [row for row in body if row[0] in everywhere]
+    names = _of_most_settings(cells)
+    body = [[names[arm], *row] for arm, *row in body if arm in names]
     return markdown((f"{len(tasks)} settings, {n} runs", *head), body)
 
 
 def foretold(results: Path) -> str | None:
     """The divergence that came, as a part of the rise of the loss that was predicted, of the ways
-    to cut that every setting has.
+    to cut that most settings have.
     """
     cells = [c for c in _cells(results, "bench_cut") if c.get("predicted")]
 
@@ -178,8 +183,8 @@ def foretold(results: Path) -> str | None:
         return f"{statistics.median(parts):.1f} ({min(parts):.1f} to {max(parts):.1f})"
 
     budgets, body = _distinct(cells, "budget"), []
-    for arm in _of_every_setting(cells):
-        body.append([arm, *_row([c for c in cells if c["arm"] == arm], budgets, entry)])
+    for arm, name in _of_most_settings(cells).items():
+        body.append([name, *_row([c for c in cells if c["arm"] == arm], budgets, entry)])
     runs = len({(cell["task"], cell["seed"]) for cell in cells})
     head = (f"n={runs}", *(f"{part:g} left" for part in budgets))
     return markdown(head, body) if body else None
