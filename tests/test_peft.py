@@ -105,6 +105,26 @@ def test_each_target_at_its_own_rank(make: Make, tmp_path: Path) -> None:
         export(again, tmp_path / "none", "merged", padded=False)
 
 
+def test_own_ranks_where_one_name_ends_another(tmp_path: Path) -> None:
+    """PEFT would take the rank of `lin` for `sub.lin` too; ours reads the file back, cuts it and
+    writes it again.
+    """
+    ranks = {"rank_pattern": {"sub.lin": 2}, "alpha_pattern": {"sub.lin": 3}}
+    model = adapt(Plain(), target_modules=["lin"], r=4, **ranks)
+    reload(model, tmp_path / "one", padded=False)
+    pattern = json.loads((tmp_path / "one" / CONFIG).read_text())["rank_pattern"]
+    assert pattern == {"^lin": 4, "sub.lin": 2}
+    again = copy.deepcopy(model)
+    loradrop.remove(again)
+    loradrop.load(again, tmp_path / "one")
+    torch.testing.assert_close(outputs(again), outputs(model), **RIGHT)
+    loradrop.truncate(again, {"lin": 1, "sub.lin": 2}, metric="weight")
+    reload(again, tmp_path / "two", padded=False)
+    assert {n: len(A) for n, (A, _) in read(tmp_path / "two").modules.items()} == {
+        "lin": 1, "sub.lin": 2,
+    }  # fmt: skip
+
+
 PATTERNS = {"rank_pattern": {"value": 11}, "alpha_pattern": {"1.*query": 3, "value": 7}}
 
 

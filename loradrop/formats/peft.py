@@ -29,6 +29,7 @@ from loradrop.formats.peft_file import (
     PREFIX,
     TENSORS,
     PeftFile,
+    by_name,
     configuration_of,
     layout_of,
     padded_rank,
@@ -270,7 +271,8 @@ def peft_file_of(
         "init_lora_weights": True,
     }
     if not one:
-        config |= {"rank_pattern": held, "alpha_pattern": held}
+        pattern = by_name(held)
+        config |= {"rank_pattern": pattern, "alpha_pattern": pattern}
     if revision is not None:
         config["revision"] = revision
     return PeftFile(config, tensors, configuration_of(model), model, instead)

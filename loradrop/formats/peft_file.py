@@ -134,6 +134,14 @@ def ranks_in_file(ranks: Mapping[str, int], padded: bool) -> dict[str, int]:
     return {name: rank for name, rank in ranks.items() if rank}
 
 
+def by_name(values: Mapping[str, int]) -> dict[str, int]:
+    """The pattern that gives each module its own value: by its name, or a regex from "^" on where
+    that is also how another's name ends, since PEFT matches a key with the end of a name.
+    """
+    ends = {name[dot.end() :] for name in values for dot in re.finditer(r"\.", name)}
+    return {f"^{re.escape(k)}" if k in ends else k: value for k, value in values.items()}
+
+
 def padded_rank(ranks: Mapping[str, int]) -> int:
     """One rank for all, as vLLM wants it."""
     return max(8, 1 << (max(1, *ranks.values()) - 1).bit_length())
