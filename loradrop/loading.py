@@ -4,7 +4,6 @@ import logging
 import os
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from loradrop.config import LoRAConfig
 from loradrop.formats import peft_load
 from loradrop.injection import injection_of, require_loaded, require_unmerged, sum_of
 from loradrop.layers import shape_of
-from loradrop.native import FOLDER, TENSORS, NativeFile, read
+from loradrop.native import NativeFile, is_native, read
 from loradrop.origin import base_of, classes_of, tell_base
 from loradrop.ranks import sharded_like
 from loradrop.surgery import inject, require_trainable
@@ -69,9 +68,9 @@ def load(model: nn.Module, path: str | os.PathLike[str]) -> AdapterBank:
 
 
 def _read(path: str | os.PathLike[str], model: nn.Module) -> NativeFile:
-    """The file in the folder, ours before PEFT's: it alone knows who shares."""
-    ours = any((Path(path) / name).exists() for name in (TENSORS, f"{FOLDER}/{TENSORS}"))
-    return peft_load.read(path, model) if not ours and peft_load.is_peft(path) else read(path)
+    """The file in the folder, ours before PEFT's."""
+    foreign = not is_native(path) and peft_load.is_peft(path)
+    return peft_load.read(path, model) if foreign else read(path)
 
 
 def differences(here: LoRAConfig, there: LoRAConfig, names: list[str]) -> str:

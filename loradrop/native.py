@@ -81,6 +81,13 @@ def write(adapters: Adapters, path: str | os.PathLike[str]) -> None:
     write_json(Path(path) / PLAN, plan)
 
 
+def is_native(path: str | os.PathLike[str]) -> bool:
+    """Whether the folder `path` holds an adapter of ours, as the folder of a checkpoint does in one
+    of its own. It is asked before `is_peft`: ours alone knows who shares.
+    """
+    return any((Path(path) / name).exists() for name in (TENSORS, f"{FOLDER}/{TENSORS}"))
+
+
 def read(path: str | os.PathLike[str]) -> NativeFile:
     """A native adapter: a folder, or its safetensors file.
 
@@ -142,7 +149,7 @@ def read(path: str | os.PathLike[str]) -> NativeFile:
 
 def holds_other(folder: Path, adapters: Adapters) -> bool:
     """Whether the folder has a native adapter with other tensors than these."""
-    if not (folder / TENSORS).exists():
+    if not is_native(folder):
         return False
     file = read(folder)
     held = [(file.bank, adapters.state), (file.trained, adapters.trained)]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from loradrop.files import read_json
 from loradrop.formats.peft_load import is_peft, plan_in
-from loradrop.native import FOLDER, PLAN, TENSORS, adapters_below, read
+from loradrop.native import PLAN, adapters_below, is_native, read
 from loradrop.plan import Plan
 
 REPORT = "compression.json"  # of `loradrop compress`, beside the adapter
@@ -17,12 +17,10 @@ def plan_at(path: Path) -> Plan:
 
     Raises FileNotFoundError where none of them is there.
     """
-    if (path / FOLDER / TENSORS).exists():  # a checkpoint
-        path = path / FOLDER
+    if is_native(path):  # as `load` does
+        return read(path).plan
     if is_peft(path) and (plan := plan_in(path)) is not None:
         return plan
-    if path.is_dir() and (path / TENSORS).exists():
-        return read(path).plan
     if path.is_dir() and not (path / PLAN).exists() and (path / REPORT).exists():
         path = path / REPORT
     file = path / PLAN if path.is_dir() else path

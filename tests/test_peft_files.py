@@ -16,11 +16,16 @@ from safetensors.torch import load_file
 
 import loradrop
 from loradrop import LoRAConfig
+from loradrop.command.adapter_bases import base_named_by
+from loradrop.formats.dtypes import dtypes_in
 from loradrop.formats.engines import ENGINES, refusal
 from loradrop.formats.peft_file import read
+from loradrop.injection import plan_of
 from loradrop.integrations.peft import LoraDropConfig, from_peft, to_peft
 from loradrop.integrations.peft_layers import Banked
 from loradrop.methods import LoRADrop, Spectral
+from loradrop.native import FOLDER
+from loradrop.plan_file import plan_at
 
 RELOAD = """
 import sys, torch, models
@@ -349,3 +354,18 @@ def test_a_folder_of_another_base_says_so(
         found = [r.getMessage() for r in caplog.records if "trained on" in r.getMessage()]
         assert len(found) == len(said)
         assert all(part in line for part, line in zip(said, found, strict=True))
+
+
+@pytest.mark.parametrize("inside", ["", FOLDER], ids=["beside", "in a checkpoint"])
+def test_everything_reads_the_native_one_of_two_adapters(inside: str, tmp_path: Path) -> None:
+    face, native = made(named("face")), named("native").bfloat16()
+    loradrop.share(face, [])
+    loradrop.inject(native, LoRAConfig(r=4, target_modules=[Q0, V0], adapter_dtype="base"))
+    face.save_pretrained(tmp_path)
+    assert plan_at(tmp_path).slots == face.lora_bank.slots != (0, 1)
+    loradrop.save(native, tmp_path / inside)
+    found = named("native")
+    loradrop.load(found, tmp_path)
+    assert plan_at(tmp_path) == plan_of(found) and found.lora_bank.slots == (0, 1)
+    assert base_named_by(tmp_path)[0]["id"] == "native"
+    assert dtypes_in(tmp_path, found).adapters == "bfloat16"

@@ -93,7 +93,7 @@ def base_named_by(adapter: str | Path) -> tuple[Mapping[str, Any], Mapping[str, 
     whole). The class is None where a PEFT folder leaves it open; `apart` names those tensors that
     were tied to nothing, as of those of which PEFT trained a copy.
     """
-    if not peft_load.is_peft(adapter) or (Path(adapter) / native.TENSORS).exists():
+    if native.is_native(adapter) or not peft_load.is_peft(adapter):
         file = native.read(adapter)
         alone = [] if file.tied is None else [k for k in file.trained if k not in file.tied]
         return {**file.plan.base, "apart": alone}, file.trained

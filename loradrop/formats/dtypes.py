@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ class FileDtypes(NamedTuple):
 
 def dtypes_in(path: str | os.PathLike[str], model: nn.Module) -> FileDtypes:
     """Those of the adapter in the folder `path`, native or PEFT's, which fits `model`."""
-    if peft_load.is_peft(path) and not (Path(path) / native.TENSORS).exists():
+    if not native.is_native(path) and peft_load.is_peft(path):
         tensors = peft_file.read(path).tensors
         found = {k.removeprefix(PREFIX).replace(".base_layer.", "."): v for k, v in tensors.items()}
         state = base_state(model)
