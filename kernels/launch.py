@@ -9,13 +9,13 @@ makes them as `again.py` does.
 
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton import knobs
 
 from loradrop.kernels.again import again_of
 from loradrop.kernels.descriptors import is_plain
+from loradrop.kernels.stream import current_stream
 from loradrop.kernels.watch import tell, watched
 
 _MOST = 4096  # binaries kept, for layers of so many shapes
@@ -89,9 +89,8 @@ def _run(compiled: Any, device: int, grid: tuple[int, ...], *arguments: Any) -> 
     if profiled():
         compiled[grid](*arguments)
         return
-    stream = 0 if device < 0 else torch._C._cuda_getCurrentRawStream(device)
     binary = compiled.function, compiled.packed_metadata
-    compiled.run(*grid, stream, *binary, None, None, None, *arguments)
+    compiled.run(*grid, current_stream(device), *binary, None, None, None, *arguments)
 
 
 def kernel(**options: Any) -> Any:

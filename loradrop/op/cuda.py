@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loradrop.kernels.stream import current_stream
 from loradrop.kernels.watch import tell
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -118,14 +119,6 @@ def _form(matrix: Tensor | None) -> tuple[int, ...] | None:
 def _numbers(matrix: Tensor | None) -> tuple[int, ...] | None:
     form = _form(matrix)
     return None if form is None else (_pointer(matrix), *form)
-
-
-def current_stream(device: int) -> int:
-    """The current stream of a device as the driver's number; 0 on a CPU, whose device is -1.
-
-    As Triton asks for it: `torch.cuda.current_stream` makes an object each time.
-    """
-    return 0 if device < 0 else int(torch._C._cuda_getCurrentRawStream(device))
 
 
 def _launch(

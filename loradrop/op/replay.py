@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loradrop.kernels.launch import profiled
+from loradrop.kernels.stream import current_stream
 from loradrop.kernels.watch import Again, watch
-from loradrop.op.cuda import current_stream
 
 _MOST = 4096  # passes kept, for layers of so many shapes and numbers of tokens
 _NEW, _ONCE = object(), object()  # in the place of a pass that never ran, and of one that did once

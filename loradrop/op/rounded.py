@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from loradrop.kernels.stream import current_stream
 from loradrop.kernels.tiles import scale_mode
-from loradrop.op.cuda import current_stream
 
 
 class Pair(NamedTuple):
