@@ -62,6 +62,7 @@ class Collector:
         self._tokens = torch.zeros((), dtype=torch.int64)
         self._open = torch.zeros((), dtype=torch.int64)  # tokens of the open row
         self.loss_scale = 1.0  # of the losses whose gradients come now, as a loss scaler sets it
+        self._means = 1.0  # what a row's loss is in means of its losses: their number for a sum
         self._samples = torch.zeros((), dtype=torch.float64)  # of the open row
         self._keeps = self.source == "offline" and "core" in statistics
         self._sums = GramSums(bank, self._keeps) if set(GRAMS) & set(statistics) else None
@@ -97,7 +98,7 @@ class Collector:
     def set_samples(self, count: int) -> None:
         """The gradients of this step are of the sum of `count` losses, not of their mean."""
         self._samples = torch.tensor(float(count), dtype=torch.float64)
-        self.loss_scale = float(max(count, 1))
+        self._means = float(max(count, 1))
 
     def close_row(self) -> dict[str, list[Tensor | None]]:
         """Ends a batch (offline) or an optimiser step (online).
@@ -115,7 +116,7 @@ class Collector:
         if "sqnorm" in closed:
             self.rows.append(_row(closed["sqnorm"]))
         if self._sums is not None:
-            self._sums.add(closed, self._samples, self.loss_scale)
+            self._sums.add(closed, self._samples, self.loss_scale * self._means)
             self._samples = torch.zeros_like(self._samples)
         if "moment" in closed and is_distributed():
             closed["moment"] = self._summed(closed["moment"])
@@ -229,9 +230,10 @@ class Collector:
             shape = first.shape[:rows] if first.is_floating_point() else first.shape
             self._open = self._open + shape.numel()
 
-    def require_same_pass(self, target: Target) -> None:
-        """A layer runs. Raises RuntimeError where it may be of another forward pass than the mask
-        that is at hand, as it is recomputed; in one that did not begin at the model no mask counts.
+    def layer_runs(self, target: Target) -> None:
+        """Notes that the layer of `target` runs; where it is in no pass that began at the model, no
+        mask counts. Raises RuntimeError where it may be of another forward pass than the mask that
+        is at hand, as it is recomputed.
         """
         masks = self.masks
         of_model = masks.mask is None or self._inside or self._traced  # or an eager part of a graph

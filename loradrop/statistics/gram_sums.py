@@ -28,11 +28,10 @@ class GramSums:
         self._samples = torch.zeros((), dtype=torch.float64)
 
     def add(
-        self, closed: Mapping[str, Sequence[Tensor | None]], samples: Tensor, loss_scale: float
+        self, closed: Mapping[str, Sequence[Tensor | None]], samples: Tensor, times: float
     ) -> None:
-        """What one step collected: "gram_in", and "core" for the mean loss of its n samples times
-        the scale of a loss scaler. In training a step whose gradients overflowed is left out, as
-        the loss scaler leaves it out.
+        """What one step collected: "gram_in", and "core" for `times` the mean loss of the samples.
+        In training a step whose gradients overflowed is left out, as the loss scaler leaves it out.
         """
         for i, gram in enumerate(closed.get("gram_in", ())):
             self._count("inputs", i, gram)
@@ -50,7 +49,7 @@ class GramSums:
         zero = torch.zeros_like(samples)
         self._samples = self._samples.to(samples.device) + torch.where(counts, samples, zero)
         for i, core in found.items():
-            scaled = core * (samples.to(core.device) / loss_scale)
+            scaled = core * (samples.to(core.device) / times)
             found[i] = of_sum = torch.where(counts.to(core.device), scaled, 0.0)
             self._count("left", i, of_sum @ of_sum.T)
             self._count("right", i, of_sum.T @ of_sum)

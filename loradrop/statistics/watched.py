@@ -23,7 +23,7 @@ class Watcher(Protocol):
 
     online: bool
 
-    def require_same_pass(self, target: Target) -> None: ...
+    def layer_runs(self, target: Target) -> None: ...
 
 
 class Watched:
@@ -49,7 +49,7 @@ class Watched:
         if online and not torch.is_grad_enabled():
             return {}
         if not torch.compiler.is_compiling():
-            self.collector.require_same_pass(self.mask.target)
+            self.collector.layer_runs(self.mask.target)
         arguments: dict[str, Any] = {"token_weights": self.mask.weights(x)}
         if not online:
             return arguments | {"return_sqnorm": True}
