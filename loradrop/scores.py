@@ -151,6 +151,11 @@ def check_ranks(
             )
 
 
+def spread(ranks: Sequence[int]) -> str:
+    """From the least to the most."""
+    return f"{min(ranks)}–{max(ranks)}" if len(set(ranks)) > 1 else str(ranks[0])
+
+
 def members_of(slots: Sequence[int | None]) -> dict[int, list[int]]:
     """Slot -> the indices of the targets that use it."""
     members: dict[int, list[int]] = {}

@@ -23,7 +23,7 @@ from loradrop.command.compression import HEALING, PAGE, SPECTRUM
 from loradrop.formats.hub import CARD
 from loradrop.formats.peft_file import CONFIG, TENSORS, read
 from loradrop.plan_file import REPORT
-from loradrop.report.look import spread
+from loradrop.scores import spread
 from loradrop.training import fit as training
 
 __all__ = ["adapter", "work"]  # fixtures

@@ -14,7 +14,7 @@ from loradrop.formats.engines import EngineVerdict, vllm_rank
 from loradrop.formats.peft_file import PeftFile, task_of
 from loradrop.origin import classes_of
 from loradrop.plan import Plan
-from loradrop.report.look import spread
+from loradrop.scores import spread
 from loradrop.wrapped import embedding_names
 
 START = "<!-- loradrop: every export renews what is between these marks; write before or after -->"

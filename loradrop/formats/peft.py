@@ -8,7 +8,7 @@ each rank in `rank_pattern` and the same number in `alpha_pattern`.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -218,7 +218,6 @@ def peft_file_of(
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: choose one of {', '.join(DTYPES)}")
-    kind: dict[str, Any] = {"dtype": DTYPES[dtype or "float32"], "device": device}
     targets = adapters.plan.targets
     ranks = {
         target.name: 0 if pair is None else pair[0].shape[0]
@@ -228,35 +227,12 @@ def peft_file_of(
     if not held:
         raise ValueError(f"no target has an adapter: export with padded=True, or {instead}")
     layout = layout_of(model, adapters, list(held), instead)
+    tensors = _pairs_in_file(adapters, held, DTYPES[dtype or "float32"], device)
+    tensors |= _trained_whole(model, layout.saved_tensors, device)
     one = len(set(held.values())) == 1
     r = max(held.values()) if one else padded_rank(ranks)
-    tensors: dict[str, Tensor] = {}
-    for target, s, pair in zip(targets, adapters.scaling, adapters.factors, strict=True):
-        if target.name not in held:
-            continue
-        width = held[target.name]
-        A = torch.zeros(width, target.in_features, **kind)
-        B = torch.zeros(target.out_features, width, **kind)
-        if pair is not None:  # one without stays zero: SGLang wants q and v in every layer
-            a, b = (factor.to(device) for factor in pair)
-            b = s * b.to(torch.promote_types(b.dtype, torch.float32))
-            A[: a.shape[0]], B[:, : a.shape[0]] = a, b
-        for name, factor in (("A", A), ("B", B)):
-            if not factor.isfinite().all():
-                raise ValueError(
-                    f"{name} of {target.name} is not finite in {factor.dtype}: its training "
-                    "diverged, or the dtype is too narrow. Train again, or choose dtype='float32'"
-                )
-            tensors[f"{PREFIX}{target.name}.lora_{name}.weight"] = factor
-    own = tensors_of(model)
-    require_loaded({key: own[key] for key in layout.saved_tensors})
-    for key in layout.saved_tensors:
-        tensors[PREFIX + key] = full_tensor(own[key].detach()).to(device, copy=True).contiguous()
-    bases = base_of(model), adapters.plan.base  # the second where the model itself does not say
-    named = base_id or bases[0]["id"] or None
-    revisions = [base.get("revision") for base in bases if base.get("id") == named]
-    revision = next((of for of in revisions if of is not None), None)
-    config = {
+    named, revision = _base_named(model, adapters, base_id)
+    config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": layout.task,
         "base_model_name_or_path": named,
@@ -276,3 +252,55 @@ def peft_file_of(
     if revision is not None:
         config["revision"] = revision
     return PeftFile(config, tensors, configuration_of(model), model, instead)
+
+
+def _pairs_in_file(
+    adapters: Adapters, held: Mapping[str, int], dtype: torch.dtype, device: torch.device | str
+) -> dict[str, Tensor]:
+    """Key -> A (r, K) or s·B (N, r) of each target in `held`, with zeros up to the rank r there.
+
+    Raises ValueError for values that are not finite.
+    """
+    tensors: dict[str, Tensor] = {}
+    for target, s, pair in zip(
+        adapters.plan.targets, adapters.scaling, adapters.factors, strict=True
+    ):
+        if target.name not in held:
+            continue
+        r = held[target.name]
+        A = torch.zeros(r, target.in_features, dtype=dtype, device=device)
+        B = torch.zeros(target.out_features, r, dtype=dtype, device=device)
+        if pair is not None:  # one without stays zero: SGLang wants q and v in every layer
+            a, b = (factor.to(device) for factor in pair)
+            b = s * b.to(torch.promote_types(b.dtype, torch.float32))
+            A[: a.shape[0]], B[:, : a.shape[0]] = a, b
+        for name, factor in (("A", A), ("B", B)):
+            if not factor.isfinite().all():
+                raise ValueError(
+                    f"{name} of {target.name} is not finite in {factor.dtype}: its training "
+                    "diverged, or the dtype is too narrow. Train again, or choose dtype='float32'"
+                )
+            tensors[f"{PREFIX}{target.name}.lora_{name}.weight"] = factor
+    return tensors
+
+
+def _trained_whole(
+    model: nn.Module, names: Sequence[str], device: torch.device | str
+) -> dict[str, Tensor]:
+    """Key -> a copy of each of these tensors. Raises ValueError for one that is offloaded."""
+    own = tensors_of(model)
+    require_loaded({name: own[name] for name in names})
+    return {
+        PREFIX + name: full_tensor(own[name].detach()).to(device, copy=True).contiguous()
+        for name in names
+    }
+
+
+def _base_named(
+    model: nn.Module, adapters: Adapters, base_id: str | None
+) -> tuple[str | None, str | None]:
+    """(the base model's id, its revision), by the model or else by the plan."""
+    bases = base_of(model), adapters.plan.base
+    named = base_id or bases[0]["id"] or None
+    revisions = [base.get("revision") for base in bases if base.get("id") == named]
+    return named, next((of for of in revisions if of is not None), None)

@@ -6,8 +6,9 @@ from typing import Any
 
 from loradrop.config import DTYPES
 from loradrop.formats.peft_file import elements_of
-from loradrop.report.look import as_percent, spread
+from loradrop.report.look import as_percent
 from loradrop.report.terminal import aligned
+from loradrop.scores import spread
 from loradrop.spectral.allocation import allocate
 from loradrop.spectral.spectra import Spectrum
 

@@ -1,7 +1,5 @@
 """Marks, colours, and how figures are written: in the report, the pictures and the terminal."""
 
-from collections.abc import Sequence
-
 MARKS = {"own": "●", "shared": "○", "none": "·"}
 PLAIN_MARKS = {"own": "#", "shared": "o", "none": "."}  # where a stream cannot write those
 MEANINGS = {"own": "own adapter", "shared": "shared adapter", "none": "no adapter"}
@@ -25,8 +23,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes % 60:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def spread(ranks: Sequence[int]) -> str:
-    """From the least to the most."""
-    return f"{min(ranks)}–{max(ranks)}" if len(set(ranks)) > 1 else str(ranks[0])
