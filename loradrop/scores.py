@@ -156,6 +156,12 @@ def spread(ranks: Sequence[int]) -> str:
     return f"{min(ranks)}–{max(ranks)}" if len(set(ranks)) > 1 else str(ranks[0])
 
 
+def groups_of(targets: Iterable[Target]) -> list[int]:
+    """The number of each target's group, which are counted as they appear."""
+    numbers: dict[tuple[str, int, int, int], int] = {}
+    return [numbers.setdefault(target.group, len(numbers)) for target in targets]
+
+
 def members_of(slots: Sequence[int | None]) -> dict[int, list[int]]:
     """Slot -> the indices of the targets that use it."""
     members: dict[int, list[int]] = {}

@@ -19,8 +19,7 @@ from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
 from loradrop.options import check_choice
 from loradrop.pairs import fresh
-from loradrop.scores import Target
-from loradrop.selection import assign
+from loradrop.scores import Target, groups_of
 
 SHARES = ("A", "B", "AB")
 
@@ -65,12 +64,11 @@ class ShareLoRABank(AdapterBank):
         share: str,
     ) -> None:
         super().__init__(targets, scaling)
-        shared = assign(targets, ())
-        groups, own = [slot or 0 for slot in shared.slots], list(range(len(targets)))
+        groups, own = groups_of(targets), list(range(len(targets)))
         self.which_A = groups if "A" in share else own
         self.which_B = groups if "B" in share else own
         if share == "AB":
-            self._use(replace(self.assignment, slots=shared.slots))
+            self._use(replace(self.assignment, slots=tuple(groups)))
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
         for i, (target, like) in enumerate(zip(targets, likes, strict=True)):
             if self.which_A[i] == len(self.A):
