@@ -62,15 +62,10 @@ def in_training(
     import torch
 
     from loradrop.kernels.tiles import machine_of
-    from loradrop.op.call import Problem
+    from loradrop.op.call import problem_on
 
-    arch, sms, name = machine_of(torch.device(device))
-    return {
-        f"{k}x{n}": Problem(
-            device, dtype, tokens, k, n, r, 0.0, arch=arch, sms=sms, device_name=name
-        )
-        for k, n in layers
-    }
+    machine = machine_of(torch.device(device))
+    return {f"{k}x{n}": problem_on(machine, device, dtype, tokens, k, n, r) for k, n in layers}
 
 
 def choice(layer: "Problem") -> str:

@@ -81,7 +81,7 @@ def explain(
 
     from loradrop.kernels.tiles import Machine, machine_of
     from loradrop.op import dispatch
-    from loradrop.op.call import Problem
+    from loradrop.op.call import problem_on
     from loradrop.op.philox import quantize
 
     if rank < 1:
@@ -94,10 +94,8 @@ def explain(
     else:
         arch, sms = _numbers("chip", chip, ":", 2)
         machine = Machine(arch, sms)
-    problem = Problem(
-        "cuda" if on_gpu else "cpu", getattr(torch, dtype), m, k, n, rank, dropout,
-        arch=machine.arch, sms=machine.sms, device_name=machine.name,
-    )  # fmt: skip
+    device = "cuda" if on_gpu else "cpu"
+    problem = problem_on(machine, device, getattr(torch, dtype), m, k, n, rank, dropout)
     about = f"{m} tokens, {k} to {n}, rank {rank}, dropout {dropout:g}, {dtype}"
     where = f"sm_{machine.arch} x {machine.sms}" if on_gpu else "this CPU (--chip names a GPU)"
     lines = [f"{about}, {where}"]

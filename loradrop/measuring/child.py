@@ -16,7 +16,7 @@ from loradrop.measuring import timing, workers
 from loradrop.measuring.cases import MASKED, Case, as_peft, make_case, ours, run_once
 from loradrop.measuring.correct import check_backend, forget, prepare
 from loradrop.op import dispatch
-from loradrop.op.call import Problem
+from loradrop.op.call import Problem, problem_on
 from loradrop.op.costs import SERVING
 from loradrop.op.points import BACKWARD, Cell
 
@@ -33,18 +33,16 @@ class Measured(NamedTuple):
     left_out: dict[str, str]  # why it cannot serve, or is not timed; `workers.TASK` for the layer
 
 
-def problem_of(cell: Cell, device: str) -> Problem:
-    """The cell as a call on the current device."""
-    machine = machine_of(torch.device(device))
-    return Problem(
-        device, getattr(torch, cell.dtype), cell.M, cell.K, cell.N, cell.r, cell.dropout,
-        cell.direction == BACKWARD, True, machine.arch, machine.sms, device_name=machine.name,
-    )  # fmt: skip
+def _asked(cell: Cell, device: str) -> Problem:
+    """What the dispatcher is asked about the cell on the current device."""
+    machine, dtype = machine_of(torch.device(device)), getattr(torch, cell.dtype)
+    sizes, backward = (cell.M, cell.K, cell.N, cell.r), cell.direction == BACKWARD
+    return problem_on(machine, device, dtype, *sizes, cell.dropout, backward)
 
 
 def _why_left_out(name: str, cell: Cell, device: str) -> str | None:
     backend = dispatch.BACKENDS[name]
-    if reason := backend.missing() or backend.why_not(problem_of(cell, device)):
+    if reason := backend.missing() or backend.why_not(_asked(cell, device)):
         return reason
     if name == "eager" and device == "cuda" and cell.dropout and cell.M * cell.K >= MASKED:
         return "not timed: its mask takes thousands of launches"

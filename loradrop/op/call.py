@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loradrop.kernels.tiles import as_stored, machine_of, rows_aligned
+from loradrop.kernels.tiles import Machine, as_stored, machine_of, rows_aligned
 
 
 class Call(NamedTuple):
@@ -108,6 +108,22 @@ class Problem(NamedTuple):
     sms: int = 0  # multiprocessors
     aligned: bool = True  # whether x and the weight lie in `rows_aligned`
     device_name: str = ""  # as the driver calls it; empty where it is not known
+
+
+def problem_on(
+    machine: Machine,
+    device: str,
+    dtype: torch.dtype,
+    m: int,
+    k: int,
+    n: int,
+    r: int,
+    dropout: float = 0.0,
+    grad: bool = True,
+) -> Problem:
+    """A layer with its weight on a machine, before there is a call of it."""
+    problem = Problem(device, dtype, m, k, n, r, dropout, grad)
+    return problem._replace(arch=machine.arch, sms=machine.sms, device_name=machine.name)
 
 
 def problem_of(call: Call, grad: bool = True) -> Problem:
