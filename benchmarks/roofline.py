@@ -18,6 +18,7 @@ import torch
 from lib.markdown import markdown
 from loradrop.op import costs
 from loradrop.op.call import Problem
+from loradrop.op.points import DIRECTIONS, SERVING
 
 M, RANKS, DROPOUTS = 8192, (16, 64, 128), (0.0, 0.1)
 SHAPES = ((4096, 4096), (4096, 11008), (11008, 4096), (4096, 14336), (14336, 4096))
@@ -61,7 +62,7 @@ def frozen(problem: Problem) -> costs.Work:
 
 def backends(problem: Problem) -> list[str]:
     """Those that are built for the architecture."""
-    return [n for n in costs.SERVING if problem.arch == 90 or n not in ("cuda", "overlap")]
+    return [n for n in SERVING if problem.arch == 90 or n not in ("cuda", "overlap")]
 
 
 def lines(device: str, of: Callable[[costs.Work, costs.Work], str]) -> list[list[str]]:
@@ -69,7 +70,7 @@ def lines(device: str, of: Callable[[costs.Work, costs.Work], str]) -> list[list
     made = []
     for problem in problems(device):
         base = frozen(problem)
-        direction = "forward_backward" if problem.grad else "forward"
+        direction = DIRECTIONS[problem.grad]
         facts = ("bfloat16", M, problem.k, problem.n, problem.r, problem.dropout, direction)
         works = [floor(problem), *(costs.work(problem, n) for n in backends(problem))]
         made.append([*map(str, facts), f"{base.us:.0f}", *(of(work, base) for work in works)])

@@ -32,12 +32,13 @@ def one(backend: str, device: str) -> str:
     from lib.providers import named
     from lib.results import Cell
     from loradrop.measuring.cases import make_case
+    from loradrop.op.points import BACKWARD
 
     dtype = "bfloat16" if device == "cuda" else "float32"
     sizes = (SMALL, LLAMA) if device == "cuda" else (SMALL,)
     for m, k, n in sizes:
         for dropout in (0.0, 0.1):
-            cell = Cell(dtype, m, k, n, 16, dropout, "forward_backward")
+            cell = Cell(dtype, m, k, n, 16, dropout, BACKWARD)
             provider, case = named(backend, norm=True), replace(make_case(cell, device), bias=None)
             if reason := provider.refuses(cell, case):
                 if dropout:  # it serves the layer without

@@ -27,7 +27,7 @@ def parameters_of(item: pytest.Item) -> dict[str, Any]:
 
 def impossible(item: pytest.Item) -> bool:
     """No kernel computes in float64."""
-    from loradrop.op.costs import KERNELS
+    from loradrop.op.points import KERNELS
 
     parameters = parameters_of(item)
     return parameters.get("backend") in KERNELS and parameters.get("dtype") == torch.float64
@@ -35,7 +35,7 @@ def impossible(item: pytest.Item) -> bool:
 
 def interpreted(item: pytest.Item) -> bool:
     """Whether it runs kernels, and on a CPU can."""
-    from loradrop.op.costs import KERNELS
+    from loradrop.op.points import KERNELS
 
     kernels = parameters_of(item).get("backend") in KERNELS
     wanted = kernels or item.get_closest_marker("interpreter") is not None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from loradrop.op import costs, dispatch, philox
+from loradrop.op import dispatch, philox, points
 from loradrop.op.call import Call, Problem
 from loradrop.op.linear import lora_add, lora_linear
 from loradrop.testing import AWKWARD, Shape, assert_within, torch_delta
@@ -24,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 S = 1.3  # no power of two, so that scaling rounds
 SEED = torch.tensor(81985529216486895, device=DEVICE)
 PLAIN = [] if INTERPRETED else ["reference", "eager"]
-KERNELS = [name for name in costs.KERNELS if dispatch.BACKENDS[name].missing() is None]
+KERNELS = [name for name in points.KERNELS if dispatch.BACKENDS[name].missing() is None]
 _MARKS = () if INTERPRETED else pytest.mark.gpu
 BACKENDS = [*PLAIN, *(pytest.param(name, marks=_MARKS) for name in KERNELS)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -13,12 +13,13 @@ from lib.correct import check
 from lib.providers import probing, providers
 from lib.results import Cell
 from loradrop.measuring.cases import make_case
+from loradrop.op.points import BACKWARD, FORWARD
 
 
 def checked(dtype: str, skipped: str = "none") -> set[str]:
     """The keys of those that serve. Raises AssertionError for one that computes something else."""
     found = set()
-    for dropout, direction in ((0.1, "forward_backward"), (0.0, "forward")):
+    for dropout, direction in ((0.1, BACKWARD), (0.0, FORWARD)):
         cell = Cell(dtype, 40, 64, 96, 4, dropout, direction)
         case = replace(make_case(cell, "cpu"), bias=None)
         for provider in [each for of in (providers, probing, parts) for each in of(dtype, "cuda")]:

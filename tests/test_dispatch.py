@@ -33,6 +33,7 @@ from loradrop.op import call as call_module
 from loradrop.op import costs, dispatch
 from loradrop.op.call import Problem, problem_of
 from loradrop.op.linear import lora_add, lora_linear
+from loradrop.op.points import KERNELS, SERVING
 from loradrop.op.warn import warn_once
 from loradrop.testing import AWKWARD, Shape
 
@@ -52,7 +53,7 @@ def test_both_entries_take_the_same_options() -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="there it can")
-@pytest.mark.parametrize("name", costs.KERNELS)
+@pytest.mark.parametrize("name", KERNELS)
 def test_a_backend_that_cannot_serve_says_why(name: str) -> None:
     t = draw(AWKWARD["rank 4"])
     backend = dispatch.named(name)
@@ -313,7 +314,7 @@ def test_of_how_many_tokens_a_measurement_speaks(measured: int, asked: int, hold
 def test_the_shipped_measurements_are_well_formed() -> None:
     for point in costs.measurements():
         assert set(point) == {"device", *MEASURED}
-        assert set(point["us"]) <= set(costs.SERVING)
+        assert set(point["us"]) <= set(SERVING)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -21,8 +21,8 @@ from loradrop.files import read_json
 from loradrop.kernels.tiles import Machine
 from loradrop.measuring import child, correct, workers
 from loradrop.measuring.cases import as_peft, make_case, ours
-from loradrop.op import costs, dispatch, tuned
-from loradrop.op.points import BACKWARD, KEYS, Cell
+from loradrop.op import dispatch, tuned
+from loradrop.op.points import BACKWARD, KEYS, SERVING, Cell
 from loradrop.testing import AWKWARD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +37,7 @@ def test_from_layers_to_the_file(cache: Path, capsys: Capsys) -> None:
     out = works(capsys, "tune", "16x12,12x24", *options)
     about, head, *lines = out.splitlines()
     assert "forward + backward, float32, in µs" in about
-    assert head.split() == ["tokens", "K", "N", "r", "PEFT", *costs.SERVING, "fastest"]
+    assert head.split() == ["tokens", "K", "N", "r", "PEFT", *SERVING, "fastest"]
     rows = [line.split() for line in lines if line.split()[4:] and line.split()[0].isdigit()]
     layers = [["5", "16", "12"], ["24", "16", "12"], ["5", "12", "24"], ["24", "12", "24"]]
     assert [row[:4] for row in rows] == [[*layer, "4"] for layer in layers]

@@ -15,7 +15,7 @@ from op_cases import call_of, draw
 
 from loradrop.op import costs, dispatch, tuned
 from loradrop.op.call import Problem
-from loradrop.op.points import KEYS
+from loradrop.op.points import KEYS, SERVING
 from loradrop.testing import AWKWARD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,7 +110,7 @@ def test_who_failed_is_never_chosen() -> None:
         assert dispatch.choose(masked) == "thin", "another kernel"
     explained = dispatch.explain(LLAMA_Q)
     assert "; not thin, which failed here: wrong: y; not cuda, which failed here: SIGS" in explained
-    everyone = dict.fromkeys(costs.SERVING, "wrong")
+    everyone = dict.fromkeys(SERVING, "wrong")
     write(POINT | {"us": {}, "refused": everyone})
     with pytest.warns(UserWarning, match="eager failed"):
         assert dispatch.choose(LLAMA_Q) == "reference"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from lib.markdown import SHORT, markdown, unique
 from lib.results import FROZEN, Cell, Row, medians, ratios, read_rows
 from loradrop.files import read_json
+from loradrop.op.points import FORWARD
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -62,7 +63,7 @@ def lora_linear_cpu(results: Path) -> str | None:
         return None
     needed = [name for name in SHOWN if name != "loradrop_grams"]
     table = ratios(rows).dropna(subset=needed)
-    shown = table.query("r == 8 and direction == 'forward' and dropout == 0.0")
+    shown = table.query(f"r == 8 and direction == {FORWARD!r} and dropout == 0.0")
     body = []
     for index, us in medians(shown).iterrows():
         cell = Cell(*index)

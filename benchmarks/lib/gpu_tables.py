@@ -13,6 +13,7 @@ from lib.grids import BOTH
 from lib.markdown import markdown, unique
 from lib.results import Cell, medians, ratios, read_rows
 from loradrop.files import read_json
+from loradrop.op.points import MARGIN
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -25,7 +26,6 @@ FILES = {
     "bench_parts": "Single kernels",
 }
 SHOWN_RANK = 16
-MARGIN = 1.02  # the dispatcher is behind where another is faster by more than this
 NOTHING = "Not yet measured on a GPU."
 NOT_SERVED = "–"
 
@@ -68,7 +68,7 @@ def dispatched(cells: "DataFrame") -> list[str]:
             continue
         gains.append(min(rivals.values()) / of["loradrop"])
         best = min(rivals | own, key=(rivals | own).__getitem__)
-        if of["loradrop"] > MARGIN * of[best]:
+        if of["loradrop"] > (1.0 + MARGIN) * of[best]:
             size = " ".join(map(str, cell))
             behind.append(f"{size}: {of['loradrop'] / of[best]:.2f} of {best}")
     if not gains:
@@ -76,7 +76,8 @@ def dispatched(cells: "DataFrame") -> list[str]:
     return [
         f"The best of the others takes {statistics.geometric_mean(gains):.2f} times as long as "
         f"loradrop (geometric mean of {len(gains)}; {min(gains):.2f} to {max(gains):.2f}). "
-        f"It is more than 2 % behind the best provider on {len(behind)} of {len(gains)}"
+        f"It is more than {100 * MARGIN:g} % behind the best provider on {len(behind)} of "
+        f"{len(gains)}"
         f"{': ' if behind else '.'}{'; '.join(behind)}",
     ]
 

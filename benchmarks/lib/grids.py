@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from loradrop.machine import native_bf16
 from loradrop.op.points import DIRECTIONS as BOTH
-from loradrop.op.points import Cell
+from loradrop.op.points import FORWARD, Cell
 
 PARTS = "parts"  # what stands for a direction where kernels are timed by themselves
 DIRECTIONS = (*BOTH, PARTS)
@@ -54,14 +54,14 @@ GRIDS: dict[str, tuple[Grid, ...]] = {
         Grid(
             tuple((m, k, n) for m in (1, 2, 4, 8, 16, 32) for k, n in _DECODE),
             (16, 64),
-            directions=("forward",),
+            directions=(FORWARD,),
         ),
     ),
     # Cells of no other grid, so that whoever is stopped while PEFT is compiled loses these alone.
     "compiled": (Grid(shapes("4096x4096x14336"), (16,), (0.0, 0.1)),),
     "quick": (
         Grid(shapes("8192x4096x4096"), (16,), (0.0, 0.1)),
-        Grid(shapes("1x4096x4096"), (16,), directions=("forward",)),
+        Grid(shapes("1x4096x4096"), (16,), directions=(FORWARD,)),
     ),
     "parts": (
         Grid(
@@ -95,4 +95,4 @@ def cells(grids: Iterable[Grid], dtypes: Iterable[str]) -> list[Cell]:
 
 def in_graph(cell: Cell, device: str) -> bool:
     """Whether it is so small that launching it from Python would be what is measured."""
-    return device == "cuda" and cell.M <= FEW and cell.direction == "forward"
+    return device == "cuda" and cell.M <= FEW and cell.direction == FORWARD

@@ -1,9 +1,11 @@
 """What the benchmarks take from inside loradrop, all of it, so that a change there is one here.
 
-Importing this imports neither torch nor loradrop.
+Importing this does not import torch.
 """
 
 from typing import TYPE_CHECKING
+
+from loradrop.op.points import SERVING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from loradrop.measuring.cases import Case
     from loradrop.op.call import Problem
 
-BACKENDS = ("eager", "thin", "triton", "cuda", "overlap")  # those a GPU may be served by
+BACKENDS = SERVING  # those a GPU may be served by
 _REFUSES = " cannot serve this call: "
 
 

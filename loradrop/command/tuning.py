@@ -22,9 +22,9 @@ from loradrop.kernels.tiles import machine_of
 from loradrop.measuring import workers
 from loradrop.measuring.child import PEFT, Measured
 from loradrop.op import dispatch, tuned
-from loradrop.op.costs import SERVING, fastest, times_of
+from loradrop.op.costs import fastest, times_of
 from loradrop.op.philox import quantize
-from loradrop.op.points import DIRECTIONS, Cell, key_of, point_of
+from loradrop.op.points import DIRECTIONS, SERVING, Cell, key_of, point_of
 
 ROOT = Path(loradrop.__file__).parent.parent
 CHILD = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom loradrop.measuring import child\n"

@@ -17,8 +17,7 @@ from loradrop.measuring.cases import MASKED, Case, as_peft, make_case, ours, run
 from loradrop.measuring.correct import check_backend, forget, prepare
 from loradrop.op import dispatch
 from loradrop.op.call import Problem, problem_on
-from loradrop.op.costs import SERVING
-from loradrop.op.points import BACKWARD, Cell
+from loradrop.op.points import BACKWARD, SERVING, Cell
 
 PEFT = "PEFT"
 _NO_MEMORY = "out of memory"

@@ -19,10 +19,8 @@ from loradrop.files import asset
 from loradrop.kernels.tiles import cdiv, rank_tile
 from loradrop.op import tuned
 from loradrop.op.call import Problem
+from loradrop.op.points import MARGIN, SERVING
 
-KERNELS = ("thin", "triton", "cuda", "overlap")  # the backends of our own kernels
-SERVING = ("eager", *KERNELS)  # the simpler first: it wins a tie
-MARGIN = 0.02  # a backend replaces a simpler one only if it is faster by more than this
 NEAR = 1.5  # a measurement holds for numbers of tokens up to this factor away
 MANY = 2048  # ... or for any from here on, if it was of as many: there the wide product decides
 

@@ -1,4 +1,4 @@
-"""What is measured and what came of it, as plain data. Importing this loads no library.
+"""Who is measured at what, and what came of it, as plain data. Importing this loads no library.
 
 A point is a layer on one device, and what it takes there with each backend, in µs. Those that are
 shipped, `assets/measured.json`, and those of `loradrop tune` have the same keys; the latter say
@@ -8,6 +8,9 @@ what the host takes too, and who failed.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+KERNELS = ("thin", "triton", "cuda", "overlap")  # the backends of our own kernels
+SERVING = ("eager", *KERNELS)  # the simpler first: it wins a tie
+MARGIN = 0.02  # a backend replaces a simpler one only if it is faster by more than this
 KEYS = ("device", "arch", "sms", "dtype", "k", "n", "m", "r", "dropout", "grad")
 FORWARD, BACKWARD = DIRECTIONS = ("forward", "forward_backward")
 
