@@ -58,9 +58,8 @@ class LoRAPair(nn.Module):
         self.A, self.B = _parameter(A), _parameter(B)
 
     def reset_parameters(self) -> None:
-        """LoRA's start: A Kaiming-uniform, B zero, so that the model is unchanged."""
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
-        nn.init.zeros_(self.B)
+        """As `fresh` has it."""
+        _begin(self.A, self.B)
 
     def factors(self) -> Pair:
         """The two Parameters themselves, or what pruning or a parametrisation makes of them."""
@@ -282,8 +281,14 @@ class LoRABank(AdapterBank):
 def fresh(target: Target, like: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
     """LoRA's initial pair: A Kaiming-uniform, B zero, so that the model is unchanged."""
     A = like.new_empty(target.r, target.in_features)
+    B = like.new_empty(target.out_features, target.r)
+    _begin(A, B)
+    return nn.Parameter(A), nn.Parameter(B)
+
+
+def _begin(A: Tensor, B: Tensor) -> None:
     nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    return nn.Parameter(A), nn.Parameter(like.new_zeros(target.out_features, target.r))
+    nn.init.zeros_(B)
 
 
 @torch.no_grad()

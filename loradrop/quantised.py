@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loradrop.layers import base_class, is_plain, shape_of
+from loradrop.op.checks import no_gradient_of
 from loradrop.ranks import is_sharded
 from loradrop.wrapped import modules_of
 
@@ -200,12 +201,7 @@ def without_gradients(model: nn.Module) -> str | None:
             continue
         tried.add(kind)
         if _stops_gradients(module, weight):
-            return (
-                f"{name}, a {kind[0].__name__} on a {kind[1].__name__}, gives its input no "
-                "gradient, so what comes before it would train on a wrong one: it is for inference "
-                "alone, as where activations are quantised too. Quantise weights only, or train on "
-                "the base model without quantisation"
-            )
+            return no_gradient_of(f"{name}, a {kind[0].__name__} on a {kind[1].__name__},")
     return None
 
 

@@ -30,11 +30,16 @@ def check_base_gradient(x: Tensor, y0: Tensor, base: str) -> None:
     part of its gradient.
     """
     if x.requires_grad and torch.is_grad_enabled() and not y0.requires_grad:
-        raise RuntimeError(
-            f"{base} gives its input no gradient, so what comes before it would train on a wrong "
-            "one: it is for inference alone, as where activations are quantised too. Quantise "
-            "weights only, or train on the base model without quantisation"
-        )
+        raise RuntimeError(no_gradient_of(base))
+
+
+def no_gradient_of(base: str) -> str:
+    """What is wrong with a base that gives its input no gradient, and what to do instead."""
+    return (
+        f"{base} gives its input no gradient, so what comes before it would train on a wrong one: "
+        "it is for inference alone, as where activations are quantised too. Quantise weights only, "
+        "or train on the base model without quantisation"
+    )
 
 
 def check_operands(call: Call) -> None:

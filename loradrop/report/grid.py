@@ -95,8 +95,7 @@ class Grid:
         self.labels = _labels(list(dict.fromkeys(cell.column for cell in self)))
         self.layers = sorted({c.layer for c in self}, key=lambda n: math.inf if n is None else n)
         self.top = max((cell.fraction or 0.0 for cell in self), default=0.0) or 1.0
-        decided = plan.kept is not None or any(cell.state != "own" for cell in self)
-        self.states = [s for s in MARKS if decided and count(list(self), s)]
+        self.states = [s for s in MARKS if plan.assignment.decided and count(list(self), s)]
         # Other banks than plain pairs do not have so many elements for each target.
         self.of_pairs = plan.assignment.parameters == plan.parameters
         self.meanings = MEANINGS if self.of_pairs else MEANINGS | COMPOSED
