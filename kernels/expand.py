@@ -2,8 +2,9 @@
 
     y = base + scale·mask∘(h·l)             base, y (M, C)   h (M, r)   l (r, C)
 
-It serves `lora_add`, and dropout where the frozen product is cuBLAS's: without a mask `addmm_` does
-the same.
+It serves `lora_add`, whose backward pass has no base, and dx under dropout where another kernel
+made the frozen product, cuBLAS's or one of csrc/: there it adds in place. Without a mask cuBLAS's
+`addmm_` does the same.
 """
 
 import torch

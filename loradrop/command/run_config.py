@@ -141,7 +141,7 @@ def _is_option(override: str) -> bool:
 
 
 def options_named(path: str | Path | None, overrides: Sequence[str] = ()) -> set[str]:
-    """Which options of the sections model and data are given, as "model.id", for `read_config`."""
+    """Which options of model and data these arguments of `read_config` give, as "model.id"."""
     raw = _raw(path, overrides)
     return {f"{name}.{key}" for name, short in _SHORT.items() for key in _section(raw, name, short)}
 

@@ -1,4 +1,4 @@
-"""LoRA-drop in one run of any Trainer: the callback, and what it does to a running optimiser."""
+"""A method in one run of any Trainer: the callback, how it resumes, and what it cannot serve."""
 
 import json
 import logging
