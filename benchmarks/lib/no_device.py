@@ -59,9 +59,6 @@ def _extension() -> Any:
     return SimpleNamespace(
         gemm_ext=called("gemm_ext"),
         decode=called("decode"),
-        gemm_streams=lambda *sizes: 4,
-        why_not_gemm=lambda *numbers: None,
-        why_not_decode=lambda *numbers: None,
         why_not_placed=lambda clusters, cluster: None,
         decode_occupancy=lambda device: (132, 66, 32, 16),
         decode_plan=lambda n, r, clusters, cluster: (32, 8, 128),
