@@ -110,8 +110,8 @@ def cut(results: Path) -> str | None:
 
     def entry(cells: list[Cell], uncut: dict[Any, Cell]) -> str:
         kl = statistics.mean(cell["kl"] for cell in cells)
-        points = statistics.mean(_points(cell, uncut) for cell in cells)
-        loss = statistics.mean(_rise(cell, uncut) for cell in cells)
+        changes = [statistics.mean(of(cell, uncut) for cell in cells) for of in (_points, _rise)]
+        points, loss = (round(change, 1) + 0.0 for change in changes)  # no minus zero
         return f"{kl:.4f}; {points:+.1f}; {loss:+.1f} %".replace("-", "−")
 
     parts = []
@@ -203,7 +203,8 @@ def step_time(results: Path) -> str | None:
     for task in _distinct(cells, "task"):
         for arm in _distinct(cells, "arm"):
             here = [c for c in cells if (c["task"], c["arm"]) == (task, arm)]
-            body.append([task, arm, *_row(here, budgets, entry)])
+            if here:
+                body.append([task, arm, *_row(here, budgets, entry)])
     return markdown(("task", "", *(f"{part:g} left" for part in budgets)), body) if body else None
 
 
