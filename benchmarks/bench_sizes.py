@@ -21,6 +21,7 @@ import torch
 
 from lib import RESULTS, ROOT
 from lib.size_picture import draw
+from lib.size_tables import SUMMARY
 from lib.study import ALONE, ALPHA, OF_HEAD, Arm, Cell, Study
 from lib.tasks import SETTINGS, Prepared, Tasks
 from loradrop.injection import injection_of
@@ -34,6 +35,7 @@ from loradrop.text.tokens import TokenizedDataset
 from loradrop.truncation import truncate
 
 RESULT = RESULTS / "cpu" / "bench_sizes.json"
+TASKS = (*SUMMARY, "e2e, SmolLM2, query and value")  # of its file
 RANK = 8  # of what all sizes are a part of
 
 
@@ -113,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     parser.add_argument("--data", type=Path, help="has sst2/ ...; default: stdlib alone")
     parser.add_argument("--models", type=Path, help="has mpnet/, smollm2/")
-    parser.add_argument("--tasks", nargs="+", choices=SETTINGS, default=["stdlib", "sst2"])
+    parser.add_argument("--tasks", nargs="+", choices=SETTINGS, default=TASKS)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=math.inf, help="after which no run starts")

@@ -18,12 +18,15 @@ FAMILIES = {  # what the names of arms are like
 
 
 def draw(results: Path, path: Path) -> None:
-    """A PNG with a panel for each task: mean and 95 % interval of every arm of a family."""
+    """A PNG with a panel for each task of several seeds: mean and 95 % interval of every arm of a
+    family.
+    """
     from matplotlib.figure import Figure
 
     final = final_cells(results)
     drawn = re.compile("|".join(FAMILIES))
-    tasks = list(dict.fromkeys(task for task, arm in final if drawn.fullmatch(arm)))
+    several = (of for of, cells in final.items() if len(cells) > 1)
+    tasks = list(dict.fromkeys(task for task, arm in several if drawn.fullmatch(arm)))
     figure = Figure(figsize=(4.4 * len(tasks), 3.4), layout="constrained", facecolor="white")
     handles: dict[str, Any] = {}
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
