@@ -75,10 +75,11 @@ class LoRAConfig:
             if not isinstance(given := getattr(self, name), Mapping):
                 raise ValueError(f"{name}={given!r}: give a mapping of names, as {{'query': 4}}")
             object.__setattr__(self, name, {key: plain(value) for key, value in given.items()})
-        check_kinds(self)
+        object.__setattr__(self, "r", plain(self.r))
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if isinstance(rank, bool) or not isinstance(rank, int) or rank <= 0:
                 raise ValueError(f"{name}={rank!r}: the rank is a whole number of at least 1")
+        check_kinds(self)
         for name, alpha in {"lora_alpha": self.lora_alpha, **self.alpha_pattern}.items():
             number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
             if not number or not math.isfinite(alpha) or alpha <= 0:
