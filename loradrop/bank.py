@@ -383,7 +383,7 @@ def parts_with_banks(model: nn.Module) -> list[str]:
 
 
 def bank_of(model: nn.Module) -> AdapterBank:
-    """The bank of an injected model.
+    """The bank of an injected model; adapters that accelerate offloaded are brought back.
 
     Raises ValueError where there is none, and where ZeRO-3 has its parameters.
     """

@@ -156,7 +156,7 @@ def spread(ranks: Sequence[int]) -> str:
     return f"{min(ranks)}–{max(ranks)}" if len(set(ranks)) > 1 else str(ranks[0])
 
 
-def groups_of(targets: Iterable[Target]) -> list[int]:
+def group_numbers(targets: Iterable[Target]) -> list[int]:
     """The number of each target's group, which are counted as they appear."""
     numbers: dict[tuple[str, int, int, int], int] = {}
     return [numbers.setdefault(target.group, len(numbers)) for target in targets]

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loradrop.scores import Assignment, Scores, Target, groups_of, layers_of
+from loradrop.scores import Assignment, Scores, Target, group_numbers, layers_of
 from loradrop.selection import assign, keep_frequency, reselect, select
 
 property_test = settings(max_examples=150, deadline=None, derandomize=True)
@@ -394,9 +394,9 @@ def test_groups_are_counted_as_they_appear() -> None:
     """By type, shape and rank: those that share where no target keeps an adapter of its own."""
     wide, other = target(2, n=16), target(3, r=4)
     targets = [target(0, "v"), target(0), wide, target(1, "v"), other, target(1), wide]
-    assert groups_of(targets) == [0, 1, 2, 0, 3, 1, 2]
-    assert assign(targets, ()).slots == tuple(groups_of(targets))
-    assert groups_of([]) == []
+    assert group_numbers(targets) == [0, 1, 2, 0, 3, 1, 2]
+    assert assign(targets, ()).slots == tuple(group_numbers(targets))
+    assert group_numbers([]) == []
 
 
 def test_sharing_by_shape_alone() -> None:

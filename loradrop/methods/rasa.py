@@ -23,7 +23,7 @@ from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
 from loradrop.options import check_whole
 from loradrop.pairs import fresh
-from loradrop.scores import Target, groups_of, members_of
+from loradrop.scores import Target, group_numbers, members_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class RaSA(Method):
     ) -> AdapterBank:
         """A `RaSABank`. Raises ValueError where a pool would be wider than a target."""
         ks = [self._given(target) for target in targets]
-        for members in members_of(groups_of(targets)).values():
+        for members in members_of(group_numbers(targets)).values():
             first, k = targets[members[0]], ks[members[0]]
             rank, most = first.r + (len(members) - 1) * k, min(first[2:4])
             if k and rank > most:
@@ -86,7 +86,7 @@ class RaSABank(AdapterBank):
         likes: Sequence[Tensor],
         ks: Sequence[int],
     ) -> None:
-        groups = groups_of(targets)
+        groups = group_numbers(targets)
         pooled = [groups.count(g) * k for g, k in zip(groups, ks, strict=True)]
         own = [t._replace(r=t.r - k) for t, k in zip(targets, ks, strict=True)]
         super().__init__(

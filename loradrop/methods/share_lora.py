@@ -19,7 +19,7 @@ from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
 from loradrop.options import check_choice
 from loradrop.pairs import fresh
-from loradrop.scores import Target, groups_of
+from loradrop.scores import Target, group_numbers
 
 SHARES = ("A", "B", "AB")
 
@@ -64,7 +64,7 @@ class ShareLoRABank(AdapterBank):
         share: str,
     ) -> None:
         super().__init__(targets, scaling)
-        groups, own = groups_of(targets), list(range(len(targets)))
+        groups, own = group_numbers(targets), list(range(len(targets)))
         self.which_A = groups if "A" in share else own
         self.which_B = groups if "B" in share else own
         if share == "AB":

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from loradrop.bank import AdapterBank, Pair
 from loradrop.methods.base import Method
 from loradrop.options import check_start
-from loradrop.scores import Target, groups_of
+from loradrop.scores import Target, group_numbers
 
 PARTS = "ABuv"
 
@@ -76,7 +76,7 @@ class TiedLoRABank(AdapterBank):
         u_initial: float,
     ) -> None:
         super().__init__(targets, scaling)
-        self.groups = groups_of(targets)
+        self.groups = group_numbers(targets)
         zero = next(part for part in "BvuA" if part in trained)
         pairs = 0
         for i, (target, like) in enumerate(zip(targets, likes, strict=True)):
