@@ -1,6 +1,7 @@
 """The benchmarks run, resume, and a provider that computes something else gets no number."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from bench_lora_linear import BENCH
 from lib import grids, harness, providers, results
+from lib.environment import commit_of
 from loradrop.measuring import workers
 
 pytest.importorskip("peft")
@@ -45,6 +47,50 @@ def test_end_to_end_and_a_second_run_measures_nothing(tmp_path: Path, capsys: Ca
     assert capsys.readouterr().out == ""
     assert out.read_bytes() == before
     assert json.loads(out.with_suffix(".json").read_text()) == report
+
+
+def test_what_was_given_up_is_tried_again_when_asked(tmp_path: Path) -> None:
+    """Where the file has rows of other cells, too."""
+    out = tmp_path / "bench.csv"
+    options = ["--dtype", "float32", "--processes", "1", "--seconds", "0", "--grid", "encoders"]
+    options += ["--commit", "abc", "--out", str(out)]
+
+    def sizes(shape: str, *more: str) -> set[str]:
+        arguments = harness.arguments(None, [*options, "--shapes", shape, *more])
+        assert harness.main(BENCH, arguments) == 0
+        return {row["M"] for row in results.read_rows(out)}
+
+    assert sizes("24x16x12") == {"24"} and sizes("20x16x12") == {"20", "24"}
+    rows = results.read_rows(out)
+    lost = {results.cell_of(row) for row in rows if row["M"] == "24" and row["r"] != "0"}
+    results.write_rows(out, [row for row in rows if row["M"] == "20"])
+    beside = out.with_suffix(".json")
+    report = json.loads(beside.read_text())
+    report["given_up"] = [{"cell": list(cell), "commit": "abc"} for cell in lost]
+    beside.write_text(json.dumps(report))
+    assert sizes("24x16x12") == {"20"} and sizes("24x16x12", "--fresh") == {"20", "24"}
+    assert json.loads(beside.read_text())["given_up"] == []
+
+
+def test_results_of_a_changed_tree_say_so(tmp_path: Path) -> None:
+    def git(*command: str) -> str:
+        named = "-c", "user.name=a", "-c", "user.email=a@b.c"
+        run = ["git", "-C", str(tmp_path), *named, *command]
+        return subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert commit_of(tmp_path) == ""
+    (tmp_path / "docs").mkdir()
+    for name in ("a.py", "README.md", "docs/a.png"):
+        (tmp_path / name).write_text("1")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "all")
+    commit = git("rev-parse", "--short", "HEAD")
+    (tmp_path / "README.md").write_text("2")
+    (tmp_path / "docs" / "a.png").write_text("2")
+    assert commit_of(tmp_path) == commit
+    (tmp_path / "a.py").write_text("2")
+    assert commit_of(tmp_path) == f"{commit}-dirty"
 
 
 @pytest.fixture
