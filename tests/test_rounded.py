@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from loradrop.op import dispatch, rounded
-from loradrop.op.call import Call, Output
+from loradrop.op.call import Call, Output, Saved
 from loradrop.op.linear import lora_linear
 
 
@@ -125,3 +125,28 @@ def test_a_forward_pass_that_fails_leaves_no_copy(monkeypatch: pytest.MonkeyPatc
     y = lora_linear(x, weight, None, A, B, 2.0, backend="eager")
     torch.testing.assert_close(y, x @ weight.T)
     assert held.value.args
+
+
+@pytest.mark.parametrize("name", ["thin", "triton", "cuda", "overlap"])
+@pytest.mark.parametrize("rows", [6, 2048])
+@pytest.mark.parametrize("r", [4, 64])
+@pytest.mark.parametrize("base", [True, False])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+def test_a_graph_keeps_copies_where_a_pass_reads_them(
+    name: str, rows: int, r: int, base: bool, p: float
+) -> None:
+    """The forward pass, or the backward pass alone: dropout keeps copies from the former."""
+    pytest.importorskip("triton")
+    from loradrop.op import fused
+
+    of, half = getattr(fused, name.upper()), torch.bfloat16
+    x, weight = torch.zeros(rows, 128, dtype=half), torch.zeros(64, 128, dtype=half)
+    A, B = torch.zeros(r, 128), torch.zeros(64, r)
+    y0, h = torch.zeros(rows, 64, dtype=half), torch.zeros(rows, r, dtype=half)
+    call = Call(x, weight if base else None, None, None if base else y0, A, B, 2.0, p)
+    saved = Saved(x, call.weight, A, B, h, None, None, 2.0, p)
+    forward = of._near(call, x, masked=p > 0.0)
+    read = [near.a is not None or near.b is not None for near in (forward, of._near(saved, h))]
+    assert dispatch.BACKENDS[name].copies(call) == any(read)
+    assert not dispatch.BACKENDS["reference"].copies(call)
+    assert dispatch.BACKENDS["eager"].copies(call)
