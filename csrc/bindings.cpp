@@ -206,11 +206,11 @@ int gemm_streams(int m, int n, int k, int r, bool a_is_k_major, int device) {
 }
 
 // Where a (k, r) is given, h = h_scale·p·a is made meanwhile, with one flag of `ready` for 128 rows.
-void gemm_ext(const std::string& dtype, const Numbers& out_, const Numbers& p_, const Numbers& q_,
-              std::uintptr_t bias, const std::optional<Numbers>& h_,
-              const std::optional<Numbers>& l_, double scaling, const std::optional<Numbers>& a_,
-              double h_scale, std::uintptr_t ready, bool overlap, int device,
-              std::uintptr_t stream, int tile_n, int cluster) {
+void gemm_ext(int device, std::uintptr_t stream, const Numbers& out_, const Numbers& p_,
+              const Numbers& q_, const std::optional<Numbers>& h_,
+              const std::optional<Numbers>& l_, const std::optional<Numbers>& a_,
+              std::uintptr_t bias, std::uintptr_t ready, const std::string& dtype, double scaling,
+              double h_scale, bool overlap, int tile_n, int cluster) {
   demand(why_not_gemm(dtype, p_, q_, h_, l_));
   if (h_) demand(why_not_scaling(scaling));
   const Matrix out(out_), p(p_), q(q_);
@@ -293,10 +293,11 @@ std::tuple<int, int, int> plan_decode(int n, int r, const Clusters& clusters, in
   return {plan.rows, plan.cluster, plan.ctas};
 }
 
-void decode(const std::string& dtype, std::uintptr_t y, std::uintptr_t h, const Numbers& x_,
-            const Numbers& w_, std::uintptr_t bias, const Numbers& a_, const Numbers& b_,
-            double scaling, std::uintptr_t weights, std::uintptr_t planes, std::uintptr_t sqnorm,
-            int rows, int cluster, int device, std::uintptr_t stream) {
+void decode(int device, std::uintptr_t stream, const Numbers& x_, const Numbers& w_,
+            const Numbers& a_, const Numbers& b_, std::uintptr_t y, std::uintptr_t h,
+            std::uintptr_t bias, std::uintptr_t weights, std::uintptr_t planes,
+            std::uintptr_t sqnorm, const std::string& dtype, double scaling, int rows,
+            int cluster) {
   demand(why_not_decode(dtype, x_, w_, a_, b_, cluster));
   if (rows < 16 || rows > kDecodeMaxRows || rows % 16 != 0) {
     throw std::invalid_argument("rows=" + std::to_string(rows) + " is not what decode_plan gives");
@@ -351,10 +352,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("why_not_gemm", &why_not_gemm, py::arg("dtype"), py::arg("p"), py::arg("q"), py::arg("h"),
         py::arg("l"));
-  m.def("gemm_ext", &gemm_ext, py::arg("dtype"), py::arg("out"), py::arg("p"), py::arg("q"),
-        py::arg("bias"), py::arg("h"), py::arg("l"), py::arg("scaling"), py::arg("a"),
-        py::arg("h_scale"), py::arg("ready"), py::arg("overlap"), py::arg("device"),
-        py::arg("stream"), py::arg("tile_n"), py::arg("cluster"));
+  m.def("gemm_ext", &gemm_ext, py::arg("device"), py::arg("stream"), py::arg("out"), py::arg("p"),
+        py::arg("q"), py::arg("h"), py::arg("l"), py::arg("a"), py::arg("bias"), py::arg("ready"),
+        py::arg("dtype"), py::arg("scaling"), py::arg("h_scale"), py::arg("overlap"),
+        py::arg("tile_n"), py::arg("cluster"));
   m.def("gemm_streams", &gemm_streams, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"),
         py::arg("a_is_k_major"), py::arg("device"));
   m.def("why_not_decode", &why_not_decode, py::arg("dtype"), py::arg("x"), py::arg("w"),
@@ -367,8 +368,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("shared_bytes", [](int tile_n) { return gemm_shared_bytes(tile_n); }, py::arg("tile_n"));
   m.def("decode_shared_bytes", &decode_shared_bytes, py::arg("rows"), py::arg("m"), py::arg("r"),
         py::arg("stages"));
-  m.def("decode", &decode, py::arg("dtype"), py::arg("y"), py::arg("h"), py::arg("x"), py::arg("w"),
-        py::arg("bias"), py::arg("a"), py::arg("b"), py::arg("scaling"), py::arg("weights"),
-        py::arg("planes"), py::arg("sqnorm"), py::arg("rows"), py::arg("cluster"),
-        py::arg("device"), py::arg("stream"));
+  m.def("decode", &decode, py::arg("device"), py::arg("stream"), py::arg("x"), py::arg("w"),
+        py::arg("a"), py::arg("b"), py::arg("y"), py::arg("h"), py::arg("bias"),
+        py::arg("weights"), py::arg("planes"), py::arg("sqnorm"), py::arg("dtype"),
+        py::arg("scaling"), py::arg("rows"), py::arg("cluster"));
 }

@@ -136,7 +136,8 @@ def call(fused: Any, layer: Layer) -> None:
     s, p = layer.scaling, layer.dropout
     wants = layer.norm, layer.gram
     out = fused.forward(Call(x, weight, bias, y0, A, B, s, p, seed, weights, *wants))
-    saved = Saved(x, weight, A, B, out.h, out.mask, seed, s, p, weights)
+    copies = {"a": out.a, "b": out.b}
+    saved = Saved(x, weight, A, B, out.h, out.mask, seed, s, p, weights, **copies)
     fused.backward(saved, dy, Needs(True, True, True, layer.moment))
 
 

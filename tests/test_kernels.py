@@ -22,7 +22,16 @@ if not INTERPRETED:
     pytest.skip("Triton's interpreter has a process of its own", allow_module_level=True)
 pytest.importorskip("triton")
 
-from loradrop.kernels import backward, expand, gemm_ext, gram, outer, shrink, single_pass  # noqa: E402
+from loradrop.kernels import (  # noqa: E402
+    backward,
+    cast,
+    expand,
+    gemm_ext,
+    gram,
+    outer,
+    shrink,
+    single_pass,
+)
 from loradrop.kernels.tiles import GemmTiles, OuterTiles, ShrinkTiles, row_bytes  # noqa: E402
 
 SEED = torch.tensor(-81985529216486895)
@@ -370,3 +379,27 @@ def test_thresholds_of_every_digit(digit: int, k: int) -> None:
         p = threshold / 4096
         found = shrink.shrink(*operands, dropout=p, seed=SEED)
         assert torch.equal(found.mask, philox.draw(SEED, 5, k, p))
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, S])
+@pytest.mark.parametrize("which", ["both", "A", "B"])
+@pytest.mark.parametrize("given", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_cast(given: torch.dtype, which: str, scale: float) -> None:
+    """Of any strides, over more than one program."""
+    torch.manual_seed(0)
+    A = torch.randn(100, 33, dtype=given).T  # (r, K), a transposed view
+    B = torch.randn(40, 2 * 33, dtype=given)[:, ::2]  # (N, r), every other column
+    a, b = cast.cast(None if which == "B" else A, None if which == "A" else B, scale, torch.float16)
+    assert (a is None) == (which == "B") and (b is None) == (which == "A")
+    if a is not None:
+        assert a.is_contiguous() and torch.equal(a, A.to(torch.float16))
+    if b is not None:
+        assert b.is_contiguous() and torch.equal(b, (B.float() * scale).to(torch.float16))
+
+
+def test_cast_of_nothing() -> None:
+    """No launch, and none of an empty matrix that goes wrong."""
+    assert cast.cast(None, None, 1.0, torch.float16) == (None, None)
+    a, b = cast.cast(torch.zeros(0, 8), torch.ones(6, 2), 2.0, torch.float16)
+    assert a is not None and a.shape == (0, 8)
+    assert b is not None and torch.equal(b, torch.full((6, 2), 2.0, dtype=torch.float16))

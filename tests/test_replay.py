@@ -230,7 +230,8 @@ def test_passes_of_triton(rows: int, bias: bool, p: float, measured: str) -> Non
         out, wanted = played.forward(call), plain.forward(call)
         torch.testing.assert_close(out, wanted, rtol=0.0, atol=0.0)
         saved = Saved(
-            call.x, call.weight, call.A, call.B, out.h, out.mask, call.seed, S, p, weights
+            call.x, call.weight, call.A, call.B, out.h, out.mask, call.seed, S, p, weights,
+            a=out.a, b=out.b,
         )  # fmt: skip
         grads = played.backward(saved, t["dy"], needs)
         exact = plain.backward(saved, t["dy"], needs)
@@ -260,8 +261,8 @@ def wide(x: Any) -> Any:
 
 
 def gemm_ext(
-    out: Any, p: Any, q: Any, h: Any, l: Any, a: Any, bias: int, ready: int, scaling: float,
-    h_scale: float, **_: Any,
+    device: int, stream: int, out: Any, p: Any, q: Any, h: Any, l: Any, a: Any, bias: int,
+    ready: int, dtype: str, scaling: float, h_scale: float, *_: Any,
 ) -> None:  # fmt: skip
     """The extension's, in NumPy."""
     y, p, q, h, l, a = map(matrix, (out, p, q, h, l, a))
@@ -275,8 +276,9 @@ def gemm_ext(
 
 
 def decode(
-    x: Any, w: Any, a: Any, b: Any, y: int, h: int, bias: int, scaling: float, **_: Any
-) -> None:
+    device: int, stream: int, x: Any, w: Any, a: Any, b: Any, y: int, h: int, bias: int,
+    weights: int, planes: int, sqnorm: int, dtype: str, scaling: float, *_: Any,
+) -> None:  # fmt: skip
     x, w, a, b = map(matrix, (x, w, a, b))
     low = at(h, (len(x), len(a)), (len(a), 1))
     low[...] = wide(x) @ wide(a).T
@@ -319,7 +321,10 @@ def test_passes_of_the_extension(backend: str, rows: int, s: float, p: float, na
         out, wanted = played.forward(call), plain.forward(call)
         torch.testing.assert_close(out, wanted, rtol=0.0, atol=0.0)
         assert error(out.y, reference.forward(call).y) < 2e-3
-        saved = Saved(call.x, call.weight, call.A, call.B, out.h, out.mask, call.seed, s, p)
+        saved = Saved(
+            call.x, call.weight, call.A, call.B, out.h, out.mask, call.seed, s, p,
+            a=out.a, b=out.b,
+        )  # fmt: skip
         grads = played.backward(saved, t["dy"], needs)
         torch.testing.assert_close(grads, plain.backward(saved, t["dy"], needs), rtol=0.0, atol=0.0)
         exact = reference.backward(saved, t["dy"], needs)

@@ -61,6 +61,5 @@ def test_the_launches_are_those_of_the_code(name: str, monkeypatch: pytest.Monke
         layer = Layer(8192, 4096, 4096, 16)
         call(getattr(fused, name.upper()), layer)
     memsets = called.count("gemm_lora")
-    again = 2 * (name == "overlap")  # without autograd, the backward pass makes its copies again
     problem = roofline.problems("NVIDIA H100")[1]
-    assert len(ran) + len(called) + memsets - again == costs.work(problem, name).launches
+    assert len(ran) + len(called) + memsets == costs.work(problem, name).launches

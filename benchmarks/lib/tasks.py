@@ -82,6 +82,10 @@ SETTINGS = {
         data="sst2", model="mpnet", steps=120, max_length=40, learning_rate=1e-3, dev_rows=160,
         measured=512,
     ),
+    "sst2, mpnet, query and value": Setting(
+        data="sst2", model="mpnet", steps=120, max_length=40, head_rate=0.032, measured=512,
+        target_modules=("q", "v"),
+    ),
     "stdlib, mpnet": Setting(
         data="stdlib", model="mpnet", steps=160, max_length=40, learning_rate=1e-3, dev_rows=160,
         measured=512,

@@ -40,10 +40,12 @@ class Output(NamedTuple):
     mask: Tensor | None  # (M, row_bytes(K)) uint8; None where the backward draws dropout again
     sqnorm: Tensor | None  # 0-dim float64; None where it was not asked for
     gram: Tensor | None = None  # (r, r) float64: Σ w h hᵀ; None where it was not asked for
+    a: Tensor | None = None  # A and B as the same backend's backward pass reads them, in x's dtype
+    b: Tensor | None = None  # ... where that took a copy, which may be scaled
 
 
 class Saved(NamedTuple):
-    """What is kept for the backward pass; the last three are for statistics.
+    """What is kept for the backward pass; weights, sqnorm and gram are for statistics.
 
     h has the dtype and the device of x, and A its width, also where x itself is not there.
     """
@@ -60,6 +62,8 @@ class Saved(NamedTuple):
     token_weights: Tensor | None = None
     sqnorm: Tensor | None = None
     gram: Tensor | None = None
+    a: Tensor | None = None  # as `Output` has them; None where no forward pass handed them over
+    b: Tensor | None = None
 
 
 class Needs(NamedTuple):
@@ -146,7 +150,6 @@ class Backend:
 
     missing    () -> why it cannot run on this machine, or None
     why_not    (problem) -> why it cannot serve such a call, or None
-    copies     (call) -> whether its passes read A and B by way of `rounded.py`
     """
 
     name: str
@@ -154,7 +157,6 @@ class Backend:
     backward: Callable[[Saved, Tensor, Needs], Grads]
     missing: Callable[[], str | None] = lambda: None
     why_not: Callable[[Problem], str | None] = lambda _: None
-    copies: Callable[[Call], bool] = lambda _: False
 
     def refuses(self, call: Call) -> str | None:
         """Why it cannot serve this call here, or None."""

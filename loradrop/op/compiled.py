@@ -34,7 +34,7 @@ def _mask(call: Call) -> Tensor:
 def _forward(*inputs: Any) -> tuple[Tensor, ...]:
     *_, name, grad = inputs
     call = Call(*inputs[:_FIELDS])
-    y, h, mask, *statistics = dispatch.serving(call, name, grad).forward(call)
+    y, h, mask, *statistics, _, _ = dispatch.serving(call, name, grad).forward(call)
     mask = _mask(call).zero_() if mask is None else mask
     empty = h.new_empty(0, dtype=torch.float64)
     return y, h, mask, *(empty.clone() if value is None else value for value in statistics)

@@ -59,7 +59,7 @@ _MASK_BYTES = 150  # bytes moved for each element when PyTorch calls draw the ma
 _MASK_LAUNCHES = 100  # for every 2²³ elements of such a mask
 # Launches of a forward and of a backward pass, with float32 adapters beside a base of half
 # precision: products, sums of planes, copies of A and B, and the memset of `overlap`.
-_LAUNCHES = {"eager": (5, 6), "thin": (4, 8), "triton": (2, 6), "cuda": (4, 6), "overlap": (4, 6)}
+_LAUNCHES = {"eager": (5, 6), "thin": (4, 8), "triton": (2, 6), "cuda": (3, 6), "overlap": (3, 6)}
 
 
 def rates(arch: int, sms: int, name: str = "") -> Rates:

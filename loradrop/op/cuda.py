@@ -11,7 +11,7 @@ Rows begin at multiples of 16 bytes: what does not is refused, never copied.
 import functools
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -123,25 +123,24 @@ def _numbers(matrix: Tensor | None) -> tuple[int, ...] | None:
 
 def _launch(
     kernel: str,
-    matrices: Mapping[str, Tensor | None],
-    pointers: Mapping[str, Tensor | None],
-    **numbers: Any,
+    matrices: Sequence[Tensor | None],
+    pointers: Sequence[Tensor | None],
+    *numbers: Any,
 ) -> None:
     """Launches a kernel of the extension on the device of the first matrix, on its current stream.
 
-    It takes `matrices` with their sizes and strides, and of the others only where they begin.
+    It takes `matrices` with their sizes and strides, and of the others only where they begin; then
+    `numbers`, in the order of csrc/bindings.cpp: names would cost the host a third of the call.
     """
-    run, names = getattr(_extension(), kernel), (*matrices, *pointers)
-    tensors = *matrices.values(), *pointers.values()
-    forms = [_form(matrix) for matrix in matrices.values()]
+    run, tensors = getattr(_extension(), kernel), (*matrices, *pointers)
+    forms = [*map(_form, matrices)]
     device = next(tensor.get_device() for tensor in tensors if tensor is not None)
 
     def again(stream: int, addresses: Sequence[int]) -> None:
         given: list[Any] = [*addresses]
         for i, form in enumerate(forms):
             given[i] = None if form is None else (given[i], *form)
-        operands = dict(zip(names, given, strict=True))
-        run(device=device, stream=stream, **operands, **numbers)
+        run(device, stream, *given, *numbers)
 
     again(current_stream(device), [*map(_pointer, tensors)])
     tell(tensors, again)
@@ -184,10 +183,10 @@ def gemm_ext(
     if h is None or l is None or scaling == 0.0:
         h = l = None
     out = p.new_empty((p.shape[0], q.shape[1]))
+    h_scale, ready = 1.0, None
     _launch(
-        "gemm_ext", {"out": out, "p": p, "q": q, "h": h, "l": l, "a": None},
-        {"bias": bias, "ready": None}, dtype=_DTYPES[p.dtype], scaling=float(scaling), h_scale=1.0,
-        overlap=overlap, tile_n=tile_n, cluster=cluster,
+        "gemm_ext", (out, p, q, h, l, None), (bias, ready),
+        _DTYPES[p.dtype], float(scaling), h_scale, overlap, tile_n, cluster,
     )  # fmt: skip
     return out
 
@@ -220,10 +219,10 @@ def gemm_lora(
     h = p.new_empty((m, r))
     ready = p.new_empty(-(-m // 128), dtype=torch.int32)
     out = p.new_empty((m, q.shape[1]))
+    overlap, tile_n, cluster = False, 0, 0
     _launch(
-        "gemm_ext", {"out": out, "p": p, "q": q, "h": h, "l": l, "a": a},
-        {"bias": bias, "ready": ready}, dtype=_DTYPES[p.dtype], scaling=float(scaling),
-        h_scale=float(h_scale), overlap=False, tile_n=0, cluster=0,
+        "gemm_ext", (out, p, q, h, l, a), (bias, ready),
+        _DTYPES[p.dtype], float(scaling), float(h_scale), overlap, tile_n, cluster,
     )  # fmt: skip
     return out, h
 
@@ -287,9 +286,8 @@ def decode(
     y, h = x.new_empty((m, n)), x.new_empty((m, A.shape[0]))
     if norm:
         planes, sqnorm = (x.new_empty(shape, dtype=torch.float32) for shape in ((ctas,), ()))
-    vectors = {"bias": bias, "weights": token_weights, "planes": planes, "sqnorm": sqnorm}
     _launch(
-        "decode", {"x": x, "w": weight, "a": A, "b": B}, {"y": y, "h": h, **vectors},
-        dtype=_DTYPES[x.dtype], scaling=float(scaling), rows=rows, cluster=cluster,
+        "decode", (x, weight, A, B), (y, h, bias, token_weights, planes, sqnorm),
+        _DTYPES[x.dtype], float(scaling), rows, cluster,
     )  # fmt: skip
     return y, h, sqnorm

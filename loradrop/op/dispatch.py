@@ -96,7 +96,7 @@ def _fused(
         return run
 
     parts = part("forward"), part("backward")
-    return Backend(name, *parts, missing, why_not, lambda call: passes().copies(call))
+    return Backend(name, *parts, missing, why_not)
 
 
 BACKENDS = {

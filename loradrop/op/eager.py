@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
 from torch.nn.functional import linear
 
-from loradrop.op import reference, rounded
+from loradrop.op import reference
 from loradrop.op.call import Backend, Call, Grads, Needs, Output, Saved
 from loradrop.op.philox import draw, gain, unpack
 from loradrop.op.reference import gram
@@ -34,8 +34,7 @@ _ROWS_SQUARED, _SQUARES = 64, 1 << 18  # the least rows, and about the numbers, 
 def forward(call: Call) -> Output:
     """As `reference.forward`; the mask of dropout is kept."""
     x, weight, bias, s = call.x, call.weight, call.bias, call.scaling
-    near, mask = rounded.near(call.A, call.B, x.dtype), None
-    a, b = near.a, near.b
+    a, b, mask = in_dtype(call.A, x.dtype), in_dtype(call.B, x.dtype), None
     if call.seed is None:
         h = linear(x, a)
     else:
@@ -47,7 +46,13 @@ def forward(call: Call) -> Output:
     else:
         assert weight is not None
         y = added(frozen(x, weight, bias), h, b.t(), s)
-    return Output(y, h, mask, *statistics(h, b, call))
+    copies = None if a is call.A else a, None if b is call.B else b
+    return Output(y, h, mask, *statistics(h, b, call), *copies)
+
+
+def in_dtype(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A or B as it is, or a copy in `dtype`."""
+    return factor if factor.dtype == dtype else factor.to(dtype)
 
 
 def statistics(h: Tensor, b: Tensor, call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -102,11 +107,11 @@ def backward(saved: Saved, dy: Tensor, needs: Needs) -> Grads:
     if mask is not None and (needs.x or needs.A):
         kept = unpack(mask, A.shape[1])
     dx = dA = dB = None
-    near = rounded.near(A, B, h.dtype)
     if needs.x or needs.A:
-        dh = _through(dy, near.b, s * gain(p), h)
+        b = in_dtype(B, h.dtype) if saved.b is None else saved.b
+        dh = _through(dy, b, s * gain(p), h)
     if needs.x:
-        a = near.a
+        a = in_dtype(A, h.dtype) if saved.a is None else saved.a
         if kept is not None:
             dx = torch.where(kept, torch.mm(dh, a), 0.0)
             dx = dx if weight is None else torch.mm(dy, weight).add_(dx)
@@ -193,4 +198,4 @@ def moment(x: Tensor, token_weights: Tensor | None) -> Tensor:
     return total
 
 
-EAGER = Backend("eager", forward, backward, copies=lambda _: True)
+EAGER = Backend("eager", forward, backward)

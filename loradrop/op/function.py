@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from loradrop.op import rounded
 from loradrop.op.call import NO_SINKS, Backend, Call, Grads, Needs, Output, Saved, Sinks
 from loradrop.op.reference import REFERENCE, backward_with_graph, core, moment, up
 
 Backward = Callable[[Saved, Tensor, Needs], Grads]
 
 
-_HALF = (torch.bfloat16, torch.float16)
 _MOMENT = Sinks._fields.index("moment")
 
 
@@ -55,7 +53,7 @@ def saved_tensors(call: Call, sinks: Sinks, out: Output) -> tuple[Tensor | None,
     """What the backward pass reads, in the order in which `saved_of` takes it."""
     x = call.x if reads_x(call, sinks) else None
     weights = call.token_weights if sinks.moment is not None else None
-    kept = weights, out.sqnorm, out.gram
+    kept = weights, out.sqnorm, out.gram, out.a, out.b
     return x, call.weight, call.A, call.B, out.h, out.mask, call.seed, *kept
 
 
@@ -95,13 +93,7 @@ class LoRAFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: Backend, call: Call, sinks: Sinks, *_: Tensor | None) -> Any:
         # Not a separate setup_context: torch would inspect the signature in every call, for 40 µs.
-        copies = call.x.dtype in _HALF and backend.copies(call)
-        ctx.rounded = rounded.hold(call.A, call.B, call.x.dtype) if copies else None
-        try:
-            out = backend.forward(call)
-        finally:
-            if ctx.rounded is not None:
-                ctx.rounded.open = False
+        out = backend.forward(call)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved_tensors(call, sinks, out))
         ctx.backend, ctx.scaling, ctx.dropout = backend, call.scaling, call.dropout
@@ -117,9 +109,6 @@ class LoRAFunction(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         _, _, _, x, y0, A, B, *sinks = ctx.needs_input_grad
         saved = saved_of(ctx.saved_tensors, ctx.scaling, ctx.dropout)
-        if ctx.rounded is not None and not torch.is_grad_enabled():
-            # Under checkpointing what was saved is another object, and none has its copies.
-            saved = saved._replace(A=ctx.rounded.A, B=ctx.rounded.B)
         # Grad mode is on here with create_graph=True: somebody will differentiate the gradients.
         backward = backward_with_graph if torch.is_grad_enabled() else ctx.backend.backward
         grads, of_sinks = gradients(backward, saved, dy, Needs(x, A, B), sinks)
@@ -162,14 +151,14 @@ def run_transformed(
     if call.seed is not None and torch._C._is_tracing():
         raise RuntimeError("torch.jit.trace does not know dropout's masks: trace in eval mode")
     try:
-        y, _, _, sqnorm, _ = REFERENCE.forward(call)
+        out = REFERENCE.forward(call)
     except RuntimeError as error:
         if call.seed is None:
             raise
         raise RuntimeError(
             "dropout draws one mask for all samples of a vmap: use randomness='same', or eval mode"
         ) from error
-    return y, sqnorm
+    return out.y, out.sqnorm
 
 
 def run(backend: Backend, call: Call, sinks: Sinks, grad: bool) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,8 @@
 
 with t = s·dyB/(1 − p). `thin` leaves the wide product to cuBLAS and adds the LoRA product in place;
 `triton` and `cuda` compute both in one kernel; `overlap` makes h and t beside it. The mask of
-dropout is drawn once, by the first `shrink`, and kept as one bit an element.
+dropout is drawn once, by the first `shrink`, and kept as one bit an element. Adapters that must
+have x's dtype are copied by one launch of `cast`, which the backward pass reads too.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch.nn.functional import linear, pad
 
 from loradrop.kernels import tiles
 from loradrop.kernels.backward import t_and_db
+from loradrop.kernels.cast import cast
 from loradrop.kernels.expand import expand
 from loradrop.kernels.gemm_ext import gemm_ext
 from loradrop.kernels.gram import Grams, sums, total, wide_grams
@@ -25,7 +27,7 @@ from loradrop.kernels.outer import outer
 from loradrop.kernels.shrink import shrink
 from loradrop.kernels.single_pass import single_pass
 from loradrop.kernels.tiles import as_stored, rows_aligned
-from loradrop.op import cuda, eager, rounded
+from loradrop.op import cuda, eager
 from loradrop.op.call import Call, Grads, Needs, Output, Saved
 from loradrop.op.philox import gain
 from loradrop.op.replay import Passes
@@ -44,7 +46,7 @@ Extend = Callable[..., Tensor]
 
 class Near(NamedTuple):
     """The adapters as the kernels of a pass read them: copies in x's dtype, or None for themselves,
-    as a pass is given no tensor twice. They are made before it, so that it does nothing but launch.
+    as a pass is given no tensor twice.
     """
 
     a: Tensor | None  # (r, K)
@@ -180,7 +182,7 @@ class Fused:
     """`forward` and `backward` over one way to compute the wide product.
 
     `few`: few rows without dropout in one pass. `with_h`: the wide product, and h beside it.
-    `rounds`: all of that reads adapters in x's dtype, B times the scale where that is exact.
+    `rounds`: all of that reads adapters in x's dtype, and B times the scale where that is exact.
     `passes`: where those are nothing but launches, they are played again.
     """
 
@@ -190,60 +192,53 @@ class Fused:
     rounds: bool = False
     passes: Passes | None = None
 
-    def copies(self, of: Call) -> bool:
-        """Whether a pass reads A and B as copies in x's dtype."""
-        return self._must(of) or self._pays(of.x, of.A)
-
-    def _must(self, of: Call | Saved) -> bool:
-        return self.rounds and of.weight is not None
-
-    @staticmethod
-    def _pays(rows: Tensor, A: Tensor) -> bool:
-        return rows.shape[0] >= ROUNDED_ROWS and A.shape[0] in ROUNDED_RANKS
-
     def forward(self, call: Call) -> Output:
         """As `reference.forward`; the mask of dropout is kept."""
-        near = self._near(call, call.x, few=_decodes(call), masked=call.dropout > 0.0)
         if self.passes is None:
-            return self._forward(call, near)
-        given = (*call[:6], call.seed, call.token_weights, near.a, near.b)
+            return self._forward(call)
+        given = (*call[:6], call.seed, call.token_weights)
         options = ("forward", call.scaling, call.dropout, call.sqnorm, call.gram)
-        return self.passes(given, options, lambda: self._forward(call, near))
+        return self.passes(given, options, lambda: self._forward(call))
 
-    def _near(
-        self, of: Call | Saved, rows: Tensor, *, few: bool = False, masked: bool = False
-    ) -> Near:
+    def _near(self, of: Call | Saved, rows: Tensor, masked: bool = False) -> Near:
         """The adapters for these rows (M, ...): copied where the kernels take no others, and where
         they are read so often that halving their bytes pays. Every 64 rows read them again, from
         L2: in float32, from rank 64 on, more bytes than their x.
 
-        few      the kernel for few rows takes s by itself
         masked   x is; its products with a rounded A ptxas serialises
         """
-        A, B, s = of.A, of.B, of.scaling
-        must = self._must(of)
-        if not must and (masked or not self._pays(rows, A)):
-            return Near(None, None, s)
-        copies = rounded.of(A, B, rows.dtype)
-        b, scale = copies.scaled(s) if must and not few else (copies.b, s)
-        a = None if masked else copies.a
-        return Near(None if a is A else a, None if b is B else b, scale)
+        (r, _), dtype = of.A.shape, rows.dtype
+        must = self.rounds and of.weight is not None
+        pays = rows.shape[0] >= ROUNDED_ROWS and r in ROUNDED_RANKS and not masked
+        if not must and not pays:
+            return Near(None, None, of.scaling)
+        exact = tiles.scale_mode(of.scaling, dtype) == "h"
+        A = None if of.A.dtype == dtype else of.A
+        B = of.B if of.B.dtype != dtype or (must and exact) else None
+        scaled = exact and B is not None
+        a, b = (of.a, of.b) if isinstance(of, Saved) else (None, None)
+        if a is None and b is None:
+            a, b = cast(A, B, of.scaling if scaled else 1.0, dtype)
+        return Near(a, b, 1.0 if scaled else of.scaling)
 
-    def _forward(self, call: Call, near: Near) -> Output:
+    def _forward(self, call: Call) -> Output:
         x, weight, bias, y0, A, B, _, dropout = call[:8]
         if x.numel() == 0 or B.shape[0] == 0:  # nothing for a kernel to do
             return eager.forward(call)
         machine = tiles.machine_of(x.device)
         weights = _as_read(call.token_weights) if call.sqnorm or call.gram else None
-        A, l, scale = A if near.a is None else near.a, B if near.b is None else near.b, near.scale
+        near = self._near(call, x, dropout > 0.0)
+        l, scale = B if near.b is None else near.b, near.scale
+        if near.a is not None and dropout == 0.0:
+            A = near.a
         if self.few is not None and dropout == 0.0:
-            done = self.few(call._replace(A=A, B=l), weights)
+            done = self.few(call._replace(A=A, B=l, scaling=scale), weights)
             if done is not None:
-                return _measured(done, call, weights)
+                return _measured(done._replace(a=near.a, b=near.b), call, weights)
         if self.with_h is not None and dropout == 0.0 and weight is not None:
             both = self.with_h(x, weight.T, bias, A.T, l.T, scale, 1.0)
             if both is not None:
-                return _measured(Output(*both, None, None), call, weights)
+                return _measured(Output(*both, None, None, None, near.a, near.b), call, weights)
         cut = tiles.shrink(machine, x.dtype, x.shape[0], x.shape[1], A.shape[0])
         half = x.dtype != torch.float32
         thin = shrink(
@@ -256,22 +251,23 @@ class Fused:
             y = expand(y0, h, l.T, scale, tiles.expand(machine, x.dtype))
         else:
             y = self.extend(x, weight.T, bias, h, l.T, scale)
-        return _measured(Output(y, h, thin.mask, None), call, weights, thin.grams)
+        out = Output(y, h, thin.mask, None, None, near.a, near.b)
+        return _measured(out, call, weights, thin.grams)
 
     def backward(self, saved: Saved, dy: Tensor, needs: Needs) -> Grads:
         """As `reference.backward`, with the mask that `forward` kept."""
-        reads = needs.x or needs.A
-        near = self._near(saved, saved.h) if reads else Near(None, None, saved.scaling)
         if self.passes is None:
-            return self._backward(saved, dy, needs, near)
-        given = dy, *saved[:7], saved.token_weights, near.a, near.b
+            return self._backward(saved, dy, needs)
+        given = dy, *saved[:7], saved.token_weights, saved.a, saved.b
         options = "backward", saved.scaling, saved.dropout, needs
-        return self.passes(given, options, lambda: self._backward(saved, dy, needs, near))
+        return self.passes(given, options, lambda: self._backward(saved, dy, needs))
 
-    def _backward(self, saved: Saved, dy: Tensor, needs: Needs, near: Near) -> Grads:
+    def _backward(self, saved: Saved, dy: Tensor, needs: Needs) -> Grads:
         x, weight, A, B, h, mask, _, scaling, dropout = saved[:9]
         if A.numel() == 0 or dy.numel() == 0:
             return eager.backward(saved, dy, needs)
+        reads = needs.x or needs.A
+        near = self._near(saved, h) if reads else Near(None, None, scaling)
         if 0 in dy.stride():  # of a sum; the kernels would load it number by number, three times
             dy = dy.contiguous()
         machine, m, k, (n, r) = tiles.machine_of(h.device), h.shape[0], A.shape[1], B.shape

@@ -26,7 +26,7 @@ AGAIN = ": run loradrop tune again, or delete the file"
 # Of each backend, in a point.
 _BY_BACKEND: dict[str, Any] = {"us": (int, float), "host_us": (int, float), "refused": str}
 # Beside the kernels: what is timed.
-_SOURCES = ("eager", "fused", "cuda", "function", "philox", "replay", "rounded")
+_SOURCES = ("eager", "fused", "cuda", "function", "philox", "replay")
 
 
 class Tuned(NamedTuple):
