@@ -339,6 +339,8 @@ NAMED = {
             _DECODE._replace(**_NORM), "_single_pass"
         ),
         "total of the tiles' squared norms": Pick(_DECODE._replace(**_NORM), "_total"),
+        "cast r16": Pick(_llama(16), "_cast"),
+        "cast of B alone r16": Pick(_llama(16, adapters=torch.bfloat16), "_cast"),
     },
     100: {
         "shrink with weighted Gram matrices r32": Pick(_llama(32, **_NORM), "_shrink", _FORWARD),
@@ -371,9 +373,10 @@ NAMED = {
 def the_launch(pick: Pick, arch: int) -> tuple[Launch, JITFunction]:
     """The launch of a Pick for one architecture; what is not one launch is an error."""
     layer, kernel, constants = pick
+    made = launches(MACHINES[arch], [layer], all_backends=kernel == "_cast")  # else Triton's alone
     fitting = [
         (launch, function)
-        for launch, function in launches(MACHINES[arch], [layer], all_backends=False).items()
+        for launch, function in made.items()
         if launch.kernel == kernel and constants.items() <= dict(launch.constants).items()
     ]
     assert len(fitting) == 1, f"{pick} on sm_{arch} is {len(fitting)} launches"

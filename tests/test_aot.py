@@ -165,7 +165,7 @@ def test_the_overlap_backend_is_recorded() -> None:
     with record(MACHINES[90]) as found, extension() as called:
         call(fused.OVERLAP, Layer(8192, 4096, 4096, 16, norm=True))
     assert called == ["gemm_lora", "gemm_lora"]
-    kernels = {"_gram", "_add_blocks", "_sqnorm", "_outer", "_add_planes"}
+    kernels = {"_cast", "_gram", "_add_blocks", "_sqnorm", "_outer", "_add_planes"}
     assert {launch.kernel for launch in found} == kernels
     with record(MACHINES[90]) as found, extension() as called:
         call(fused.OVERLAP, Layer(8, 4096, 4096, 16, norm=True))
