@@ -51,7 +51,7 @@ def _extension() -> Any:
     """In the place of loradrop._C: it counts, and does nothing."""
 
     def called(name: str) -> Any:
-        def run(*arguments: object) -> None:
+        def run(*given: object, **named: object) -> None:
             LAUNCHED[name] += 1
 
         return run
