@@ -23,7 +23,14 @@ from loradrop.kernels.gemm_ext import in_eights
 from loradrop.kernels.gram import Grams, gram, gram_of_b, new_grams, store_gram, wide_grams
 from loradrop.kernels.launch import kernel
 from loradrop.kernels.philox import draw_words, where_kept
-from loradrop.kernels.tiles import ShrinkTiles, cdiv, dot_precision, rank_tile, row_bytes
+from loradrop.kernels.tiles import (
+    ShrinkTiles,
+    cdiv,
+    dot_precision,
+    new_rows,
+    rank_tile,
+    row_bytes,
+)
 
 
 class Shrunk(NamedTuple):
@@ -119,12 +126,14 @@ def shrink(
     gram: bool = False,
     B: Tensor | None = None,
     token_weights: Tensor | None = None,
+    aligned: bool = False,
 ) -> Shrunk:
     """h = scale·(mask∘x)Aᵀ, rounded to x's dtype, and what else the one read of x gives.
 
     x (M, K) of any strides   A (r, K) of any strides and float dtype   dropout quantised
     seed 0-dim int64   gram: the Gram matrices of h come too, weighted by token_weights (M,) float32
     B (N, r): they come, and those of B; both for an x of half precision only
+    aligned: h lies in `rows_aligned`, whatever its rank
     """
     (m, k), r, n = x.shape, A.shape[0], 0 if B is None else B.shape[0]
     ranks, masked = rank_tile(r), dropout > 0.0
@@ -133,7 +142,7 @@ def shrink(
     blocks, b_blocks = cdiv(m, tiles.BM), cdiv(n, tiles.B_ROWS) if in_pass else 0
     steps = cdiv(cdiv(k, tiles.split), tiles.BK)
     split = cdiv(k, steps * tiles.BK)
-    h = x.new_empty((m, r))
+    h = new_rows(x, m, r) if aligned else x.new_empty((m, r))
     mask = x.new_empty((m, row_bytes(k)), dtype=torch.uint8) if masked else None
     words = None if mask is None else mask.view(torch.int32)
     grams = planes = None
@@ -149,7 +158,7 @@ def shrink(
         (blocks + (b_blocks if split == 1 else 0), split),
         (x, A, h, words, seed, weights, gram_h, B, gram_b, planes),
         (m, n, steps, blocks, round(dropout * 4096), float(scale)),
-        (k, r, *x.stride(), a_row, a_column, r, 0 if words is None else words.stride(0),
+        (k, r, *x.stride(), a_row, a_column, h.stride(0), 0 if words is None else words.stride(0),
          *b_strides),
         tiles.warps, tiles.stages,
         BM=tiles.BM, BK=tiles.BK, R=ranks, SPLIT=split > 1, DROPOUT=masked,
@@ -161,7 +170,7 @@ def shrink(
     if split > 1:
         _finish(
             (blocks + b_blocks,), (planes, h, weights, gram_h, B, gram_b),
-            (m, n, blocks, split, float(scale)), (r, r, *b_strides), tiles.warps,
+            (m, n, blocks, split, float(scale)), (r, h.stride(0), *b_strides), tiles.warps,
             BM=tiles.BM, R=ranks, GRAMS=in_pass, NORM=b_blocks > 0,
             WEIGHTED=weights is not None, B_ROWS=tiles.B_ROWS,
         )  # fmt: skip

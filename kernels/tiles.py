@@ -251,6 +251,14 @@ def scale_mode(scale: float, dtype: torch.dtype) -> str:
     return "sum"
 
 
+def new_rows(like: Tensor, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for (rows, columns), in `rows_aligned`; of one piece where the columns allow it."""
+    dtype = dtype or like.dtype
+    width = 16 // dtype.itemsize * cdiv(columns * dtype.itemsize, 16)
+    made = like.new_empty((rows, width), dtype=dtype)
+    return made if width == columns else made[:, :columns]
+
+
 @functools.cache
 def triton_dtype(dtype: torch.dtype) -> Any:
     """Triton's name of a dtype."""

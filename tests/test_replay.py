@@ -252,7 +252,8 @@ def at(pointer: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Any:
 
 
 def matrix(numbers: tuple[int, ...] | None) -> Any:
-    """That of (address, rows, columns, strides)."""
+    """That of (address, rows, columns, strides): rows, or columns, at whole 16 bytes."""
+    assert numbers is None or (1 in numbers[3:] and max(numbers[3:]) % 8 == numbers[0] % 16 == 0)
     return None if numbers is None else at(numbers[0], numbers[1:3], numbers[3:])
 
 
@@ -305,16 +306,21 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("s", [2.0, S], ids=["exact s", "s"])
 @pytest.mark.parametrize("p", [0.0, 0.25])
 @pytest.mark.parametrize("narrow", [True, False], ids=["narrow", "wide"])
+@pytest.mark.parametrize("r", [8, 5])
 @pytest.mark.usefixtures("hidden", "extension")
-def test_passes_of_the_extension(backend: str, rows: int, s: float, p: float, narrow: bool) -> None:
-    """Adapters of x's dtype, which need no copies, and wider ones."""
+def test_passes_of_the_extension(
+    backend: str, rows: int, s: float, p: float, narrow: bool, r: int
+) -> None:
+    """Adapters of x's dtype, which need no copies unless their rows lie elsewhere than at whole 16
+    bytes, and wider ones.
+    """
     from loradrop.op import fused, reference
 
     passes, plain = Passes(), replace(getattr(fused, backend.upper()), passes=None)
     played = replace(plain, passes=passes)
     needs = Needs(True, True, True)
     for seed in range(4):
-        t = draw((rows, 64, 48, 8), torch.float16, seed)
+        t = draw((rows, 64, 48, r), torch.float16, seed)
         if narrow:
             t |= {"A": t["A"].half(), "B": t["B"].half()}
         call = call_of(t, p, s)

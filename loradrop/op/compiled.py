@@ -37,7 +37,8 @@ def _forward(*inputs: Any) -> tuple[Tensor, ...]:
     y, h, mask, *statistics, _, _ = dispatch.serving(call, name, grad).forward(call)
     mask = _mask(call).zero_() if mask is None else mask
     empty = h.new_empty(0, dtype=torch.float64)
-    return y, h, mask, *(empty.clone() if value is None else value for value in statistics)
+    found = (empty.clone() if value is None else value for value in statistics)
+    return y, h.contiguous(), mask, *found
 
 
 forward_op = torch.library.custom_op(

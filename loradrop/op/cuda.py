@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from loradrop.kernels.stream import current_stream
+from loradrop.kernels.tiles import new_rows
 from loradrop.kernels.watch import tell
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -209,14 +210,14 @@ def gemm_lora(
     p (M, R)   q (R, C)   bias (C,) or None   a (R, r)   l (r, C)   ->  out (M, C)   h (M, r)
 
     q, a and l lie either way round: forward is (x, W.T, bias, A.T, B.T), the gradient of x is
-    (dy, W, None, B, A). Only where `streams` is not 0, and r is a multiple of 8.
+    (dy, W, None, B, A). Only where `streams` is not 0.
 
     Raises ValueError with the reason for operands that it cannot read, as `gemm_ext`.
     """
     _demand("gemm_lora", p, q, a, l)
     bias = _pairs("bias", bias, q.shape[1], p)
     m, r = p.shape[0], a.shape[1]
-    h = p.new_empty((m, r))
+    h = new_rows(p, m, r)
     ready = p.new_empty(-(-m // 128), dtype=torch.int32)
     out = p.new_empty((m, q.shape[1]))
     overlap, tile_n, cluster = False, 0, 0

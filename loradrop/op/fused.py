@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
 from loradrop.kernels import tiles
 from loradrop.kernels.backward import t_and_db
@@ -102,10 +102,6 @@ def by_cuda(
         p = p.contiguous()
     if mask is not None:
         return _add_masked(cuda.gemm_ext(p, q, bias, None, None, 1.0), h, l, scale, mask)
-    if missing := -h.shape[1] % 8:  # rows of whole 16 bytes
-        h, l = pad(h, (0, missing)), pad(l, (0, 0, 0, missing))
-    if not rows_aligned(as_stored(l)):
-        l = l.contiguous()
     return cuda.gemm_ext(p, q, bias, h, l, scale)
 
 
@@ -117,10 +113,8 @@ def with_h_by_cuda(
     p (M, D)   q (D, C)   bias (C,) or None   a (D, r)   l (r, C), all in p's dtype
     """
     (m, k), n, r = p.shape, q.shape[1], a.shape[1]
-    stored = as_stored(a)
-    if r % 8 or not cuda.streams(m, n, k, r, stored is not a, p.get_device()):
-        return None
-    if not (rows_aligned(stored) and rows_aligned(as_stored(l)) and rows_aligned(p)):
+    turned = as_stored(a) is not a
+    if not cuda.streams(m, n, k, r, turned, p.get_device()) or not rows_aligned(p):
         return None
     return cuda.gemm_lora(p, q, bias, a, l, scale, h_scale)
 
@@ -213,8 +207,10 @@ class Fused:
         if not must and not pays:
             return Near(None, None, of.scaling)
         exact = tiles.scale_mode(of.scaling, dtype) == "h"
-        A = None if of.A.dtype == dtype else of.A
-        B = of.B if of.B.dtype != dtype or (must and exact) else None
+        lies = (not must or rows_aligned(as_stored(factor)) for factor in (of.A, of.B))
+        fits = [ok and factor.dtype == dtype for ok, factor in zip(lies, (of.A, of.B), strict=True)]
+        A = None if fits[0] else of.A
+        B = None if fits[1] and not (must and exact) else of.B
         scaled = exact and B is not None
         a, b = (of.a, of.b) if isinstance(of, Saved) else (None, None)
         if a is None and b is None:
@@ -243,7 +239,7 @@ class Fused:
         half = x.dtype != torch.float32
         thin = shrink(
             x, A, gain(dropout), cut, dropout=dropout, seed=call.seed, gram=call.gram and half,
-            B=B if call.sqnorm and half else None, token_weights=weights,
+            B=B if call.sqnorm and half else None, token_weights=weights, aligned=self.rounds,
         )  # fmt: skip
         h = thin.h
         if weight is None:
@@ -286,7 +282,8 @@ class Fused:
             if needs.B and at_once is not None:
                 t, dB = t_and_db(dy, B, h, scale, scaling, dtype_B, at_once)
             else:
-                t = shrink(dy, B.T, scale, tiles.shrink(machine, dy.dtype, m, n, r)).h
+                cut = tiles.shrink(machine, dy.dtype, m, n, r)
+                t = shrink(dy, B.T, scale, cut, aligned=self.rounds).h
             if needs.x and weight is None:
                 dx = expand(None, t, A, rest, tiles.expand(machine, h.dtype), mask)
             elif needs.x:

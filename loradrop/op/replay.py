@@ -28,12 +28,13 @@ class Pass(NamedTuple):
 
     made      (shape, strides, dtype, device) of each of these
     launches  how each is made, and which tensors it takes
-    results   which tensors are the fields of the result, of that kind
+    results   which tensors are the fields of the result, of that kind; and of one that is a part of
+              its tensor, as rows apart have it, its shape and strides
     """
 
     made: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]]
     launches: Sequence[tuple[Again, Sequence[int]]]
-    results: Sequence[int]
+    results: Sequence[tuple[int, tuple[Sequence[int], Sequence[int]] | None]]
     kind: Any
 
     def play(self, given: Sequence[Tensor | None], addresses: list[int]) -> Any:
@@ -48,7 +49,11 @@ class Pass(NamedTuple):
         stream = current_stream(first.get_device())
         for again, places in self.launches:
             again(stream, [addresses[i] for i in places])
-        return self.kind(*[tensors[i] for i in self.results])
+        fields: list[Any] = []
+        for i, part in self.results:
+            tensor: Any = tensors[i]
+            fields.append(tensor if part is None else tensor.as_strided(*part))
+        return self.kind(*fields)
 
 
 class _Watched(TorchDispatchMode):
@@ -98,13 +103,17 @@ class _Watched(TorchDispatchMode):
 
     def seen(self, result: Any) -> Pass | None:
         """The pass that gave this result, or None where it cannot be played again."""
-        places = [self._place(field) for field in result]
-        for i, field in zip(places, result, strict=True):
+        results: list[Any] = []
+        for field in result:
+            i, part = self._place(field), None
             if field is not None:
-                made = self.tensors[i] if i > self.given else None
-                whole = made is not None and (made.shape, made.dtype) == (field.shape, field.dtype)
-                self.strange |= not (whole and field.is_contiguous())
-        return None if self.strange else Pass(self.made, self.launches, places, type(result))
+                made, form = self.tensors[i], (field.shape, field.stride())
+                if made is None or i < self.given or made.dtype != field.dtype:
+                    self.strange = True
+                elif form != (made.shape, made.stride()):
+                    part = form
+            results.append((i, part))
+        return None if self.strange else Pass(self.made, self.launches, results, type(result))
 
 
 class Passes:
