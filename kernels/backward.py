@@ -17,7 +17,7 @@ from loradrop.kernels.gemm_ext import in_eights
 from loradrop.kernels.launch import kernel
 from loradrop.kernels.outer import add_planes
 from loradrop.kernels.shrink import add_parts, new_planes
-from loradrop.kernels.tiles import OuterTiles, cdiv, dot_precision, rank_tile
+from loradrop.kernels.tiles import OuterTiles, cdiv, dot_precision, new_rows, rank_tile
 
 
 @kernel(do_not_specialize=["M", "rows_per_part"])
@@ -58,8 +58,8 @@ def t_and_db(
     dtype: torch.dtype,
     tiles: OuterTiles,
 ) -> tuple[Tensor, Tensor]:
-    """t = scale·dyB (M, r) in dy's dtype, and dB = scale_dB·dyᵀh (N, r) in `dtype`, both summed in
-    float32.
+    """t = scale·dyB (M, r) in dy's dtype and in `rows_aligned`, and dB = scale_dB·dyᵀh (N, r) in
+    `dtype`, both summed in float32.
 
     dy (M, N) and h (M, r) of any strides, one dtype   B (N, r) of any strides and float dtype
     """
@@ -67,7 +67,7 @@ def t_and_db(
     ranks, slices = rank_tile(r), cdiv(n, tiles.BC)
     rows_per_part = cdiv(cdiv(m, tiles.split), tiles.BM) * tiles.BM
     split = cdiv(m, rows_per_part)
-    t, dB = dy.new_empty((m, r)), dy.new_empty((n, r), dtype=dtype)
+    t, dB = new_rows(dy, m, r), dy.new_empty((n, r), dtype=dtype)
     t_planes = new_planes(dy, slices, m, ranks)
     planes = dB if split == 1 else new_planes(dy, split, n, r)
     (h_row, h_column), (b_row, b_column) = h.stride(), B.stride()

@@ -185,7 +185,7 @@ def add_parts(planes: Tensor, h: Tensor, scale: float) -> None:
     blocks = cdiv(m, rows)
     _finish(
         (blocks,), (planes, h, None, None, None, None), (m, 0, blocks, count, float(scale)),
-        (r, r, 0, 0), 4,
+        (r, h.stride(0), 0, 0), 4,
         BM=rows, R=ranks, GRAMS=False, NORM=False, WEIGHTED=False, B_ROWS=rows,
     )  # fmt: skip
 

@@ -192,6 +192,8 @@ int main(int count, char** arguments) {
       {390, 72, 70, 24, 128, 2, false, false, true, 2.0f, false, 1},
       {130, 72, 600, 72, 128, 2, true, true, false, 1.0f, false, 1},
       {130, 72, 130, 40, 256, 2, false, false, false, 1.0f, false, 1},
+      {140, 72, 130, 5, 128, 2, true, true, true, 1.0f, false, 1},
+      {140, 136, 70, 17, 128, 2, false, false, false, 0.5f, false, 1},
   };
   if (gemm) {
     for (const Case& c : cases) {

@@ -160,7 +160,8 @@ def test_overlap_waits_for_h(shape: str) -> None:
 
 
 LORA = {"llama q": (8192, 4096, 4096, 16), "ragged": (4093, 4096, 4096, 24),
-        "down": (2048, 1024, 14336, 16), "wide rank": (4096, 8192, 8192, 64)}  # fmt: skip
+        "down": (2048, 1024, 14336, 16), "wide rank": (4096, 8192, 8192, 64),
+        "odd rank": (8192, 4096, 4096, 11)}  # fmt: skip
 
 
 @gpu

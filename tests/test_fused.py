@@ -133,11 +133,14 @@ def test_t_does_not_overflow_float16_for_its_scale() -> None:
         torch.testing.assert_close(dA, torch.full_like(dA, 240000.0))
 
 
+@pytest.mark.usefixtures("by_torch")
 @pytest.mark.parametrize("p", [0.0, 0.25])
-@pytest.mark.parametrize("backend", [fused.THIN, fused.TRITON], ids=["thin", "triton"])
-def test_one_read_of_dy(backend: fused.Fused, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("r", [8, 12])
+@pytest.mark.parametrize("name", ["THIN", "TRITON", "CUDA"])
+def test_one_read_of_dy(name: str, r: int, p: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """For t and dB, where both are wanted; alone, each has its own kernel."""
     monkeypatch.setattr(fused, "ONE_READ_OF_DY", True)
+    backend = getattr(fused, name)
     called, t_and_db = [], fused.t_and_db
 
     def spy(*given: object) -> tuple[Tensor, Tensor]:
@@ -145,7 +148,7 @@ def test_one_read_of_dy(backend: fused.Fused, p: float, monkeypatch: pytest.Monk
         return t_and_db(*given)
 
     monkeypatch.setattr(fused, "t_and_db", spy)
-    t = draw(Shape(70, 104, 64, 8), torch.float16)
+    t = draw(Shape(70, 104, 64, r), torch.float16)
     call = call_of(t, p)
     saved = saved_of(call, backend.forward(call))
     wanted = reference.backward(saved_of(call, reference.forward(call)), t["dy"], ALL)
