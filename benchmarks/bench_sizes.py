@@ -35,20 +35,20 @@ from loradrop.text.tokens import TokenizedDataset
 from loradrop.truncation import truncate
 
 RESULT = RESULTS / "cpu" / "bench_sizes.json"
-TASKS = (*SUMMARY, "e2e, SmolLM2, query and value")  # of its file
+TASKS = (*SUMMARY, "sst2, mpnet, query and value", "e2e, SmolLM2, query and value")
 RANK = 8  # of what all sizes are a part of
 
 
-def lora(rank: int, alpha: float = ALPHA, **options: Any) -> Arm:
+def lora(rank: int, **options: Any) -> Arm:
     """LoRA of this rank; s = α/r."""
-    return Arm(rank, LoRA(), s=alpha / rank, **options)
+    return Arm(rank, LoRA(), s=ALPHA / rank, **options)
 
 
-def spectral(part: int, alpha: float = ALPHA, **options: Any) -> Arm:
+def spectral(part: int, **options: Any) -> Arm:
     """Spectral LoRA-drop at 1/part of LoRA's parameters; k directions have s = α/k."""
     budget = 1 / part
     method = Spectral(budget=budget, **options)
-    return Arm(RANK, method, s=alpha / (budget * RANK), first=16e-3)
+    return Arm(RANK, method, s=ALPHA / (budget * RANK), first=16e-3)
 
 
 def drop(**options: Any) -> Arm:
@@ -72,18 +72,9 @@ ARMS = {
     "LoRA-drop, 1/2, no sharing": drop(budget=0.5, share="none"),
     "LoRA-drop, 1/2, kept adapters continue": drop(budget=0.5, after_select="continue"),
     "one shared LoRA": drop(threshold=0.0),
-    "LoRA-drop, T=0.9": drop(threshold=0.9),
     "the head's rate": OF_HEAD,
     "head only": ALONE,
-    "spectral from r, 1/8": spectral(8, r_start=RANK),
-    "spectral late, 1/8": spectral(8, cut_at=0.75),
-    "spectral early, 1/8": spectral(8, cut_at=0.4),
-    "spectral, step time 0.75, 1/8": spectral(8, budget_time=0.75),
-    "spectral, s fixed, 1/8": Arm(RANK, Spectral(budget=0.125, scale="fixed"), s=ALPHA / RANK),
-    "spectral by weights, 1/8": spectral(8, metric="weight"),
     "spectral online, 1/8": spectral(8, source="online")._replace(first=64e-3),
-    "LoRA r=8, α=8": lora(8, 8, first=4e-3),
-    "LoRA r=1, α=1": lora(1, 1, first=4e-3),
     "LoRA r=8, one rate": lora(8, own=False),
     "LoRA r=1, one rate": lora(1, own=False),
 }

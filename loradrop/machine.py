@@ -57,7 +57,7 @@ def native_bf16() -> bool:
     return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def in_group() -> bool:
+def is_distributed() -> bool:
     """Whether torch.distributed has begun in this process, which nobody loads to find out."""
     distributed = sys.modules.get("torch.distributed")
     return bool(
@@ -67,6 +67,6 @@ def in_group() -> bool:
 
 def is_first_rank() -> bool:
     """Whether this process prints and writes: the only one of its run, or the one of rank 0."""
-    if in_group():
+    if is_distributed():
         return bool(sys.modules["torch.distributed"].get_rank() == 0)
     return os.environ.get("RANK", "0") == "0"  # as torchrun says it

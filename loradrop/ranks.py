@@ -7,12 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from loradrop.machine import is_first_rank
-
-
-def is_distributed() -> bool:
-    """Whether torch.distributed runs."""
-    return distributed.is_available() and distributed.is_initialized()
+from loradrop.machine import is_distributed, is_first_rank
 
 
 def world_size() -> int:

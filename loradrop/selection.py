@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loradrop.options import check_choice, check_one, check_part
+from loradrop.options import check_choice, check_one, check_part, check_whole
 from loradrop.scores import Assignment, Scores, Target, layers_of, require_scores
 
 CHOICES = {
@@ -134,9 +134,7 @@ def _prefix(values: Sequence[float], members: list[int], threshold: float) -> li
     return order
 
 
-def _quota(
-    groups: list[list[int]], ranked: Callable[[int], list[int]], keep: int
-) -> set[int]:
+def _quota(groups: list[list[int]], ranked: Callable[[int], list[int]], keep: int) -> set[int]:
     """`keep` targets, split over the groups by the largest remainder of their size; of each the
     first by `ranked`, where that matters.
     """
@@ -172,12 +170,6 @@ def check_keep(keep: int, targets: int) -> None:
         raise ValueError(f"keep={keep}: choose a whole number from 0 to the {targets} targets")
 
 
-def check_interval(interval: int) -> None:
-    """Raises ValueError unless it is a number of layers."""
-    if not isinstance(interval, int) or interval < 1:
-        raise ValueError(f"interval={interval!r}: choose a whole number of layers from 1 up")
-
-
 def assign(
     targets: Sequence[Target], kept: Sequence[str], share: str = "group", interval: int = INTERVAL
 ) -> Assignment:
@@ -191,7 +183,7 @@ def assign(
     Raises ValueError for a name that is not a target, and for unknown options.
     """
     check_choice("share", share, CHOICES["share"])
-    check_interval(interval)
+    check_whole("interval", interval, 1)
     names = [target.name for target in targets]
     for name in kept:
         if name not in names:

@@ -3,9 +3,9 @@
 from torchrun import leave
 
 from loradrop.command.cli import main
-from loradrop.machine import in_group
+from loradrop.machine import is_distributed
 
 if __name__ == "__main__":
     status = main()
-    assert status == 0 and not in_group(), (status, in_group())
+    assert status == 0 and not is_distributed(), (status, is_distributed())
     leave()

@@ -386,7 +386,7 @@ def test_assign() -> None:
         assign(targets, ["layers.9.q"])
     with pytest.raises(ValueError, match=r"share='no_such'.*group, shape, interval, none"):
         assign(targets, [], "no_such")
-    with pytest.raises(ValueError, match=r"interval=0: choose a whole number of layers"):
+    with pytest.raises(ValueError, match=r"interval=0: choose a whole number from 1 up"):
         assign(targets, [], "interval", 0)
 
 

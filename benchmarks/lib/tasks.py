@@ -61,9 +61,6 @@ _E2E = {"task": "causal_lm", "text": "input", "text_pair": "target"}
 SETTINGS = {
     "sst2": Setting(data="sst2", steps=120, max_length=40, head_rate=0.128),
     "stdlib": Setting(data="stdlib", steps=160, max_length=40),
-    "stdlib, query and value": Setting(
-        data="stdlib", steps=160, max_length=40, target_modules=("query", "value")
-    ),
     "stdlib, same modules": Setting(
         data="stdlib", steps=160, max_length=40, dev_of_train=800, head_rate=0.064
     ),
@@ -85,10 +82,6 @@ SETTINGS = {
     "sst2, mpnet, query and value": Setting(
         data="sst2", model="mpnet", steps=120, max_length=40, head_rate=0.032, measured=512,
         target_modules=("q", "v"),
-    ),
-    "stdlib, mpnet": Setting(
-        data="stdlib", model="mpnet", steps=160, max_length=40, learning_rate=1e-3, dev_rows=160,
-        measured=512,
     ),
     "e2e, SmolLM2": Setting(
         data="e2e", model="smollm2", steps=60, max_length=128, learning_rate=1e-3, batch_size=8,

@@ -15,7 +15,7 @@ import typer
 from typer import Argument, Option
 
 import loradrop
-from loradrop.machine import in_group, is_first_rank
+from loradrop.machine import is_distributed, is_first_rank
 
 if TYPE_CHECKING:
     from loradrop.command.run_config import RunConfig
@@ -483,7 +483,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
     log.setLevel(logging.INFO if is_first_rank() else logging.WARNING)
-    status, was_in_group = 0, in_group()
+    status, was_in_group = 0, is_distributed()
     try:
         typer.main.get_command(app).main(argv, prog_name="loradrop")
     except SystemExit as stop:
@@ -497,7 +497,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = 2
     finally:
         log.removeHandler(handler)
-    if in_group() and not was_in_group and status == 0:  # else other ranks may wait for this one
+    if is_distributed() and not was_in_group and status == 0:  # else other ranks may wait for it
         sys.modules["torch.distributed"].destroy_process_group()
     if status == 130:
         again = shlex.join(["loradrop", *argv, *(["--resume"] if "--resume" not in argv else [])])

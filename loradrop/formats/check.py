@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from loradrop.adapters import Adapters, adapters_of
 from loradrop.bank import bank_of
-from loradrop.formats.engines import ENGINES, EngineVerdict, refusal, scale
+from loradrop.formats.engines import ENGINES, EngineVerdict, refusal, required, scale
 from loradrop.formats.merged import holds_weights
 from loradrop.formats.peft_conversion import lost
 from loradrop.formats.peft_file import CONFIG, PeftFile, configuration_of, read
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `verify` or `verify_merged` found.
+    """What `verify` found.
 
     logits           max|logits_export − logits_native| over all batches
     relative         the same over the standard deviation of the native logits
@@ -121,7 +121,7 @@ def verify(
         if (Path(path) / "config.json").exists() and not (Path(path) / CONFIG).exists():
             if engines is not None or tolerance is not None:
                 raise ValueError(f"{path} is a merged model: engines and tolerance are of PEFT's")
-            return verify_merged(own, path, batches)
+            return _verify_merged(own, path, batches)
         return _verify(own, path, batches, engines, tolerance)
 
 
@@ -132,8 +132,7 @@ def _verify(
     """`verify` of an injected model."""
     adapters = adapters_of(model)
     file = read(path)._replace(base=configuration_of(model), model=model)
-    engines = [engines] if isinstance(engines, str) else engines
-    required = tuple(refusal(engine, file).engine for engine in engines or ENGINES[:1])
+    must = required(file, engines)
     eps = [torch.finfo(t.dtype).eps for t in file.tensors.values() if t.is_floating_point()]
     delta_tolerance = max(1e-5, 4 * max(eps, default=0.0))
     rows = tuple(_compare(engine, adapters, file, delta_tolerance) for engine in ENGINES)
@@ -144,7 +143,7 @@ def _verify(
         tolerance = 1e-4 if max(eps) < 1e-6 else min(16 * max(eps), 0.25)
     return Report(
         logits=logits, relative=relative, tolerance=tolerance, loader=loader,
-        rows=rows, delta_tolerance=delta_tolerance, required=required, named=bool(engines),
+        rows=rows, delta_tolerance=delta_tolerance, required=must, named=bool(engines),
     )  # fmt: skip
 
 
@@ -288,9 +287,7 @@ def _logits(output: Any) -> Tensor:
     return torch.cat([v.double().flatten().cpu() for v in values if isinstance(v, Tensor)])
 
 
-@of_inner
-@torch.no_grad()
-def verify_merged(model: Any, path: str | os.PathLike[str], batches: Iterable[Any]) -> Report:
+def _verify_merged(model: Any, path: str | os.PathLike[str], batches: Iterable[Any]) -> Report:
     """Load the merged model of transformers in `path`, and compare its logits with `model`'s, and
     its targets' weights with W + s·B·A: narrow dtypes round logits by more than many an adapter
     moves them.

@@ -13,7 +13,7 @@ the base model at all is not looked at.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,14 @@ def refusal(engine: str, file: PeftFile) -> EngineVerdict:
         raise ValueError(f"engine {engine!r} is unknown: choose among {', '.join(ENGINES)}")
     reason = _REFUSALS[engine](file)
     return EngineVerdict(engine, reason is None, reason or _needs(engine, file))
+
+
+def required(file: PeftFile, engines: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The engines that have to take a file: those named, or PEFT. Raises ValueError for an unknown
+    one.
+    """
+    named = [engines] if isinstance(engines, str) else engines
+    return tuple(refusal(engine, file).engine for engine in named or ENGINES[:1])
 
 
 def _matching(pattern: Mapping[str, Any] | None, name: str, default: float) -> float:

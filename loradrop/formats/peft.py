@@ -20,7 +20,7 @@ from loradrop.bank import bank_of
 from loradrop.config import DTYPES
 from loradrop.files import read_json, write_json, write_text
 from loradrop.formats.card import card_of, extended
-from loradrop.formats.engines import ENGINES, EngineVerdict, refusal
+from loradrop.formats.engines import ENGINES, EngineVerdict, refusal, required
 from loradrop.formats.hub import CARD, push
 from loradrop.formats.merged import holds_weights, save_merged
 from loradrop.formats.peft_file import (
@@ -193,10 +193,9 @@ def verdicts_on(file: PeftFile, engines: Sequence[str] | None) -> list[EngineVer
     refuses it, with its reason.
     """
     verdicts = [refusal(engine, file) for engine in ENGINES]
-    engines = [engines] if isinstance(engines, str) else engines
-    required = [refusal(engine, file).engine for engine in engines or ENGINES[:1]]
+    must = required(file, engines)
     for verdict in verdicts:
-        if not verdict.ok and verdict.engine in required:
+        if not verdict.ok and verdict.engine in must:
             raise ValueError(f"{verdict.engine} cannot take this adapter: {verdict.reason}")
     return verdicts
 

@@ -163,12 +163,13 @@ class LoraDropModel(_Tuner):  # type: ignore[misc]
     def _lora_injection(self) -> Injection:
         return self.injections[self._active("the plan")]
 
-    def loradrop_injected(self, name: str | None = None) -> AbstractContextManager[nn.Module]:
-        """Inside, the base model as `loradrop.inject` would have left it, with this adapter's bank.
+    def loradrop_injected(self) -> AbstractContextManager[nn.Module]:
+        """Inside, the base model as `loradrop.inject` would have left it, with the bank of the
+        active adapter.
 
         Raises ValueError while adapters are merged into its weights.
         """
-        name = name or self._active("this")
+        name = self._active("this")
         if any(layer.merged for _, layer in self._layers()):
             raise ValueError("the adapters are merged: call model.unmerge_adapter() first")
         return self._viewed(name)

@@ -25,7 +25,6 @@ from loradrop.options import (
     check_part,
     check_steps_or_part,
     check_whole,
-    plain,
 )
 from loradrop.pairs import AFTER, INITS, LoRABank, Update
 from loradrop.scores import Scores, Target
@@ -33,7 +32,6 @@ from loradrop.selection import (
     CHOICES,
     INTERVAL,
     assign,
-    check_interval,
     check_keep,
     keep_frequency,
     reselect,
@@ -91,10 +89,8 @@ class LoRADrop(Method):
     settle_every: int = 10
 
     def __post_init__(self) -> None:
-        keep = plain(self.keep)
-        if keep is not None and (not isinstance(keep, int) or keep < 0):
-            raise ValueError(f"keep={keep}: choose a whole number of at least 0")
-        check_interval(plain(self.interval))
+        check_whole("keep", self.keep, 0, or_none=True)
+        check_whole("interval", self.interval, 1)
         super().__post_init__()
         names = ("threshold", "keep", "keep_ratio", "budget")
         given = [name for name in names if getattr(self, name) is not None]

@@ -79,12 +79,7 @@ def allocate(
 def least_budget(
     spectrum: Spectrum, *, scope: str = "joint", multiple: int = 1, budget_time: float | None = None
 ) -> float:
-    """The smallest budget for which `allocate` leaves anything, whatever the values are.
-
-    Raises ValueError as it does.
-    """
-    check_choice("scope", scope, SCOPES)
-    check_steps(multiple, budget_time)
+    """The smallest budget for which `allocate` leaves anything, whatever the values are."""
     return _least(spectrum, _allowed(spectrum, scope, _lowest(spectrum, budget_time)), multiple)
 
 

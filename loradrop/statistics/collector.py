@@ -18,8 +18,8 @@ from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
 from loradrop.bank import AdapterBank
-from loradrop.machine import is_first_rank
-from loradrop.ranks import is_distributed, reduced
+from loradrop.machine import is_distributed, is_first_rank
+from loradrop.ranks import reduced
 from loradrop.scores import Scores, Target
 from loradrop.statistics.gram_sums import GramSums
 from loradrop.statistics.losses import samples_of

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, distributed
 
 from loradrop.bank import AdapterBank
-from loradrop.ranks import full_tensor, is_distributed, reduced
+from loradrop.machine import is_distributed
+from loradrop.ranks import full_tensor, reduced
 from loradrop.scores import Grams, members_of
 from loradrop.statistics.kept_cores import KeptCores
 

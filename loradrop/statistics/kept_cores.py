@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, distributed
 
 from loradrop.bank import AdapterBank
-from loradrop.ranks import is_distributed, reduced
+from loradrop.machine import is_distributed
+from loradrop.ranks import reduced
 from loradrop.scores import members_of
 
 _ROWS, _ELEMENTS = 1024, 2**27  # at most, the latter of all rows: 512 MiB

@@ -20,7 +20,7 @@ def batches_for(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
     if wanted != "input_ids":
         raise ValueError(
             f"{type(model).__name__} takes {wanted}, and this command has text alone: in Python, "
-            "call verify or verify_merged of loradrop.formats.check with batches of your own"
+            "call loradrop.verify with batches of your own"
         )
     if tokenizer is not None:
         batches = [dict(tokenizer(sentence, return_tensors="pt")) for sentence in SENTENCES]

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from loradrop.bank import bank_of
-from loradrop.ranks import is_distributed, is_sharded
+from loradrop.machine import is_distributed
+from loradrop.ranks import is_sharded
 from loradrop.wrapped import of_inner
 
 
