@@ -169,10 +169,24 @@ def layout_of(
 
     Raises ValueError where it cannot, and says what to do `instead`.
     """
-    trained = adapters.trained
+    _require_places(model, targets, instead)
+    saved = _saved_whole(model, adapters)
+    if "" in saved:
+        raise ValueError(f"peft cannot save a tensor of the model itself: {instead}")
+    reason = ""
+    for task in dict.fromkeys((task_of(model)[0], None)):  # a task may save too much whole
+        found = _layout_for(task, model, adapters.trained, targets, saved)
+        if isinstance(found, Layout):
+            _require_twins(model, adapters.trained, found.saved_tensors, instead)
+            return found
+        reason = found
+    raise ValueError(f"peft cannot adapt these targets: {reason}. Instead, {instead}")
+
+
+def _require_places(model: nn.Module, targets: Sequence[str], instead: str) -> None:
+    """Raises ValueError for a target that PEFT does not take where it is."""
     modules = modules_of(model, once=False)
     kind = configuration_of(model).get("model_type")
-    of_mamba = kind if kind in _MAMBA else None
     places: dict[nn.Module, set[tuple[nn.Module, str]]] = {}
     for name, module in modules.items():
         parent, _, attribute = name.rpartition(".")
@@ -181,52 +195,64 @@ def layout_of(
         if not name or len(places[modules[name]]) > 1:
             where = "is the model itself" if not name else "has several names in the model"
             raise ValueError(f"peft cannot adapt {name or type(model).__name__}: it {where}")
-        if of_mamba and name.endswith("out_proj"):
-            raise ValueError(f"peft refuses {name} in a {of_mamba} model: {instead}")
-    state = base_state(model)
+        if kind in _MAMBA and name.endswith("out_proj"):
+            raise ValueError(f"peft refuses {name} in a {kind} model: {instead}")
+
+
+def _saved_whole(model: nn.Module, adapters: Adapters) -> list[str]:
+    """The modules that are saved whole: those of the configuration that are trained, and those of
+    tensors that were made trainable after `inject`.
+    """
+    trained = adapters.trained
     named = saved_modules(model, adapters.plan.config)
     saved = [m for m in named if any(inside(key, m) for key in trained)]
-    for key in trained:  # made trainable after inject: PEFT saves the module that has it
+    for key in trained:
         if not any(inside(key, m) for m in saved):
             saved.append(key.rpartition(".")[0])
-    if "" in saved:
-        raise ValueError(f"peft cannot save a tensor of the model itself: {instead}")
-    every = {name: m for name, m in modules.items() if name and not inside(name, "lora_bank")}
+    return saved
+
+
+def _layout_for(
+    task: str | None, model: nn.Module, trained: Mapping[str, Tensor], targets: list[str],
+    saved: Sequence[str],
+) -> Layout | str:  # fmt: skip
+    """With this task_type, whose heads PEFT saves whole, too; or why PEFT could not do it so."""
+    names = modules_of(model, once=False)
+    every = {name: m for name, m in names.items() if name and not inside(name, "lora_bank")}
+    of_task = HEADS.get(task or "", ())
+    whole = [name for name in every if name.endswith(tuple(of_task))]
+    own = [m for m in saved if not any(m != w and inside(m, w) for w in whole)]
+    wanted = [*own, *of_task]
+    wrapped = [name for name in every if name.endswith(tuple(wanted))]
+    if nested := [n for n in wrapped if any(n != w and inside(n, w) for w in wrapped)]:
+        return f"it saves {nested[0]} whole, and what that is in, too"
     once = [name for name in modules_of(model) if name in every]  # as PEFT walks for targets
-    reasons, weights = [], packed(model)
-    for task in dict.fromkeys((task_of(model)[0], None)):  # a task may save too much whole
-        of_task = HEADS.get(task or "", ())
-        whole = [name for name in every if name.endswith(tuple(of_task))]
-        own = [m for m in saved if not any(m != w and inside(m, w) for w in whole)]
-        wanted = [*own, *of_task]
-        wrapped = [name for name in every if name.endswith(tuple(wanted))]
-        if nested := [n for n in wrapped if any(n != w and inside(n, w) for w in wrapped)]:
-            reasons.append(f"it saves {nested[0]} whole, and what that is in, too")
-            continue
-        spelled = _spelling(once, targets, wanted)
-        within = [t for t in targets if any(inside(t, w) for w in wrapped)]
-        if within or spelled is None:
-            target = (within or targets)[0]
-            also = [key for key in trained if inside(key, target)]  # as its bias
-            reasons.append(
-                f"{also[0]} is trained too, and it saves that with all of {target} alone"
-                if also
-                else f"it saves whole what ends in {', '.join(wanted)}, {target} too"
+    spelled = _spelling(once, targets, wanted)
+    within = [t for t in targets if any(inside(t, w) for w in wrapped)]
+    if within or spelled is None:
+        target = (within or targets)[0]
+        if also := [key for key in trained if inside(key, target)]:  # as its bias
+            return f"{also[0]} is trained too, and it saves that with all of {target} alone"
+        return f"it saves whole what ends in {', '.join(wanted)}, {target} too"
+    tensors = [key for key in base_state(model) if any(inside(key, w) for w in wrapped)]
+    weights = packed(model)
+    if kept := [key for key in tensors if key in weights and key not in trained]:
+        return f"it saves {kept[0]} whole, which is quantised"
+    return Layout(task, spelled, own, tensors)
+
+
+def _require_twins(
+    model: nn.Module, trained: Mapping[str, Tensor], saved: Sequence[str], instead: str
+) -> None:
+    """Raises ValueError where a trained tensor has another name that is not saved."""
+    state = base_state(model)
+    for key, value in state.items():
+        twin = next((k for k in trained if state[k] is value and key not in saved), None)
+        if twin is not None:
+            raise ValueError(
+                f"peft cannot save {twin} apart from {key}, which is the same tensor: name the "
+                f"modules of both in modules_to_save, or {instead}"
             )
-            continue
-        tensors = [key for key in state if any(inside(key, w) for w in wrapped)]
-        if kept := next((key for key in tensors if key in weights and key not in trained), None):
-            reasons.append(f"it saves {kept} whole, which is quantised")
-            continue
-        for key, value in state.items():
-            twin = next((k for k in trained if state[k] is value and key not in tensors), None)
-            if twin is not None:
-                raise ValueError(
-                    f"peft cannot save {twin} apart from {key}, which is the same tensor: name the "
-                    f"modules of both in modules_to_save, or {instead}"
-                )
-        return Layout(task, spelled, own, tensors)
-    raise ValueError(f"peft cannot adapt these targets: {reasons[-1]}. Instead, {instead}")
 
 
 def configuration_of(model: nn.Module) -> Mapping[str, Any]:

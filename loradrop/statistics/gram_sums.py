@@ -36,26 +36,32 @@ class GramSums:
         """
         for i, gram in enumerate(closed.get("gram_in", ())):
             self._count("inputs", i, gram)
-        given, s = closed.get("core", [None] * len(self.bank.targets)), self.bank.scaling
-        found: dict[int, Tensor] = {}  # by the first member of an adapter
-        for members in (every := members_of(self.bank.slots).values()):
-            for i in members:
-                if (core := given[i]) is not None:
-                    before, one = found.get(members[0]), s[i] * core
-                    found[members[0]] = one if before is None else before + one.to(before.device)
+        cores = self._by_adapter(closed.get("core", [None] * len(self.bank.targets)))
         counts = torch.ones((), dtype=torch.bool, device=samples.device)
         if self.kept is None:
-            for core in found.values():
+            for core in cores.values():
                 counts = counts & core.isfinite().all().to(counts.device)
         zero = torch.zeros_like(samples)
         self._samples = self._samples.to(samples.device) + torch.where(counts, samples, zero)
-        for i, core in found.items():
+        of_sums: dict[int, Tensor] = {}
+        for first, core in cores.items():
             scaled = core * (samples.to(core.device) / times)
-            found[i] = of_sum = torch.where(counts.to(core.device), scaled, 0.0)
-            self._count("left", i, of_sum @ of_sum.T)
-            self._count("right", i, of_sum.T @ of_sum)
+            of_sums[first] = of_sum = torch.where(counts.to(core.device), scaled, 0.0)
+            self._count("left", first, of_sum @ of_sum.T)
+            self._count("right", first, of_sum.T @ of_sum)
         if self.kept is not None:
-            self.kept.add([found.get(members[0]) for members in every])
+            every = members_of(self.bank.slots).values()
+            self.kept.add([of_sums.get(members[0]) for members in every])
+
+    def _by_adapter(self, cores: Sequence[Tensor | None]) -> dict[int, Tensor]:
+        """The first member of an adapter -> Σ s·core over all of them that have one."""
+        found: dict[int, Tensor] = {}
+        for first, *others in members_of(self.bank.slots).values():
+            for i in (first, *others):
+                if (core := cores[i]) is not None:
+                    before, one = found.get(first), self.bank.scaling[i] * core
+                    found[first] = one if before is None else before + one.to(before.device)
+        return found
 
     def _count(self, kind: str, i: int, value: Tensor | None) -> None:
         if value is not None:
