@@ -27,7 +27,7 @@ K, RANK, ALPHA = 64, 16, 32
 BACKENDS = {"triton": 128, "overlap": 128, "decode": 16}  # and tokens
 DIRECTIONS = ("no_grad", "forward_backward", "recomputed")  # the last under checkpointing
 PROTOCOL = {"calls": 40, "blocks": 11, "K": K, "N": K, "r": RANK, "dtype": "bfloat16"}
-FREE = {"new_empty", "empty_like", "empty_strided"}
+FREE = {"new_empty", "empty_strided"}
 FREE |= {"permute", "alias", "t", "view", "detach", "_unsafe_view"}
 
 

@@ -1,12 +1,13 @@
-"""The adapters in x's dtype, in one launch: kernels that load no other read these.
+"""The adapters in x's dtype, in one launch: for kernels that load no other, and where it pays.
 
-a = A    b = s·B             A, a (r, K)   B, b (N, r)
+    a = A    b = s·B             A, a (r, K)   B, b (N, r)
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor, dtype
 
+from loradrop.kernels.gemm_ext import in_eights
 from loradrop.kernels.launch import kernel
 from loradrop.kernels.tiles import cdiv, new_rows, triton_dtype
 
@@ -14,7 +15,9 @@ _BLOCK = 1024  # numbers of a program
 
 
 @triton.jit
-def _copy(FROM, TO, scale, i, rows, columns, sr, sc, st, DTYPE: tl.constexpr):
+def _copy(FROM, TO, scale, i, rows, columns, sr, sc, st, EIGHTS: tl.constexpr,
+          DTYPE: tl.constexpr):  # fmt: skip
+    columns, sr, st = in_eights(columns, EIGHTS), in_eights(sr, EIGHTS), in_eights(st, EIGHTS)
     inside = (i >= 0) & (i < rows * columns)
     row, column = (i // columns).to(tl.int64), (i % columns).to(tl.int64)
     value = tl.load(FROM + row * sr + column * sc, mask=inside, other=0.0).to(tl.float32) * scale
@@ -24,12 +27,12 @@ def _copy(FROM, TO, scale, i, rows, columns, sr, sc, st, DTYPE: tl.constexpr):
 @kernel()
 def _cast(A, B, TO_A, TO_B, scale, of_a, rows_a, columns_a, sar, sac, sta, rows_b, columns_b, sbr,
           sbc, stb, BLOCK: tl.constexpr, HAS_A: tl.constexpr, HAS_B: tl.constexpr,
-          DTYPE: tl.constexpr):  # fmt: skip
+          EIGHTS: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     if HAS_A:  # the first programs, so many as `of_a`
-        _copy(A, TO_A, 1.0, i, rows_a, columns_a, sar, sac, sta, DTYPE)
+        _copy(A, TO_A, 1.0, i, rows_a, columns_a, sar, sac, sta, EIGHTS, DTYPE)
     if HAS_B:  # and the others
-        _copy(B, TO_B, scale, i - of_a * BLOCK, rows_b, columns_b, sbr, sbc, stb, DTYPE)
+        _copy(B, TO_B, scale, i - of_a * BLOCK, rows_b, columns_b, sbr, sbc, stb, EIGHTS, DTYPE)
 
 
 def cast(
@@ -45,7 +48,8 @@ def cast(
     b, of_b, form_b = _copied(B, to)
     _cast(
         (of_a + of_b,), (A, B, a, b), (float(scale),), (of_a, *form_a, *form_b),
-        BLOCK=_BLOCK, HAS_A=A is not None, HAS_B=B is not None, DTYPE=triton_dtype(to),
+        BLOCK=_BLOCK, HAS_A=A is not None, HAS_B=B is not None,
+        EIGHTS=_in_eights(*form_a) and _in_eights(*form_b), DTYPE=triton_dtype(to),
     )  # fmt: skip
     return a, b
 
@@ -58,3 +62,7 @@ def _copied(matrix: Tensor | None, to: dtype) -> tuple[Tensor | None, int, tuple
     made = new_rows(matrix, rows, columns, to)
     form = (rows, columns, *matrix.stride(), made.stride(0))
     return made, cdiv(rows * columns, _BLOCK), form
+
+
+def _in_eights(rows: int, columns: int, row: int, column: int, to_row: int) -> bool:
+    return columns % 8 == row % 8 == to_row % 8 == 0

@@ -1,7 +1,10 @@
 """The CUDA kernels: their values on a Hopper GPU against float64, and what is refused anywhere."""
 
 import functools
+import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch import Tensor
 from loradrop.op import cuda, reference
 from loradrop.testing import assert_within, error
 
+ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.bfloat16, torch.float16]
 # (M, R, C, r) of p (M, R)·q (R, C) + h (M, r)·l (r, C)
 SHAPES = {
@@ -322,6 +326,73 @@ def test_a_driver_that_is_too_old_is_a_reason(known: int, monkeypatch: pytest.Mo
     assert (reason is None) == (known == 13000) == (cuda.missing() is None)
     assert reason is None or "built by CUDA 13, and the driver knows 12" in reason
     assert "device 0 has compute capability 8.0" in str(cuda._why_not_on(0))
+
+
+def names_of(kernel: str) -> list[str]:
+    """Of the arguments of a function of the extension, in their order."""
+    source = (ROOT / "csrc" / "bindings.cpp").read_text(encoding="utf-8")
+    signature = re.search(rf"void {kernel}\((.*?)\) \{{", source, re.S)
+    given = re.search(rf'm\.def\("{kernel}", &.*?\);', source, re.S)
+    assert signature is not None and given is not None
+    names = re.findall(r'py::arg\("(\w+)"\)', given[0])
+    assert names == [one.split()[-1].strip("&").rstrip("_") for one in signature[1].split(",")]
+    return names
+
+
+def form(matrix: Tensor) -> tuple[int, ...]:
+    return (matrix.data_ptr(), *matrix.shape, *matrix.stride())
+
+
+@pytest.mark.parametrize("kernel", ["gemm_ext", "gemm_lora", "decode"])
+def test_arguments_go_to_their_places(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have names in the extension, and a call hands them over by place."""
+    told: list[tuple[Any, ...]] = []
+    launch = SimpleNamespace(gemm_ext=lambda *given: told.append(given))
+    launch.decode = launch.gemm_ext
+    monkeypatch.setattr(cuda, "_extension", lambda: launch)
+    monkeypatch.setattr(cuda, "_why_not", lambda *given: None)
+    monkeypatch.setattr(cuda, "_plan", lambda *given: (16, 2, 4))
+    x, w, A, B = (
+        torch.zeros(n, k, dtype=DTYPES[0]) for n, k in ((5, 16), (24, 16), (8, 16), (24, 8))
+    )
+    bias, weights, h = torch.zeros(24, dtype=DTYPES[0]), torch.zeros(5), x.new_zeros(5, 8)
+    matrices, wanted = (
+        {"q": w.T, "l": B.T, "p": x},
+        {"device": -1, "stream": 0, "dtype": "bfloat16"},
+    )
+    if kernel == "gemm_ext":
+        out = cuda.gemm_ext(x, w.T, bias, h, B.T, 0.5, overlap=True, tile_n=128, cluster=2)
+        wanted |= {"h_scale": 1.0, "a": None, "ready": 0, "overlap": True, "tile_n": 128}
+        wanted |= {"cluster": 2}
+        matrices |= {"out": out, "h": h}
+    elif kernel == "gemm_lora":
+        out, made = cuda.gemm_lora(x, w.T, bias, A.T, B.T, 0.5, 0.25)
+        wanted |= {"h_scale": 0.25, "overlap": False, "tile_n": 0, "cluster": 0}
+        matrices |= {"out": out, "h": made, "a": A.T}
+    else:
+        y, low, norm = cuda.decode(x, w, bias, A, B, 0.5, weights, True)
+        assert norm is not None
+        matrices = {"x": x, "w": w, "a": A, "b": B}
+        wanted |= {"y": y.data_ptr(), "h": low.data_ptr(), "weights": weights.data_ptr()}
+        wanted |= {"sqnorm": norm.data_ptr(), "rows": 16, "cluster": 2}
+    wanted |= {"bias": bias.data_ptr(), "scaling": 0.5}
+    wanted |= {name: form(matrix) for name, matrix in matrices.items()}
+    (given,) = told
+    found = dict(zip(names_of("decode" if kernel == "decode" else "gemm_ext"), given, strict=True))
+    unseen = {"gemm_ext": set(), "gemm_lora": {"ready"}, "decode": {"planes"}}[kernel]
+    assert all(found.pop(name) for name in unseen)  # memory that nobody else sees
+    assert found == wanted
+
+
+@pytest.mark.parametrize("kernel", ["gemm_ext", "decode"])
+def test_the_stand_ins_take_them_in_that_order(kernel: str) -> None:
+    pytest.importorskip("triton")
+    import test_replay
+
+    told = [
+        name for name in inspect.signature(getattr(test_replay, kernel)).parameters if name != "_"
+    ]
+    assert names_of(kernel)[: len(told)] == told
 
 
 class Extension:

@@ -51,7 +51,7 @@ def test_the_launches_are_those_of_the_code(name: str, monkeypatch: pytest.Monke
 
     class Copies(TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-            if function in (torch.ops.aten._to_copy.default, torch.ops.aten.mul.out):
+            if function is torch.ops.aten._to_copy.default:
                 ran.append(function)
             return function(*args, **(kwargs or {}))
 

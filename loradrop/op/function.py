@@ -53,7 +53,9 @@ def saved_tensors(call: Call, sinks: Sinks, out: Output) -> tuple[Tensor | None,
     """What the backward pass reads, in the order in which `saved_of` takes it."""
     x = call.x if reads_x(call, sinks) else None
     weights = call.token_weights if sinks.moment is not None else None
-    kept = weights, out.sqnorm, out.gram, out.a, out.b
+    a = out.a if call.x.requires_grad else None
+    b = out.b if call.x.requires_grad or call.A.requires_grad else None
+    kept = weights, out.sqnorm, out.gram, a, b
     return x, call.weight, call.A, call.B, out.h, out.mask, call.seed, *kept
 
 

@@ -46,7 +46,7 @@ Extend = Callable[..., Tensor]
 
 class Near(NamedTuple):
     """The adapters as the kernels of a pass read them: copies in x's dtype, or None for themselves,
-    as a pass is given no tensor twice.
+    as what a pass hands over it must have made.
     """
 
     a: Tensor | None  # (r, K)
@@ -206,14 +206,20 @@ class Fused:
         pays = rows.shape[0] >= ROUNDED_ROWS and r in ROUNDED_RANKS and not masked
         if not must and not pays:
             return Near(None, None, of.scaling)
+
+        def fits(factor: Tensor) -> bool:
+            return factor.dtype == dtype and (not must or rows_aligned(as_stored(factor)))
+
+        A, B = None if fits(of.A) else of.A, None if fits(of.B) else of.B
+        if A is None and B is None and isinstance(of, Call) and _decodes(of):
+            return Near(None, None, of.scaling)  # the kernel for few rows takes s by itself
         exact = tiles.scale_mode(of.scaling, dtype) == "h"
-        lies = (not must or rows_aligned(as_stored(factor)) for factor in (of.A, of.B))
-        fits = [ok and factor.dtype == dtype for ok, factor in zip(lies, (of.A, of.B), strict=True)]
-        A = None if fits[0] else of.A
-        B = None if fits[1] and not (must and exact) else of.B
+        if must and exact:
+            B = of.B
         scaled = exact and B is not None
         a, b = (of.a, of.b) if isinstance(of, Saved) else (None, None)
-        if a is None and b is None:
+        handed = [copy for copy in (a, b) if copy is not None]
+        if not handed or not all(map(fits, handed)):  # a hook that moved them closes the gaps
             a, b = cast(A, B, of.scaling if scaled else 1.0, dtype)
         return Near(a, b, 1.0 if scaled else of.scaling)
 

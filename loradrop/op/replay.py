@@ -28,8 +28,8 @@ class Pass(NamedTuple):
 
     made      (shape, strides, dtype, device) of each of these
     launches  how each is made, and which tensors it takes
-    results   which tensors are the fields of the result, of that kind; and of one that is a part of
-              its tensor, as rows apart have it, its shape and strides
+    results   which tensors are the fields of the result, of that kind; and of one that is the first
+              columns of its tensor, its shape and strides
     """
 
     made: Sequence[tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]]
@@ -112,6 +112,9 @@ class _Watched(TorchDispatchMode):
                     self.strange = True
                 elif form != (made.shape, made.stride()):
                     part = form
+                    self.strange |= field.ndim != 2 or form != (
+                        (made.shape[0], field.shape[1]), made.stride()
+                    )  # fmt: skip
             results.append((i, part))
         return None if self.strange else Pass(self.made, self.launches, results, type(result))
 
