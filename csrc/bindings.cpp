@@ -158,22 +158,27 @@ int attribute(cudaDeviceAttr name, int device) {
 // Makes `device` current while it lives.
 class On {
  public:
-  explicit On(int device) {
+  explicit On(int device) : device_(device) {
     check(cudaGetDevice(&before_), "no CUDA device");
     if (before_ != device) check(cudaSetDevice(device), "the device cannot be chosen");
     const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
     const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
     if (major != 9 || minor != 0) {
-      cudaSetDevice(before_);
+      restore();
       throw std::runtime_error("the device has compute capability " + std::to_string(major) + "." +
                                std::to_string(minor) + ", and the kernels are built for 9.0 only");
     }
   }
-  ~On() { cudaSetDevice(before_); }
+  ~On() { restore(); }
   On(const On&) = delete;
 
  private:
-  int before_ = 0;
+  // To set what is set would begin a context where there is none.
+  void restore() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
+
+  int device_, before_ = 0;
 };
 
 CUtensorMap map_of(const Matrix& a, int box_rows, Type type) {

@@ -116,7 +116,7 @@ def faults(arch: int, launch: Launch, found: dict[str, Any]) -> list[str]:
     has, constants = found["instructions"], dict(launch.constants)
     half = constants.get("PRECISION") != "ieee"
     limit = SHARED.get(arch, 101376)
-    products = launch.kernel not in ("_add_planes", "_add_blocks", "_total", "_finish")
+    products = launch.kernel not in ("_add_planes", "_add_blocks", "_cast", "_total", "_finish")
     spilled, shared = found["spilled"], found["shared"]
     wide = launch.kernel in ("_gemm_ext", "_shrink", "_outer") and half
     tall = constants["R" if launch.kernel == "_outer" else "BM"] >= 64 if wide else False

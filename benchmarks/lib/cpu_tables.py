@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from math import isnan
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lib.markdown import SHORT, markdown, unique
 from lib.results import FROZEN, Cell, Row, medians, ratios, read_rows
@@ -146,6 +146,32 @@ def compose(results: Path) -> str | None:
     return "\n".join((note, "", markdown(head, body)))
 
 
+def host_gpu(results: Path) -> str | None:
+    """The host's time of a layer on a GPU that is not there, over PEFT's."""
+    path = results / "cpu" / "bench_host_gpu.json"
+    if not path.exists():
+        return None
+    found = read_json(path)
+    about, protocol, calls = found["environment"], found["protocol"], found["calls"]
+    by_backend: dict[str, list[dict[str, Any]]] = {}
+    for call in calls:
+        by_backend.setdefault(f"`{call['backend']}`, {call['M']} tokens", []).append(call)
+    body = [
+        (name, *(f"{of['after']['over_peft']:.2f} ({of['after']['launches']})" for of in row))
+        for name, row in by_backend.items()
+    ]
+    note = (
+        f"{protocol['dtype']}, float32 adapters, r = {protocol['r']}, {about['cpu']['name']}, "
+        f"commit {about['commits']['after']}; medians of {protocol['processes']} processes, in "
+        "brackets the kernels that are launched."
+    )
+    head = (
+        "over PEFT's",
+        *(call["call"].replace("_", " ") for call in next(iter(by_backend.values()))),
+    )
+    return "\n".join((note, "", markdown(head, body)))
+
+
 def side_by_side(results: Path) -> str | None:
     """The same scripts with PEFT's LoRA and with LoRA-drop."""
     path = results / "cpu" / "bench_side_by_side.json"
@@ -188,5 +214,6 @@ CPU_TABLES: dict[str, Callable[[Path], str | None]] = {
     "cpu_summary": summary,
     "statistics": statistics_cost,
     "compose": compose,
+    "host_gpu": host_gpu,
     "side_by_side": side_by_side,
 }
