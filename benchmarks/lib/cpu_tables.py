@@ -97,12 +97,16 @@ def summary(results: Path) -> str | None:
     return markdown((title, *named.values()), body)
 
 
+def _found(results: Path, name: str) -> dict[str, Any] | None:
+    """What a result file of a CPU holds; None where there is none."""
+    path = results / "cpu" / name
+    return read_json(path) if path.exists() else None
+
+
 def statistics_cost(results: Path) -> str | None:
     """What a step of training takes with statistics, over one without."""
-    path = results / "cpu" / "bench_statistics.json"
-    if not path.exists():
+    if (found := _found(results, "bench_statistics.json")) is None:
         return None
-    found = read_json(path)
     body = [
         (name, f"{100 * (of['median'] - 1):+.1f}".replace("-", "−"), _spread_of(of))
         for name, of in found["ratio"].items()
@@ -118,10 +122,8 @@ def _spread_of(ratio: dict[str, float]) -> str:
 
 def compose(results: Path) -> str | None:
     """What composing costs in each method, as a part of the layer that it serves."""
-    path = results / "cpu" / "bench_compose.json"
-    if not path.exists():
+    if (found := _found(results, "bench_compose.json")) is None:
         return None
-    found = read_json(path)
     sizes, about, rows = found["protocol"], found["environment"], found["rows"]
     body = [
         (
@@ -148,10 +150,8 @@ def compose(results: Path) -> str | None:
 
 def host_gpu(results: Path) -> str | None:
     """The host's time of a layer on a GPU that is not there, over PEFT's."""
-    path = results / "cpu" / "bench_host_gpu.json"
-    if not path.exists():
+    if (found := _found(results, "bench_host_gpu.json")) is None:
         return None
-    found = read_json(path)
     about, protocol, calls = found["environment"], found["protocol"], found["calls"]
     by_backend: dict[str, list[dict[str, Any]]] = {}
     for call in calls:
@@ -174,10 +174,8 @@ def host_gpu(results: Path) -> str | None:
 
 def side_by_side(results: Path) -> str | None:
     """The same scripts with PEFT's LoRA and with LoRA-drop."""
-    path = results / "cpu" / "bench_side_by_side.json"
-    if not path.exists():
+    if (found := _found(results, "bench_side_by_side.json")) is None:
         return None
-    found = read_json(path)
     about, protocol, body = found["environment"], found["protocol"], list[tuple[str, ...]]()
     for row in found["rows"]:
         for side, of in row["sides"].items():

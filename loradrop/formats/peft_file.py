@@ -6,7 +6,7 @@ heads that `PeftModelFor...` adds), replayed so that an export hits our targets 
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
@@ -173,11 +173,11 @@ def layout_of(
     saved = _saved_whole(model, adapters)
     if "" in saved:
         raise ValueError(f"peft cannot save a tensor of the model itself: {instead}")
-    reason = ""
+    state, reason = base_state(model), ""
     for task in dict.fromkeys((task_of(model)[0], None)):  # a task may save too much whole
-        found = _layout_for(task, model, adapters.trained, targets, saved)
+        found = _layout_for(task, model, state, adapters.trained, targets, saved)
         if isinstance(found, Layout):
-            _require_twins(model, adapters.trained, found.saved_tensors, instead)
+            _require_twins(state, adapters.trained, found.saved_tensors, instead)
             return found
         reason = found
     raise ValueError(f"peft cannot adapt these targets: {reason}. Instead, {instead}")
@@ -213,8 +213,8 @@ def _saved_whole(model: nn.Module, adapters: Adapters) -> list[str]:
 
 
 def _layout_for(
-    task: str | None, model: nn.Module, trained: Mapping[str, Tensor], targets: list[str],
-    saved: Sequence[str],
+    task: str | None, model: nn.Module, state: Iterable[str], trained: Mapping[str, Tensor],
+    targets: list[str], saved: Sequence[str],
 ) -> Layout | str:  # fmt: skip
     """With this task_type, whose heads PEFT saves whole, too; or why PEFT could not do it so."""
     names = modules_of(model, once=False)
@@ -234,7 +234,7 @@ def _layout_for(
         if also := [key for key in trained if inside(key, target)]:  # as its bias
             return f"{also[0]} is trained too, and it saves that with all of {target} alone"
         return f"it saves whole what ends in {', '.join(wanted)}, {target} too"
-    tensors = [key for key in base_state(model) if any(inside(key, w) for w in wrapped)]
+    tensors = [key for key in state if any(inside(key, w) for w in wrapped)]
     weights = packed(model)
     if kept := [key for key in tensors if key in weights and key not in trained]:
         return f"it saves {kept[0]} whole, which is quantised"
@@ -242,10 +242,9 @@ def _layout_for(
 
 
 def _require_twins(
-    model: nn.Module, trained: Mapping[str, Tensor], saved: Sequence[str], instead: str
+    state: Mapping[str, Tensor], trained: Iterable[str], saved: Sequence[str], instead: str
 ) -> None:
     """Raises ValueError where a trained tensor has another name that is not saved."""
-    state = base_state(model)
     for key, value in state.items():
         twin = next((k for k in trained if state[k] is value and key not in saved), None)
         if twin is not None:

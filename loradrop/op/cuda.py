@@ -131,7 +131,7 @@ def _launch(
     """Launches a kernel of the extension on the device of the first matrix, on its current stream.
 
     It takes `matrices` with their sizes and strides, and of the others only where they begin; then
-    `numbers`, in the order of csrc/bindings.cpp: names would cost the host a third of the call.
+    `numbers`, all in the order of csrc/bindings.cpp: to look up names costs the host.
     """
     run, tensors = getattr(_extension(), kernel), (*matrices, *pointers)
     forms = [*map(_form, matrices)]
