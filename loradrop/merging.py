@@ -17,9 +17,9 @@ from loradrop.injection import (
 )
 from loradrop.layers import as_weight, is_plain
 from loradrop.quantised import Format, Stored, format_of, kept, put
+from loradrop.remarks import tell_untouched
 from loradrop.scores import Target
 from loradrop.surgery import require_undoable, strip
-from loradrop.untouched import tell_untouched
 from loradrop.wrapped import of_inner
 
 _log = logging.getLogger(__name__)

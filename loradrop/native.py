@@ -24,8 +24,8 @@ from loradrop.files import read_json, write_json
 from loradrop.injection import injected
 from loradrop.plan import Plan
 from loradrop.ranks import writes
+from loradrop.remarks import tell_untouched
 from loradrop.tensor_file import same, write_tensors
-from loradrop.untouched import tell_untouched
 from loradrop.wrapped import of_inner
 
 TENSORS, PLAN, FOLDER = "adapter.safetensors", "plan.json", "loradrop_adapter"

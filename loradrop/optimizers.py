@@ -110,7 +110,7 @@ def regroup(model: nn.Module, optimizer: Any, groups: Groups) -> None:
             optimizer.param_groups[place]["params"].append(parameter)
     for group, beside in zip(optimizer.param_groups, others, strict=True):
         group["params"] += beside
-    plain(optimizer).state.clear()
+    unwrapped(optimizer).state.clear()
 
 
 def _places_of_new(bank: AdapterBank, groups: Groups) -> dict[int, int | None]:
@@ -130,7 +130,7 @@ def follow(model: nn.Module, optimizer: Any, groups: Groups, update: Update | No
     """
     state = {} if update is None else kept_state(optimizer, update)
     regroup(model, optimizer, groups)
-    held, inside = _places(optimizer), plain(optimizer)
+    held, inside = _places(optimizer), unwrapped(optimizer)
     if inside.state:  # computed, as of several optimisers in one: what is in it can be emptied
         for known in (known for p, known in inside.state.items() if p not in state):
             known.clear()
@@ -141,7 +141,7 @@ def follow(model: nn.Module, optimizer: Any, groups: Groups, update: Update | No
     inside.state.update({p: known for p, known in state.items() if id(p) in held})
 
 
-def plain(optimizer: Any) -> Any:
+def unwrapped(optimizer: Any) -> Any:
     """The optimiser of torch inside accelerate's."""
     return getattr(optimizer, "optimizer", optimizer)
 
@@ -154,7 +154,7 @@ def kept_state(optimizer: Any, update: Update) -> dict[Any, Known]:
     means of squares go over with the squares of these, as if the elements were independent. What
     cannot go over begins anew, with a warning.
     """
-    state, why = plain(optimizer).state, None
+    state, why = unwrapped(optimizer).state, None
     found = {parameter: state[parameter] for parameter in state}
     for parameter in update.fresh:
         found.pop(parameter, None)
@@ -169,7 +169,7 @@ def kept_state(optimizer: Any, update: Update) -> dict[Any, Known]:
                 moved = {n: _moved(n, value, old, left, right) for n, value in known.items()}
                 found[new] = moved
     if why is not None:
-        what = f"{type(plain(optimizer)).__name__} keeps {why!r} of each parameter"
+        what = f"{type(unwrapped(optimizer)).__name__} keeps {why!r} of each parameter"
         _log.warning("%s, which cannot be cut: it begins anew with the adapters", what)
     return found
 
@@ -192,7 +192,7 @@ def unprojectable(model: nn.Module, optimizer: Any) -> str | None:
     """What an optimiser keeps of adapters that cannot be cut with them: all but means of gradients
     and of their squares, element by element, and numbers. None where it can.
     """
-    state = plain(optimizer).state
+    state = unwrapped(optimizer).state
     found = (_odd(state.get(parameter, {}), parameter) for parameter in bank_of(model).parameters())
     return next(filter(None, found), None)
 
@@ -206,7 +206,7 @@ def _odd(known: Known, parameter: Tensor) -> str | None:
     return None
 
 
-def by_name(model: nn.Module, state: Mapping[Any, Known]) -> dict[str, Known]:
+def state_by_name(model: nn.Module, state: Mapping[Any, Known]) -> dict[str, Known]:
     """The same by the parameters' names in the model, as `learn` takes it."""
     found = {name: state[p] for name, p in model.named_parameters() if p in state}
     if state and not found and not any(isinstance(key, Tensor) for key in state):

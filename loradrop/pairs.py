@@ -16,7 +16,7 @@ from loradrop.selection import INTERVAL, assign
 from loradrop.spectral.cuts import Cut
 from loradrop.statistics.gram_sums import grams_of
 
-INITS = ("fresh", "mean", "top")
+SHARE_INITS = ("fresh", "mean", "top")
 AFTER = ("reinit", "continue")
 
 
@@ -146,7 +146,7 @@ class LoRABank(AdapterBank):
     ) -> Update:
         """One pair for all targets of a group but `kept`: see `sharing.share`."""
         self.require_whole()
-        check_choice("init", init, INITS)
+        check_choice("init", init, SHARE_INITS)
         check_choice("after_select", after_select, AFTER)
         if init == "top" and scores is None:
             raise ValueError("init='top' needs scores: call loradrop.probe(model, batches) first")
@@ -309,7 +309,7 @@ def _in_place(pairs: Sequence[Pair], held: Sequence[Pair | None]) -> list[Pair]:
     return found
 
 
-def tensors_of(pairs: Sequence[Pair]) -> dict[str, Tensor]:
+def pair_tensors(pairs: Sequence[Pair]) -> dict[str, Tensor]:
     """The tensors of a `LoRABank` with these pairs, by their names in its state dict."""
     return {
         f"pairs.{k}.{side}": factor.detach()

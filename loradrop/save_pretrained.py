@@ -17,8 +17,8 @@ from loradrop.bank import ALONE, STATE, bank_of
 from loradrop.injection import injection_of, plan_of, require_adapted, trained_since
 from loradrop.native import FOLDER, save, write
 from loradrop.ranks import full_tensor, is_sharded
+from loradrop.remarks import unmeasured
 from loradrop.tensor_file import write_tensors
-from loradrop.untouched import unmeasured
 
 CHECKPOINT = "model.safetensors"  # where the Trainer looks for what it saved
 _log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from loradrop.injection import Injection, injection_of, plan_of, require_unmerge
 from loradrop.methods import Method
 from loradrop.pairs import LoRABank, Update
 from loradrop.ranks import as_on_the_first
+from loradrop.remarks import tell_in_vain
 from loradrop.scores import Scores
 from loradrop.selection import INTERVAL, keep_frequency
-from loradrop.step_time import tell_in_vain
 from loradrop.wrapped import of_inner
 
 _log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from torch import nn
 
 from loradrop.bank import bank_of
 from loradrop.injection import injection_of, plan_of, require_adapted, require_own, require_unmerged
-from loradrop.optimizers import MOMENTS, follow, groups_of, plain, unprojectable
+from loradrop.optimizers import MOMENTS, follow, groups_of, unprojectable, unwrapped
 from loradrop.options import check_choice
 from loradrop.pairs import LoRABank
 from loradrop.spectral.cuts import decide
@@ -57,8 +57,8 @@ def truncate(
     projected = optimizer is not None and moments == "projected"
     if projected and (name := unprojectable(model, optimizer)) is not None:
         raise ValueError(
-            f"{type(plain(optimizer)).__name__} keeps {name!r} of each parameter, which cannot be "
-            "projected: pass moments='reset', which begins its state anew"
+            f"{type(unwrapped(optimizer)).__name__} keeps {name!r} of each parameter, which cannot "
+            "be projected: pass moments='reset', which begins its state anew"
         )
     cut = decide(bank.targets, bank.grams(grams, metric), ranks, metric, compensate)
     made = bank.cut(cut)

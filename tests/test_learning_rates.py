@@ -15,7 +15,7 @@ import loradrop
 from loradrop import LoRAConfig, fit
 from loradrop.injection import injection_of, plan_of
 from loradrop.methods import Method
-from loradrop.optimizers import plain, set_head_rate
+from loradrop.optimizers import set_head_rate, unwrapped
 
 
 class Rates(TrainerCallback):
@@ -63,7 +63,7 @@ class Knowledge(TrainerCallback):
         self.note(optimizer)
 
     def note(self, optimizer: Any) -> None:
-        state = plain(optimizer).state
+        state = unwrapped(optimizer).state
         self.known.append({p: copy.deepcopy(state[p]) for p in state})
 
 

@@ -13,7 +13,7 @@ import loradrop
 from loradrop import LoRAConfig, LoRADrop, LoraDropConfig
 from loradrop.formats.peft_file import read as read_peft
 from loradrop.injection import injection_of, plan_of
-from loradrop.pairs import AFTER, INITS
+from loradrop.pairs import AFTER, SHARE_INITS
 from loradrop.scores import Scores
 from loradrop.selection import assign, reselect
 
@@ -141,7 +141,7 @@ def test_the_plan_has_the_scores_that_decided(kept: list[str] | None, tmp_path: 
     assert kept is None or list(plan.kept) == kept
 
 
-@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("init", SHARE_INITS)
 @pytest.mark.parametrize("after_select", AFTER)
 def test_where_adapters_start(init: str, after_select: str) -> None:
     model = train(net(LoRADrop()))

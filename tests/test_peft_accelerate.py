@@ -12,7 +12,7 @@ from peft_models import BATCH, OPTIONS, logits, peft
 from torch import Tensor, nn
 
 import loradrop
-from loradrop.integrations.peft_layers import Fused
+from loradrop.integrations.peft_layers import Accelerated
 
 
 def made(model: Any = None, **options: Any) -> Any:
@@ -40,7 +40,7 @@ def run(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def fused(model: Any) -> int:
-    return sum(isinstance(module, Fused) for module in model.modules())
+    return sum(isinstance(module, Accelerated) for module in model.modules())
 
 
 CASES: dict[str, Any] = {

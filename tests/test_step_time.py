@@ -10,7 +10,7 @@ from transformers import OPTConfig, OPTForCausalLM
 
 import loradrop
 from loradrop import LoRAConfig, Spectral
-from loradrop.step_time import tell_time_in_vain
+from loradrop.remarks import tell_time_in_vain
 
 MESSAGE = "budget_time=0.75 saves little or nothing"
 

@@ -72,19 +72,19 @@ def test_the_layers_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
     folder = write_model(tmp_path / "base")
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)  # no weight is read
-    (d,) = {layer.k for layer in tuning.layers_of(str(folder), None, None)[0]}
-    assert tuning.layers_of(str(folder), None, None) == ([(d, d, 16)], 0.0)
-    every, _ = tuning.layers_of(str(folder), (2, 4), "all-linear")
+    (d,) = {layer.k for layer in tuning.layers_to_tune(str(folder), None, None)[0]}
+    assert tuning.layers_to_tune(str(folder), None, None) == ([(d, d, 16)], 0.0)
+    every, _ = tuning.layers_to_tune(str(folder), (2, 4), "all-linear")
     assert len(every) == len(set(every)) and {layer.r for layer in every} == {2, 4}
     assert {(d, d, 2), (d, d, 4)} < set(every)
     assert any(layer.k != layer.n for layer in every)
-    named, _ = tuning.layers_of(str(folder), (2,), "query,key")
+    named, _ = tuning.layers_to_tune(str(folder), (2,), "query,key")
     assert named == [(d, d, 2)]
     run = tmp_path / "run.yaml"
     run.write_text(f"{{model: {folder}, lora: {{r: 4, lora_dropout: 0.25, method: lora}}}}")
-    assert tuning.layers_of(str(run), None, None) == ([(d, d, 4)], 0.25)
+    assert tuning.layers_to_tune(str(run), None, None) == ([(d, d, 4)], 0.25)
     pattern = LoRAConfig(r=4, rank_pattern={"query": 2})
-    assert set(tuning.layers_of_model(str(folder), [pattern])) == {(d, d, 2), (d, d, 4)}
+    assert set(tuning.layers_to_tune_model(str(folder), [pattern])) == {(d, d, 2), (d, d, 4)}
 
 
 @pytest.mark.parametrize(

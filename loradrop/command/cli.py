@@ -186,10 +186,10 @@ def compress(
     """Keep the directions of a trained adapter that matter."""
     from loradrop.command.compression import PAGE, SPECTRUM, compress, open_adapter, require_apart
     from loradrop.plan_file import REPORT
+    from loradrop.remarks import tell_time_in_vain
     from loradrop.report.budgets import BUDGETS, budget_table
     from loradrop.report.terminal import plan_table
     from loradrop.spectral.allocation import allocate, check_amounts, check_steps
-    from loradrop.step_time import tell_time_in_vain
 
     _quiet()
     config = _config(settings)
@@ -401,7 +401,7 @@ def tune(
         raise ValueError("--device cuda: PyTorch finds no CUDA device here; leave it out")
     ranks = None if rank is None else tuning.numbers("--rank", rank)
     sizes = tuning.TOKENS[device] if tokens is None else tuning.numbers("--tokens", tokens)
-    layers, p = tuning.layers_of(source, ranks, targets)
+    layers, p = tuning.layers_to_tune(source, ranks, targets)
     p = p if dropout is None else dropout
     kind = dtype or tuning.DEFAULT_DTYPE[device]
     cells = tuning.cells_of(layers, sizes, kind, p, train)

@@ -39,8 +39,8 @@ def rows_for(model: Any, data: DataConfig, adapter: str | Path) -> Rows:
     """
     task = load_task(data)
     _require_fit(model, task, adapter)
-    task = by_name(task, model.config, adapter)
-    if _are_names(task.labels) and not _are_names(names_in(model.config)):
+    task = in_order_of(task, model.config, adapter)
+    if _are_names(task.labels) and not _are_names(class_names(model.config)):
         _log.warning(
             "neither %s nor its base model names its classes: they are taken for those of the data "
             "by alphabet (%s). Where that is not their order, write the labels as numbers, 0 for "
@@ -71,11 +71,11 @@ def _require_fit(model: Any, task: TextTask, adapter: str | Path) -> None:
         )
 
 
-def by_name(task: TextTask, config: Any, of: str | Path) -> TextTask:
+def in_order_of(task: TextTask, config: Any, of: str | Path) -> TextTask:
     """The task with its classes in the order in which the `config` of a model has them; names may
     differ in the case of their letters.
     """
-    names = names_in(config)
+    names = class_names(config)
     if len(names) != len(task.labels) or list(task.labels) == names or not _are_names(names):
         return task
     own = {label.casefold(): label for label in task.labels}
@@ -89,7 +89,7 @@ def by_name(task: TextTask, config: Any, of: str | Path) -> TextTask:
     return task
 
 
-def names_in(config: Any) -> list[str]:
+def class_names(config: Any) -> list[str]:
     """The names of a model's classes in the order of its head; empty where it has none."""
     there = getattr(config, "id2label", None) or {}
     names = [str(there[i]) for i in range(len(there)) if i in there]

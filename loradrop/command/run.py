@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from loradrop.command.adapter_bases import load_base
 from loradrop.command.base_models import build, config_of, to_accelerator
-from loradrop.command.rows import Rows, by_name, rows_for, rows_of
+from loradrop.command.rows import Rows, in_order_of, rows_for, rows_of
 from loradrop.command.run_config import CONFIG, RunConfig, folder_of
 from loradrop.config import LoRAConfig, TrainConfig
 from loradrop.files import require_writable, write_json, write_text
@@ -102,7 +102,7 @@ def _prepare(
     A head that the checkpoint lacks is trained whole, unless `modules_to_save` says otherwise.
     """
     if task.labels:  # a head knows its classes
-        task = by_name(task, config_of(config.model), config.model.id)
+        task = in_order_of(task, config_of(config.model), config.model.id)
     model, tokenizer, missing = build(config, task)
     if lora.modules_to_save is None and missing:
         lora = replace(lora, modules_to_save=tuple(missing))

@@ -96,7 +96,7 @@ def layers_of_model(
     return list(found)
 
 
-def layers_of(
+def layers_to_tune(
     source: str, ranks: Sequence[int] | None, targets: str | None
 ) -> tuple[list[Layer], float]:
     """The layers that a user names, and the dropout that goes with them.

@@ -16,7 +16,7 @@ from loradrop.adapters import Adapters, adapters_of
 from loradrop.bank import bank_of
 from loradrop.formats.engines import ENGINES, EngineVerdict, refusal, required, scale
 from loradrop.formats.merged import holds_weights
-from loradrop.formats.peft_conversion import lost
+from loradrop.formats.peft_conversion import why_lost
 from loradrop.formats.peft_file import CONFIG, PeftFile, configuration_of, read
 from loradrop.injection import injected, require_loaded
 from loradrop.layers import as_weight
@@ -197,7 +197,7 @@ def _loaded(
     offloaded = any(weight.is_meta for layer in layers for weight in layer.parameters())
     if offloaded and not getattr(base, "hf_device_map", None):  # PEFT would fill adapters on meta
         return _replay(base, file), "replay"
-    if lost(file) is not None:  # an engine that does not load by PEFT may take it
+    if why_lost(file) is not None:  # an engine that does not load by PEFT may take it
         return _replay(base, file), "replay"
     try:
         with torch.random.fork_rng():  # PEFT draws initial values before it reads the file's

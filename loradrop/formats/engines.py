@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loradrop.config import first_match
-from loradrop.formats.peft_conversion import lost
+from loradrop.formats.peft_conversion import why_lost
 from loradrop.formats.peft_file import PeftFile
 
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes; 16 by default
@@ -123,7 +123,7 @@ def _peft_refuses(file: PeftFile) -> str | None:
         rank = _peft_rank(file.config, name)
         if a.shape[0] != rank:
             return f"{name} has rank {a.shape[0]}, by its configuration it should have {rank}"
-    return lost(file)
+    return why_lost(file)
 
 
 def _vllm_refuses(file: PeftFile) -> str | None:

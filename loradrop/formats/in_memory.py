@@ -14,7 +14,7 @@ from loradrop.adapters import adapters_of
 from loradrop.bank import bank_of
 from loradrop.formats.peft import peft_file_of, verdicts_on
 from loradrop.injection import injected, injection_of
-from loradrop.untouched import tell_untouched
+from loradrop.remarks import tell_untouched
 from loradrop.wrapped import of_inner
 
 

@@ -29,7 +29,7 @@ from loradrop.formats.peft_file import (
     PREFIX,
     TENSORS,
     PeftFile,
-    by_name,
+    as_pattern,
     configuration_of,
     layout_of,
     padded_rank,
@@ -41,8 +41,8 @@ from loradrop.machine import is_first_rank
 from loradrop.native import holds_other
 from loradrop.origin import base_of
 from loradrop.ranks import full_tensor, is_sharded, writes
+from loradrop.remarks import tell_untouched, tell_untrained
 from loradrop.tensor_file import write_tensors
-from loradrop.untouched import tell_untouched, tell_untrained
 from loradrop.wrapped import of_inner, tensors_of
 
 FORMATS = ("peft", "merged")
@@ -246,7 +246,7 @@ def peft_file_of(
         "init_lora_weights": True,
     }
     if not one:
-        pattern = by_name(held)
+        pattern = as_pattern(held)
         config |= {"rank_pattern": pattern, "alpha_pattern": pattern}
     if revision is not None:
         config["revision"] = revision

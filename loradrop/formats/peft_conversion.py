@@ -2,7 +2,7 @@
 
 PEFT takes every folder for one of transformers 4: in many models with experts gate_proj, up_proj
 and down_proj are then parameters of those, and some keys get the names of today. Both are asked of
-the installed PEFT itself. Without it nothing is renamed, and nothing known to be lost.
+the installed PEFT itself. Without it nothing is renamed, and nothing known to be why_lost.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ def renamed(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor
     return dict(convert(model, LoraConfig(), dict(tensors)))
 
 
-def lost(file: PeftFile) -> str | None:
+def why_lost(file: PeftFile) -> str | None:
     """Why PEFT loads some adapters of a file nowhere in its model; None where it loads all."""
     model, options = file.model, {k: file.config[k] for k in _MATCHING if file.config.get(k)}
     if model is None or not options.get("target_modules"):

@@ -27,7 +27,7 @@ PICKLE = "adapter_model.bin"
 OURS, BANK = "LORADROP", "base_model.lora_banks."  # of loradrop.integrations.peft
 MERGED = "export with format='merged'"  # what to do about what the format cannot hold
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-HEADS = {  # what PeftModelFor... wraps, and demands in the file, by itself
+TASK_HEADS = {  # what PeftModelFor... wraps, and demands in the file, by itself
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
@@ -134,7 +134,7 @@ def ranks_in_file(ranks: Mapping[str, int], padded: bool) -> dict[str, int]:
     return {name: rank for name, rank in ranks.items() if rank}
 
 
-def by_name(values: Mapping[str, int]) -> dict[str, int]:
+def as_pattern(values: Mapping[str, int]) -> dict[str, int]:
     """The pattern that gives each module its own value: by its name, or a regex from "^" on where
     that is also how another's name ends, since PEFT matches a key with the end of a name.
     """
@@ -219,7 +219,7 @@ def _layout_for(
     """With this task_type, whose heads PEFT saves whole, too; or why PEFT could not do it so."""
     names = modules_of(model, once=False)
     every = {name: m for name, m in names.items() if name and not inside(name, "lora_bank")}
-    of_task = HEADS.get(task or "", ())
+    of_task = TASK_HEADS.get(task or "", ())
     whole = [name for name in every if name.endswith(tuple(of_task))]
     own = [m for m in saved if not any(m != w and inside(m, w) for w in whole)]
     wanted = [*own, *of_task]

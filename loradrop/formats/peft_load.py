@@ -23,11 +23,11 @@ from loradrop.files import read_json
 from loradrop.formats import peft_file
 from loradrop.formats.peft_conversion import renamed
 from loradrop.formats.peft_file import CONFIG, PICKLE, PREFIX, TENSORS, PeftFile, base_state
-from loradrop.formats.peft_options import config_of, require_plain, spelled
+from loradrop.formats.peft_options import lora_config, require_plain, spelled
 from loradrop.injection import require_loaded
 from loradrop.matching import inside
 from loradrop.native import NativeFile
-from loradrop.pairs import tensors_of
+from loradrop.pairs import pair_tensors
 from loradrop.plan import Plan
 from loradrop.ranks import full_tensor
 from loradrop.scores import Assignment, Target
@@ -102,7 +102,7 @@ def translate(file: PeftFile, model: nn.Module) -> NativeFile:
     saved = _saved_modules(state, trained)
     names = [name for name in here if name in pairs]
     names += [name for name in pairs if name not in names]
-    config = config_of(options, names, saved)
+    config = lora_config(options, names, saved)
     for name in names:
         if any(inside(name, module) for module in saved):
             raise ValueError(
@@ -116,7 +116,7 @@ def translate(file: PeftFile, model: nn.Module) -> NativeFile:
     own = [name for name in names if len(pairs[name][0])]
     slots = tuple(own.index(name) if name in own else None for name in names)
     assignment = Assignment(targets, slots)
-    tensors = tensors_of([pairs[name] for name in own])
+    tensors = pair_tensors([pairs[name] for name in own])
     plan = Plan(
         config=config,
         assignment=assignment,

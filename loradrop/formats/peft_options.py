@@ -45,7 +45,9 @@ def require_plain(options: Mapping[str, Any]) -> None:
             )
 
 
-def config_of(options: Mapping[str, Any], names: Sequence[str], saved: Sequence[str]) -> LoRAConfig:
+def lora_config(
+    options: Mapping[str, Any], names: Sequence[str], saved: Sequence[str]
+) -> LoRAConfig:
     """PEFT's options as ours, with the patterns that match one of these targets.
 
     `saved` are the modules trained whole. `target_modules` is left to `spelled`. Raises ValueError

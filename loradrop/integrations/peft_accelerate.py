@@ -7,7 +7,7 @@ from peft import PeftModel
 from peft.tuners import lora
 from torch import nn
 
-from loradrop.integrations.peft_layers import Fused, is_linear, why_not
+from loradrop.integrations.peft_layers import Accelerated, is_linear, why_not
 from loradrop.layers import adapted_class, become, is_patched
 
 _log = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ def accelerate_peft(model: nn.Module) -> int:
     for name, layer in layers:
         reason = _reason(layer)
         if reason is None:
-            if not isinstance(layer, Fused):
-                become(layer, adapted_class(Fused, type(layer)))  # type: ignore[arg-type]
+            if not isinstance(layer, Accelerated):
+                become(layer, adapted_class(Accelerated, type(layer)))  # type: ignore[arg-type]
             count += 1
         else:
             left.setdefault(reason, []).append(name)
@@ -51,13 +51,13 @@ def accelerate_peft(model: nn.Module) -> int:
 def restore_peft(model: nn.Module) -> None:
     """Give PEFT's layers back what `accelerate_peft` changed: their class."""
     for module in model.modules():
-        if isinstance(module, Fused) and type(module).__bases__[1] is Fused:
+        if isinstance(module, Accelerated) and type(module).__bases__[1] is Accelerated:
             become(module, type(module).__bases__[2])
 
 
 def _reason(layer: Any) -> str | None:
     """Why a layer stays as it is; None where the op serves it."""
-    if isinstance(layer, Fused):
+    if isinstance(layer, Accelerated):
         return None
     if not is_linear(type(layer)):
         return f"a {type(layer).__name__} is not a layer over a linear map that loradrop knows"

@@ -13,7 +13,7 @@ from peft import LoraConfig
 from loradrop.config import LoRAConfig
 from loradrop.files import write_text
 from loradrop.formats.card import END, START, with_part
-from loradrop.formats.peft_file import HEADS, OURS
+from loradrop.formats.peft_file import OURS, TASK_HEADS
 from loradrop.formats.peft_options import require_plain
 from loradrop.methods import LoRA, LoRADrop
 from loradrop.peft_names import CHANGES
@@ -200,7 +200,7 @@ def from_peft(config: LoraConfig, targets: Sequence[str] | None = None) -> LoRAC
     if targets is not None:
         given |= {"target_modules": tuple(targets), "exclude_modules": None}
     saved: Any = tuple(config.modules_to_save or ())
-    spelled = HEADS.get(config.task_type or "")  # PEFT names a head in every way
+    spelled = TASK_HEADS.get(config.task_type or "")  # PEFT names a head in every way
     if spelled is not None and set(saved) in (set(), set(spelled)):
         saved = None
     return LoRAConfig(

@@ -17,7 +17,7 @@ _LINEAR = ("Linear", "Linear8bitLt", "Linear4bit", "TorchaoLoraLinear")
 _OF_PEFT = ("adapter_names", "alora_offsets")  # arguments that only PEFT's forward understands
 
 
-class Fused(nn.Module):
+class Accelerated(nn.Module):
     """Over a layer of PEFT that adds s·B·A·x to its base: the same from our op.
 
     It runs in every call, so it asks the dictionaries of modules, not their attributes, which are
@@ -78,7 +78,7 @@ class Fused(nn.Module):
         return None
 
 
-class Banked(Fused):
+class Banked(Accelerated):
     """Over a layer of PEFT whose adapters are those of a bank."""
 
     links: dict[str, Link]

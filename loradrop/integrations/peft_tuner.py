@@ -30,8 +30,8 @@ from loradrop.origin import tell_base
 from loradrop.pairs import LoRABank, fresh
 from loradrop.plan import Plan
 from loradrop.plan_file import plan_at
+from loradrop.remarks import unmeasured
 from loradrop.scores import Assignment
-from loradrop.untouched import unmeasured
 from loradrop.wrapped import modules_of
 
 _log = logging.getLogger(__name__)

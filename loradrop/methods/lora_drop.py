@@ -26,7 +26,7 @@ from loradrop.options import (
     check_steps_or_part,
     check_whole,
 )
-from loradrop.pairs import AFTER, INITS, LoRABank, Update
+from loradrop.pairs import AFTER, SHARE_INITS, LoRABank, Update
 from loradrop.scores import Scores, Target
 from loradrop.selection import (
     CHOICES,
@@ -40,7 +40,9 @@ from loradrop.selection import (
 
 _log = logging.getLogger(__name__)
 HALF = 0.5  # of LoRA's parameters, where no rule is given
-_CHOICES = CHOICES | {"share_init": INITS, "after_select": AFTER, "source": ("online", "offline")}
+_CHOICES = CHOICES | {
+    "share_init": SHARE_INITS, "after_select": AFTER, "source": ("online", "offline"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

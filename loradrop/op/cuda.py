@@ -155,6 +155,29 @@ def why_not_gemm(p: Tensor, q: Tensor, h: Tensor | None, l: Tensor | None) -> st
     return None if reason is None else str(reason)
 
 
+def _gemm(
+    out: Tensor,
+    p: Tensor,
+    q: Tensor,
+    bias: Tensor | None,
+    h: Tensor | None,
+    l: Tensor | None,
+    scaling: float,
+    a: Tensor | None = None,
+    h_scale: float = 1.0,
+    *,
+    overlap: bool = False,
+    tile_n: int = 0,
+    cluster: int = 0,
+) -> None:
+    """Fills out with p·q + bias + s·h·l, and with an `a` h before that."""
+    ready = None if a is None else p.new_empty(-(-p.shape[0] // 128), dtype=torch.int32)
+    _launch(
+        "gemm_ext", (out, p, q, h, l, a), (_pairs("bias", bias, q.shape[1], p), ready),
+        _DTYPES[p.dtype], float(scaling), float(h_scale), overlap, tile_n, cluster,
+    )  # fmt: skip
+
+
 def gemm_ext(
     p: Tensor,
     q: Tensor,
@@ -180,15 +203,10 @@ def gemm_ext(
     Raises ValueError with the reason that `why_not_gemm` gives.
     """
     _demand("gemm_ext", p, q, h, l)
-    bias = _pairs("bias", bias, q.shape[1], p)
     if h is None or l is None or scaling == 0.0:
         h = l = None
     out = p.new_empty((p.shape[0], q.shape[1]))
-    h_scale, ready = 1.0, None
-    _launch(
-        "gemm_ext", (out, p, q, h, l, None), (bias, ready),
-        _DTYPES[p.dtype], float(scaling), h_scale, overlap, tile_n, cluster,
-    )  # fmt: skip
+    _gemm(out, p, q, bias, h, l, scaling, overlap=overlap, tile_n=tile_n, cluster=cluster)
     return out
 
 
@@ -215,16 +233,9 @@ def gemm_lora(
     Raises ValueError with the reason for operands that it cannot read, as `gemm_ext`.
     """
     _demand("gemm_lora", p, q, a, l)
-    bias = _pairs("bias", bias, q.shape[1], p)
-    m, r = p.shape[0], a.shape[1]
-    h = new_rows(p, m, r)
-    ready = p.new_empty(-(-m // 128), dtype=torch.int32)
-    out = p.new_empty((m, q.shape[1]))
-    overlap, tile_n, cluster = False, 0, 0
-    _launch(
-        "gemm_ext", (out, p, q, h, l, a), (bias, ready),
-        _DTYPES[p.dtype], float(scaling), float(h_scale), overlap, tile_n, cluster,
-    )  # fmt: skip
+    m = p.shape[0]
+    h, out = new_rows(p, m, a.shape[1]), p.new_empty((m, q.shape[1]))
+    _gemm(out, p, q, bias, h, l, scaling, a, h_scale)
     return out, h
 
 

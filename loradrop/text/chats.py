@@ -10,7 +10,7 @@ from loradrop.text.examples import ASKED, Example
 _log = logging.getLogger(__name__)
 
 
-def rendered(rows: Sequence[Example], tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
+def tokenized(rows: Sequence[Example], tokenizer: Any) -> list[tuple[list[int], list[bool]]]:
     """Token ids of each conversation, and which of them are learned: the assistant's turns, but
     none of a prompt's.
 

@@ -152,7 +152,7 @@ def _encode_chat(
     task: TextTask, rows: Sequence[Example], tokenizer: Any, limit: int
 ) -> list[dict[str, Any]]:
     """Conversations by the tokenizer's template; the assistant's turns are learned."""
-    found = [(ids, _labels(ids, learned)) for ids, learned in chats.rendered(rows, tokenizer)]
+    found = [(ids, _labels(ids, learned)) for ids, learned in chats.tokenized(rows, tokenizer)]
     return _cut_causal(found, limit)
 
 

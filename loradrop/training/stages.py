@@ -28,16 +28,16 @@ from loradrop.loading import fill
 from loradrop.machine import is_first_rank
 from loradrop.methods.base import Warmup
 from loradrop.native import read, save
-from loradrop.optimizers import by_name, kept_state
+from loradrop.optimizers import kept_state, state_by_name
 from loradrop.origin import base_of
 from loradrop.plan import Plan
 from loradrop.probing import probe
 from loradrop.quantised import require_gradients
 from loradrop.ranks import is_needed, wait, world_size
+from loradrop.remarks import tell_in_vain
 from loradrop.sampling import sample_of
 from loradrop.sharing import conclude
 from loradrop.statistics.masks import MaskFn, Masking
-from loradrop.step_time import tell_in_vain
 from loradrop.surgery import inject
 from loradrop.training.any_trainer import LoraDropCallback
 from loradrop.training.arguments import tell_precision, training_arguments
@@ -308,7 +308,7 @@ class Run:
                 shutil.rmtree(self.folder / "warmup", ignore_errors=True)
             raise
         self._record()
-        known = by_name(self.model, kept_state(trainer.optimizer, update))
+        known = state_by_name(self.model, kept_state(trainer.optimizer, update))
         return Boundary(steps, events.seconds_before, trainer.history("warmup"), known)
 
     @property

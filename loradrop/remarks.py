@@ -1,4 +1,6 @@
-"""What the training of adapters left out: said wherever they are saved, merged or exported."""
+"""What is said once of a model: that options save nothing in it, or that its training left
+something out.
+"""
 
 import logging
 
@@ -7,23 +9,35 @@ from torch import nn
 
 from loradrop.bank import bank_of
 from loradrop.injection import injection_of, sum_of
+from loradrop.matching import inside
 from loradrop.pairs import LoRABank
 from loradrop.ranks import is_sharded, local_part
+from loradrop.spectral.allocation import time_in_vain
+from loradrop.wrapped import parameters_of
 
 _log = logging.getLogger(__name__)
 
 
+def tell_in_vain(model: nn.Module) -> None:
+    """Warns of options of the model's method that save nothing in this model."""
+    _tell(model, injection_of(model).config.method.in_vain(*_described(model)))
+
+
+def tell_time_in_vain(model: nn.Module, budget_time: float | None) -> None:
+    """Warns where the backward pass goes on below the layers that lose their adapters."""
+    _tell(model, time_in_vain(*_described(model), budget_time))
+
+
 def tell_untouched(model: nn.Module) -> None:
-    """One line where the adapters trained without what their method does to them."""
-    told = injection_of(model).told
-    if (reason := unmeasured(model) or _idle(model)) is not None and reason not in told:
-        told.add(reason)
-        _log.warning("%s", reason)
+    """Warns, where adapters are saved, merged or exported, that they trained without what their
+    method does to them.
+    """
+    _tell(model, unmeasured(model) or _idle(model))
 
 
 @torch.no_grad()
 def tell_untrained(model: nn.Module) -> None:
-    """One line where some adapters were trained, and others are zero as they began."""
+    """Warns where some adapters were trained, and others are zero as they began."""
     bank = bank_of(model)
     if not isinstance(bank, LoRABank) or any(map(is_sharded, bank.parameters())):
         return
@@ -70,3 +84,20 @@ def _idle(model: nn.Module) -> str | None:
         f"the method {method.name!r} acts at every step of training, and nothing called it: pass "
         "callbacks=[loradrop.LoraDropCallback()] to the Trainer, or call loradrop.fit"
     )
+
+
+def _described(model: nn.Module) -> tuple[list[str], dict[str, bool]]:
+    """The targets, and name -> whether it is trained whole, in the order of the model."""
+    parameters = {
+        name: parameter.requires_grad
+        for name, parameter in parameters_of(model).items()
+        if not inside(name, "lora_bank")
+    }
+    return [target.name for target in bank_of(model).targets], parameters
+
+
+def _tell(model: nn.Module, reason: str | None) -> None:
+    told = injection_of(model).told
+    if reason is not None and reason not in told:
+        told.add(reason)
+        _log.warning("%s", reason)
