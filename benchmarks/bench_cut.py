@@ -3,7 +3,8 @@
 LoRA is trained on every linear layer of a model. Then each way to cut leaves a half, a quarter, an
 eighth or a sixteenth of it, and the cut model is compared with the uncut one: the KL divergence of
 its predictions on dev, the loss and the accuracy; of some also what a step of training takes, as a
-part of one of the uncut model, the two taking turns. Cells are written as they finish; a run again
+part of one of the uncut model, the two taking turns. On GSM8K some also write answers: the part
+with the right number, and with the uncut model's. Cells are written as they finish; a run again
 does the rest.
 
     python benchmarks/bench_cut.py --data DIR [--models DIR]    DIR/sst2 ... hold train and dev
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 from lib import RESULTS
+from lib.answers import Questions
 from lib.tasks import (
     SETTINGS,
     Tasks,
@@ -58,6 +60,7 @@ ARMS: dict[str, tuple[str | None, dict[str, Any]]] = {
     "random, one rank for all": (None, {"scope": "per_target"}),
     "whole layers by output": ("output", {"multiple": RANK}),  # LoRA-drop without sharing
 }
+ANSWERING, ANSWERED = ("loss", "weight", "weight, one rank for all"), (0.25, 0.125)
 
 
 def run_cell(
@@ -82,9 +85,11 @@ def run_cell(
     rows = TokenizedDataset(given.train.rows[: setting.measured])
     scores = probe(model, given.batches(rows, setting.measured_batch), gram=True)
     uncut = predictions(model, batches)
+    questions = Questions(model, given.dev.rows, given.tokenizer, setting.answered)
     facts = {"task": name, "seed": seed, "n": len(labels), "full": model.lora_bank.trainable}
     if "uncut" in arms:
-        yield facts | {"arm": "uncut", "budget": 1.0, "kl": 0.0, **quality(uncut, labels)}
+        found = quality(uncut, labels) | questions.uncut
+        yield facts | {"arm": "uncut", "budget": 1.0, "kl": 0.0, **found}
     whole, batch = copy.deepcopy(model), given.batches(given.train, setting.batch_size)[0]
     with tempfile.TemporaryDirectory() as folder:
         save(model, folder)
@@ -107,11 +112,13 @@ def run_cell(
                     log = injection_of(model).plan.cut
                 cut = predictions(model, batches)
                 timed = arm == "loss" or "budget_time" in options
+                asked = arm in ANSWERING and budget in ANSWERED
                 yield facts | {
                     "arm": arm, "budget": budget, "parameters": model.lora_bank.trainable,
                     "predicted": log["loss"] if log["compensated"] is None else log["compensated"],
                     "kl": divergence(cut, uncut), **quality(cut, labels),
                     "step": step_time(model, whole, batch) if timed else None,
+                    **(questions.judged() if asked else {}),
                 }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ ABLATIONS = {
     "LoRA-drop, 1/2, no sharing": "the other layers have none",
     "one shared LoRA": "all layers of a kind share one",
 }
+OF_ANSWERS = ("exact", "same")  # columns: the right number, and the uncut model's
 RIVAL = "weight"  # whose divergence is the unit of `cut_all`
 Cell = dict[str, Any]
 
@@ -208,6 +209,25 @@ def step_time(results: Path) -> str | None:
     return markdown(("task", "", *(f"{part:g} left" for part in budgets)), body) if body else None
 
 
+def answers(results: Path) -> str | None:
+    """Of the models that wrote answers: how many were right, and had the uncut model's number."""
+    cells = [c for c in _cells(results, "bench_cut") if "answers" in c]
+
+    def entry(some: list[Cell]) -> str:
+        return "; ".join(f"{100 * statistics.mean(c[of] for c in some):.0f}" for of in OF_ANSWERS)
+
+    parts = []
+    for task in _distinct(cells, "task"):
+        here = [cell for cell in cells if cell["task"] == task]
+        budgets, body = _distinct(here, "budget"), []
+        for arm in _distinct(here, "arm"):
+            body.append([arm, *_row([c for c in here if c["arm"] == arm], budgets, entry)])
+        counts = [c["answers"] for c in here if c["arm"] == "uncut"]
+        title = f"{task}, {sum(counts)} answers"
+        parts.append(markdown((title, *(f"{part:g} left" for part in budgets)), body))
+    return "\n\n".join(parts) or None
+
+
 def final_cells(results: Path, name: str = "bench_sizes") -> dict[tuple[str, str], list[Cell]]:
     """(task, arm) -> its cells on dev, one for each seed."""
     found: dict[tuple[str, str], list[Cell]] = {}
@@ -303,6 +323,7 @@ SIZE_TABLES: dict[str, Callable[[Path], str | None]] = {
     "cut_all": cut_all,
     "foretold": foretold,
     "step_time": step_time,
+    "answers": answers,
     "sizes": sizes,
     "sizes_summary": sizes_summary,
     "ablations": ablations,

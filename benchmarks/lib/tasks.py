@@ -37,6 +37,7 @@ class Setting:
     measured, measured_batch   training rows that are probed, and in batches of how many
     judged    of the rows held out of train, how many choose the rate
     head_rate  learning rate of a new head; None is that of the adapters
+    answered  rows of dev whose answers are written, and judged by the number at their end
     """
 
     data: str
@@ -54,6 +55,7 @@ class Setting:
     measured_batch: int = 2
     judged: int = HELD_OUT
     head_rate: float | None = None
+    answered: int = 0
     columns: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -79,6 +81,14 @@ SETTINGS = {
         data="sst2", model="mpnet", steps=120, max_length=40, learning_rate=1e-3, dev_rows=160,
         measured=512,
     ),
+    "cola, mpnet": Setting(
+        data="cola", model="mpnet", steps=300, max_length=32, learning_rate=1e-3, max_train=4800,
+        measured=512,
+    ),
+    "mrpc, mpnet": Setting(
+        data="mrpc", model="mpnet", steps=120, max_length=64, learning_rate=1e-3, dev_rows=160,
+        measured=256,
+    ),
     "sst2, mpnet, query and value": Setting(
         data="sst2", model="mpnet", steps=120, max_length=40, head_rate=0.032, measured=512,
         target_modules=("q", "v"),
@@ -94,7 +104,7 @@ SETTINGS = {
     ),
     "gsm8k, SmolLM2": Setting(
         data="gsm8k", model="smollm2", steps=40, max_length=256, learning_rate=1e-3, batch_size=4,
-        dev_rows=32, measured=96, measured_batch=1,
+        dev_rows=32, measured=96, measured_batch=1, answered=100,
         columns={"task": "causal_lm", "text": "question", "text_pair": "answer"},
     ),
 }  # fmt: skip
@@ -110,6 +120,7 @@ class Prepared:
     train: TokenizedDataset
     choice: TokenizedDataset
     dev: TokenizedDataset
+    tokenizer: Any
     collate: Any
 
     def batches(self, rows: TokenizedDataset, size: int = 64) -> list[Any]:
@@ -186,7 +197,7 @@ class Tasks:
         choice, kept = shuffled[: setting.judged], shuffled[HELD_OUT:]
         return Prepared(
             model, tuple(missing), task, TokenizedDataset(kept), TokenizedDataset(choice), dev,
-            collator(task, tokenizer),
+            tokenizer, collator(task, tokenizer),
         )  # fmt: skip
 
 
