@@ -1,8 +1,9 @@
 """A pytest plugin: PEFT's own cases of LoRA for our two faces, in a process of their own.
 
 The environment variable FACE says which: "config" puts a `LoraDropConfig` in the place of every
-`LoraConfig`, "accelerate" has our op compute PEFT's own adapters. Only what concerns LoRA is kept.
-What our configuration refuses by name is skipped with its reason.
+`LoraConfig`, "accelerate" has our op compute PEFT's own adapters. Only what concerns LoRA is kept,
+and of the cases of one test the first of every EVERY. What our configuration refuses by name is
+skipped with its reason.
 """
 
 import importlib.machinery
@@ -10,6 +11,7 @@ import importlib.util
 import os
 import sys
 import types
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from peft import LoraConfig as OfPeft
 import loradrop
 from loradrop.integrations.peft import LoraDropConfig, accelerate_peft
 
-FACE = os.environ["FACE"]
+FACE, EVERY = os.environ["FACE"], int(os.environ["EVERY"])
 _REPR = "it asks for the class's own name"
 _NAMES = "it asks for the names of PEFT's parameters; ours are in the bank"
 EXPECTED = {
@@ -85,9 +87,13 @@ def _concerns_lora(item: pytest.Item) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    chosen, rest = list[pytest.Item](), list[pytest.Item]()
+    chosen, rest, cases = list[pytest.Item](), list[pytest.Item](), Counter[str]()
     for item in items:
         wanted = _concerns_lora(item) and item.name not in NETWORK
+        if wanted:
+            test = item.nodeid.partition("[")[0]
+            wanted = cases[test] % EVERY == 0
+            cases[test] += 1
         (chosen if wanted else rest).append(item)
         if why := EXPECTED[FACE].get(item.name):
             item.add_marker(pytest.mark.xfail(reason=why, strict=True))
