@@ -18,8 +18,9 @@ from probe_cases import (
     probed,
     step,
 )
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
+from torchrun import in_ranks
 
 import loradrop
 from loradrop.scores import Scores
@@ -167,7 +168,7 @@ def on_rank(rank: int, folder: str) -> None:
 
 
 def test_scores_are_summed_over_ranks(tmp_path: Path) -> None:
-    multiprocessing.spawn(on_rank, (str(tmp_path),), RANKS)
+    assert not any(in_ranks(on_rank, str(tmp_path), processes=RANKS))
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(RANKS)]
     model, data = net(), batches(4)
     expected = loradrop.probe(model, data)

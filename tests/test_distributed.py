@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 from run_cases import write_model, write_table
-from torchrun import torchrun
+from torchrun import script_in_ranks, torchrun
 from training_runs import ARGS, PLAIN, make_model, make_rows
 
 from loradrop import fit
 
-SCRIPT = Path(__file__).with_name("distributed_fit.py")
+SCRIPT = "distributed_fit.py"
 CALLBACKS = ["callback", *["peft callback"] * bool(importlib.util.find_spec("peft"))]
 
 
@@ -24,7 +24,7 @@ def found(folder: Path, mode: str, rank: int = 0) -> dict[str, Any]:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of one process's runs."""
     folder = tmp_path_factory.mktemp("alone")
-    done = torchrun(SCRIPT, folder, 8, "fit", *CALLBACKS, processes=1)
+    done = script_in_ranks(SCRIPT, folder, 8, "fit", *CALLBACKS, processes=1)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -34,7 +34,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of two processes' runs, one after the other; in the last one of them dies."""
     folder = tmp_path_factory.mktemp("together")
     modes = (*CALLBACKS, "spectral", "spectral callback", "fit", "kill")
-    done = torchrun(SCRIPT, folder, 4, *modes)
+    done = script_in_ranks(SCRIPT, folder, 4, *modes)
     assert done.returncode != 0 and (folder / "fit.1.json").exists(), done.stderr
     return folder
 
@@ -60,7 +60,7 @@ def test_a_rank_that_died_is_resumed_to_the_same_end(alone: Path, together: Path
     """And what ended well is not begun again."""
     assert not (together / "kill" / "result.json").exists()
     assert (together / "kill" / "main" / "checkpoint-4").is_dir()
-    done = torchrun(SCRIPT, together, 4, "resume", "fit")
+    done = script_in_ranks(SCRIPT, together, 4, "resume", "fit")
     assert done.returncode != 0 and "holds a run already" in done.stderr, done.stderr
     same(found(together, "resume"), found(alone, "fit"))
 
@@ -108,7 +108,7 @@ def test_the_command_in_two_processes(tmp_path: Path) -> None:
 def test_the_verbs_in_two_processes(tmp_path: Path) -> None:
     """Whatever each rank draws: one model, no hanging, and what DDP cannot know is an error."""
     fit(make_model(), make_rows(), None, PLAIN, args=ARGS, output_dir=tmp_path / "alone")
-    done = torchrun(SCRIPT.with_name("distributed_verbs.py"), tmp_path)
+    done = script_in_ranks("distributed_verbs.py", tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for rank in (first, second):

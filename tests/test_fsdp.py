@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_distributed import SCRIPT, found
-from torchrun import torchrun
+from test_distributed import found
+from torchrun import script_in_ranks
 
 import loradrop
 
@@ -23,7 +23,7 @@ LOADED = [
 
 
 def run(name: str, *arguments: Any, processes: int = 2) -> None:
-    done = torchrun(SCRIPT.with_name(name), *arguments, processes=processes)
+    done = script_in_ranks(name, *arguments, processes=processes)
     assert done.returncode == 0, done.stderr
 
 

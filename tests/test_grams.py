@@ -10,9 +10,10 @@ import torch
 import transformers
 from models import VOCABULARY, R, bert, llama, net, wake
 from probe_cases import RANKS, Batch, batches, collecting, in_two_parts
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+from torchrun import in_ranks
 
 import loradrop
 from loradrop.injection import injection_of
@@ -241,7 +242,7 @@ def on_rank(rank: int, folder: str) -> None:
 
 
 def test_they_are_summed_over_ranks(tmp_path: Path) -> None:
-    multiprocessing.spawn(on_rank, (str(tmp_path),), RANKS)
+    assert not any(in_ranks(on_rank, str(tmp_path), processes=RANKS))
     want = explicit(net().double(), batches(4))
     for rank in range(RANKS):
         for grams in torch.load(tmp_path / f"rank{rank}.pt", weights_only=False):

@@ -31,7 +31,7 @@ from every_method import (
 from method_cases import equal
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torchrun import torchrun
+from torchrun import script_in_ranks
 
 import loradrop
 from loradrop import LoRAConfig, LoRADrop, layers, methods, native
@@ -370,7 +370,7 @@ def test_rank_stabilised_scaling(name: str) -> None:
 
 def test_two_ranks_are_one(tmp_path: Path) -> None:
     """Each rank has half of the rows; all methods in one start of two processes."""
-    done = torchrun(Path(__file__).with_name("distributed_methods.py"), tmp_path)
+    done = script_in_ranks("distributed_methods.py", tmp_path)
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert list(one) == list(two) == list(EVERY)

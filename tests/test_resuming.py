@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ import pytest
 import torch
 import training_runs as tiny
 from safetensors.torch import load_file
+from torchrun import forking
 from training_runs import At, counting, interrupted, make_model, make_rows, outcome, run, stop
 from transformers import EarlyStoppingCallback, TrainingArguments
 
@@ -75,9 +75,7 @@ def doomed(folder: Path, moment: str, name: str) -> None:
 
 def killed_and_resumed(folder: Path, moment: str, name: str) -> dict[str, Any]:
     """What the run of this name comes to."""
-    context = multiprocessing.get_context("forkserver")  # it imports once, and has run nothing
-    context.set_forkserver_preload(["loradrop.training.fit", "datasets"])
-    process = context.Process(target=doomed, args=(folder, moment, name))
+    process = forking().Process(target=doomed, args=(folder, moment, name))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
