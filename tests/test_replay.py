@@ -209,6 +209,7 @@ def like(argument: Any, address: int) -> Any:
 
 
 @pytest.mark.interpreter
+@pytest.mark.product
 @pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter has a process of its own")
 @pytest.mark.parametrize("rows", [4, 96], ids=["few", "many"])
 @pytest.mark.parametrize("bias", [True, False])
@@ -300,6 +301,7 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.product
 @pytest.mark.skipif(not INTERPRETED, reason="Triton's interpreter has a process of its own")
 @pytest.mark.parametrize("backend", ["cuda", "overlap"])
 @pytest.mark.parametrize("rows", [4, 96], ids=["few", "many"])
