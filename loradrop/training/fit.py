@@ -15,6 +15,7 @@ from loradrop.injection import injection_of, plan_of
 from loradrop.plan import Plan
 from loradrop.statistics.masks import MASK, MaskFn
 from loradrop.training.arguments import train_config
+from loradrop.training.given import require_model
 from loradrop.training.stages import Metric, Result, Run
 from loradrop.training.trainer import forward_kept
 from loradrop.wrapped import inner
@@ -61,7 +62,7 @@ def fit(
     folder; RuntimeError where a signal or a callback stopped the warm-up; TypeError for a
     configuration of PEFT.
     """
-    _require_model(model)
+    require_model(model)
     config = _carried(model) if config is None else config
     require_config(config)
     with tempfile.TemporaryDirectory() as scratch, forward_kept(model):
@@ -79,14 +80,6 @@ def fit(
         )  # fmt: skip
         with run.held():
             return run.whole()
-
-
-def _require_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model={model!r} is a {type(model).__name__}: give the model itself, as "
-            "AutoModelForSequenceClassification.from_pretrained returns it"
-        )
 
 
 def _settled(
@@ -122,7 +115,7 @@ def warm_up(
     The arguments are those of `fit`. Raises ValueError for a method without a warm-up, RuntimeError
     where it was stopped.
     """
-    _require_model(model)
+    require_model(model)
     config = _carried(model) if config is None else config
     folder, arguments = _settled(args, output_dir, mask)
     assert folder is not None

@@ -43,9 +43,10 @@ from loradrop.training.any_trainer import LoraDropCallback
 from loradrop.training.arguments import tell_precision, training_arguments
 from loradrop.training.callbacks import LastStep, MethodCallback, Progress
 from loradrop.training.checkpoints import last_checkpoint
+from loradrop.training.given import require_dev, require_others, require_train
 from loradrop.training.run_folder import RESULT, Boundary, begun, resumable, taken
 from loradrop.training.trainer import LoRATrainer, Part, checked, dev_metrics
-from loradrop.wrapped import inner, parameters_of
+from loradrop.wrapped import parameters_of
 
 _log = logging.getLogger(__name__)
 Metric = Callable[[Any], dict[str, float]]
@@ -102,44 +103,14 @@ class Run:
     kept: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.train, (str, Path)):
-            raise TypeError(
-                f"train={str(self.train)!r} is a path: give the rows, as of datasets.load_dataset, "
-                "or leave all of that to the command (loradrop train data=...)"
-            )
-        if inner(self.model) is not self.model:
-            raise ValueError(
-                f"model is a {type(self.model).__name__}: give fit the model inside. It compiles "
-                'with train.extra={"torch_compile": True}, and runs DDP under torchrun'
-            )
-        if isinstance(self.train, Mapping):
-            raise ValueError(
-                f"train is a {type(self.train).__name__} of {', '.join(map(str, self.train))}: "
-                "give one of them, as train['train']"
-            )
-        try:
-            count = len(self.train)
-        except TypeError as error:
-            kind = type(getattr(self.train, "dataset", self.train)).__name__
-            what = f"train is a {kind} without a length: give a sized Dataset or a list"
-            raise ValueError(what) from error
-        if count == 0:
-            raise ValueError("train is empty: give at least one example")
-        parts = self.dev if isinstance(self.dev, Mapping) else {"dev": self.dev}
-        for name, rows in parts.items():
-            if hasattr(rows, "__len__") and len(rows) == 0:
-                raise ValueError(f"{name} is empty: give rows to measure on, or dev=None")
+        require_train(self.train)
+        require_dev(self.dev)
+        require_others(self.callbacks, (LoraDropCallback, MethodCallback))
         if self._per_epoch == 0:
             raise ValueError(
-                f"train has {count} rows, and dataloader_drop_last leaves no batch of them: choose "
-                f"a batch_size below {self.args.batch_size}"
+                f"train has {len(self.train)} rows, and dataloader_drop_last leaves no batch of "
+                f"them: choose a batch_size below {self.args.batch_size}"
             )
-        _require_numbers(self.train)
-        owns = (LoraDropCallback, MethodCallback)
-        for callback in self.callbacks:
-            of = callback if isinstance(callback, type) else type(callback)
-            if issubclass(of, owns):
-                raise ValueError(f"callbacks has a {of.__name__}, which fit has itself: drop it")
 
     def held(self) -> AbstractContextManager[None]:
         """Takes the folder for this run."""
@@ -388,23 +359,3 @@ def _require_usable(model: nn.Module) -> None:
             "going on from the adapters that a run before this one trained: loradrop.remove(model) "
             "takes them away"
         )
-
-
-def _require_numbers(rows: Any) -> None:
-    """Raises ValueError for rows that have no numbers, and for labels that are text, by the first
-    row.
-    """
-    try:
-        row = {} if isinstance(rows, DataLoader) else rows[0]
-    except (KeyError, NotImplementedError, TypeError) as error:
-        what = f"train is a {type(rows).__name__}, whose first row is not train[0]"
-        raise ValueError(
-            f"{what} ({type(error).__name__}: {error}): give a Dataset with __getitem__, a list of "
-            "its rows, or a DataLoader of it"
-        ) from error
-    for name in ("label", "labels"):
-        if isinstance(row, Mapping) and isinstance(row.get(name), str):
-            raise ValueError(
-                f"the column {name!r} holds text ({row[name]!r}): give class indices, as "
-                "datasets' class_encode_column makes them"
-            )
