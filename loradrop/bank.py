@@ -275,14 +275,7 @@ class AdapterBank(nn.Module):
             _log.warning("the state dict does not say which layers share: taken as they do here")
 
     def _take_assignment(self, state: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        here = full_tensor(self.get_extra_state()).cpu()
-        if here.shape != state.shape or not _same_sums(here[2], state[2]):
-            given = dict(self.composition)
-            options = f", or with other options than {given}" * bool(given)
-            raise RuntimeError(
-                f"the state dict adapts other targets than the {len(self.targets)} of this model"
-                f"{options}: inject it with the configuration that the state dict was made with"
-            )
+        self._require_same_targets(state)
         state = _whole(state)
         if (state[3] == MERGED).any() and not self.merged:
             raise RuntimeError(
@@ -293,12 +286,30 @@ class AdapterBank(nn.Module):
         names, kept = [target.name for target in self.targets], None
         if (state[1] >= 0).all():
             kept = tuple(n for n, own in zip(names, state[1].tolist(), strict=True) if own)
+        if self.adopts:
+            self._take_forms(tensors)
+        else:
+            self._require_fitting(slots, tensors)
+        self._use(Assignment(self.targets, slots, kept))
+
+    def _require_same_targets(self, state: Tensor) -> None:
+        here = full_tensor(self.get_extra_state()).cpu()
+        if here.shape != state.shape or not _same_sums(here[2], state[2]):
+            given = dict(self.composition)
+            options = f", or with other options than {given}" * bool(given)
+            raise RuntimeError(
+                f"the state dict adapts other targets than the {len(self.targets)} of this model"
+                f"{options}: inject it with the configuration that the state dict was made with"
+            )
+
+    def _require_fitting(self, slots: Sequence[int | None], tensors: Mapping[str, Tensor]) -> None:
+        """Raises RuntimeError for tensors that the adapters here are not the place for."""
         own = {key: value for key, value in self.state_dict().items() if key != STATE}
         same = _forms(own) == _forms(tensors)
         # torch fills what a state dict lacks from the model where it need not be whole.
         same = same and len({*slots} - {None}) == len({*self.slots} - {None})
         cut = own.keys() == tensors.keys() and any(own[k].shape != tensors[k].shape for k in own)
-        if not (same or self.adopts or (slots == self.slots and not cut)):
+        if not (same or (slots == self.slots and not cut)):
             what = "adapters have other ranks" if cut else "other layers share"
             raise RuntimeError(
                 f"{what} in the state dict than in this model, so it does not fit. To resume a run "
@@ -309,9 +320,6 @@ class AdapterBank(nn.Module):
                 "PeftModel.from_pretrained(base, folder, is_trainable=True), and make the "
                 "optimiser afterwards"
             )
-        if self.adopts:
-            self._take_forms(tensors)
-        self._use(Assignment(self.targets, slots, kept))
 
     def _use(self, assignment: Assignment) -> None:
         """Who uses which adapter from now on; their tensors are there."""

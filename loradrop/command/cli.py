@@ -192,26 +192,11 @@ def compress(
     from loradrop.spectral.allocation import allocate, check_amounts, check_steps
 
     _quiet()
-    config = _config(settings)
-    named = _named(settings)
-    for override in _parts(settings)[1]:
-        name = override.partition("=")[0]
-        if name.partition(".")[0] not in ("model", "data", "train"):
-            raise ValueError(
-                f"{override!r}: this command takes options of model, data and train; --out is the "
-                "folder that it writes"
-            )
-        if name in ("train.steps", "train.epochs"):
-            raise ValueError(f"{override!r}: --heal says how many steps to train")
-        if name.startswith("train.") and not heal and name not in ("train.seed", "train.mask"):
-            raise ValueError(f"{override!r} is of training, and --heal asks for none: give --heal")
+    config, named = _config(settings), _named(settings)
+    _require_of_compress(settings, heal, resume)
     data = config if any(option.startswith("data.") for option in named) else None
     base: dict[str, Any] = {"model_id": config.model.id if "model.id" in named else None}
     base |= {"revision": config.model.revision, "dtype": config.model.dtype}
-    if heal < 0:
-        raise ValueError(f"--heal {heal}: give a number of steps, or 0")
-    if resume and not heal:
-        raise ValueError("--resume goes on with a healing: give its --heal STEPS again")
     part = 0.25 if budget is None and max_loss is None else budget
     amount: dict[str, Any] = {"budget": part, "max_loss": max_loss}
     check_amounts(amount)
@@ -242,6 +227,25 @@ def compress(
         before, after = (metrics[when][name] for when in ("before", "after"))
         print(f"dev {name:<12} {before:.4f} before, {after:.4f} after")
     return _wrote(out, out / REPORT, out / SPECTRUM, out / PAGE)
+
+
+def _require_of_compress(settings: Settings, heal: int, resume: bool) -> None:
+    """Raises ValueError for settings that `compress` would not use."""
+    for override in _parts(settings)[1]:
+        name = override.partition("=")[0]
+        if name.partition(".")[0] not in ("model", "data", "train"):
+            raise ValueError(
+                f"{override!r}: this command takes options of model, data and train; --out is the "
+                "folder that it writes"
+            )
+        if name in ("train.steps", "train.epochs"):
+            raise ValueError(f"{override!r}: --heal says how many steps to train")
+        if name.startswith("train.") and not heal and name not in ("train.seed", "train.mask"):
+            raise ValueError(f"{override!r} is of training, and --heal asks for none: give --heal")
+    if heal < 0:
+        raise ValueError(f"--heal {heal}: give a number of steps, or 0")
+    if resume and not heal:
+        raise ValueError("--resume goes on with a healing: give its --heal STEPS again")
 
 
 @app.command()
