@@ -46,7 +46,7 @@ from loradrop.text.tokens import TokenizedDataset
 
 RESULT = RESULTS / "cpu" / "bench_cut.json"
 RANK = 8
-TASKS = "sst2", "stdlib", "sst2, mpnet", "e2e, SmolLM2", "gsm8k, SmolLM2"  # of all that can be
+TASKS = "sst2", "stdlib", "sst2, mpnet", "cola, mpnet", "e2e, SmolLM2", "gsm8k, SmolLM2"
 BUDGETS = (0.5, 0.25, 0.125, 0.0625)
 # Arm -> metric (None: directions drawn at random), and how `allocate` spends the budget.
 ARMS: dict[str, tuple[str | None, dict[str, Any]]] = {
