@@ -15,7 +15,6 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,12 @@ from lib.environment import environment, facts
 from loradrop import LoRALinear, methods
 from loradrop.bank import AdapterBank
 from loradrop.files import write_json
-from loradrop.measuring.timing import fifths
+from loradrop.measuring.timing import Work, fifths
 from loradrop.scores import Target
 
 OUT = RESULTS / "cpu" / "bench_compose.json"
 RANK, RANKS = 8, {"vera": 256}  # VeRA's is in the hundreds as a rule
 SIZES = {"M": 2048, "K": 768, "N": 3072, "targets": 12}
-
-Call = Callable[[], object]
 
 
 def bank_of(method: str, K: int, N: int, targets: int) -> AdapterBank:
@@ -47,7 +44,7 @@ def bank_of(method: str, K: int, N: int, targets: int) -> AdapterBank:
     return bank
 
 
-def composition(bank: AdapterBank) -> Call:
+def composition(bank: AdapterBank) -> Work:
     """Composes every target and takes gradients back, as a step of training does."""
     pairs = [bank.factors(i) or () for i in range(len(bank.targets))]
     gradients = [[torch.randn_like(factor) for factor in pair] for pair in pairs]
@@ -63,7 +60,7 @@ def composition(bank: AdapterBank) -> Call:
     return call
 
 
-def layer(M: int, K: int, N: int) -> Call:
+def layer(M: int, K: int, N: int) -> Work:
     """Forward and backward of a layer of LoRA."""
     module = LoRALinear(K, N, r=RANK)
     x, dy = torch.randn(M, K, requires_grad=True), torch.randn(M, N)
@@ -71,7 +68,7 @@ def layer(M: int, K: int, N: int) -> Call:
     return lambda: torch.autograd.grad(module(x), inputs, dy)
 
 
-def seconds(call: Call) -> float:
+def seconds(call: Work) -> float:
     """Processor time of one call."""
     start = time.process_time_ns()
     call()

@@ -77,6 +77,7 @@ ARMS = {
     "spectral online, 1/8": spectral(8, source="online")._replace(first=64e-3),
     "LoRA r=8, one rate": lora(8, own=False),
     "LoRA r=1, one rate": lora(1, own=False),
+    "LoRA r=8, upper half": lora(8, exclude=r".*\.layer\.[012]\..*"),  # of MiniLM's six layers
 }
 CUT = "LoRA r=8"  # the arm that is cut at its end, as `loradrop compress` does
 PARTS = (4, 8, 16)

@@ -34,7 +34,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of two processes' runs, one after the other; in the last one of them dies."""
     folder = tmp_path_factory.mktemp("together")
     modes = (*CALLBACKS, "spectral", "spectral callback", "fit", "kill")
-    done = script_in_ranks(SCRIPT, folder, 4, *modes)
+    done = torchrun(SCRIPT, folder, 4, *modes)
     assert done.returncode != 0 and (folder / "fit.1.json").exists(), done.stderr
     return folder
 
@@ -108,7 +108,7 @@ def test_the_command_in_two_processes(tmp_path: Path) -> None:
 def test_the_verbs_in_two_processes(tmp_path: Path) -> None:
     """Whatever each rank draws: one model, no hanging, and what DDP cannot know is an error."""
     fit(make_model(), make_rows(), None, PLAIN, args=ARGS, output_dir=tmp_path / "alone")
-    done = script_in_ranks("distributed_verbs.py", tmp_path)
+    done = torchrun("distributed_verbs.py", tmp_path)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     for rank in (first, second):

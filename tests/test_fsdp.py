@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from test_distributed import found
-from torchrun import script_in_ranks
+from torchrun import script_in_ranks, torchrun
 
 import loradrop
 
@@ -51,7 +51,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_a_sharded_model_trains_saves_and_loads(tmp_path: Path) -> None:
-    run("sharded_fit.py", tmp_path)
+    done = torchrun("sharded_fit.py", tmp_path)
+    assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "found.json").read_text())
     assert result["same"] and result["gap"] < 1e-6 and result["moved"] > 1e-3
     assert len(result["gaps"]) == 3 and max(result["gaps"].values()) < 1e-5

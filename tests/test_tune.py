@@ -84,7 +84,7 @@ def test_the_layers_of_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     run.write_text(f"{{model: {folder}, lora: {{r: 4, lora_dropout: 0.25, method: lora}}}}")
     assert tuning.layers_to_tune(str(run), None, None) == ([(d, d, 4)], 0.25)
     pattern = LoRAConfig(r=4, rank_pattern={"query": 2})
-    assert set(tuning.layers_to_tune_model(str(folder), [pattern])) == {(d, d, 2), (d, d, 4)}
+    assert set(tuning.layers_of_model(str(folder), [pattern])) == {(d, d, 2), (d, d, 4)}
 
 
 @pytest.mark.parametrize(

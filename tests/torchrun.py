@@ -33,16 +33,18 @@ def torchrun(*arguments: Any) -> subprocess.CompletedProcess[str]:
 
 def forking() -> ForkServerContext:
     """Processes that begin in no time: of a server that has imported what they need, and run
-    nothing.
+    nothing. They have one hash seed, so their sets have one order: what may depend on that is for
+    `torchrun`.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["loradrop.training.fit", "datasets", "training_runs"])
+    preloaded = ["loradrop.training.fit", "datasets", "transformers.models.bert.modeling_bert"]
+    context.set_forkserver_preload(preloaded)
     return context
 
 
 def in_ranks(function: Callable[..., None], *arguments: Any, processes: int = 2) -> list[int]:
     """The function in each process with its rank, and then the arguments: with what exit codes they
-    ended. Where one fails, the others are stopped, as by torchrun.
+    ended. Where one fails, or none ends in time, the others are killed.
     """
     context = forking()
     ranks = [
@@ -56,7 +58,7 @@ def in_ranks(function: Callable[..., None], *arguments: Any, processes: int = 2)
         ended = wait(left, PATIENCE)
         failed = not ended or any(_ended(left.pop(which)) for which in ended)  # type: ignore[index]
         for rank in left.values() if failed else ():
-            rank.terminate()
+            rank.kill()
     return [_ended(rank) for rank in ranks]
 
 
@@ -75,6 +77,8 @@ def script_in_ranks(
         port = free.getsockname()[1]
         free.close()
         given = [str(argument) for argument in arguments]
+        for name in ("out", "err"):
+            Path(folder, name).touch()
         codes = in_ranks(_script, processes, port, folder, script, given, processes=processes)
         out, err = (Path(folder, name).read_text() for name in ("out", "err"))
     return subprocess.CompletedProcess([script, *given], max(map(abs, codes)), out, err)
@@ -84,7 +88,7 @@ def _script(
     rank: int, processes: int, port: int, folder: str, script: str, arguments: list[str]
 ) -> None:
     for descriptor, name in ((1, "out"), (2, "err")):
-        file = os.open(Path(folder, name), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        file = os.open(Path(folder, name), os.O_WRONLY | os.O_APPEND)
         os.dup2(file, descriptor)
     if processes > 1:
         facts = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}

@@ -40,8 +40,9 @@ def written(model: Any, prompts: Sequence[list[int]], tokenizer: Any, size: int 
 
 
 class Questions:
-    """The first `count` rows of dev whose answer has a number (some are cut before it), and what
-    the model answers as it is now: `judged` compares later answers with both.
+    """The first `count` rows of dev whose answer has a number, and what the model answers as it is
+    now: `judged` compares later answers with both. Rows are cut at a length, some before the
+    number; those few that are cut within it can only be answered wrong.
     """
 
     def __init__(

@@ -39,6 +39,7 @@ class Arm(NamedTuple):
     like    the arm whose rate it takes without a search of its own
     own     whether the head has a rate of its own; the adapters' if not
     of_head whether the rate that is searched is the head's; the adapters have `FIRST_RATE`
+    exclude targets without adapters, as `LoRAConfig.exclude_modules`
     """
 
     rank: int
@@ -49,6 +50,7 @@ class Arm(NamedTuple):
     like: str | None = None
     own: bool = True
     of_head: bool = False
+    exclude: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +163,7 @@ class Study:
         given = self.tasks.prepare(name, train)
         lora = LoRAConfig(
             r=rank, lora_alpha=s * rank, target_modules=setting.target_modules,
-            modules_to_save=given.missing, method=method,
+            exclude_modules=self.arms[arm].exclude, modules_to_save=given.missing, method=method,
         )  # fmt: skip
         search = seed == SEARCH_SEED
         started = time.process_time()

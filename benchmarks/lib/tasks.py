@@ -85,10 +85,6 @@ SETTINGS = {
         data="cola", model="mpnet", steps=300, max_length=32, learning_rate=1e-3, max_train=4800,
         measured=512,
     ),
-    "mrpc, mpnet": Setting(
-        data="mrpc", model="mpnet", steps=120, max_length=64, learning_rate=1e-3, dev_rows=160,
-        measured=256,
-    ),
     "sst2, mpnet, query and value": Setting(
         data="sst2", model="mpnet", steps=120, max_length=40, head_rate=0.032, measured=512,
         target_modules=("q", "v"),

@@ -2,7 +2,7 @@
 
 PEFT takes every folder for one of transformers 4: in many models with experts gate_proj, up_proj
 and down_proj are then parameters of those, and some keys get the names of today. Both are asked of
-the installed PEFT itself. Without it nothing is renamed, and nothing known to be why_lost.
+the installed PEFT itself. Without it nothing is renamed, and nothing known to be lost.
 """
 
 from collections.abc import Mapping

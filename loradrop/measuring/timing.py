@@ -17,7 +17,7 @@ ROUNDS = (7, 51)  # at least, at most
 FLUSH_BYTES = 256 << 20  # several times any L2
 _SLEEP_CYCLES = 10_000_000  # some milliseconds, longer than launching takes
 
-Run = Callable[[], object]
+Work = Callable[[], object]
 
 
 class Sample(NamedTuple):
@@ -32,7 +32,7 @@ class Sample(NamedTuple):
 class Graph:
     """Calls over several copies of their inputs, one after another in a CUDA graph."""
 
-    def __init__(self, calls: Sequence[Run]) -> None:
+    def __init__(self, calls: Sequence[Work]) -> None:
         import torch
 
         self.count = len(calls)
@@ -56,7 +56,7 @@ def copies(bytes_of_one: int) -> int:
     return max(2, -(-FLUSH_BYTES // max(1, bytes_of_one)))
 
 
-def cpu_clock(calls: Sequence[Run]) -> list[float]:
+def cpu_clock(calls: Sequence[Work]) -> list[float]:
     """Microseconds of processor time of each call, in the order given."""
     times = []
     for call in calls:
@@ -66,7 +66,7 @@ def cpu_clock(calls: Sequence[Run]) -> list[float]:
     return times
 
 
-def cuda_clock(calls: Sequence[Run]) -> list[float]:
+def cuda_clock(calls: Sequence[Work]) -> list[float]:
     """Microseconds of device time of each call, L2 cold, in the order given; a `Graph` by call."""
     import torch
 
@@ -87,7 +87,7 @@ def cuda_clock(calls: Sequence[Run]) -> list[float]:
     return [us / count for us, count in zip(times, counts, strict=True)]
 
 
-def host_clock(calls: Sequence[Run]) -> list[float]:
+def host_clock(calls: Sequence[Work]) -> list[float]:
     """Microseconds until each call returns, on an idle GPU: what Python and launching take."""
     import torch
 
@@ -104,7 +104,7 @@ def host_clock(calls: Sequence[Run]) -> list[float]:
 CLOCKS = {"cpu": cpu_clock, "cuda": cuda_clock, "host": host_clock}
 
 
-def peak_bytes(call: Run) -> int:
+def peak_bytes(call: Work) -> int:
     """What a call allocates on the GPU at most, beyond what was there before."""
     import torch
 
@@ -122,7 +122,7 @@ def fifths(values: Sequence[float]) -> tuple[float, float]:
     return cuts[0], cuts[3]
 
 
-def measure(calls: Mapping[str, Run], clock_of: str, seconds: float) -> dict[str, Sample]:
+def measure(calls: Mapping[str, Work], clock_of: str, seconds: float) -> dict[str, Sample]:
     """Times all calls in rounds, each round in an order of its own, for about `seconds`.
 
     `clock_of` one of `CLOCKS`: the device where they run, or the host that launches them.
