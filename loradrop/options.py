@@ -34,8 +34,14 @@ def at_least(part: float) -> str:
 
 def check_part(name: str, value: float | None) -> None:
     """Raises ValueError unless the option is None or in [0, 1]."""
-    if value is not None and not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}={value}: choose a number in [0, 1]")
+    if value is not None and not (is_number(value) and 0.0 <= value <= 1.0):
+        raise ValueError(f"{name}={value!r}: choose a number in [0, 1]")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number of Python's, NumPy's or torch's."""
+    value = plain(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:

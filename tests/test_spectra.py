@@ -291,7 +291,13 @@ REFUSED = {
     "no multiple": ({"budget": 0.5, "multiple": 0}, "multiple=0"),
     "below a direction": ({"budget": 0.05}, "below one direction: choose at least 0.0834"),
     "everything goes": ({"max_loss": 31.0}, "no adapter at all, which would cost 30: choose less"),
-    "below eight": ({"budget": 0.2, "multiple": 8}, "choose at least 0.3334"),
+    "a word": ({"budget": "0.5"}, r"budget='0.5': choose a number in \(0, 1\]"),
+    "a word for a loss": ({"max_loss": "1"}, "max_loss='1': choose a number from 0 up"),
+    "a word for a time": ({"budget": 0.5, "budget_time": "1"}, "budget_time='1': choose a number"),
+    "below eight": (
+        {"budget": 0.2, "multiple": 8},
+        "below one step of multiple=8 directions: choose at least 0.3334",
+    ),
     "of its own": ({"budget": 0.2, "scope": "per_target"}, "choose at least 0.25"),
     "an odd rank": ({"rank": 3, "multiple": 2}, "rank=3 is not a multiple of multiple=2"),
 }
@@ -301,6 +307,12 @@ REFUSED = {
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ranks_of(FOUR, **options)
+
+
+@pytest.mark.parametrize("given", [{"a": (1.0, 2.0)}, None])
+def test_only_a_spectrum_is_allocated(given: object) -> None:
+    with pytest.raises(TypeError, match=r"give what loradrop.spectrum\(scores\) returns"):
+        allocate(given, budget=0.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("scope", ["joint", "per_module", "per_target"])

@@ -78,8 +78,8 @@ def open_adapter(
     dtype      of the base model
     measured   training rows to measure; None is 1,024
 
-    Raises ValueError for an adapter that is not plain LoRA, or that PEFT's format cannot hold, and
-    for a base or data that it does not fit.
+    Raises ValueError for an adapter that is not plain LoRA, that was never trained, or that PEFT's
+    format cannot hold, and for a base or data that it does not fit.
     """
     base, _ = load_base(adapter, model_id, dtype, revision=revision, option="model=")
     bank = load(base, adapter)
@@ -88,13 +88,25 @@ def open_adapter(
     dtypes = dtypes_in(adapter, base)
     if config is None:
         _log.warning("no data is given: the cut is by weights alone, and no loss is predicted")
-        by_weight = spectrum_of(bank.targets, grams_of(bank), "weight")
-        return Opened(str(adapter), base, by_weight, None, dtypes)
+        found, rows = spectrum_of(bank.targets, grams_of(bank), "weight"), None
+    else:
+        found, rows = _measured(base, config, adapter, measured)
+    if found.full and not found.total:
+        raise ValueError(
+            f"{adapter} does nothing, as every direction is worth 0 (B is zero until it is "
+            "trained): give an adapter that was trained"
+        )
+    return Opened(str(adapter), base, found, rows, dtypes)
+
+
+def _measured(
+    base: Any, config: RunConfig, adapter: str | Path, measured: int | None
+) -> tuple[Spectrum, Rows]:
+    """What the directions are worth on the data of `config`, and the data."""
     to_accelerator(base)
     rows = rows_for(base, config.data, adapter)
     some = small_batches(rows.train, rows.collate, config.train.seed, measured or MEASURED)
-    scores = probe(base, some, gram=True, mask=config.train.mask)
-    return Opened(str(adapter), base, spectrum(scores), rows, dtypes)
+    return spectrum(probe(base, some, gram=True, mask=config.train.mask)), rows
 
 
 def compress(

@@ -96,6 +96,12 @@ def translate(file: PeftFile, model: nn.Module) -> NativeFile:
         later, beside = _parts(renamed(file.tensors, model))
         if later.keys() <= here.keys():
             pairs, others = later, beside
+    if not pairs.keys() & here.keys():
+        of = options.get("base_model_name_or_path") or "which it does not name"
+        raise ValueError(
+            f"it is an adapter for another model ({of}): this {type(model).__name__} has none of "
+            f"its targets, as {min(pairs)}"
+        )
     state = base_state(model)
     trained = _trained(options, model, others, pairs)
     require_untied(state, trained, options)

@@ -123,7 +123,7 @@ class Spectral(Method):
         )
         least = of_wide * blank.full / max(nominal, 1)
         if self.budget < least * (1 - 1e-12):
-            raise ValueError(below_one(self.budget, least, self.scope))
+            raise ValueError(below_one(self.budget, least, self.scope, self.multiple))
 
     def in_vain(self, targets: Sequence[str], parameters: Mapping[str, bool]) -> str | None:
         return time_in_vain(targets, parameters, self.budget_time)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from loradrop.options import at_least, check_choice, check_one, check_whole
+from loradrop.options import at_least, check_choice, check_one, check_whole, is_number
 from loradrop.scores import layer_of, layers_of, stem_of
 from loradrop.spectral.spectra import Spectrum
 
@@ -41,9 +41,14 @@ def allocate(
                1 − k / 2L for k of L equal layers. Targets that the model lists before its first
                layer, as a projection of its embeddings, go with that
 
-    Ties go to the earlier target. Raises ValueError for options out of range, for a budget below
-    one step of the smallest target, and for a max_loss or a budget_time that leaves nothing.
+    Ties go to the earlier target. Raises TypeError for what `spectrum` did not make; ValueError for
+    options out of range, for a budget below one step of the smallest target, and for a max_loss or
+    a budget_time that leaves nothing.
     """
+    if not isinstance(spectrum, Spectrum):
+        raise TypeError(
+            f"spectrum is a {type(spectrum).__name__}: give what loradrop.spectrum(scores) returns"
+        )
     check_choice("scope", scope, SCOPES)
     given = {"budget": budget, "threshold": threshold, "max_loss": max_loss, "rank": rank}
     check_amounts(given)
@@ -62,7 +67,7 @@ def allocate(
     else:
         ranks = _within(spectrum, pools, max_loss, multiple)
     if budget is not None and spectrum.full and not any(ranks.values()):
-        raise ValueError(below_one(budget, _least(spectrum, pools, multiple), scope))
+        raise ValueError(below_one(budget, _least(spectrum, pools, multiple), scope, multiple))
     if max_loss is not None and spectrum.full and not spectrum.total:
         raise ValueError(
             f"max_loss={max_loss:g}: the adapter does nothing, as every direction is worth 0 (B is "
@@ -83,10 +88,11 @@ def least_budget(
     return _least(spectrum, _allowed(spectrum, scope, _lowest(spectrum, budget_time)), multiple)
 
 
-def below_one(budget: float, least: float, scope: str) -> str:
+def below_one(budget: float, least: float, scope: str, multiple: int) -> str:
     """The error for a budget that leaves nothing in pools of this `scope`."""
+    what = "one direction" if multiple == 1 else f"one step of multiple={multiple} directions"
     wider = "" if scope == SCOPES[0] else ", or a scope that pools more targets"
-    return f"budget={budget:g} is below one direction: choose at least {at_least(least)}{wider}"
+    return f"budget={budget:g} is below {what}: choose at least {at_least(least)}{wider}"
 
 
 # All of a pool's adapters, and those that may keep some directions.
@@ -276,19 +282,20 @@ def check_amounts(given: Mapping[str, Any]) -> None:
     check_one(given)
     for name in ("budget", "threshold"):
         part = given.get(name)
-        if part is not None and not 0.0 < part <= 1.0:
-            raise ValueError(f"{name}={part:g}: choose a number in (0, 1]")
+        if part is not None and not (is_number(part) and 0.0 < part <= 1.0):
+            shown = f"{part:g}" if is_number(part) else repr(part)
+            raise ValueError(f"{name}={shown}: choose a number in (0, 1]")
     rank, max_loss = given.get("rank"), given.get("max_loss")
     if rank is not None:
         check_whole("rank", rank, 0)
-    if max_loss is not None and not 0.0 <= max_loss < math.inf:
-        raise ValueError(f"max_loss={max_loss}: choose a number from 0 up")
+    if max_loss is not None and not (is_number(max_loss) and 0.0 <= max_loss < math.inf):
+        raise ValueError(f"max_loss={max_loss!r}: choose a number from 0 up")
 
 
 def check_steps(multiple: int, budget_time: float | None) -> None:
     """Raises ValueError naming the one that is out of range."""
     check_whole("multiple", multiple, 1)
-    if budget_time is not None and not 0.5 < budget_time <= 1.0:
+    if budget_time is not None and not (is_number(budget_time) and 0.5 < budget_time <= 1.0):
         raise ValueError(
-            f"budget_time={budget_time}: choose a number in (0.5, 1], as the forward pass stays"
+            f"budget_time={budget_time!r}: choose a number in (0.5, 1], as the forward pass stays"
         )

@@ -25,7 +25,8 @@ def losses(model: Any, outputs: Any, given: Mapping[str, Any], labels: Labels, s
 
     given   the inputs of the model by name;  seed   of the draw
 
-    Raises ValueError for outputs that `undrawable` names, and for "data" without a loss.
+    Raises ValueError for outputs that `undrawable` names, for logits that are not finite, and for
+    "data" without a loss.
     """
     if callable(labels):
         found = labels(outputs, given)
@@ -96,7 +97,14 @@ def _drawn(
     counts = _counting(model, logits, given)
     if counts is not None:
         rows = rows[counts.reshape(-1)]
-    chosen = torch.multinomial(rows.detach().softmax(-1).cpu(), 1, generator=random)
+    chances = rows.detach().softmax(-1).cpu()
+    if not chances.isfinite().all():
+        raise ValueError(
+            f"{type(model).__name__} returns logits that are not finite, so no labels can be "
+            "drawn: its adapters diverged, or its dtype is too narrow. Take an earlier checkpoint, "
+            "or measure in float32"
+        )
+    chosen = torch.multinomial(chances, 1, generator=random)
     return cross_entropy(rows, chosen.squeeze(1).to(rows.device), reduction="none")
 
 
