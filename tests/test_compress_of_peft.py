@@ -119,3 +119,21 @@ def test_values_that_overflow_are_refused(place: Path, tmp_path: Path, capsys: C
     save_file({k: t * 1e25 if "lora_" in k else t for k, t in tensors.items()}, source / TENSORS)
     said = "returns logits that are not finite, so no labels can be drawn"
     fails(capsys, said, "compress", source, f"data={place / 'films.csv'}", "--dry-run")
+
+
+@pytest.mark.parametrize("form", ["plain", "rslora"])
+def test_one_rank_for_all_by_weights_is_peft_s_conversion(form: str, place: Path) -> None:
+    """The rival of the benchmarks, which `save_as_lora` and `convert_to_lora` of PEFT make."""
+    conversion = pytest.importorskip("peft.tuners.lora.conversion")
+    source, k = written(place, form), 2
+    model = peft.PeftModel.from_pretrained(base_of(place, form), source)
+    config, tensors = conversion.convert_to_lora(model, k)
+    assert config.r == config.lora_alpha == k
+    cut = base_of(place, form)
+    loradrop.load(cut, source)
+    ranks = {target.name: k for target in cut.lora_bank.targets}
+    loradrop.truncate(cut, ranks, metric="weight")
+    for i, target in enumerate(cut.lora_bank.targets):
+        (A,) = (t for key, t in tensors.items() if f"{target.name}.lora_A" in key)
+        (B,) = (t for key, t in tensors.items() if f"{target.name}.lora_B" in key)
+        assert_close(cut.lora_bank.delta(i), B @ A, rtol=1e-4, atol=1e-5)

@@ -148,6 +148,7 @@ def test_settings_count_and_not_their_runs(tmp_path: Path) -> None:
     assert foretold is not None and "| rare |" not in every + foretold
     assert "| rare |" in str(size_tables.cut(results))
     assert "−2.5 (−4.0 to −1.0)" in every
+    assert every.endswith("95 % interval: −2.5 ± 19.1 points, +10.0 ± 0.0 % of loss.")
     more = [c | {"task": f"{c['task']}{i}"} for i in range(5) for c in cells]
     most = [c | {"arm": "rare"} for c in more if c["arm"] == "loss" and c["task"] != "t4"]
     results = write(tmp_path, "bench_cut", [*more, *most])

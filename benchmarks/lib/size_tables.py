@@ -42,6 +42,7 @@ ABLATIONS = {
     "one shared LoRA": "all layers of a kind share one",
 }
 OF_ANSWERS = ("exact", "same")  # columns: the right number, and the uncut model's
+DEFAULT = "loss"  # what `loradrop compress` does
 RIVAL = "weight"  # whose divergence is the unit of `cut_all`
 Cell = dict[str, Any]
 
@@ -144,25 +145,29 @@ def _of_most_settings(cells: Sequence[Cell]) -> dict[str, str]:
 
 def cut_all(results: Path) -> str | None:
     """Over the settings, each the mean of its runs: the divergence as a part of the rival's, and
-    what is lost, of the ways to cut that most settings have. Runs of one setting are alike, so they
-    are not counted as if they were settings.
+    what is lost, of the ways to cut that most settings have; below it the mean of the default cut
+    to a quarter with its interval. Runs of one setting are alike, so they are not counted as if
+    they were settings.
     """
     cells = _cells(results, "bench_cut")
     rival = {(c["task"], c["seed"], c["budget"]): c["kl"] for c in cells if c["arm"] == RIVAL}
     tasks = _distinct(cells, "task")
 
-    def entry(some: list[Cell], uncut: dict[Any, Cell]) -> str:
-        def of_settings(
-            value: Callable[[Cell], float], mean: Callable[[list[float]], float] = statistics.mean
-        ) -> list[float]:
-            of_task = ([value(c) for c in some if c["task"] == task] for task in tasks)
-            return [mean(values) for values in of_task if values]
+    def of_settings(
+        some: list[Cell],
+        value: Callable[[Cell], float],
+        mean: Callable[[list[float]], float] = statistics.mean,
+    ) -> list[float]:
+        of_task = ([value(c) for c in some if c["task"] == task] for task in tasks)
+        return [mean(values) for values in of_task if values]
 
+    def entry(some: list[Cell], uncut: dict[Any, Cell]) -> str:
         parts = of_settings(
-            lambda c: c["kl"] / rival[c["task"], c["seed"], c["budget"]], statistics.geometric_mean
-        )
-        points = _span(of_settings(lambda c: _points(c, uncut)))
-        loss = _span(of_settings(lambda c: _rise(c, uncut)), " %")
+            some, lambda c: c["kl"] / rival[c["task"], c["seed"], c["budget"]],
+            statistics.geometric_mean,
+        )  # fmt: skip
+        points = _span(of_settings(some, lambda c: _points(c, uncut)))
+        loss = _span(of_settings(some, lambda c: _rise(c, uncut)), " %")
         return f"{statistics.geometric_mean(parts):.2f}; {points}; {loss}"
 
     if not tasks:
@@ -170,7 +175,15 @@ def cut_all(results: Path) -> str | None:
     head, body, n = _by_arm(results, tasks, entry)
     names = _of_most_settings(cells)
     body = [[names[arm], *row] for arm, *row in body if arm in names]
-    return markdown((f"{len(tasks)} settings, {n} runs", *head), body)
+    table = markdown((f"{len(tasks)} settings, {n} runs", *head), body)
+    uncut = {(c["task"], c["seed"]): c for c in cells if c["arm"] == "uncut"}
+    quarter = [c for c in cells if (c["arm"], c["budget"]) == (DEFAULT, 0.25)]
+    points, loss = (
+        shown(of_settings(quarter, lambda c, of=of: of(c, uncut)), 1, unit, "+")  # type: ignore[misc]
+        for of, unit in ((_points, " points"), (_rise, " %"))
+    )
+    mean = f'"{DEFAULT}" at a quarter, mean and 95 % interval: {points}, {loss} of loss.'
+    return f"{table}\n\n{mean}"
 
 
 def foretold(results: Path) -> str | None:
