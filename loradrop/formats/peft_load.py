@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -96,12 +96,6 @@ def translate(file: PeftFile, model: nn.Module) -> NativeFile:
         later, beside = _parts(renamed(file.tensors, model))
         if later.keys() <= here.keys():
             pairs, others = later, beside
-    if not pairs.keys() & here.keys():
-        of = options.get("base_model_name_or_path") or "which it does not name"
-        raise ValueError(
-            f"it is an adapter for another model ({of}): this {type(model).__name__} has none of "
-            f"its targets, as {min(pairs)}"
-        )
     state = base_state(model)
     trained = _trained(options, model, others, pairs)
     require_untied(state, trained, options)
@@ -184,7 +178,7 @@ def _trained(
     options: Mapping[str, Any],
     model: nn.Module,
     others: Mapping[str, Tensor],
-    targets: Container[str],
+    targets: Collection[str],
 ) -> dict[str, Tensor]:
     """Those tensors of the file that are trained whole: of modules_to_save, and biases.
 
@@ -194,9 +188,17 @@ def _trained(
     tensors.
     """
     state, ends = base_state(model), tuple(options.get("modules_to_save") or ())
-    saved = [n for n in modules_of(model) if n.endswith(ends)] if ends else []
+    here = modules_of(model)
+    saved = [n for n in here if n.endswith(ends)] if ends else []
     asked = {key for key in state if any(inside(key, name) for name in saved)}
-    if lacking := sorted(asked - set(others)):
+    lacking = sorted(asked - set(others))
+    if lacking and not here.keys() & set(targets):
+        of = options.get("base_model_name_or_path") or "which it does not name"
+        raise ValueError(
+            f"it is an adapter for another model ({of}): this {type(model).__name__} has none of "
+            f"its targets, as {min(targets)}"
+        )
+    if lacking:
         raise ValueError(
             f"modules_to_save={list(ends)} without {', '.join(lacking[:5])} in {TENSORS}: "
             "save the adapter again, or take the entry out where the base model's is right"
