@@ -392,6 +392,23 @@ def cut_plan(ranks: Sequence[int]) -> Plan:
     return plan.after_cut(record | {"compensated": None})
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_cut_shows_what_each_direction_was_worth(encoding: str) -> None:
+    """A bar for each, one lower for a third, none for nothing; for every second of nine."""
+    plan = cut_plan([2, 1, 1, 1])
+    names = [*plan.cut["values"]]
+    nine = [729.0 / 3**i for i in range(9)]
+    values = dict(zip(names, (nine, [729.0, 81.0], [0.0, 0.0], []), strict=True))
+    grid = plan_table(plan.after_cut({**plan.cut, "values": values}), encoding)
+    bars = "▂▄▆█" if encoding == "utf-8" else ":=*#"
+    low, mid, high, top = bars
+    lines = [line for line in grid.splitlines() if re.match(r"\d ", line)]
+    assert f" {top}{high}{mid}{low}  " in lines[0] and f" {top}{high}    " in lines[1]
+    assert not {*bars} & {*lines[2]} and not {*bars} & {*lines[3]}
+    assert "each step three times as much" in grid
+    assert "three times" not in plan_table(make_plan(), encoding)
+
+
 @pytest.mark.parametrize("shared", [1, 0])
 def test_a_shared_adapter_that_was_cut_counts_once(tmp_path: Path, shared: int) -> None:
     """Also where it is gone, and nobody shares any more."""

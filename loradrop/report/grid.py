@@ -33,6 +33,7 @@ class Cell:
     weight     what selection ranks by;  fraction: its part of all that are ranked together
     frequency  how often the bootstrap kept it
     rank       what is left, 0 for no adapter;  group: of its shape, at the rank before any cut
+    directions what each was worth when it was cut, in falling order; empty without a cut
     """
 
     target: Target
@@ -45,6 +46,7 @@ class Cell:
     frequency: float | None
     rank: int
     group: tuple[str, int, int, int]
+    directions: tuple[float, ...] = ()
 
     @property
     def percent(self) -> str:
@@ -67,6 +69,7 @@ class Grid:
             shares = _members_at_cut(plan)  # each member has the values of the whole adapter
             scores = {name: sum(v) / shares[name] for name, v in plan.cut["values"].items()}
         self.cut = plan.cut is not None
+        directions = plan.cut["values"] if plan.cut is not None else {}
         full = plan.full_ranks
         joint = getattr(method, "scope", "per_module") == "joint" or self.cut
         power = 0.5 if getattr(method, "importance", "sqnorm") == "root" else 1.0
@@ -89,7 +92,7 @@ class Grid:
                 target=target, layer=layer, column=column, state=state, score=score,
                 weight=weights[target], fraction=weights[target] / total if known else None,
                 frequency=frequency.get(target.name), rank=0 if state == "none" else target.r,
-                group=group,
+                group=group, directions=tuple(directions.get(target.name, ())),
             )  # fmt: skip
             self.groups.setdefault(group, []).append(cell)
         self.labels = _labels(list(dict.fromkeys(cell.column for cell in self)))

@@ -9,6 +9,7 @@ from loradrop.report.grid import Arm, Grid, count, finite
 from loradrop.report.look import MARKS, PLAIN_MARKS, as_percent, duration, layer_name
 
 _SHADES, _PLAIN_SHADES = " ░▒▓█", " .:+#"
+_BARS, _PLAIN_BARS = "▁▂▃▄▅▆▇█", ".:-=+*%#"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -24,15 +25,20 @@ def plan_table(plan: Plan, encoding: str | None = None) -> str:
     encoding   of what it is written to, which may lack the marks; None is that of stdout
     """
     grid = Grid(plan)
-    rich = _writes("".join(MARKS.values()) + _SHADES, encoding or sys.stdout.encoding)
+    rich = _writes("".join(MARKS.values()) + _SHADES + _BARS, encoding or sys.stdout.encoding)
     marks, shades = (MARKS, _SHADES) if rich else (PLAIN_MARKS, _PLAIN_SHADES)
+    bars = _BARS if rich else _PLAIN_BARS
+    top = max((cell.directions[0] for cell in grid if cell.directions), default=0.0)
+    spectra = {id(cell): _spectrum(cell.directions, top, bars) for cell in grid}
+    wide = max(map(len, spectra.values()), default=0)
 
     def text(layer: int | None, column: str) -> str:
         if (cell := grid.cells.get((layer, column))) is None:
             return ""
+        if grid.cut:
+            return f"{spectra[id(cell)]:<{wide}} {cell.percent:>4} r{cell.rank:<2}"
         shade = shades[math.ceil(4 * grid.shade(cell))]
-        mark = f"r{cell.rank:<2}" if grid.cut else marks[cell.state]
-        return f"{2 * shade} {cell.percent:>4} {mark}"
+        return f"{2 * shade} {cell.percent:>4} {marks[cell.state]}"
 
     heads = [head.split("\n") for head in grid.heads("\n")]
     tall = max(map(len, heads))
@@ -49,8 +55,20 @@ def plan_table(plan: Plan, encoding: str | None = None) -> str:
     topic = f"importance in % of {grid.whole}" if grid.scored else "importance not measured"
     topic += ", and the rank that is left" if grid.cut else ""
     lines = [f"{grid.model_name}: {topic}", "", *aligned(rows), ""]
+    if grid.cut:
+        ladder = "<".join(bars)
+        lines += [f"what each direction was worth, each step three times as much: {ladder}", ""]
     lines += ["   ".join(f"{marks[s]} {grid.meanings[s]}" for s in marks), "", *aligned(groups), ""]
     return "\n".join([*lines, *(f"{key:<11} {value}" for key, value in grid.summary.items())])
+
+
+def _spectrum(values: Sequence[float], top: float, bars: str) -> str:
+    """A bar for each value; of more than eight for every second, or third, and so on."""
+    text = ""
+    for value in values[:: math.ceil(len(values) / len(bars)) or 1]:
+        below = math.log(top / value, 3) if value > 0 else math.inf
+        text += bars[-1 - round(below)] if below < len(bars) - 0.5 else " "
+    return text
 
 
 def _writes(text: str, encoding: str | None) -> bool:
