@@ -44,11 +44,11 @@ def lora(rank: int, **options: Any) -> Arm:
     return Arm(rank, LoRA(), s=ALPHA / rank, **options)
 
 
-def spectral(part: int, **options: Any) -> Arm:
+def spectral(part: int, like: str | None = None, **options: Any) -> Arm:
     """Spectral LoRA-drop at 1/part of LoRA's parameters; k directions have s = α/k."""
     budget = 1 / part
     method = Spectral(budget=budget, **options)
-    return Arm(RANK, method, s=ALPHA / (budget * RANK), first=16e-3)
+    return Arm(RANK, method, s=ALPHA / (budget * RANK), first=16e-3, like=like)
 
 
 def drop(**options: Any) -> Arm:
@@ -66,6 +66,11 @@ ARMS = {
     "LoRA r=2": lora(2),
     "spectral, 1/4": spectral(4),
     "spectral, 1/16": spectral(16),
+    "spectral, 1/8, by output": spectral(8, "spectral, 1/8", metric="output"),
+    "spectral, 1/8, by weight": spectral(8, "spectral, 1/8", metric="weight"),
+    "spectral, 1/8, one rank for all": spectral(8, "spectral, 1/8", scope="per_target"),
+    "spectral, 1/8, from r": spectral(8, "spectral, 1/8", r_start=RANK),
+    "spectral, 1/8, cut late": spectral(8, "spectral, 1/8", cut_at=0.9),
     "LoRA-drop, 1/2": drop(budget=0.5),
     "LoRA-drop, 1/2, random layers": drop(budget=0.5, selection="random"),
     "LoRA-drop, 1/2, least important layers": drop(budget=0.5, selection="inverse"),

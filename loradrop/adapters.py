@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from loradrop.bank import STATE, AdapterBank, Pair, bank_of, delta_of
+from loradrop.bank import AdapterBank, Pair, bank_of, delta_of
+from loradrop.extra_state import STATE
 from loradrop.injection import (
     Injection,
     injection_of,

@@ -10,13 +10,13 @@ storage, one `state_dict` entry, one gradient, the sum over its layers.
 """
 
 import logging
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from loradrop.extra_state import ALONE, STATE, assignment_in, written
 from loradrop.ranks import (
     ZERO_3,
     full_tensor,
@@ -28,8 +28,6 @@ from loradrop.ranks import (
 from loradrop.scores import Assignment, Target
 
 Pair = tuple[Tensor, Tensor]
-STATE = "_extra_state"  # torch's name for what get_extra_state gives
-ALONE, MERGED = 1, 2  # what it says of the base model
 _log = logging.getLogger(__name__)
 
 
@@ -230,25 +228,10 @@ class AdapterBank(nn.Module):
                 setattr(self, key, new if key in self._parameters else new.detach())
 
     def get_extra_state(self) -> Tensor:
-        """What `state_dict` says beside the tensors, as int64 (4, targets).
-
-        The rows: slots, -1 for none; 1 for kept, 0 for not, -1 before a decision; a checksum of the
-        name and the composition; 1 where the state dict it is in lacks the base model on purpose,
-        2 where its weights hold the adapters. It is a DTensor where FSDP2 shards the adapters, for
-        accelerate wants nothing else beside one.
+        """What `state_dict` says beside the tensors: see `extra_state`. It is a DTensor where FSDP2
+        shards the adapters, for accelerate wants nothing else beside one.
         """
-        given = {n: v * 1.0 if isinstance(v, int) else v for n, v in self.composition.items()}
-        options = str(given) if given else ""
-        slots, kept = self.slots, self.assignment.kept
-        names = [target.name for target in self.targets]
-        state = torch.tensor(
-            [
-                [-1 if slot is None else slot for slot in slots],
-                [-1 if kept is None else int(name in kept) for name in names],
-                [zlib.crc32(f"{name}{options}".encode()) for name in names],
-                [MERGED * self.merged] * len(names),
-            ]
-        )
+        state = written(self.assignment, self.composition, self.merged)
         return replicated_like(state, like=next(self.parameters(), state))
 
     @property
@@ -266,41 +249,18 @@ class AdapterBank(nn.Module):
         state = tensors.pop(STATE, None)
         if state is not None:
             state = full_tensor(state).cpu()
-            self._take_assignment(state, tensors)
+            made = assignment_in(state, self.assignment, self.composition, self.merged)
+            if self.adopts:
+                self._take_forms(tensors)
+            else:
+                self._require_fitting(made.slots, tensors)
+            self._use(made)
             if (state[3] == ALONE).any():
                 missing.clear()  # the bank is the last of the model's modules
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *args)
         if state is None and prefix + STATE in missing and tensors:
             missing.remove(prefix + STATE)
             _log.warning("the state dict does not say which layers share: taken as they do here")
-
-    def _take_assignment(self, state: Tensor, tensors: Mapping[str, Tensor]) -> None:
-        self._require_same_targets(state)
-        state = _whole(state)
-        if (state[3] == MERGED).any() and not self.merged:
-            raise RuntimeError(
-                "the state dict was taken while the adapters were merged, so its weights hold them "
-                "already: call loradrop.remove(model) there first, or take loradrop.save's file"
-            )
-        slots = tuple(None if slot < 0 else slot for slot in state[0].tolist())
-        names, kept = [target.name for target in self.targets], None
-        if (state[1] >= 0).all():
-            kept = tuple(n for n, own in zip(names, state[1].tolist(), strict=True) if own)
-        if self.adopts:
-            self._take_forms(tensors)
-        else:
-            self._require_fitting(slots, tensors)
-        self._use(Assignment(self.targets, slots, kept))
-
-    def _require_same_targets(self, state: Tensor) -> None:
-        here = full_tensor(self.get_extra_state()).cpu()
-        if here.shape != state.shape or not _same_sums(here[2], state[2]):
-            given = dict(self.composition)
-            options = f", or with other options than {given}" * bool(given)
-            raise RuntimeError(
-                f"the state dict adapts other targets than the {len(self.targets)} of this model"
-                f"{options}: inject it with the configuration that the state dict was made with"
-            )
 
     def _require_fitting(self, slots: Sequence[int | None], tensors: Mapping[str, Tensor]) -> None:
         """Raises RuntimeError for tensors that the adapters here are not the place for."""
@@ -337,39 +297,6 @@ class AdapterBank(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
-
-
-def _same_sums(here: Tensor, there: Tensor) -> bool:
-    """Whether checksums agree as far as `there` can say: an average or a cast of state dicts has
-    them as floats, and those of float16 are endless.
-    """
-    if not there.is_floating_point():
-        return torch.equal(here, there)
-    known = there.double().isfinite()
-    digits = max(4 * torch.finfo(there.dtype).eps, 1e-6)
-    close = torch.isclose(there.double(), here.double(), rtol=digits, atol=0.0)
-    return bool(close[known].all())
-
-
-def _whole(state: Tensor) -> Tensor:
-    """An extra state as integers. Raises RuntimeError for one that has become something else, as an
-    average of several assignments, or in a type that cannot count as far.
-    """
-    if not state.is_floating_point():
-        return state
-    rows = state[[0, 1, 3]].double()
-    largest, off = float(rows.abs().max()), float((rows - rows.round()).abs().max())
-    error = largest * torch.finfo(state.dtype).eps
-    exact, near = off == 0.0 and error <= 2.0, off <= max(0.01, 4.0 * error) < 0.5
-    if not (exact or near):
-        raise RuntimeError(
-            f"lora_bank.{STATE} of the state dict, of {state.dtype}, does not say who shares which "
-            "adapter: it is an average of state dicts that share differently, or of a narrow type. "
-            "Average those alone that share alike, and leave this entry as one of them has it"
-        )
-    whole = torch.zeros_like(state, dtype=torch.int64)
-    whole[[0, 1, 3]] = rows.round().long()
-    return whole
 
 
 def _forms(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

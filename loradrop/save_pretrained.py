@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from loradrop.adapters import Adapters
-from loradrop.bank import ALONE, STATE, bank_of
+from loradrop.bank import bank_of
+from loradrop.extra_state import ALONE, STATE
 from loradrop.injection import injection_of, plan_of, require_adapted, trained_since
 from loradrop.native import FOLDER, save, write
 from loradrop.ranks import full_tensor, is_sharded

@@ -35,7 +35,7 @@ from torchrun import script_in_ranks
 
 import loradrop
 from loradrop import LoRAConfig, LoRADrop, layers, methods, native
-from loradrop.bank import STATE
+from loradrop.extra_state import STATE
 from loradrop.formats.peft_file import read as read_peft
 from loradrop.injection import plan_of
 from loradrop.loading import fill

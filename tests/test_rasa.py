@@ -22,7 +22,7 @@ from method_cases import (
 )
 
 import loradrop
-from loradrop.bank import STATE
+from loradrop.extra_state import STATE
 from loradrop.methods import LoRA
 from loradrop.methods.rasa import RaSA
 

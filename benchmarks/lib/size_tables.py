@@ -1,7 +1,7 @@
 """The tables of small adapters: those that were cut after training, and those trained small."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ SUMMARY_ARMS = {  # and their sizes
     SMALL: "1/8",
     "spectral, 1/16": "1/16",
 }
-DROP = "LoRA-drop, 1/2"  # what its ablations are compared with, and what those are called
+# What ablations are compared with, and what they are called.
+DROP, SPECTRAL = "LoRA-drop, 1/2", "spectral, 1/8"
 ABLATIONS = {
     "LoRA-drop, 1/2, random layers": "random layers keep their adapters",
     "LoRA-drop, 1/2, least important layers": "the least important layers do",
@@ -42,6 +43,13 @@ ABLATIONS = {
     "one shared LoRA": "all layers of a kind share one",
 }
 OF_ANSWERS = ("exact", "same")  # columns: the right number, and the uncut model's
+SPECTRAL_ABLATIONS = {
+    "spectral, 1/8, by output": "by output",
+    "spectral, 1/8, by weight": "by weight",
+    "spectral, 1/8, one rank for all": "one rank for all targets",
+    "spectral, 1/8, from r": "begun at r = 8, not 16",
+    "spectral, 1/8, cut late": "cut after 90 %, not 60 %",
+}
 DEFAULT = "loss"  # what `loradrop compress` does
 RIVAL = "weight"  # whose divergence is the unit of `cut_all`
 Cell = dict[str, Any]
@@ -311,14 +319,24 @@ def sizes_summary(results: Path) -> str | None:
 
 
 def ablations(results: Path) -> str | None:
-    """What a part of LoRA-drop is worth: the loss without it, against LoRA-drop's, paired; on each
-    task, and as the mean over the tasks.
+    """What a part of LoRA-drop is worth."""
+    return _ablations(results, DROP, ABLATIONS)
+
+
+def spectral_ablations(results: Path) -> str | None:
+    """What a part of spectral LoRA-drop is worth."""
+    return _ablations(results, SPECTRAL, SPECTRAL_ABLATIONS)
+
+
+def _ablations(results: Path, whole: str, without: Mapping[str, str]) -> str | None:
+    """The loss without each part, against that of the whole, paired; on each task, and as the mean
+    over the tasks.
     """
     final = final_cells(results)
-    tasks = [task for task in SUMMARY if any((task, arm) in final for arm in ABLATIONS)]
+    tasks = [task for task in SUMMARY if any((task, arm) in final for arm in without)]
     body = []
-    for arm, name in ABLATIONS.items():
-        of_task = [against(final.get((t, arm), []), final.get((t, DROP), [])) for t in tasks]
+    for arm, name in without.items():
+        of_task = [against(final.get((t, arm), []), final.get((t, whole), [])) for t in tasks]
         together = over_tasks([pairs for pairs in of_task if pairs])
         if together:
             cells = next(final[t, arm] for t in tasks if (t, arm) in final)
@@ -327,7 +345,7 @@ def ablations(results: Path) -> str | None:
             size = statistics.mean(cell["parameters"] for cell in cells)
             body.append([name, f"{size:,.0f}", *row, str(len(together))])
     titles = (SUMMARY[task] for task in tasks)
-    head = ("dev loss against LoRA-drop's, paired", "parameters", *titles, "together", "n")
+    head = (f"dev loss against {whole}, paired", "parameters", *titles, "together", "n")
     return markdown(head, body) if body else None
 
 
@@ -340,4 +358,5 @@ SIZE_TABLES: dict[str, Callable[[Path], str | None]] = {
     "sizes": sizes,
     "sizes_summary": sizes_summary,
     "ablations": ablations,
+    "spectral_ablations": spectral_ablations,
 }

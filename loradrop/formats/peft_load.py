@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loradrop.bank import STATE, Pair
+from loradrop.bank import Pair
 from loradrop.config import LoRAConfig
+from loradrop.extra_state import STATE
 from loradrop.files import read_json
 from loradrop.formats import peft_file
 from loradrop.formats.peft_conversion import renamed
