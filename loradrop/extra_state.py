@@ -41,7 +41,8 @@ def assignment_in(
     Raises RuntimeError for other targets or another composition, for weights that hold the adapters
     where these do not, and for a state that has become something else.
     """
-    own = written(here, composition, merged)
+    with torch.device(state.device):
+        own = written(here, composition, merged)
     if own.shape != state.shape or not _same_sums(own[2], state[2]):
         given = dict(composition)
         options = f", or with other options than {given}" * bool(given)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -40,8 +41,7 @@ def check_part(name: str, value: float | None) -> None:
 
 def is_number(value: Any) -> bool:
     """Whether it is a number of Python's, NumPy's or torch's."""
-    value = plain(value)
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(plain(value), numbers.Real) and not isinstance(value, bool)
 
 
 def check_choice(name: str, value: str, known: Sequence[str]) -> None:

@@ -45,6 +45,12 @@ def test_merged_weights_are_not_merged_into_again() -> None:
     assert assignment_in(state, HERE, {}, merged=False) == HERE
 
 
+def test_the_default_device_may_be_another() -> None:
+    state = written(HERE, {}, merged=False)
+    with torch.device("meta"):
+        assert assignment_in(state, HERE, {}, merged=False) == HERE
+
+
 def test_an_average_of_different_assignments_is_refused() -> None:
     one, other = (written(Assignment(TARGETS, s), {}, False) for s in ((0, 1, 2), (0, 1, 1)))
     with pytest.raises(RuntimeError, match="an average of state dicts that share differently"):

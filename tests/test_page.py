@@ -398,7 +398,8 @@ def test_a_cut_shows_what_each_direction_was_worth(encoding: str) -> None:
     plan = cut_plan([2, 1, 1, 1])
     names = [*plan.cut["values"]]
     nine = [729.0 / 3**i for i in range(9)]
-    values = dict(zip(names, (nine, [729.0, 81.0], [0.0, 0.0], []), strict=True))
+    odd = [math.inf, math.nan]  # of a file that somebody wrote
+    values = dict(zip(names, (nine, [729.0, 81.0], [0.0, *odd], []), strict=True))
     grid = plan_table(plan.after_cut({**plan.cut, "values": values}), encoding)
     bars = "▂▄▆█" if encoding == "utf-8" else ":=*#"
     low, mid, high, top = bars

@@ -156,6 +156,12 @@ def test_settings_count_and_not_their_runs(tmp_path: Path) -> None:
         assert table is not None and "| loss |" in table and "| rare (4 settings) |" in table
 
 
+def test_a_file_without_the_default_cut_has_no_mean_of_it(tmp_path: Path) -> None:
+    cells = [cell for cell in cut_cells() if cell["arm"] != size_tables.DEFAULT]
+    every = size_tables.cut_all(write(tmp_path, "bench_cut", cells))
+    assert every is not None and "interval" not in every
+
+
 @pytest.mark.parametrize("script", ["bench_sizes.py", "bench_methods.py", "bench_cut.py"])
 def test_a_task_whose_files_are_not_there_is_told(
     script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

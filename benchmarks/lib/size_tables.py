@@ -186,6 +186,8 @@ def cut_all(results: Path) -> str | None:
     table = markdown((f"{len(tasks)} settings, {n} runs", *head), body)
     uncut = {(c["task"], c["seed"]): c for c in cells if c["arm"] == "uncut"}
     quarter = [c for c in cells if (c["arm"], c["budget"]) == (DEFAULT, 0.25)]
+    if not quarter:
+        return table
     points, loss = (
         shown(of_settings(quarter, lambda c, of=of: of(c, uncut)), 1, unit, "+")  # type: ignore[misc]
         for of, unit in ((_points, " points"), (_rise, " %"))

@@ -28,7 +28,7 @@ def plan_table(plan: Plan, encoding: str | None = None) -> str:
     rich = _writes("".join(MARKS.values()) + _SHADES + _BARS, encoding or sys.stdout.encoding)
     marks, shades = (MARKS, _SHADES) if rich else (PLAIN_MARKS, _PLAIN_SHADES)
     bars = _BARS if rich else _PLAIN_BARS
-    top = max((cell.directions[0] for cell in grid if cell.directions), default=0.0)
+    top = max((finite(value) for cell in grid for value in cell.directions), default=0.0)
     spectra = {id(cell): _spectrum(cell.directions, top, bars) for cell in grid}
     wide = max(map(len, spectra.values()), default=0)
 
@@ -66,7 +66,7 @@ def _spectrum(values: Sequence[float], top: float, bars: str) -> str:
     """A bar for each value; of more than eight for every second, or third, and so on."""
     text = ""
     for value in values[:: math.ceil(len(values) / len(bars)) or 1]:
-        below = math.log(top / value, 3) if value > 0 else math.inf
+        below = math.log(top / value, 3) if 0 < value <= top else math.inf
         text += bars[-1 - round(below)] if below < len(bars) - 0.5 else " "
     return text
 

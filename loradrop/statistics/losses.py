@@ -25,8 +25,8 @@ def losses(model: Any, outputs: Any, given: Mapping[str, Any], labels: Labels, s
 
     given   the inputs of the model by name;  seed   of the draw
 
-    Raises ValueError for outputs that `undrawable` names, for logits that are not finite, and for
-    "data" without a loss.
+    Raises ValueError for outputs that `undrawable` names, for logits of classes of which none can
+    be drawn, as they are not finite, and for "data" without a loss.
     """
     if callable(labels):
         found = labels(outputs, given)
