@@ -9,6 +9,7 @@ from lib.size_tables import SUMMARY, final_cells, interval
 from loradrop.files import replacing
 from loradrop.report.look import INK, MUTED, RULE, SERIES
 
+SEEDS = 5
 FAMILIES = {  # what the names of arms are like
     r"LoRA r=\d+": "LoRA",
     r"LoRA-drop, 1/\d+": "LoRA-drop",
@@ -18,14 +19,14 @@ FAMILIES = {  # what the names of arms are like
 
 
 def draw(results: Path, path: Path) -> None:
-    """A PNG with a panel for each task of several seeds: mean and 95 % interval of every arm of a
-    family.
+    """A PNG with a panel for each task of at least `SEEDS` seeds: mean and 95 % interval of every
+    arm of a family.
     """
     from matplotlib.figure import Figure
 
     final = final_cells(results)
     drawn = re.compile("|".join(FAMILIES))
-    several = (of for of, cells in final.items() if len(cells) > 1)
+    several = (of for of, cells in final.items() if len(cells) >= SEEDS)
     tasks = list(dict.fromkeys(task for task, arm in several if drawn.fullmatch(arm)))
     figure = Figure(figsize=(4.4 * len(tasks), 3.4), layout="constrained", facecolor="white")
     handles: dict[str, Any] = {}
