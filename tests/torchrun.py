@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 TESTS = Path(__file__).parent
-PATIENCE = 240  # seconds
+PATIENCE = 600  # seconds
 
 
 def torchrun(*arguments: Any) -> subprocess.CompletedProcess[str]:
