@@ -20,7 +20,7 @@ from probe_cases import (
 )
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
-from torchrun import in_ranks
+from torchrun import in_ranks, leave
 
 import loradrop
 from loradrop.scores import Scores
@@ -164,7 +164,7 @@ def on_rank(rank: int, folder: str) -> None:
     for name, each in (("online", scores), ("offline", offline), ("resumed", resumed.scores())):
         found[name] = dict(each), each.tokens
     torch.save(found, f"{folder}/rank{rank}.pt")
-    distributed.destroy_process_group()
+    leave()
 
 
 def test_scores_are_summed_over_ranks(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from models import adapt, bert, llama, wake
 from torch import Tensor, distributed
 from torch.testing import assert_close
-from torchrun import in_ranks
+from torchrun import in_ranks, leave
 
 import loradrop
 from loradrop.injection import plan_of
@@ -304,7 +304,7 @@ def on_rank(rank: int, folder: str) -> None:
     for i in range(1 + rank):
         kept.add([torch.full((2, 2), 10.0 * rank + i), torch.full((3, 3), 10.0 * rank + i)])
     torch.save(kept.by_target(), f"{folder}/rank{rank}.pt")
-    distributed.destroy_process_group()
+    leave()
 
 
 def test_the_rows_of_all_ranks_are_together(tmp_path: Path) -> None:

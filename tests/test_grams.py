@@ -13,7 +13,7 @@ from probe_cases import RANKS, Batch, batches, collecting, in_two_parts
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
-from torchrun import in_ranks
+from torchrun import in_ranks, leave
 
 import loradrop
 from loradrop.injection import injection_of
@@ -238,7 +238,7 @@ def on_rank(rank: int, folder: str) -> None:
     resumed = Collector(model, model.lora_bank, online=True, statistics=NAMES)
     resumed.load_state_dict(state)
     torch.save([collector.scores().grams, resumed.scores().grams], f"{folder}/rank{rank}.pt")
-    distributed.destroy_process_group()
+    leave()
 
 
 def test_they_are_summed_over_ranks(tmp_path: Path) -> None:

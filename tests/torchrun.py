@@ -43,8 +43,8 @@ def forking() -> ForkServerContext:
 
 
 def in_ranks(function: Callable[..., None], *arguments: Any, processes: int = 2) -> list[int]:
-    """The function in each process with its rank, and then the arguments: with what exit codes they
-    ended. Where one fails, or none ends in time, the others are killed.
+    """The function, which ends with `leave`, in each process with its rank and then the arguments:
+    with what exit codes they ended. Where one fails, or none ends in time, the others are killed.
     """
     context = forking()
     ranks = [
@@ -100,9 +100,9 @@ def _script(
 
 
 def leave() -> NoReturn:
-    """End this process without Python's own end: a model that FSDP2 sharded keeps its group's
-    threads until then, and one that still lets go of a tensor there aborts the process
-    (pytorch/pytorch#190489).
+    """End this process before Python lets go of models: one that FSDP2 sharded, or DDP holds, keeps
+    its group's threads, and where one of these still lets go of a tensor, the process aborts
+    (pytorch/pytorch#190489) or waits for ever.
     """
     from torch import distributed
 
