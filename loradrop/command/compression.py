@@ -32,6 +32,7 @@ from loradrop.probing import probe
 from loradrop.report.grid import Arm
 from loradrop.report.page import write_report
 from loradrop.report.plots import plot_spectra
+from loradrop.spectral.allocation import require_trained
 from loradrop.spectral.spectra import Spectrum, spectrum, spectrum_of
 from loradrop.statistics.batches import MEASURED, small_batches
 from loradrop.statistics.gram_sums import grams_of
@@ -91,11 +92,7 @@ def open_adapter(
         found, rows = spectrum_of(bank.targets, grams_of(bank), "weight"), None
     else:
         found, rows = _measured(base, config, adapter, measured)
-    if found.full and not found.total:
-        raise ValueError(
-            f"{adapter} does nothing, as every direction is worth 0 (B is zero until it is "
-            "trained): give an adapter that was trained"
-        )
+    require_trained(found, str(adapter))
     return Opened(str(adapter), base, found, rows, dtypes)
 
 

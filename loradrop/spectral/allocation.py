@@ -68,17 +68,23 @@ def allocate(
         ranks = _within(spectrum, pools, max_loss, multiple)
     if budget is not None and spectrum.full and not any(ranks.values()):
         raise ValueError(below_one(budget, _least(spectrum, pools, multiple), scope, multiple))
-    if max_loss is not None and spectrum.full and not spectrum.total:
-        raise ValueError(
-            f"max_loss={max_loss:g}: the adapter does nothing, as every direction is worth 0 (B is "
-            "zero until it is trained): give an adapter that was trained"
-        )
+    if max_loss is not None:
+        require_trained(spectrum, f"max_loss={max_loss:g}: the adapter")
     if max_loss is not None and spectrum.full and not any(ranks.values()):
         raise ValueError(
             f"max_loss={max_loss:g} leaves no adapter at all, which would cost "
             f"{spectrum.loss(ranks):.2g}: choose less"
         )
     return ranks
+
+
+def require_trained(spectrum: Spectrum, what: str) -> None:
+    """Raises ValueError where no direction of `what` is worth anything."""
+    if spectrum.full and not spectrum.total:
+        raise ValueError(
+            f"{what} does nothing, as every direction is worth 0 (B is zero until it is trained): "
+            "give an adapter that was trained"
+        )
 
 
 def least_budget(
