@@ -29,14 +29,14 @@ def plan_table(plan: Plan, encoding: str | None = None) -> str:
     marks, shades = (MARKS, _SHADES) if rich else (PLAIN_MARKS, _PLAIN_SHADES)
     bars = _BARS if rich else _PLAIN_BARS
     top = max((finite(value) for cell in grid for value in cell.directions), default=0.0)
-    spectra = {id(cell): _spectrum(cell.directions, top, bars) for cell in grid}
+    spectra = {at: _spectrum(cell.directions, top, bars) for at, cell in grid.cells.items()}
     wide = max(map(len, spectra.values()), default=0)
 
     def text(layer: int | None, column: str) -> str:
         if (cell := grid.cells.get((layer, column))) is None:
             return ""
         if grid.cut:
-            return f"{spectra[id(cell)]:<{wide}} {cell.percent:>4} r{cell.rank:<2}"
+            return f"{spectra[layer, column]:<{wide}} {cell.percent:>4} r{cell.rank:<2}"
         shade = shades[math.ceil(4 * grid.shade(cell))]
         return f"{2 * shade} {cell.percent:>4} {marks[cell.state]}"
 
